@@ -1,0 +1,1 @@
+"""The Neural Engine: programs, legality, simulator, devices."""
