@@ -1,0 +1,92 @@
+"""Type rules of the pointwise ops: one input keeps its type, two or three broadcast."""
+
+from __future__ import annotations
+
+from ane_trainer.ane.mil import TensorType
+from ane_trainer.ane.opset.registry import Call, const, rule, tensor
+from ane_trainer.ane.opset.shapes import broadcast
+
+
+@rule(
+    "abs acos asin atan atanh ceil cos cosh erf exp exp2 floor relu relu6 round sigmoid sign silu sin sinh"
+    " softsign softplus sqrt square tan tanh identity",
+    tensor("x"),
+)
+def unary(call: Call) -> tuple[TensorType, ...]:
+    return (call.type("x"),)
+
+
+@rule("rsqrt inverse log", tensor("x"), const("epsilon", "fp16", 1e-12))
+def unary_epsilon(call: Call) -> tuple[TensorType, ...]:
+    return (call.type("x"),)
+
+
+@rule("gelu", tensor("x"), const("mode", "string", "EXACT"))
+def gelu(call: Call) -> tuple[TensorType, ...]:
+    modes = ("EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION")
+    if call.text("mode") not in modes:
+        raise call.refuse(f"mode needs one of {', '.join(modes)}; got {call.text('mode')!r}")
+    return (call.type("x"),)
+
+
+@rule("leaky_relu elu thresholded_relu", tensor("x"), const("alpha", "fp16", 1.0))
+@rule("threshold", tensor("x"), const("alpha", "fp16"))
+def unary_alpha(call: Call) -> tuple[TensorType, ...]:
+    return (call.type("x"),)
+
+
+@rule("clip clamped_relu linear_activation scaled_tanh sigmoid_hard", tensor("x"), const("alpha", "fp16"), const("beta", "fp16"))
+def unary_alpha_beta(call: Call) -> tuple[TensorType, ...]:
+    return (call.type("x"),)
+
+
+@rule("prelu", tensor("x"), const("alpha", "fp16"))
+def prelu(call: Call) -> tuple[TensorType, ...]:
+    x, alpha = call.type("x"), call.type("alpha")
+    if x.rank < 3 or alpha.shape != (x.shape[1],):
+        raise call.refuse(f"alpha needs one number per channel of a rank 3 to 5 input; got {alpha} for {x}")
+    return (x,)
+
+
+@rule("softplus_parametric", tensor("x"), const("alpha", "fp16"), const("beta", "fp16"))
+def softplus_parametric(call: Call) -> tuple[TensorType, ...]:
+    return (call.type("x"),)
+
+
+@rule("add sub mul real_div floor_div maximum minimum mod pow", tensor("x"), tensor("y"))
+def binary(call: Call) -> tuple[TensorType, ...]:
+    x, y = call.type("x"), call.type("y")
+    if x.dtype != y.dtype:
+        raise call.refuse(f"needs x and y of one dtype; got {x.dtype} and {y.dtype}")
+    return (TensorType(x.dtype, broadcast(call, x.shape, y.shape)),)
+
+
+@rule("equal not_equal greater greater_equal less less_equal", tensor("x"), tensor("y"))
+def comparison(call: Call) -> tuple[TensorType, ...]:
+    return (TensorType("bool", binary(call)[0].shape),)
+
+
+@rule("logical_and logical_or logical_xor", tensor("x", "bool"), tensor("y", "bool"))
+def logical(call: Call) -> tuple[TensorType, ...]:
+    return binary(call)
+
+
+@rule("logical_not", tensor("x", "bool"))
+def logical_not(call: Call) -> tuple[TensorType, ...]:
+    return (call.type("x"),)
+
+
+@rule("select", tensor("cond", "bool"), tensor("a"), tensor("b"))
+def select(call: Call) -> tuple[TensorType, ...]:
+    """MIL's `select` does not broadcast a against b beyond scalars; cond, a and b have one shape."""
+    cond, a, b = call.type("cond"), call.type("a"), call.type("b")
+    if cond.dtype != "bool":
+        raise call.refuse(f"cond needs bool; got {cond.dtype}")
+    if a.dtype != b.dtype:
+        raise call.refuse(f"needs a and b of one dtype; got {a.dtype} and {b.dtype}")
+    return (TensorType(a.dtype, broadcast(call, cond.shape, a.shape, b.shape)),)
+
+
+@rule("cast", tensor("x"), const("dtype", "string"))
+def cast(call: Call) -> tuple[TensorType, ...]:
+    return (TensorType(call.text("dtype"), call.type("x").shape),)
