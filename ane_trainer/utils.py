@@ -1,0 +1,178 @@
+"""Small helpers without a home: logging set-up, seeding, running metrics, readable numbers, atomic files."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_LOGGER_NAME = "ane_trainer"
+
+
+def is_interactive() -> bool:
+    """True if standard error is a terminal that wants progress bars and colour."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def setup_logging(level: int | str = logging.INFO) -> logging.Logger:
+    """Send the package's log records to standard error: through rich on a terminal, as plain lines elsewhere.
+
+    Calling it again replaces the handler and the level; other packages' loggers are left alone.
+    Standard output stays free for results (`--json`).
+    """
+    logger = logging.getLogger(_LOGGER_NAME)
+    handler: logging.Handler
+    if is_interactive():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        console = Console(stderr=True)
+        handler = RichHandler(console=console, show_time=False, show_path=False, highlighter=None)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+    return logger
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's global and PyTorch's generators with `seed` (0 <= seed < 2**32)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run a block with PyTorch's CPU generator seeded, then put the generator back; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def count_correct(output_BC: torch.Tensor, target: torch.Tensor) -> int:
+    """How many rows of `output_BC` have their largest entry at the target's class.
+
+    `target` holds class indices [B] or one-hot / probability rows [B, C].
+    """
+    expected_B = target.argmax(dim=1) if target.ndim == output_BC.ndim else target
+    return int((output_BC.argmax(dim=1) == expected_B).sum())
+
+
+def accuracy(output_BC: torch.Tensor, target: torch.Tensor) -> float:
+    """The share of rows classified right, 0.0 to 1.0; an empty batch gives 0.0."""
+    return count_correct(output_BC, target) / max(len(output_BC), 1)
+
+
+class RunningMean:
+    """The mean of values seen so far, each weighted by the number of examples that it stands for."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.count = 0
+
+    def update(self, value: float, count: int = 1) -> None:
+        """Add `value`, the mean of `count` examples."""
+        self.total += float(value) * count
+        self.count += count
+
+    @property
+    def mean(self) -> float:
+        """The weighted mean; nan before the first update."""
+        return self.total / self.count if self.count else float("nan")
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Bytes in decimal units: 512 B, 1.5 KB, 20.3 MB."""
+    return _scaled(size_bytes, ("B", "KB", "MB", "GB", "TB"), separator=" ")
+
+
+def format_count(count: float) -> str:
+    """A count with thousands separators up to a million, then 1.2M, 3.4G, 5.6T: 203,530."""
+    if abs(count) < 1e6:
+        return f"{count:,.0f}"
+    return _scaled(count / 1e6, ("M", "G", "T"), separator="")
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration a person reads at a glance: 85 us, 12 ms, 3.2 s, 4 min 05 s, 2 h 03 min."""
+    if seconds < 0.9995e-3:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _scaled(value: float, units: tuple[str, ...], *, separator: str) -> str:
+    index = 0
+    while abs(value) >= 999.5 and index < len(units) - 1:
+        value /= 1000
+        index += 1
+    digits = 0 if float(value).is_integer() or abs(value) >= 100 else 1
+    return f"{value:.{digits}f}{separator}{units[index]}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence that helps after a mistyped name: `Did you mean 'mnist'? Known: digits, mnist.`"""
+    names = sorted(known)
+    lowered = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    hint = f"Did you mean {lowered[close[0]]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names)}."
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> Path:
+    """Write a file so that a reader, or a crash, sees either the old content or all of the new one.
+
+    Text is written as UTF-8. Missing folders are made; OSError if the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    return path
+
+
+def atomic_write_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as indented JSON through `atomic_write`; nan and inf are refused (ValueError)."""
+    return atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
