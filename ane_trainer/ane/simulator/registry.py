@@ -1,0 +1,64 @@
+"""The kernel registry: what each MIL op computes on the engine, and how sure we are of it.
+
+A kernel is `(Context, Call, *arrays) -> array | tuple of arrays` over decoded fp16 (float32 arrays whose values
+are what the engine sees, see `fp16.py`; bool arrays for bool tensors). `Call` is the opset's typed view of the
+op's parameters; arrays arrive in the order of the op's tensor parameters (None for an absent optional one,
+a tuple for a variadic one). Literals that are tensors arrive as arrays too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ane_trainer.ane.chips import Chip
+
+FIDELITIES = ("exact", "bounded", "assumed")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a kernel may depend on besides its operands: the chip, the fidelity mode and the thread count."""
+
+    chip: Chip
+    fidelity: str = "exact"
+    threads: int = 1
+
+    @property
+    def fast(self) -> bool:
+        """True when accumulation may be the machine's fp32 instead of Q15.16."""
+        return self.fidelity == "fast"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One op's meaning. `fidelity` is "exact" (published hardware vectors reproduce), "bounded" (`bound` says
+    by how much it may differ from the engine) or "assumed"; `evidence` names the source.
+    """
+
+    kind: str
+    run: Callable[..., Any]
+    fidelity: str
+    evidence: str
+    bound: str = ""
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(
+    kinds: str, fidelity: str, evidence: str, bound: str = ""
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the meaning of the space-separated op `kinds`."""
+    if fidelity not in FIDELITIES:
+        raise ValueError(f"fidelity needs one of {FIDELITIES}; got {fidelity!r}")
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for kind in kinds.split():
+            if kind in KERNELS:
+                raise ValueError(f"kernel for {kind} is registered twice")
+            KERNELS[kind] = Kernel(kind, function, fidelity, evidence, bound)
+        return function
+
+    return register

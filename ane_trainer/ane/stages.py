@@ -1,0 +1,114 @@
+"""The results of the stages: what capture, lower, legalize and compile hand to each other.
+
+    capture -> Captured    lower -> Lowered    legalize -> Legalized    compile -> Compiled
+
+A training step is one pure function `(state, batch, scalars) -> (state', loss, ...)`. Its ports say which
+input or output is what; an `Alias` says which output becomes which input of the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ane_trainer.ane.errors import Finding
+from ane_trainer.ane.mil import Program
+
+if TYPE_CHECKING:
+    import torch
+
+#: What a port carries. "state" stays on the engine between steps; "batch" and "scalar" come from the host
+#: every step; "result" goes back to the host every step.
+ROLES = ("state", "batch", "scalar", "result")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a step, by name.
+
+    `shape` is the tensor's shape in the program (rank-0 tensors become `(1,)`). `target` is the dotted name
+    in the module or optimizer that a state port mirrors, e.g. `fc1.weight`, `fc1.weight/exp_avg`,
+    `fc1.weight/residual`, `loss_scale`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`output` of this step is `input` of the next one."""
+
+    output: str
+    input: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A functional FX graph of ATen ops: placeholders are `inputs` in order, results are `outputs` in order."""
+
+    graph: torch.fx.GraphModule
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    aliases: tuple[Alias, ...]
+
+    def as_text(self) -> str:
+        """The graph as readable Python."""
+        return str(self.graph.print_readable(print_output=False))
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The same step as one MIL program; port names are the program's input and output names."""
+
+    program: Program
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    aliases: tuple[Alias, ...]
+
+
+@dataclass(frozen=True)
+class Legalized:
+    """A lowered step that `chip` accepts on `path`; `notes` are the findings that do not refuse it."""
+
+    lowered: Lowered
+    chip: str
+    path: str
+    notes: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a device loads: program, ports and the files it was written to.
+
+    `fingerprint` is the SHA-256 of text and weights; equal programs compile once.
+    """
+
+    legalized: Legalized
+    text: str
+    weights: bytes = field(repr=False)
+    fingerprint: str
+    folder: Path | None = None
+
+    @property
+    def program(self) -> Program:
+        return self.legalized.lowered.program
+
+    @property
+    def chip(self) -> str:
+        return self.legalized.chip
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return self.legalized.lowered.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return self.legalized.lowered.outputs
+
+    @property
+    def aliases(self) -> tuple[Alias, ...]:
+        return self.legalized.lowered.aliases
