@@ -1,0 +1,1 @@
+"""How the files of a known dataset get onto this machine, verified; `ane_trainer.data` is the public side."""
