@@ -1,0 +1,19 @@
+"""Settings for the whole suite: hypothesis profiles, and tests for a Mac skipped where there is none."""
+
+import platform
+import sys
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return
+    for item in items:
+        if item.get_closest_marker("mac"):
+            item.add_marker(pytest.mark.skip(reason="needs an Apple silicon Mac"))
