@@ -149,11 +149,14 @@ class Function:
 
 @dataclass(frozen=True)
 class Program:
-    """A MIL program. `main` is the function that is run; `attributes` is the text's header dictionary."""
+    """A MIL program. `main` is the function that is run.
+
+    `attributes` is the text's header dictionary (build information); it takes no part in equality.
+    """
 
     functions: tuple[Function, ...]
     version: str = "1.3"
-    attributes: tuple[tuple[str, str], ...] = ()
+    attributes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @property
     def main(self) -> Function:
