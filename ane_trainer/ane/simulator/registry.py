@@ -62,3 +62,19 @@ def kernel(
         return function
 
     return register
+
+
+#: Ops that write their results in place: kind -> `(Context, Call, outputs, *arrays) -> callable without arguments`.
+#: The meaning is that of the kernel of the same op; this form only saves a copy.
+WRITES: dict[str, Callable[..., Callable[[], None]]] = {}
+
+
+def writes(kinds: str) -> Callable[[Callable[..., Callable[[], None]]], Callable[..., Callable[[], None]]]:
+    """Register an in-place form of the space-separated op `kinds`."""
+
+    def register(function: Callable[..., Callable[[], None]]) -> Callable[..., Callable[[], None]]:
+        for kind in kinds.split():
+            WRITES[kind] = function
+        return function
+
+    return register

@@ -1,0 +1,105 @@
+"""matmul and linear on the multiply-accumulate unit.
+
+Exact: every product rounded half away to 2^-16 and summed in Q15.16 (`mac.py`). Fast: the machine's fp32
+matrix product, with the same overflow at 32768 and the same output rounding.
+Evidence: M6 notes/numerics.md (H11, H12) for the law; ANEForge's published GEMM errors on M1, M1 Max, M2 Pro, M4,
+M5, M5 Pro reproduce to 12 digits (tests/ane/simulator/test_contraction.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.fused_entry import round_in_place
+from ane_trainer.ane.simulator.mac import mac_matmul
+from ane_trainer.ane.simulator.registry import Context, kernel, writes
+
+Array = NDArray[Any]
+
+EVIDENCE = "M6 notes/numerics.md (M4, M6); ANEForge GEMM errors on six chips"
+
+
+@kernel("matmul", "exact", EVIDENCE)
+def matmul(ctx: Context, call: Call, x: Array, y: Array) -> Array:
+    (type_,) = call.op.infer(call)
+    out = np.empty(type_.shape, np.float32)
+    matmul_into(ctx, call, [out], x, y)()
+    return out
+
+
+@writes("matmul")
+def matmul_into(ctx: Context, call: Call, outputs: list[Array], x: Array, y: Array) -> Callable[[], None]:
+    """x `[..., M, K]`, y `[..., K, N]` after the transpose flags."""
+    a = np.swapaxes(x, -1, -2) if call.flag("transpose_x") else x
+    b = np.swapaxes(y, -1, -2) if call.flag("transpose_y") else y
+    return product_into(ctx, a, b, None, outputs[0])
+
+
+@kernel("linear", "exact", EVIDENCE)
+def linear(ctx: Context, call: Call, x: Array) -> Array:
+    """weight and bias are compile-time constants; the bias is the accumulator's start value."""
+    weight, bias = call_array(call, "weight"), call_array(call, "bias") if call.has("bias") else None
+    out = np.empty((*x.shape[:-1], weight.shape[0]), np.float32)
+    flat = out.reshape(-1, weight.shape[0])
+    product_into(ctx, x.reshape(-1, x.shape[-1]), weight.T, bias, flat)()
+    return out
+
+
+def call_array(call: Call, name: str) -> Array:
+    """A constant tensor parameter as a decoded array."""
+    from ane_trainer.ane.mil import Literal
+    from ane_trainer.ane.simulator.border import literal_array
+
+    argument = call.args[name]
+    assert isinstance(argument, Literal)
+    return literal_array(argument)
+
+
+def product_into(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
+    """`out = a @ b + bias` on the multiply-accumulate unit; leading axes broadcast."""
+    lead = out.shape[:-2]
+    a = np.broadcast_to(a, (*lead, *a.shape[-2:]))
+    b = np.broadcast_to(b, (*lead, *b.shape[-2:]))
+    if ctx.fast:
+        return _fast(ctx, a, b, bias, out)
+    if len(lead) <= 1:
+        return lambda: _discard(mac_matmul(a, b, bias, threads=ctx.threads, out=out))
+
+    def step() -> None:  # leading axes may be views that do not flatten without a copy
+        flat = mac_matmul(
+            a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), bias, threads=ctx.threads
+        )
+        out[...] = flat.reshape(out.shape)
+
+    return step
+
+
+def _discard(_: object) -> None:
+    return None
+
+
+def _fast(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
+    ta, tb, to = _tensor(a), _tensor(b), torch.from_numpy(out)
+    tbias = None if bias is None else _tensor(bias)
+    finish = round_in_place(out, ctx)
+
+    def step() -> None:
+        torch.matmul(ta, tb, out=to)
+        if tbias is not None:
+            to.add_(tbias)
+        finish()
+
+    return step
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """A tensor over the array's memory (NumPy warns for read-only memory; we never write)."""
+    if not array.flags.writeable:
+        array = np.array(array) if 0 not in array.strides else np.ascontiguousarray(array)
+    return torch.from_numpy(array)

@@ -1,0 +1,293 @@
+"""Pointwise work as one LLVM loop: many ops, each rounded as the engine rounds, without storing in between.
+
+A `Group` is straight-line code over broadcast arrays. Values in registers are decoded fp16 (see `fp16.py`);
+add, sub and mul round half away from zero to 11 bits after every op, exactly like `round_half_away`; every
+other function of one variable is a gather from its table of 65,536 results, so it cannot differ from the
+NumPy definition it was built from.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ane_trainer.ane.simulator.loops import Nest
+
+#: Codes of an instruction: name -> number of sources. Float results unless listed in BOOL_CODES.
+CODES = {
+    "load": 0, "const": 0, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1, "lookup": 1,
+    "mac_round": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
+    "and": 2, "or": 2, "xor": 2, "not": 1, "load_bool": 0,
+}  # fmt: skip
+BOOL_CODES = frozenset("lt le gt ge eq ne and or xor not load_bool".split())
+_COMPARE = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
+
+
+@dataclass(frozen=True)
+class Instr:
+    """One step of a group: its value is its position. `which` is the array or table it reads, `value` a constant."""
+
+    code: str
+    sources: tuple[int, ...] = ()
+    which: int = -1
+    value: float = 0.0
+
+    @property
+    def is_bool(self) -> bool:
+        return self.code in BOOL_CODES
+
+
+@dataclass(frozen=True)
+class Group:
+    """Straight-line pointwise code: `arrays` are loaded, `stores` lists the positions written out, in order."""
+
+    code: tuple[Instr, ...]
+    num_arrays: int
+    num_tables: int
+    stores: tuple[int, ...]
+
+
+def emit(name: str, group: Group, nest: Nest, width: int) -> str:
+    """LLVM IR of `void name(arrays..., tables..., outputs..., i64 begin, i64 end)`.
+
+    `nest.strides` covers the arrays and then the outputs; `begin` and `end` bound the outermost loop.
+    """
+    return _Emitter(name, group, nest, width).function()
+
+
+def declarations(width: int) -> str:
+    """The intrinsics that emitted functions call; once per module."""
+    lines = []
+    for w in dict.fromkeys((width, 1)):
+        f, _, suffix = _types(w)
+        for op in ("maxnum", "minnum"):
+            lines.append(f"declare {f} @llvm.{op}.{suffix}({f}, {f})")
+        lines.append(f"declare {f} @llvm.fabs.{suffix}({f})")
+        if w > 1:
+            lines.append(f"declare {f} @llvm.masked.gather.{suffix}.v{w}p0(<{w} x ptr>, i32, <{w} x i1>, {f})")
+    return "\n".join(lines) + "\n"
+
+
+def _types(width: int) -> tuple[str, str, str]:
+    """LLVM float type, int type and intrinsic suffix for a vector of `width` lanes."""
+    if width == 1:
+        return "float", "i32", "f32"
+    return f"<{width} x float>", f"<{width} x i32>", f"v{width}f32"
+
+
+class _Emitter:
+    """Writes one function; its state is the text so far and a counter for fresh names."""
+
+    def __init__(self, name: str, group: Group, nest: Nest, width: int) -> None:
+        self.name, self.group, self.nest, self.vector_width = name, group, nest, width
+        self.lines: list[str] = []
+        self.counter = 0
+        self.width = width
+
+    def fresh(self, text: str) -> str:
+        self.counter += 1
+        self.lines.append(f"  %v{self.counter} = {text}")
+        return f"%v{self.counter}"
+
+    def function(self) -> str:
+        count = self.group.num_arrays + self.group.num_tables + len(self.group.stores)
+        arguments = ", ".join(f"ptr %p{i}" for i in range(count))
+        self.lines.append(f"define void @{self.name}({arguments}, i64 %begin, i64 %end) {{\nentry:")
+        self.loop(0, [], "entry")
+        self.lines.append("  ret void\n}")
+        return "\n".join(self.lines) + "\n"
+
+    def loop(self, depth: int, indices: list[str], came_from: str) -> str:
+        """Emit the loop over axis `depth`; returns the label of the block that follows it."""
+        first = "%begin" if depth == 0 else "0"
+        last = "%end" if depth == 0 else str(self.nest.extents[depth])
+        if depth < len(self.nest.extents) - 1:
+            return self.one_loop(depth, indices, came_from, first, last, 1, inner=False)
+        if self.vector_width == 1:
+            return self.one_loop(depth, indices, came_from, first, last, 1, inner=True)
+        length = self.fresh(f"sub i64 {last}, {first}")
+        whole = self.fresh(f"and i64 {length}, {-self.vector_width}")
+        middle = self.fresh(f"add i64 {first}, {whole}")
+        block = self.one_loop(depth, indices, came_from, first, middle, self.vector_width, inner=True)
+        return self.one_loop(depth, indices, block, middle, last, 1, inner=True)
+
+    def one_loop(
+        self, depth: int, indices: list[str], came_from: str, first: str, last: str, step: int, *, inner: bool
+    ) -> str:
+        self.counter += 1
+        tag = f"{depth}_{self.counter}"
+        index = f"%i{tag}"
+        self.lines.append(f"  br label %head{tag}\nhead{tag}:")
+        phi = len(self.lines)
+        self.lines.append("")
+        self.lines.append(f"  %c{tag} = icmp slt i64 {index}, {last}")
+        self.lines.append(f"  br i1 %c{tag}, label %body{tag}, label %done{tag}\nbody{tag}:")
+        block = f"body{tag}"
+        if inner:
+            self.width = step
+            self.body([*indices, index])
+        else:
+            block = self.loop(depth + 1, [*indices, index], block)
+        self.lines.append(f"  %n{tag} = add i64 {index}, {step}\n  br label %head{tag}\ndone{tag}:")
+        self.lines[phi] = f"  {index} = phi i64 [ {first}, %{came_from} ], [ %n{tag}, %{block} ]"
+        return f"done{tag}"
+
+    def body(self, indices: list[str]) -> None:
+        """One vector (or element) of the computation: loads, code, then stores, so that in-place is safe."""
+        values: list[str] = []
+        for instr in self.group.code:
+            values.append(self.instr(instr, values, indices))
+        for number, position in enumerate(self.group.stores):
+            pointer_index = self.group.num_arrays + self.group.num_tables + number
+            stride = self.nest.strides[self.group.num_arrays + number]
+            self.store(values[position], self.group.code[position].is_bool, pointer_index, stride, indices)
+
+    def address(self, pointer_index: int, strides: Sequence[int], indices: list[str], element: str) -> str:
+        offset = "0"
+        for index, stride in zip(indices, strides, strict=True):
+            if stride:
+                term = self.fresh(f"mul i64 {index}, {stride}")
+                offset = term if offset == "0" else self.fresh(f"add i64 {offset}, {term}")
+        return self.fresh(f"getelementptr {element}, ptr %p{pointer_index}, i64 {offset}")
+
+    def load(self, which: int, indices: list[str], element: str) -> str:
+        strides = self.nest.strides[which]
+        pointer = self.address(which, strides, indices, element)
+        step, width = strides[-1], self.width
+        align = 4 if element == "float" else 1
+        if width == 1:
+            return self.fresh(f"load {element}, ptr {pointer}, align {align}")
+        if step == 1:
+            return self.fresh(f"load <{width} x {element}>, ptr {pointer}, align {align}")
+        if step == 0:
+            return self.splat(self.fresh(f"load {element}, ptr {pointer}, align {align}"), element)
+        vector = "poison"
+        for lane in range(width):
+            lane_pointer = self.fresh(f"getelementptr {element}, ptr {pointer}, i64 {lane * step}")
+            scalar = self.fresh(f"load {element}, ptr {lane_pointer}, align {align}")
+            vector = self.fresh(f"insertelement <{width} x {element}> {vector}, {element} {scalar}, i32 {lane}")
+        return vector
+
+    def splat(self, scalar: str, element: str) -> str:
+        w = self.width
+        first = self.fresh(f"insertelement <{w} x {element}> poison, {element} {scalar}, i32 0")
+        return self.fresh(
+            f"shufflevector <{w} x {element}> {first}, <{w} x {element}> poison, <{w} x i32> zeroinitializer"
+        )
+
+    def store(self, value: str, is_bool: bool, pointer_index: int, strides: Sequence[int], indices: list[str]) -> None:
+        element = "i8" if is_bool else "float"
+        pointer = self.address(pointer_index, strides, indices, element)
+        kind = element if self.width == 1 else f"<{self.width} x {element}>"
+        if is_bool:
+            source = "i1" if self.width == 1 else f"<{self.width} x i1>"
+            value = self.fresh(f"zext {source} {value} to {kind}")
+        self.lines.append(f"  store {kind} {value}, ptr {pointer}, align {1 if is_bool else 4}")
+
+    def instr(self, instr: Instr, values: list[str], indices: list[str]) -> str:
+        f, _, suffix = _types(self.width)
+        truth = "i1" if self.width == 1 else f"<{self.width} x i1>"
+        s = [values[i] for i in instr.sources]
+        match instr.code:
+            case "load":
+                return self.load(instr.which, indices, "float")
+            case "load_bool":
+                kind = "i8" if self.width == 1 else f"<{self.width} x i8>"
+                return self.fresh(f"icmp ne {kind} {self.load(instr.which, indices, 'i8')}, {self.constant(0, 'i8')}")
+            case "const":
+                return self.constant(instr.value, "float")
+            case "add" | "sub" | "mul":
+                return self.round(self.fresh(f"f{instr.code} {f} {s[0]}, {s[1]}"))
+            case "max" | "min":
+                first = self.fresh(f"fcmp {'ogt' if instr.code == 'max' else 'olt'} {f} {s[0]}, {s[1]}")
+                return self.fresh(f"select {truth} {first}, {f} {s[0]}, {f} {s[1]}")
+            case "abs":
+                return self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {s[0]})")
+            case "lookup":
+                return self.lookup(s[0], instr.which)
+            case "mac_round":
+                return self.mac_round(s[0])
+            case "select":
+                kind = truth if instr.is_bool else f
+                return self.fresh(f"select {truth} {s[0]}, {kind} {s[1]}, {kind} {s[2]}")
+            case "and" | "or" | "xor":
+                return self.fresh(f"{instr.code} {truth} {s[0]}, {s[1]}")
+            case "not":
+                return self.fresh(f"icmp eq {truth} {s[0]}, {'false' if self.width == 1 else 'zeroinitializer'}")
+            case _:
+                return self.fresh(f"fcmp {_COMPARE[instr.code]} {f} {s[0]}, {s[1]}")
+
+    def constant(self, value: float, element: str) -> str:
+        if element == "float":
+            text = "0x" + _double_bits(value)
+        else:
+            text = str(int(value))
+        if self.width == 1:
+            return text
+        return "<" + ", ".join(f"{element} {text}" for _ in range(self.width)) + ">"
+
+    def round(self, x: str) -> str:
+        """Half away from zero to 11 bits, as `fp16.round_half_away` does, on the CPU's half conversion.
+
+        The CPU rounds ties to even. A tie ends in zero bits, so setting the last bit moves it outward; the
+        float32 just below a tie ends in one and stays. Overflow gives the CPU's inf, which is clamped to the
+        engine's (65536).
+        """
+        f, i, suffix = _types(self.width)
+        half = "half" if self.width == 1 else f"<{self.width} x half>"
+        bits = self.fresh(f"bitcast {f} {x} to {i}")
+        outward = self.fresh(f"or {i} {bits}, {self.constant(1, 'i32')}")
+        nudged = self.fresh(f"bitcast {i} {outward} to {f}")
+        narrow = self.fresh(f"fptrunc {f} {nudged} to {half}")
+        wide = self.fresh(f"fpext {half} {narrow} to {f}")
+        low = self.fresh(f"call {f} @llvm.minnum.{suffix}({f} {wide}, {f} {self.constant(65536.0, 'float')})")
+        return self.fresh(f"call {f} @llvm.maxnum.{suffix}({f} {low}, {f} {self.constant(-65536.0, 'float')})")
+
+    def mac_round(self, x: str) -> str:
+        """A multiply-accumulate result: 32768 and beyond become inf (65536), -0 becomes +0, then rounding."""
+        f, _, suffix = _types(self.width)
+        size = self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {x})")
+        over = self.fresh(f"fcmp oge {f} {size}, {self.constant(32768.0, 'float')}")
+        large = self.fresh(f"fmul {f} {x}, {self.constant(4.0, 'float')}")
+        clipped = self.fresh(f"select {_truth(self.width)} {over}, {f} {large}, {f} {x}")
+        rounded = self.round(clipped)
+        return self.fresh(f"fadd {f} {rounded}, {self.constant(0.0, 'float')}")
+
+    def lookup(self, x: str, table: int) -> str:
+        """Gather from a 65,536-entry table by the fp16 pattern of a decoded value."""
+        f, i, suffix = _types(self.width)
+        c = self.constant
+        bits = self.fresh(f"bitcast {f} {x} to {i}")
+        magnitude = self.fresh(f"and {i} {bits}, {c(0x7FFFFFFF, 'i32')}")
+        high = self.fresh(f"lshr {i} {bits}, {c(16, 'i32')}")
+        sign = self.fresh(f"and {i} {high}, {c(0x8000, 'i32')}")
+        shifted = self.fresh(f"lshr {i} {magnitude}, {c(13, 'i32')}")
+        normal = self.fresh(f"sub {i} {shifted}, {c(112 << 10, 'i32')}")
+        small = self.fresh(f"icmp ult {i} {magnitude}, {c(0x38800000, 'i32')}")
+        absolute = self.fresh(f"bitcast {i} {magnitude} to {f}")
+        bounded = self.fresh(f"select {_truth(self.width)} {small}, {f} {absolute}, {f} {c(0.0, 'float')}")
+        scaled = self.fresh(f"fmul {f} {bounded}, {c(2.0**24, 'float')}")
+        units = self.fresh(f"fptosi {f} {scaled} to {i}")
+        pattern = self.fresh(f"select {_truth(self.width)} {small}, {i} {units}, {i} {normal}")
+        index = self.fresh(f"or {i} {pattern}, {sign}")
+        base = f"%p{self.group.num_arrays + table}"
+        if self.width == 1:
+            wide = self.fresh(f"zext i32 {index} to i64")
+            pointer = self.fresh(f"getelementptr float, ptr {base}, i64 {wide}")
+            return self.fresh(f"load float, ptr {pointer}, align 4")
+        w = self.width
+        wide = self.fresh(f"zext {i} {index} to <{w} x i64>")
+        pointers = self.fresh(f"getelementptr float, ptr {base}, <{w} x i64> {wide}")
+        every = "<" + ", ".join(["i1 true"] * w) + ">"
+        return self.fresh(
+            f"call {f} @llvm.masked.gather.{suffix}.v{w}p0(<{w} x ptr> {pointers}, i32 4, <{w} x i1> {every}, {f} poison)"
+        )
+
+
+def _truth(width: int) -> str:
+    return "i1" if width == 1 else f"<{width} x i1>"
+
+
+def _double_bits(value: float) -> str:
+    return struct.pack(">d", value).hex().upper()

@@ -1,0 +1,122 @@
+"""Fused entries of a plan: from MIL ops to one compiled loop bound to its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.mil import Arg, Literal, Op, Value
+from ane_trainer.ane.opset import bind
+from ane_trainer.ane.simulator import fuse, jit
+from ane_trainer.ane.simulator.border import literal_array
+from ane_trainer.ane.simulator.loops import element_strides, nest
+from ane_trainer.ane.simulator.pointwise_code import Code, write
+from ane_trainer.ane.simulator.registry import Context
+
+Array = NDArray[Any]
+
+#: Elements below which one thread is faster than two (hand-over costs about 20 us).
+PARALLEL_ELEMENTS = 1 << 16
+
+_compiled: dict[str, Callable[..., None]] = {}
+
+
+class Compiler:
+    """Collects the fused loops of one plan and compiles them as one module; equal loops are compiled once."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._bodies: dict[str, str] = {}  # body -> function name
+        self._keep: list[Any] = []
+
+    def add(
+        self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
+    ) -> Callable[[], None]:
+        """The step that computes `outputs` from the ops; callable once `finish` has been called."""
+        group, arrays = self._translate(ops, outputs, array_of)
+        shape = ops[0].result.type.shape
+        targets = [array_of(value) for value in outputs]
+        loops = nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)])
+        body = fuse.emit("FUNCTION", group[0], loops, jit.host_vector_width())
+        self._bodies.setdefault(body, f"fused{len(self._bodies)}")
+        memory = [*arrays, *group[1], *targets]
+        self._keep.append(memory)
+        pointers = [a.ctypes.data for a in memory]
+        return _step(body, pointers, loops.extents, self.context.threads)
+
+    def finish(self) -> None:
+        """Compile every loop that this process has not compiled before."""
+        missing = [body for body in self._bodies if body not in _compiled]
+        if not missing:
+            return
+        names = [f"fused{i}" for i in range(len(missing))]
+        text = fuse.declarations(jit.host_vector_width())
+        for name, body in zip(names, missing, strict=True):
+            text += body.replace("@FUNCTION", f"@{name}", 1)
+        functions = jit.compile_ir(text, names)
+        for name, body in zip(names, missing, strict=True):
+            _compiled[body] = functions[name]
+
+    def _translate(
+        self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
+    ) -> tuple[tuple[fuse.Group, list[Array]], list[Array]] | Any:
+        code = Code()
+        arrays: list[Array] = []
+        positions: dict[str, int] = {}
+
+        def operand(argument: Arg) -> int:
+            if isinstance(argument, Value) and argument.name in positions:
+                return positions[argument.name]
+            if isinstance(argument, Literal):
+                constant = literal_array(argument)
+                if constant.size == 1 and constant.dtype == np.float32:
+                    return code.add("const", value=float(constant.reshape(-1)[0]))
+                array: Array = np.ascontiguousarray(constant)
+            else:
+                array = array_of(argument)
+            arrays.append(array)
+            kind = "load_bool" if array.dtype == np.bool_ else "load"
+            position = code.add(kind, which=len(arrays) - 1)
+            if isinstance(argument, Value):
+                positions[argument.name] = position
+            return position
+
+        for op in ops:
+            call = bind(op.kind, dict(op.args))
+            tensors = [p.name for p in call.op.params if p.role == "tensor"]
+            sources = tuple(operand(call.args[name]) for name in tensors if name in call.args)
+            positions[op.result.name] = write(code, self.context, call, sources)
+        stores = tuple(positions[value.name] for value in outputs)
+        group = fuse.Group(tuple(code.instrs), len(arrays), len(code.tables), stores)
+        return (group, list(code.tables)), arrays
+
+
+def _step(body: str, pointers: list[int], extents: tuple[int, ...], threads: int) -> Callable[[], None]:
+    """A callable that runs the loop, split over the outermost axis when there is enough to do."""
+    outer, total = extents[0], int(np.prod(extents))
+    parts = threads if total >= PARALLEL_ELEMENTS else 1
+    unit = 64 if len(extents) == 1 else 1
+    bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]
+    pieces = [(*pointers, a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+
+    def step() -> None:
+        jit.run_parallel(_compiled[body], pieces, threads)
+
+    return step
+
+
+def round_in_place(array: Array, context: Context) -> Callable[[], None]:
+    """A step that turns raw fp32 accumulator values into engine results, where they are: overflow, then rounding."""
+    code = Code()
+    rounded = code.add("mac_round", code.add("load", which=0))
+    group = fuse.Group(tuple(code.instrs), 1, 0, (rounded,))
+    strides = element_strides(array, array.shape)
+    loops = nest(array.shape, [strides, strides])
+    body = fuse.emit("FUNCTION", group, loops, jit.host_vector_width())
+    if body not in _compiled:
+        text = fuse.declarations(jit.host_vector_width()) + body.replace("@FUNCTION", "@fused0", 1)
+        _compiled[body] = jit.compile_ir(text, ["fused0"])["fused0"]
+    return _step(body, [array.ctypes.data] * 2, loops.extents, context.threads)

@@ -1,0 +1,48 @@
+"""Loop geometry of pointwise work: which strides each array has, and how few loops it takes.
+
+Arrays that take part in one pointwise computation are broadcast to a common shape; adjacent axes are merged
+where every array steps through them evenly, so that a contiguous computation is one loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A loop nest: `extents` from outermost to innermost, and per array its element strides in that order."""
+
+    extents: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+
+def element_strides(array: NDArray[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of `array` broadcast to `shape`; 0 along broadcast axes."""
+    view = np.broadcast_to(array, shape)
+    return tuple(0 if extent == 1 else s // array.itemsize for s, extent in zip(view.strides, shape, strict=True))
+
+
+def nest(shape: tuple[int, ...], strides: Sequence[tuple[int, ...]]) -> Nest:
+    """Drop axes of extent 1 and merge adjacent axes that every array walks through evenly."""
+    kept = [axis for axis, extent in enumerate(shape) if extent != 1]
+    if not kept:
+        return Nest((1,), tuple((1,) for _ in strides))
+    extents = [shape[kept[0]]]
+    merged = [[s[kept[0]]] for s in strides]
+    for axis in kept[1:]:
+        extent = shape[axis]
+        if all(m[-1] == s[axis] * extent for m, s in zip(merged, strides, strict=True)):
+            extents[-1] *= extent
+            for m, s in zip(merged, strides, strict=True):
+                m[-1] = s[axis]
+        else:
+            extents.append(extent)
+            for m, s in zip(merged, strides, strict=True):
+                m.append(s[axis])
+    return Nest(tuple(extents), tuple(map(tuple, merged)))

@@ -1,0 +1,226 @@
+"""A prepared program: buffers laid out, pointwise work fused and compiled, ready to run many times.
+
+Every value has its place in memory from the start; views (`reshape`, `transpose`, slices) cost nothing.
+Inputs that an alias feeds are resident: a run reads them and leaves the next state in the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.opset import bind
+from ane_trainer.ane.simulator import fused_entry
+from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
+from ane_trainer.ane.simulator.registry import KERNELS, WRITES, Context
+from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
+from ane_trainer.ane.simulator.views import view_of
+
+Array = NDArray[Any]
+Step = Callable[[], None]
+
+
+@dataclass
+class Plan:
+    """A function bound to memory. `run` executes it; `write` and `read` reach resident inputs."""
+
+    function: Function
+    context: Context
+    buffers: dict[str, Array]
+    steps: list[Step]
+    resident: frozenset[str]
+    results: tuple[Value, ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute once. `feeds` gives every input that is not resident; returns the outputs that are not aliased."""
+        for value in self.function.inputs:
+            if value.name in feeds:
+                self.write(value.name, feeds[value.name])
+            elif value.name not in self.resident:
+                raise SimulationError(f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101")
+        for step in self.steps:
+            step()
+        return {value.name: to_border(self.buffers[value.name], value.type) for value in self.results}
+
+    def write(self, name: str, array: Array) -> None:
+        """Set an input from a border array: float16 for fp16 (bit patterns count), bool, int or float32."""
+        value = next((v for v in self.function.inputs if v.name == name), None)
+        if value is None:
+            known = ", ".join(v.name for v in self.function.inputs)
+            raise SimulationError(f"write: needs one of the inputs {known}; got {name}.", code="SIM102")
+        if tuple(array.shape) != value.type.shape:
+            raise SimulationError(
+                f"write {name}: needs the shape {value.type.shape}; got {tuple(array.shape)}.", code="SIM103"
+            )
+        from_border(np.asarray(array), value.type, self.buffers[name])
+
+    def read(self, name: str) -> Array:
+        """A copy of an input's present value (the state, for resident inputs) as a border array."""
+        value = next(v for v in self.function.inputs if v.name == name)
+        return to_border(self.buffers[name], value.type)
+
+
+def prepare(function: Function, context: Context, aliases: Sequence[tuple[str, str]] = ()) -> Plan:
+    """Lay out memory and compile; `aliases` lists (output, input) pairs whose output is the next run's input."""
+    return _Binder(function, context, aliases).bind()
+
+
+class _Binder:
+    """Builds a plan: one pass over the schedule, allocating and binding each entry."""
+
+    def __init__(self, function: Function, context: Context, aliases: Sequence[tuple[str, str]]) -> None:
+        self.function, self.context = function, context
+        self.next_input = dict(aliases)
+        self.entries = schedule(function)
+        self.buffers: dict[str, Array] = {}
+        self.base: dict[str, str] = {}  # view -> the value whose memory it shows
+        self.steps: list[Step] = []
+        self.compiler = fused_entry.Compiler(context)
+        self.last_read = self._last_reads()
+
+    def bind(self) -> Plan:
+        for value in self.function.inputs:
+            self.buffers[value.name] = np.zeros(value.type.shape, storage_dtype(value.type))
+            self.base[value.name] = value.name
+        for index, entry in enumerate(self.entries):
+            if entry.fused:
+                self._bind_fused(index, entry)
+            else:
+                self._bind_single(entry.ops[0])
+        self._copy_state_back()
+        self.compiler.finish()
+        aliased = set(self.next_input)
+        results = tuple(v for v in self.function.outputs if v.name not in aliased)
+        resident = frozenset(self.next_input.values())
+        return Plan(self.function, self.context, self.buffers, self.steps, resident, results)
+
+    def _bind_fused(self, index: int, entry: Entry) -> None:
+        made = {op.result.name for op in entry.ops}
+        outputs = [op.result for op in entry.ops if self.last_read.get(op.result.name, -1) > index]
+        for value in outputs:
+            target = self._in_place_target(value, index, made)
+            buffer = self.buffers[target] if target else np.empty(value.type.shape, storage_dtype(value.type))
+            self.buffers[value.name] = buffer
+            self.base[value.name] = target or value.name
+        self.steps.append(self.compiler.add(entry.ops, outputs, self.array_of))
+
+    def _in_place_target(self, value: Value, index: int, made: set[str]) -> str | None:
+        """The resident input that this output may overwrite: nobody reads it later, and here only in step."""
+        target = self.next_input.get(value.name)
+        if target is None or self._last_read_of_memory(target) > index:
+            return None
+        for op in self.entries[index].ops:
+            for operand in op.operands():
+                if operand.name not in made and self.base[operand.name] == target:
+                    same = self.buffers[operand.name].strides == self.buffers[target].strides
+                    if not same or operand.type.shape != value.type.shape:
+                        return None
+        return target
+
+    def _bind_single(self, op: Op) -> None:
+        if op.kind in VIEWS and all(isinstance(v, Value) for k, v in op.args if k == "x"):
+            views = view_of(bind(op.kind, dict(op.args)), self.array_of(op.args[0][1]))
+            if views is not None:
+                source = self.base[next(op.operands()).name]
+                for value, view in zip(op.results, views, strict=True):
+                    self.buffers[value.name] = view
+                    self.base[value.name] = source
+                return
+        outputs = []
+        for value in op.results:
+            outputs.append(np.zeros(value.type.shape, storage_dtype(value.type)))
+            self.buffers[value.name], self.base[value.name] = outputs[-1], value.name
+        self.steps.append(_kernel_step(op, self.context, self._operands(op), outputs))
+
+    def _operands(self, op: Op) -> list[Any]:
+        """The op's tensor operands as arrays, in the order of its parameters."""
+        definition = bind(op.kind, dict(op.args)).op
+        operands: list[Any] = []
+        for param in definition.params:
+            if param.role == "const":
+                continue
+            argument = op.arg(param.name)
+            if argument is None:
+                operands.append(None)
+            elif isinstance(argument, tuple):
+                operands.append(tuple(self.array_of(item) for item in argument))
+            else:
+                operands.append(self.array_of(argument))
+        return operands
+
+    def array_of(self, argument: Arg) -> Array:
+        """The memory of a value, or a literal as an array."""
+        if isinstance(argument, Value):
+            return self.buffers[argument.name]
+        if isinstance(argument, Literal):
+            return literal_array(argument)
+        raise SimulationError("plan: needs one operand; got several.", code="SIM100")
+
+    def _copy_state_back(self) -> None:
+        """Outputs that could not be written in place are copied into their input at the end of a run."""
+        pairs = []
+        for output, target in self.next_input.items():
+            if self.buffers[output] is not self.buffers[target]:
+                pairs.append((self.buffers[target], self.buffers[output]))
+        if pairs:
+            self.steps.append(lambda: [np.copyto(to, source) for to, source in _independent(pairs)] and None)
+
+    def _last_reads(self) -> dict[str, int]:
+        """For each value, the index of the last entry that reads it; outputs are read at the very end."""
+        last: dict[str, int] = {}
+        for index, entry in enumerate(self.entries):
+            for name in entry.reads:
+                last[name] = index
+        for value in self.function.outputs:
+            last[value.name] = len(self.entries)
+        return last
+
+    def _last_read_of_memory(self, name: str) -> int:
+        """The last read of a value or of any view bound on its memory; views bound later read later."""
+        latest = -1
+        shown = {name}
+        for index, entry in enumerate(self.entries):
+            for op in entry.ops:
+                if any(v.name in shown for v in op.operands()):
+                    latest = max(latest, index)
+                    if op.kind in VIEWS:
+                        shown.update(v.name for v in op.results)
+        for value in self.function.outputs:
+            if value.name in shown:
+                latest = len(self.entries)
+        return latest
+
+
+def _independent(pairs: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+    """Copies whose source is the target of another copy (swapped states) read the old value first."""
+    targets = [to for to, _ in pairs]
+    return [(to, source.copy() if any(np.shares_memory(source, t) for t in targets) else source) for to, source in pairs]
+
+
+def _kernel_step(op: Op, context: Context, operands: list[Any], outputs: list[Array]) -> Step:
+    """One unfused op as a callable that fills `outputs`."""
+    call = bind(op.kind, dict(op.args))
+    writer = WRITES.get(op.kind)
+    if writer is not None:
+        return writer(context, call, outputs, *operands)
+    kernel = KERNELS.get(op.kind)
+    if kernel is None:
+        raise SimulationError(f"{op.name}: the simulator has no kernel for {op.kind}.", code="SIM104")
+
+    def step() -> None:
+        results = kernel.run(context, call, *operands)
+        for out, result in zip(outputs, results if isinstance(results, tuple) else (results,), strict=True):
+            out[...] = result
+
+    return step
+
+
+def result_types(function: Function) -> dict[str, TensorType]:
+    """The types of the outputs, by name."""
+    return {value.name: value.type for value in function.outputs}

@@ -1,0 +1,68 @@
+"""The order of work: which ops run alone and which pointwise ops share one fused loop.
+
+An entry may use only what earlier entries made, or, inside a fused entry, what the entry itself made. A
+pointwise op joins the earliest fused entry of its shape for which that holds; otherwise it opens a new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ane_trainer.ane.mil import Function, Op
+from ane_trainer.ane.simulator.pointwise_code import is_pointwise
+
+#: Ops whose result is another view of their operand's memory (no work unless the view needs a copy).
+VIEWS = frozenset("reshape transpose expand_dims squeeze slice_by_size slice_by_index split".split())
+
+
+@dataclass
+class Entry:
+    """One unit of work. `ops` is one op, or several pointwise ops of one result shape (`fused`)."""
+
+    ops: list[Op]
+    fused: bool = False
+    reads: set[str] = field(default_factory=set)
+
+
+def schedule(function: Function) -> list[Entry]:
+    """Entries in an order that respects every dependency; dead ops are left out."""
+    made_by: dict[str, int] = {value.name: -1 for value in function.inputs}
+    entries: list[Entry] = []
+    for op in live_ops(function):
+        needs = max((made_by[v.name] for v in op.operands()), default=-1)
+        index = _place(op, needs, entries) if _fusable(op) else None
+        if index is None:
+            index = len(entries)
+            entries.append(Entry([], _fusable(op)))
+        entries[index].ops.append(op)
+        entries[index].reads.update(v.name for v in op.operands())
+        for value in op.results:
+            made_by[value.name] = index
+    return entries
+
+
+def live_ops(function: Function) -> list[Op]:
+    """The ops that an output depends on, in order."""
+    needed = {value.name for value in function.outputs}
+    kept: list[Op] = []
+    for op in reversed(function.ops):
+        if any(value.name in needed for value in op.results):
+            kept.append(op)
+            needed.update(value.name for value in op.operands())
+    return kept[::-1]
+
+
+def _fusable(op: Op) -> bool:
+    """Pointwise on fp16 or bool; int32 and fp32 work runs on its own kernel."""
+    types = [v.type.dtype for v in op.operands()] + [v.type.dtype for v in op.results]
+    return is_pointwise(op.kind) and all(t in ("fp16", "bool") for t in types) and any(True for _ in op.operands())
+
+
+def _place(op: Op, needs: int, entries: list[Entry]) -> int | None:
+    """The earliest fused entry of the same shape at or after `needs` (at `needs` only if it is fused)."""
+    shape = op.result.type.shape
+    for index in range(max(needs, 0), len(entries)):
+        entry = entries[index]
+        if entry.fused and entry.ops[0].result.type.shape == shape:
+            return index
+    return None

@@ -1,0 +1,33 @@
+"""Ops that only re-read memory, as NumPy views; None where the result cannot be a view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.opset import Call
+from ane_trainer.ane.opset.movement import index_slices
+
+Array = NDArray[Any]
+
+
+def view_of(call: Call, x: Array) -> tuple[Array, ...] | None:
+    """The results of a view op on `x` without copying, or None when a copy is needed."""
+    kind = call.op.kind
+    if kind == "transpose":
+        return (x.transpose(call.integers("perm")),)
+    if kind in ("reshape", "expand_dims", "squeeze"):
+        (type_,) = call.op.infer(call)
+        view = x.reshape(type_.shape)
+        return (view,) if np.shares_memory(view, x) or x.size == 0 else None
+    if kind == "slice_by_size":
+        (type_,) = call.op.infer(call)
+        begin = call.integers("begin")
+        return (x[tuple(slice(b, b + s) for b, s in zip(begin, type_.shape, strict=True))],)
+    if kind == "slice_by_index":
+        slices, squeezed = index_slices(call)
+        kept = x[slices]
+        return (kept.reshape(tuple(n for n, gone in zip(kept.shape, squeezed, strict=True) if not gone)),)
+    return None
