@@ -173,7 +173,8 @@ def load_dataset(
     if len(train_batches) == 0:
         raise DataError(
             f"load_dataset({info.name!r}): needs at least one full batch; got "
-            f"{train_batches.num_examples:,} training examples for batch_size {batch_size}. Lower batch_size, raise limit, or pass drop_last=False.",
+            f"{train_batches.num_examples:,} training examples for batch_size {batch_size}. "
+            "Lower batch_size, raise limit, or pass drop_last=False.",
             code="DATA102",
         )
     return train_batches, test_batches

@@ -1,0 +1,1 @@
+"""The networks behind `ane_trainer.models.build_model`."""

@@ -1,0 +1,70 @@
+"""Models out of a user's file: `path/to/file.py:ClassName`."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.utils import did_you_mean
+
+
+def load_model_class(spec: str) -> Callable[..., Any]:
+    """The class or function that "path/to/file.py:ClassName" names; UsageError ANE102 if there is none.
+
+    The file is run, as by `python file.py` but with a name of its own, and may import modules beside it.
+    """
+    path_text, _, attribute = spec.rpartition(":")
+    path = Path(path_text).expanduser().resolve()
+    if not path_text or not attribute:
+        raise UsageError(f"model: needs path/to/file.py:ClassName; got {spec!r}.", code="ANE102")
+    if not path.is_file():
+        raise UsageError(
+            f"model: needs a Python file; got {path_text!r}, which does not exist.", code="ANE102"
+        )
+    module_name = f"ane_trainer_user_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"model: needs a Python file (.py); got {path_text!r}.", code="ANE102")
+    module = importlib.util.module_from_spec(module_spec)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    sys.modules[module_name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        del sys.modules[module_name]
+        raise UsageError(f"model: {path_text} cannot be imported: {error}", code="ANE102") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
+        hint = did_you_mean(attribute, own)
+        raise UsageError(
+            f"model: needs a class or function in {path_text}; got {attribute!r}. {hint}", code="ANE102"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def build_user_model(spec: str, offered: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    """Call the user's class with what it takes of `offered`, and all of `options`."""
+    found = load_model_class(spec)
+    parameters = inspect.signature(found).parameters
+    arguments = {key: value for key, value in offered.items() if key in parameters} | options
+    try:
+        inspect.signature(found).bind(**arguments)
+    except TypeError as error:
+        raise UsageError(
+            f"model {spec}: needs a constructor callable with {', '.join(arguments) or 'no arguments'}; "
+            f"got {inspect.signature(found)} ({error}). Give its parameters defaults or pass them.",
+            code="ANE103",
+        ) from None
+    model = found(**arguments)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model {spec}: needs an nn.Module; got {type(model).__name__}.", code="ANE103")
+    return model
