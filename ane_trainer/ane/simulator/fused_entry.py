@@ -15,6 +15,7 @@ from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.loops import element_strides, nest
 from ane_trainer.ane.simulator.pointwise_code import Code, write
 from ane_trainer.ane.simulator.registry import Context
+from ane_trainer.ane.simulator.tabulate import tabulate
 
 Array = NDArray[Any]
 
@@ -36,13 +37,13 @@ class Compiler:
         self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
     ) -> Callable[[], None]:
         """The step that computes `outputs` from the ops; callable once `finish` has been called."""
-        group, arrays = self._translate(ops, outputs, array_of)
+        group, arrays, tables = self._translate(ops, outputs, array_of)
         shape = ops[0].result.type.shape
         targets = [array_of(value) for value in outputs]
         loops = nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)])
-        body = fuse.emit("FUNCTION", group[0], loops, jit.host_vector_width())
+        body = fuse.emit("FUNCTION", group, loops, jit.host_vector_width())
         self._bodies.setdefault(body, f"fused{len(self._bodies)}")
-        memory = [*arrays, *group[1], *targets]
+        memory = [*arrays, *tables, *targets]
         self._keep.append(memory)
         pointers = [a.ctypes.data for a in memory]
         return _step(body, pointers, loops.extents, self.context.threads)
@@ -62,7 +63,8 @@ class Compiler:
 
     def _translate(
         self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
-    ) -> tuple[tuple[fuse.Group, list[Array]], list[Array]] | Any:
+    ) -> tuple[fuse.Group, list[Array], list[Array]]:
+        """The fused group, its arrays and its tables."""
         code = Code()
         arrays: list[Array] = []
         positions: dict[str, int] = {}
@@ -91,7 +93,8 @@ class Compiler:
             positions[op.result.name] = write(code, self.context, call, sources)
         stores = tuple(positions[value.name] for value in outputs)
         group = fuse.Group(tuple(code.instrs), len(arrays), len(code.tables), stores)
-        return (group, list(code.tables)), arrays
+        group, tables = tabulate(group, code.tables)
+        return group, arrays, tables
 
 
 def _step(body: str, pointers: list[int], extents: tuple[int, ...], threads: int) -> Callable[[], None]:

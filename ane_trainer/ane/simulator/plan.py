@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.mil import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.opset import bind
 from ane_trainer.ane.simulator import fused_entry
 from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
@@ -169,7 +169,7 @@ class _Binder:
             if self.buffers[output] is not self.buffers[target]:
                 pairs.append((self.buffers[target], self.buffers[output]))
         if pairs:
-            self.steps.append(lambda: [np.copyto(to, source) for to, source in _independent(pairs)] and None)
+            self.steps.append(lambda: _copy(pairs))
 
     def _last_reads(self) -> dict[str, int]:
         """For each value, the index of the last entry that reads it; outputs are read at the very end."""
@@ -197,10 +197,12 @@ class _Binder:
         return latest
 
 
-def _independent(pairs: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-    """Copies whose source is the target of another copy (swapped states) read the old value first."""
+def _copy(pairs: list[tuple[Array, Array]]) -> None:
+    """Copy each source to its target; a source that is the target of another copy (swapped states) is read first."""
     targets = [to for to, _ in pairs]
-    return [(to, source.copy() if any(np.shares_memory(source, t) for t in targets) else source) for to, source in pairs]
+    sources = [s.copy() if any(np.may_share_memory(s, t) for t in targets) else s for _, s in pairs]
+    for to, source in zip(targets, sources, strict=True):
+        np.copyto(to, source)
 
 
 def _kernel_step(op: Op, context: Context, operands: list[Any], outputs: list[Array]) -> Step:
@@ -220,7 +222,3 @@ def _kernel_step(op: Op, context: Context, operands: list[Any], outputs: list[Ar
 
     return step
 
-
-def result_types(function: Function) -> dict[str, TensorType]:
-    """The types of the outputs, by name."""
-    return {value.name: value.type for value in function.outputs}
