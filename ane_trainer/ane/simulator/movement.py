@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.movement import index_slices
 from ane_trainer.ane.simulator.fp16 import INF
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
-from ane_trainer.ane.simulator.views import view_of
+from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 
 Array = NDArray[Any]
 
@@ -84,11 +83,3 @@ def sliced(ctx: Context, call: Call, x: Array) -> Array:
         return np.asarray(result)
     return np.where(np.abs(result) > clamp, np.copysign(INF, result), result)
 
-
-def offset_on_last_axis(call: Call) -> bool:
-    """True when a slice op starts inside the last axis of its operand."""
-    rank = call.type().rank
-    if call.op.kind == "slice_by_size":
-        return call.integers("begin")[-1] != 0
-    slices, _ = index_slices(call)
-    return slices[-1].indices(call.type().shape[-1])[0] != 0 if rank else False

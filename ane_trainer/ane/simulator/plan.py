@@ -20,7 +20,7 @@ from ane_trainer.ane.simulator import fused_entry
 from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
 from ane_trainer.ane.simulator.registry import KERNELS, WRITES, Context
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
-from ane_trainer.ane.simulator.views import view_of
+from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 
 Array = NDArray[Any]
 Step = Callable[[], None]
@@ -124,8 +124,10 @@ class _Binder:
         return target
 
     def _bind_single(self, op: Op) -> None:
-        if op.kind in VIEWS and all(isinstance(v, Value) for k, v in op.args if k == "x"):
-            views = view_of(bind(op.kind, dict(op.args)), self.array_of(op.args[0][1]))
+        call = bind(op.kind, dict(op.args))
+        clamped = self.context.chip.width_slice_clamp is not None and offset_on_last_axis(call)
+        if op.kind in VIEWS and isinstance(op.arg("x"), Value) and not clamped:
+            views = view_of(call, self.array_of(call.args["x"]))
             if views is not None:
                 source = self.base[next(op.operands()).name]
                 for value, view in zip(op.results, views, strict=True):

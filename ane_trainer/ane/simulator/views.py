@@ -31,3 +31,13 @@ def view_of(call: Call, x: Array) -> tuple[Array, ...] | None:
         kept = x[slices]
         return (kept.reshape(tuple(n for n, gone in zip(kept.shape, squeezed, strict=True) if not gone)),)
     return None
+
+
+def offset_on_last_axis(call: Call) -> bool:
+    """True when a slice op starts inside the last axis of its operand: the crop unit moves it, and may clamp."""
+    if call.op.kind == "slice_by_size":
+        return call.integers("begin")[-1] != 0
+    if call.op.kind == "slice_by_index":
+        slices, _ = index_slices(call)
+        return slices[-1].indices(call.type().shape[-1])[0] != 0
+    return False
