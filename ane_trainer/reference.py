@@ -1,0 +1,77 @@
+"""The `cpu` device: the same training step by plain PyTorch in fp32, for comparison with the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class CpuStep:
+    """One training step as every PyTorch user writes it; has the attributes of a compiled step."""
+
+    compiles = 0
+    dispatches_per_step = 0
+    engine_flop_fraction = 0.0
+    host_bytes_per_step = 0
+    loss_scale = 1.0
+    skipped_steps = 0
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._model, self._loss, self._optimizer = model, loss, optimizer
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Forward, loss, backward, update; returns the loss."""
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self._model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return loss.detach()
+
+    def sync(self) -> None:
+        """Nothing to do: the module's parameters are the state."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameters, buffers and the optimizer's state, as tensors by name."""
+        tensors = {f"model/{name}": value for name, value in self._model.state_dict().items()}
+        for number, state in self._optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if value is not None:
+                    tensors[f"optimizer/{number}/{key}"] = torch.as_tensor(value)
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` returned."""
+        prefix = "model/"
+        self._model.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer/"):
+                _, number, key = name.split("/", 2)
+                state.setdefault(int(number), {})[key] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class CpuForward:
+    """The model's inference by plain PyTorch in fp32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The model's output in evaluation mode; the module's mode is put back afterwards."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                return self._model(x)  # type: ignore[no-any-return]
+        finally:
+            self._model.train(training)

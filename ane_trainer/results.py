@@ -1,0 +1,78 @@
+"""The outcome of training as values: one record per epoch, the result of the run, and their JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean loss and share of right answers over `examples`; accuracy is None where there are no classes."""
+
+    loss: float
+    accuracy: float | None
+    examples: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training data. `steps` and `skipped_steps` count this epoch only."""
+
+    epoch: int
+    steps: int
+    train_loss: float
+    val_loss: float | None
+    val_accuracy: float | None
+    loss_scale: float
+    skipped_steps: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As a line of metrics.jsonl."""
+        return {name.name: getattr(self, name.name) for name in fields(self)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run did and what is known about it.
+
+    `steps` counts dispatched steps, skipped ones included; `seconds_total` is the wall time from loading the
+    data to the last evaluation, `seconds_per_step` the mean of the loop without compiling. `placement` says
+    where the step's ops ran and how that is known. `estimate` is the cost model's figure for one step on the
+    chip. None always means "not known", never zero.
+    """
+
+    dataset: str | None
+    model: str
+    parameters: int
+    epochs: int
+    steps: int
+    train_loss: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    device: str
+    chip: str | None
+    fidelity: str | None
+    compiles: int
+    dispatches_per_step: float
+    engine_flop_fraction: float | None
+    host_bytes_per_step: int | None
+    loss_scale: float | None
+    skipped_steps: int
+    seconds_total: float
+    seconds_compile: float
+    seconds_per_step: float
+    fp32_reference: Mapping[str, Any] | None = None
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    estimate: Mapping[str, Any] | None = None
+    energy_joules: float | None = None
+    history: tuple[Epoch, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As result.json; `details` (versions, seeds, batch size, paths) are merged into the top level."""
+        plain = {name.name: getattr(self, name.name) for name in fields(self)}
+        plain["history"] = [epoch.to_json() for epoch in self.history]
+        return {**plain.pop("details"), **plain}
