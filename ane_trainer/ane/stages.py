@@ -29,13 +29,14 @@ class Port:
 
     `shape` is the tensor's shape in the program (rank-0 tensors become `(1,)`). `target` is the dotted name
     in the module or optimizer that a state port mirrors, e.g. `fc1.weight`, `fc1.weight/exp_avg`,
-    `fc1.weight/residual`, `loss_scale`.
+    `fc1.weight/residual`, `loss_scale`. The port holds the user's value times `scale` (a power of two).
     """
 
     name: str
     shape: tuple[int, ...]
     role: str
     target: str = ""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

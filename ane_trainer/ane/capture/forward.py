@@ -1,0 +1,55 @@
+"""The forward pass in evaluation mode as one pure function of (state, batch)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.findings import refuse_unsupported
+from ane_trainer.ane.capture.slots import float_buffers, identifier, unique
+from ane_trainer.ane.capture.sources import SourceMode, watch_modules
+from ane_trainer.ane.capture.step import batch_ports, call_model, copies, finish
+from ane_trainer.ane.capture.trace import trace
+from ane_trainer.ane.stages import Captured, Port
+
+
+def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
+    """Trace `model.eval()(example)`; the model's training mode is put back afterwards."""
+    tensors = {**dict(model.named_parameters()), **float_buffers(model)}
+    batch = batch_ports(example, "x")
+    state = [Port(identifier(n), tuple(t.shape) or (1,), "state", n) for n, t in tensors.items()]
+    ports = unique([*batch, *state])
+    spec = pytree.tree_structure(example)
+    leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    inputs = {
+        p.name: (t.detach().float() if t.is_floating_point() else t).reshape(p.shape)
+        for p, t in zip(ports, [*leaves, *tensors.values()], strict=True)
+    }
+    outputs: list[Port] = []
+
+    def run_forward(*values: torch.Tensor) -> list[torch.Tensor]:
+        x = pytree.tree_unflatten(list(values[: len(batch)]), spec)
+        named = {
+            n: v.reshape(t.shape) for (n, t), v in zip(tensors.items(), values[len(batch) :], strict=True)
+        }
+        with torch.no_grad(), watch_modules(model) as stack, SourceMode(stack.here):
+            results = pytree.tree_leaves(call_model(model, {**copies(model), **named}, x))
+        several = len(results) > 1
+        names = [f"output_{i}" if several else "output" for i in range(len(results))]
+        outputs[:] = [
+            Port(n, tuple(r.shape) or (1,), "result", n) for n, r in zip(names, results, strict=True)
+        ]
+        return [r.reshape(p.shape) for r, p in zip(results, outputs, strict=True)]
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        graph = trace(run_forward, inputs, decomposition_table())
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    refuse_unsupported(graph)
+    return finish(graph, (*ports[len(batch) :], *ports[: len(batch)]), tuple(outputs))

@@ -1,0 +1,47 @@
+"""Losses by name, and any callable `(output, target) -> scalar`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ane_trainer.ane.errors import UsageError
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+LOSSES: Mapping[str, Loss] = {
+    "cross_entropy": F.cross_entropy,
+    "nll": F.nll_loss,
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "huber": F.huber_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "bce": F.binary_cross_entropy,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+}
+
+
+def get_loss(loss: str | Loss) -> Loss:
+    """The loss function called `loss` (mean over the batch), or the callable itself.
+
+    Raises: UsageError for an unknown name.
+    """
+    if callable(loss):
+        return loss
+    if loss in LOSSES:
+        return LOSSES[loss]
+    near = difflib.get_close_matches(str(loss), LOSSES, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise UsageError(
+        f"loss: needs one of {', '.join(LOSSES)} or a callable(output, target); got {loss!r}. {hint}"
+        "Choose a known loss."
+    )
+
+
+def loss_name(loss: str | Loss) -> str:
+    """How messages call the loss."""
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)

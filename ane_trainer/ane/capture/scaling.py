@@ -1,0 +1,41 @@
+"""Dynamic loss scaling on the engine: the overflow flag, and the next scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+#: A scaled gradient of this magnitude or more counts as an overflow (the accumulator's range ends here).
+OVERFLOW = 32768.0
+LARGEST_SCALE = 32768.0
+SMALLEST_SCALE = 1.0
+#: Good steps before the scale doubles; the counter is fp16, exact to 2048.
+GROWTH_INTERVAL = 500
+
+
+def gradients_fit(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[1]: 1.0 if every scaled gradient is below OVERFLOW in magnitude, else 0.0."""
+    largest = None
+    for gradient in gradients:
+        peak = gradient.abs().amax().reshape(1)
+        largest = peak if largest is None else torch.maximum(largest, peak)
+    if largest is None:
+        return torch.ones(1)
+    return (largest < OVERFLOW).to(torch.float32)
+
+
+def next_scale(
+    scale: torch.Tensor, inverse: torch.Tensor, good: torch.Tensor, ok: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss_scale, 1 / loss_scale, good_steps) after a step; powers of two throughout, so all is exact.
+
+    A bad step halves the scale; GROWTH_INTERVAL good ones in a row double it; it stays within its bounds.
+    """
+    good = (good + 1.0) * ok
+    grow = (good >= GROWTH_INTERVAL).to(torch.float32)
+    factor = (ok * 0.5 + 0.5) * (grow + 1.0)
+    inverse_factor = (2.0 - ok) * (1.0 - grow * 0.5)
+    new_scale = torch.clamp(scale * factor, SMALLEST_SCALE, LARGEST_SCALE)
+    new_inverse = torch.clamp(inverse * inverse_factor, 1.0 / LARGEST_SCALE, 1.0 / SMALLEST_SCALE)
+    return new_scale, new_inverse, good * (1.0 - grow)

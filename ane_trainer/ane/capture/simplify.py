@@ -1,0 +1,116 @@
+"""Tidying a traced graph: identities, repeated values and dead nodes go, so that lowering sees only work.
+
+before: `t = permute(x, [1, 0]); u = permute(t, [1, 0]); v = view(u, same shape)`   after: `x`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+#: Values are immutable in a functional graph, so copies are identities.
+_COPIES = {
+    aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh.default,
+    aten.lift_fresh_copy.default, aten.contiguous.default,
+}  # fmt: skip
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+
+
+def simplify(graph: Graph) -> None:
+    """Simplify in place; results keep their values and order."""
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _rewrite(node)
+            same = _same_as(node)
+            if same is not None:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+    _share_repeated(graph)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def shape_of(node: Node) -> tuple[int, ...] | None:
+    """The static shape of a node's tensor, or None if it is no tensor."""
+    value = node.meta.get("val", node.meta.get("tensor_meta"))
+    return tuple(value.shape) if hasattr(value, "shape") else None
+
+
+def dtype_of(node: Node) -> torch.dtype | None:
+    """The dtype of a node's tensor, or None if it is no tensor."""
+    value = node.meta.get("val", node.meta.get("tensor_meta"))
+    return getattr(value, "dtype", None)
+
+
+def _rewrite(node: Node) -> None:
+    """One spelling for reshapes; a view of a view and a permute of a permute become one."""
+    source = node.args[0] if node.args else None
+    if node.target in _VIEWS:
+        node.target = aten.view.default
+        if isinstance(source, Node) and source.target is aten.view.default:
+            node.args = (source.args[0], *node.args[1:])
+    elif node.target is aten.permute.default and isinstance(source, Node):
+        if source.target is aten.permute.default:
+            inner, outer = _permutation(source), _permutation(node)
+            node.args = (source.args[0], [inner[i] for i in outer])
+
+
+def _permutation(node: Node) -> list[int]:
+    dims = node.args[1]
+    assert isinstance(dims, (list, tuple))
+    return [int(d) % len(dims) for d in dims]  # type: ignore[arg-type]
+
+
+def _same_as(node: Node) -> Node | None:
+    """The argument that `node` is equal to, or None."""
+    if node.target is aten.copy_.default:
+        return _as_node(node.args[1])
+    source = _as_node(node.args[0]) if node.args else None
+    if source is None:
+        return None
+    if node.target in _COPIES:
+        return source
+    test = _IDENTITY_TESTS.get(node.target)
+    alike = shape_of(node) == shape_of(source) and dtype_of(node) == dtype_of(source)
+    return source if test is not None and alike and test(node) else None
+
+
+def _as_node(argument: Any) -> Node | None:
+    return argument if isinstance(argument, Node) else None
+
+
+_IDENTITY_TESTS: dict[Any, Callable[[Node], bool]] = {
+    aten.view.default: lambda node: True,
+    aten.expand.default: lambda node: True,
+    aten._to_copy.default: lambda node: True,
+    aten.permute.default: lambda node: _permutation(node) == list(range(len(_permutation(node)))),
+    aten.mul.Tensor: lambda node: node.args[1] == 1,
+    aten.div.Tensor: lambda node: node.args[1] == 1,
+    aten.add.Tensor: lambda node: node.args[1] == 0,
+    aten.sub.Tensor: lambda node: node.args[1] == 0,
+}
+
+
+def _share_repeated(graph: Graph) -> None:
+    """Common subexpressions: a pure op on the same arguments is computed once."""
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _frozen(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_frozen, argument))
+    if isinstance(argument, dict):
+        return tuple((key, _frozen(value)) for key, value in sorted(argument.items()))
+    return (type(argument).__name__, argument)

@@ -1,0 +1,144 @@
+"""Where an operation comes from: the user's module path and source line, forward and backward.
+
+Every torch function the model calls is annotated with `module.path (file.py:line)` while it runs, and the
+autograd nodes it made carry the same text, so that backward operations point at the line whose gradient
+they compute. Nothing here changes what is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import traceback as fx_traceback
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+META_KEY = "ane_source"
+_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+_OWN_FOLDER = os.path.dirname(__file__) + os.sep
+
+
+class ModuleStack:
+    """The dotted paths of the modules whose forward is running, innermost last."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.root = type(model).__name__
+        self.paths: list[str] = []
+
+    def here(self) -> str:
+        """The innermost module's path, and the user's source line if there is one on the stack."""
+        path = (self.paths[-1] if self.paths else "") or self.root
+        line = user_line()
+        return f"{path} ({line})" if line else path
+
+
+@contextlib.contextmanager
+def watch_modules(model: torch.nn.Module) -> Iterator[ModuleStack]:
+    """Keep a `ModuleStack` of `model` up to date while the block runs."""
+    stack = ModuleStack(model)
+    handles = []
+    for path, module in model.named_modules():
+
+        def enter(_module: torch.nn.Module, _args: Any, path: str = path) -> None:
+            stack.paths.append(path)
+
+        def leave(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
+            stack.paths.pop()
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SourceMode(TorchFunctionMode):
+    """Annotates every torch call with `describe()` and tags the autograd nodes that it made."""
+
+    def __init__(self, describe: Callable[[], str]) -> None:
+        super().__init__()
+        self.describe = describe
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        source = self.describe()
+        set_source(source)
+        result = func(*args, **(kwargs or {}))
+        _tag(result, source)
+        return result
+
+
+def set_source(source: str) -> None:
+    """Annotate the FX nodes made from here on with `source`."""
+    fx_traceback.get_current_meta()["custom"] = {META_KEY: source}
+
+
+def follow_backward(root: torch.Tensor) -> None:
+    """Let the nodes of `root`'s backward annotate what they compute with the source of their forward."""
+    pending = [root.grad_fn]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        source = node.metadata.get(META_KEY)
+        if source is not None:
+            node.register_prehook(lambda _grads, source=source: set_source(source))
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def source_of(node: torch.fx.Node) -> str | None:
+    """The annotation of an FX node, or None."""
+    found = node.meta.get(META_KEY) or (node.meta.get("custom") or {}).get(META_KEY)
+    return str(found) if found else None
+
+
+def spread_sources(graph: torch.fx.Graph) -> None:
+    """Write `node.meta["ane_source"]` on every node that has one or whose first input has one."""
+    for node in graph.nodes:
+        source = source_of(node)
+        if source is None and node.op == "call_function":
+            source = next((s for s in map(source_of, node.all_input_nodes) if s), None)
+        if source is not None:
+            node.meta[META_KEY] = source
+
+
+def user_line() -> str | None:
+    """`file.py:line` of the innermost frame outside torch and this package's capture; None if none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_OWN_FOLDER):
+            if frame.f_code.co_name in ("call_model", "call_loss"):
+                return None
+        elif not name.startswith((_TORCH_FOLDER, "<")) and os.sep + "contextlib" not in name:
+            return f"{_short(name)}:{frame.f_lineno}"
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def _short(path: str) -> str:
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def _tag(result: Any, source: str) -> None:
+    """Note `source` on all autograd nodes behind `result` that have no source yet."""
+    pending = [t.grad_fn for t in _pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    while pending:
+        node = pending.pop()
+        if node is None or META_KEY in node.metadata:
+            continue
+        node.metadata[META_KEY] = source
+        pending.extend(parent for parent, _ in node.next_functions)

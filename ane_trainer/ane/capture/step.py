@@ -1,0 +1,324 @@
+"""One training step as one pure function of (state, batch, scalars), traced into a `Captured`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.findings import refuse_unsupported
+from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
+from ane_trainer.ane.capture.masks import Mask, MaskMode
+from ane_trainer.ane.capture.scalars import port_name, scalar_values
+from ane_trainer.ane.capture.scaling import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    gradients_fit,
+    next_scale,
+)
+from ane_trainer.ane.capture.slots import (
+    Parameter,
+    find_parameters,
+    float_buffers,
+    identifier,
+    parameter_ports,
+    scaling_ports,
+    unique,
+)
+from ane_trainer.ane.capture.sources import (
+    SourceMode,
+    follow_backward,
+    set_source,
+    user_line,
+    watch_modules,
+)
+from ane_trainer.ane.capture.trace import trace
+from ane_trainer.ane.capture.updates import LINEAR_UNIT, Rule, rule_for, two_term_add
+from ane_trainer.ane.stages import Alias, Captured, Port
+
+Tensors = dict[str, torch.Tensor]
+
+#: Where calibration puts the largest scaled gradient, and the largest gradient in its parameter's unit.
+CALIBRATED_GRADIENT = 2048.0
+CALIBRATED_UNIT_PEAK = 64.0
+LARGEST_UNIT = 2.0**14
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one plain PyTorch step on the example shows: dropout masks, and each gradient's largest entry."""
+
+    masks: tuple[Mask, ...]
+    peaks: Mapping[str, float]
+
+    def loss_scale(self) -> float:
+        """A power of two that brings the largest gradient near CALIBRATED_GRADIENT."""
+        peak = max(self.peaks.values(), default=0.0)
+        return _power_of_two(CALIBRATED_GRADIENT, peak, SMALLEST_SCALE, LARGEST_SCALE)
+
+    def unit(self, name: str) -> float:
+        """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK."""
+        return _power_of_two(CALIBRATED_UNIT_PEAK, self.peaks.get(name, 0.0), 1.0, LARGEST_UNIT)
+
+
+@dataclass(frozen=True)
+class StepCapture:
+    """A captured step and the values that its state starts from (by port name, in the user's units)."""
+
+    captured: Captured
+    loss_scale: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything the traced function needs besides tensors."""
+
+    model: torch.nn.Module
+    loss: Loss
+    loss_text: str
+    optimizer: torch.optim.Optimizer
+    rule: Rule
+    parameters: tuple[Parameter, ...]
+    buffers: tuple[str, ...]
+    batch_spec: Any
+    state: tuple[Port, ...]
+    batch: tuple[Port, ...]
+    masks: tuple[Port, ...]
+    scalars: tuple[Port, ...]
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (*self.state, *self.batch, *self.masks, *self.scalars)
+
+
+def capture_training(
+    model: torch.nn.Module,
+    loss: str | Loss,
+    optimizer: torch.optim.Optimizer,
+    example: tuple[Any, Any],
+    loss_scale: float | str = "auto",
+) -> StepCapture:
+    """Capture forward, loss, backward and update of one step; see `capture_step`."""
+    rule = rule_for(optimizer)
+    loss_function = get_loss(loss)
+    found = find_parameters(model, optimizer)
+    rehearsal = rehearse(model, loss_function, found, example)
+    parameters = tuple(_with_unit(p, rule, rehearsal) for p in found)
+    plan = _plan(model, loss_function, loss_name(loss), optimizer, rule, parameters, example, rehearsal)
+    outputs: list[Port] = []
+    graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
+    refuse_unsupported(graph)
+    scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
+    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale)
+
+
+def rehearse(
+    model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[Any, Any]
+) -> Rehearsal:
+    """One forward and backward in plain PyTorch on copies; neither the model nor the random state changes.
+
+    Only choices of scale come from it, never values: another example gives the same step up to rounding.
+    """
+    values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
+    trained = [values[p.name] for p in parameters if p.trained]
+    mode = MaskMode()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), mode:
+        output = call_model(model, {**values, **copies(model)}, example[0])
+        value = call_loss(loss, output, example[1])
+    if not trained or not value.requires_grad:
+        return Rehearsal(tuple(mode.noted), {})
+    gradients = torch.autograd.grad(value.float(), trained, allow_unused=True)
+    names = [p.name for p in parameters if p.trained]
+    peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
+    return Rehearsal(tuple(mode.noted), peaks)
+
+
+def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
+    """`model(x)` with its parameters and buffers replaced; a tuple or list is several arguments, a dict keywords."""
+    args, kwargs = (
+        ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
+    )
+    return torch.func.functional_call(model, dict(tensors), args, kwargs, tie_weights=True)
+
+
+def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
+    """`loss(output, target)`; its name marks in a stack where the user's code begins."""
+    return loss(output, target)
+
+
+def copies(model: torch.nn.Module) -> Tensors:
+    """Copies of all buffers, so that a forward in training mode changes nothing."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def batch_ports(example: Any, prefix: str) -> list[Port]:
+    """Ports of a batch: `x` for one tensor, `x_0`, `x_1`, ... or `x_<key>` for a structure of tensors."""
+    leaves = pytree.tree_leaves_with_path(example)
+    tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    ports = []
+    for path, leaf in tensors:
+        suffix = pytree.keystr(path).replace("]", "").replace("[", "_").replace("'", "")
+        ports.append(Port(identifier(prefix + suffix), tuple(leaf.shape) or (1,), "batch", prefix + suffix))
+    return ports
+
+
+def finish(graph: torch.fx.GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) -> Captured:
+    """The graph with its unused batch and scalar inputs removed, and the aliases of its state."""
+    unused = {n.name: n for n in graph.graph.nodes if n.op == "placeholder" and not n.users}
+    dropped = [p for p in inputs if p.name in unused and p.role != "state"]
+    for port in dropped:
+        graph.graph.erase_node(unused[port.name])
+    graph.recompile()
+    state = {p.target: p.name for p in inputs if p.role == "state"}
+    aliases = tuple(Alias(p.name, state[p.target]) for p in outputs if p.role == "state")
+    kept = tuple(p for p in inputs if p not in dropped)
+    return Captured(graph, kept, tuple(outputs), aliases)
+
+
+def _plan(
+    model: torch.nn.Module,
+    loss: Loss,
+    loss_text: str,
+    optimizer: torch.optim.Optimizer,
+    rule: Rule,
+    parameters: tuple[Parameter, ...],
+    example: tuple[Any, Any],
+    rehearsal: Rehearsal,
+) -> _Plan:
+    groups = optimizer.param_groups
+    state: list[Port] = []
+    for p in parameters:
+        state += parameter_ports(p, rule, None if p.group is None else groups[p.group])
+    buffers = float_buffers(model)
+    state += [Port(identifier(n), tuple(b.shape) or (1,), "state", n) for n, b in buffers.items()]
+    state += scaling_ports()
+    batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
+    masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
+    names = scalar_values(optimizer, 1)
+    scalars = [Port(name, (1,), "scalar", name) for name in names]
+    ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
+    count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
+    return _Plan(
+        model, loss, loss_text, optimizer, rule, parameters, tuple(buffers), pytree.tree_structure(example),
+        tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]), tuple(ports[count[1] : count[2]]),
+        tuple(ports[: count[0]]),
+    )  # fmt: skip
+
+
+def _with_unit(parameter: Parameter, rule: Rule, rehearsal: Rehearsal) -> Parameter:
+    """The parameter with its gradient's unit; one that the loss does not reach counts as frozen."""
+    if not parameter.trained or parameter.name not in rehearsal.peaks:
+        return dataclasses.replace(parameter, group=None)
+    unit = rehearsal.unit(parameter.name) if rule.calibrated else LINEAR_UNIT
+    return dataclasses.replace(parameter, unit=unit)
+
+
+def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
+    values = {p.name: p.tensor.detach().float() for p in plan.parameters}
+    values |= {name: b.float() for name, b in float_buffers(plan.model).items()}
+    inputs = {p.name: values.get(p.target, torch.ones(p.shape)).reshape(p.shape).clone() for p in plan.state}
+    leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    for port, leaf in zip(plan.batch, leaves, strict=True):
+        inputs[port.name] = (leaf.float() if leaf.is_floating_point() else leaf).reshape(port.shape)
+    inputs |= {p.name: torch.ones(p.shape) for p in (*plan.masks, *plan.scalars)}
+    return inputs
+
+
+def _function(plan: _Plan, outputs: list[Port]) -> Any:
+    """The step over the values of `plan.inputs`; fills `outputs` with the ports of its results."""
+
+    def run_step(*values: torch.Tensor) -> list[torch.Tensor]:
+        named = dict(zip((p.name for p in plan.inputs), values, strict=True))
+        state = {p.target: named[p.name] for p in plan.state}
+        value, scaled, buffers = _differentiate(plan, named, state)
+        set_source("loss scaling")
+        ok = gradients_fit([g for g in scaled.values()])
+        new_state: Tensors = dict(buffers)
+        inverse = state["loss_scale_inverse"]
+        gated = _gated_scalars(plan, named, ok)
+        for p in plan.parameters:
+            if p.name in scaled:
+                set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
+                new_state |= _update(plan, p, scaled[p.name], inverse, state, gated[p.group or 0])
+        set_source("loss scaling")
+        scaling = next_scale(state["loss_scale"], inverse, state["good_steps"], ok)
+        new_state |= dict(zip(("loss_scale", "loss_scale_inverse", "good_steps"), scaling, strict=True))
+        outputs[:] = [
+            Port("loss", (1,), "result", "loss"), Port("applied", (1,), "result", "applied"),
+            *(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in plan.state if p.target in new_state),
+        ]  # fmt: skip
+        return [value.reshape(1), ok] + [
+            new_state[p.target].reshape(p.shape) for p in plan.state if p.target in new_state
+        ]
+
+    return run_step
+
+
+def _differentiate(plan: _Plan, named: Tensors, state: Tensors) -> tuple[torch.Tensor, Tensors, Tensors]:
+    """(loss, scaled gradients by parameter, new buffers)."""
+    values = {p.name: state[p.name].reshape(p.tensor.shape) for p in plan.parameters}
+    trained = {p.name: values[p.name].detach().requires_grad_() for p in plan.parameters if p.trained}
+    shapes = {name: b.shape for name, b in float_buffers(plan.model).items()}
+    buffers = {name: state[name].reshape(shapes[name]).clone() for name in plan.buffers}
+    x, y = pytree.tree_unflatten(_leaves(plan, named), plan.batch_spec)
+    masks = [named[p.name] for p in plan.masks]
+    with torch.enable_grad(), watch_modules(plan.model) as stack:
+        describe = stack.here
+        with MaskMode(masks), SourceMode(lambda: describe()):
+            output = call_model(plan.model, {**copies(plan.model), **values, **trained, **buffers}, x)
+            describe = lambda: _loss_place(plan.loss_text)  # noqa: E731
+            value = call_loss(plan.loss, output, y)
+        follow_backward(value)
+        seed = state["loss_scale"].reshape(value.shape)
+        gradients = torch.autograd.grad(value, list(trained.values()), seed)
+    return value.detach(), dict(zip(trained, gradients, strict=True)), buffers
+
+
+def _loss_place(name: str) -> str:
+    line = user_line()
+    return f"loss {name} ({line})" if line else f"loss {name}"
+
+
+def _leaves(plan: _Plan, named: Tensors) -> list[Any]:
+    return [named[p.name] for p in plan.batch]
+
+
+def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> list[Tensors]:
+    """For each parameter group its scalars, the gated ones times `ok`."""
+    groups = len(plan.optimizer.param_groups)
+    result = []
+    for number, group in enumerate(plan.optimizer.param_groups):
+        scalars = {}
+        for name in plan.rule.scalars(group, 1):
+            value = named[port_name(name, number, groups)]
+            scalars[name] = value * ok if name in plan.rule.gated else value
+        result.append(scalars)
+    return result
+
+
+def _update(
+    plan: _Plan, p: Parameter, scaled: torch.Tensor, inverse: torch.Tensor, state: Tensors, scalars: Tensors
+) -> Tensors:
+    """The parameter's next state by target."""
+    group = plan.optimizer.param_groups[p.group or 0]
+    shape = state[p.name].shape
+    sign = -1.0 if group["maximize"] else 1.0
+    g = scaled.reshape(shape) * (inverse * (sign * p.unit))
+    prefix = f"{p.name}/"
+    slots = {t.removeprefix(prefix): v for t, v in state.items() if t.startswith(prefix)}
+    hi, lo = state[p.name], slots.pop("residual")
+    new, delta = plan.rule.update(hi, g, slots, scalars, p.unit, group)
+    new_hi, new_lo = two_term_add(hi, lo, delta)
+    return {p.name: new_hi, f"{prefix}residual": new_lo, **{prefix + k: v for k, v in new.items()}}
+
+
+def _power_of_two(wanted: float, peak: float, lowest: float, highest: float) -> float:
+    if not peak > 0.0 or not math.isfinite(peak):
+        return min(max(1024.0, lowest), highest)
+    return min(max(2.0 ** math.floor(math.log2(wanted / peak)), lowest), highest)

@@ -1,0 +1,83 @@
+"""From a Python function over tensors to a functional FX graph of ATen ops, with source locations.
+
+All of torch's private or unstable functions that capture needs are used in this file only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ane_trainer.ane.capture.simplify import simplify
+from ane_trainer.ane.capture.sources import spread_sources
+
+Overload = Any
+
+
+def trace(
+    function: Callable[..., Sequence[torch.Tensor]],
+    inputs: Mapping[str, torch.Tensor],
+    decompositions: Mapping[Overload, Callable[..., Any]],
+) -> torch.fx.GraphModule:
+    """Trace `function(*inputs.values())` into a graph without mutations or dead nodes.
+
+    `function` may run autograd and may change its own intermediates in place, but not its inputs.
+    Placeholders are called like the inputs. Nodes carry `meta["ane_source"]` where `sources` knows it.
+    """
+    values = list(inputs.values())
+    with _tracing():
+        recorded = make_fx(function, tracing_mode="real")(*values)
+        again = torch.func.functionalize(_replay(recorded), remove="mutations")
+        graph_module = make_fx(again, decomposition_table=dict(decompositions), tracing_mode="real")(*values)
+    simplify(graph_module.graph)
+    _name_placeholders(graph_module.graph, list(inputs))
+    spread_sources(graph_module.graph)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Node meta is kept, autograd stays on this thread, attention is made of plain matmuls."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            fx_traceback.preserve_node_meta(),
+            torch.autograd.set_multithreading_enabled(False),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _replay(module: torch.fx.GraphModule) -> Callable[..., Any]:
+    def run(*args: torch.Tensor) -> Any:
+        return torch.fx.Interpreter(module).run(*args)
+
+    return run
+
+
+def _name_placeholders(graph: torch.fx.Graph, names: list[str]) -> None:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    taken = {node.name for node in graph.nodes}
+    for node in graph.nodes:  # free the names that the inputs are to have
+        if node.op != "placeholder" and node.name in names:
+            fresh = f"{node.name}_value"
+            while fresh in taken:
+                fresh += "_"
+            taken.add(fresh)
+            node.name = fresh
+    for node in placeholders:
+        node.name = f"arg_of_trace_{node.name}"
+    for node, name in zip(placeholders, names, strict=True):
+        node.name = node.target = name
