@@ -122,10 +122,11 @@ def _store(path: Path, file: IdxFile, content: bytes) -> None:
 def _nothing_found(info: DatasetInfo, base: Path, raw: dict[str, bytes], attempts: Sequence[str]) -> str:
     missing = [f"{file.name}.gz" for file in info.files if file.name not in raw]
     folder = base / info.folder / "raw"
+    place = info.mirrors[0] if info.mirrors else "its authors"
     recipe = [
         f"load_dataset({info.name!r}): needs {', '.join(missing)}; no source delivered:",
         *attempts,
-        f"Offline: on a machine with a network get the file(s) from {info.mirrors[0]}, copy them to {folder} "
+        f"Offline: on a machine with a network get the file(s) from {place}, copy them to {folder} "
         "(as .gz or unpacked), and run again.",
     ]
     if info.name == "mnist":

@@ -89,7 +89,7 @@ def _keras_npz(path: Path, wanted: Sequence[IdxFile]) -> Iterator[tuple[IdxFile,
     if not path.exists():
         return
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             built = [(file, build_idx(arrays[keys[file.name]])) for file in wanted]
     except (
         OSError,
