@@ -26,7 +26,8 @@ def exact_half_away(value: Fraction) -> float:
 def test_every_pattern_round_trips_with_its_sign() -> None:
     assert np.array_equal(encode(DECODED).view(np.uint16), PATTERNS)
     assert len(np.unique(DECODED[:0x8000])) == 0x8000
-    assert np.signbit(DECODED[0x8000]) and DECODED[0x8000] == 0
+    assert np.signbit(DECODED[0x8000])
+    assert DECODED[0x8000] == 0
 
 
 def test_decode_agrees_with_ieee_where_ieee_is_finite_and_has_no_inf_or_nan() -> None:
@@ -78,8 +79,10 @@ def test_every_tie_goes_away_from_zero_and_its_neighbours_do_not(dtype: type) ->
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_saturation_starts_at_65520(dtype: type) -> None:
     below = np.nextafter(dtype(65520), dtype(0))
-    assert round_half_away(dtype(65520)) == 65536 and round_half_away(below) == 65504
-    assert round_half_away(dtype(-1e30)) == -65536 and round_half_away(dtype(np.inf)) == 65536
+    assert round_half_away(dtype(65520)) == 65536
+    assert round_half_away(below) == 65504
+    assert round_half_away(dtype(-1e30)) == -65536
+    assert round_half_away(dtype(np.inf)) == 65536
 
 
 @pytest.mark.parametrize(
@@ -128,5 +131,7 @@ def test_sum_and_product_against_exact_rationals(i: int, j: int) -> None:
 
 def test_zero_keeps_its_sign() -> None:
     for dtype in (np.float32, np.float64):
-        assert np.signbit(round_half_away(dtype(-0.0))) and not np.signbit(round_half_away(dtype(0.0)))
-        assert np.signbit(round_half_away(dtype(-(2.0**-26)))) and round_half_away(dtype(-(2.0**-26))) == 0
+        assert np.signbit(round_half_away(dtype(-0.0)))
+        assert not np.signbit(round_half_away(dtype(0.0)))
+        assert np.signbit(round_half_away(dtype(-(2.0**-26))))
+        assert round_half_away(dtype(-(2.0**-26))) == 0
