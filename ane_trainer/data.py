@@ -80,18 +80,25 @@ class Batches:
         for number in range(start, len(self)):
             rows = order[number * self.batch_size : (number + 1) * self.batch_size]
             self._current = (epoch, number + 1)
-            yield self.normalise(self.images[rows]), self.labels[rows]
+            # NumPy picks and scales the rows: a batch is too small to gain from PyTorch's threads, and on a
+            # busy machine waiting for them took 9 ms a batch (0.09 ms without).
+            x_BCHW = self.normalise(torch.from_numpy(self.images.numpy()[rows]))
+            yield x_BCHW, torch.from_numpy(self.labels.numpy()[rows])
 
-    def order(self, epoch: int) -> torch.Tensor:
+    def order(self, epoch: int) -> NDArray[np.int64]:
         """The example numbers [N] in the order of pass `epoch`; a function of the seed and `epoch` only."""
         if not self.shuffle:
-            return torch.arange(self.num_examples)
+            return np.arange(self.num_examples)
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        return torch.from_numpy(generator.permutation(self.num_examples))
+        return generator.permutation(self.num_examples)
 
     def normalise(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Unsigned bytes to the float32 values that the model sees."""
-        return images_BCHW.to(torch.float32).div_(self.pixel_max).sub_(self.mean).div_(self.std)
+        x_BCHW = images_BCHW.numpy().astype(np.float32)
+        x_BCHW /= np.float32(self.pixel_max)
+        x_BCHW -= np.float32(self.mean)
+        x_BCHW /= np.float32(self.std)
+        return torch.from_numpy(x_BCHW)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next `iter()` pass number `epoch`, from its first batch."""

@@ -32,7 +32,7 @@ def build_model(
 ) -> nn.Module:  # fmt: skip
     """A new model that maps images [B, *in_shape] to class scores (logits) [B, num_classes].
 
-    name        "mlp" (takes `hidden`); "cnn" (takes channels=(16, 32)); "transformer" (takes patch=7, or 4
+    name        "mlp" (takes `hidden`); "cnn" (takes channels=(16, 64)); "transformer" (takes patch=7, or 4
                 where 7 does not divide the image, width=64, depth=2, heads=4); or
                 "path/to/file.py:ClassName", any class or function that returns an nn.Module: it is called
                 with all options given here, and with in_shape and num_classes if it has such parameters.

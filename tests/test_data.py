@@ -43,6 +43,11 @@ def test_values_are_those_of_to_tensor_and_normalize():
     x = next(iter(batches))[0][:, 0, 0, 0]
     expected = (torch.arange(256).to(torch.uint8).float() / 255 - 0.5) / 0.25
     assert torch.equal(x, expected)
+    mnist = Batches(np.arange(256, dtype=np.uint8).reshape(64, 2, 2), np.zeros(64, np.uint8), TINY,
+                    batch_size=64, mean=0.1307, std=0.3081)  # fmt: skip
+    mean, std = torch.tensor([0.1307]), torch.tensor([0.3081])  # what torchvision makes of the two numbers
+    expected = torch.arange(256).to(torch.uint8).float().div(255).sub_(mean).div_(std)
+    assert torch.equal(next(iter(mnist))[0].flatten(), expected)
     other = Batches(np.full((1, 2, 2), 51, np.uint8), np.zeros(1, np.uint8), TINY, mean=0.1, std=2.0)
     assert next(iter(other))[0][0, 0, 0, 0].item() == pytest.approx((51 / 255 - 0.1) / 2)
 

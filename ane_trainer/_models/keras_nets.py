@@ -77,7 +77,7 @@ def _hidden_layers(
 
 
 def _conv_layers(
-    keras: Any, activation: str, seed: int | None, channels: Sequence[int] = (16, 32)
+    keras: Any, activation: str, seed: int | None, channels: Sequence[int] = (16, 64)
 ) -> list[Any]:
     layers = []
     first = {"data_format": "channels_first"}

@@ -43,7 +43,7 @@ def mlp(
 
 
 def cnn(
-    in_shape: Sequence[int] = (1, 28, 28), num_classes: int = 10, channels: Sequence[int] = (16, 32),
+    in_shape: Sequence[int] = (1, 28, 28), num_classes: int = 10, channels: Sequence[int] = (16, 64),
     activation: str = "relu",
 ) -> nn.Module:  # fmt: skip
     """Per entry of `channels` a 3x3 convolution, activation and 2x2 max pooling; then one linear layer."""
