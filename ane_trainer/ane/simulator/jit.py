@@ -42,8 +42,13 @@ def host_vector_width() -> int:
     return 8 if {"avx2", "fma"} <= features else 4
 
 
-def compile_ir(ir_text: str, names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+def compile_ir(
+    ir_text: str, names: Sequence[str], *, vectorize: bool = True
+) -> dict[str, Callable[..., Any]]:
     """Compile one LLVM module (O3, vectorizers on, host CPU); return its functions by name, callable.
+
+    `vectorize=False` is for IR that is vectorized by hand: O2 without LLVM's vectorizers and unroller,
+    half the time to compile.
 
     `ir_text` is a module without triple or data layout. Parameter and result types are read from the
     IR: `ptr` takes an address as int (for instance `array.ctypes.data`), `i64`/`i32`/`i16`/`i8`/`i1`
@@ -59,21 +64,21 @@ def compile_ir(ir_text: str, names: Sequence[str]) -> dict[str, Callable[..., An
         module.data_layout = str(machine.target_data)
         module.verify()
         prototypes = {name: _prototype(module.get_function(name)) for name in names}
-        _optimize(module, machine)
+        _optimize(module, machine, vectorize)
         engine = llvm.create_mcjit_compiler(module, machine)
         engine.finalize_object()
         _engines.append(engine)
         return {name: kind(engine.get_function_address(name)) for name, kind in prototypes.items()}
 
 
-def assembly(ir_text: str) -> str:
+def assembly(ir_text: str, *, vectorize: bool = True) -> str:
     """The machine code that `compile_ir` would make of a module, as assembly text (to look at kernels)."""
     with _lock:
         module = llvm.parse_assembly(ir_text)
         machine = _target_machine()
         module.triple = machine.triple
         module.data_layout = str(machine.target_data)
-        _optimize(module, machine)
+        _optimize(module, machine, vectorize)
         return str(machine.emit_assembly(module))
 
 
@@ -134,10 +139,11 @@ def _target_machine() -> Any:
         cpu=llvm.get_host_cpu_name(), features=features, opt=3, codemodel="jitdefault", jit=True)
 
 
-def _optimize(module: Any, machine: Any) -> None:
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = True
-    options.slp_vectorization = True
+def _optimize(module: Any, machine: Any, vectorize: bool) -> None:
+    options = llvm.create_pipeline_tuning_options(speed_level=3 if vectorize else 2)
+    options.loop_vectorization = vectorize
+    options.slp_vectorization = vectorize
+    options.loop_unrolling = vectorize
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
 

@@ -11,7 +11,7 @@ from ane_trainer.ane.simulator.ir import Function, constant
 from ane_trainer.ane.simulator.mac_border import finish_tile, start_tile
 from ane_trainer.ane.simulator.mac_micro import Tile, narrow, wide
 from ane_trainer.ane.simulator.mac_ordered import ordered
-from ane_trainer.ane.simulator.mac_pack import pack_a, pack_b
+from ane_trainer.ane.simulator.mac_pack import BLOCK_DEPTH, LARGE_BITS, pack_a, pack_b
 
 PANEL_DEPTH = 256
 """Steps of k packed at a time: one panel of b stays in the first-level cache."""
@@ -20,15 +20,25 @@ FIELDS = (
     "a", "b", "out", "bias", "batch", "rows", "columns", "depth",
     "a_batch", "a_row", "a_k", "b_batch", "b_k", "b_column",
     "out_batch", "out_row", "out_column", "bias_batch", "bias_row", "bias_column",
-    "packed_a", "packed_b", "tiles", "row_sums", "b_stats", "report",
 )
-"""The int64 arguments of `block`, in order: addresses, sizes, strides in elements, scratch addresses.
+"""The int64 arguments of `block`, in order: addresses, sizes, strides in elements; `bias` may be 0."""
 
-Scratch (bytes, for `rows`, `columns` rounded up to tiles): packed_a 8 * PANEL_DEPTH * padded_rows (zeroed
-once), packed_b 4 * PANEL_DEPTH * columns, tiles 4 * rows * columns, row_sums 4 * padded_rows per tile row,
-b_stats 8 per tile column. `report` gets two float32: an upper bound of sum |a||b| over all results (to
-float32 precision), and the largest |bias|.
+SCRATCH = ("packed_a", "packed_b", "tiles", "row_sums", "b_stats", "report")
+"""Addresses of a thread's buffers, in order; `scratch_bytes` tells their sizes.
+
+`report` gets two float32: an upper bound of sum |a||b| over all results of a block (to float32
+precision), and the largest |bias|.
 """
+
+_PITCH = PANEL_DEPTH + 2  # rows between panels of b: no power of two, which would crowd few cache sets
+
+
+def scratch_bytes(tile: Tile, rows: int, columns: int) -> tuple[int, ...]:
+    """Sizes of the `SCRATCH` buffers for blocks of up to `rows` x `columns`; packed_a must start as zeros."""
+    tile_rows, tile_columns = -(-rows // tile.rows), -(-columns // tile.columns)
+    return (8 * PANEL_DEPTH * tile.padded_rows, 4 * _PITCH * tile_columns * tile.columns,
+            4 * tile_rows * tile.rows * tile_columns * tile.columns, 4 * tile_rows * tile.padded_rows,
+            8 * tile_columns, 8)
 
 _NARROW_LIMIT = 63.9
 """A narrow accumulator holds less than 64 = 2^22 * 2^-16, roundings of a panel (256 * 2^-17) included."""
@@ -36,13 +46,14 @@ _NARROW_LIMIT = 63.9
 _DECLARATIONS = """
 declare i64 @llvm.smin.i64(i64, i64)
 declare i32 @llvm.smax.i32(i32, i32)
+declare i32 @llvm.smin.i32(i32, i32)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare float @llvm.maxnum.f32(float, float)
 """
 
 
 def module(tile: Tile) -> str:
-    """The module with the two entry points, `block(arguments)` and `ordered(...)`."""
+    """The module with the two entry points, `block(arguments, scratch)` and `ordered(...)`."""
     loops = [narrow(tile, drop=False), narrow(tile, drop=True), wide(tile), _multiply(tile)]
     borders = [pack_a(tile), pack_b(tile), start_tile(tile), finish_tile(tile)]
     drivers = [_panel(tile), block(tile), ordered(tile)]
@@ -57,6 +68,7 @@ def _vector_declarations(tile: Tile) -> str:
                       f"declare {kind} @llvm.fabs.{name}({kind})",
                       f"declare {kind} @llvm.trunc.{name}({kind})",
                       f"declare {kind} @llvm.copysign.{name}({kind}, {kind})"]
+        lines.append(f"declare i1 @llvm.vector.reduce.or.v{lanes}i1(<{lanes} x i1>)")
         kind = f"<{lanes} x i32>"
         for which in ("smax", "smin"):
             lines += [f"declare {kind} @llvm.{which}.v{lanes}i32({kind}, {kind})",
@@ -96,22 +108,27 @@ def constant_float(value: float) -> str:
 
 
 class _Arguments:
-    """Loads the fields of `block`'s argument array."""
+    """Loads the fields of `block`'s two arrays."""
 
     def __init__(self, f: Function) -> None:
         self._f = f
 
     def number(self, name: str) -> str:
-        return self._f.load("i64", self._f.element("i64", "%arguments", str(FIELDS.index(name))), 8)
+        return self._f.load("i64", self._place(name), 8)
 
     def address(self, name: str) -> str:
-        return self._f.load("ptr", self._f.element("i64", "%arguments", str(FIELDS.index(name))), 8)
+        return self._f.load("ptr", self._place(name), 8)
+
+    def _place(self, name: str) -> str:
+        if name in FIELDS:
+            return self._f.element("i64", "%arguments", str(FIELDS.index(name)))
+        return self._f.element("i64", "%scratch", str(SCRATCH.index(name)))
 
 
 def _panel(tile: Tile) -> str:
-    """`panel(arguments, a, b, out, bias, first_k, largest_b)`: every tile of one matrix += one panel of k."""
-    f = Function("panel", [("ptr", "arguments"), ("ptr", "a"), ("ptr", "b"), ("ptr", "out"), ("ptr", "bias"),
-                           ("i64", "first_k"), ("ptr", "largest_b")], internal=True)
+    """`panel(arguments, scratch, a, b, out, bias, first_k, largest_b)`: all tiles of a matrix += a panel."""
+    f = Function("panel", [("ptr", "arguments"), ("ptr", "scratch"), ("ptr", "a"), ("ptr", "b"), ("ptr", "out"),
+                           ("ptr", "bias"), ("i64", "first_k"), ("ptr", "largest_b")], internal=True)
     get = _Arguments(f)
     rows, columns, total = get.number("rows"), get.number("columns"), get.number("depth")
     packed_a, packed_b, report = get.address("packed_a"), get.address("packed_b"), get.address("report")
@@ -143,7 +160,7 @@ def _panel(tile: Tile) -> str:
                 f.do(f"call void @start_tile(ptr {c}, ptr {bias}, i64 {get.number('bias_row')}, "
                      f"i64 {get.number('bias_column')}, i64 {height}, i64 {width}, "
                      f"ptr {f.element('float', report, '1')})")
-            b = f.element("float", packed_b, f.mul(position, str(PANEL_DEPTH * tile.columns)))
+            b = f.element("float", packed_b, f.mul(position, str(_PITCH * tile.columns)))
             b_stats = f.element("float", get.address("b_stats"), f.mul(position, "2"))
             f.do(f"call void @multiply(ptr {packed_a}, ptr {b}, ptr {c}, i64 {depth}, ptr {a_stats}, "
                  f"ptr {b_stats})")
@@ -155,16 +172,26 @@ def _panel(tile: Tile) -> str:
 
 
 def _pack_all_b(f: Function, tile: Tile, get: _Arguments, depth: str) -> None:
+    """Pack all panels of b, a few rows of all panels at a time: rows may lie on as many memory pages."""
     columns, stride_k, stride_n = get.number("columns"), get.number("b_k"), get.number("b_column")
+    packed, all_stats = get.address("packed_b"), get.address("b_stats")
     with f.loop("0", columns, str(tile.columns)) as edge:
-        position = f.op(f"sdiv i64 {edge}, {tile.columns}")
-        width = f.min(f.op(f"sub i64 {columns}, {edge}"), str(tile.columns))
-        source = f.element("float", "%b", f.mul(edge, stride_n))
-        target = f.element("float", get.address("packed_b"), f.mul(position, str(PANEL_DEPTH * tile.columns)))
-        stats = f.element("float", get.address("b_stats"), f.mul(position, "2"))
-        f.do(f"call void @pack_b(ptr {source}, i64 {stride_k}, i64 {stride_n}, i64 {depth}, i64 {width}, "
-             f"ptr {target}, ptr {stats})")
-        _raise(f, "%largest_b", f.load("float", stats))
+        stats = f.element("float", all_stats, f.mul(f.op(f"sdiv i64 {edge}, {tile.columns}"), "2"))
+        f.store("float", constant(0.0), stats)
+        f.store("i32", str(LARGE_BITS), f.element("i32", stats, "1"))
+    with f.loop("0", depth, str(BLOCK_DEPTH)) as top:
+        height = f.min(f.op(f"sub i64 {depth}, {top}"), str(BLOCK_DEPTH))
+        line = f.element("float", "%b", f.mul(top, stride_k))
+        with f.loop("0", columns, str(tile.columns)) as edge:
+            position = f.op(f"sdiv i64 {edge}, {tile.columns}")
+            width = f.min(f.op(f"sub i64 {columns}, {edge}"), str(tile.columns))
+            source = f.element("float", line, f.mul(edge, stride_n))
+            panel = f.add(f.mul(position, str(_PITCH)), top)
+            target = f.element("float", packed, f.mul(panel, str(tile.columns)))
+            stats = f.element("float", all_stats, f.mul(position, "2"))
+            f.do(f"call void @pack_b(ptr {source}, i64 {stride_k}, i64 {stride_n}, i64 {height}, "
+                 f"i64 {width}, ptr {target}, ptr {stats})")
+            _raise(f, "%largest_b", f.load("float", stats))
 
 
 def _raise(f: Function, address: str, value: str) -> None:
@@ -174,8 +201,8 @@ def _raise(f: Function, address: str, value: str) -> None:
 
 
 def block(tile: Tile) -> str:
-    """`block(arguments)`: out = a @ b + bias for a batch, assuming no overflow; see `FIELDS`."""
-    f = Function("block", [("ptr", "arguments")])
+    """`block(arguments, scratch)`: out = a @ b + bias for a batch, assuming no overflow."""
+    f = Function("block", [("ptr", "arguments"), ("ptr", "scratch")])
     get = _Arguments(f)
     report, sums = get.address("report"), get.address("row_sums")
     f.store("float", constant(0.0), report)
@@ -193,7 +220,7 @@ def block(tile: Tile) -> str:
         with f.loop("0", get.number("depth"), str(PANEL_DEPTH)) as first:
             a = f.element("float", places[0], f.mul(first, get.number("a_k")))
             b = f.element("float", places[1], f.mul(first, get.number("b_k")))
-            f.do(f"call void @panel(ptr %arguments, ptr {a}, ptr {b}, ptr {places[2]}, "
+            f.do(f"call void @panel(ptr %arguments, ptr %scratch, ptr {a}, ptr {b}, ptr {places[2]}, "
                  f"ptr {bias}, i64 {first}, ptr {largest})")
         with f.loop("0", count) as row:
             total = f.load("float", f.element("float", sums, row))

@@ -13,39 +13,65 @@ from ane_trainer.ane.simulator.mac_pack import threshold_bits
 
 LIMIT = 2.0**31
 
+GROUP = 8
+"""Steps of k between two checks where the accumulators are far from the limit."""
+
 
 def ordered(tile: Tile) -> str:
-    """`ordered(a, b, bias, out, items, count, depth, width)`: spans of `tile.columns` results each.
+    """`ordered(a, b, bias, out, room, items, count, depth, width)`: spans of `tile.columns` results.
 
-    All matrices are contiguous float32: a [M, depth], b [depth, width], bias and out [M, width], with
-    `width` a multiple of `tile.columns`. `items` are `count` pairs of int64, row and first column.
+    Contiguous float32: a [M, depth], b [width / tile.columns, depth, tile.columns], bias and out
+    [M, width]. `room` is float64 [M, ceil(depth / GROUP)]: an accumulator below it (in units) cannot reach
+    the limit within that group. `items` are `count` pairs of int64, span and row.
     """
-    parameters = [("ptr", "a"), ("ptr", "b"), ("ptr", "bias"), ("ptr", "out"), ("ptr", "items"),
-                  ("i64", "count"), ("i64", "depth"), ("i64", "width")]
+    parameters = [("ptr", "a"), ("ptr", "b"), ("ptr", "bias"), ("ptr", "out"), ("ptr", "room"),
+                  ("ptr", "items"), ("i64", "count"), ("i64", "depth"), ("i64", "width")]
     f = Function("ordered", parameters)
     lanes = tile.lanes // 2
-    spans = range(0, tile.columns, lanes)
+    places = range(0, tile.columns, lanes)
     kind, singles = f"<{lanes} x double>", f"<{lanes} x float>"
     magic = vector_constant("double", constant(1.5 * 2**52), lanes)
+    groups = f.op(f"sdiv i64 {f.add('%depth', str(GROUP - 1))}, {GROUP}")
     with f.loop("0", "%count") as item:
-        row = f.load("i64", f.element("i64", "%items", f.mul(item, "2")), 8)
-        edge = f.load("i64", f.element("i64", "%items", f.add(f.mul(item, "2"), "1")), 8)
-        corner = f.add(f.mul(row, "%width"), edge)
+        span = f.load("i64", f.element("i64", "%items", f.mul(item, "2")), 8)
+        row = f.load("i64", f.element("i64", "%items", f.add(f.mul(item, "2"), "1")), 8)
+        corner = f.add(f.mul(row, "%width"), f.mul(span, str(tile.columns)))
         bias, out = f.element("float", "%bias", corner), f.element("float", "%out", corner)
         sums = {}
-        for j in spans:
+        for j in places:
             start = scaled_bias(f, f.load(singles, f.element("float", bias, str(j))), lanes)
             sums[j] = f.variable(kind, f.op(f"fadd {kind} {start}, {magic}"))
-        with f.loop("0", "%depth") as k:
-            value, least = _operand(f, f.element("float", "%a", f.add(f.mul(row, "%depth"), k)), lanes)
-            b_row = f.element("float", "%b", f.add(f.mul(k, "%width"), edge))
-            for j in spans:
-                _step(f, lanes, value, least, f.load(singles, f.element("float", b_row, str(j))), sums[j])
-        for j in spans:
+        a = f.element("float", "%a", f.mul(row, "%depth"))
+        b = f.element("float", "%b", f.mul(span, f.mul("%depth", str(tile.columns))))
+        with f.loop("0", groups) as group:
+            room = f.load("double", f.element("double", "%room", f.add(f.mul(row, groups), group)), 8)
+            near = _any_beyond(f, lanes, room, sums)
+            first = f.mul(group, str(GROUP))
+            last = f.min(f.add(first, str(GROUP)), "%depth")
+            for condition, careful in ((f.negate(near), False), (near, True)):
+                with f.when(condition), f.loop(first, last) as k:
+                    value, least = _operand(f, f.element("float", a, k), lanes)
+                    b_row = f.element("float", b, f.mul(k, str(tile.columns)))
+                    for j in places:
+                        operand = f.load(singles, f.element("float", b_row, str(j)))
+                        _step(f, lanes, value, least, operand, sums[j], careful)
+        for j in places:
             units = f.op(f"fsub {kind} {f.load(kind, sums[j], 1)}, {magic}")
             result = _saturated(f, lanes, units, rounded_result(f, units, lanes))
             f.store(singles, result, f.element("float", out, str(j)))
     return f.text()
+
+
+def _any_beyond(f: Function, lanes: int, room: str, sums: dict[int, str]) -> str:
+    kind = f"<{lanes} x double>"
+    limit = f.splat("double", room, lanes)
+    beyond = vector_constant("i1", "false", lanes)
+    for slot in sums.values():
+        units = f.op(f"fsub {kind} {f.load(kind, slot, 1)}, "
+                     f"{vector_constant('double', constant(1.5 * 2**52), lanes)}")
+        size = f.op(f"call {kind} @llvm.fabs.v{lanes}f64({kind} {units})")
+        beyond = f.op(f"or <{lanes} x i1> {beyond}, {f.op(f'fcmp oge {kind} {size}, {limit}')}")
+    return f.op(f"call i1 @llvm.vector.reduce.or.v{lanes}i1(<{lanes} x i1> {beyond})")
 
 
 def _operand(f: Function, place: str, lanes: int) -> tuple[str, str]:
@@ -59,17 +85,20 @@ def _operand(f: Function, place: str, lanes: int) -> tuple[str, str]:
     return value, least
 
 
-def _step(f: Function, lanes: int, a: str, least: str, b: str, slot: str) -> None:
+def _step(f: Function, lanes: int, a: str, least: str, b: str, slot: str, careful: bool) -> None:
+    """sum = fma(a, b, sum) where b is not dropped and, if `careful`, the sum is not frozen."""
     kind, singles, name = f"<{lanes} x double>", f"<{lanes} x float>", f"v{lanes}f64"
     total = f.load(kind, slot, 1)
     size = f.op(f"call {singles} @llvm.fabs.v{lanes}f32({singles} {b})")
     keep = f.op(f"fcmp oge {singles} {size}, {least}")
-    units = f.op(f"fsub {kind} {total}, {vector_constant('double', constant(1.5 * 2**52), lanes)}")
-    under = f.op(f"xor <{lanes} x i1> {_over(f, lanes, units)}, {vector_constant('i1', 'true', lanes)}")
-    alive = f.op(f"and <{lanes} x i1> {keep}, {under}")
+    if careful:
+        units = f.op(f"fsub {kind} {total}, {vector_constant('double', constant(1.5 * 2**52), lanes)}")
+        over = _over(f, lanes, units)
+        under = f.op(f"xor <{lanes} x i1> {over}, {vector_constant('i1', 'true', lanes)}")
+        keep = f.op(f"and <{lanes} x i1> {keep}, {under}")
     wide_b = f.op(f"fpext {singles} {b} to {kind}")
     added = f.op(f"call {kind} @llvm.fma.{name}({kind} {a}, {kind} {wide_b}, {kind} {total})")
-    f.store(kind, f.op(f"select <{lanes} x i1> {alive}, {kind} {added}, {kind} {total}"), slot, 1)
+    f.store(kind, f.op(f"select <{lanes} x i1> {keep}, {kind} {added}, {kind} {total}"), slot, 1)
 
 
 def _over(f: Function, lanes: int, units: str) -> str:

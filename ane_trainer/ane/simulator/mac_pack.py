@@ -9,7 +9,7 @@ from __future__ import annotations
 from ane_trainer.ane.simulator.ir import Function, constant, vector_constant
 from ane_trainer.ane.simulator.mac_micro import Tile
 
-_BLOCK = 32  # steps of k copied at a time, so that source and target lines stay in the nearest cache
+BLOCK_DEPTH = 32  # steps of k copied at a time, so that source and target lines stay in the nearest cache
 
 LARGE_BITS = 0x7F000000  # float32 bits above every decoded value
 
@@ -17,8 +17,8 @@ LARGE_BITS = 0x7F000000  # float32 bits above every decoded value
 def pack_b(tile: Tile) -> str:
     """`pack_b(source, stride_k, stride_n, depth, valid, packed, stats)`: a panel of up to `columns` columns.
 
-    Each value is stored one float32 step away from zero (zeros stay). `stats` gets two float32: the
-    largest magnitude and the smallest nonzero magnitude.
+    Each value is stored one float32 step away from zero (zeros stay). `stats` is two float32: the
+    largest magnitude so far and the smallest nonzero magnitude so far.
     """
     parameters = [("ptr", "source"), ("i64", "sk"), ("i64", "sn"), ("i64", "depth"), ("i64", "valid"),
                   ("ptr", "packed"), ("ptr", "stats")]
@@ -46,8 +46,8 @@ def pack_b(tile: Tile) -> str:
             large = vector_constant("i32", str(LARGE_BITS), lanes)
             _keep(f, "smin", lanes, smallest,
                   f.op(f"select <{lanes} x i1> {nonzero}, {integers} {size}, {integers} {large}"))
-    _reduce(f, "smax", lanes, largest, "%stats")
-    _reduce(f, "smin", lanes, smallest, f.element("i32", "%stats", "1"))
+    _merge(f, "smax", lanes, largest, "%stats")
+    _merge(f, "smin", lanes, smallest, f.element("i32", "%stats", "1"))
     return f.text()
 
 
@@ -114,8 +114,8 @@ def _copy(f: Function, stride: str, pitch: str, full: str) -> None:
     with f.when(f.negate(full)):
         size = f.mul("%depth", str(4 * int(pitch)))
         f.do(f"call void @llvm.memset.p0.i64(ptr %packed, i8 0, i64 {size}, i1 false)")
-    with f.loop("0", "%depth", str(_BLOCK)) as first:
-        last = f.min(f.add(first, str(_BLOCK)), "%depth")
+    with f.loop("0", "%depth", str(BLOCK_DEPTH)) as first:
+        last = f.min(f.add(first, str(BLOCK_DEPTH)), "%depth")
         with f.loop("0", "%valid") as j:
             line = f.element("float", "%source", f.mul(j, stride))
             column = f.element("float", "%packed", j)
@@ -138,3 +138,10 @@ def _keep(f: Function, which: str, lanes: int, slot: str, value: str) -> None:
 def _reduce(f: Function, which: str, lanes: int, slot: str, target: str) -> None:
     value = f.load(f"<{lanes} x i32>", slot, 1)
     f.store("i32", f.op(f"call i32 @llvm.vector.reduce.{which}.v{lanes}i32(<{lanes} x i32> {value})"), target)
+
+
+def _merge(f: Function, which: str, lanes: int, slot: str, target: str) -> None:
+    value = f.load(f"<{lanes} x i32>", slot, 1)
+    new = f.op(f"call i32 @llvm.vector.reduce.{which}.v{lanes}i32(<{lanes} x i32> {value})")
+    old = f.load("i32", target)
+    f.store("i32", f.op(f"call i32 @llvm.{which}.i32(i32 {old}, i32 {new})"), target)

@@ -48,10 +48,10 @@ def _units(integer: I64, exponent: I64) -> I64:
 
 
 def mac_output(accumulator: I64) -> NDArray[np.float64]:
-    """Accumulators (units of 2^-16, |accumulator| < 2^31) rounded half away from zero to 11 bits; never -0."""
+    """Accumulators (units of 2^-16, below 2^31) rounded half away from zero to 11 bits; never -0."""
     size = np.abs(accumulator)
     length = np.frexp(size.astype(np.float64))[1].astype(np.int64)
     shift = np.maximum(length - 11, 0)
     half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
     rounded = ((size + half) >> shift) << shift
-    return np.sign(accumulator) * rounded * 2.0**-16
+    return np.asarray(np.sign(accumulator) * rounded * 2.0**-16)
