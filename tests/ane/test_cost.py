@@ -1,0 +1,201 @@
+"""The cost model: counts by hand, structure of the estimate, published latencies, honest unknowns."""
+
+from __future__ import annotations
+
+import csv
+import math
+from importlib import resources
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ane_trainer.ane import cost
+from ane_trainer.ane.chips import get_chip, known_chips
+from ane_trainer.ane.cost import estimate, flops, macs
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.mil import Function, Literal, Op, Program, TensorType, Value, literal
+from ane_trainer.ane.opset import Builder
+
+
+def weight(*shape: int) -> Literal:
+    return Literal(TensorType("fp16", shape), b"\0" * (2 * math.prod(shape)))
+
+
+def value(name: str, *shape: int) -> Value:
+    return Value(name, TensorType("fp16", shape))
+
+
+def op(kind: str, shape: tuple[int, ...], **args: object) -> Op:
+    return Op(kind, tuple(args.items()), (value("y", *shape),))  # type: ignore[arg-type]
+
+
+def run(inputs: tuple[Value, ...], *ops: Op) -> Program:
+    return Program((Function("main", inputs, ops, (ops[-1].result,)),))
+
+
+def gemm(m: int, k: int, n: int) -> Program:
+    x = value("x", m, k)
+    return run((x,), op("matmul", (m, n), x=x, y=Literal(TensorType("fp16", (k, n)), b"")))
+
+
+def conv(b: int, c: int, h: int, kernel: int) -> Program:
+    x = value("x", b, c, h, h)
+    w = Literal(TensorType("fp16", (c, c, kernel, kernel)), b"")
+    return run((x,), op("conv", (b, c, h, h), x=x, weight=w, pad_type=literal("same", "string")))
+
+
+def test_counts_by_hand() -> None:
+    x = value("x", 3, 5)
+    assert macs(op("matmul", (3, 7), x=x, y=weight(5, 7))) == 3 * 5 * 7
+    assert flops(op("matmul", (3, 7), x=x, y=weight(5, 7))) == 2 * 3 * 5 * 7
+    turned = op("matmul", (5, 7), x=x, y=weight(3, 7), transpose_x=literal(True, "bool"))
+    assert macs(turned) == 5 * 3 * 7
+    assert flops(op("linear", (3, 7), x=x, weight=weight(7, 5), bias=weight(7))) == 2 * 3 * 5 * 7 + 21
+    image = value("x", 2, 8, 6, 6)
+    grouped = op("conv", (2, 4, 4, 4), x=image, weight=weight(4, 2, 3, 3), groups=literal(4, "int32"))
+    assert macs(grouped) == 2 * 4 * 4 * 4 * (2 * 3 * 3)
+    assert macs(op("conv_transpose", (2, 4, 8, 8), x=image, weight=weight(8, 4, 3, 3))) == 2 * 8 * 36 * 4 * 9
+    batched = op("einsum", (2, 3, 7), values=(value("a", 2, 3, 5), value("b", 2, 5, 7)),
+                 equation=literal("bij,bjk->bik", "string"))  # fmt: skip
+    assert macs(batched) == 2 * 3 * 5 * 7
+    heads = [value(name, 2, 4, 8) for name in "qkv"]
+    attention = op("scaled_dot_product_attention", (2, 4, 8), query=heads[0], key=heads[1], value=heads[2])
+    assert macs(attention) == 2 * 4 * 4 * (8 + 8)
+    assert flops(op("relu", (3, 5), x=x)) == 15
+    assert flops(op("add", (3, 5), x=x, y=weight(5))) == 15
+    assert flops(op("reduce_sum", (3, 1), x=x)) == 15
+    assert flops(op("softmax", (3, 5), x=x)) == 75
+    assert (
+        flops(op("max_pool", (2, 8, 3, 3), x=image, kernel_sizes=literal((2, 2), "int32"))) == 2 * 8 * 9 * 4
+    )
+    for kind in ("transpose", "reshape", "concat", "slice_by_size"):
+        assert flops(op(kind, (5, 3), x=x)) == 0
+        assert macs(op(kind, (5, 3), x=x)) == 0
+
+
+def test_the_parts_add_up() -> None:
+    b = Builder()
+    x = b.input("x", TensorType("fp16", (128, 784)))
+    h = b.op("relu", x=b.op("matmul", x=x, y=weight(784, 256)))
+    y = b.op("softmax", x=b.op("matmul", x=h, y=weight(256, 10)))
+    found = estimate(Program((b.finish((y,)),)), "m4")
+    assert found.latency_us == pytest.approx(found.dispatch_us + sum(part.latency_us for part in found.ops))
+    assert found.flops == 2 * 128 * (784 * 256 + 256 * 10) + 128 * 256 + 5 * 128 * 10
+    assert found.engine_flops == found.flops
+    first, relu, _, soft = found.ops
+    assert first.activation_us > 0  # the batch comes in
+    assert relu.bound_by == "fused"
+    assert relu.latency_us == 0
+    assert soft.activation_us > 0  # the result goes out
+    assert first.weight_bytes == 2 * 784 * 256
+
+
+def test_an_activation_whose_input_is_used_twice_is_not_fused() -> None:
+    b = Builder()
+    x = b.input("x", TensorType("fp16", (8, 64)))
+    h = b.op("matmul", x=x, y=weight(64, 64))
+    y = b.op("add", x=b.op("relu", x=h), y=h)
+    found = estimate(Program((b.finish((y,)),)), "m4")
+    assert [part.bound_by for part in found.ops][1] != "fused"
+
+
+def test_engine_flops_leaves_out_what_the_engine_refuses() -> None:
+    x = value("x", 16, 64)
+    program = run((x,), op("sin", (16, 64), x=x))
+    assert estimate(program, "m5").engine_flops == 16 * 64
+    assert estimate(program, "m1").engine_flops == 0
+    assert estimate(program, "m1").flops == 16 * 64
+
+
+def test_compressed_weights_stream_their_own_bytes() -> None:
+    x = value("x", 1, 4096)
+    packed = Literal(TensorType("int8", (4096, 4096)), b"")
+    w = Value("w", TensorType("fp16", (4096, 4096)))
+    unpack = Op("constexpr_affine_dequantize", (("quantized_data", packed),), (w,))
+    small = estimate(run((x,), unpack, op("matmul", (1, 4096), x=x, y=w)), "m5-pro")
+    dense = estimate(gemm(1, 4096, 4096), "m5-pro")
+    assert small.ops[-1].weight_bytes == 4096 * 4096
+    assert small.latency_us < 0.7 * dense.latency_us
+
+
+@pytest.mark.parametrize(
+    ("chip", "program", "published_us", "tolerance"),
+    [
+        ("m1", gemm(1024, 1024, 1024), 2273.7, 0.15),
+        ("m1", conv(2, 512, 64, 3), 11181.3, 0.15),
+        ("m1-max", conv(2, 512, 64, 3), 5644.6, 0.25),
+        ("m4", gemm(1024, 1024, 1024), 745.9, 0.15),
+        ("m4", gemm(4096, 4096, 4096), 25286.3, 0.15),
+        ("m5-pro", gemm(2048, 2048, 2048), 1685.8, 0.10),
+        ("m5-pro", gemm(8192, 8192, 8192), 225224.0, 0.10),
+        ("m5-pro", gemm(1, 4096, 4096), 299.4, 0.10),
+        ("m5-pro", conv(4, 512, 64, 3), 4102.6, 0.15),
+        ("m5", gemm(2048, 2048, 2048), 1972.3, 0.15),  # no M5 row is fitted
+    ],
+)
+def test_published_latencies(chip: str, program: Program, published_us: float, tolerance: float) -> None:
+    assert estimate(program, chip).latency_us == pytest.approx(published_us, rel=tolerance)
+
+
+def test_the_array_starves_when_a_long_contraction_meets_a_large_input() -> None:
+    short, long = (estimate(gemm(1024, k, 1024), "m4").ops[0] for k in (2048, 4096))
+    assert long.compute_us > 1.8 * 2 * short.compute_us
+    few_rows = estimate(gemm(64, 4096, 1024), "m4").ops[0]
+    assert few_rows.compute_us < 1.2 * 2 * estimate(gemm(64, 2048, 1024), "m4").ops[0].compute_us
+
+
+def test_winograd_speeds_3x3_on_m5_and_not_on_m4() -> None:
+    def gain(chip: str) -> float:
+        three, five = (estimate(conv(1, 256, 64, k), chip).ops[0] for k in (3, 5))
+        return five.compute_us / three.compute_us * 9 / 25
+
+    assert gain("m5-pro") == pytest.approx(1.45, rel=0.05)
+    assert gain("m4") == pytest.approx(1.0, rel=0.05)
+
+
+def test_energy_only_where_power_is_published() -> None:
+    program = gemm(2048, 2048, 2048)
+    joules = {name: estimate(program, name).energy_uj for name in known_chips()}
+    assert {name for name, energy in joules.items() if energy is not None} == {
+        "m1", "m1-max", "m2-pro", "m4", "m5-pro",
+    }  # fmt: skip
+    measured_uj = 7637.5e-3 * 1726.8  # M5 Pro: engine power x time of this product in the power loop
+    assert joules["m5-pro"] == pytest.approx(measured_uj, rel=0.15)
+
+
+@pytest.mark.parametrize("name", known_chips())
+def test_every_chip_says_whose_rates_it_has(name: str) -> None:
+    found = estimate(gemm(64, 64, 64), name)
+    fitted = name in ("m1", "m1-max", "m2-pro", "m4", "m5-pro")
+    assert found.provenance.startswith("fitted to" if fitted else "scaled by clock from")
+    assert (found.error_band is not None) == fitted
+    assert found.latency_us > 0
+
+
+def test_other_paths_use_their_own_floor_or_say_so() -> None:
+    program = gemm(8, 8, 8)
+    assert estimate(program, "m4", "direct").dispatch_us == get_chip("m4").dispatch_floor_us
+    assert "dispatch time of e5rt" in estimate(program, "m1", "coreml").provenance
+    with pytest.raises(UsageError, match="path: needs one of"):
+        estimate(program, "m4", "teleport")
+    with pytest.raises(UsageError, match="Did you mean"):
+        estimate(program, "m44")
+
+
+@given(st.integers(1, 512), st.integers(1, 512), st.integers(1, 512), st.sampled_from(known_chips()))
+def test_more_work_never_costs_less(m: int, k: int, n: int, chip: str) -> None:
+    small, large = estimate(gemm(m, k, n), chip), estimate(gemm(m * 2, k, n), chip)
+    assert 0 < small.latency_us <= large.latency_us
+    assert large.flops == 2 * small.flops
+    if small.energy_uj is not None and large.energy_uj is not None:
+        assert 0 < small.energy_uj <= large.energy_uj
+
+
+def test_every_rate_and_calibration_row_has_a_source() -> None:
+    data = resources.files("ane_trainer.ane") / "data"
+    for name in ("cost_rates.csv", "cost_calibration.csv"):
+        rows = list(csv.DictReader((data / name).read_text(encoding="utf-8").splitlines()))
+        assert rows
+        assert all(row["source"] or row.get("name") == "provenance" for row in rows), name
+    assert all(cost.rates(chip).read_gb_s > 0 for chip in known_chips())
