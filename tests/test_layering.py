@@ -19,6 +19,7 @@ LINES: dict[str, float] = {
     "ane.errors": 0,
     "ane.mil": 1,
     "ane.chip_data": 1.5,
+    "ane.counting": 1.5,
     "ane.opset": 2,
     "ane.chips": 2,
     "ane.weights": 2.5,
