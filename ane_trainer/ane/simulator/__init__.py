@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil import Program
-from ane_trainer.ane.simulator import contraction, convolution, movement, pooling, reduction
+from ane_trainer.ane.simulator import contraction, convolution, movement, pointwise, pooling, reduction
 from ane_trainer.ane.simulator.plan import Plan, prepare
 from ane_trainer.ane.simulator.registry import KERNELS, Context, Kernel
 
 __all__ = ["KERNELS", "Context", "Kernel", "Plan", "make_context", "prepare", "simulate"]
 
 #: Importing a family registers its kernels.
-_FAMILIES = (contraction, convolution, movement, pooling, reduction)
+_FAMILIES = (contraction, convolution, movement, pointwise, pooling, reduction)
 
 
 def make_context(chip: str, fidelity: str = "exact", threads: int | None = None) -> Context:

@@ -201,9 +201,9 @@ class _Emitter:
                 return self.round(self.fresh(f"f{instr.code} {f} {s[0]}, {s[1]}"))
             case "max" | "min":
                 first = self.fresh(f"fcmp {'ogt' if instr.code == 'max' else 'olt'} {f} {s[0]}, {s[1]}")
-                return self.fresh(f"select {truth} {first}, {f} {s[0]}, {f} {s[1]}")
+                return self.saturate(self.fresh(f"select {truth} {first}, {f} {s[0]}, {f} {s[1]}"))
             case "abs":
-                return self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {s[0]})")
+                return self.saturate(self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {s[0]})"))
             case "lookup":
                 return self.lookup(s[0], instr.which)
             case "mac_round":
@@ -241,7 +241,12 @@ class _Emitter:
         nudged = self.fresh(f"bitcast {i} {outward} to {f}")
         narrow = self.fresh(f"fptrunc {f} {nudged} to {half}")
         wide = self.fresh(f"fpext {half} {narrow} to {f}")
-        low = self.fresh(f"call {f} @llvm.minnum.{suffix}({f} {wide}, {f} {self.constant(65536.0, 'float')})")
+        return self.saturate(wide)
+
+    def saturate(self, x: str) -> str:
+        """No result lies beyond the engine's inf, 65536 (operands may: NaN patterns decode to more)."""
+        f, _, suffix = _types(self.width)
+        low = self.fresh(f"call {f} @llvm.minnum.{suffix}({f} {x}, {f} {self.constant(65536.0, 'float')})")
         return self.fresh(f"call {f} @llvm.maxnum.{suffix}({f} {low}, {f} {self.constant(-65536.0, 'float')})")
 
     def mac_round(self, x: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ class Compiler:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._bodies: dict[str, str] = {}  # body -> function name
-        self._keep: list[Any] = []
 
     def add(
         self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
@@ -44,9 +44,7 @@ class Compiler:
         body = fuse.emit("FUNCTION", group, loops, jit.host_vector_width())
         self._bodies.setdefault(body, f"fused{len(self._bodies)}")
         memory = [*arrays, *tables, *targets]
-        self._keep.append(memory)
-        pointers = [a.ctypes.data for a in memory]
-        return _step(body, pointers, loops.extents, self.context.threads)
+        return _step(body, memory, loops.extents, self.context.threads)
 
     def finish(self) -> None:
         """Compile every loop that this process has not compiled before."""
@@ -97,18 +95,21 @@ class Compiler:
         return group, arrays, tables
 
 
-def _step(body: str, pointers: list[int], extents: tuple[int, ...], threads: int) -> Callable[[], None]:
-    """A callable that runs the loop, split over the outermost axis when there is enough to do."""
+def _step(body: str, memory: Sequence[Array], extents: tuple[int, ...], threads: int) -> Callable[[], None]:
+    """A callable that runs the loop, split over the outermost axis when there is enough to do; it keeps `memory`."""
     outer, total = extents[0], int(np.prod(extents))
     parts = threads if total >= PARALLEL_ELEMENTS else 1
     unit = 64 if len(extents) == 1 else 1
     bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]
+    pointers = [array.ctypes.data for array in memory]
     pieces = [(*pointers, a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
 
-    def step() -> None:
-        jit.run_parallel(_compiled[body], pieces, threads)
+    return partial(_run, body, pieces, threads, memory)
 
-    return step
+
+def _run(body: str, pieces: Sequence[tuple[int, ...]], threads: int, memory: Sequence[Array]) -> None:
+    """Call the compiled loop on its pieces; `memory` is what the pieces point to, held while the step lives."""
+    jit.run_parallel(_compiled[body], pieces, threads)
 
 
 def round_in_place(array: Array, context: Context) -> Callable[[], None]:
@@ -122,4 +123,4 @@ def round_in_place(array: Array, context: Context) -> Callable[[], None]:
     if body not in _compiled:
         text = fuse.declarations(jit.host_vector_width()) + body.replace("@FUNCTION", "@fused0", 1)
         _compiled[body] = jit.compile_ir(text, ["fused0"])["fused0"]
-    return _step(body, [array.ctypes.data] * 2, loops.extents, context.threads)
+    return _step(body, [array, array], loops.extents, context.threads)

@@ -41,11 +41,11 @@ def evaluate(instr: Instr, sources: Sequence[Array], tables: Sequence[Array]) ->
         case "mul":
             return round_half_away(s[0] * s[1])
         case "max":
-            return np.where(s[0] > s[1], s[0], s[1])
+            return np.clip(np.where(s[0] > s[1], s[0], s[1]), -INF, INF)
         case "min":
-            return np.where(s[0] < s[1], s[0], s[1])
+            return np.clip(np.where(s[0] < s[1], s[0], s[1]), -INF, INF)
         case "abs":
-            return np.abs(s[0])
+            return np.minimum(np.abs(s[0]), INF)
         case "lookup":
             return np.asarray(tables[instr.which][encode(s[0]).view(np.uint16)])
         case "mac_round":
