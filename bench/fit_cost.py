@@ -34,7 +34,7 @@ SOURCE = "ANEForge 0.4.0 published results"
 
 FITTED = ("dispatch_us", "large_io_us", "read_gb_s", "write_gb_s", "weight_gb_s", "large_weight_gb_s",
           "mac_efficiency", "starved_efficiency", "softmax_gelem_s", "norm_gelem_s")  # fmt: skip
-ENERGY = ("pj_per_mac", "pj_per_io_byte", "pj_per_weight_byte", "static_w")
+ENERGY = ("pj_per_mac", "pj_per_io_byte", "pj_per_weight_byte", "static_w", "elementwise_w")
 #: Engine-side rates that are not fitted: M6 notes (one engine), scaled by clock elsewhere.
 M6_RATES = {"pe_gelem_s": 61.0, "pe_two_input_gelem_s": 28.5, "spill_gb_s": 36.0}
 TASK_US = 0.34
@@ -83,6 +83,7 @@ def fit(rows: list[Row], values: dict[str, float], names: tuple[str, ...]) -> di
 def fit_energy(rows: list[Row], values: dict[str, float]) -> dict[str, float]:
     """The same search on energy (engine power x loop time) of the rows with a published engine power."""
     seed = values | {"pj_per_mac": 1.4, "pj_per_io_byte": 10.0, "pj_per_weight_byte": 10.0, "static_w": 0.5}
+    seed["elementwise_w"] = 0.9
 
     def loss(trial: dict[str, float]) -> float:
         pull = PULL * sum(abs(math.log(trial[name] / seed[name])) for name in ENERGY)

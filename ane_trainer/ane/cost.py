@@ -61,6 +61,7 @@ class Rates:
     pj_per_io_byte: float | None = None
     pj_per_weight_byte: float | None = None
     static_w: float | None = None
+    elementwise_w: float | None = None
     error_band: float | None = None
     provenance: str = ""
 
@@ -251,15 +252,17 @@ def _mac_rate(op: Op, chip: Chip, found: Rates) -> float:
 def _energy_uj(
     function: Function, ops: tuple[OpCost, ...], found: Rates, chip: Chip, latency_us: float
 ) -> float | None:
-    terms = (found.pj_per_mac, found.pj_per_io_byte, found.pj_per_weight_byte, found.static_w)
-    per_mac, per_io, per_weight, static_w = terms
-    if per_mac is None or per_io is None or per_weight is None or static_w is None:
+    per_mac, per_io, per_weight = found.pj_per_mac, found.pj_per_io_byte, found.pj_per_weight_byte
+    static_w, elementwise_w = found.static_w, found.elementwise_w
+    if per_mac is None or per_io is None or per_weight is None or static_w is None or elementwise_w is None:
         return None
     io_bytes = sum(value.type.nbytes for value in (*function.inputs, *function.outputs))
     weight_bytes = sum(op.weight_bytes for op in ops)
     by_name = {op.name: op for op in function.ops}
     work = sum(op.macs / max(_mac_rate(by_name[op.name], chip, found), 1.0) for op in ops if op.macs)
-    return (per_mac * work + per_io * io_bytes + per_weight * weight_bytes) * 1e-6 + static_w * latency_us
+    busy_us = sum(op.compute_us for op in ops if op.macs == 0)
+    moved_uj = (per_mac * work + per_io * io_bytes + per_weight * weight_bytes) * 1e-6
+    return moved_uj + static_w * latency_us + elementwise_w * busy_us
 
 
 def _weight_bytes(op: Op, constants: dict[str, int]) -> int:
