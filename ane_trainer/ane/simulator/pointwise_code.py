@@ -15,6 +15,7 @@ from ane_trainer.ane.opset import Call
 from ane_trainer.ane.simulator.fp16 import decode
 from ane_trainer.ane.simulator.fuse import Instr
 from ane_trainer.ane.simulator.registry import KERNELS, Context
+from ane_trainer.ane.simulator.tables import lookup
 
 F32 = NDArray[np.float32]
 
@@ -51,9 +52,9 @@ def _simple(code: str) -> Writer:
     return lambda group, _ctx, _call, s: group.add(code, *s)
 
 
-def _real_div(group: Code, ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _real_div(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     """x / y is x times the inverse table of y (see `facts`: M6 numerics, inverse x mul)."""
-    return group.add("mul", s[0], group.lookup(s[1], unary_table("inverse", ctx)))
+    return group.add("mul", s[0], group.lookup(s[1], lookup("inverse")))
 
 
 def _relu(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
@@ -107,11 +108,3 @@ def table_of(call: Call, ctx: Context) -> F32:
         patterns = decode(np.arange(1 << 16, dtype=np.uint16))
         _TABLES[key] = np.ascontiguousarray(KERNELS[kind].run(ctx, call, patterns), dtype=np.float32)
     return _TABLES[key]
-
-
-def unary_table(kind: str, ctx: Context) -> F32:
-    """The table of a unary op with its default parameters."""
-    from ane_trainer.ane.mil import TensorType, Value
-    from ane_trainer.ane.opset import bind
-
-    return table_of(bind(kind, {"x": Value("x", TensorType("fp16", (1,)))}), ctx)

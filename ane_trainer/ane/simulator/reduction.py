@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
 from ane_trainer.ane.simulator.fp16 import round_half_away
-from ane_trainer.ane.simulator.pointwise_code import unary_table
 from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.tables import evaluate
 
 Array = NDArray[Any]
 
@@ -51,13 +51,6 @@ def reduce_min(ctx: Context, call: Call, x: Array) -> Array:
 def softmax(ctx: Context, call: Call, x: Array) -> Array:
     axis = call.integer("axis")
     shifted = round_half_away(x - np.max(x, axis=axis, keepdims=True))
-    weights = lookup(unary_table("exp", ctx), shifted)
+    weights = evaluate("exp", shifted)
     total = round_half_away(np.sum(weights, axis=axis, dtype=np.float64, keepdims=True))
-    return round_half_away(weights * lookup(unary_table("inverse", ctx), total))
-
-
-def lookup(table: Array, x: Array) -> Array:
-    """A table of 65,536 results applied to decoded values."""
-    from ane_trainer.ane.simulator.fp16 import encode
-
-    return np.asarray(table[encode(x).view(np.uint16)])
+    return round_half_away(weights * evaluate("inverse", total))

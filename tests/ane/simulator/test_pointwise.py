@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.mil import TensorType, Value, literal
-from ane_trainer.ane.opset import bind, known_ops
-from ane_trainer.ane.simulator import KERNELS, make_context
+from ane_trainer.ane.opset import Builder, bind, known_ops
+from ane_trainer.ane.simulator import KERNELS, make_context, prepare
 from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_vectors.csv"
@@ -32,13 +32,15 @@ LOGICAL = "logical_and logical_or logical_xor"
 
 
 def run(kind: str, *operands: object, **parameters: object) -> np.ndarray:
-    """A kernel on decoded arrays; parameters are MIL's, numbers as fp16 literals."""
+    """A kernel on decoded arrays; parameters are MIL's, numbers as fp16 literals; no epsilon unless given."""
     arrays = [np.asarray(v) if np.asarray(v).dtype == bool else np.asarray(v, np.float32) for v in operands]
     names = {3: ("cond", "a", "b"), 2: ("x", "y"), 1: ("x",)}[len(arrays)]
     args: dict[str, object] = {
         n: Value(n, TensorType("bool" if a.dtype == bool else "fp16", a.shape))
         for n, a in zip(names, arrays, strict=True)
     }
+    if kind in ("inverse", "rsqrt", "log"):
+        parameters = {"epsilon": 0.0, **parameters}
     for name, value in parameters.items():
         args[name] = literal(value, "string" if isinstance(value, str) else "fp16")
     call = bind(kind, args)  # type: ignore[arg-type]
@@ -70,9 +72,9 @@ UNARY: dict[str, tuple[Reference, tuple[float, float], float, float, dict[str, o
         lambda x: np.clip(0.25 * x + 0.5, 0, 1), (-99, 99), 0, 5e-4, {"alpha": 0.25, "beta": 0.5},
     ),
     "sqrt": (np.sqrt, (0, 65504), 1.3 * ONE, 0, {}),
-    "rsqrt": (lambda x: 1 / np.sqrt(x), (2.0**-24, 65504), 2.2 * ONE, 0, {"epsilon": 0.0}),
-    "inverse": (lambda x: 1 / x, (2.0**-14, 65504), ONE, 2.0**-24, {"epsilon": 0.0}),
-    "log": (np.log, (2.0**-24, 65504), HALF, 8e-3, {"epsilon": 0.0}),
+    "rsqrt": (lambda x: 1 / np.sqrt(x), (2.0**-24, 65504), 2.2 * ONE, 0, {}),
+    "inverse": (lambda x: 1 / x, (2.0**-14, 65504), ONE, 2.0**-24, {}),
+    "log": (np.log, (2.0**-24, 65504), HALF, 8e-3, {}),
     "exp": (np.exp, (-9, 11), 1e-2, 0, {}),
     "exp2": (np.exp2, (-13.9, 15.9), ONE, 0, {}),
     "erf": (erf_of, (-65504, 65504), 0, 8.65e-4, {}),
@@ -272,3 +274,17 @@ def test_every_op_states_its_fidelity_and_a_bound_where_bounded(kind: str) -> No
 def test_mod_is_refused_and_pow_is_not() -> None:
     assert "mod" not in KERNELS
     assert "pow" in KERNELS
+
+
+def test_a_program_divides_by_small_numbers_without_the_epsilon_of_inverse() -> None:
+    """`inverse` has a default epsilon of 1e-4; real_div and softmax share its table but must not inherit it."""
+    b = Builder()
+    x, y = (b.input(name, TensorType("fp16", (4,))) for name in "xy")
+    function = b.finish((b.op("real_div", x=x, y=y), b.op("softmax", x=x, axis=0)))
+    divided, weights = (
+        prepare(function, CONTEXT)
+        .run({"x": np.float16([1, 0.5, 2, 0]), "y": np.float16([2.0**-10, 0, 2.0**-14, 0])})
+        .values()
+    )
+    assert divided.tolist() == [1024, 32768, 32768, 0]
+    assert float(weights.sum()) == pytest.approx(1, abs=4 * HALF)
