@@ -1,9 +1,26 @@
-"""The builder: the one mutable thing on the way to a `Function`; every op it adds has passed its type rule."""
+"""The builder: the one mutable thing on the way to a `Function`; its ops have passed their type rules."""
 
 from __future__ import annotations
 
-from ane_trainer.ane.mil import Arg, Function, Op, TensorType, Value
-from ane_trainer.ane.opset.registry import as_arg, infer, op_def
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.opset.domains import DOMAINS
+from ane_trainer.ane.opset.registry import Param, as_arg, infer, op_def
+
+
+def _typed_like_others(kind: str, param: Param, args: Mapping[str, object]) -> Param:
+    """`param` with the dtype that a Python number needs there: that of the arguments it must agree with."""
+    domains = DOMAINS.get(kind, {})
+    own = domains.get(param.name)
+    if own is None:
+        return param
+    for name, other in domains.items():
+        given = args.get(name)
+        if own.letter is not None and other.letter == own.letter and isinstance(given, (Value, Literal)):
+            return replace(param, dtype=given.type.dtype)
+    return param if param.dtype in own.dtypes else replace(param, dtype=own.dtypes[0])
 
 
 class Builder:
@@ -34,7 +51,7 @@ class Builder:
         bound: dict[str, Arg] = {}
         for param in definition.params:  # in the op's own order, so equal calls give equal programs
             if args.get(param.name) is not None:
-                bound[param.name] = as_arg(param, args[param.name])
+                bound[param.name] = as_arg(_typed_like_others(kind, param, args), args[param.name])
         for key in args.keys() - {p.name for p in definition.params}:
             raise TypeError(f"{kind} has no parameter {key}")
         types = infer(kind, bound)

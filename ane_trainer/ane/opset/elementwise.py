@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ane_trainer.ane.mil import TensorType
+from ane_trainer.ane.opset.domains import DOMAINS
 from ane_trainer.ane.opset.registry import Call, const, rule, tensor
 from ane_trainer.ane.opset.shapes import broadcast
 
@@ -13,48 +14,70 @@ from ane_trainer.ane.opset.shapes import broadcast
     tensor("x"),
 )
 def unary(call: Call) -> tuple[TensorType, ...]:
+    """One input, whose type the result has."""
     return (call.type("x"),)
 
 
-@rule("rsqrt inverse log", tensor("x"), const("epsilon", "fp16", 1e-12))
+@rule("rsqrt", tensor("x"), const("epsilon", "fp16", 1e-12))
+@rule("inverse", tensor("x"), const("epsilon", "fp16", 1e-4))
+@rule("log", tensor("x"), const("epsilon", "fp16", 1e-45))
 def unary_epsilon(call: Call) -> tuple[TensorType, ...]:
+    """As `unary`; epsilon is added before the function."""
     return (call.type("x"),)
 
 
 @rule("gelu", tensor("x"), const("mode", "string", "EXACT"))
 def gelu(call: Call) -> tuple[TensorType, ...]:
+    """`mode` names one of three formulas."""
     modes = ("EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION")
     if call.text("mode") not in modes:
         raise call.refuse(f"mode needs one of {', '.join(modes)}; got {call.text('mode')!r}")
     return (call.type("x"),)
 
 
-@rule("leaky_relu elu thresholded_relu", tensor("x"), const("alpha", "fp16", 1.0))
-@rule("threshold", tensor("x"), const("alpha", "fp16"))
+@rule("leaky_relu elu thresholded_relu threshold", tensor("x"), const("alpha", "fp16"))
 def unary_alpha(call: Call) -> tuple[TensorType, ...]:
+    """One input and one number."""
     return (call.type("x"),)
 
 
-@rule("clip clamped_relu linear_activation scaled_tanh sigmoid_hard", tensor("x"), const("alpha", "fp16"), const("beta", "fp16"))
+@rule(
+    "clip clamped_relu linear_activation scaled_tanh sigmoid_hard",
+    tensor("x"),
+    const("alpha", "fp16"),
+    const("beta", "fp16"),
+)
 def unary_alpha_beta(call: Call) -> tuple[TensorType, ...]:
+    """One input and two numbers."""
     return (call.type("x"),)
 
 
 @rule("prelu", tensor("x"), const("alpha", "fp16"))
 def prelu(call: Call) -> tuple[TensorType, ...]:
+    """alpha has one slope per channel (axis 1)."""
     x, alpha = call.type("x"), call.type("alpha")
-    if x.rank < 3 or alpha.shape != (x.shape[1],):
+    if not 3 <= x.rank <= 5 or alpha.shape != (x.shape[1],):
         raise call.refuse(f"alpha needs one number per channel of a rank 3 to 5 input; got {alpha} for {x}")
+    values = call.const("alpha")
+    if x.rank != 4 and isinstance(values, tuple) and len(set(values)) > 1:
+        raise call.refuse(
+            f"alpha needs equal numbers for an input of rank {x.rank}; only rank 4 takes others"
+        )
     return (x,)
 
 
 @rule("softplus_parametric", tensor("x"), const("alpha", "fp16"), const("beta", "fp16"))
 def softplus_parametric(call: Call) -> tuple[TensorType, ...]:
-    return (call.type("x"),)
+    """alpha and beta have one number per channel (axis 1)."""
+    x, alpha, beta = call.type("x"), call.type("alpha"), call.type("beta")
+    if x.rank < 3 or not alpha.shape == beta.shape == (x.shape[1],):
+        raise call.refuse(f"alpha and beta need one number per channel of {x}; got {alpha} and {beta}")
+    return (x,)
 
 
 @rule("add sub mul real_div floor_div maximum minimum mod pow", tensor("x"), tensor("y"))
 def binary(call: Call) -> tuple[TensorType, ...]:
+    """Two inputs of one dtype that broadcast."""
     x, y = call.type("x"), call.type("y")
     if x.dtype != y.dtype:
         raise call.refuse(f"needs x and y of one dtype; got {x.dtype} and {y.dtype}")
@@ -63,16 +86,19 @@ def binary(call: Call) -> tuple[TensorType, ...]:
 
 @rule("equal not_equal greater greater_equal less less_equal", tensor("x"), tensor("y"))
 def comparison(call: Call) -> tuple[TensorType, ...]:
+    """As `binary`, with a bool result."""
     return (TensorType("bool", binary(call)[0].shape),)
 
 
 @rule("logical_and logical_or logical_xor", tensor("x", "bool"), tensor("y", "bool"))
 def logical(call: Call) -> tuple[TensorType, ...]:
+    """As `binary`, on bool."""
     return binary(call)
 
 
 @rule("logical_not", tensor("x", "bool"))
 def logical_not(call: Call) -> tuple[TensorType, ...]:
+    """A bool input keeps its type."""
     return (call.type("x"),)
 
 
@@ -89,4 +115,8 @@ def select(call: Call) -> tuple[TensorType, ...]:
 
 @rule("cast", tensor("x"), const("dtype", "string"))
 def cast(call: Call) -> tuple[TensorType, ...]:
-    return (TensorType(call.text("dtype"), call.type("x").shape),)
+    """x's shape with another dtype."""
+    dtype, known = call.text("dtype"), DOMAINS["cast"]["x"].dtypes
+    if dtype not in known:
+        raise call.refuse(f"dtype needs one of {', '.join(known)}; got {dtype!r}")
+    return (TensorType(dtype, call.type("x").shape),)

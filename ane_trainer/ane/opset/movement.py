@@ -9,8 +9,13 @@ from ane_trainer.ane.opset.shapes import axes, axis
 
 @rule("reshape", tensor("x"), const("shape"))
 def reshape(call: Call) -> tuple[TensorType, ...]:
+    """A 0 in `shape` keeps x's extent, counted from the last axis (iOS 17; iOS 15 counted from the first)."""
     x, shape = call.type("x"), list(call.integers("shape"))
-    shape = [x.shape[i] if n == 0 and i < x.rank else n for i, n in enumerate(shape)]
+    for i in range(-len(shape), 0):
+        if shape[i] == 0:
+            shape[i] = x.shape[i] if -i <= x.rank else 1
+    if any(n < -1 for n in shape) or shape.count(-1) > 1:
+        raise call.refuse(f"shape needs extents, at most one of them -1; got {tuple(shape)}")
     known = 1
     for extent in shape:
         known *= extent if extent != -1 else 1
@@ -24,6 +29,7 @@ def reshape(call: Call) -> tuple[TensorType, ...]:
 
 @rule("transpose", tensor("x"), const("perm"))
 def transpose(call: Call) -> tuple[TensorType, ...]:
+    """Result axis i is input axis perm[i]."""
     x = call.type("x")
     perm = tuple(axis(call, p, x.rank) for p in call.integers("perm"))
     if sorted(perm) != list(range(x.rank)):
@@ -33,17 +39,23 @@ def transpose(call: Call) -> tuple[TensorType, ...]:
 
 @rule("expand_dims", tensor("x"), const("axes"))
 def expand_dims(call: Call) -> tuple[TensorType, ...]:
+    """Adds axes of extent 1 at the places `axes` of the result."""
     x, given = call.type("x"), call.integers("axes")
     rank = x.rank + len(given)
     new = {axis(call, a, rank) for a in given}
+    if len(new) != len(given):
+        raise call.refuse(f"axes needs distinct axes; got {given}")
     old = iter(x.shape)
     return (TensorType(x.dtype, tuple(1 if i in new else next(old) for i in range(rank))),)
 
 
 @rule("squeeze", tensor("x"), const("axes", "int32", None))
 def squeeze(call: Call) -> tuple[TensorType, ...]:
+    """Drops axes of extent 1; all of them when `axes` is absent."""
     x = call.type("x")
-    gone = axes(call, "axes", x.rank) if call.has("axes") else tuple(i for i, n in enumerate(x.shape) if n == 1)
+    gone = (
+        axes(call, "axes", x.rank) if call.has("axes") else tuple(i for i, n in enumerate(x.shape) if n == 1)
+    )
     if any(x.shape[i] != 1 for i in gone):
         raise call.refuse(f"axes needs axes of extent 1; got {gone} for {x}")
     return (TensorType(x.dtype, tuple(n for i, n in enumerate(x.shape) if i not in gone)),)
@@ -51,6 +63,7 @@ def squeeze(call: Call) -> tuple[TensorType, ...]:
 
 @rule("slice_by_size", tensor("x"), const("begin"), const("size"))
 def slice_by_size(call: Call) -> tuple[TensorType, ...]:
+    """x[begin : begin + size]; size -1 means to the end."""
     x, begin, size = call.type("x"), call.integers("begin"), call.integers("size")
     if not len(begin) == len(size) == x.rank:
         raise call.refuse(f"begin and size need {x.rank} numbers; got {begin} and {size}")
@@ -71,6 +84,7 @@ def slice_by_size(call: Call) -> tuple[TensorType, ...]:
     const("squeeze_mask", "bool", None),
 )
 def slice_by_index(call: Call) -> tuple[TensorType, ...]:
+    """x[begin : end : stride]; a mask means the whole side, squeeze_mask drops the axis."""
     x = call.type("x")
     shape = []
     for axis_slice, squeezed, extent in zip(*index_slices(call), x.shape, strict=True):
@@ -100,21 +114,26 @@ def index_slices(call: Call) -> tuple[tuple[slice, ...], tuple[bool, ...]]:
             stop = begin[i] + 1
             slices.append(slice(begin[i], stop if stop != 0 else None, 1))
             continue
-        slices.append(
-            slice(None if masks[0][i] else begin[i], None if masks[1][i] else end[i], stride[i])
-        )
+        whole_start, whole_end = masks[0][i], masks[1][i]
+        slices.append(slice(None if whole_start else begin[i], None if whole_end else end[i], stride[i]))
     return tuple(slices), masks[2]
 
 
 @rule("concat", tensors("values"), const("axis"), const("interleave", "bool", False))
 def concat(call: Call) -> tuple[TensorType, ...]:
+    """Joins along an axis; interleave takes one index of each in turn."""
     types = call.types("values")
+    if not types:
+        raise call.refuse("values needs at least one tensor; got none")
     first = types[0]
     along = axis(call, call.integer("axis"), first.rank)
     for other in types[1:]:
         agree = other.rank == first.rank and other.dtype == first.dtype
-        if not agree or any(a != b for i, (a, b) in enumerate(zip(first.shape, other.shape, strict=True)) if i != along):
-            raise call.refuse(f"values need shapes that agree off axis {along}; got {', '.join(map(str, types))}")
+        pairs = enumerate(zip(first.shape, other.shape, strict=False))
+        if not agree or any(a != b for i, (a, b) in pairs if i != along):
+            raise call.refuse(
+                f"values need shapes that agree off axis {along}; got {', '.join(map(str, types))}"
+            )
     if call.flag("interleave") and len({t.shape for t in types}) != 1:
         raise call.refuse("values need equal shapes to be interleaved")
     total = sum(t.shape[along] for t in types)
@@ -123,13 +142,16 @@ def concat(call: Call) -> tuple[TensorType, ...]:
 
 @rule("tile", tensor("x"), const("reps"))
 def tile(call: Call) -> tuple[TensorType, ...]:
+    """Repeats each axis reps times."""
     x, reps = call.type("x"), call.integers("reps")
     if len(reps) != x.rank or any(r < 1 for r in reps):
         raise call.refuse(f"reps needs {x.rank} positive numbers; got {reps}")
     return (TensorType(x.dtype, tuple(n * r for n, r in zip(x.shape, reps, strict=True))),)
 
 
-@rule("pad", tensor("x"), const("pad"), const("mode", "string", "constant"), const("constant_val", "fp16", 0.0))
+@rule(
+    "pad", tensor("x"), const("pad"), const("mode", "string", "constant"), const("constant_val", "fp16", 0.0)
+)
 def pad(call: Call) -> tuple[TensorType, ...]:
     """`pad` lists (before, after) for the last `len(pad) / 2` axes."""
     x, amounts = call.type("x"), call.integers("pad")

@@ -10,7 +10,7 @@ _POOL: tuple[Param, ...] = (
     tensor("x"),
     const("kernel_sizes"),
     const("strides", "int32", None),
-    const("pad_type", "string", "valid"),
+    const("pad_type", "string"),
     const("pad", "int32", None),
     const("ceil_mode", "bool", False),
 )
@@ -19,13 +19,18 @@ _POOL: tuple[Param, ...] = (
 @rule("avg_pool", *_POOL, const("exclude_padding_from_average", "bool", False))
 @rule("max_pool l2_pool", *_POOL)
 def pool(call: Call) -> tuple[TensorType, ...]:
-    """x `[N, C, *spatial]` with 1 to 3 spatial axes."""
+    """x `[N, C, *spatial]` with 1 to 3 spatial axes; absent strides are 1 (not the kernel's size)."""
     x = call.type("x")
     kernel = call.integers("kernel_sizes")
     if x.rank != len(kernel) + 2:
         raise call.refuse(f"kernel_sizes needs {x.rank - 2} numbers for {x}; got {kernel}")
-    strides = call.integers("strides") if call.has("strides") else kernel
     ones = (1,) * len(kernel)
+    strides = call.integers("strides") if call.has("strides") else ones
     padding = spatial_padding(call, x.shape[2:], kernel, strides, ones)
-    extents = windows(call, x.shape[2:], kernel, strides, ones, padding, ceil_mode=call.flag("ceil_mode"))
+    ceil_mode = call.flag("ceil_mode")
+    if ceil_mode and (len(kernel) > 2 or call.text("pad_type") == "same"):
+        raise call.refuse("ceil_mode needs 1 or 2 spatial axes and a pad_type other than same")
+    if ceil_mode and any(before != after for before, after in padding):
+        raise call.refuse(f"ceil_mode needs symmetric padding; got {padding}")
+    extents = windows(call, x.shape[2:], kernel, strides, ones, padding, ceil_mode=ceil_mode)
     return (TensorType(x.dtype, (*x.shape[:2], *extents)),)

@@ -12,19 +12,24 @@ from dataclasses import dataclass
 
 from ane_trainer.ane.errors import ProgramError
 from ane_trainer.ane.mil import Arg, Literal, Scalar, TensorType, Value, literal
+from ane_trainer.ane.opset.domains import DOMAINS
 
 Default = Scalar | tuple[Scalar, ...] | None
 RuleFunction = Callable[["Call"], tuple[TensorType, ...]]
 
 _REQUIRED = object()
 
+#: Largest extent of an axis anywhere in a program (sizes are signed 32-bit numbers in MIL).
+MAX_EXTENT = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Param:
     """One parameter of an op.
 
-    `role` is "tensor" (a value or a literal), "const" (a literal that must be known at compile time) or
-    "tensors" (a tuple of values). `dtype` is used to turn a Python scalar into a literal.
+    `role` is "tensor" (a value or a literal), "const" (a literal that must be known at compile time),
+    "tensors" (a tuple of values) or "state" (a Core ML state input). `dtype` is used to turn a Python
+    scalar into a literal.
     """
 
     name: str
@@ -49,6 +54,11 @@ def const(name: str, dtype: str = "int32", default: object = _REQUIRED) -> Param
 def tensors(name: str) -> Param:
     """A variadic parameter: a tuple of values."""
     return Param(name, "tensors")
+
+
+def state(name: str) -> Param:
+    """A parameter that takes a Core ML state input."""
+    return Param(name, "state")
 
 
 @dataclass(frozen=True)
@@ -177,19 +187,62 @@ def bind(kind: str, args: Mapping[str, Arg]) -> Call:
         if argument is None:
             if param.required:
                 raise call.refuse(f"needs the parameter {param.name}; it is missing")
-        elif param.role == "const" and not isinstance(argument, Literal):
-            raise call.refuse(f"{param.name} needs a constant; got a runtime value")
+            continue
+        _check_role(call, param, argument)
+    _check_dtypes(call)
     return call
+
+
+def _check_role(call: Call, param: Param, argument: Arg) -> None:
+    if param.role == "const" and not isinstance(argument, Literal):
+        raise call.refuse(f"{param.name} needs a constant; got a runtime value")
+    if (param.role == "tensors") != isinstance(argument, tuple):
+        raise call.refuse(
+            f"{param.name} needs {'several tensors' if param.role == 'tensors' else 'one tensor'}"
+        )
+    for item in argument if isinstance(argument, tuple) else (argument,):
+        if item.type.state != (param.role == "state"):
+            wanted = "a state" if param.role == "state" else "a tensor; read the state first"
+            raise call.refuse(f"{param.name} needs {wanted}; got {item.type}")
+
+
+def _check_dtypes(call: Call) -> None:
+    """Each argument's dtype is one its parameter takes; parameters that share a type variable agree."""
+    bound: dict[str, tuple[str, str]] = {}
+    for name, domain in DOMAINS.get(call.op.kind, {}).items():
+        argument = call.args.get(name)
+        if argument is None or isinstance(argument, tuple):
+            continue
+        dtype = argument.type.dtype
+        if dtype not in domain.dtypes:
+            raise call.refuse(f"{name} needs {' or '.join(domain.dtypes)}; got {dtype}")
+        if domain.letter is not None:
+            first, wanted = bound.setdefault(domain.letter, (name, dtype))
+            if dtype != wanted:
+                raise call.refuse(f"needs {first} and {name} of one dtype; got {wanted} and {dtype}")
 
 
 def infer(kind: str, args: Mapping[str, Arg]) -> tuple[TensorType, ...]:
     """The result types of an operation; `ProgramError` when it is ill-formed."""
     call = bind(kind, args)
-    return call.op.infer(call)
+    try:
+        types = call.op.infer(call)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as fault:
+        raise call.refuse(f"needs arguments that fit each other; got {shown(args)} ({fault})") from fault
+    for type_ in types:
+        if any(not 1 <= extent <= MAX_EXTENT for extent in type_.shape):
+            raise call.refuse(f"needs a result without empty axes, extents to {MAX_EXTENT}; got {type_}")
+    return types
+
+
+def shown(args: Mapping[str, Arg]) -> str:
+    """Arguments and their types, for a message."""
+    pairs = ((name, "a tuple" if isinstance(arg, tuple) else arg.type) for name, arg in args.items())
+    return ", ".join(f"{name}: {text}" for name, text in pairs)
 
 
 def as_arg(param: Param, value: object) -> Arg:
-    """Turn a Python value into an argument: scalars and sequences become literals of the parameter's dtype."""
+    """Turn a Python value into an argument: numbers and lists become literals of the parameter's dtype."""
     if isinstance(value, (Value, Literal)):
         return value
     if param.role == "tensors" and isinstance(value, (tuple, list)):

@@ -36,16 +36,26 @@ def axes(call: Call, name: str, rank: int) -> tuple[int, ...]:
 
 
 def spatial_padding(
-    call: Call, sizes: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]
+    call: Call,
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
 ) -> tuple[tuple[int, int], ...]:
     """(before, after) per spatial axis for MIL's pad_type valid, custom, same and same_lower."""
     pad_type = call.text("pad_type")
+    if not len(sizes) == len(kernel) == len(strides) == len(dilations):
+        raise call.refuse(f"strides and dilations need {len(sizes)} numbers; got {strides} and {dilations}")
+    if any(n < 1 for n in (*kernel, *strides, *dilations)):
+        raise call.refuse(
+            f"needs kernel, strides and dilations of at least 1; got {kernel}, {strides}, {dilations}"
+        )
     if pad_type == "valid":
         return ((0, 0),) * len(sizes)
     if pad_type == "custom":
-        pad = call.integers("pad")
-        if len(pad) != 2 * len(sizes):
-            raise call.refuse(f"pad needs {2 * len(sizes)} numbers; got {len(pad)}")
+        pad = call.integers("pad") if call.has("pad") else (0,) * (2 * len(sizes))
+        if len(pad) != 2 * len(sizes) or any(p < 0 for p in pad):
+            raise call.refuse(f"pad needs {2 * len(sizes)} numbers of at least 0; got {pad}")
         return tuple((pad[2 * i], pad[2 * i + 1]) for i in range(len(sizes)))
     if pad_type not in ("same", "same_lower"):
         raise call.refuse(f"pad_type needs valid, custom, same or same_lower; got {pad_type!r}")
@@ -74,7 +84,7 @@ def windows(
         if span < 0:
             raise call.refuse(f"the window {k} (dilation {d}) needs an input of its size; got {size}")
         count = (span + s - 1 if ceil_mode else span) // s + 1
-        if ceil_mode and (count - 1) * s >= size + before:
+        if ceil_mode and before + after and (count - 1) * s >= size + before:
             count -= 1
         result.append(count)
     return tuple(result)
