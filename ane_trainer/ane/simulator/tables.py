@@ -2,10 +2,12 @@
 
 A table maps its (reduced) input affinely onto 32 segments and evaluates `anchor + fraction * delta`, where
 `anchor` is the segment's knot nearer to zero input, `delta` the difference of its two knots rounded to fp16,
-the product is rounded to fp16, and so is the sum. This order was found by trying some eighty against the
-figures published for M6 (M6 data/06_numerics/f3_lut_m6.txt and lut_ulp_m6.txt): it alone gives tanh's and
-gelu's maximum error, and the position of the error's zero crossings of every function tried. That a table
-holds 33 knots and 32 rounded deltas is said of M1 too (ANE guide chapter 26). Knots, domains and range
+the product is rounded to fp16, and so is the sum. This order was found by trying over a hundred against the
+figures published for M6 (M6 data/06_numerics/f3_lut_m6.txt and lut_ulp_m6.txt: largest errors, and where the
+error is least). Of those tried it alone gives all figures of tanh, gelu, exp, log, sqrt and rsqrt; rounding
+the fraction to 11 bits as well makes no difference to them. "Exact" below means that, an aggregate over each
+sweep of some 18,000 inputs: the results point by point are not in the sources used. That a
+table holds 33 knots and 32 rounded deltas is said of M1 too (ANE guide chapter 26). Knots, domains and range
 reductions: M6 notes/numerics.md, read from compiled programs.
 
 `lookup(name)` gives a table's results for all 65,536 fp16 patterns; `evaluate(name, x)` gathers from it.

@@ -277,7 +277,7 @@ def test_mod_is_refused_and_pow_is_not() -> None:
 
 
 def test_a_program_divides_by_small_numbers_without_the_epsilon_of_inverse() -> None:
-    """`inverse` has a default epsilon of 1e-4; real_div and softmax share its table but must not inherit it."""
+    """`inverse` has a default epsilon of 1e-4; real_div and softmax share its table, not its epsilon."""
     b = Builder()
     x, y = (b.input(name, TensorType("fp16", (4,))) for name in "xy")
     function = b.finish((b.op("real_div", x=x, y=y), b.op("softmax", x=x, axis=0)))
