@@ -1,0 +1,224 @@
+"""The walk over the FX graph: inputs, constants, rules, refusals, outputs."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
+from ane_trainer.ane.lower.context import Absent, Context, is_bool, mil_shape
+from ane_trainer.ane.lower.passes import run_passes
+from ane_trainer.ane.lower.registry import ACCEPTS_ABSENT, RULES, Refusal
+from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value, literal
+from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.stages import Alias, Captured, Lowered, Port
+
+_UNFOLDABLE = (torch.Tag.nondeterministic_seeded,)
+
+
+def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
+    """The captured step as one MIL program.
+
+    `dtype` is the program's float type: fp16 for the engine; fp32 and fp64 exist to tell a wrong rule from a
+    rounding error.
+
+    Raises: UnsupportedModel (ANE301) with one finding per op that has no rule or that its rule refuses.
+    """
+    ctx = Context(Builder(), dtype)
+    inputs = _declare_inputs(ctx, captured)
+    findings: list[Finding] = []
+    results: Sequence[Any] = ()
+    for node in captured.graph.graph.nodes:
+        if node.op == "output":
+            results = _flat(node.args[0])
+        elif node.op == "get_attr":
+            ctx.operands[node] = operator.attrgetter(node.target)(captured.graph)
+        elif node.op == "call_function":
+            _lower_node(ctx, node, findings)
+    if findings:
+        count = len(findings)
+        summary = f"model: needs ops that have a lowering rule; got {count} that {'has' if count == 1 else 'have'} none."
+        raise UnsupportedModel(summary, findings, code="ANE301")
+    names = _output_names(inputs, captured.outputs)
+    values = tuple(_as_output(ctx, ctx.operands[r] if isinstance(r, Node) else r) for r in results)
+    function = run_passes(ctx.builder.finish(values))
+    function = _name_outputs(function, [names[port.name] for port in captured.outputs])
+    outputs = tuple(replace(port, name=names[port.name], shape=v.type.shape) for port, v in zip(captured.outputs, values, strict=True))
+    renamed = {port.name: new.name for port, new in zip(captured.inputs, inputs, strict=True)}
+    aliases = tuple(Alias(names[a.output], renamed[a.input]) for a in captured.aliases)
+    return Lowered(Program((function,)), inputs, outputs, aliases)
+
+
+def where(node: Node) -> str:
+    """The place to name in a message: the user's module and line as capture recorded it, else the node."""
+    return str(node.meta.get("ane_source") or f"node {node.name}")
+
+
+def _declare_inputs(ctx: Context, captured: Captured) -> tuple[Port, ...]:
+    placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
+    ports = []
+    for node, port in zip(placeholders, captured.inputs, strict=True):
+        tensor = node.meta["val"]
+        value = ctx.builder.input(_identifier(port.name), TensorType(ctx.dtype, mil_shape(tensor)))
+        ctx.operands[node] = ctx.boolean_of_01(value) if tensor.dtype == torch.bool else value
+        ports.append(replace(port, name=value.name, shape=value.type.shape))
+    return tuple(ports)
+
+
+def _output_names(inputs: Sequence[Port], outputs: Sequence[Port]) -> dict[str, str]:
+    """MIL names of the outputs, none of which is an input's."""
+    taken, names = {port.name for port in inputs}, {}
+    for port in outputs:
+        name = _identifier(port.name)
+        while name in taken:
+            name += "_out"
+        taken.add(name)
+        names[port.name] = name
+    return names
+
+
+def _identifier(name: str) -> str:
+    clean = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return clean if clean[:1].isalpha() or clean[:1] == "_" else f"v_{clean}"
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _flat(item)]
+    return [value]
+
+
+def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
+    """Compute one node's operand, or add a finding and a placeholder so that the walk goes on."""
+    ctx.node, ctx.builder.source = node, node.meta.get("ane_source")
+    arguments = torch.fx.node.map_arg(node.args, lambda n: ctx.operands[n])
+    keywords = torch.fx.node.map_arg(node.kwargs, lambda n: ctx.operands[n])
+    if node.target is operator.getitem:
+        ctx.operands[node] = arguments[0][arguments[1]]
+        return
+    name = str(node.target)
+    try:
+        if _foldable(node, arguments, keywords):
+            assert callable(node.target)
+            ctx.operands[node] = _on_cpu(node.target, arguments, keywords)
+            return
+        rule = RULES.get(name)
+        if rule is None:
+            raise Refusal(*_no_rule(name))
+        absent = next((leaf for leaf in _flat(arguments) if isinstance(leaf, Absent)), None)
+        if absent is not None and name not in ACCEPTS_ABSENT:
+            raise Refusal(absent.reason, absent.fix)
+        _check_static(ctx)
+        ctx.operands[node] = _checked(ctx, rule(ctx, *arguments, **_without_placement(keywords)))
+    except Refusal as refusal:
+        findings.append(Finding(where(node), name, refusal.reason, refusal.fix))
+    except ProgramError as error:
+        findings.append(Finding(where(node), name, f"its lowering is refused by a type rule: {error}", ""))
+    if node not in ctx.operands:
+        ctx.operands[node] = _placeholders(ctx, ctx.meta)
+
+
+def _no_rule(name: str) -> tuple[str, str]:
+    if any(word in name for word in ("rand", "bernoulli", "dropout", "multinomial")):
+        return "needs a random generator, which the engine lacks.", "Feed the random tensor or mask as an input."
+    return "has no lowering rule.", "Use another op, or register a rule with ane_trainer.ane.lower.lowering."
+
+
+def _foldable(node: Node, arguments: Any, keywords: Any) -> bool:
+    leaves = _flat(arguments) + _flat(list(keywords.values()))
+    tags = getattr(node.target, "tags", ())
+    return not any(isinstance(leaf, (Value, Absent)) for leaf in leaves) and not any(t in tags for t in _UNFOLDABLE)
+
+
+def _on_cpu(target: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+    if "device" in keywords:
+        keywords = {**keywords, "device": torch.device("cpu")}
+    return target(*arguments, **keywords)
+
+
+def _without_placement(keywords: Any) -> dict[str, Any]:
+    return {k: v for k, v in keywords.items() if k not in ("device", "layout", "pin_memory", "memory_format", "non_blocking")}
+
+
+def _check_static(ctx: Context) -> None:
+    for tensor in _flat(ctx.meta):
+        shape = getattr(tensor, "shape", ())
+        if not all(isinstance(n, int) for n in shape):
+            raise ctx.refuse(f"needs static shapes; got {tuple(shape)}.", "Compile once per batch size.")
+        if 0 in shape:
+            raise ctx.refuse(f"needs non-empty tensors; got {tuple(shape)}.", "Remove the empty tensor.")
+
+
+def _checked(ctx: Context, result: Any) -> Any:
+    """The rule's result, its shapes and kinds compared with what torch computes."""
+    if isinstance(result, (tuple, list)):
+        return [_checked_one(ctx, r, m) for r, m in zip(result, ctx.meta, strict=True)]
+    return _checked_one(ctx, result, ctx.meta)
+
+
+def _checked_one(ctx: Context, result: Any, meta: Any) -> Any:
+    if not isinstance(result, Value):
+        return result
+    if result.type.shape != mil_shape(meta):
+        raise ProgramError(f"{ctx.node}: needs the shape {mil_shape(meta)}; got {result.type.shape}.", code="MIL103")
+    return ctx.boolean(result) if meta.dtype == torch.bool else ctx.number(result)
+
+
+def _placeholders(ctx: Context, meta: Any) -> Any:
+    if isinstance(meta, (tuple, list)):
+        return [_placeholders(ctx, m) for m in meta]
+    return ctx.placeholder(meta) if isinstance(meta, torch.Tensor) else meta
+
+
+def _as_output(ctx: Context, operand: Any) -> Value:
+    """A numeric value: booleans leave as 1 and 0, constants as `const`."""
+    ctx.builder.source = None
+    if isinstance(operand, torch.Tensor):
+        operand = operand.double()
+    result = ctx.value(ctx.number(operand))
+    assert not is_bool(result)
+    return result
+
+
+def _name_outputs(function: Function, names: Sequence[str]) -> Function:
+    """Give the outputs their port names.
+
+    An output that is an input, or that is given twice, becomes `mul(x, 1)`: programs that pass an input
+    through crash the engine's compiler (ANEForge `_compile`), and each port needs a value of its own.
+    """
+    new: dict[Value, Value] = {}
+    extra: list[Op] = []
+    outputs: list[Value] = []
+    for value, name in zip(function.outputs, names, strict=True):
+        renamed = Value(name, value.type)
+        if value in function.inputs or value in new:
+            one = literal(1.0, value.type.dtype)
+            extra.append(Op("mul", (("x", value), ("y", one)), (renamed,)))
+        else:
+            new[value] = renamed
+        outputs.append(renamed)
+    used = {v.name for v in outputs}
+    for op in function.ops:
+        for result in op.results:
+            if result not in new and result.name in used:
+                new[result] = Value(f"{result.name}_inner", result.type)
+    return _substitute(replace(function, ops=(*function.ops, *extra), outputs=tuple(outputs)), new)
+
+
+def _substitute(function: Function, new: dict[Value, Value]) -> Function:
+    def swap(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(swap(item) for item in argument)
+        return new.get(argument, argument) if isinstance(argument, Value) else argument
+
+    ops = tuple(
+        replace(op, args=tuple((k, swap(a)) for k, a in op.args), results=tuple(new.get(r, r) for r in op.results))
+        for op in function.ops
+    )
+    return replace(function, ops=ops)
