@@ -29,7 +29,7 @@ class Port:
 
     `shape` is the tensor's shape in the program (rank-0 tensors become `(1,)`). `target` is the dotted name
     in the module or optimizer that a state port mirrors, e.g. `fc1.weight`, `fc1.weight/exp_avg`,
-    `fc1.weight/residual`, `loss_scale`. The port holds the user's value times `scale` (a power of two).
+    `fc1.weight/residual`, `step/loss_scale`. The port holds the user's value times `scale` (a power of two).
     """
 
     name: str

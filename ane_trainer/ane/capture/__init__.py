@@ -24,7 +24,7 @@ def capture_step(
 ) -> Captured:
     """Capture one whole training step: forward, loss, backward and the optimizer's update.
 
-    `example` is `(x, y)` as the training loop yields them; shapes are fixed by it. `x` may be a tensor, a tuple
+    `example` is `(x, y)` as the training loop yields them; it fixes the shapes. `x` may be a tensor, a tuple
     of arguments or a dict of keyword arguments. `loss` is a name or a callable `(output, target) -> scalar`.
     The model is captured in the mode it is in (call `model.train()` first) and is not changed.
 
@@ -34,5 +34,5 @@ def capture_step(
 
 
 def capture_forward(model: torch.nn.Module, example: Any) -> Captured:
-    """Capture `model(example)` in evaluation mode: parameters and buffers are state inputs, `output*` results."""
+    """Capture `model(example)` in evaluation mode: parameters and buffers are state, `output*` results."""
     return capture_inference(model, example)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.normalization import NORMALIZATIONS
+
 aten = torch.ops.aten
 
 #: Lowered under their own name (MIL has the op, or the lowering rule is better than the decomposition).
@@ -26,10 +28,7 @@ KEPT = (
 #: Beyond the core table.
 ADDED = (
     aten.nll_loss_forward, aten.nll_loss_backward, aten.gelu_backward, aten.silu_backward,
-    aten.native_batch_norm, aten.native_batch_norm_backward, aten._native_batch_norm_legit,
-    aten._native_batch_norm_legit_functional, aten._native_batch_norm_legit_no_training,
-    aten.native_layer_norm, aten.native_layer_norm_backward, aten.native_group_norm,
-    aten.native_group_norm_backward, aten.var_mean, aten.std_mean, aten._log_softmax,
+    aten._native_batch_norm_legit_no_training, aten.std_mean, aten._log_softmax,
     aten._log_softmax_backward_data, aten._softmax_backward_data, aten.threshold_backward,
     aten.lift_fresh, aten.baddbmm, aten.addcmul, aten.addcdiv, aten.lerp, aten.mse_loss,
     aten.mse_loss_backward, aten.huber_loss, aten.huber_loss_backward, aten.smooth_l1_loss,
@@ -49,7 +48,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
 
     added = [packet for packet in ADDED if isinstance(packet, torch._ops.OpOverloadPacket)]
     table: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **get_decompositions(added)}
-    kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}
+    kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}  # type: ignore[no-untyped-call]
     table = {op: function for op, function in table.items() if op not in kept}
     return table | OWN
 
@@ -150,4 +149,5 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.nll_loss2d_backward.default: nll_loss_backward,
     aten.embedding.default: embedding,
     aten.embedding_dense_backward.default: embedding_dense_backward,
+    **NORMALIZATIONS,
 }

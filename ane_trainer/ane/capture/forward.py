@@ -24,17 +24,16 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
     ports = unique([*batch, *state])
     spec = pytree.tree_structure(example)
     leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    ports = ports[len(batch) :] + ports[: len(batch)]
     inputs = {
         p.name: (t.detach().float() if t.is_floating_point() else t).reshape(p.shape)
-        for p, t in zip(ports, [*leaves, *tensors.values()], strict=True)
+        for p, t in zip(ports, [*tensors.values(), *leaves], strict=True)
     }
     outputs: list[Port] = []
 
     def run_forward(*values: torch.Tensor) -> list[torch.Tensor]:
-        x = pytree.tree_unflatten(list(values[: len(batch)]), spec)
-        named = {
-            n: v.reshape(t.shape) for (n, t), v in zip(tensors.items(), values[len(batch) :], strict=True)
-        }
+        x = pytree.tree_unflatten(list(values[len(state) :]), spec)
+        named = {n: v.reshape(t.shape) for (n, t), v in zip(tensors.items(), values, strict=False)}
         with torch.no_grad(), watch_modules(model) as stack, SourceMode(stack.here):
             results = pytree.tree_leaves(call_model(model, {**copies(model), **named}, x))
         several = len(results) > 1
@@ -52,4 +51,4 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
         for module, training in modes.items():
             module.training = training
     refuse_unsupported(graph)
-    return finish(graph, (*ports[len(batch) :], *ports[: len(batch)]), tuple(outputs))
+    return finish(graph, ports, tuple(outputs))

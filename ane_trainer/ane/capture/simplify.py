@@ -36,27 +36,27 @@ def simplify(graph: Graph) -> None:
 
 def shape_of(node: Node) -> tuple[int, ...] | None:
     """The static shape of a node's tensor, or None if it is no tensor."""
-    value = node.meta.get("val", node.meta.get("tensor_meta"))
-    return tuple(value.shape) if hasattr(value, "shape") else None
+    shape = getattr(node.meta.get("val"), "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def dtype_of(node: Node) -> torch.dtype | None:
     """The dtype of a node's tensor, or None if it is no tensor."""
-    value = node.meta.get("val", node.meta.get("tensor_meta"))
-    return getattr(value, "dtype", None)
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 def _rewrite(node: Node) -> None:
     """One spelling for reshapes; a view of a view and a permute of a permute become one."""
-    source = node.args[0] if node.args else None
+    source = _as_node(node.args[0]) if node.args else None
+    inner_target = None if source is None else source.target
     if node.target in _VIEWS:
         node.target = aten.view.default
-        if isinstance(source, Node) and source.target is aten.view.default:
-            node.args = (source.args[0], *node.args[1:])
-    elif node.target is aten.permute.default and isinstance(source, Node):
-        if source.target is aten.permute.default:
-            inner, outer = _permutation(source), _permutation(node)
-            node.args = (source.args[0], [inner[i] for i in outer])
+        node.args = (source, list(shape_of(node) or ()))
+        if source is not None and inner_target is aten.view.default:
+            node.args = (source.args[0], node.args[1])
+    elif source is not None and node.target is inner_target is aten.permute.default:
+        inner, outer = _permutation(source), _permutation(node)
+        node.args = (source.args[0], [inner[i] for i in outer])
 
 
 def _permutation(node: Node) -> list[int]:
@@ -88,11 +88,15 @@ _IDENTITY_TESTS: dict[Any, Callable[[Node], bool]] = {
     aten.expand.default: lambda node: True,
     aten._to_copy.default: lambda node: True,
     aten.permute.default: lambda node: _permutation(node) == list(range(len(_permutation(node)))),
-    aten.mul.Tensor: lambda node: node.args[1] == 1,
-    aten.div.Tensor: lambda node: node.args[1] == 1,
-    aten.add.Tensor: lambda node: node.args[1] == 0,
-    aten.sub.Tensor: lambda node: node.args[1] == 0,
+    aten.mul.Tensor: lambda node: _is_number(node.args[1], 1),
+    aten.div.Tensor: lambda node: _is_number(node.args[1], 1),
+    aten.add.Tensor: lambda node: _is_number(node.args[1], 0),
+    aten.sub.Tensor: lambda node: _is_number(node.args[1], 0),
 }
+
+
+def _is_number(argument: Any, number: int) -> bool:
+    return isinstance(argument, (int, float)) and argument == number
 
 
 def _share_repeated(graph: Graph) -> None:

@@ -1,7 +1,8 @@
-"""The state of a training step: every tensor that lives on the engine, named, scaled, with its start value."""
+"""The state of a training step: every tensor that lives on the engine, its port's name and its scale."""
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,27 +14,15 @@ from ane_trainer.ane.capture.updates import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Port
 
-_KEYWORDS = frozenset(
-    [
-        "in",
-        "is",
-        "as",
-        "if",
-        "or",
-        "and",
-        "not",
-        "def",
-        "del",
-        "for",
-        "try",
-        "from",
-        "pass",
-        "with",
-        "None",
-        "True",
-        "False",
-    ]
+#: Words of Python (FX graphs) and of MIL text that cannot name a value.
+_RESERVED = frozenset(
+    (*keyword.kwlist, "tensor", "state", "list", "tuple", "dict", "string", "func", "program")
 )
+
+
+#: State of loss scaling; its targets begin with SCALING, which no module path can.
+SCALING_STATE = ("loss_scale", "loss_scale_inverse", "good_steps")
+SCALING = "step/"
 
 
 @dataclass(frozen=True)
@@ -62,10 +51,9 @@ def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     ]
     strangers = set(groups) - {id(p.tensor) for p in found}
     if strangers:
-        finding = Finding(
-            "optimizer", type(optimizer).__name__, f"holds {len(strangers)} tensors that are not parameters of "
-            f"{type(model).__name__}.", "Build the optimizer from model.parameters().",
-        )  # fmt: skip
+        reason = f"holds {len(strangers)} tensors that are not parameters of {type(model).__name__}."
+        fix = "Build the optimizer from model.parameters()."
+        finding = Finding("optimizer", type(optimizer).__name__, reason, fix)
         raise UnsupportedModel("The optimizer does not belong to the model:", [finding])
     return found
 
@@ -85,14 +73,15 @@ def parameter_ports(parameter: Parameter, rule: Rule | None, group: Mapping[str,
     for slot in rule.slots(group):
         scale = parameter.unit**slot.power
         ports.append(_state(f"{parameter.name}/{slot.name}", shape, scale))
-        if slot.two_term:
-            ports.append(_state(f"{parameter.name}/{slot.name}/{RESIDUAL}", shape, scale * RESIDUAL_SCALE))
+        if slot.residual_scale:
+            residual = f"{parameter.name}/{slot.name}/{RESIDUAL}"
+            ports.append(_state(residual, shape, scale * slot.residual_scale))
     return ports
 
 
 def scaling_ports() -> list[Port]:
     """The state of loss scaling."""
-    return [_state(name, (1,)) for name in ("loss_scale", "loss_scale_inverse", "good_steps")]
+    return [Port(name, (1,), "state", SCALING + name) for name in SCALING_STATE]
 
 
 def _state(target: str, shape: tuple[int, ...], scale: float = 1.0) -> Port:
@@ -102,7 +91,7 @@ def _state(target: str, shape: tuple[int, ...], scale: float = 1.0) -> Port:
 def identifier(target: str) -> str:
     """A dotted name as an identifier of MIL text and Python: `0.weight/exp_avg` -> `m0_weight_exp_avg`."""
     name = re.sub(r"\W", "_", target)
-    return f"m{name}" if name[:1].isdigit() or name in _KEYWORDS or not name else name
+    return f"m{name}" if name[:1].isdigit() or name in _RESERVED or not name else name
 
 
 def unique(ports: Iterable[Port]) -> list[Port]:

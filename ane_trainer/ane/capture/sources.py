@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import traceback as fx_traceback
@@ -78,7 +78,15 @@ class SourceMode(TorchFunctionMode):
 
 def set_source(source: str) -> None:
     """Annotate the FX nodes made from here on with `source`."""
-    fx_traceback.get_current_meta()["custom"] = {META_KEY: source}
+    _current_meta()["custom"] = {META_KEY: source}
+
+
+def _current_meta() -> dict[str, Any]:
+    return fx_traceback.get_current_meta()
+
+
+def _metadata(node: torch.autograd.graph.Node) -> dict[str, Any]:
+    return cast("dict[str, Any]", node.metadata)
 
 
 def follow_backward(root: torch.Tensor) -> None:
@@ -90,7 +98,7 @@ def follow_backward(root: torch.Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        source = node.metadata.get(META_KEY)
+        source = _metadata(node).get(META_KEY)
         if source is not None:
             node.register_prehook(lambda _grads, source=source: set_source(source))
         pending.extend(parent for parent, _ in node.next_functions)
@@ -138,7 +146,7 @@ def _tag(result: Any, source: str) -> None:
     pending = [t.grad_fn for t in _pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
     while pending:
         node = pending.pop()
-        if node is None or META_KEY in node.metadata:
+        if node is None or META_KEY in _metadata(node):
             continue
-        node.metadata[META_KEY] = source
+        _metadata(node)[META_KEY] = source
         pending.extend(parent for parent, _ in node.next_functions)

@@ -23,6 +23,8 @@ from ane_trainer.ane.capture.scaling import (
     next_scale,
 )
 from ane_trainer.ane.capture.slots import (
+    SCALING,
+    SCALING_STATE,
     Parameter,
     find_parameters,
     float_buffers,
@@ -46,7 +48,7 @@ Tensors = dict[str, torch.Tensor]
 
 #: Where calibration puts the largest scaled gradient, and the largest gradient in its parameter's unit.
 CALIBRATED_GRADIENT = 2048.0
-CALIBRATED_UNIT_PEAK = 64.0
+CALIBRATED_UNIT_PEAK = 16.0
 LARGEST_UNIT = 2.0**14
 
 
@@ -140,11 +142,11 @@ def rehearse(
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
-    """`model(x)` with its parameters and buffers replaced; a tuple or list is several arguments, a dict keywords."""
-    args, kwargs = (
-        ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
-    )
-    return torch.func.functional_call(model, dict(tensors), args, kwargs, tie_weights=True)
+    """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments."""
+    if isinstance(x, dict):
+        return torch.func.functional_call(model, dict(tensors), (), x, tie_weights=True)
+    args = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    return torch.func.functional_call(model, dict(tensors), args, tie_weights=True)
 
 
 def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
@@ -169,16 +171,20 @@ def batch_ports(example: Any, prefix: str) -> list[Port]:
 
 
 def finish(graph: torch.fx.GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) -> Captured:
-    """The graph with its unused batch and scalar inputs removed, and the aliases of its state."""
-    unused = {n.name: n for n in graph.graph.nodes if n.op == "placeholder" and not n.users}
-    dropped = [p for p in inputs if p.name in unused and p.role != "state"]
-    for port in dropped:
-        graph.graph.erase_node(unused[port.name])
-    graph.recompile()
+    """The graph without unused batch and scalar inputs, and its aliases; unchanged state is no output."""
+    nodes = {n.name: n for n in graph.graph.nodes if n.op == "placeholder"}
     state = {p.target: p.name for p in inputs if p.role == "state"}
-    aliases = tuple(Alias(p.name, state[p.target]) for p in outputs if p.role == "state")
-    kept = tuple(p for p in inputs if p not in dropped)
-    return Captured(graph, kept, tuple(outputs), aliases)
+    output = graph.graph.output_node()
+    results = list(zip(output.args[0], outputs, strict=True))  # type: ignore[arg-type]
+    results = [(r, p) for r, p in results if p.role != "state" or r is not nodes[state[p.target]]]
+    output.args = ([r for r, _ in results],)
+    dropped = [p for p in inputs if p.role != "state" and not nodes[p.name].users]
+    for port in dropped:
+        graph.graph.erase_node(nodes[port.name])
+    graph.recompile()
+    kept = tuple(p for _, p in results)
+    aliases = tuple(Alias(p.name, state[p.target]) for p in kept if p.role == "state")
+    return Captured(graph, tuple(p for p in inputs if p not in dropped), kept, aliases)
 
 
 def _plan(
@@ -238,24 +244,22 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
         state = {p.target: named[p.name] for p in plan.state}
         value, scaled, buffers = _differentiate(plan, named, state)
         set_source("loss scaling")
-        ok = gradients_fit([g for g in scaled.values()])
+        ok = gradients_fit(list(scaled.values()))
         new_state: Tensors = dict(buffers)
-        inverse = state["loss_scale_inverse"]
+        inverse = state[f"{SCALING}loss_scale_inverse"]
         gated = _gated_scalars(plan, named, ok)
         for p in plan.parameters:
             if p.name in scaled:
                 set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
                 new_state |= _update(plan, p, scaled[p.name], inverse, state, gated[p.group or 0])
         set_source("loss scaling")
-        scaling = next_scale(state["loss_scale"], inverse, state["good_steps"], ok)
-        new_state |= dict(zip(("loss_scale", "loss_scale_inverse", "good_steps"), scaling, strict=True))
-        outputs[:] = [
-            Port("loss", (1,), "result", "loss"), Port("applied", (1,), "result", "applied"),
-            *(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in plan.state if p.target in new_state),
-        ]  # fmt: skip
-        return [value.reshape(1), ok] + [
-            new_state[p.target].reshape(p.shape) for p in plan.state if p.target in new_state
-        ]
+        scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
+        following = next_scale(scale, inverse, good, ok)
+        new_state |= {SCALING + n: v for n, v in zip(SCALING_STATE, following, strict=True)}
+        changed = [p for p in plan.state if p.target in new_state]
+        outputs[:] = [Port(name, (1,), "result", name) for name in ("loss", "applied")]
+        outputs.extend(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in changed)
+        return [value.reshape(1), ok, *(new_state[p.target].reshape(p.shape) for p in changed)]
 
     return run_step
 
@@ -275,7 +279,7 @@ def _differentiate(plan: _Plan, named: Tensors, state: Tensors) -> tuple[torch.T
             describe = lambda: _loss_place(plan.loss_text)  # noqa: E731
             value = call_loss(plan.loss, output, y)
         follow_backward(value)
-        seed = state["loss_scale"].reshape(value.shape)
+        seed = state[f"{SCALING}loss_scale"].reshape(value.shape)
         gradients = torch.autograd.grad(value, list(trained.values()), seed)
     return value.detach(), dict(zip(trained, gradients, strict=True)), buffers
 
