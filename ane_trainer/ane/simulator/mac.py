@@ -14,6 +14,7 @@ Results do not depend on the number of threads or on how the work is cut.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class _Scratch(threading.local):
         sizes = scratch_bytes(tile, _MOST_ROWS + tile.rows, _MOST_COLUMNS + tile.columns)
         self.buffers = [np.zeros(size + 64, np.uint8) for size in sizes]
         addresses = [(_address(buffer) + 63) // 64 * 64 for buffer in self.buffers]
-        self.report = (ctypes.c_float * 2).from_address(addresses[SCRATCH.index("report")])
+        self.report = (ctypes.c_float * 3).from_address(addresses[SCRATCH.index("report")])
         self.addresses = (ctypes.c_int64 * len(SCRATCH))(*addresses)
         self.address = ctypes.addressof(self.addresses)
 
@@ -197,8 +198,8 @@ class _Block:
         """Compute the block; recompute in order what may have overflowed."""
         scratch = _scratch()
         _engine().block(self._address, scratch.address)
-        bound, largest_bias = scratch.report
-        if _is_safe(bound, self._depth, largest_bias):
+        largest_bias, bound, bound_squared = scratch.report
+        if _is_safe(min(bound, math.sqrt(bound_squared)), self._depth, largest_bias):
             return
         a, b, bias, out = self._arrays
         for g in range(len(out)):
@@ -220,12 +221,12 @@ def _is_safe(sum_of_magnitudes: Any, depth: int, bias_magnitude: Any) -> Any:
 
 
 def _repair(a: F32, b: F32, bias: F32 | None, out: F32) -> None:
-    """Recompute those results of one matrix whose sum of magnitudes reaches the limit, in ascending k."""
+    """Recompute in ascending k those results of one matrix that may have reached the limit."""
     span = _engine().tile.columns
     (rows, depth), columns = a.shape, out.shape[1]
     a, b = np.ascontiguousarray(a), _padded_columns(b, span)
     start = np.zeros((rows, b.shape[1]), np.float32) if bias is None else _padded_columns(bias, span)
-    suspicious = ~_is_safe(np.abs(a) @ np.abs(b), depth, np.abs(start))
+    suspicious = ~_is_safe(_bounds(a, b), depth, np.abs(start))
     spans = suspicious.reshape(rows, -1, span).any(axis=2)
     items = np.ascontiguousarray(np.argwhere(spans.T))
     spanned_b = np.ascontiguousarray(b.reshape(depth, -1, span).swapaxes(0, 1))
@@ -238,6 +239,14 @@ def _repair(a: F32, b: F32, bias: F32 | None, out: F32) -> None:
 
 def _padded_columns(array: F32, unit: int) -> F32:
     return np.ascontiguousarray(np.pad(array, ((0, 0), (0, -array.shape[1] % unit))))
+
+
+def _bounds(a: F32, b: F32) -> NDArray[np.float64]:
+    """Upper bounds [M, N] of sum |a||b|: the least of norm * norm, sum * max and max * sum."""
+    a, b = np.abs(a).astype(np.float64), np.abs(b).astype(np.float64)
+    norms = np.outer(np.sqrt(np.einsum("mk,mk->m", a, a)), np.sqrt(np.einsum("kn,kn->n", b, b)))
+    sums = np.minimum(np.outer(a.sum(axis=1), b.max(axis=0)), np.outer(a.max(axis=1), b.sum(axis=0)))
+    return np.minimum(norms, sums)
 
 
 def _room(a: F32, b: F32) -> NDArray[np.float64]:

@@ -23,11 +23,11 @@ FIELDS = (
 )
 """The int64 arguments of `block`, in order: addresses, sizes, strides in elements; `bias` may be 0."""
 
-SCRATCH = ("packed_a", "packed_b", "tiles", "row_sums", "b_stats", "report")
+SCRATCH = ("packed_a", "packed_b", "tiles", "a_sums", "b_squares", "b_stats", "report")
 """Addresses of a thread's buffers, in order; `scratch_bytes` tells their sizes.
 
-`report` gets two float32: an upper bound of sum |a||b| over all results of a block (to float32
-precision), and the largest |bias|.
+`report` gets three float32: the largest |bias|, and of sum |a||b| over all results of a block an upper
+bound (sum |a| times max |b|) and the square of another (norm of a times norm of b), to float32 precision.
 """
 
 _PITCH = PANEL_DEPTH + 2  # rows between panels of b: no power of two, which would crowd few cache sets
@@ -37,8 +37,8 @@ def scratch_bytes(tile: Tile, rows: int, columns: int) -> tuple[int, ...]:
     """Sizes of the `SCRATCH` buffers for blocks of up to `rows` x `columns`; packed_a must start as zeros."""
     tile_rows, tile_columns = -(-rows // tile.rows), -(-columns // tile.columns)
     return (8 * PANEL_DEPTH * tile.padded_rows, 4 * _PITCH * tile_columns * tile.columns,
-            4 * tile_rows * tile.rows * tile_columns * tile.columns, 4 * tile_rows * tile.padded_rows,
-            8 * tile_columns, 8)
+            4 * tile_rows * tile.rows * tile_columns * tile.columns, 8 * tile_rows * tile.padded_rows,
+            4 * tile_columns * tile.columns, 8 * tile_columns, 12)
 
 _NARROW_LIMIT = 63.9
 """A narrow accumulator holds less than 64 = 2^22 * 2^-16, roundings of a panel (256 * 2^-17) included."""
@@ -126,9 +126,10 @@ class _Arguments:
 
 
 def _panel(tile: Tile) -> str:
-    """`panel(arguments, scratch, a, b, out, bias, first_k, largest_b)`: all tiles of a matrix += a panel."""
-    f = Function("panel", [("ptr", "arguments"), ("ptr", "scratch"), ("ptr", "a"), ("ptr", "b"), ("ptr", "out"),
-                           ("ptr", "bias"), ("i64", "first_k"), ("ptr", "largest_b")], internal=True)
+    """`panel(...)`: all tiles of one matrix += one panel of k; raises `largest_b` to the largest |b|."""
+    f = Function("panel", [("ptr", "arguments"), ("ptr", "scratch"), ("ptr", "a"), ("ptr", "b"),
+                           ("ptr", "out"), ("ptr", "bias"), ("i64", "first_k"), ("ptr", "largest_b")],
+                 internal=True)
     get = _Arguments(f)
     rows, columns, total = get.number("rows"), get.number("columns"), get.number("depth")
     packed_a, packed_b, report = get.address("packed_a"), get.address("packed_b"), get.address("report")
@@ -141,7 +142,7 @@ def _panel(tile: Tile) -> str:
     with f.loop("0", rows, str(tile.rows)) as top:
         index = f.op(f"sdiv i64 {top}, {tile.rows}")
         height = f.min(f.op(f"sub i64 {rows}, {top}"), str(tile.rows))
-        sums = f.element("float", get.address("row_sums"), f.mul(index, str(tile.padded_rows)))
+        sums = f.element("float", get.address("a_sums"), f.mul(index, str(2 * tile.padded_rows)))
         a = f.element("float", "%a", f.mul(top, get.number("a_row")))
         f.do(f"call void @pack_a(ptr {a}, i64 {get.number('a_row')}, i64 {get.number('a_k')}, i64 {depth}, "
              f"i64 {height}, ptr {packed_a}, ptr {a_stats}, ptr {sums})")
@@ -159,7 +160,7 @@ def _panel(tile: Tile) -> str:
                 bias = f.op(f"select i1 {none}, ptr null, ptr {f.element('float', '%bias', step)}")
                 f.do(f"call void @start_tile(ptr {c}, ptr {bias}, i64 {get.number('bias_row')}, "
                      f"i64 {get.number('bias_column')}, i64 {height}, i64 {width}, "
-                     f"ptr {f.element('float', report, '1')})")
+                     f"ptr {report})")
             b = f.element("float", packed_b, f.mul(position, str(_PITCH * tile.columns)))
             b_stats = f.element("float", get.address("b_stats"), f.mul(position, "2"))
             f.do(f"call void @multiply(ptr {packed_a}, ptr {b}, ptr {c}, i64 {depth}, ptr {a_stats}, "
@@ -174,7 +175,7 @@ def _panel(tile: Tile) -> str:
 def _pack_all_b(f: Function, tile: Tile, get: _Arguments, depth: str) -> None:
     """Pack all panels of b, a few rows of all panels at a time: rows may lie on as many memory pages."""
     columns, stride_k, stride_n = get.number("columns"), get.number("b_k"), get.number("b_column")
-    packed, all_stats = get.address("packed_b"), get.address("b_stats")
+    packed, all_stats, squares = get.address("packed_b"), get.address("b_stats"), get.address("b_squares")
     with f.loop("0", columns, str(tile.columns)) as edge:
         stats = f.element("float", all_stats, f.mul(f.op(f"sdiv i64 {edge}, {tile.columns}"), "2"))
         f.store("float", constant(0.0), stats)
@@ -190,7 +191,7 @@ def _pack_all_b(f: Function, tile: Tile, get: _Arguments, depth: str) -> None:
             target = f.element("float", packed, f.mul(panel, str(tile.columns)))
             stats = f.element("float", all_stats, f.mul(position, "2"))
             f.do(f"call void @pack_b(ptr {source}, i64 {stride_k}, i64 {stride_n}, i64 {height}, "
-                 f"i64 {width}, ptr {target}, ptr {stats})")
+                 f"i64 {width}, ptr {target}, ptr {stats}, ptr {f.element('float', squares, edge)})")
             _raise(f, "%largest_b", f.load("float", stats))
 
 
@@ -204,13 +205,13 @@ def block(tile: Tile) -> str:
     """`block(arguments, scratch)`: out = a @ b + bias for a batch, assuming no overflow."""
     f = Function("block", [("ptr", "arguments"), ("ptr", "scratch")])
     get = _Arguments(f)
-    report, sums = get.address("report"), get.address("row_sums")
-    f.store("float", constant(0.0), report)
-    f.store("float", constant(0.0), f.element("float", report, "1"))
-    count = f.op(f"sdiv i64 {f.add(get.number('rows'), str(tile.rows - 1))}, {tile.rows}")
-    count = f.mul(count, str(tile.padded_rows))
+    report, a_sums, b_squares = get.address("report"), get.address("a_sums"), get.address("b_squares")
+    _clear(f, report, "3")
+    rows, columns = _rounded_up(f, get.number("rows"), tile.rows), get.number("columns")
+    columns = f.mul(_rounded_up(f, columns, tile.columns), str(tile.columns))
     with f.loop("0", get.number("batch")) as g:
-        f.do(f"call void @llvm.memset.p0.i64(ptr {sums}, i8 0, i64 {f.mul(count, '4')}, i1 false)")
+        _clear(f, a_sums, f.mul(rows, str(2 * tile.padded_rows)))
+        _clear(f, b_squares, columns)
         largest = f.variable("float", constant(0.0))
         places = [f.element("float", get.address(name), f.mul(g, get.number(f"{name}_batch")))
                   for name in ("a", "b", "out")]
@@ -222,7 +223,34 @@ def block(tile: Tile) -> str:
             b = f.element("float", places[1], f.mul(first, get.number("b_k")))
             f.do(f"call void @panel(ptr %arguments, ptr %scratch, ptr {a}, ptr {b}, ptr {places[2]}, "
                  f"ptr {bias}, i64 {first}, ptr {largest})")
-        with f.loop("0", count) as row:
-            total = f.load("float", f.element("float", sums, row))
-            _raise(f, report, f.op(f"fmul float {total}, {f.load('float', largest, 1)}"))
+        _report(f, tile, rows, columns, f.load("float", largest, 1))
     return f.text()
+
+
+def _report(f: Function, tile: Tile, tile_rows: str, columns: str, largest_b: str) -> None:
+    """Raise both bounds in `report` to those of one matrix of the batch."""
+    get = _Arguments(f)
+    sums = f.variable("float", constant(0.0))
+    squares = f.variable("float", constant(0.0))
+    b_squares = f.variable("float", constant(0.0))
+    with f.loop("0", tile_rows) as index, f.loop("0", str(tile.padded_rows)) as row:
+        place = f.element("float", get.address("a_sums"), f.mul(index, str(2 * tile.padded_rows)))
+        place = f.element("float", place, row)
+        _raise(f, sums, f.load("float", place))
+        _raise(f, squares, f.load("float", f.element("float", place, str(tile.padded_rows))))
+    with f.loop("0", columns) as column:
+        _raise(f, b_squares, f.load("float", f.element("float", get.address("b_squares"), column)))
+    bound = f.op(f"fmul float {f.load('float', sums)}, {largest_b}")
+    square = f.op(f"fmul float {f.load('float', squares)}, {f.load('float', b_squares)}")
+    _raise(f, f.element("float", get.address("report"), "1"), bound)
+    _raise(f, f.element("float", get.address("report"), "2"), square)
+
+
+def _rounded_up(f: Function, size: str, unit: int) -> str:
+    """Number of units that hold `size`."""
+    return f.op(f"sdiv i64 {f.add(size, str(unit - 1))}, {unit}")
+
+
+def _clear(f: Function, address: str, count: str) -> None:
+    """Zero `count` float32."""
+    f.do(f"call void @llvm.memset.p0.i64(ptr {address}, i8 0, i64 {f.mul(count, '4')}, i1 false)")

@@ -9,21 +9,22 @@ from __future__ import annotations
 from ane_trainer.ane.simulator.ir import Function, constant, vector_constant
 from ane_trainer.ane.simulator.mac_micro import Tile
 
-BLOCK_DEPTH = 32  # steps of k copied at a time, so that source and target lines stay in the nearest cache
+BLOCK_DEPTH = 16  # steps of k copied at a time: source and target lines, pages too, stay near
 
 LARGE_BITS = 0x7F000000  # float32 bits above every decoded value
 
 
 def pack_b(tile: Tile) -> str:
-    """`pack_b(source, stride_k, stride_n, depth, valid, packed, stats)`: a panel of up to `columns` columns.
+    """`pack_b(source, stride_k, stride_n, depth, valid, packed, stats, squares)`: up to `columns` columns.
 
     Each value is stored one float32 step away from zero (zeros stay). `stats` is two float32: the
-    largest magnitude so far and the smallest nonzero magnitude so far.
+    largest magnitude so far and the smallest nonzero magnitude so far. The columns' sums of squares are
+    added to the `columns` float32 in `squares`.
     """
     parameters = [("ptr", "source"), ("i64", "sk"), ("i64", "sn"), ("i64", "depth"), ("i64", "valid"),
-                  ("ptr", "packed"), ("ptr", "stats")]
+                  ("ptr", "packed"), ("ptr", "stats"), ("ptr", "squares")]
     f = Function("pack_b", parameters, internal=True)
-    lanes, integers = tile.lanes, f"<{tile.lanes} x i32>"
+    lanes, integers, vector = tile.lanes, f"<{tile.lanes} x i32>", f"<{tile.lanes} x float>"
     contiguous = f.op("icmp eq i64 %sn, 1")
     full = f.op(f"icmp eq i64 %valid, {tile.columns}")
     direct = f.op(f"and i1 {contiguous}, {full}")
@@ -33,6 +34,8 @@ def pack_b(tile: Tile) -> str:
         _copy(f, "%sn", str(tile.columns), full)
     largest = f.variable(integers, "zeroinitializer")
     smallest = f.variable(integers, vector_constant("i32", str(LARGE_BITS), lanes))
+    places = [f.element("float", "%squares", str(v * lanes)) for v in range(tile.vectors)]
+    squares = [f.variable(vector, f.load(vector, place)) for place in places]
     with f.loop("0", "%depth") as k:
         source = f.element("float", origin, f.mul(k, pitch))
         target = f.element("float", "%packed", f.mul(k, str(tile.columns)))
@@ -43,23 +46,26 @@ def pack_b(tile: Tile) -> str:
             step = f.op(f"zext <{lanes} x i1> {nonzero} to {integers}")
             f.store(integers, f.op(f"or {integers} {bits}, {step}"), f.element("i32", target, str(v * lanes)))
             _keep(f, "smax", lanes, largest, size)
+            _add_square(f, vector, squares[v], f.op(f"bitcast {integers} {size} to {vector}"))
             large = vector_constant("i32", str(LARGE_BITS), lanes)
             _keep(f, "smin", lanes, smallest,
                   f.op(f"select <{lanes} x i1> {nonzero}, {integers} {size}, {integers} {large}"))
+    for slot, place in zip(squares, places, strict=True):
+        f.store(vector, f.load(vector, slot, 1), place)
     _merge(f, "smax", lanes, largest, "%stats")
     _merge(f, "smin", lanes, smallest, f.element("i32", "%stats", "1"))
     return f.text()
 
 
 def pack_a(tile: Tile) -> str:
-    """`pack_a(source, stride_m, stride_k, depth, valid, packed, stats, row_sums)`: up to `rows` rows.
+    """`pack_a(source, stride_m, stride_k, depth, valid, packed, stats, sums)`: up to `rows` rows.
 
     Per k: values times 2^16, then drop thresholds. `stats` gets two float32: the largest threshold, and
-    the largest sum of eight neighbouring magnitudes of a row. The rows' sums of magnitudes are added to
-    the `padded_rows` float32 in `row_sums`.
+    the largest sum of eight neighbouring magnitudes of a row. The rows' sums of magnitudes, then their sums
+    of squares, are added to the 2 * `padded_rows` float32 in `sums`.
     """
     parameters = [("ptr", "source"), ("i64", "sn"), ("i64", "sk"), ("i64", "depth"), ("i64", "valid"),
-                  ("ptr", "packed"), ("ptr", "stats"), ("ptr", "row_sums")]
+                  ("ptr", "packed"), ("ptr", "stats"), ("ptr", "sums")]
     f = Function("pack_a", parameters, internal=True)
     lanes = tile.padded_rows
     vector, integers = f"<{lanes} x float>", f"<{lanes} x i32>"
@@ -68,6 +74,8 @@ def pack_a(tile: Tile) -> str:
     thresholds = f.variable(integers, "zeroinitializer")
     eights = f.variable(integers, "zeroinitializer")
     scale = vector_constant("float", constant(65536.0), lanes)
+    square_place = f.element("float", "%sums", str(lanes))
+    squares = f.variable(vector, f.load(vector, square_place))
     with f.loop("0", "%depth", "8") as first:
         group = f.variable(vector, "zeroinitializer")
         with f.loop(first, f.min(f.add(first, "8"), "%depth")) as k:
@@ -81,9 +89,11 @@ def pack_a(tile: Tile) -> str:
             _keep(f, "smax", lanes, thresholds, least)
             magnitude = f.op(f"bitcast {integers} {size} to {vector}")
             f.store(vector, f.op(f"fadd {vector} {f.load(vector, group, 1)}, {magnitude}"), group, 1)
+            _add_square(f, vector, squares, magnitude)
         total = f.load(vector, group, 1)
         _keep(f, "smax", lanes, eights, f.op(f"bitcast {vector} {total} to {integers}"))
-        f.store(vector, f.op(f"fadd {vector} {f.load(vector, '%row_sums')}, {total}"), "%row_sums")
+        f.store(vector, f.op(f"fadd {vector} {f.load(vector, '%sums')}, {total}"), "%sums")
+    f.store(vector, f.load(vector, squares, 1), square_place)
     _reduce(f, "smax", lanes, thresholds, "%stats")
     _reduce(f, "smax", lanes, eights, f.element("i32", "%stats", "1"))
     return f.text()
@@ -133,6 +143,11 @@ def _keep(f: Function, which: str, lanes: int, slot: str, value: str) -> None:
     kind = f"<{lanes} x i32>"
     old = f.load(kind, slot, 1)
     f.store(kind, f.op(f"call {kind} @llvm.{which}.v{lanes}i32({kind} {old}, {kind} {value})"), slot, 1)
+
+
+def _add_square(f: Function, vector: str, slot: str, value: str) -> None:
+    square = f.op(f"fmul {vector} {value}, {value}")
+    f.store(vector, f.op(f"fadd {vector} {f.load(vector, slot, 1)}, {square}"), slot, 1)
 
 
 def _reduce(f: Function, which: str, lanes: int, slot: str, target: str) -> None:
