@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from ane_trainer.__version__ import __version__
+from ane_trainer.ane.errors import AneTrainerError, UnsupportedModel
 from ane_trainer.results import Epoch, Result
-from ane_trainer.utils import format_bytes, format_count, format_seconds
+from ane_trainer.utils import format_bytes, format_seconds
 
 #: Between two progress lines where there is no terminal.
 _PLAIN_SECONDS = 15.0
@@ -18,8 +20,14 @@ _PLAIN_SECONDS = 15.0
 class Reporter:
     """Receives what happens during a run; this one says nothing."""
 
+    def headline(self, device: str) -> None:
+        """What runs, and where."""
+
     def note(self, topic: str, text: str) -> None:
         """One fact about the run: data, model, device, compile, numerics."""
+
+    def compiled(self, program: Mapping[str, Any] | None, seconds: float) -> None:
+        """The training step is compiled; None where the device needs no program."""
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int | None, first_step: int = 0) -> None:
         """An epoch (1-based) begins at step `first_step` of `steps` (None: length not known)."""
@@ -38,18 +46,25 @@ class ConsoleReporter(Reporter):
     """Writes to `stream`: a live bar on a terminal, plain lines elsewhere (each 15 s, and each epoch)."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+        self.stream = stream or sys.stdout
         self._bar: Any = None
         self._task: Any = None
         self._shown = 0.0
         self._reset(0, 0, None, 0)
 
+    def headline(self, device: str) -> None:
+        self._line(headline(device))
+
     def note(self, topic: str, text: str) -> None:
         self._line(f"{topic:<9}{text}")
 
+    def compiled(self, program: Mapping[str, Any] | None, seconds: float) -> None:
+        if program is not None:
+            self.note("compile", program_line(program, seconds))
+
     def begin_epoch(self, epoch: int, epochs: int, steps: int | None, first_step: int = 0) -> None:
         self._reset(epoch, epochs, steps, first_step)
-        if self._stream.isatty():
+        if self.stream.isatty():
             self._start_bar()
 
     def step(self, loss: float, loss_scale: float, skipped_steps: int) -> None:
@@ -90,7 +105,7 @@ class ConsoleReporter(Reporter):
         from rich.progress import BarColumn, Progress, TextColumn
 
         columns = (TextColumn(self._title()), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
-        self._bar = Progress(*columns, console=Console(file=self._stream), transient=True)
+        self._bar = Progress(*columns, console=Console(file=self.stream), transient=True)
         self._task = self._bar.add_task("", total=self._steps, completed=self._first, text="")
         self._bar.start()
 
@@ -109,12 +124,12 @@ class ConsoleReporter(Reporter):
         )
 
     def _line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(text, file=self.stream, flush=True)
 
 
 def headline(device: str) -> str:
     """The first line of a run: version, and where it runs."""
-    return f"ane_trainer {__version__} - {device}"
+    return f"ane_trainer {__version__} - device: {device}"
 
 
 def summary(result: Result, *, folder: str | None = None, command: str = "ane-trainer") -> str:
@@ -122,27 +137,29 @@ def summary(result: Result, *, folder: str | None = None, command: str = "ane-tr
     lines = ["", _accuracy_line(result), _time_line(result), f"ran on   {_where(result.placement)}"]
     if folder is not None:
         lines += [
-            f"saved    {folder}  (config.toml, metrics.jsonl, result.json, weights.safetensors, program.mil)",
+            f"saved    {folder}  (config, metrics, result, weights, MIL program)",
             f"next     {command} evaluate {folder}      {command} predict {folder} --index 0",
         ]
     return "\n".join(line for line in lines if line is not None)
 
 
 def program_line(program: Mapping[str, Any], seconds: float) -> str:
-    """Size of the compiled step: `1 program: 61 ops, 12.3 KB ...`."""
-    fraction = program.get("engine_flop_fraction")
+    """Size of the compiled step: `1 program: forward + loss + backward + adam, 161 ops, ...`."""
+    fraction = program["engine_flop_fraction"]
     share = "an unknown share" if fraction is None else f"{fraction:.0%}"
+    traffic = format_bytes(program["host_bytes_per_step"])
     return (
-        f"1 program: forward, loss, backward, {program['optimizer']}; {format_count(program['ops'])} ops, "
-        f"{share} of the FLOPs, "
-        f"state {format_bytes(program['state_bytes'])}, host traffic "
-        f"{format_bytes(program['host_bytes_per_step'])} a step   {format_seconds(seconds)}"
+        f"1 program: forward + loss + backward + {program['optimizer']}, {program['ops']} ops, "
+        f"{share} of the FLOPs on the engine, "
+        f"{traffic} from and to the host a step   {format_seconds(seconds)}"
     )
 
 
-def error_json(code: str, message: str, exit_code: int) -> dict[str, Any]:
+def error_json(error: AneTrainerError) -> dict[str, Any]:
     """An error as the JSON object that `--json` prints."""
-    return {"error": {"code": code, "message": message, "exit_code": exit_code}}
+    found = {"code": error.code, "message": error.args[0], "exit_code": error.exit_code}
+    findings = [asdict(finding) for finding in error.findings] if isinstance(error, UnsupportedModel) else []
+    return {"error": {**found, **({"findings": findings} if findings else {})}}
 
 
 def _accuracy_line(result: Result) -> str:
@@ -150,8 +167,8 @@ def _accuracy_line(result: Result) -> str:
         loss = "not known" if result.train_loss is None else f"{result.train_loss:.4f}"
         return f"train loss {loss}   (no test data was given)"
     line = f"test accuracy {result.test_accuracy:.2%}   test loss {result.test_loss:.4f}"
-    if result.fp32_reference:
-        line += f"   (PyTorch fp32, same seed and batches: {result.fp32_reference['test_accuracy']:.2%})"
+    if result.fp32_reference is not None:
+        line += f"   (plain PyTorch fp32, same seed and batches: {result.fp32_reference:.2%})"
     return line
 
 

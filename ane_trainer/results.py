@@ -41,7 +41,7 @@ class Result:
     `steps` counts dispatched steps, skipped ones included; `seconds_total` is the wall time from loading the
     data to the last evaluation, `seconds_per_step` the mean of the loop without compiling. `placement` says
     where the step's ops ran and how that is known. `estimate` is the cost model's figure for one step on the
-    chip. None always means "not known", never zero.
+    chip, `fp32_reference` the test accuracy of plain PyTorch. None always means "not known", never zero.
     """
 
     dataset: str | None
@@ -64,7 +64,7 @@ class Result:
     seconds_total: float
     seconds_compile: float
     seconds_per_step: float
-    fp32_reference: Mapping[str, Any] | None = None
+    fp32_reference: float | None = None
     placement: Mapping[str, Any] = field(default_factory=dict)
     estimate: Mapping[str, Any] | None = None
     energy_joules: float | None = None

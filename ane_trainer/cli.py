@@ -1,0 +1,306 @@
+"""The command line `ane-trainer`: options in, one call of the package, exit code out; no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ane_trainer import core, doctor, inspection
+from ane_trainer.__version__ import __version__
+from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
+from ane_trainer.config import TrainConfig, make_config, read_config_file
+from ane_trainer.datasets import dataset_rows, fetch_dataset
+from ane_trainer.report import ConsoleReporter, error_json, headline, summary
+from ane_trainer.runs import finite
+from ane_trainer.utils import setup_logging
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Train PyTorch models on the Apple Neural Engine, or anywhere on a simulator of its arithmetic.",
+    epilog="Exit codes: 0 ok, 1 usage or data, 2 environment, 3 the model does not fit the chip, 4 diverged, "
+    "130 interrupted.",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Fetch datasets, and list what is known and cached.")
+app.add_typer(data_app, name="data")
+
+#: What typer raises for a wrong command line, by its place in a public class's bases.
+_CommandLineError: type[Exception] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Chip = Annotated[
+    str | None, typer.Option(help="Whose arithmetic and limits: m1 ... m6. [m4]", metavar="NAME")
+]
+Device = Annotated[
+    str | None, typer.Option(help="auto, sim or cpu (plain PyTorch fp32). [auto]", metavar="NAME")
+]
+Fidelity = Annotated[str | None, typer.Option(help="exact or fast. [exact]", metavar="NAME")]
+Threads = Annotated[int | None, typer.Option(help="Of the simulator; results do not depend on it. [all]")]
+Run = Annotated[str, typer.Argument(help="A run's folder, or `last`.", metavar="RUN")]
+Model = Annotated[
+    str, typer.Argument(help="mlp, cnn, transformer, or path/to/file.py:ClassName.", metavar="MODEL")
+]
+Batch = Annotated[int, typer.Option("--batch", "--batch-size", help="Examples a step.")]
+Input = Annotated[str, typer.Option("--input", help="Shape of one example, e.g. 1x28x28.", metavar="SHAPE")]
+Classes = Annotated[int, typer.Option(help="Outputs of the model.")]
+Optimizer = Annotated[str | None, typer.Option(help="adam, adamw or sgd. [adam]", metavar="NAME")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Train PyTorch models on the Apple Neural Engine, or anywhere on a simulator of its arithmetic."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    dataset: Annotated[
+        str | None, typer.Argument(help="mnist, fashion-mnist or digits.", metavar="DATASET")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="mlp, cnn, transformer, or path/to/file.py:ClassName. [mlp]")
+    ] = None,
+    hidden: Annotated[
+        str | None, typer.Option(help="Widths of the mlp's hidden layers, e.g. 512,256. [256]")
+    ] = None,
+    activation: Annotated[str | None, typer.Option(help="gelu, relu, ... [gelu; cnn: relu]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data; with --resume: in all. [5]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "--batch", help="[128]")] = None,
+    optimizer: Optimizer = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. [adam, adamw 0.001; sgd 0.05]")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd. [0.9]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[0]")] = None,
+    loss: Annotated[str | None, typer.Option(help="cross_entropy, mse, ... [cross_entropy]")] = None,
+    chip: Chip = None,
+    device: Device = None,
+    fidelity: Fidelity = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and the order of the data. [0]")] = None,
+    threads: Threads = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only the first so many examples of each split.")
+    ] = None,
+    compare_fp32: Annotated[
+        bool | None,
+        typer.Option("--compare-fp32", help="Train with plain PyTorch too, and show its accuracy."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with these options; options given here win.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run. [runs/<name>]", metavar="DIR")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model on a dataset, e.g. `ane-trainer train mnist`."""
+    options = {
+        name: value for name, value in locals().items() if name in _TRAIN_OPTIONS and value is not None
+    }
+    if hidden is not None:
+        options["hidden"] = _integers("--hidden", hidden, ",")
+    report = ConsoleReporter(sys.stderr if as_json else sys.stdout)
+    if resume is not None:
+        _only_with_resume(options, out, config)
+        result = core.resume_training(resume, report=report, epochs=epochs)
+    else:
+        if dataset is None and config is None:
+            raise UsageError("train: needs a dataset; got none. Try: ane-trainer train mnist", code="ANE100")
+        settings = make_config({**(read_config_file(config) if config else {}), **options})
+        result = core.run_training(settings, out=out, report=report)
+    print(summary(result, folder=result.details["run"], command=_command()), file=report.stream)
+    if as_json:
+        _print_json(result.to_json())
+
+
+_TRAIN_OPTIONS = frozenset(TrainConfig.model_fields) - {"hidden"}
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    chip: Chip = None,
+    device: Device = None,
+    fidelity: Fidelity = None,
+    threads: Threads = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many test examples.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss and accuracy of a finished run on its test data, by an inference program."""
+    found = core.evaluate_run(run, limit=limit, chip=chip, device=device, fidelity=fidelity, threads=threads)
+    if as_json:
+        _print_json(found)
+        return
+    print(headline(found["where"]))
+    accuracy = "unknown" if found["test_accuracy"] is None else f"{found['test_accuracy']:.2%}"
+    print(f"test accuracy {accuracy}   test loss {found['test_loss']:.4f}   {found['examples']:,} examples")
+
+
+@app.command()
+def predict(
+    run: Run,
+    input: Annotated[Path | None, typer.Option("--input", help="A .npy file of examples [N, ...].")] = None,
+    index: Annotated[int | None, typer.Option(help="A test example by its number.")] = None,
+    chip: Chip = None,
+    device: Device = None,
+    fidelity: Fidelity = None,
+    as_json: Json = False,
+) -> None:
+    """Classes and probabilities that a finished run's model gives for examples."""
+    found = core.predict_run(run, index=index, path=input, chip=chip, device=device, fidelity=fidelity)
+    if as_json:
+        _print_json(found)
+        return
+    for number, row in enumerate(found["predictions"]):
+        truth = "" if found["truth"] is None else f"   truth {found['truth']}"
+        print(f"{number}: {row['name']}   probability {max(row['probabilities']):.4f}{truth}")
+
+
+@app.command()
+def check(
+    model: Model,
+    input_shape: Input = "1x28x28",
+    classes: Classes = 10,
+    batch: Batch = 128,
+    optimizer: Optimizer = None,
+    chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
+    as_json: Json = False,
+) -> int:
+    """Will the model train on chip X: op by op, with the reason and the fix. Exit code 3 if not."""
+    shape = _integers("--input", input_shape, "x")
+    found = inspection.check_model(model, shape, classes, batch, optimizer or "adam", tuple(chip.split(",")))
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.as_text())
+    return 0 if found.fits else 3
+
+
+@app.command()
+def estimate(
+    model: Model,
+    input_shape: Input = "1x28x28",
+    classes: Classes = 10,
+    batch: Batch = 128,
+    optimizer: Optimizer = None,
+    chip: Annotated[str, typer.Option(help="m1 ... m6.", metavar="NAME")] = "m4",
+    as_json: Json = False,
+) -> None:
+    """What one training step takes on the engine, by the cost model: time, energy, the dearest ops."""
+    shape = _integers("--input", input_shape, "x")
+    found = inspection.estimate_model(model, shape, classes, batch, optimizer or "adam", chip)
+    if as_json:
+        _print_json(found)
+    else:
+        print(inspection.estimate_text(found))
+
+
+@app.command(name="doctor")
+def doctor_command(as_json: Json = False) -> int:
+    """What this machine can do, what is missing, and what brings it. Exit code 1: cannot train."""
+    checks = doctor.examine()
+    if as_json:
+        _print_json(doctor.as_json(checks))
+    else:
+        print(doctor.as_text(checks))
+    return doctor.exit_code(checks)
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False) -> None:
+    """The known datasets, and which of them are in the cache."""
+    rows = dataset_rows()
+    if as_json:
+        _print_json({"datasets": rows})
+        return
+    for row in rows:
+        print(f"{row['name']:<15}{row['status']:<12}{row['folder']}")
+
+
+@data_app.command("fetch")
+def data_fetch(
+    dataset: Annotated[str, typer.Argument(help="mnist, fashion-mnist or digits.", metavar="DATASET")],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder for the files. [the user's cache]", metavar="DIR")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Download a dataset, verified, so that training works offline."""
+    found = fetch_dataset(dataset, root)
+    if as_json:
+        _print_json(found)
+    else:
+        print(f"{found['name']}: verified, from {found['source']}; in {found['folder']}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run the command line and exit with the documented code."""
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line; errors are printed, the exit code is returned."""
+    setup_logging(logging.WARNING)
+    try:
+        code = app(args=list(arguments), prog_name="ane-trainer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except AneTrainerError as error:
+        return _fail(error, arguments)
+    except _CommandLineError as error:
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        return _fail(UsageError(f"command line: {text} See: ane-trainer --help"), arguments)
+    except KeyboardInterrupt:
+        return _fail(Interrupted("stopped before there was anything to save."), arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(error: AneTrainerError, arguments: Sequence[str]) -> int:
+    print(error, file=sys.stderr)
+    if "--json" in arguments:
+        _print_json(error_json(error))
+    return error.exit_code
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(finite(value)), flush=True)
+
+
+def _integers(option: str, text: str, separator: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(separator))
+    except ValueError:
+        raise UsageError(
+            f"{option}: needs whole numbers with {separator!r} between; got {text!r}. E.g. 28{separator}28.",
+            code="ANE104",
+        ) from None
+
+
+def _only_with_resume(options: dict[str, Any], out: Path | None, config: Path | None) -> None:
+    """A resumed run keeps its options; only --epochs may change."""
+    others = sorted({*options, *(["out"] if out else []), *(["config"] if config else [])} - {"epochs"})
+    if others:
+        raise UsageError(
+            f"train: --resume keeps the run's options; got {', '.join(others)} as well. "
+            "Leave them out, or start a new run.",
+            code="ANE107",
+        )
+
+
+def _command() -> str:
+    """How the user can type this program: by name where it is on the path, else as it was called."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return "python -m ane_trainer"
+    return "ane-trainer" if shutil.which("ane-trainer") else sys.argv[0]

@@ -1,0 +1,414 @@
+"""`Trainer`: one model, trained by one compiled program a step, evaluated, saved and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from ane_trainer import engine, loop
+from ane_trainer.ane.capture.losses import get_loss, loss_name
+from ane_trainer.ane.capture.step import call_model
+from ane_trainer.ane.errors import (
+    AneTrainerError,
+    CheckpointError,
+    DataError,
+    Diverged,
+)
+from ane_trainer.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    describe_optimizer,
+    read_model,
+    read_tensors,
+    rebuild_optimizer,
+    unwritable,
+    write_model,
+    write_tensors,
+)
+from ane_trainer.loop import Batch, Progress
+from ane_trainer.report import ConsoleReporter, Reporter
+from ane_trainer.results import Epoch, Metrics, Result
+from ane_trainer.utils import RunningMean, count_correct, seeded
+
+Loss = str | Callable[[Any, Any], torch.Tensor]
+
+#: Steps in a row that may be skipped or give a loss that is not finite. Dynamic loss scaling needs up to 15
+#: skips to come down from 32768 to 1; more than twice that means that no scale helps.
+MAX_BAD_STEPS = 32
+
+#: Losses whose target may be class numbers.
+_CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
+
+
+class Trainer:
+    """Trains a PyTorch module by one compiled program a step.
+
+    model      any nn.Module made of supported layers; its parameters follow the engine's after each epoch.
+    loss       a name ("cross_entropy", "mse", ...) or a callable(output, target) -> scalar.
+    optimizer  a torch.optim object over the model's parameters (SGD, Adam, AdamW); default Adam, lr 1e-3.
+    device     "auto", "sim" (simulator), "cpu" (plain PyTorch fp32), or a device that `doctor` lists.
+    chip       whose arithmetic and limits hold on the simulator: "m1" ... "m6".
+    fidelity   "exact" (the engine's arithmetic bit by bit where it is known) or "fast".
+    seed       of everything random in the order of the data; the weights are the model's own.
+    threads    of the simulator; None: all cores. The result does not depend on it.
+    report     where progress goes; default: lines on standard output. `Reporter()` is silent.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = "cross_entropy",
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        device: str = "auto",
+        chip: str = "m4",
+        fidelity: str = "exact",
+        seed: int = 0,
+        threads: int | None = None,
+        report: Reporter | None = None,
+    ) -> None:
+        self.model, self.loss = model, loss
+        self.optimizer = optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3)
+        self.device = engine.choose_device(device, chip, fidelity)
+        self.chip, self.fidelity, self.seed, self.threads = chip, fidelity, seed, threads
+        self.history: list[Epoch] = []
+        self.progress = Progress()
+        self.step: Any = None  #: the compiled training step, from the first batch on
+        self.seconds_compile = 0.0
+        self._loss = get_loss(loss)
+        self.report = report if report is not None else ConsoleReporter()
+        self._forwards: dict[Any, dict[int, Any]] = {}
+        self._example: Batch | None = None
+        self._classes: int | None = None
+        self._restored: Checkpoint | None = None
+        self._data_state: dict[str, Any] | None = None
+        self._metrics: Metrics | None = None
+        self._announced = False
+
+    # Training ---------------------------------------------------------------------------------------------
+
+    def fit(
+        self, train: Iterable[Batch], epochs: int = 1, val: Iterable[Batch] | None = None, *,
+        after_epoch: Callable[[Epoch], None] | None = None,
+    ) -> Result:  # fmt: skip
+        """Finish `epochs` more passes over `train`, evaluating on `val` after each.
+
+        `train` and `val` are iterables of (x, y) that can be run through again, e.g. a DataLoader. A last
+        batch smaller than the first one is left out, since a program has fixed shapes. Ctrl-C stops between
+        two steps, with the parameters in order, by KeyboardInterrupt; `save` and `resume` go on from there.
+
+        DataError: a batch of another shape, values that are not finite or beyond fp16, a class number out of
+        range. Diverged: the loss stays not finite. UnsupportedModel: the model does not fit the chip.
+        """
+        loop.check_repeatable(train, "train", epochs)
+        self.announce()
+        last, started = self.progress.epoch + epochs, time.perf_counter()
+        try:
+            with loop.interruptible() as stop, contextlib.closing(self.report):
+                while self.progress.epoch < last:
+                    self._train_epoch(train, last, stop)
+                    self._finish_epoch(val)
+                    if after_epoch is not None:
+                        after_epoch(self.history[-1])
+                if stop():
+                    raise KeyboardInterrupt
+        finally:
+            self.progress.seconds += time.perf_counter() - started
+        return self.result(dataset=getattr(train, "name", None))
+
+    def evaluate(self, data: Iterable[Batch]) -> Metrics:
+        """Mean loss and accuracy of the model's inference program over `data`; a small batch is padded."""
+        self._sync()
+        loss, correct, counted = RunningMean(), 0, False
+        for number, batch in enumerate(data, 1):
+            x, y = loop.unpack(batch, f"evaluate: batch {number}")
+            loop.check_values(x, y, None, f"evaluate: batch {number}")
+            output = self._infer(x)
+            loss.update(float(self._loss(output, y)), loop.batch_size_of(x))
+            if _has_classes(output, y):
+                correct, counted = correct + count_correct(output, y), True
+        if not loss.count:
+            raise _empty("evaluate")
+        return Metrics(loss.mean, correct / loss.count if counted else None, loss.count)
+
+    def predict(self, x: ArrayLike | torch.Tensor) -> torch.Tensor:
+        """The model's output [N, ...] for examples x [N, ...], as float32."""
+        self._sync()
+        examples = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
+        if not len(examples):
+            raise _empty("predict")
+        loop.check_values(examples, examples[:0], None, "predict")
+        size = loop.batch_size_of(self._example[0]) if self._example else min(len(examples), 128)
+        return torch.cat([self._infer(part, size) for part in torch.split(examples, size)])
+
+    def announce(self) -> None:
+        """Report, once, which device was chosen and why."""
+        if not self._announced:
+            self._announced = True
+            self.report.headline(self.device.headline)
+
+    # Keeping ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a checkpoint folder from which `resume` continues bit for bit; replaces an older one."""
+        folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_model(folder / "model.pt", self.model, self.loss)
+            checkpoint = self.checkpoint()
+            write_tensors(folder / CHECKPOINT, checkpoint.tensors, checkpoint.scalars)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        return folder
+
+    @classmethod
+    def resume(
+        cls, path: str | Path, *, model: nn.Module | None = None, loss: Loss | None = None,
+        optimizer: torch.optim.Optimizer | None = None, report: Reporter | None = None, **options: Any,
+    ) -> Trainer:  # fmt: skip
+        """The trainer that `save` wrote. Whatever could not be stored has to be passed again.
+
+        `options` (device, chip, fidelity, threads) override the stored ones. CheckpointError: nothing there,
+        damaged, of another model, or a model class that is not imported.
+        """
+        checkpoint = read_tensors(Path(path) / CHECKPOINT)
+        stored_loss: Loss = checkpoint.scalars["loss"]
+        if model is None:
+            model, stored_loss = read_model(Path(path) / "model.pt")
+        if optimizer is None:
+            optimizer = rebuild_optimizer(checkpoint.scalars["optimizer"], model)
+        settings = {**checkpoint.scalars["options"], **options}
+        trainer = cls(model, stored_loss if loss is None else loss, optimizer, report=report, **settings)
+        trainer.restore(checkpoint)
+        return trainer
+
+    def export(self, path: str | Path) -> None:
+        """Not in this version; exports to .mlpackage, .aimodel and ONNX are planned."""
+        raise AneTrainerError(
+            f"{path}: needs an exporter; this version has none yet. "
+            "Use `save`, or the parameters of `trainer.model` with PyTorch's own exporters.",
+            code="ANE110",
+        )
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that training needs to go on: parameters, the step's state, counters, data position."""
+        self._sync()
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        if self.step is not None:
+            tensors |= {f"step/{name}": value for name, value in self.step.state_dict().items()}
+        elif self._restored is not None:
+            tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith("step/")}
+        progress = {**asdict(self.progress), "skipped_steps": self._skipped()}
+        options = {"device": self.device.name, "chip": self.chip, "fidelity": self.fidelity}
+        scalars = {
+            "progress": progress,
+            "history": [record.to_json() for record in self.history],
+            "data": self._data_state,
+            "loss": loss_name(self.loss),
+            "optimizer": describe_optimizer(self.optimizer, self.model),
+            "options": {**options, "seed": self.seed, "threads": self.threads},
+        }
+        return Checkpoint(tensors, scalars)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from `checkpoint`, which must be of the same model and optimizer."""
+        self.load_weights(_part(checkpoint.tensors, "model/"), "checkpoint")
+        known = {field.name for field in fields(Progress)}
+        counters = {key: value for key, value in checkpoint.scalars["progress"].items() if key in known}
+        self.progress = Progress(**counters)
+        self.history = [Epoch(**record) for record in checkpoint.scalars["history"]]
+        self._data_state = checkpoint.scalars["data"]
+        self._restored, self.step = checkpoint, None
+        last = self.history[-1] if self.history else None
+        if last is not None and last.val_loss is not None:
+            self._metrics = Metrics(last.val_loss, last.val_accuracy, 0)
+
+    def load_weights(self, state: Mapping[str, torch.Tensor], where: str) -> None:
+        """Put a state_dict into the model; CheckpointError if it is of another model."""
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{where}: needs the model that it was written for; got another one ({error}). "
+                "Build the model as for the first run.",
+                code="CKPT106",
+            ) from None
+
+    def result(self, **details: Any) -> Result:
+        """What training did so far; `details` override or extend the fields."""
+        step, progress = self.step, self.progress
+        facts: dict[str, Any] = {
+            "dataset": None,
+            "model": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "epochs": progress.epoch,
+            "steps": progress.steps,
+            "train_loss": self.history[-1].train_loss if self.history else None,
+            "test_loss": self._metrics.loss if self._metrics else None,
+            "test_accuracy": self._metrics.accuracy if self._metrics else None,
+            "device": self.device.name,
+            "chip": self.device.chip,
+            "fidelity": self.device.fidelity,
+            **engine.step_facts(step),
+            "skipped_steps": self._skipped(),
+            "seconds_total": progress.seconds,
+            "seconds_compile": self.seconds_compile,
+            "seconds_per_step": progress.seconds_steps / max(progress.steps, 1),
+            "placement": engine.placement_of(step, self.device),
+            "estimate": engine.estimate_of(step, self.device),
+            "history": tuple(self.history),
+        }
+        names = {field.name for field in fields(Result)}
+        known = {key: value for key, value in details.items() if key in names}
+        extra = {key: value for key, value in details.items() if key not in names}
+        return Result(**{**facts, **known}, details=extra)
+
+    # One epoch --------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, train: Iterable[Batch], last: int, stop: Callable[[], bool]) -> None:
+        progress, state, begun = self.progress, self._data_state, False
+        where = f"train: epoch {progress.epoch + 1}, batch"
+        started = time.perf_counter()
+        with seeded(self.seed + progress.epoch):
+            for batch in loop.open_pass(train, progress.epoch, progress.batch, state):
+                x, y = loop.unpack(batch, f"{where} {progress.batch + 1}")
+                if self.step is None:
+                    started += self._compile(x, y)
+                if not begun:
+                    self.report.begin_epoch(progress.epoch + 1, last, loop.length_of(train), progress.batch)
+                    begun = True
+                progress.batch += 1
+                self._train_batch(x, y, f"{where} {progress.batch}")
+                if stop():
+                    break
+        progress.seconds_steps += time.perf_counter() - started
+        self._data_state = train.state_dict() if hasattr(train, "state_dict") else None
+        if begun and stop():
+            self._sync()
+            raise KeyboardInterrupt
+        if not progress.batch:
+            raise _empty("train")
+
+    def _train_batch(self, x: Any, y: Any, where: str) -> None:
+        if self._example is None or not loop.fits_step(x, y, self._example, where):
+            return
+        loop.check_values(x, y, self._classes, where)
+        skipped = self.step.skipped_steps
+        loss = float(self.step(x, y))
+        self.progress.count(loss, skipped=self.step.skipped_steps > skipped)
+        self.report.step(loss, self.step.loss_scale, self._skipped())
+        if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
+            raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
+
+    def _finish_epoch(self, val: Iterable[Batch] | None) -> None:
+        progress = self.progress
+        self._sync()
+        wrong = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
+        if wrong:
+            raise self._diverged(f"numbers that are not finite in {', '.join(wrong)}")
+        metrics = self.evaluate(val) if val is not None else None
+        self._metrics = metrics or self._metrics
+        record = Epoch(
+            epoch=progress.epoch + 1,
+            steps=progress.steps - progress.steps_before_epoch,
+            train_loss=progress.loss_sum / max(progress.loss_count, 1),
+            val_loss=metrics.loss if metrics else None,
+            val_accuracy=metrics.accuracy if metrics else None,
+            loss_scale=self.step.loss_scale,
+            skipped_steps=self._skipped() - progress.skipped_before_epoch,
+            seconds=progress.seconds_steps - progress.seconds_before_epoch,
+        )
+        self.history.append(record)
+        progress.next_epoch(self._skipped())
+        self._data_state = None
+        self.report.end_epoch(record)
+
+    def _compile(self, x: Any, y: Any) -> float:
+        """Compile the step for batches like (x, y) and give it the restored state; the seconds it took."""
+        started = time.perf_counter()
+        loop.fits_step(x, y, (x, y), "train: first batch")
+        loop.check_values(x, y, None, "train: first batch")
+        self.model.train()
+        self._example = (x, y)
+        self.step = engine.compile_training(
+            self.model, self._loss, self.optimizer, (x, y), self.device, self.threads
+        )
+        if self._restored is not None:
+            self.step.load_state_dict(_part(self._restored.tensors, "step/"))
+            self._restored = None
+        self._classes = _class_count(self.model, self._loss, x, y)
+        self.seconds_compile = time.perf_counter() - started
+        self.report.compiled(engine.program_facts(self.step, self.optimizer), self.seconds_compile)
+        return self.seconds_compile
+
+    def _infer(self, x: Any, size: int | None = None) -> torch.Tensor:
+        """The forward program's output for x, compiled for `size` rows or more; spare rows repeat."""
+        count = loop.batch_size_of(x)
+        compiled = self._forwards.setdefault(tuple((t.shape[1:], t.dtype) for t in loop.tensors_of(x)), {})
+        wished = max(count, loop.batch_size_of(self._example[0])) if self._example else count
+        rows = size or min((known for known in compiled if known >= count), default=wished)
+        padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x)
+        if rows not in compiled:
+            compiled[rows] = engine.compile_inference(self.model, padded, self.device, self.threads)
+        output: torch.Tensor = compiled[rows](padded)
+        return output[:count]
+
+    def _sync(self) -> None:
+        if self.step is not None:
+            self.step.sync()
+
+    def _skipped(self) -> int:
+        return self.progress.skipped_steps + (self.step.skipped_steps if self.step is not None else 0)
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
+            f"train: epoch {self.progress.epoch + 1}, batch {self.progress.batch}: needs a loss that stays "
+            f"finite; got {what} (loss scale {self.step.loss_scale:g}). "
+            "Lower the learning rate, or look for outliers in the data.",
+            code="ANE401",
+        )
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _pad_rows(part: torch.Tensor, size: int) -> torch.Tensor:
+    return part if len(part) == size else part[torch.arange(size) % len(part)]
+
+
+def _has_classes(output: Any, y: Any) -> bool:
+    if not (isinstance(output, torch.Tensor) and isinstance(y, torch.Tensor)):
+        return False
+    return output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+
+
+def _class_count(model: nn.Module, loss: Any, x: Any, y: Any) -> int | None:
+    """The number of classes where y holds class numbers, else None."""
+    if loss not in _CLASS_LOSSES or not isinstance(y, torch.Tensor) or y.is_floating_point():
+        return None
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            output = call_model(model.eval(), {}, x)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim > 1 else None
+
+
+def _empty(what: str) -> DataError:
+    return DataError(
+        f"{what}: needs at least one batch; got none. Pass data that is not empty.", code="DATA104"
+    )
