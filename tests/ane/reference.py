@@ -16,7 +16,15 @@ import numpy as np
 
 from ane_trainer.ane.mil import Function, Literal, Op, Value
 
-_DTYPES = {"fp16": "<f2", "fp32": "<f4", "fp64": "<f8", "bool": "?", "int32": "<i4", "int8": "i1", "uint8": "u1"}
+_DTYPES = {
+    "fp16": "<f2",
+    "fp32": "<f4",
+    "fp64": "<f8",
+    "bool": "?",
+    "int32": "<i4",
+    "int8": "i1",
+    "uint8": "u1",
+}
 
 OPS: dict[str, Callable[..., Any]] = {}
 
@@ -42,7 +50,11 @@ def evaluate(function: Function, feeds: Mapping[str, np.ndarray]) -> dict[str, n
             results = run(op, env)
             for value, array in zip(op.results, results, strict=True):
                 assert array.shape == value.type.shape, (op.kind, value, array.shape)
-                assert (array.dtype == np.bool_) == (value.type.dtype == "bool"), (op.kind, value, array.dtype)
+                assert (array.dtype == np.bool_) == (value.type.dtype == "bool"), (
+                    op.kind,
+                    value,
+                    array.dtype,
+                )
                 env[value] = array
     return {v.name: env[v] for v in function.outputs}
 
@@ -79,7 +91,9 @@ _UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }  # fmt: skip
 
 
-@meaning("abs ceil floor cos sin exp exp2 erf relu relu6 sqrt sigmoid silu sign square tanh atan softplus logical_not")
+@meaning(
+    "abs ceil floor cos sin exp exp2 erf relu relu6 sqrt sigmoid silu sign square tanh atan softplus logical_not"
+)
 def unary(kind: str, x: np.ndarray) -> np.ndarray:
     return _UNARY[kind](x)
 
@@ -92,7 +106,11 @@ def const(kind: str, val: np.ndarray) -> np.ndarray:
 @meaning("rsqrt inverse log")
 def unary_epsilon(kind: str, x: np.ndarray, epsilon: float) -> np.ndarray:
     shifted = x + epsilon
-    return {"rsqrt": lambda: 1 / np.sqrt(shifted), "inverse": lambda: 1 / shifted, "log": lambda: np.log(shifted)}[kind]()
+    return {
+        "rsqrt": lambda: 1 / np.sqrt(shifted),
+        "inverse": lambda: 1 / shifted,
+        "log": lambda: np.log(shifted),
+    }[kind]()
 
 
 @meaning("gelu")
@@ -144,7 +162,9 @@ def select(kind: str, cond: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndar
 
 
 @meaning("matmul")
-def matmul(kind: str, x: np.ndarray, y: np.ndarray, transpose_x: Any = False, transpose_y: Any = False) -> np.ndarray:
+def matmul(
+    kind: str, x: np.ndarray, y: np.ndarray, transpose_x: Any = False, transpose_y: Any = False
+) -> np.ndarray:
     x = np.swapaxes(x, -1, -2) if transpose_x else x
     y = np.swapaxes(y, -1, -2) if transpose_y else y
     return x @ y
@@ -164,7 +184,10 @@ def conv(
     each_in, each_out = x.shape[1] // groups, weight.shape[0] // groups
     y = np.zeros((x.shape[0], weight.shape[0], *outs))
     for taps in itertools.product(*map(range, kernel)):
-        window = tuple(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, o, s in zip(taps, dilations, outs, strides, strict=True))
+        window = tuple(
+            slice(t * d, t * d + (o - 1) * s + 1, s)
+            for t, d, o, s in zip(taps, dilations, outs, strides, strict=True)
+        )
         for g in range(groups):
             part = x[(slice(None), slice(g * each_in, (g + 1) * each_in), *window)]
             w = weight[(slice(g * each_out, (g + 1) * each_out), slice(None), *taps)]
@@ -186,7 +209,11 @@ def pool(
     outs = [(x.shape[2 + i] - kernel_sizes[i]) // strides[i] + 1 for i in range(spatial)]
     parts, counts = [], []
     for taps in itertools.product(*map(range, kernel_sizes)):
-        window = (slice(None), slice(None), *(slice(t, t + (o - 1) * s + 1, s) for t, o, s in zip(taps, outs, strides, strict=True)))
+        window = (
+            slice(None),
+            slice(None),
+            *(slice(t, t + (o - 1) * s + 1, s) for t, o, s in zip(taps, outs, strides, strict=True)),
+        )
         parts.append(x[window])
         counts.append(inside[window])
     if kind == "max_pool":

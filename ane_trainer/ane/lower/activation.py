@@ -101,20 +101,26 @@ def leaky_relu(ctx: Context, x: Operand, negative_slope: float = 0.01) -> Operan
 
 
 @lowering("leaky_relu_backward.default")
-def leaky_relu_backward(ctx: Context, g: Operand, x: Operand, negative_slope: float, is_result: bool) -> Operand:
+def leaky_relu_backward(
+    ctx: Context, g: Operand, x: Operand, negative_slope: float, is_result: bool
+) -> Operand:
     """`leaky_relu_backward(g, x, a) -> select(greater(x, 0), g, mul(g, a))`"""
     return ctx.where(ctx.binary("greater", x, 0.0), g, ctx.mul(g, negative_slope))
 
 
 @lowering("elu.default")
-def elu(ctx: Context, x: Operand, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Operand:
+def elu(
+    ctx: Context, x: Operand, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> Operand:
     """`elu(x, a) -> elu(x, alpha=a)`, times scale; with an input scale `-> select(x > 0, x, a (exp(c x) - 1))`"""
     if input_scale == 1:
         y = ctx.unary("elu", x, alpha=ctx.scalar(alpha))
         return y if scale == 1 else ctx.mul(y, scale)
     # the negative side is fed min(x, 0), so that exp cannot overflow where it is not selected
     low = ctx.unary("exp", ctx.mul(ctx.binary("minimum", x, 0.0), input_scale))
-    return ctx.where(ctx.binary("greater", x, 0.0), ctx.mul(x, scale), ctx.mul(ctx.sub(low, 1.0), alpha * scale))
+    return ctx.where(
+        ctx.binary("greater", x, 0.0), ctx.mul(x, scale), ctx.mul(ctx.sub(low, 1.0), alpha * scale)
+    )
 
 
 @lowering("elu_backward.default")
@@ -125,7 +131,9 @@ def elu_backward(
     if is_result:
         low = ctx.mul(ctx.add(x, alpha * scale), input_scale)
     else:
-        low = ctx.mul(ctx.unary("exp", ctx.mul(ctx.binary("minimum", x, 0.0), input_scale)), alpha * scale * input_scale)
+        low = ctx.mul(
+            ctx.unary("exp", ctx.mul(ctx.binary("minimum", x, 0.0), input_scale)), alpha * scale * input_scale
+        )
     return ctx.where(ctx.binary("greater", x, 0.0), ctx.mul(g, scale), ctx.mul(g, low))
 
 

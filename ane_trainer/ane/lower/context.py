@@ -47,7 +47,7 @@ def shape_of(x: Operand) -> Shape:
 
 def broadcast_shape(*shapes: Shape) -> Shape:
     """The common shape under NumPy's rule."""
-    return tuple(torch.broadcast_shapes(*shapes))
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
 def is_bool(x: Operand) -> bool:
@@ -102,7 +102,10 @@ class Context:
 
     def emit(self, kind: str, **args: Any) -> Value:
         """One MIL op, arguments as they are (torch tensors become literals of their shape)."""
-        ready = {k: literals.of_tensor(v, self.dtype) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+        ready: dict[str, Any] = {
+            k: literals.of_tensor(v, self.dtype) if isinstance(v, torch.Tensor) else v
+            for k, v in args.items()
+        }
         return self.builder.op(kind, **ready)
 
     def scalar(self, value: float) -> Literal:
@@ -214,7 +217,9 @@ class Context:
 
     # -- movement -----------------------------------------------------------------------------------
 
-    def _move(self, x: Operand, move: Callable[[Value], Value], fold: Callable[[torch.Tensor], torch.Tensor]) -> Operand:
+    def _move(
+        self, x: Operand, move: Callable[[Value], Value], fold: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Operand:
         """Move numbers; booleans travel as 1 and 0, since only comparisons and `select` are known to take bool."""
         if not isinstance(x, Value):
             return fold(torch.as_tensor(x))
@@ -280,7 +285,9 @@ class Context:
         axis %= len(shape_of(xs[0]))
         if any(is_bool(x) for x in xs):
             return self.boolean_of_01(self.concat([self.number(x) for x in xs], axis))
-        ready = tuple(x if isinstance(x, Value) else literals.of_tensor(torch.as_tensor(x), self.dtype) for x in xs)
+        ready = tuple(
+            x if isinstance(x, Value) else literals.of_tensor(torch.as_tensor(x), self.dtype) for x in xs
+        )
         return self.emit("concat", values=ready, axis=axis)
 
     def pad(self, x: Operand, amounts: Sequence[tuple[int, int]], value: float = 0.0) -> Operand:
@@ -354,7 +361,11 @@ class Context:
         if isinstance(x, Value):
             return self.value(x, full)
         fill = literals.fill_value(as_tensor(x))
-        return self.scalar(fill) if fill is not None else literals.of_tensor(as_tensor(x).expand(full), self.dtype)
+        return (
+            self.scalar(fill)
+            if fill is not None
+            else literals.of_tensor(as_tensor(x).expand(full), self.dtype)
+        )
 
     def _where_constant(self, cond: torch.Tensor, a: Operand, b: Operand) -> Operand:
         if bool(cond.all()):

@@ -34,7 +34,9 @@ def dot(ctx: Context, x: Operand, y: Operand) -> Operand:
 
 
 @lowering("addmm.default baddbmm.default")
-def addmm(ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1) -> Operand:
+def addmm(
+    ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1
+) -> Operand:
     """`addmm(b, x, y) -> add(matmul(x, y), b)`, with alpha and beta as `mul`"""
     product = ctx.matmul(x, y)
     if alpha != 1:
@@ -45,7 +47,9 @@ def addmm(ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 
 
 
 @lowering("addmv.default")
-def addmv(ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1) -> Operand:
+def addmv(
+    ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1
+) -> Operand:
     """`addmv(b, x, y) -> add(reshape(matmul(x, reshape(y, [K, 1])), [M]), b)`"""
     column = ctx.reshape(y, (*shape_of(y), 1))
     product = ctx.mul(ctx.reshape(ctx.matmul(x, column), shape_of(x)[:1]), alpha)

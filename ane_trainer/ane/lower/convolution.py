@@ -38,12 +38,20 @@ class Geometry:
 
     def after(self, axis: int) -> int:
         """Padding (or, negative, cropping) behind an axis that makes the windows end exactly at its end."""
-        span = (self.outputs[axis] - 1) * self.strides[axis] + (self.kernel[axis] - 1) * self.dilations[axis] + 1
+        span = (
+            (self.outputs[axis] - 1) * self.strides[axis] + (self.kernel[axis] - 1) * self.dilations[axis] + 1
+        )
         return span - self.inputs[axis] - self.pads[axis]
 
 
 def _geometry(
-    inputs: Shape, outputs: Shape, kernel: Shape, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int], groups: int
+    inputs: Shape,
+    outputs: Shape,
+    kernel: Shape,
+    stride: Sequence[int],
+    pad: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Geometry:
     """Fills lists of one number up to the spatial rank, as torch does."""
 
@@ -165,11 +173,19 @@ def convolution_backward(
 
 @lowering("im2col.default")
 def im2col(
-    ctx: Context, x: Operand, kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int], stride: Sequence[int]
+    ctx: Context,
+    x: Operand,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
 ) -> Operand:
     """`im2col(x)` (`nn.Unfold`) `-> ` columns, reordered from (taps, C) to (C, taps)"""
     n, channels, *size = shape_of(x)
-    spans = [(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, p, d, k, st in zip(size, padding, dilation, kernel, stride, strict=True)]
+    spans = [
+        (s + 2 * p - d * (k - 1) - 1) // st + 1
+        for s, p, d, k, st in zip(size, padding, dilation, kernel, stride, strict=True)
+    ]
     geo = _geometry(tuple(size), tuple(spans), tuple(kernel), stride, padding, dilation, 1)
     cols = columns(ctx, windows.to_last(ctx, x), geo)
     taps = math.prod(kernel)
@@ -186,7 +202,10 @@ def col2im(
     n = shape_of(x)[0]
     channels = shape_of(x)[1] // math.prod(kernel)
     kh, kw = kernel
-    oh, ow = [(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, p, d, k, st in zip(size, padding, dilation, kernel, stride, strict=True)]
+    oh, ow = [
+        (s + 2 * p - d * (k - 1) - 1) // st + 1
+        for s, p, d, k, st in zip(size, padding, dilation, kernel, stride, strict=True)
+    ]
     taps = ctx.transpose(ctx.reshape(x, (n * channels, kh, kw, oh * ow)), (1, 0, 2, 3))
     lines = []
     for i in range(kh):

@@ -49,7 +49,10 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     values = tuple(_as_output(ctx, ctx.operands[r] if isinstance(r, Node) else r) for r in results)
     function = run_passes(ctx.builder.finish(values))
     function = _name_outputs(function, [names[port.name] for port in captured.outputs])
-    outputs = tuple(replace(port, name=names[port.name], shape=v.type.shape) for port, v in zip(captured.outputs, values, strict=True))
+    outputs = tuple(
+        replace(port, name=names[port.name], shape=v.type.shape)
+        for port, v in zip(captured.outputs, values, strict=True)
+    )
     renamed = {port.name: new.name for port, new in zip(captured.inputs, inputs, strict=True)}
     aliases = tuple(Alias(names[a.output], renamed[a.input]) for a in captured.aliases)
     return Lowered(Program((function,)), inputs, outputs, aliases)
@@ -100,7 +103,8 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
     arguments = torch.fx.node.map_arg(node.args, lambda n: ctx.operands[n])
     keywords = torch.fx.node.map_arg(node.kwargs, lambda n: ctx.operands[n])
     if node.target is operator.getitem:
-        ctx.operands[node] = arguments[0][arguments[1]]
+        source: Any = arguments
+        ctx.operands[node] = source[0][source[1]]
         return
     name = str(node.target)
     try:
@@ -126,14 +130,19 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
 
 def _no_rule(name: str) -> tuple[str, str]:
     if any(word in name for word in ("rand", "bernoulli", "dropout", "multinomial")):
-        return "needs a random generator, which the engine lacks.", "Feed the random tensor or mask as an input."
+        return (
+            "needs a random generator, which the engine lacks.",
+            "Feed the random tensor or mask as an input.",
+        )
     return "has no lowering rule.", "Use another op, or register a rule with ane_trainer.ane.lower.lowering."
 
 
 def _foldable(node: Node, arguments: Any, keywords: Any) -> bool:
     leaves = _flat(arguments) + _flat(list(keywords.values()))
     tags = getattr(node.target, "tags", ())
-    return not any(isinstance(leaf, (Value, Absent)) for leaf in leaves) and not any(t in tags for t in _UNFOLDABLE)
+    return not any(isinstance(leaf, (Value, Absent)) for leaf in leaves) and not any(
+        t in tags for t in _UNFOLDABLE
+    )
 
 
 def _on_cpu(target: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
@@ -143,7 +152,11 @@ def _on_cpu(target: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
 
 
 def _without_placement(keywords: Any) -> dict[str, Any]:
-    return {k: v for k, v in keywords.items() if k not in ("device", "layout", "pin_memory", "memory_format", "non_blocking")}
+    return {
+        k: v
+        for k, v in keywords.items()
+        if k not in ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+    }
 
 
 def _check_static(ctx: Context) -> None:
@@ -166,7 +179,9 @@ def _checked_one(ctx: Context, result: Any, meta: Any) -> Any:
     if not isinstance(result, Value):
         return result
     if result.type.shape != mil_shape(meta):
-        raise ProgramError(f"{ctx.node}: needs the shape {mil_shape(meta)}; got {result.type.shape}.", code="MIL103")
+        raise ProgramError(
+            f"{ctx.node}: needs the shape {mil_shape(meta)}; got {result.type.shape}.", code="MIL103"
+        )
     return ctx.boolean(result) if meta.dtype == torch.bool else ctx.number(result)
 
 
@@ -218,7 +233,9 @@ def _substitute(function: Function, new: dict[Value, Value]) -> Function:
         return new.get(argument, argument) if isinstance(argument, Value) else argument
 
     ops = tuple(
-        replace(op, args=tuple((k, swap(a)) for k, a in op.args), results=tuple(new.get(r, r) for r in op.results))
+        replace(
+            op, args=tuple((k, swap(a)) for k, a in op.args), results=tuple(new.get(r, r) for r in op.results)
+        )
         for op in function.ops
     )
     return replace(function, ops=ops)

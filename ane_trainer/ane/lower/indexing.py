@@ -60,7 +60,12 @@ def one_hot_(ctx: Context, index: Operand, num_classes: int = -1) -> Operand:
 
 @lowering("embedding.default")
 def embedding(
-    ctx: Context, weight: Operand, index: Operand, padding_idx: int = -1, scale: bool = False, sparse: bool = False
+    ctx: Context,
+    weight: Operand,
+    index: Operand,
+    padding_idx: int = -1,
+    scale: bool = False,
+    sparse: bool = False,
 ) -> Operand:
     """`embedding(w, i) -> matmul(onehot(i), w)`: [M, V] @ [V, D], exact (one product x * 1 per sum)"""
     rows, width = shape_of(weight)
@@ -128,7 +133,9 @@ def index_(ctx: Context, x: Operand, indices: Sequence[Operand | None]) -> Opera
 def _index_constant(ctx: Context, x: Operand, given: Sequence[tuple[int, Operand]]) -> Operand:
     """Several constant indices on leading axes: the axes are flattened and taken from by one index."""
     if any(isinstance(i, Value) for _, i in given) or [d for d, _ in given] != list(range(len(given))):
-        raise ctx.refuse("needs one index tensor, or constant indices of the first axes.", "Use gather or select.")
+        raise ctx.refuse(
+            "needs one index tensor, or constant indices of the first axes.", "Use gather or select."
+        )
     shape = shape_of(x)
     lead = shape[: len(given)]
     parts = [torch.as_tensor(i) for _, i in given]
@@ -150,7 +157,11 @@ def gather(ctx: Context, x: Operand, dim: int, index: Operand, *, sparse_grad: b
             x = ctx.slice(x, axis, 0, extent)
     if picked[dim] == 1:
         rest = tuple(n for a, n in enumerate(picked) if a != dim)
-        mask = one_hot(ctx, ctx.reshape(index, rest), shape[dim], dim) if rest else _flat_one_hot(ctx, index, shape[dim])
+        mask = (
+            one_hot(ctx, ctx.reshape(index, rest), shape[dim], dim)
+            if rest
+            else _flat_one_hot(ctx, index, shape[dim])
+        )
         return ctx.reshape(ctx.sum(ctx.mul(x, ctx.reshape(mask, shape_of(x))), [dim], keep=True), ctx.shape)
     mask, moved = _gather_mask(ctx, x, dim, index)
     product = ctx.matmul(mask, ctx.reshape(moved, (*shape_of(moved), 1)))
@@ -190,7 +201,9 @@ def _scattered(ctx: Context, shape: tuple[int, ...], dim: int, index: Operand, s
     order = [a for a in range(rank) if a != dim] + [dim]
     where, values = ctx.transpose(index, order), ctx.transpose(source, order)
     if picked[dim] == 1:
-        total = ctx.mul(ctx.reshape(one_hot(ctx, where, shape[dim], rank), (*shape_of(where)[:-1], shape[dim])), values)
+        total = ctx.mul(
+            ctx.reshape(one_hot(ctx, where, shape[dim], rank), (*shape_of(where)[:-1], shape[dim])), values
+        )
     else:
         mask = one_hot(ctx, where, shape[dim], rank)
         product = ctx.matmul(mask, ctx.reshape(values, (*shape_of(values), 1)), tx=True)

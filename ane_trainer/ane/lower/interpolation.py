@@ -15,7 +15,12 @@ from ane_trainer.ane.lower.slicing import along
 def _nearest(n: int, m: int, scale: float | None) -> torch.Tensor:
     """`[m, n]`: row i picks the element torch's nearest picks."""
     ratio = 1.0 / scale if scale else n / m
-    index = (torch.arange(m, dtype=torch.float32) * torch.tensor(ratio, dtype=torch.float32)).floor().long().clamp(max=n - 1)
+    index = (
+        (torch.arange(m, dtype=torch.float32) * torch.tensor(ratio, dtype=torch.float32))
+        .floor()
+        .long()
+        .clamp(max=n - 1)
+    )
     return torch.nn.functional.one_hot(index, n).double()
 
 
@@ -29,7 +34,10 @@ def _repeat(ctx: Context, x: Operand, axis: int, times: int) -> Operand:
     for n in shape[axis + 1 :]:
         rest *= n
     inserted = ctx.reshape(x, (lead, shape[axis], 1, rest))
-    return ctx.reshape(ctx.broadcast(inserted, (lead, shape[axis], times, rest)), (*shape[:axis], shape[axis] * times, *shape[axis + 1 :]))
+    return ctx.reshape(
+        ctx.broadcast(inserted, (lead, shape[axis], times, rest)),
+        (*shape[:axis], shape[axis] * times, *shape[axis + 1 :]),
+    )
 
 
 @lowering("upsample_nearest1d.default upsample_nearest2d.default upsample_nearest3d.default")
@@ -47,7 +55,9 @@ def upsample_nearest(ctx: Context, x: Operand, size: Sequence[int], *scales: flo
     return x
 
 
-@lowering("upsample_nearest1d_backward.default upsample_nearest2d_backward.default upsample_nearest3d_backward.default")
+@lowering(
+    "upsample_nearest1d_backward.default upsample_nearest2d_backward.default upsample_nearest3d_backward.default"
+)
 def upsample_nearest_backward(
     ctx: Context, g: Operand, size: Sequence[int], input_size: Sequence[int], *scales: float | None
 ) -> Operand:
@@ -87,7 +97,9 @@ def _linear(n: int, m: int, align_corners: bool, scale: float | None) -> torch.T
 
 
 @lowering("upsample_linear1d.default upsample_bilinear2d.default upsample_trilinear3d.default")
-def upsample_linear(ctx: Context, x: Operand, size: Sequence[int], align_corners: bool, *scales: float | None) -> Operand:
+def upsample_linear(
+    ctx: Context, x: Operand, size: Sequence[int], align_corners: bool, *scales: float | None
+) -> Operand:
     """`upsample_bilinear2d(x) -> matmul` with constant weights per axis"""
     axes = len(size)
     scales = scales or (None,) * axes
@@ -97,9 +109,16 @@ def upsample_linear(ctx: Context, x: Operand, size: Sequence[int], align_corners
     return x
 
 
-@lowering("upsample_linear1d_backward.default upsample_bilinear2d_backward.default upsample_trilinear3d_backward.default")
+@lowering(
+    "upsample_linear1d_backward.default upsample_bilinear2d_backward.default upsample_trilinear3d_backward.default"
+)
 def upsample_linear_backward(
-    ctx: Context, g: Operand, size: Sequence[int], input_size: Sequence[int], align_corners: bool, *scales: float | None
+    ctx: Context,
+    g: Operand,
+    size: Sequence[int],
+    input_size: Sequence[int],
+    align_corners: bool,
+    *scales: float | None,
 ) -> Operand:
     """`upsample_bilinear2d_backward(g) -> matmul` with the transposed weights per axis"""
     axes = len(size)
@@ -124,7 +143,9 @@ def _border(n: int, before: int, after: int, mode: str) -> torch.Tensor:
     return torch.nn.functional.one_hot(index, n).double()
 
 
-def _extend(ctx: Context, x: Operand, padding: Sequence[int], mode: str, *, transposed: bool = False) -> Operand:
+def _extend(
+    ctx: Context, x: Operand, padding: Sequence[int], mode: str, *, transposed: bool = False
+) -> Operand:
     for i in range(len(padding) // 2):
         axis = len(shape_of(x)) - 1 - i
         before, after = int(padding[2 * i]), int(padding[2 * i + 1])
@@ -148,13 +169,17 @@ def replication_pad(ctx: Context, x: Operand, padding: Sequence[int]) -> Operand
     return _extend(ctx, x, padding, "replicate")
 
 
-@lowering("reflection_pad1d_backward.default reflection_pad2d_backward.default reflection_pad3d_backward.default")
+@lowering(
+    "reflection_pad1d_backward.default reflection_pad2d_backward.default reflection_pad3d_backward.default"
+)
 def reflection_pad_backward(ctx: Context, g: Operand, x: Any, padding: Sequence[int]) -> Operand:
     """`reflection_pad2d_backward(g) -> matmul` with the transposed one-hot constant per axis"""
     return _extend(ctx, g, padding, "reflect", transposed=True)
 
 
-@lowering("replication_pad1d_backward.default replication_pad2d_backward.default replication_pad3d_backward.default")
+@lowering(
+    "replication_pad1d_backward.default replication_pad2d_backward.default replication_pad3d_backward.default"
+)
 def replication_pad_backward(ctx: Context, g: Operand, x: Any, padding: Sequence[int]) -> Operand:
     """`replication_pad2d_backward(g) -> matmul` with the transposed one-hot constant per axis"""
     return _extend(ctx, g, padding, "replicate", transposed=True)

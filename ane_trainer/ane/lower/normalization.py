@@ -59,7 +59,9 @@ def _batch_statistics(ctx: Context, x: Operand, eps: float) -> tuple[Operand, Op
     return mean, variance, _rstd(ctx, variance, eps)
 
 
-@lowering("_native_batch_norm_legit_functional.default native_batch_norm.default _native_batch_norm_legit.default")
+@lowering(
+    "_native_batch_norm_legit_functional.default native_batch_norm.default _native_batch_norm_legit.default"
+)
 def batch_norm(
     ctx: Context, x: Operand, weight: _Optional, bias: _Optional, running_mean: _Optional, running_var: _Optional,
     training: bool, momentum: float, eps: float,
@@ -80,7 +82,10 @@ def batch_norm(
     assert running_mean is not None and running_var is not None
     n = math.prod(shape_of(x)) // shape_of(x)[1]
     unbiased = ctx.mul(variance, n / max(n - 1, 1))
-    moved = [ctx.add(old, ctx.mul(ctx.sub(new, old), momentum)) for old, new in ((running_mean, mean), (running_var, unbiased))]
+    moved = [
+        ctx.add(old, ctx.mul(ctx.sub(new, old), momentum))
+        for old, new in ((running_mean, mean), (running_var, unbiased))
+    ]
     return y, mean, rstd, *moved
 
 
@@ -146,7 +151,15 @@ def layer_norm_backward(
 
 @lowering("native_group_norm.default")
 def group_norm(
-    ctx: Context, x: Operand, weight: _Optional, bias: _Optional, n: int, channels: int, extent: int, groups: int, eps: float
+    ctx: Context,
+    x: Operand,
+    weight: _Optional,
+    bias: _Optional,
+    n: int,
+    channels: int,
+    extent: int,
+    groups: int,
+    eps: float,
 ) -> tuple[Operand, Operand, Operand]:
     """`native_group_norm(x) -> ` on `reshape(x, [N, G, C/G * S])`, rank 3; weight and bias per channel"""
     flat = ctx.reshape(x, (n, groups, channels // groups * extent))

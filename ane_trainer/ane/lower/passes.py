@@ -12,7 +12,21 @@ from dataclasses import replace
 from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
 
 _BROADCASTING = frozenset(
-    "add sub mul real_div maximum minimum pow equal not_equal greater greater_equal less less_equal".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "real_div",
+        "maximum",
+        "minimum",
+        "pow",
+        "equal",
+        "not_equal",
+        "greater",
+        "greater_equal",
+        "less",
+        "less_equal",
+    ]
 )
 
 
@@ -116,7 +130,12 @@ def algebra(function: Function) -> Function:
         x, y = op.arg("x"), op.arg("y")
         if op.kind in ("mul", "add") and isinstance(x, Literal):
             x, y = y, x
-        if op.kind in neutral and _number(y) == neutral[op.kind] and isinstance(x, Value) and x.type == op.result.type:
+        if (
+            op.kind in neutral
+            and _number(y) == neutral[op.kind]
+            and isinstance(x, Value)
+            and x.type == op.result.type
+        ):
             rewriter.forget(op.result, x)
             return
         inner = rewriter.maker(x)
@@ -181,7 +200,11 @@ def _sink(rewriter: Rewriter, op: Op, x: Arg, y: Arg, tile: Op) -> None:
     assert isinstance(small, Value)
     inner = rewriter.fresh(TensorType(op.result.type.dtype, small.type.shape))
     rewriter.keep(replace(op, args=(("x", x), ("y", y)), results=(inner,)))
-    rewriter.keep(replace(tile, args=(("x", inner), *(pair for pair in tile.args if pair[0] != "x")), results=op.results))
+    rewriter.keep(
+        replace(
+            tile, args=(("x", inner), *(pair for pair in tile.args if pair[0] != "x")), results=op.results
+        )
+    )
 
 
 def _untiled(rewriter: Rewriter, argument: Arg | None) -> Arg:
@@ -240,7 +263,9 @@ def _visit_transpose(rewriter: Rewriter, op: Op) -> None:
         return
     moved = [p for p in perm if x.type.shape[p] != 1]
     if moved == sorted(moved):
-        _visit_reshape(rewriter, replace(op, kind="reshape", args=(("x", x), ("shape", _list(op.result.type.shape)))))
+        _visit_reshape(
+            rewriter, replace(op, kind="reshape", args=(("x", x), ("shape", _list(op.result.type.shape))))
+        )
         return
     rewriter.keep(replace(op, args=(("x", x), ("perm", _list(perm)))))
 

@@ -20,7 +20,8 @@ from ane_trainer.ane.lower.slicing import along
 LOWEST = -65504.0
 
 _NO_INDICES = Absent(
-    "its indices are not computed on the engine.", "Use the pooled values only; unpooling needs another layer."
+    "its indices are not computed on the engine.",
+    "Use the pooled values only; unpooling needs another layer.",
 )
 
 
@@ -38,11 +39,21 @@ class Pool:
     @property
     def borders(self) -> tuple[tuple[int, int], ...]:
         """Padding per axis so that every window is whole; `after` also covers ceil_mode, and may crop."""
-        spans = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(self.outputs, self.strides, self.kernel, self.dilations, strict=True)]
+        spans = [
+            (o - 1) * s + (k - 1) * d + 1
+            for o, s, k, d in zip(self.outputs, self.strides, self.kernel, self.dilations, strict=True)
+        ]
         return tuple((p, span - n - p) for p, span, n in zip(self.pads, spans, self.inputs, strict=True))
 
 
-def _pool(inputs: Shape, outputs: Shape, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int] = (1,)) -> Pool:
+def _pool(
+    inputs: Shape,
+    outputs: Shape,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1,),
+) -> Pool:
     def full(values: Sequence[int] | int) -> Shape:
         items = (values,) if isinstance(values, int) else tuple(values)
         return items * len(inputs) if len(items) == 1 else items
@@ -62,7 +73,14 @@ def _native(ctx: Context, kind: str, x: Operand, pool: Pool, **options: object) 
     x = ctx.pad(x, [(0, 0), (0, 0), *crop])
     pad = tuple(n for before, after in pool.borders for n in (before, max(0, after)))
     return ctx.emit(
-        kind, x=ctx.value(x), kernel_sizes=pool.kernel, strides=pool.strides, pad_type="custom", pad=pad, ceil_mode=False, **options
+        kind,
+        x=ctx.value(x),
+        kernel_sizes=pool.kernel,
+        strides=pool.strides,
+        pad_type="custom",
+        pad=pad,
+        ceil_mode=False,
+        **options,
     )
 
 
@@ -122,7 +140,9 @@ def max_pool_backward(
     for i in range(axes):
         best, below = levels[axes - i], levels[axes - i - 1]
         parts = _first_ties(ctx, _taps(ctx, below, i, pool), best, rest)
-        rest = windows.fold_axis(ctx, parts, i + 1, pool.strides[i], pool.dilations[i], shape_of(below)[i + 1])
+        rest = windows.fold_axis(
+            ctx, parts, i + 1, pool.strides[i], pool.dilations[i], shape_of(below)[i + 1]
+        )
     crop = [(-before, -after) for before, after in pool.borders]
     return ctx.reshape(windows.to_first(ctx, windows.pad_spatial(ctx, rest, crop)), ctx.shape)
 
@@ -151,7 +171,9 @@ def avg_pool(
     batched = _batched(ctx, x, axes)
     correction = _divisors(pool, count_include_pad, divisor_override).reciprocal() * math.prod(pool.kernel)
     if bool((correction == 1).all()):
-        return ctx.reshape(_native(ctx, "avg_pool", batched, pool, exclude_padding_from_average=False), ctx.shape)
+        return ctx.reshape(
+            _native(ctx, "avg_pool", batched, pool, exclude_padding_from_average=False), ctx.shape
+        )
     excluding = _divisors(pool, False, None)
     if torch.equal(excluding, _divisors(pool, count_include_pad, divisor_override)):
         y = _native(ctx, "avg_pool", batched, pool, exclude_padding_from_average=True)
@@ -165,7 +187,9 @@ def _divisors(pool: Pool, include_pad: bool, override: int | None) -> torch.Tens
     if override:
         return torch.full(pool.outputs, float(override), dtype=torch.float64)
     result = torch.ones((1,) * len(pool.outputs), dtype=torch.float64)
-    for i, (n, o, k, s, p) in enumerate(zip(pool.inputs, pool.outputs, pool.kernel, pool.strides, pool.pads, strict=True)):
+    for i, (n, o, k, s, p) in enumerate(
+        zip(pool.inputs, pool.outputs, pool.kernel, pool.strides, pool.pads, strict=True)
+    ):
         start = torch.arange(o, dtype=torch.float64) * s - p
         end = (start + k).clamp(max=n + p)
         if not include_pad:
@@ -250,6 +274,7 @@ def adaptive_max_pool_backward(ctx: Context, g: Operand, x: Operand, indices: ob
 def _adaptive_kernel(ctx: Context, inputs: Shape, outputs: Shape) -> list[int]:
     if any(n % m for n, m in zip(inputs, outputs, strict=True)):
         raise ctx.refuse(
-            f"needs an output size that divides the input size; got {outputs} from {inputs}.", "Choose a divisor."
+            f"needs an output size that divides the input size; got {outputs} from {inputs}.",
+            "Choose a divisor.",
         )
     return [n // m for n, m in zip(inputs, outputs, strict=True)]

@@ -8,7 +8,14 @@ from ane_trainer.ane.lower.context import Context, Operand
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.mil import Value
 
-_COMPARISONS = {"eq": "equal", "ne": "not_equal", "gt": "greater", "ge": "greater_equal", "lt": "less", "le": "less_equal"}
+_COMPARISONS = {
+    "eq": "equal",
+    "ne": "not_equal",
+    "gt": "greater",
+    "ge": "greater_equal",
+    "lt": "less",
+    "le": "less_equal",
+}
 
 
 def _comparison(kind: str) -> None:

@@ -72,8 +72,12 @@ def first_index(ctx: Context, x: Operand, best: Operand, dim: int) -> Operand:
     shape = shape_of(x)
     n = shape[dim]
     if n > 2048:
-        raise ctx.refuse(f"needs an axis of at most 2048, the integers fp16 holds; got {n}.", "Split the axis.")
-    index = torch.arange(n, dtype=torch.float64).reshape([n if i == dim % len(shape) else 1 for i in range(len(shape))])
+        raise ctx.refuse(
+            f"needs an axis of at most 2048, the integers fp16 holds; got {n}.", "Split the axis."
+        )
+    index = torch.arange(n, dtype=torch.float64).reshape(
+        [n if i == dim % len(shape) else 1 for i in range(len(shape))]
+    )
     candidates = ctx.where(ctx.binary("equal", x, best), index, float(n))
     return ctx.reduce("min", candidates, [dim], keep=True)
 
@@ -126,14 +130,30 @@ def moments(ctx: Context, x: Operand, axes: list[int] | None, correction: float)
 
 
 @lowering("var.default var.dim var.correction")
-def var(ctx: Context, x: Operand, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None) -> Operand:
+def var(
+    ctx: Context,
+    x: Operand,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> Operand:
     """`var(x, d) -> reduce_mean(mul(d, d))` with `d = sub(x, reduce_mean(x))`, times n / (n - correction)"""
     axes, amount = _moment_arguments(dim, unbiased, correction)
     return ctx.reshape(moments(ctx, x, axes, amount)[0], ctx.shape)
 
 
 @lowering("std.default std.dim std.correction")
-def std(ctx: Context, x: Operand, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None) -> Operand:
+def std(
+    ctx: Context,
+    x: Operand,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> Operand:
     """`std(x, d) -> sqrt(var(x, d))`"""
     axes, amount = _moment_arguments(dim, unbiased, correction)
     return ctx.reshape(ctx.unary("sqrt", moments(ctx, x, axes, amount)[0]), ctx.shape)
@@ -141,7 +161,13 @@ def std(ctx: Context, x: Operand, dim: Any = None, unbiased: Any = None, keepdim
 
 @lowering("var_mean.default var_mean.dim var_mean.correction")
 def var_mean(
-    ctx: Context, x: Operand, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+    ctx: Context,
+    x: Operand,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
 ) -> tuple[Operand, Operand]:
     """`var_mean(x, d) -> ` as `var`, and `reduce_mean(x)`"""
     axes, amount = _moment_arguments(dim, unbiased, correction)
@@ -160,7 +186,9 @@ def _moment_arguments(dim: Any, unbiased: Any, correction: Any) -> tuple[list[in
 
 
 @lowering("linalg_vector_norm.default norm.ScalarOpt_dim norm.Scalar")
-def vector_norm(ctx: Context, x: Operand, order: float = 2, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+def vector_norm(
+    ctx: Context, x: Operand, order: float = 2, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
+) -> Operand:
     """`vector_norm(x, p, d)`: 2 `-> reduce_l2_norm`, 1 `-> reduce_l1_norm`, inf `-> reduce_max(abs(x))`, 0 counts"""
     axes = axes_of(dim)
     if order == 2:
@@ -187,7 +215,9 @@ def logsumexp(ctx: Context, x: Operand, dim: Axes, keepdim: bool = False) -> Ope
 
 
 @lowering("prod.default prod.dim_int")
-def prod(ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+def prod(
+    ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None
+) -> Operand:
     """`prod(x, d) -> mul` of halves of the axis, log2(n) times (no `reduce_prod` on the engine)"""
     if dim is None:
         x, dim = ctx.reshape(x, (math.prod(shape_of(x)), 1)), 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 Rule = Callable[..., Any]
+F = TypeVar("F", bound=Rule)
 
 #: ATen overload (`aten.add.Tensor`) -> rule `(ctx, *args, **kwargs) -> result or tuple of results`.
 RULES: dict[str, Rule] = {}
@@ -23,10 +24,10 @@ class Refusal(Exception):
         self.fix = fix
 
 
-def lowering(overloads: str, *, accepts_absent: bool = False) -> Callable[[Rule], Rule]:
+def lowering(overloads: str, *, accepts_absent: bool = False) -> Callable[[F], F]:
     """Register a rule for the space-separated ATen overloads, written without the leading `aten.`."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: F) -> F:
         for overload in overloads.split():
             name = f"aten.{overload}"
             if name in RULES:

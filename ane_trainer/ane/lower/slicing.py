@@ -86,7 +86,13 @@ def select_backward(ctx: Context, g: Operand, sizes: Sequence[int], dim: int, in
 
 @lowering("slice_scatter.default")
 def slice_scatter(
-    ctx: Context, x: Operand, source: Operand, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    ctx: Context,
+    x: Operand,
+    source: Operand,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
 ) -> Operand:
     """`slice_scatter(x, s) -> concat(x before, s, x behind)`; with a step `-> x * kept + spread(s)`"""
     extent = shape_of(x)[dim]
@@ -112,7 +118,9 @@ def select_scatter(ctx: Context, x: Operand, source: Operand, dim: int, index: i
     return slice_scatter(ctx, x, kept, dim, index, index + 1)
 
 
-@lowering("split.Tensor split_with_sizes.default split_with_sizes_copy.default unsafe_split.Tensor chunk.default")
+@lowering(
+    "split.Tensor split_with_sizes.default split_with_sizes_copy.default unsafe_split.Tensor chunk.default"
+)
 def split(ctx: Context, x: Operand, sizes: int | Sequence[int], dim: int = 0) -> list[Operand]:
     """`split(x, n, d) -> slice_by_size(x)` for each part"""
     parts, start = [], 0

@@ -56,7 +56,9 @@ def unfold(
     return x
 
 
-def fold_axis(ctx: Context, parts: Sequence[Operand], axis: int, stride: int, dilation: int, extent: int) -> Operand:
+def fold_axis(
+    ctx: Context, parts: Sequence[Operand], axis: int, stride: int, dilation: int, extent: int
+) -> Operand:
     """The gradient of taking taps: part i is added at `i * dilation + j * stride`; the result has `extent`.
 
     Parts that fall between each other are interleaved (concat on a new axis and reshape), only
@@ -97,7 +99,8 @@ def rows(ctx: Context, x: Operand) -> Operand:
     """`[N, *S, K]` -> `[B, M, K]`, M at most `MATRIX_AXIS`; `[M, K]` when one matrix is enough."""
     *lead, last_spatial, k = shape_of(x)
     lines = math.prod(lead)
-    blocks = next(b for b in range(1, lines + 1) if lines % b == 0 and lines // b * last_spatial <= MATRIX_AXIS or b == lines)
+    fitting = (b for b in range(1, lines) if lines % b == 0 and lines // b * last_spatial <= MATRIX_AXIS)
+    blocks = next(fitting, lines)
     m = lines // blocks * last_spatial
     return ctx.reshape(x, (m, k) if blocks == 1 else (blocks, m, k))
 
@@ -107,7 +110,7 @@ def apply_weight(ctx: Context, columns: Operand, weight: Operand, groups: int, c
 
     One group: `matmul(rows, weight)`; more: the group axis is moved in front and batches the product.
     """
-    *lead, k = shape_of(columns)
+    lead = shape_of(columns)[:-1]
     out = shape_of(weight)[-1]
     if groups == 1:
         product = ctx.matmul(rows(ctx, columns), ctx.reshape(weight, shape_of(weight)[-2:]))

@@ -38,7 +38,10 @@ def lowered(function: Callable[..., Any], inputs: Sequence[torch.Tensor], dtype:
 
 def run(program: Lowered, inputs: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """The program's outputs in float64."""
-    feeds = {p.name: t.detach().double().numpy().reshape(p.shape) for p, t in zip(program.inputs, inputs, strict=True)}
+    feeds = {
+        p.name: t.detach().double().numpy().reshape(p.shape)
+        for p, t in zip(program.inputs, inputs, strict=True)
+    }
     outputs = evaluate(program.program.main, feeds)
     return [outputs[p.name] for p in program.outputs]
 
@@ -58,7 +61,9 @@ def check(
     return program
 
 
-def gradients(function: Callable[..., torch.Tensor], *, of: Sequence[int] | None = None) -> Callable[..., Any]:
+def gradients(
+    function: Callable[..., torch.Tensor], *, of: Sequence[int] | None = None
+) -> Callable[..., Any]:
     """The function's value, and the gradients of a weighting of it with respect to float inputs.
 
     The weighting depends on the first float input (as a value), so that no gradient is a constant.
@@ -69,7 +74,9 @@ def gradients(function: Callable[..., torch.Tensor], *, of: Sequence[int] | None
         leaves = [t.detach().requires_grad_() if i in chosen else t for i, t in enumerate(inputs)]
         with torch.enable_grad():
             result = function(*leaves)
-            ramp = torch.arange(1, result.numel() + 1, dtype=result.dtype).reshape(result.shape) / result.numel()
+            ramp = (
+                torch.arange(1, result.numel() + 1, dtype=result.dtype).reshape(result.shape) / result.numel()
+            )
             mixer = next(t for t in inputs if t.is_floating_point()).detach()
             ramp = ramp * (mixer.mean() + 0.5)
             grads = torch.autograd.grad(result, [leaves[i] for i in chosen], ramp, allow_unused=True)
