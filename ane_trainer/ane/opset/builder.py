@@ -23,6 +23,11 @@ def _typed_like_others(kind: str, param: Param, args: Mapping[str, object]) -> P
     return param if param.dtype in own.dtypes else replace(param, dtype=own.dtypes[0])
 
 
+def argument(kind: str, param: Param, args: Mapping[str, object]) -> Arg:
+    """The argument `param` of a call with the Python values `args`."""
+    return as_arg(_typed_like_others(kind, param, args), args[param.name])
+
+
 class Builder:
     """Collects operations in order. `source` is attached to the ops added while it is set."""
 
@@ -51,7 +56,7 @@ class Builder:
         bound: dict[str, Arg] = {}
         for param in definition.params:  # in the op's own order, so equal calls give equal programs
             if args.get(param.name) is not None:
-                bound[param.name] = as_arg(_typed_like_others(kind, param, args), args[param.name])
+                bound[param.name] = argument(kind, param, args)
         for key in args.keys() - {p.name for p in definition.params}:
             raise TypeError(f"{kind} has no parameter {key}")
         types = infer(kind, bound)

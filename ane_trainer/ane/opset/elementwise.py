@@ -48,7 +48,11 @@ def unary_alpha(call: Call) -> tuple[TensorType, ...]:
     const("beta", "fp16"),
 )
 def unary_alpha_beta(call: Call) -> tuple[TensorType, ...]:
-    """One input and two numbers."""
+    """One input and two numbers; `clip` needs alpha below beta."""
+    if call.op.kind == "clip" and call.number("alpha") >= call.number("beta"):
+        raise call.refuse(
+            f"alpha needs a number below beta; got {call.number('alpha')}, {call.number('beta')}"
+        )
     return (call.type("x"),)
 
 

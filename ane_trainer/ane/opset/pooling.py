@@ -30,7 +30,8 @@ def pool(call: Call) -> tuple[TensorType, ...]:
     ceil_mode = call.flag("ceil_mode")
     if ceil_mode and (len(kernel) > 2 or call.text("pad_type") == "same"):
         raise call.refuse("ceil_mode needs 1 or 2 spatial axes and a pad_type other than same")
-    if ceil_mode and any(before != after for before, after in padding):
-        raise call.refuse(f"ceil_mode needs symmetric padding; got {padding}")
+    pad = call.integers("pad") if call.has("pad") else ()
+    if ceil_mode and pad[::2] != pad[1::2]:
+        raise call.refuse(f"ceil_mode needs symmetric padding; got {pad}")
     extents = windows(call, x.shape[2:], kernel, strides, ones, padding, ceil_mode=ceil_mode)
     return (TensorType(x.dtype, (*x.shape[:2], *extents)),)
