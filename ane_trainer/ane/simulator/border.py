@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil import Literal, TensorType
 from ane_trainer.ane.simulator.fp16 import decode, encode
+from ane_trainer.ane.simulator.half import decode_into
 
 Array = NDArray[Any]
 
@@ -38,9 +39,9 @@ def from_border(array: Array, type_: TensorType, out: Array) -> None:
     if type_.dtype != "fp16":
         out[...] = array
         return
-    half = array if array.dtype == np.float16 else _to_half(array)
-    if np.isfinite(half).all():
-        out[...] = half
+    half = np.ascontiguousarray(array if array.dtype == np.float16 else _to_half(array))
+    if out.flags.c_contiguous and out.dtype == np.float32:
+        decode_into(half, out)
     else:
         out[...] = decode(half)
 

@@ -99,7 +99,5 @@ def _fast(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> C
 
 
 def _tensor(array: Array) -> torch.Tensor:
-    """A tensor over the array's memory (NumPy warns for read-only memory; we never write)."""
-    if not array.flags.writeable:
-        array = np.array(array) if 0 not in array.strides else np.ascontiguousarray(array)
-    return torch.from_numpy(array)
+    """A tensor over the array's memory. NumPy marks broadcast views read-only; we never write through this one."""
+    return torch.from_numpy(np.lib.stride_tricks.as_strided(array, array.shape, array.strides, writeable=True))

@@ -3,7 +3,7 @@
 A `Group` is straight-line code over broadcast arrays. Values in registers are decoded fp16 (see `fp16.py`);
 add, sub and mul round half away from zero to 11 bits after every op, exactly like `round_half_away`; every
 other function of one variable is a gather from its table of 65,536 results, so it cannot differ from the
-NumPy definition it was built from.
+NumPy definition it was built from. `scale` multiplies by a power of two of at least 1, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ane_trainer.ane.simulator.loops import Nest
 
 #: Codes of an instruction: name -> number of sources. Float results unless listed in BOOL_CODES.
 CODES = {
-    "load": 0, "const": 0, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1, "lookup": 1,
+    "load": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1, "lookup": 1,
     "mac_round": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
     "and": 2, "or": 2, "xor": 2, "not": 1, "load_bool": 0,
 }  # fmt: skip
@@ -197,6 +197,8 @@ class _Emitter:
                 return self.fresh(f"icmp ne {kind} {self.load(instr.which, indices, 'i8')}, {self.constant(0, 'i8')}")
             case "const":
                 return self.constant(instr.value, "float")
+            case "scale":
+                return self.saturate(self.fresh(f"fmul {f} {s[0]}, {self.constant(instr.value, 'float')}"))
             case "add" | "sub" | "mul":
                 return self.round(self.fresh(f"f{instr.code} {f} {s[0]}, {s[1]}"))
             case "max" | "min":
@@ -282,8 +284,7 @@ class _Emitter:
             pointer = self.fresh(f"getelementptr float, ptr {base}, i64 {wide}")
             return self.fresh(f"load float, ptr {pointer}, align 4")
         w = self.width
-        wide = self.fresh(f"zext {i} {index} to <{w} x i64>")
-        pointers = self.fresh(f"getelementptr float, ptr {base}, <{w} x i64> {wide}")
+        pointers = self.fresh(f"getelementptr float, ptr {base}, {i} {index}")
         every = "<" + ", ".join(["i1 true"] * w) + ">"
         return self.fresh(
             f"call {f} @llvm.masked.gather.{suffix}.v{w}p0(<{w} x ptr> {pointers}, i32 4, <{w} x i1> {every}, {f} poison)"

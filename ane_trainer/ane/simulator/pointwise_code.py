@@ -6,6 +6,7 @@ a table of its 65,536 results, computed from its registered kernel, so fused and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -52,6 +53,15 @@ def _simple(code: str) -> Writer:
     return lambda group, _ctx, _call, s: group.add(code, *s)
 
 
+def _mul(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+    """A product with a constant power of two of at least 1 is exact: no rounding."""
+    for constant, other in ((s[1], s[0]), (s[0], s[1])):
+        instr = group.instrs[constant]
+        if instr.code == "const" and instr.value >= 1 and math.frexp(instr.value)[0] == 0.5:
+            return group.add("scale", other, value=instr.value)
+    return group.add("mul", *s)
+
+
 def _real_div(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     """x / y is x times the inverse table of y (see `facts`: M6 numerics, inverse x mul)."""
     return group.add("mul", s[0], group.lookup(s[1], lookup("inverse")))
@@ -68,7 +78,7 @@ def _square(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
 
 #: MIL op -> how it is written. Ops that are absent but have one tensor operand become a lookup.
 WRITERS: dict[str, Writer] = {
-    "add": _simple("add"), "sub": _simple("sub"), "mul": _simple("mul"), "real_div": _real_div,
+    "add": _simple("add"), "sub": _simple("sub"), "mul": _mul, "real_div": _real_div,
     "maximum": _simple("max"), "minimum": _simple("min"), "abs": _simple("abs"), "relu": _relu, "square": _square,
     "less": _simple("lt"), "less_equal": _simple("le"), "greater": _simple("gt"), "greater_equal": _simple("ge"),
     "equal": _simple("eq"), "not_equal": _simple("ne"), "select": _simple("select"),

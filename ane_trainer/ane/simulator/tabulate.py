@@ -40,6 +40,8 @@ def evaluate(instr: Instr, sources: Sequence[Array], tables: Sequence[Array]) ->
             return round_half_away(s[0] - s[1])
         case "mul":
             return round_half_away(s[0] * s[1])
+        case "scale":
+            return np.clip(s[0] * np.float32(instr.value), -INF, INF)
         case "max":
             return np.clip(np.where(s[0] > s[1], s[0], s[1]), -INF, INF)
         case "min":

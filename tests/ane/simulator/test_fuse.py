@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ane_trainer.ane.simulator import fuse, jit, loops
 from ane_trainer.ane.simulator.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.fuse import Group, Instr
+from ane_trainer.ane.simulator.half import decode_into
 
 PATTERNS = decode(np.arange(1 << 16, dtype=np.uint16))
 
@@ -28,7 +29,7 @@ def same_bits(a, b):
     return np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
 
 
-@pytest.mark.parametrize("width", [16, 8, 4, 1])
+@pytest.mark.parametrize("width", [32, 16, 8, 4, 1])
 @pytest.mark.parametrize(("code", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply)])
 def test_arithmetic_rounds_half_away_at_every_width(width, code, function):
     rng = np.random.default_rng(0)
@@ -89,3 +90,16 @@ def test_in_place_is_safe():
     text = fuse.declarations(16) + fuse.emit("f", Group(code, 1, 0, (1,)), nest, 16)
     jit.compile_ir(text, ["f"])["f"](x.ctypes.data, x.ctypes.data, 0, x.size)
     assert same_bits(x, round_half_away(before * before))
+
+
+def test_every_pattern_decodes_as_defined():
+    bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    out = np.empty(1 << 16, np.float32)
+    decode_into(bits, out)
+    assert same_bits(out, PATTERNS)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 1024.0, 32768.0])
+def test_scaling_up_by_a_power_of_two_needs_no_rounding(factor):
+    (out,) = run_group([Instr("load", which=0), Instr("scale", (0,), value=factor)], [PATTERNS], (1,))
+    assert same_bits(out, round_half_away(PATTERNS * np.float32(factor)))
