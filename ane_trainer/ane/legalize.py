@@ -51,7 +51,7 @@ def legalize(lowered: Lowered, chip: str, path: str = "e5rt") -> Legalized:
     """
     target = Target(get_chip(chip), path)
     function = move_width_slices(lowered.program.main, target)
-    findings = [*_inputs(function, target), *_ops(function, target), *_program(function, target)]
+    findings = refusals(function, target)
     if findings:
         count = len(findings)
         ops = "op" if count == 1 else "ops"
@@ -61,6 +61,11 @@ def legalize(lowered: Lowered, chip: str, path: str = "e5rt") -> Legalized:
     return Legalized(
         replace(lowered, program=program), target.chip.name, path, tuple(notes(function, target))
     )
+
+
+def refusals(function: Function, target: Target) -> list[Finding]:
+    """Every reason why the chip refuses the function as it is, in program order."""
+    return [*_inputs(function, target), *_ops(function, target), *_program(function, target)]
 
 
 def _where(op: Op) -> str:
