@@ -51,18 +51,69 @@ def pairs(*rows: tuple[int, int]) -> Literal:
 
 
 X4 = T(2, 4, 6, 8)
-UNARY = (
-    "abs acos asin atan atanh ceil cos cosh erf exp exp2 floor relu relu6 round sigmoid sign silu sin sinh softsign"
-    " softplus sqrt square tan tanh identity rsqrt inverse log gelu"
-).split()
-BINARY = (
-    "add sub mul real_div floor_div maximum minimum mod pow equal not_equal greater greater_equal less less_equal"
-).split()
-REDUCE = (
-    "reduce_sum reduce_mean reduce_max reduce_min reduce_prod reduce_l1_norm reduce_l2_norm reduce_log_sum"
-    " reduce_log_sum_exp reduce_sum_square"
-).split()
-ALPHA_BETA = "clamped_relu linear_activation scaled_tanh sigmoid_hard clip".split()
+UNARY = [
+    "abs",
+    "acos",
+    "asin",
+    "atan",
+    "atanh",
+    "ceil",
+    "cos",
+    "cosh",
+    "erf",
+    "exp",
+    "exp2",
+    "floor",
+    "relu",
+    "relu6",
+    "round",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "sinh",
+    "softsign",
+    "softplus",
+    "sqrt",
+    "square",
+    "tan",
+    "tanh",
+    "identity",
+    "rsqrt",
+    "inverse",
+    "log",
+    "gelu",
+]
+BINARY = [
+    "add",
+    "sub",
+    "mul",
+    "real_div",
+    "floor_div",
+    "maximum",
+    "minimum",
+    "mod",
+    "pow",
+    "equal",
+    "not_equal",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+]
+REDUCE = [
+    "reduce_sum",
+    "reduce_mean",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_l1_norm",
+    "reduce_l2_norm",
+    "reduce_log_sum",
+    "reduce_log_sum_exp",
+    "reduce_sum_square",
+]
+ALPHA_BETA = ["clamped_relu", "linear_activation", "scaled_tanh", "sigmoid_hard", "clip"]
 
 CASES: list[Case] = [
     *(case(k, x=T(2, 3)) for k in UNARY),

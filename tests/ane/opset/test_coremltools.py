@@ -1,4 +1,4 @@
-"""Our type rules against coremltools' type inference: same results, and no call that it refuses is accepted."""
+"""Our type rules against coremltools' inference: same results, and no call that it refuses is accepted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ane_trainer.ane.opset import infer, known_ops, op_def
 from ane_trainer.ane.opset.builder import argument
 
 pytest.importorskip("coremltools")
-from tests.ane.opset.cases import CASES, REDUCE, C, Case, T, case  # noqa: E402
-from tests.ane.opset.witness import coreml_params, coreml_types  # noqa: E402
+from tests.ane.opset.cases import CASES, REDUCE, C, Case, T, case
+from tests.ane.opset.witness import coreml_params, coreml_types
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -101,8 +101,12 @@ def test_broadcasting(x: tuple[int, ...], y: tuple[int, ...], kind: str) -> None
     check(case(kind, x=T(*x), y=T(*y)))
 
 
-@given(st.lists(extents, min_size=1, max_size=4), st.lists(small, min_size=1, max_size=3, unique=True), st.booleans(),
-       st.sampled_from(REDUCE))  # fmt: skip
+@given(
+    st.lists(extents, min_size=1, max_size=4),
+    st.lists(small, min_size=1, max_size=3, unique=True),
+    st.booleans(),
+    st.sampled_from(REDUCE),
+)
 @settings(max_examples=60, deadline=None)
 def test_reductions(shape: list[int], axes: list[int], keep: bool, kind: str) -> None:
     if any(not -len(shape) <= a < len(shape) for a in axes) or len({a % len(shape) for a in axes}) < len(
