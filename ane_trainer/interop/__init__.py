@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Other frameworks on the simulator: `interop.aneforge`."""

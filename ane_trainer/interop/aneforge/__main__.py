@@ -1,0 +1,43 @@
+"""`python -m ane_trainer.interop.aneforge [--chip m5] [--fidelity exact] SCRIPT.py [args]`: run an ANEForge script."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ane_trainer.ane.errors import AneTrainerError
+from ane_trainer.interop.aneforge import install
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Install the simulator, then run the script as `python SCRIPT.py args` would; the script's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ane_trainer.interop.aneforge",
+        description="Run a script that uses ANEForge on the simulated engine.",
+    )
+    parser.add_argument("--chip", default="m5", help="chip to simulate (default: m5)")
+    parser.add_argument("--fidelity", default="exact", choices=("exact", "fast"))
+    parser.add_argument("--threads", type=int, default=None, help="worker threads (default: all cores)")
+    parser.add_argument("script", help="the script")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
+    given = parser.parse_args(arguments)
+    script = Path(given.script)
+    if not script.is_file():
+        print(f"script: needs a file; got {given.script}.", file=sys.stderr)
+        return 1
+    try:
+        install(given.chip, given.fidelity, threads=given.threads)
+    except AneTrainerError as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    sys.argv = [given.script, *given.args]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What the installed ANEForge asks its host: put the simulator's answers in, and take them out again."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ane_trainer.ane.chips import Chip
+from ane_trainer.ane.errors import MissingDependency
+from ane_trainer.interop.aneforge.library import SimulatedLibrary
+
+LIBRARY_FILE = Path(__file__).with_name("library.py")
+"""Named where ANEForge asks for the path of its library."""
+
+_MISSING = object()
+
+
+@dataclass(eq=False)
+class Installation:
+    """One installation: the library in use and what was there before."""
+
+    library: SimulatedLibrary
+    _before: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute (or a dictionary's entry) and remember what it was."""
+        if isinstance(owner, dict):
+            self._before.append((owner, name, owner.get(name, _MISSING)))
+            owner[name] = value
+        else:
+            self._before.append((owner, name, owner.__dict__.get(name, _MISSING)))
+            setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put everything back, last change first."""
+        for owner, name, value in reversed(self._before):
+            if isinstance(owner, dict):
+                owner.pop(name) if value is _MISSING else owner.__setitem__(name, value)
+            elif value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        self._before.clear()
+
+
+def put_in(library: SimulatedLibrary) -> Installation:
+    """Make the installed ANEForge compile and dispatch to `library`.
+
+    Raises: MissingDependency (ANE201) when ANEForge is not installed, or not 0.4.x.
+    """
+    runtime, targets, circuit, build, bridges, worker = _modules()
+    chip = library.context.chip
+    done = Installation(library)
+    done.replace(runtime._Dylib, "_ensure", lambda self: library)
+    done.replace(runtime, "_find_dylib", lambda: LIBRARY_FILE)
+    done.replace(build, "build_dylib", lambda out_path=None, *, quiet=False: LIBRARY_FILE)
+    done.replace(targets, "_cpu_brand", lru_cache(maxsize=1)(lambda: brand(chip)))
+    families = targets._BRAND_FAMILY
+    if chip.generation_number - 12 not in families:
+        done.replace(families, chip.generation_number - 12, max(families.values()))
+    # The pause after a failed compile protects Apple's compiler service; there is none here.
+    done.replace(circuit, "_sleep", lambda seconds: None)
+    for module, name in ((bridges, "ensure_invoker"), (worker, "_ensure_worker_built")):
+        done.replace(module, name, refuse_bridge)
+    _replace_imported(done, "ensure_invoker", refuse_bridge)
+    compiler = importlib.import_module("aneforge._compile")
+    done.replace(compiler, "_compile_segmented", _refuse_segments(compiler))
+    return done
+
+
+def brand(chip: Chip) -> str:
+    """What `sysctl machdep.cpu.brand_string` says on this chip."""
+    return f"Apple {chip.title}"
+
+
+def refuse_bridge(*_: object, **__: object) -> NoReturn:
+    """In the place of ANEForge's second way to the engine, which is another process with another format."""
+    raise NotImplementedError(
+        "ane_trainer simulator: the program needs ANEForge's netplist bridge; the simulator runs the e5rt path only. "
+        "Use ops that compile to one program (for attention: matmul and softmax; for sorting: the host)."
+    )
+
+
+def _refuse_segments(compiler: Any) -> Callable[..., NoReturn]:
+    def refuse(out: Any, *_: object, **__: object) -> NoReturn:
+        names = sorted({t.op for t in compiler._topo(out) if t.op in compiler.NETPLIST_OPS})
+        raise NotImplementedError(
+            f"ane_trainer simulator: {', '.join(names)} run through ANEForge's netplist bridge; the simulator runs "
+            "the e5rt path only. Use ops that compile to one program (for attention: matmul and softmax)."
+        )
+
+    return refuse
+
+
+def _replace_imported(done: Installation, name: str, value: Any) -> None:
+    """Bridges import the function by name: replace it in those that are loaded and in the ones loaded later."""
+    package = importlib.import_module("aneforge._bridges")
+    for path in sorted(Path(str(package.__file__)).parent.glob("*_fused.py")):
+        module = importlib.import_module(f"aneforge._bridges.{path.stem}")
+        if name in vars(module):
+            done.replace(module, name, value)
+
+
+def _modules() -> tuple[Any, ...]:
+    try:
+        package = importlib.import_module("aneforge")
+    except ImportError as fault:
+        raise MissingDependency(
+            "aneforge: needs ANEForge 0.4.x; it is not installed. Type: pip install 'ane_trainer[e5rt]'."
+        ) from fault
+    version = str(getattr(package, "__version__", ""))
+    if not version.startswith("0.4."):
+        raise MissingDependency(
+            f"aneforge: needs version 0.4.x; got {version or 'unknown'}. Type: pip install 'aneforge>=0.4,<0.5'."
+        )
+    names = ("_runtime", "_targets", "_circuit", "build", "_bridges._netplist", "_netplist_worker")
+    return tuple(importlib.import_module(f"aneforge.{name}") for name in names)

@@ -1,0 +1,227 @@
+"""The C interface of ANEForge's dispatch library over the simulator: same functions, arguments and error returns.
+
+Arguments arrive as ctypes passes them (bytes, integers, pointers, arrays, `byref`). Failures print their reason
+to stderr and return what the library returns: no handle from a failed compile, -1 elsewhere (ANEForge 0.4.0,
+`ane_e5rt_dispatch.mm`). At most 128 programs are loaded at a time (ANEForge e5rt reference: the 129th load fails).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ane_trainer.ane.chips import Chip, get_chip, limit
+from ane_trainer.ane.errors import AneTrainerError, UsageError
+from ane_trainer.ane.simulator import Context, make_context
+from ane_trainer.interop.aneforge.loaded import LoadedProgram, Operation, PortSpec, bind_operation
+from ane_trainer.interop.aneforge.reading import check, read_program
+
+ANE_MASK = 0x4
+"""Bit of the device mask that asks for the engine."""
+
+_Result = TypeVar("_Result")
+
+_FAILED = -1
+_NEVER_SUBMITTED = -2
+
+
+class SimulatedLibrary:
+    """Stands where the loaded macOS library would; `ane_e5rt_*` attributes are its functions.
+
+    The functions take `restype` and `argtypes` like those of a ctypes library and ignore them.
+    """
+
+    def __init__(self, chip: str, fidelity: str = "exact", threads: int | None = None) -> None:
+        self.context: Context = make_context(chip, fidelity, threads)
+        self.loaded: dict[int, LoadedProgram] = {}
+        self._next_handle = 0x10000
+        for name in dir(type(self)):
+            if name.startswith("_c_"):
+                setattr(self, f"ane_e5rt_{name[3:]}", partial(getattr(self, name)))
+
+    # -- compile and release --------------------------------------------------------------------------
+
+    def _c_program_compile(
+        self, mil_path: Any, cache_dir: Any, device_mask: Any,
+        input_names: Any, input_sizes: Any, n_inputs: Any,
+        output_names: Any, output_sizes: Any, n_outputs: Any,
+    ) -> int | None:  # fmt: skip
+        """Compile a MIL file and load it; the handle, or None."""
+        inputs = _specs(input_names, input_sizes, n_inputs)
+        outputs = _specs(output_names, output_sizes, n_outputs)
+        mask = _number(device_mask)
+        operation = self._guarded(lambda: self._compile(_text(mil_path), mask, inputs, outputs))
+        if operation is None:
+            return None
+        handle, self._next_handle = self._next_handle, self._next_handle + 0x10
+        self.loaded[handle] = LoadedProgram([operation], _text(cache_dir), mask)
+        return handle
+
+    def _compile(self, path: str, mask: int, inputs: list[PortSpec], outputs: list[PortSpec]) -> Operation:
+        if not mask & ANE_MASK:
+            raise UsageError(f"device mask: needs the engine ({ANE_MASK:#x}); got {mask:#x}. Simulate CPU and GPU elsewhere.")
+        room = limit(self.context.chip, "loaded_programs")
+        if room is not None and sum(len(p.operations) for p in self.loaded.values()) >= room.value:
+            raise UsageError(
+                f"programs: needs at most {room.value:g} loaded in a process ({room.evidence.source}). Release one."
+            )
+        program = read_program(Path(path))
+        check(program, self.context.chip)
+        return bind_operation(program.main, self.context, inputs, outputs)
+
+    def _c_program_release(self, program: Any) -> None:
+        """Free a program and its place among the loaded ones."""
+        self.loaded.pop(_number(program), None)
+
+    def _c_compile_check(self, mil_path: Any, cache_dir: Any, device_mask: Any, options: Any) -> int:
+        """0 if the chip of `TargetArchitecture=...` takes the program (without the option: the installed chip)."""
+        chip = _target_chip(_text(options), self.context.chip)
+
+        def compiles() -> bool:
+            check(read_program(Path(_text(mil_path))), chip)
+            return True
+
+        return 0 if self._guarded(compiles) else _FAILED
+
+    # -- ports ----------------------------------------------------------------------------------------
+
+    def _c_program_set_input_fp16(self, program: Any, name: Any, data: Any, count: Any) -> int:
+        """Copy `count` 16-bit words into an input port."""
+        return self._c_program_set_input_fp16_op(program, 0, name, data, count)
+
+    def _c_program_set_input_fp16_op(self, program: Any, index: Any, name: Any, data: Any, count: Any) -> int:
+        def copy(loaded: LoadedProgram) -> int:
+            port, nbytes = loaded.find("inputs", _number(index), _text(name)), 2 * _number(count)
+            if nbytes > port.nbytes:
+                raise UsageError(f"input {_text(name)} overflow ({nbytes} > {port.nbytes})")
+            port.buffer.write(data, nbytes)
+            return 0
+
+        return self._with(program, copy)
+
+    def _c_program_get_output_fp16(self, program: Any, name: Any, target: Any, count: Any) -> int:
+        """Copy at most `count` 16-bit words out of an output port."""
+        return self._c_program_get_output_fp16_op(program, 0, name, target, count)
+
+    def _c_program_get_output_fp16_op(self, program: Any, index: Any, name: Any, target: Any, count: Any) -> int:
+        def copy(loaded: LoadedProgram) -> int:
+            port = loaded.find("outputs", _number(index), _text(name))
+            port.buffer.read(target, min(2 * _number(count), port.nbytes))
+            return 0
+
+        return self._with(program, copy)
+
+    def _c_program_input_buffer(self, program: Any, name: Any, address: Any, nbytes: Any) -> int:
+        """The memory that an input port reads; valid until the program is released."""
+        return self._with(program, lambda loaded: _expose(loaded, "inputs", _text(name), address, nbytes))
+
+    def _c_program_output_buffer(self, program: Any, name: Any, address: Any, nbytes: Any) -> int:
+        """The memory that an output port writes."""
+        return self._with(program, lambda loaded: _expose(loaded, "outputs", _text(name), address, nbytes))
+
+    def _c_program_share_buffer(self, program: Any, source: Any, out: Any, target: Any, into: Any) -> int:
+        """Bind an input port of operation `target` to the buffer of an output port of operation `source`."""
+
+        def share(loaded: LoadedProgram) -> int:
+            loaded.share((_number(source), _text(out)), (_number(target), _text(into)))
+            return 0
+
+        return self._with(program, share)
+
+    # -- execution ------------------------------------------------------------------------------------
+
+    def _c_program_execute(self, program: Any) -> int:
+        """Run all operations of a program."""
+
+        def run(loaded: LoadedProgram) -> int:
+            loaded.execute()
+            return 0
+
+        return self._with(program, run)
+
+    _c_program_execute_multi = _c_program_execute
+    _c_program_execute_async = _c_program_execute
+
+    def _c_program_wait_for_completion(self, program: Any) -> int:
+        """0 after a run (the simulator's runs end before they return), -2 before the first."""
+        return self._with(program, lambda loaded: 0 if loaded.committed else _NEVER_SUBMITTED)
+
+    def _c_program_get_op_count(self, program: Any) -> int:
+        loaded = self.loaded.get(_number(program))
+        return len(loaded.operations) if loaded else 0
+
+    def _c_program_add_op(
+        self, program: Any, mil_path: Any, in_name: Any, in_size: Any, out_name: Any, out_size: Any
+    ) -> int:
+        """Compile one more single-input, single-output operation onto the program's stream; its index."""
+
+        def add(loaded: LoadedProgram) -> int:
+            inputs, outputs = [(_text(in_name), _number(in_size))], [(_text(out_name), _number(out_size))]
+            loaded.operations.append(self._compile(_text(mil_path), loaded.device_mask, inputs, outputs))
+            loaded.committed = False
+            return len(loaded.operations) - 1
+
+        return self._with(program, add)
+
+    # -- error returns --------------------------------------------------------------------------------
+
+    def _with(self, program: Any, action: Callable[[LoadedProgram], int]) -> int:
+        loaded = self.loaded.get(_number(program))
+        if loaded is None:
+            return _FAILED
+        result = self._guarded(lambda: action(loaded))
+        return _FAILED if result is None else result
+
+    def _guarded(self, action: Callable[[], _Result]) -> _Result | None:
+        """The action's result; None, with the reason on stderr, when it is refused."""
+        try:
+            return action()
+        except (AneTrainerError, OSError, UnicodeDecodeError) as fault:
+            print(f"ane_trainer simulator ({self.context.chip.title}): {fault}", file=sys.stderr)
+            return None
+
+
+def _expose(loaded: LoadedProgram, kind: str, name: str, address: Any, nbytes: Any) -> int:
+    port = loaded.find(kind, 0, name)
+    _store(address, port.buffer.expose())
+    _store(nbytes, port.nbytes)
+    return 0
+
+
+def _target_chip(options: str, host: Chip) -> Chip:
+    """The chip of `TargetArchitecture=h13`; e5rt takes the host's for a name that it does not know."""
+    found = re.search(r"TargetArchitecture=(\w+)", options)
+    if found is None:
+        return host
+    try:
+        return get_chip(found[1])
+    except UsageError:
+        return host
+
+
+def _specs(names: Any, sizes: Any, count: Any) -> list[PortSpec]:
+    return [(_text(names[i]), _number(sizes[i])) for i in range(_number(count))]
+
+
+def _number(value: Any) -> int:
+    """An integer from an int, a ctypes integer or pointer, or None."""
+    value = getattr(value, "value", value)
+    return int(value) if value is not None else 0
+
+
+def _text(value: Any) -> str:
+    value = getattr(value, "value", value)
+    return value.decode() if isinstance(value, bytes) else (value or "")
+
+
+def _store(target: Any, value: int) -> None:
+    """Write through an out-parameter: `byref(x)`, `pointer(x)`, or NULL."""
+    if target is not None:
+        place = getattr(target, "_obj", None)
+        (target.contents if place is None else place).value = value
+
+

@@ -1,0 +1,149 @@
+"""A loaded program: operations with their ports bound to buffers, run on the simulator one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+
+from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil import Function, TensorType, Value
+from ane_trainer.ane.simulator import Context, Plan, prepare
+from ane_trainer.ane.simulator.border import to_border
+from ane_trainer.interop.aneforge.buffers import BORDER_DTYPES, Buffer
+from ane_trainer.interop.aneforge.reading import port
+
+#: Name and size in bytes of a port, as the caller of the library gives them.
+PortSpec = tuple[str, int]
+
+
+@dataclass(eq=False)
+class BoundPort:
+    """A port of an operation: its value in the program, its buffer, the bytes the caller asked for.
+
+    `seen` is the buffer's version that the simulator holds (inputs only).
+    """
+
+    value: Value
+    buffer: Buffer
+    nbytes: int
+    seen: int = -1
+
+
+@dataclass(eq=False)
+class Operation:
+    """One compiled program of a stream. The plan is made at the first run, when sharing is settled."""
+
+    function: Function
+    context: Context
+    inputs: dict[str, BoundPort]
+    outputs: dict[str, BoundPort]
+    plan: Plan | None = field(default=None, repr=False)
+    resident: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Read the inputs that changed, execute, leave the results in the output buffers."""
+        plan = self.plan or self._prepare()
+        for bound in self.inputs.values():
+            if bound.buffer.exposed or bound.buffer.version != bound.seen:
+                bound.buffer.settle()
+                plan.write(bound.value.name, bound.buffer.view(bound.value.type))
+                bound.seen = bound.buffer.version
+        for step in plan.steps:
+            step()
+        for name, bound in self.outputs.items():
+            memory = plan.buffers[self.resident.get(name, name)]
+            bound.buffer.result(partial(to_border, memory, bound.value.type))
+        for name in self.resident.values():
+            self.inputs[name].seen = self.inputs[name].buffer.version
+
+    def _prepare(self) -> Plan:
+        """Compile; an input that shares its buffer with an output of its type stays inside the simulator."""
+        for name, out in self.outputs.items():
+            for other, bound in self.inputs.items():
+                if bound.buffer is out.buffer and bound.value.type == out.value.type and bound.value != out.value:
+                    self.resident[name] = other
+                    break
+        self.plan = prepare(self.function, self.context, tuple(self.resident.items()))
+        return self.plan
+
+
+def bind_operation(
+    function: Function, context: Context, inputs: Sequence[PortSpec], outputs: Sequence[PortSpec]
+) -> Operation:
+    """An operation with a fresh buffer for every port.
+
+    Raises: SimulationError (SIM102) when a port is not in the program, is missing, or is too small for its type.
+    """
+    missing = [v.name for v in function.inputs if v.name not in dict(inputs)]
+    if missing:
+        raise SimulationError(f"ports: needs every input bound; got none for {', '.join(missing)}.", code="SIM102")
+    return Operation(
+        function,
+        context,
+        {name: _bind(function.inputs, "input", name, nbytes) for name, nbytes in inputs},
+        {name: _bind(function.outputs, "output", name, nbytes) for name, nbytes in outputs},
+    )
+
+
+def _bind(values: tuple[Value, ...], kind: str, name: str, nbytes: int) -> BoundPort:
+    value = port(values, name)
+    if value is None:
+        known = ", ".join(v.name for v in values)
+        raise SimulationError(f"{kind} port {name}: needs one of {known}.", code="SIM102")
+    if nbytes < border_bytes(value.type):
+        raise SimulationError(
+            f"{kind} port {name}: needs {border_bytes(value.type)} bytes ({value.type}); got {nbytes}.", code="SIM102"
+        )
+    return BoundPort(value, Buffer.allocate(nbytes), nbytes)
+
+
+def border_bytes(type_: TensorType) -> int:
+    """Bytes of a port of this type."""
+    return type_.size * BORDER_DTYPES[type_.dtype].itemsize
+
+
+@dataclass(eq=False)
+class LoadedProgram:
+    """A stream of operations, as one handle of the library names it. `committed` after the first execute."""
+
+    operations: list[Operation]
+    cache_dir: str
+    device_mask: int
+    committed: bool = False
+
+    def execute(self) -> None:
+        """Run all operations in order."""
+        self.committed = True
+        for operation in self.operations:
+            operation.run()
+
+    def share(self, source: tuple[int, str], target: tuple[int, str]) -> None:
+        """Bind an input port to the buffer of an output port; later writes to either are the same memory.
+
+        Raises: SimulationError when the program has run already, or a port does not exist.
+        """
+        if self.committed:
+            raise SimulationError("share_buffer: needs a program that has not run; it has.", code="SIM106")
+        out = self.find("outputs", *source)
+        bound = self.find("inputs", *target)
+        if out.buffer.data.size < border_bytes(bound.value.type):
+            raise SimulationError(
+                f"share_buffer: needs {border_bytes(bound.value.type)} bytes for {target[1]}; "
+                f"{source[1]} has {out.buffer.data.size}.",
+                code="SIM106",
+            )
+        bound.buffer, bound.nbytes, bound.seen = out.buffer, out.nbytes, -1
+
+    def find(self, kind: str, operation: int, name: str) -> BoundPort:
+        """The port `name` of an operation; `kind` is inputs or outputs."""
+        if not 0 <= operation < len(self.operations):
+            count = len(self.operations)
+            raise SimulationError(f"operation: needs an index below {count}; got {operation}.", code="SIM102")
+        ports: dict[str, BoundPort] = getattr(self.operations[operation], kind)
+        if name not in ports:
+            raise SimulationError(f"no {kind[:-1]} port: {name}", code="SIM102")
+        return ports[name]
+
+

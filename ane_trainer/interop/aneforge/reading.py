@@ -1,0 +1,85 @@
+"""Reads what ANEForge's compiler wrote (MIL text, weights beside it) and says why a chip would refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ane_trainer.ane.chips import Chip
+from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
+from ane_trainer.ane.legalize import Target, refusals
+from ane_trainer.ane.mil import Function, Program, Value
+from ane_trainer.ane.parser import parse_program
+from ane_trainer.ane.simulator.schedule import VIEWS
+from ane_trainer.ane.simulator import KERNELS
+
+#: Ops that tables of single ops call refused although whole programs with them run on silicon.
+_RUNS_ANYWAY = {
+    "cast": "uint8 image inputs are cast in the program (ANEForge image_input)",
+    "constexpr_blockwise_shift_scale": "folds to fp16 before A15 (ANEForge _targets.native_streams)",
+}
+
+#: Dtypes that a port may have on e5rt (ANEForge runtime; bool only inside programs).
+_PORT_DTYPES = ("fp16", "uint8", "int8")
+
+
+class ModelFolder(Mapping[str, bytes]):
+    """The files beside a MIL text, by the paths that the text names (`@model_path/weights.bin`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._read: dict[Path, bytes] = {}
+
+    def __getitem__(self, name: str) -> bytes:
+        path = (self._folder / name.removeprefix("@model_path/")).resolve()
+        if not path.is_relative_to(self._folder) or not path.is_file():
+            raise KeyError(name)
+        if path not in self._read:
+            self._read[path] = path.read_bytes()
+        return self._read[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(path.relative_to(self._folder)) for path in self._folder.rglob("*") if path.is_file())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def read_program(mil_path: Path) -> Program:
+    """The program of a folder that ANEForge wrote. Raises ProgramError (or OSError) when it cannot be read."""
+    return parse_program(mil_path.read_text(encoding="utf-8"), ModelFolder(mil_path.parent))
+
+
+def check(program: Program, chip: Chip) -> None:
+    """Refuse what `chip` refuses on the e5rt path, and what the simulator cannot run.
+
+    Raises: UnsupportedModel (ANE302) with all reasons; ProgramError (MIL101) for a program without work.
+    """
+    function = program.main
+    if not function.ops:
+        raise ProgramError("program: needs at least one operation; got none.", code="MIL101")
+    target = Target(chip, "e5rt")
+    found = [f for f in refusals(function, target) if f.op not in _RUNS_ANYWAY]
+    found += [*_ports(function), *_kernels(function)]
+    if found:
+        summary = f"program: needs what {chip.title} accepts (e5rt); got {len(found)} refusals."
+        raise UnsupportedModel(summary, found, code="ANE302")
+
+
+def _ports(function: Function) -> Iterator[Finding]:
+    for kind, values in (("input", function.inputs), ("output", function.outputs)):
+        for value in values:
+            if value.type.dtype not in _PORT_DTYPES:
+                reason = f"needs {' or '.join(_PORT_DTYPES[:2])}; got {value.type}."
+                yield Finding(f"{kind} {value.name}", kind, reason, "Select or cast inside the program.")
+
+
+def _kernels(function: Function) -> Iterator[Finding]:
+    for kind in dict.fromkeys(op.kind for op in function.ops):
+        if kind not in KERNELS and kind not in VIEWS and kind != "const":
+            yield Finding("simulator", kind, "the simulator has no kernel for it.", "")
+
+
+def port(values: tuple[Value, ...], name: str) -> Value | None:
+    """The input or output called `name`."""
+    return next((value for value in values if value.name == name), None)
