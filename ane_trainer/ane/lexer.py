@@ -7,8 +7,7 @@ largest length, and what is not a token is refused with its place.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ane_trainer.ane.errors import ProgramError
 
@@ -17,22 +16,23 @@ MAX_TEXT_CHARS = 2**28
 MAX_WORD_CHARS = 4096
 MAX_NUMBER_CHARS = 64
 
+_GAP = r"(?:\s++|//[^\n]*+|/\*(?:[^*]++|\*(?!/))*+\*/)*+"
 _TOKEN = re.compile(
-    r"""(?P<space>\s+|//[^\n]*|/\*(?:[^*]|\*(?!/))*\*/)
-    |(?P<string>"(?:[^"\\\n]|\\[^\n])*")
+    _GAP
+    + r"""(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*+(?<!\binf)(?<!\bnan)(?<!\binfinity))
+    |(?P<mark>->|[()\[\]{}<>=,;?])
     |(?P<number>[+-]?(?:0[xX](?:[0-9a-fA-F]*\.)?[0-9a-fA-F]*(?:[pP][+-]?[0-9]+)?
         |[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?|(?:infinity|inf|nan)\b))
-    |(?P<name>[A-Za-z_][A-Za-z0-9_]*)
-    |(?P<mark>->|[()\[\]{}<>=,;?])""",
+    |(?P<string>"(?:[^"\\\n]|\\[^\n])*+"))""",
     re.VERBOSE,
 )
+_SPACE = re.compile(_GAP)
 
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """`kind` is name, number, string, mark or end; a string's `text` is its content; `start` its offset."""
 
     kind: str
@@ -95,27 +95,29 @@ class Lexer:
         raise ProgramError(f"{place}: {reason}.", code=code)
 
     def _scan(self) -> Token:
-        text, start = self._text, self._end
-        while True:
-            found = _TOKEN.match(text, start)
-            if found is None or found.end() == start:
-                break
-            if found.lastgroup != "space":
-                return self._token(found.lastgroup or "", found.group(), start, found.end())
-            start = found.end()
-        if start < len(text):
-            kind = "an unfinished string" if text[start] == '"' else repr(text[start])
-            raise ProgramError(f"{position(text, start)}: needs MIL text; got {kind}.", code="MIL110")
-        self._end = start
-        return Token("end", "", start)
-
-    def _token(self, kind: str, text: str, start: int, end: int) -> Token:
-        limit = {"number": MAX_NUMBER_CHARS, "name": MAX_WORD_CHARS}.get(kind)
-        if limit is not None and len(text) > limit:
+        found = _TOKEN.match(self._text, self._end)
+        if found is None:
+            return self._no_token()
+        kind = found.lastgroup or ""
+        text, start = found.group(kind), found.start(kind)
+        self._end = found.end()
+        if kind == "string":
+            text = unquote(text)
+        elif len(text) > MAX_NUMBER_CHARS and (kind == "number" or len(text) > MAX_WORD_CHARS):
+            limit = MAX_NUMBER_CHARS if kind == "number" else MAX_WORD_CHARS
             place = position(self._text, start)
             raise ProgramError(f"{place}: needs a {kind} of at most {limit} characters.", code="MIL110")
-        self._end = end
-        return Token(kind, unquote(text) if kind == "string" else text, start)
+        return Token(kind, text, start)
+
+    def _no_token(self) -> Token:
+        """The end of the text; anything else that is no token is refused."""
+        gap = _SPACE.match(self._text, self._end)
+        start = gap.end() if gap else self._end
+        if start < len(self._text):
+            char = self._text[start]
+            shown = {'"': "an unfinished string", "/": "an unfinished comment"}.get(char, repr(char))
+            raise ProgramError(f"{position(self._text, start)}: needs MIL text; got {shown}.", code="MIL110")
+        return Token("end", "", start)
 
 
 def unquote(text: str) -> str:
