@@ -53,9 +53,6 @@ def mac_matmul(
     bias = None if bias is None else np.asarray(bias)
     if out is None:
         out = np.empty(_result_shape(a, b), np.float32)
-    elif any(np.may_share_memory(out, array) for array in (a, b, bias) if array is not None):
-        out[...] = mac_matmul(a, b, bias, threads=threads)
-        return out
     mac_bind(a, b, bias, threads=threads, out=out)()
     return out
 
@@ -64,7 +61,7 @@ def mac_bind(a: F32, b: F32, bias: F32 | None = None, *, threads: int, out: F32)
     """Return a step that computes `mac_matmul(a, b, bias, out=out)` on what the arrays then hold.
 
     Checks and cuts once, so that a step costs little more than its arithmetic. The step keeps the arrays
-    alive; `out` must not overlap the operands.
+    alive. If `out` overlaps an operand, the result is made elsewhere and copied.
     """
     shape = _result_shape(a, b)
     for name, array in (("a", a), ("b", b), ("bias", bias), ("out", out)):
@@ -74,6 +71,8 @@ def mac_bind(a: F32, b: F32, bias: F32 | None = None, *, threads: int, out: F32)
         raise ValueError(f"mac_matmul: needs out {shape}; got {out.shape}. Resize it.")
     if out.size == 0:
         return lambda: None
+    if any(np.may_share_memory(out, array) for array in (a, b, bias) if array is not None):
+        return _bind_aside(a, b, bias, threads, out)
     if a.shape[-1] == 0:  # an empty sum: the bias alone
         a, b = np.zeros((*a.shape[:-1], 1), np.float32), np.zeros((*b.shape[:-2], 1, b.shape[-1]), np.float32)
     a, b = _broadcast(a, (*shape[:-2], *a.shape[-2:])), _broadcast(b, (*shape[:-2], *b.shape[-2:]))
@@ -83,6 +82,17 @@ def mac_bind(a: F32, b: F32, bias: F32 | None = None, *, threads: int, out: F32)
         return blocks[0].run
     calls = [(block,) for block in blocks]
     return lambda: run_parallel(_Block.run, calls, threads)
+
+
+def _bind_aside(a: F32, b: F32, bias: F32 | None, threads: int, out: F32) -> Callable[[], None]:
+    aside = np.empty(out.shape, np.float32)
+    compute = mac_bind(a, b, bias, threads=threads, out=aside)
+
+    def step() -> None:
+        compute()
+        np.copyto(out, aside)
+
+    return step
 
 
 def _result_shape(a: F32, b: F32) -> tuple[int, ...]:
@@ -234,19 +244,19 @@ def _repair(a: F32, b: F32, bias: F32 | None, out: F32) -> None:
     arrays: tuple[NDArray[Any], ...] = (a, spanned_b, start, result, room, items)
     _engine().ordered(*(_address(array) for array in arrays), len(items), depth, b.shape[1])
     chosen = np.repeat(spans, span, axis=1)[:, :columns]
-    out[chosen] = result[:, :columns][chosen]
+    np.copyto(out, result[:, :columns], where=chosen)
 
 
 def _padded_columns(array: F32, unit: int) -> F32:
     return np.ascontiguousarray(np.pad(array, ((0, 0), (0, -array.shape[1] % unit))))
 
 
-def _bounds(a: F32, b: F32) -> NDArray[np.float64]:
+def _bounds(a: F32, b: F32) -> F32:
     """Upper bounds [M, N] of sum |a||b|: the least of norm * norm, sum * max and max * sum."""
-    a, b = np.abs(a).astype(np.float64), np.abs(b).astype(np.float64)
-    norms = np.outer(np.sqrt(np.einsum("mk,mk->m", a, a)), np.sqrt(np.einsum("kn,kn->n", b, b)))
-    sums = np.minimum(np.outer(a.sum(axis=1), b.max(axis=0)), np.outer(a.max(axis=1), b.sum(axis=0)))
-    return np.minimum(norms, sums)
+    a, b = np.abs(a), np.abs(b)
+    bounds = np.outer(np.sqrt(np.einsum("mk,mk->m", a, a)), np.sqrt(np.einsum("kn,kn->n", b, b)))
+    np.minimum(bounds, np.outer(a.sum(axis=1), b.max(axis=0)), out=bounds)
+    return np.minimum(bounds, np.outer(a.max(axis=1), b.sum(axis=0)), out=bounds)
 
 
 def _room(a: F32, b: F32) -> NDArray[np.float64]:
