@@ -44,7 +44,7 @@ def trace(
 
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
-    """Node meta is kept, autograd stays on this thread, attention is made of plain matmuls."""
+    """Node meta is kept, autograd stays on this thread, attention and RNNs are made of plain matmuls."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -54,6 +54,7 @@ def _tracing() -> Iterator[None]:
             fx_traceback.preserve_node_meta(),
             torch.autograd.set_multithreading_enabled(False),
             sdpa_kernel(SDPBackend.MATH),
+            torch.backends.mkldnn.flags(enabled=False),
         ):
             yield
     finally:

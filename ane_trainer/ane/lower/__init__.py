@@ -18,6 +18,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     predicates,
     reduction,
     slicing,
+    strided,
     views,
 )
 from ane_trainer.ane.lower.graph import lower

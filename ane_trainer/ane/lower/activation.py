@@ -269,3 +269,21 @@ def prelu_backward(ctx: Context, g: Operand, x: Operand, weight: Operand) -> tup
     """`_prelu_kernel_backward(g, x, w) -> select(x > 0, g, g w), mul(g, minimum(x, 0))`"""
     dx = ctx.where(ctx.binary("greater", x, 0.0), g, ctx.mul(g, weight))
     return dx, ctx.mul(g, ctx.binary("minimum", x, 0.0))
+
+
+@lowering("hardshrink.default")
+def hardshrink(ctx: Context, x: Operand, lambd: float = 0.5) -> Operand:
+    """`hardshrink(x, l) -> select(greater(abs(x), l), x, 0)`"""
+    return ctx.where(ctx.binary("greater", ctx.unary("abs", x), lambd), x, 0.0)
+
+
+@lowering("hardshrink_backward.default softshrink_backward.default")
+def shrink_backward(ctx: Context, g: Operand, x: Operand, lambd: float) -> Operand:
+    """`hardshrink_backward(g, x, l) -> select(greater(abs(x), l), g, 0)`"""
+    return ctx.where(ctx.binary("greater", ctx.unary("abs", x), lambd), g, 0.0)
+
+
+@lowering("softshrink.default")
+def softshrink(ctx: Context, x: Operand, lambd: float = 0.5) -> Operand:
+    """`softshrink(x, l) -> sub(x, minimum(maximum(x, -l), l))`"""
+    return ctx.sub(x, hardtanh(ctx, x, -lambd, lambd))

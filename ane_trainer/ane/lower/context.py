@@ -262,6 +262,7 @@ class Context:
         """`x[..., start:stop:step, ...]` along one axis; never empty."""
         shape = shape_of(x)
         axis %= len(shape)
+        stop = min(stop, shape[axis])
         if start == 0 and stop >= shape[axis] and step == 1:
             return x
         fold_slice = (slice(None),) * axis + (slice(start, stop, step),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ane_trainer.ane.lower.context import Context, Operand, shape_of
 from ane_trainer.ane.lower.registry import lowering
 
@@ -68,3 +70,21 @@ def linear(ctx: Context, x: Operand, weight: Operand, bias: Operand | None = Non
 def outer(ctx: Context, x: Operand, y: Operand) -> Operand:
     """`outer(x, y) -> mul(reshape(x, [M, 1]), y)`"""
     return ctx.mul(ctx.reshape(x, (*shape_of(x), 1)), y)
+
+
+@lowering("_trilinear.default")
+def trilinear(
+    ctx: Context, a: Operand, b: Operand, c: Operand, expand_a: Sequence[int], expand_b: Sequence[int],
+    expand_c: Sequence[int], sum_dims: Sequence[int], unroll_dim: int = 1,
+) -> Operand:  # fmt: skip
+    """`_trilinear(a, b, c) -> reduce_sum(mul(mul(a, b), c), axes)`, each with its missing axes of extent 1"""
+    for_all = [_with_axes(ctx, x, axes) for x, axes in ((a, expand_a), (b, expand_b), (c, expand_c))]
+    product = ctx.mul(ctx.mul(for_all[0], for_all[1]), for_all[2])
+    return ctx.reshape(ctx.sum(product, list(sum_dims)) if sum_dims else product, ctx.shape)
+
+
+def _with_axes(ctx: Context, x: Operand, axes: Sequence[int]) -> Operand:
+    shape = list(shape_of(x))
+    for axis in sorted(axes):
+        shape.insert(axis, 1)
+    return ctx.reshape(x, tuple(shape))

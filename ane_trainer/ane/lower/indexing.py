@@ -68,7 +68,7 @@ def embedding(
     sparse: bool = False,
 ) -> Operand:
     """`embedding(w, i) -> matmul(onehot(i), w)`: [M, V] @ [V, D], exact (one product x * 1 per sum)"""
-    rows, width = shape_of(weight)
+    rows = shape_of(weight)[0]
     flat = ctx.reshape(index, (math.prod(shape_of(index)),))
     return ctx.reshape(ctx.matmul(_flat_one_hot(ctx, flat, rows), weight), ctx.shape)
 

@@ -65,21 +65,23 @@ def _batch_statistics(ctx: Context, x: Operand, eps: float) -> tuple[Operand, Op
 def batch_norm(
     ctx: Context, x: Operand, weight: _Optional, bias: _Optional, running_mean: _Optional, running_var: _Optional,
     training: bool, momentum: float, eps: float,
-) -> tuple[Operand, ...]:  # fmt: skip
+) -> tuple[Operand | None, ...]:  # fmt: skip
     """`batch_norm(x) -> mul(sub(x, reduce_mean(x)), rsqrt(add(var, eps)))`, weight, bias, and in training
 
     `running' = add(running, mul(sub(batch, running), momentum))`, the variance with n / (n - 1)
     """
     functional = len(ctx.meta) == 5
     if not training:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         y = _batch_norm(ctx, x, weight, bias, running_mean, _rstd(ctx, running_var, eps))
-        return (y, None, None, *((running_mean, running_var) if functional else ()))  # type: ignore[return-value]
+        return (y, None, None, *((running_mean, running_var) if functional else ()))
     mean, variance, rstd = _batch_statistics(ctx, x, eps)
     y = _batch_norm(ctx, x, weight, bias, mean, rstd)
     if not functional:
         return y, mean, rstd
-    assert running_mean is not None and running_var is not None
+    assert running_mean is not None
+    assert running_var is not None
     n = math.prod(shape_of(x)) // shape_of(x)[1]
     unbiased = ctx.mul(variance, n / max(n - 1, 1))
     moved = [
@@ -106,10 +108,12 @@ def batch_norm_backward(
     """`native_batch_norm_backward(g, x) -> ` the formulas of this file's head, over all axes but the channel's"""
     axes, shape = _batch_axes(x), _channel(len(shape_of(x)), shape_of(x)[1])
     if train:
-        assert save_mean is not None and save_rstd is not None
+        assert save_mean is not None
+        assert save_rstd is not None
         mean, rstd = save_mean, save_rstd
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, rstd = running_mean, _rstd(ctx, running_var, eps)
     rstd = ctx.reshape(rstd, shape)
     xhat = ctx.mul(ctx.sub(x, ctx.reshape(mean, shape)), rstd)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
 
-_BROADCASTING = frozenset(
+BROADCASTING = frozenset(
     [
         "add",
         "sub",
@@ -32,7 +32,10 @@ _BROADCASTING = frozenset(
 
 def run_passes(function: Function) -> Function:
     """All passes in order."""
-    for step in (dead_code, share, algebra, sink_tiles, transposes, matmul_flags, share, dead_code):
+    from ane_trainer.ane.lower.layout import sink_transposes
+
+    steps = (dead_code, share, algebra, sink_tiles, transposes, sink_transposes, transposes, matmul_flags)
+    for step in (*steps, share, transposes, share, dead_code):
         function = step(function)
     return function
 
@@ -172,10 +175,10 @@ def sink_tiles(function: Function) -> Function:
     """
 
     def visit(rewriter: Rewriter, op: Op) -> None:
-        if op.kind not in _BROADCASTING:
+        if op.kind not in BROADCASTING:
             rewriter.keep(op)
             return
-        x, y = op.arg("x"), op.arg("y")
+        x, y = dict(op.args)["x"], dict(op.args)["y"]
         small_x, small_y = _untiled(rewriter, x), _untiled(rewriter, y)
         for a, b in ((small_x, small_y), (small_x, y), (x, small_y)):
             if _broadcast(a, b) == op.result.type.shape and (a is not x or b is not y):
@@ -207,9 +210,8 @@ def _sink(rewriter: Rewriter, op: Op, x: Arg, y: Arg, tile: Op) -> None:
     )
 
 
-def _untiled(rewriter: Rewriter, argument: Arg | None) -> Arg:
+def _untiled(rewriter: Rewriter, argument: Arg) -> Arg:
     """What a broadcast-like `tile` repeats: only axes of extent 1; else the argument itself."""
-    assert argument is not None
     maker = rewriter.maker(argument)
     if maker is None or maker.kind != "tile":
         return argument
@@ -252,10 +254,10 @@ def transposes(function: Function) -> Function:
 
 
 def _visit_transpose(rewriter: Rewriter, op: Op) -> None:
-    x, perm = op.arg("x"), _integers(op.arg("perm"))
+    x, perm = op.arg("x"), integers(op.arg("perm"))
     inner = rewriter.maker(x)
     if inner is not None and inner.kind == "transpose":
-        before = _integers(inner.arg("perm"))
+        before = integers(inner.arg("perm"))
         x, perm = inner.arg("x"), tuple(before[p] for p in perm)
     assert isinstance(x, Value)
     if perm == tuple(range(len(perm))):
@@ -264,10 +266,10 @@ def _visit_transpose(rewriter: Rewriter, op: Op) -> None:
     moved = [p for p in perm if x.type.shape[p] != 1]
     if moved == sorted(moved):
         _visit_reshape(
-            rewriter, replace(op, kind="reshape", args=(("x", x), ("shape", _list(op.result.type.shape))))
+            rewriter, replace(op, kind="reshape", args=(("x", x), ("shape", int_list(op.result.type.shape))))
         )
         return
-    rewriter.keep(replace(op, args=(("x", x), ("perm", _list(perm)))))
+    rewriter.keep(replace(op, args=(("x", x), ("perm", int_list(perm)))))
 
 
 def _visit_reshape(rewriter: Rewriter, op: Op) -> None:
@@ -279,7 +281,7 @@ def _visit_reshape(rewriter: Rewriter, op: Op) -> None:
     if x.type == op.result.type:
         rewriter.forget(op.result, x)
         return
-    rewriter.keep(replace(op, args=(("x", x), ("shape", _list(op.result.type.shape)))))
+    rewriter.keep(replace(op, args=(("x", x), ("shape", int_list(op.result.type.shape)))))
 
 
 def matmul_flags(function: Function) -> Function:
@@ -303,17 +305,17 @@ def matmul_flags(function: Function) -> Function:
 
 
 def _swaps_last_two(op: Op) -> bool:
-    perm = _integers(op.arg("perm"))
+    perm = integers(op.arg("perm"))
     rank = len(perm)
     return rank >= 2 and perm == (*range(rank - 2), rank - 1, rank - 2)
 
 
-def _integers(argument: Arg | None) -> tuple[int, ...]:
+def integers(argument: Arg | None) -> tuple[int, ...]:
     assert isinstance(argument, Literal)
     value = argument.to_python()
     assert isinstance(value, tuple)
     return tuple(int(n) for n in value)
 
 
-def _list(values: Iterable[int]) -> Literal:
+def int_list(values: Iterable[int]) -> Literal:
     return literal(list(values), "int32")

@@ -89,17 +89,28 @@ def max_pool_with_indices(
     ctx: Context, x: Operand, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,), ceil_mode: bool = False,
 ) -> tuple[Operand, Absent]:  # fmt: skip
-    """`max_pool2d_with_indices(x) -> max_pool(x, pad)`; dilated windows `-> maximum` of shifted slices"""
+    """`max_pool2d_with_indices(x) -> max_pool(x, pad)`
+
+    Dilated windows, and windows whose gradient is computed too `-> maximum` of shifted slices: the gradient
+    needs the same slices and maxima, and equal ops are merged.
+    """
     shape = mil_shape(ctx.meta[0])
     axes = len(kernel)
     pool = _pool(shape_of(x)[-axes:], shape[-axes:], kernel, stride, padding, dilation)
     batched = _batched(ctx, x, axes)
-    if all(d == 1 for d in pool.dilations):
+    if all(d == 1 for d in pool.dilations) and not _trained(ctx):
         return ctx.reshape(_native(ctx, "max_pool", batched, pool), shape), _NO_INDICES
     y = windows.pad_spatial(ctx, windows.to_last(ctx, batched), pool.borders, LOWEST)
     for i in reversed(range(axes)):
         y = _maximum(ctx, _taps(ctx, y, i, pool))
     return ctx.reshape(windows.to_first(ctx, y), shape), _NO_INDICES
+
+
+def _trained(ctx: Context) -> bool:
+    """Whether the node's indices go to a backward op."""
+    assert ctx.node is not None
+    indices = [user for user in ctx.node.users if user.args[1] == 1]
+    return any("backward" in str(reader.target) for item in indices for reader in item.users)
 
 
 def _taps(ctx: Context, x_last: Operand, axis: int, pool: Pool) -> list[Operand]:

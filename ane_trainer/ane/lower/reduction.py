@@ -238,3 +238,13 @@ def cumsum(ctx: Context, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
         return x
     n = shape_of(x)[dim]
     return along(ctx, x, dim, torch.ones(n, n, dtype=torch.float64).tril())
+
+
+@lowering("cumprod.default")
+def cumprod(ctx: Context, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
+    """`cumprod(x, d) -> mul(x, pad(x shifted by 1, 2, 4, ..., with ones))`, log2(n) times"""
+    shape, shift = shape_of(x), 1
+    while shift < shape[dim]:
+        behind = ctx.pad_axis(ctx.slice(x, dim, 0, shape[dim] - shift), dim, shift, 0, 1.0)
+        x, shift = ctx.mul(x, behind), 2 * shift
+    return x
