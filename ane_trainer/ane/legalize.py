@@ -32,7 +32,9 @@ class Target:
         return limit(self.chip, name, self.path)
 
     def exceeds(self, name: str, value: float) -> str | None:
-        """`at most 16384 elements (source)` when `value` breaks the limit; None when it holds or is unknown."""
+        """`at most 16384 elements (source)` when `value` breaks the limit; None when it holds or is
+        unknown.
+        """
         row = self.limit(name)
         if row is None or (value <= row.value if row.bound == "max" else value >= row.value):
             return None
@@ -55,7 +57,8 @@ def legalize(lowered: Lowered, chip: str, path: str = "e5rt") -> Legalized:
     if findings:
         count = len(findings)
         ops = "op" if count == 1 else "ops"
-        summary = f"model: needs ops and shapes that {target.chip.title} accepts ({path}); got {count} refused {ops}."
+        needs = f"ops and shapes that {target.chip.title} accepts ({path})"
+        summary = f"model: needs {needs}; got {count} refused {ops}."
         raise UnsupportedModel(summary, findings, code="ANE302")
     program = Program((function,), lowered.program.version, lowered.program.attributes)
     return Legalized(
@@ -224,13 +227,16 @@ _CHECKS: dict[str, tuple[Check, ...]] = {
 
 
 def notes(function: Function, target: Target) -> Iterator[Finding]:
-    """What the chip accepts but a user may want to know: unknown ops, remaining clamped slices, memory, depth."""
+    """What the chip accepts but a user may want to know: unknown ops, remaining clamped slices, memory,
+    depth.
+    """
     unknown: dict[str, Op] = {}
     for op in function.ops:
         if op_status(op.kind, target.chip, target.path).status == "unknown":
             unknown.setdefault(op.kind, op)
         if target.chip.width_slice_clamp is not None and width_offset(op):
-            reason = f"a last-axis slice with an offset turns magnitudes above {target.chip.width_slice_clamp:g} into inf."
+            clamp = target.chip.width_slice_clamp
+            reason = f"a last-axis slice with an offset turns magnitudes above {clamp:g} into inf."
             yield Finding(_where(op), op.kind, reason, "Slice another axis.")
     for kind, op in unknown.items():
         yield Finding(
@@ -252,7 +258,8 @@ def _memory_note(function: Function, target: Target) -> Iterator[Finding]:
     if large:
         worst = max(large, key=lambda op: max(v.type.nbytes for v in (*op.results, *op.operands())))
         peak = max(v.type.nbytes for v in (*worst.results, *worst.operands()))
-        reason = f"{len(large)} ops have an operand beyond the {row.value / 2**20:g} MiB working set; the largest has {peak / 2**20:.1f} MiB."
+        size, most = f"{row.value / 2**20:g} MiB", f"{peak / 2**20:.1f} MiB"
+        reason = f"{len(large)} ops have an operand beyond the {size} working set; the largest has {most}."
         yield Finding(_where(worst), worst.kind, reason, "It is streamed in parts, which costs bandwidth.")
 
 

@@ -39,7 +39,9 @@ def meaning(kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def evaluate(function: Function, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs by name, float64 (bool stays bool). Every result's shape is checked against its declared type."""
+    """Outputs by name, float64 (bool stays bool). Every result's shape is checked against its
+    declared type.
+    """
     env: dict[Value, Any] = {}
     for value in function.inputs:
         array = np.asarray(feeds[value.name], dtype=np.float64)
@@ -83,16 +85,32 @@ def _erf(x: np.ndarray) -> np.ndarray:
 
 
 _UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "abs": np.abs, "ceil": np.ceil, "floor": np.floor, "cos": np.cos, "sin": np.sin, "exp": np.exp, "exp2": np.exp2,
-    "erf": _erf, "relu": lambda x: np.maximum(x, 0), "relu6": lambda x: np.clip(x, 0, 6), "sqrt": np.sqrt,
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "silu": lambda x: x / (1 + np.exp(-x)), "sign": np.sign,
-    "square": np.square, "tanh": np.tanh, "atan": np.arctan, "softplus": lambda x: np.logaddexp(0, x),
-    "logical_not": np.logical_not, "const": lambda x: x,
-}  # fmt: skip
+    "abs": np.abs,
+    "ceil": np.ceil,
+    "floor": np.floor,
+    "cos": np.cos,
+    "sin": np.sin,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "erf": _erf,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "sqrt": np.sqrt,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "sign": np.sign,
+    "square": np.square,
+    "tanh": np.tanh,
+    "atan": np.arctan,
+    "softplus": lambda x: np.logaddexp(0, x),
+    "logical_not": np.logical_not,
+    "const": lambda x: x,
+}
 
 
 @meaning(
-    "abs ceil floor cos sin exp exp2 erf relu relu6 sqrt sigmoid silu sign square tanh atan softplus logical_not"
+    "abs ceil floor cos sin exp exp2 erf relu relu6 sqrt sigmoid silu sign square tanh atan softplus"
+    " logical_not"
 )
 def unary(kind: str, x: np.ndarray) -> np.ndarray:
     return _UNARY[kind](x)
@@ -140,10 +158,20 @@ def _mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 _BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "add": np.add, "sub": np.subtract, "mul": _mul, "real_div": np.divide, "maximum": np.maximum,
-    "minimum": np.minimum, "pow": np.power, "equal": np.equal, "not_equal": np.not_equal, "greater": np.greater,
-    "greater_equal": np.greater_equal, "less": np.less, "less_equal": np.less_equal,
-}  # fmt: skip
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": _mul,
+    "real_div": np.divide,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "pow": np.power,
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "less": np.less,
+    "less_equal": np.less_equal,
+}
 
 
 @meaning("add sub mul real_div maximum minimum pow equal not_equal greater greater_equal less less_equal")
@@ -172,9 +200,16 @@ def matmul(
 
 @meaning("conv")
 def conv(
-    kind: str, x: np.ndarray, weight: np.ndarray, strides: Any, pad_type: str, pad: Any, dilations: Any, groups: Any,
+    kind: str,
+    x: np.ndarray,
+    weight: np.ndarray,
+    strides: Any,
+    pad_type: str,
+    pad: Any,
+    dilations: Any,
+    groups: Any,
     bias: np.ndarray | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     assert pad_type == "custom"
     spatial = x.ndim - 2
     x = np.pad(x, [(0, 0), (0, 0), *((int(pad[2 * i]), int(pad[2 * i + 1])) for i in range(spatial))])
@@ -197,9 +232,15 @@ def conv(
 
 @meaning("max_pool avg_pool")
 def pool(
-    kind: str, x: np.ndarray, kernel_sizes: Any, strides: Any, pad_type: str, pad: Any, ceil_mode: Any = False,
+    kind: str,
+    x: np.ndarray,
+    kernel_sizes: Any,
+    strides: Any,
+    pad_type: str,
+    pad: Any,
+    ceil_mode: Any = False,
     exclude_padding_from_average: Any = False,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     assert pad_type == "custom"
     assert not ceil_mode
     spatial = x.ndim - 2
@@ -260,9 +301,13 @@ def pad(kind: str, x: np.ndarray, pad: Any, mode: str, constant_val: Any) -> np.
 
 
 _REDUCE: dict[str, Callable[..., np.ndarray]] = {
-    "reduce_sum": np.sum, "reduce_mean": np.mean, "reduce_max": np.max, "reduce_min": np.min,
-    "reduce_l1_norm": lambda x, **k: np.sum(np.abs(x), **k), "reduce_l2_norm": lambda x, **k: np.sqrt(np.sum(x * x, **k)),
-}  # fmt: skip
+    "reduce_sum": np.sum,
+    "reduce_mean": np.mean,
+    "reduce_max": np.max,
+    "reduce_min": np.min,
+    "reduce_l1_norm": lambda x, **k: np.sum(np.abs(x), **k),
+    "reduce_l2_norm": lambda x, **k: np.sqrt(np.sum(x * x, **k)),
+}
 
 
 @meaning(" ".join(_REDUCE))

@@ -64,7 +64,8 @@ def gelu(ctx: Context, x: Operand, *, approximate: str = "none") -> Operand:
 
 @lowering("gelu_backward.default")
 def gelu_backward(ctx: Context, g: Operand, x: Operand, *, approximate: str = "none") -> Operand:
-    """`gelu_backward(g, x) -> g * (cdf + x * pdf)`, cdf = (1 + erf(x/sqrt 2))/2, pdf = exp(-x x/2)/sqrt(2 pi);
+    """`gelu_backward(g, x) -> g * (cdf + x * pdf)`, cdf = (1 + erf(x/sqrt 2))/2, pdf = exp(-x x/2)/sqrt(2
+    pi);
 
     for "tanh": cdf = (1 + t)/2, t = tanh(k (x + 0.044715 x^3)), pdf = (1 - t t) k (1 + 3 * 0.044715 x x)/2
     """
@@ -112,7 +113,9 @@ def leaky_relu_backward(
 def elu(
     ctx: Context, x: Operand, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
 ) -> Operand:
-    """`elu(x, a) -> elu(x, alpha=a)`, times scale; with an input scale `-> select(x > 0, x, a (exp(c x) - 1))`"""
+    """`elu(x, a) -> elu(x, alpha=a)`, times scale; with an input scale `-> select(x > 0, x, a (exp(c x) -
+    1))`
+    """
     if input_scale == 1:
         y = ctx.unary("elu", x, alpha=ctx.scalar(alpha))
         return y if scale == 1 else ctx.mul(y, scale)
@@ -127,7 +130,9 @@ def elu(
 def elu_backward(
     ctx: Context, g: Operand, alpha: float, scale: float, input_scale: float, is_result: bool, x: Operand
 ) -> Operand:
-    """`elu_backward(g, x) -> select(x > 0, g, g * a * exp(min(x, 0)))`; from the result y: `a exp(x) = y + a`"""
+    """`elu_backward(g, x) -> select(x > 0, g, g * a * exp(min(x, 0)))`; from the result y: `a
+    exp(x) = y + a`
+    """
     if is_result:
         low = ctx.mul(ctx.add(x, alpha * scale), input_scale)
     else:

@@ -134,7 +134,9 @@ class Context:
         return literals.of_tensor(tensor, self.dtype) if fill is None else self.scalar(fill)
 
     def binary(self, kind: str, x: Operand, y: Operand) -> Operand:
-        """`kind(x, y)` with broadcasting; the result has the broadcast shape even where a fill is a scalar."""
+        """`kind(x, y)` with broadcasting; the result has the broadcast shape even where a fill is a
+        scalar.
+        """
         if not isinstance(x, Value) and not isinstance(y, Value):
             return _FOLD[kind](as_tensor(self.number(x)), as_tensor(self.number(y)))  # type: ignore[arg-type]
         full = broadcast_shape(shape_of(x), shape_of(y))
@@ -220,7 +222,9 @@ class Context:
     def _move(
         self, x: Operand, move: Callable[[Value], Value], fold: Callable[[torch.Tensor], torch.Tensor]
     ) -> Operand:
-        """Move numbers; booleans travel as 1 and 0, since only comparisons and `select` are known to take bool."""
+        """Move numbers; booleans travel as 1 and 0, since only comparisons and `select` are known to take
+        bool.
+        """
         if not isinstance(x, Value):
             return fold(torch.as_tensor(x))
         if is_bool(x):

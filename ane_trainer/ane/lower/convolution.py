@@ -83,7 +83,8 @@ def forward(ctx: Context, x: Operand, weight: Operand, geo: Geometry) -> Operand
 def input_gradient(ctx: Context, g: Operand, weight: Operand, geo: Geometry) -> Operand:
     """`[N, O, *outputs]`, `[O, C / G, *kernel]` -> `[N, C, *inputs]`
 
-    Each axis: zeros between the gradient's elements (stride), pad (k-1) d - p in front, taps in reverse order.
+    Each axis: zeros between the gradient's elements (stride), pad (k-1) d - p in front, taps in reverse
+    order.
     """
     g_last = windows.to_last(ctx, g)
     pads = []
@@ -133,9 +134,17 @@ def _add_bias(ctx: Context, y: Operand, bias: Operand) -> Operand:
 
 @lowering("convolution.default")
 def convolution(
-    ctx: Context, x: Operand, weight: Operand, bias: Operand | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
-) -> Operand:  # fmt: skip
+    ctx: Context,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Operand:
     """`convolution(x, w, b) -> ` im2col and `matmul` (`forward`), then `add`; constant w `-> conv`
 
     transposed: the input gradient of the convolution that goes the other way (`input_gradient`).
@@ -153,11 +162,22 @@ def convolution(
 
 @lowering("convolution_backward.default")
 def convolution_backward(
-    ctx: Context, g: Operand, x: Operand, weight: Operand, bias_sizes: Sequence[int] | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    ctx: Context,
+    g: Operand,
+    x: Operand,
+    weight: Operand,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
     output_mask: Sequence[bool],
-) -> tuple[Operand | None, Operand | None, Operand | None]:  # fmt: skip
-    """`convolution_backward -> input_gradient, kernel_gradient, reduce_sum(g)`; transposed swaps the roles of x and g"""
+) -> tuple[Operand | None, Operand | None, Operand | None]:
+    """`convolution_backward -> input_gradient, kernel_gradient, reduce_sum(g)`; transposed swaps the roles of
+    x and g
+    """
     near, far = (shape_of(g)[2:], shape_of(x)[2:]) if transposed else (shape_of(x)[2:], shape_of(g)[2:])
     geo = _geometry(near, far, shape_of(weight)[2:], stride, padding, dilation, groups)
     dx = dw = db = None

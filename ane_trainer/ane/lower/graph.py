@@ -43,7 +43,8 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
             _lower_node(ctx, node, findings)
     if findings:
         count = len(findings)
-        summary = f"model: needs ops that have a lowering rule; got {count} that {'has' if count == 1 else 'have'} none."
+        verb = "has" if count == 1 else "have"
+        summary = f"model: needs ops that have a lowering rule; got {count} that {verb} none."
         raise UnsupportedModel(summary, findings, code="ANE301")
     names = _output_names(inputs, captured.outputs)
     values = tuple(_as_output(ctx, ctx.operands[r] if isinstance(r, Node) else r) for r in results)

@@ -214,7 +214,9 @@ def _scattered(ctx: Context, shape: tuple[int, ...], dim: int, index: Operand, s
 
 @lowering("scatter.src scatter.value")
 def scatter(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand) -> Operand:
-    """`scatter(x, d, i, s) -> select(hit, scattered s, x)`; an index twice in a row is summed (torch: undefined)"""
+    """`scatter(x, d, i, s) -> select(hit, scattered s, x)`; an index twice in a row is summed (torch:
+    undefined)
+    """
     full = source if isinstance(source, (Value, torch.Tensor)) else torch.full(shape_of(index), float(source))
     if isinstance(full, torch.Tensor) and full.dim() == 0:
         full = full.expand(shape_of(index))

@@ -42,7 +42,9 @@ def _repeat(ctx: Context, x: Operand, axis: int, times: int) -> Operand:
 
 @lowering("upsample_nearest1d.default upsample_nearest2d.default upsample_nearest3d.default")
 def upsample_nearest(ctx: Context, x: Operand, size: Sequence[int], *scales: float | None) -> Operand:
-    """`upsample_nearest2d(x) -> reshape, tile, reshape` per axis for whole factors, else `matmul` with a one-hot constant"""
+    """`upsample_nearest2d(x) -> reshape, tile, reshape` per axis for whole factors, else `matmul` with a
+    one-hot constant
+    """
     axes = len(size)
     scales = scales or (None,) * axes
     for i in range(axes):
@@ -56,7 +58,8 @@ def upsample_nearest(ctx: Context, x: Operand, size: Sequence[int], *scales: flo
 
 
 @lowering(
-    "upsample_nearest1d_backward.default upsample_nearest2d_backward.default upsample_nearest3d_backward.default"
+    "upsample_nearest1d_backward.default upsample_nearest2d_backward.default"
+    " upsample_nearest3d_backward.default"
 )
 def upsample_nearest_backward(
     ctx: Context, g: Operand, size: Sequence[int], input_size: Sequence[int], *scales: float | None
@@ -110,7 +113,8 @@ def upsample_linear(
 
 
 @lowering(
-    "upsample_linear1d_backward.default upsample_bilinear2d_backward.default upsample_trilinear3d_backward.default"
+    "upsample_linear1d_backward.default upsample_bilinear2d_backward.default"
+    " upsample_trilinear3d_backward.default"
 )
 def upsample_linear_backward(
     ctx: Context,

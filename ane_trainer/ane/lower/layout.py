@@ -1,4 +1,4 @@
-"""Move transposes towards the results, past ops that do not care about the order of axes, so that they meet and cancel.
+"""Move transposes towards the results, past ops that do not care about axes, so that they meet and cancel.
 
 Channels-last convolutions and poolings (`windows.py`) leave a pair of transposes around every elementwise op
 between them; after this pass and `passes.transposes` they remain only where an op needs channels first.
@@ -12,10 +12,35 @@ from ane_trainer.ane.lower.passes import BROADCASTING, Rewriter, int_list, integ
 from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
 
 _UNARY = frozenset(
-    "abs atan ceil cos elu erf exp exp2 floor gelu inverse leaky_relu log logical_not relu relu6 rsqrt sigmoid"
-    " sigmoid_hard sign silu sin softplus sqrt tanh".split()
+    {
+        "abs",
+        "atan",
+        "ceil",
+        "cos",
+        "elu",
+        "erf",
+        "exp",
+        "exp2",
+        "floor",
+        "gelu",
+        "inverse",
+        "leaky_relu",
+        "log",
+        "logical_not",
+        "relu",
+        "relu6",
+        "rsqrt",
+        "sigmoid",
+        "sigmoid_hard",
+        "sign",
+        "silu",
+        "sin",
+        "softplus",
+        "sqrt",
+        "tanh",
+    }
 )
-_REDUCTIONS = frozenset(f"reduce_{kind}" for kind in "sum mean max min l1_norm l2_norm".split())
+_REDUCTIONS = frozenset(f"reduce_{kind}" for kind in ("sum", "mean", "max", "min", "l1_norm", "l2_norm"))
 
 Perm = tuple[int, ...]
 
@@ -89,38 +114,33 @@ def _pointwise(rewriter: Rewriter, op: Op, names: tuple[str, ...], perm: Perm) -
     if len(perm) != op.result.type.rank:
         rewriter.keep(op)
         return
-    plans: dict[str, Arg | tuple[Value, tuple[int, ...]]] = {}
+    plans: list[tuple[str, Value | Literal, Perm]] = []
     for name in names:
         plan = _follow(rewriter, op.arg(name), perm)
         if plan is None:
             rewriter.keep(op)
             return
-        plans[name] = plan
+        plans.append((name, *plan))
     args: dict[str, Arg] = {}
-    for name, plan in plans.items():
-        if isinstance(plan, tuple) and len(plan) == 2 and isinstance(plan[1], tuple):
-            value, shape = plan
-            assert isinstance(value, Value)
+    for name, value, shape in plans:
+        args[name] = value
+        if isinstance(value, Value) and value.type.shape != shape:
             moved = rewriter.fresh(TensorType(value.type.dtype, shape))
             rewriter.keep(Op("reshape", (("x", value), ("shape", int_list(shape))), (moved,), op.source))
             args[name] = moved
-        else:
-            args[name] = plan  # type: ignore[assignment]
     _emit_transposed(rewriter, op, args, perm)
 
 
-def _follow(
-    rewriter: Rewriter, argument: Arg | None, perm: Perm
-) -> Value | Literal | tuple[Value, tuple[int, ...]] | None:
-    """An operand before `perm`: its source, a number as it is, or (value, shape) to reshape; None: it cannot."""
+def _follow(rewriter: Rewriter, argument: Arg | None, perm: Perm) -> tuple[Value | Literal, Perm] | None:
+    """An operand before `perm` and the shape it then needs; None when it cannot follow."""
     source = _source(rewriter, argument, perm)
     if source is not None:
-        return source
+        return source, source.type.shape
     if not isinstance(argument, (Value, Literal)) or argument.type.dtype == "bool":
         return None
     shape = argument.type.shape
     if argument.type.size == 1:
-        return argument if argument.type.rank <= 1 else None
+        return (argument, shape) if argument.type.rank <= 1 else None
     padded = (1,) * (len(perm) - len(shape)) + shape
     if sum(n != 1 for n in padded) != 1:
         return None
@@ -128,8 +148,8 @@ def _follow(
     while len(before) > 1 and before[0] == 1:
         before = before[1:]
     if isinstance(argument, Literal):
-        return Literal(TensorType(argument.type.dtype, before), argument.data, argument.name)
-    return argument if before == shape else (argument, before)
+        argument = Literal(TensorType(argument.type.dtype, before), argument.data, argument.name)
+    return argument, before
 
 
 def _reduce(rewriter: Rewriter, op: Op, perm: Perm) -> None:

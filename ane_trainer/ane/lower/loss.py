@@ -32,7 +32,8 @@ def _inverse_share(ctx: Context, picks: Operand, items: int) -> Operand:
     """items / (sum of the label weights), `[1]`: exactly 1 when all labels count with weight 1.
 
     The mean of the weights is formed first: it is at most 1 where the count would leave fp16's integers,
-    and its inverse is exact at 1. Without any counted label it is inf, and the loss 0 (inf * 0 on the engine).
+    and its inverse is exact at 1. Without any counted label it is inf, and the loss 0 (inf * 0 on the
+    engine).
     """
     axis = 1 if len(shape_of(picks)) > 1 else 0
     return ctx.inverse(ctx.mean(ctx.sum(picks, [axis])))
@@ -59,9 +60,15 @@ def nll_loss_forward(
 
 @lowering("nll_loss_backward.default nll_loss2d_backward.default", accepts_absent=True)
 def nll_loss_backward(
-    ctx: Context, g: Operand, x: Operand, target: Operand, weight: Operand | None, reduction: int, ignore_index: int,
+    ctx: Context,
+    g: Operand,
+    x: Operand,
+    target: Operand,
+    weight: Operand | None,
+    reduction: int,
+    ignore_index: int,
     total_weight: object,
-) -> Operand:  # fmt: skip
+) -> Operand:
     """`nll_loss_backward(g, t) -> mul(onehot, mul(g, -1))`, for "mean" also divided by the total weight"""
     picks = _picks(ctx, x, target, weight, ignore_index)
     shape = shape_of(x)

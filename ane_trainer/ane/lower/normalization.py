@@ -63,9 +63,16 @@ def _batch_statistics(ctx: Context, x: Operand, eps: float) -> tuple[Operand, Op
     "_native_batch_norm_legit_functional.default native_batch_norm.default _native_batch_norm_legit.default"
 )
 def batch_norm(
-    ctx: Context, x: Operand, weight: _Optional, bias: _Optional, running_mean: _Optional, running_var: _Optional,
-    training: bool, momentum: float, eps: float,
-) -> tuple[Operand | None, ...]:  # fmt: skip
+    ctx: Context,
+    x: Operand,
+    weight: _Optional,
+    bias: _Optional,
+    running_mean: _Optional,
+    running_var: _Optional,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Operand | None, ...]:
     """`batch_norm(x) -> mul(sub(x, reduce_mean(x)), rsqrt(add(var, eps)))`, weight, bias, and in training
 
     `running' = add(running, mul(sub(batch, running), momentum))`, the variance with n / (n - 1)
@@ -105,7 +112,9 @@ def batch_norm_backward(
     ctx: Context, g: Operand, x: Operand, weight: _Optional, running_mean: _Optional, running_var: _Optional,
     save_mean: _Optional, save_rstd: _Optional, train: bool, eps: float, output_mask: Sequence[bool],
 ) -> tuple[Operand | None, ...]:  # fmt: skip
-    """`native_batch_norm_backward(g, x) -> ` the formulas of this file's head, over all axes but the channel's"""
+    """`native_batch_norm_backward(g, x) -> ` the formulas of this file's head, over all axes but the
+    channel's
+    """
     axes, shape = _batch_axes(x), _channel(len(shape_of(x)), shape_of(x)[1])
     if train:
         assert save_mean is not None
@@ -129,7 +138,9 @@ def batch_norm_backward(
 def layer_norm(
     ctx: Context, x: Operand, normalized: Sequence[int], weight: _Optional, bias: _Optional, eps: float
 ) -> tuple[Operand, Operand, Operand]:
-    """`native_layer_norm(x) -> mul(sub(x, reduce_mean(x)), rsqrt(add(var, eps)))`, weight, bias; mean; rstd"""
+    """`native_layer_norm(x) -> mul(sub(x, reduce_mean(x)), rsqrt(add(var, eps)))`, weight, bias;
+    mean; rstd
+    """
     axes = list(range(-len(normalized), 0))
     variance, mean = moments(ctx, x, axes, 0.0)
     rstd = _rstd(ctx, variance, eps)
@@ -139,9 +150,16 @@ def layer_norm(
 
 @lowering("native_layer_norm_backward.default")
 def layer_norm_backward(
-    ctx: Context, g: Operand, x: Operand, normalized: Sequence[int], mean: Operand, rstd: Operand, weight: _Optional,
-    bias: _Optional, output_mask: Sequence[bool],
-) -> tuple[Operand | None, ...]:  # fmt: skip
+    ctx: Context,
+    g: Operand,
+    x: Operand,
+    normalized: Sequence[int],
+    mean: Operand,
+    rstd: Operand,
+    weight: _Optional,
+    bias: _Optional,
+    output_mask: Sequence[bool],
+) -> tuple[Operand | None, ...]:
     """`native_layer_norm_backward(g, x) -> ` the formulas of this file's head, over the normalised axes"""
     inner = len(normalized)
     outer = list(range(len(shape_of(x)) - inner))
@@ -176,9 +194,18 @@ def group_norm(
 
 @lowering("native_group_norm_backward.default")
 def group_norm_backward(
-    ctx: Context, g: Operand, x: Operand, mean: Operand, rstd: Operand, weight: _Optional, n: int, channels: int,
-    extent: int, groups: int, output_mask: Sequence[bool],
-) -> tuple[Operand | None, ...]:  # fmt: skip
+    ctx: Context,
+    g: Operand,
+    x: Operand,
+    mean: Operand,
+    rstd: Operand,
+    weight: _Optional,
+    n: int,
+    channels: int,
+    extent: int,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Operand | None, ...]:
     """`native_group_norm_backward(g, x) -> ` the formulas of this file's head on `[N, G, C/G * S]`"""
     flat = (n, groups, channels // groups * extent)
     per_group = (n, groups, 1)

@@ -237,7 +237,8 @@ def _broadcast(x: Arg | None, y: Arg | None) -> tuple[int, ...] | None:
 
 
 def transposes(function: Function) -> Function:
-    """`transpose(transpose(x, p), q)` -> `transpose(x, p[q])`, an identity -> `x`; `reshape(reshape(x))` -> one;
+    """`transpose(transpose(x, p), q)` -> `transpose(x, p[q])`, an identity -> `x`; `reshape(reshape(x))` ->
+    one;
 
     a transpose that only moves axes of extent 1 -> `reshape`
     """
@@ -285,7 +286,9 @@ def _visit_reshape(rewriter: Rewriter, op: Op) -> None:
 
 
 def matmul_flags(function: Function) -> Function:
-    """`matmul(transpose(x, swap of the last two axes), y)` -> `matmul(x, y, transpose_x=not transpose_x)`; y alike."""
+    """`matmul(transpose(x, swap of the last two axes), y)` -> `matmul(x, y, transpose_x=not transpose_x)`; y
+    alike.
+    """
 
     def visit(rewriter: Rewriter, op: Op) -> None:
         if op.kind != "matmul":
@@ -311,6 +314,7 @@ def _swaps_last_two(op: Op) -> bool:
 
 
 def integers(argument: Arg | None) -> tuple[int, ...]:
+    """A constant list as Python integers."""
     assert isinstance(argument, Literal)
     value = argument.to_python()
     assert isinstance(value, tuple)
@@ -318,4 +322,5 @@ def integers(argument: Arg | None) -> tuple[int, ...]:
 
 
 def int_list(values: Iterable[int]) -> Literal:
+    """Integers as a rank-1 literal."""
     return literal(list(values), "int32")

@@ -326,7 +326,9 @@ def addcmul(ctx: Context, x: Operand, a: Operand, b: Operand, *, value: float = 
 
 @lowering("addcdiv.default")
 def addcdiv(ctx: Context, x: Operand, a: Operand, b: Operand, *, value: float = 1) -> Operand:
-    """`addcdiv(x, a, b, value=c) -> add(x, mul(real_div(a, b), c))`: the ratio first, it is the best scaled."""
+    """`addcdiv(x, a, b, value=c) -> add(x, mul(real_div(a, b), c))`: the ratio first, it is the
+    best scaled.
+    """
     ratio = ctx.div(a, b)
     return ctx.add(x, ratio if value == 1 else ctx.mul(ratio, value))
 

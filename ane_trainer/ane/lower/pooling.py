@@ -86,9 +86,14 @@ def _native(ctx: Context, kind: str, x: Operand, pool: Pool, **options: object) 
 
 @lowering("max_pool1d_with_indices.default max_pool2d_with_indices.default max_pool3d_with_indices.default")
 def max_pool_with_indices(
-    ctx: Context, x: Operand, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
-) -> tuple[Operand, Absent]:  # fmt: skip
+    ctx: Context,
+    x: Operand,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> tuple[Operand, Absent]:
     """`max_pool2d_with_indices(x) -> max_pool(x, pad)`
 
     Dilated windows, and windows whose gradient is computed too `-> maximum` of shifted slices: the gradient
@@ -130,10 +135,18 @@ def _maximum(ctx: Context, parts: Sequence[Operand]) -> Operand:
     "max_pool2d_with_indices_backward.default max_pool3d_with_indices_backward.default", accepts_absent=True
 )
 def max_pool_backward(
-    ctx: Context, g: Operand, x: Operand, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], ceil_mode: bool, indices: object,
-) -> Operand:  # fmt: skip
-    """`max_pool2d_with_indices_backward(g, x) -> ` per axis and tap: `equal, select, sub`, then the taps folded back
+    ctx: Context,
+    g: Operand,
+    x: Operand,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    indices: object,
+) -> Operand:
+    """`max_pool2d_with_indices_backward(g, x) -> ` per axis and tap: `equal, select, sub`, then the taps
+    folded back
 
     torch's tie rule (the first maximum in row-major order) separates: the first row of the window that holds
     the maximum, and in that row the first column. So the maxima are taken column-wise, then row-wise, and the
@@ -170,12 +183,19 @@ def _first_ties(ctx: Context, taps: Sequence[Operand], best: Operand, g: Operand
 
 @lowering("avg_pool1d.default avg_pool2d.default avg_pool3d.default")
 def avg_pool(
-    ctx: Context, x: Operand, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
-) -> Operand:  # fmt: skip
+    ctx: Context,
+    x: Operand,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Operand:
     """`avg_pool2d(x) -> avg_pool(x, pad, exclude_padding_from_average)`
 
-    Other divisors (ceil_mode's cut windows, divisor_override): `mul(avg_pool(x), k / divisor)`, a constant map.
+    Other divisors (ceil_mode's cut windows, divisor_override): `mul(avg_pool(x), k / divisor)`, a constant
+    map.
     """
     axes = len(kernel)
     pool = _pool(shape_of(x)[-axes:], ctx.shape[-axes:], kernel, stride, padding)
@@ -211,10 +231,19 @@ def _divisors(pool: Pool, include_pad: bool, override: int | None) -> torch.Tens
 
 @lowering("avg_pool2d_backward.default avg_pool3d_backward.default")
 def avg_pool_backward(
-    ctx: Context, g: Operand, x: Operand, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None,
-) -> Operand:  # fmt: skip
-    """`avg_pool2d_backward(g) -> mul(g, 1 / divisor)`, given to every tap: interleaved, overlaps padded and added"""
+    ctx: Context,
+    g: Operand,
+    x: Operand,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Operand:
+    """`avg_pool2d_backward(g) -> mul(g, 1 / divisor)`, given to every tap: interleaved, overlaps padded and
+    added
+    """
     axes = len(kernel)
     pool = _pool(shape_of(x)[-axes:], shape_of(g)[-axes:], kernel, stride, padding)
     scale = _divisors(pool, count_include_pad, divisor_override).reciprocal()
@@ -228,7 +257,9 @@ def avg_pool_backward(
 
 
 def _averaging(n: int, m: int) -> torch.Tensor:
-    """The `[m, n]` matrix of adaptive average pooling: row i averages floor(i n / m) to ceil((i + 1) n / m)."""
+    """The `[m, n]` matrix of adaptive average pooling: row i averages floor(i n / m) to ceil((i +
+    1) n / m).
+    """
     matrix = torch.zeros(m, n, dtype=torch.float64)
     for i in range(m):
         start, end = i * n // m, -((-(i + 1) * n) // m)
@@ -238,7 +269,9 @@ def _averaging(n: int, m: int) -> torch.Tensor:
 
 @lowering("_adaptive_avg_pool2d.default _adaptive_avg_pool3d.default adaptive_avg_pool1d.default")
 def adaptive_avg_pool(ctx: Context, x: Operand, output_size: Sequence[int]) -> Operand:
-    """`_adaptive_avg_pool2d(x) -> avg_pool(x)` where sizes divide, `reduce_mean` for 1x1, else `matmul` per axis"""
+    """`_adaptive_avg_pool2d(x) -> avg_pool(x)` where sizes divide, `reduce_mean` for 1x1, else `matmul` per
+    axis
+    """
     axes = len(output_size)
     inputs, outputs = shape_of(x)[-axes:], ctx.shape[-axes:]
     if all(m == 1 for m in outputs):
@@ -253,7 +286,9 @@ def adaptive_avg_pool(ctx: Context, x: Operand, output_size: Sequence[int]) -> O
 
 @lowering("_adaptive_avg_pool2d_backward.default _adaptive_avg_pool3d_backward.default")
 def adaptive_avg_pool_backward(ctx: Context, g: Operand, x: Operand) -> Operand:
-    """`_adaptive_avg_pool2d_backward(g) -> ` as `avg_pool2d_backward` where sizes divide, else `matmul` per axis"""
+    """`_adaptive_avg_pool2d_backward(g) -> ` as `avg_pool2d_backward` where sizes divide, else `matmul` per
+    axis
+    """
     axes = 2 if ctx.node is None or "2d" in str(ctx.node.target) else 3
     inputs, outputs = shape_of(x)[-axes:], shape_of(g)[-axes:]
     if all(m == 1 for m in outputs):

@@ -60,7 +60,9 @@ def logical_xor(ctx: Context, x: Operand, y: Operand) -> Operand:
 
 @lowering("where.self where.ScalarSelf where.ScalarOther where.Scalar")
 def where(ctx: Context, cond: Operand, a: Operand, b: Operand) -> Operand:
-    """`where(c, a, b) -> select(cond=c, a, b)`; a constant condition becomes arithmetic (see `Context.where`)"""
+    """`where(c, a, b) -> select(cond=c, a, b)`; a constant condition becomes arithmetic (see
+    `Context.where`)
+    """
     return ctx.where(ctx.boolean(cond), a, b)
 
 

@@ -189,7 +189,9 @@ def _moment_arguments(dim: Any, unbiased: Any, correction: Any) -> tuple[list[in
 def vector_norm(
     ctx: Context, x: Operand, order: float = 2, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Operand:
-    """`vector_norm(x, p, d)`: 2 `-> reduce_l2_norm`, 1 `-> reduce_l1_norm`, inf `-> reduce_max(abs(x))`, 0 counts"""
+    """`vector_norm(x, p, d)`: 2 `-> reduce_l2_norm`, 1 `-> reduce_l1_norm`, inf `-> reduce_max(abs(x))`, 0
+    counts
+    """
     axes = axes_of(dim)
     if order == 2:
         y = ctx.reduce("l2_norm", x, axes, keep=keepdim)

@@ -16,7 +16,9 @@ ACCEPTS_ABSENT: set[str] = set()
 
 
 class Refusal(Exception):
-    """Raised by a rule that cannot express its op; `lower` turns it into a `Finding` with the node's place."""
+    """Raised by a rule that cannot express its op; `lower` turns it into a `Finding` with the
+    node's place.
+    """
 
     def __init__(self, reason: str, fix: str = "") -> None:
         super().__init__(reason)

@@ -45,7 +45,8 @@ def narrow(ctx: Context, x: Operand, dim: int, start: int, length: int) -> Opera
 def spread(ctx: Context, g: Operand, axis: int, extent: int, start: int, step: int) -> Operand:
     """Put `g` at `start, start + step, ...` of an axis of zeros: the gradient of a strided slice.
 
-    step 1: `pad(g)`; else `reshape [.., n, 1, ..] -> pad [.., n, step, ..] -> reshape [.., n step, ..] -> pad`
+    step 1: `pad(g)`; else `reshape [.., n, 1, ..] -> pad [.., n, step, ..] -> reshape [.., n step, ..] ->
+    pad`
     """
     shape = shape_of(g)
     axis %= len(shape)
@@ -152,7 +153,9 @@ def constant_pad(ctx: Context, x: Operand, pad: Sequence[int], *options: Any, **
 
 @lowering("flip.default")
 def flip(ctx: Context, x: Operand, dims: Sequence[int]) -> Operand:
-    """`flip(x, d) -> concat` of single slices in reverse; axes longer than 16 `-> matmul` with a permutation"""
+    """`flip(x, d) -> concat` of single slices in reverse; axes longer than 16 `-> matmul` with a
+    permutation
+    """
     for dim in dims:
         order = torch.arange(shape_of(x)[dim] - 1, -1, -1)
         x = take(ctx, x, dim, order)
@@ -178,7 +181,8 @@ SLICED_RUNS = 16
 
 
 def take(ctx: Context, x: Operand, dim: int, index: torch.Tensor) -> Operand:
-    """`x` at the constant indices of one axis, as slices and `concat`, or as a product with a one-hot constant.
+    """`x` at the constant indices of one axis, as slices and `concat`, or as a product with a one-hot
+    constant.
 
     The product is exact: each sum has one term x * 1 (below 32768, the accumulator's range).
     """
@@ -207,7 +211,8 @@ def _runs(index: Sequence[int]) -> list[tuple[int, int]]:
 def along(ctx: Context, x: Operand, dim: int, matrix: torch.Tensor) -> Operand:
     """A constant linear map `[m, n]` applied along one axis of extent n.
 
-    last axis: `matmul(x, matrix, transpose_y)`; second last: `matmul(matrix, x)`; others are transposed there.
+    last axis: `matmul(x, matrix, transpose_y)`; second last: `matmul(matrix, x)`; others are transposed
+    there.
     """
     shape = shape_of(x)
     rank, dim = len(shape), dim % len(shape)

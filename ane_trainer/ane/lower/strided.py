@@ -1,4 +1,6 @@
-"""`as_strided` and its like, where they show a box of a contiguous tensor; other memory patterns are refused."""
+"""`as_strided` and its like, where they show a box of a contiguous tensor; other memory patterns
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def as_strided_scatter(
     ctx: Context, x: Operand, source: Operand, size: Sequence[int], stride: Sequence[int],
     storage_offset: int | None = None,
 ) -> Operand:  # fmt: skip
-    """`as_strided_scatter(x, s) -> ` the box replaced: slices and `concat`, from the outer axis to the inner"""
+    """`as_strided_scatter(x, s) -> ` the box replaced: slices and `concat`, from the outer axis to
+    the inner
+    """
     shape = shape_of(x)
     if math.prod(size) == math.prod(shape) and list(stride) == _contiguous(size) and not storage_offset:
         return ctx.reshape(source, shape)

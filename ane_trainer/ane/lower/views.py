@@ -86,7 +86,8 @@ def repeat_interleave(ctx: Context, x: Operand, repeats: int, dim: int | None = 
 def pixel_shuffle(ctx: Context, x: Operand, r: int) -> Operand:
     """`pixel_shuffle(x, r)`: [N, C r r, H, W] -> [N, C, H r, W r] by two interleavings of rank 5
 
-    `reshape [NC, r, r, H, W] -> transpose [NC, r, H, W, r] -> reshape [NC, r, H, W r] -> transpose -> reshape`
+    `reshape [NC, r, r, H, W] -> transpose [NC, r, H, W, r] -> reshape [NC, r, H, W r] -> transpose ->
+    reshape`
     """
     *lead, channels, h, w = shape_of(x)
     n = channels // (r * r)
