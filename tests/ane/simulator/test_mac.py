@@ -136,7 +136,7 @@ def test_scales_and_shapes(lanes: int, shape: tuple[int, int, int]) -> None:
     check(patterns, any_patterns(rng, (depth, columns)), any_patterns(rng, (rows, columns)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     shape=st.tuples(st.integers(1, 30), st.integers(1, 70), st.integers(1, 70)),
@@ -211,7 +211,7 @@ def test_strides_batches_and_broadcasting() -> None:
 
 def test_block_cutting_changes_nothing() -> None:
     rng = np.random.default_rng(8)
-    a, b = normal(rng, (1000, 30), 1.0), normal(rng, (30, 1100), 0.1)
+    a, b = normal(rng, (1000, 5), 1.0), normal(rng, (5, 1100), 0.1)
     expected = mac_matmul_reference(a, b)
     for threads in (1, 2, 3):
         assert same_bits(mac_matmul(a, b, threads=threads), expected)
