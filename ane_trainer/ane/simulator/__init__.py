@@ -11,21 +11,51 @@ from numpy.typing import NDArray
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil import Program
-from ane_trainer.ane.simulator import contraction, convolution, movement, pointwise, pooling, reduction
+from ane_trainer.ane.simulator import (
+    attention,
+    constexpr,
+    contraction,
+    convolution,
+    creation,
+    movement,
+    normalization,
+    pointwise,
+    pooling,
+    quantized,
+    rearrange,
+    reduction,
+    refusal,
+    resize,
+    selection,
+    transcendental,
+)
 from ane_trainer.ane.simulator.plan import Plan, prepare
 from ane_trainer.ane.simulator.registry import KERNELS, Context, Kernel
 
 __all__ = ["KERNELS", "Context", "Kernel", "Plan", "make_context", "prepare", "simulate"]
 
 #: Importing a family registers its kernels.
-_FAMILIES = (contraction, convolution, movement, pointwise, pooling, reduction)
+_FAMILIES = (
+    attention, constexpr, contraction, convolution, creation, movement, normalization, pointwise, pooling,
+    quantized, rearrange, reduction, resize, selection, transcendental,
+)  # fmt: skip
+
+#: Ops with a type rule and no kernel: kind -> why.
+WITHOUT_KERNEL = {
+    "read_state": "states become resident inputs before a plan is made (states.py)",
+    "write_state": "states become resident inputs before a plan is made (states.py)",
+    "coreml_update_state": "states become resident inputs before a plan is made (states.py)",
+    **dict.fromkeys(sorted(refusal.RANDOM), "refused: the engine's generator of random numbers is not published"),
+}
 
 
-def make_context(chip: str, fidelity: str = "exact", threads: int | None = None) -> Context:
+def make_context(
+    chip: str, fidelity: str = "exact", threads: int | None = None, path: str | None = None
+) -> Context:
     """A simulation context; `UsageError` for an unknown chip or fidelity. `threads` defaults to the machine's cores."""
     if fidelity not in ("exact", "fast"):
         raise UsageError(f"fidelity: needs exact or fast; got {fidelity!r}.", code="ANE104")
-    return Context(get_chip(chip), fidelity, threads or _cores())
+    return Context(get_chip(chip), fidelity, threads or _cores(), path)
 
 
 def simulate(
@@ -35,14 +65,19 @@ def simulate(
     chip: str,
     fidelity: str = "exact",
     threads: int | None = None,
+    path: str | None = "e5rt",
 ) -> dict[str, NDArray[Any]]:
     """Run `program` once on the simulated engine of `chip`.
 
     `feeds` maps every input to an array of its shape (fp16 inputs: float16, bit patterns count; wider floats
     are rounded to float16 first). Returns float16 arrays (or the output's own dtype) by output name, with the
-    engine's inf as inf. Raises `SimulationError` for a missing or misshapen input or an op without a kernel.
+    engine's inf as inf; Core ML states start at zero unless fed. Raises `SimulationError` for a missing or
+    misshapen input, `UnsupportedModel` with every op that the chip refuses on `path` ("e5rt", "direct", "coreml",
+    "netplist"; None: whatever the simulator can run).
     """
-    return prepare(program.main, make_context(chip, fidelity, threads)).run({k: np.asarray(v) for k, v in feeds.items()})
+    context = make_context(chip, fidelity, threads, path)
+    refusal.check(program.main, context.chip, path)
+    return prepare(program.main, context).run({k: np.asarray(v) for k, v in feeds.items()})
 
 
 def _cores() -> int:

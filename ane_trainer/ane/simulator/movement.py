@@ -9,22 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.fp16 import INF
+from ane_trainer.ane.simulator.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 
 Array = NDArray[Any]
 
-_MOVE = "moves bit patterns: ANEForge vocabulary sweep, relative error 0 on M5"
+MOVES = "moves bit patterns: ANEForge vocabulary sweep, relative error 0 on M5"
 
 
-@kernel("transpose reshape expand_dims squeeze", "exact", _MOVE)
+@kernel("transpose reshape expand_dims squeeze", "exact", MOVES)
 def moved(ctx: Context, call: Call, x: Array) -> Array:
     views = view_of(call, x)
     return views[0] if views is not None else view_of(call, np.ascontiguousarray(x))[0]  # type: ignore[index]
 
 
-@kernel("concat", "exact", _MOVE)
+@kernel("concat", "exact", MOVES)
 def concat(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
     (type_,) = call.op.infer(call)
     out = np.empty(type_.shape, values[0].dtype)
@@ -55,7 +55,7 @@ def concat_into(
     return step
 
 
-@kernel("tile", "exact", _MOVE)
+@kernel("tile", "exact", MOVES)
 def tile(ctx: Context, call: Call, x: Array) -> Array:
     return np.tile(x, call.integers("reps"))
 
@@ -63,14 +63,15 @@ def tile(ctx: Context, call: Call, x: Array) -> Array:
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge"}
 
 
-@kernel("pad", "exact", _MOVE)
+@kernel("pad", "exact", MOVES)
 def pad(ctx: Context, call: Call, x: Array) -> Array:
     amounts = call.integers("pad")
     pairs = [(0, 0)] * (x.ndim - len(amounts) // 2)
     pairs += [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
     mode = call.text("mode")
     if mode == "constant":
-        return np.pad(x, pairs, constant_values=call.number("constant_val"))
+        fill = round_half_away(call.number("constant_val")) if x.dtype == np.float32 else call.number("constant_val")
+        return np.pad(x, pairs, constant_values=fill)
     return np.pad(x, pairs, mode=_PAD_MODES[mode])  # type: ignore[call-overload, no-any-return]
 
 
@@ -78,8 +79,13 @@ def pad(ctx: Context, call: Call, x: Array) -> Array:
 def sliced(ctx: Context, call: Call, x: Array) -> Array:
     """A slice; one that starts inside the last axis goes through the crop unit, which clamps before A16."""
     (result,) = view_of(call, x) or ()
+    return through_crop_unit(ctx, result) if offset_on_last_axis(call) else np.asarray(result)
+
+
+def through_crop_unit(ctx: Context, x: Array) -> Array:
+    """What a slice that starts inside the last axis gives: on chips before A16 inf above 4094 (16 x value in fp16)."""
     clamp = ctx.chip.width_slice_clamp
-    if clamp is None or x.dtype != np.float32 or not offset_on_last_axis(call):
-        return np.asarray(result)
-    return np.where(np.abs(result) > clamp, np.copysign(INF, result), result)
+    if clamp is None or x.dtype != np.float32:
+        return x
+    return np.where(np.abs(x) > clamp, np.copysign(INF, x), x)
 

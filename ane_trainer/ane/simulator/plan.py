@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,15 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil import Arg, Function, Literal, Op, Value
-from ane_trainer.ane.opset import bind
+from ane_trainer.ane.opset import Call, bind
 from ane_trainer.ane.simulator import fused_entry
 from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
-from ane_trainer.ane.simulator.registry import KERNELS, WRITES, Context
+from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.host import host_function, runs_on_host
+from ane_trainer.ane.simulator.integer import bind_integer_conv, integer_operands
+from ane_trainer.ane.simulator.registry import KERNELS, WRITES, Context, Kernel
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
+from ane_trainer.ane.simulator.states import without_states
 from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 
 Array = NDArray[Any]
@@ -67,8 +72,12 @@ class Plan:
 
 
 def prepare(function: Function, context: Context, aliases: Sequence[tuple[str, str]] = ()) -> Plan:
-    """Lay out memory and compile; `aliases` lists (output, input) pairs whose output is the next run's input."""
-    return _Binder(function, context, aliases).bind()
+    """Lay out memory and compile; `aliases` lists (output, input) pairs whose output is the next run's input.
+
+    Core ML states become resident inputs (`states.py`); what depends on no input is worked out now.
+    """
+    function, kept = without_states(function)
+    return _Binder(function, context, (*aliases, *kept)).bind()
 
 
 class _Binder:
@@ -78,6 +87,7 @@ class _Binder:
         self.function, self.context = function, context
         self.next_input = dict(aliases)
         self.entries = schedule(function)
+        self.integer = integer_operands(function, context.chip.generation_number)
         self.buffers: dict[str, Array] = {}
         self.base: dict[str, str] = {}  # view -> the value whose memory it shows
         self.steps: list[Step] = []
@@ -92,7 +102,7 @@ class _Binder:
             if entry.fused:
                 self._bind_fused(index, entry)
             else:
-                self._bind_single(entry.ops[0])
+                self._bind_single(entry.ops[0], entry.constant)
         self._copy_state_back()
         self.compiler.finish()
         aliased = set(self.next_input)
@@ -123,7 +133,7 @@ class _Binder:
                         return None
         return target
 
-    def _bind_single(self, op: Op) -> None:
+    def _bind_single(self, op: Op, constant: bool = False) -> None:
         call = bind(op.kind, dict(op.args))
         clamped = self.context.chip.width_slice_clamp is not None and offset_on_last_axis(call)
         if op.kind in VIEWS and isinstance(op.arg("x"), Value) and not clamped:
@@ -138,7 +148,20 @@ class _Binder:
         for value in op.results:
             outputs.append(np.zeros(value.type.shape, storage_dtype(value.type)))
             self.buffers[value.name], self.base[value.name] = outputs[-1], value.name
-        self.steps.append(_kernel_step(op, self.context, self._operands(op), outputs))
+        step = self._integer_step(op, outputs) or _kernel_step(op, self.context, self._operands(op), outputs)
+        if constant:
+            step()
+        else:
+            self.steps.append(step)
+
+    def _integer_step(self, op: Op, outputs: list[Array]) -> Step | None:
+        """The op on the int8 path, when both operands are int8 behind a dequantization."""
+        found = self.integer.get(op.name)
+        if found is None:
+            return None
+        bias = op.arg("bias")
+        start = None if bias is None else self.array_of(bias)
+        return bind_integer_conv(self.context, op, found, self.buffers[found.q.name], start, outputs[0])
 
     def _operands(self, op: Op) -> list[Any]:
         """The op's tensor operands as arrays, in the order of its parameters."""
@@ -210,17 +233,35 @@ def _copy(pairs: list[tuple[Array, Array]]) -> None:
 def _kernel_step(op: Op, context: Context, operands: list[Any], outputs: list[Array]) -> Step:
     """One unfused op as a callable that fills `outputs`."""
     call = bind(op.kind, dict(op.args))
-    writer = WRITES.get(op.kind)
-    if writer is not None:
-        return writer(context, call, outputs, *operands)
-    kernel = KERNELS.get(op.kind)
-    if kernel is None:
-        raise SimulationError(f"{op.name}: the simulator has no kernel for {op.kind}.", code="SIM104")
+    host = runs_on_host(op)
+    function = host_function(call) if host else None
+    if function is None:
+        writer = WRITES.get(op.kind)
+        if writer is not None and not host:
+            return writer(context, call, outputs, *operands)
+        kernel = KERNELS.get(op.kind)
+        if kernel is None:
+            raise SimulationError(f"{op.name}: the simulator has no kernel for {op.kind}.", code="SIM104")
+        function = partial(_run_kernel, kernel, context, call, _to_engine if host else _as_is)
 
     def step() -> None:
-        results = kernel.run(context, call, *operands)
+        results = function(*operands)
         for out, result in zip(outputs, results if isinstance(results, tuple) else (results,), strict=True):
             out[...] = result
 
     return step
 
+
+def _run_kernel(kernel: Kernel, context: Context, call: Call, convert: Callable[[Any], Any], *operands: Any) -> Any:
+    return kernel.run(context, call, *map(convert, operands))
+
+
+def _as_is(operand: Any) -> Any:
+    return operand
+
+
+def _to_engine(operand: Any) -> Any:
+    """fp32 numbers as the engine takes them: rounded to fp16."""
+    if isinstance(operand, tuple):
+        return tuple(map(_to_engine, operand))
+    return round_half_away(operand) if operand is not None and operand.dtype == np.float32 else operand

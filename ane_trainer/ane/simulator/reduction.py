@@ -2,7 +2,7 @@
 
 The order of the engine's partial sums is not known (`facts`: ane-guide ch. 3 and M6 disagree); the simulator
 sums in float64 and rounds once, half away from zero. Integers up to 2048 and the published 2049 -> 2050 come
-out as on six chips (ANEForge numeric_cliffs).
+out as on six chips (ANEForge numeric_cliffs). Roots and logarithms of sums go through the tables.
 """
 
 from __future__ import annotations
@@ -21,20 +21,58 @@ from ane_trainer.ane.simulator.tables import evaluate
 Array = NDArray[Any]
 
 _SUM = "ANEForge numeric_cliffs (integers to 2048, 2049 -> 2050 on six chips); order of partial sums unknown"
+_SWEEP = "ANEForge vocabulary sweep (M5): relative error "
 
 
 def _over(call: Call) -> dict[str, Any]:
     return {"axis": axes(call, "axes", call.type().rank), "keepdims": call.flag("keep_dims")}
 
 
+def _sum(x: Array, **over: Any) -> Array:
+    return round_half_away(np.sum(x, dtype=np.float64, **over))
+
+
 @kernel("reduce_sum", "assumed", _SUM)
 def reduce_sum(ctx: Context, call: Call, x: Array) -> Array:
-    return round_half_away(np.sum(x, dtype=np.float64, **_over(call)))
+    return _sum(x, **_over(call))
 
 
 @kernel("reduce_mean", "assumed", _SUM)
 def reduce_mean(ctx: Context, call: Call, x: Array) -> Array:
     return round_half_away(np.mean(x, dtype=np.float64, **_over(call)))
+
+
+@kernel("reduce_l1_norm", "assumed", _SWEEP + "0.00071; the order of partial sums is unknown")
+def reduce_l1_norm(ctx: Context, call: Call, x: Array) -> Array:
+    return _sum(np.abs(x), **_over(call))
+
+
+@kernel("reduce_sum_square", "assumed", _SWEEP + "0.00054; the order of partial sums is unknown")
+def reduce_sum_square(ctx: Context, call: Call, x: Array) -> Array:
+    return _sum(x.astype(np.float64) ** 2, **_over(call))
+
+
+@kernel("reduce_l2_norm", "assumed", _SWEEP + "0.00051; sum of squares in fp16 range, then the sqrt table")
+def reduce_l2_norm(ctx: Context, call: Call, x: Array) -> Array:
+    return evaluate("sqrt", reduce_sum_square(ctx, call, x))
+
+
+@kernel("reduce_log_sum", "assumed", _SWEEP + "0.00091; sum, then the log table")
+def reduce_log_sum(ctx: Context, call: Call, x: Array) -> Array:
+    return evaluate("log", _sum(x, **_over(call)))
+
+
+@kernel("reduce_log_sum_exp", "assumed", _SWEEP + "0.00077; maximum subtracted, exp table, sum, log table")
+def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
+    over = _over(call)
+    most = np.max(x, axis=over["axis"], keepdims=True)
+    total = _sum(evaluate("exp", round_half_away(x - most)), **over)
+    return round_half_away(evaluate("log", total) + most.reshape(total.shape))
+
+
+@kernel("reduce_prod", "assumed", "refused on the e5rt path (ANEForge sweep, M5); multiplied wide, rounded once")
+def reduce_prod(ctx: Context, call: Call, x: Array) -> Array:
+    return round_half_away(np.prod(x, dtype=np.float64, **_over(call)))
 
 
 @kernel("reduce_max", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
@@ -49,8 +87,11 @@ def reduce_min(ctx: Context, call: Call, x: Array) -> Array:
 
 @kernel("softmax", "assumed", "ane-guide ch. 3: the maximum is subtracted; exp table, sum, inverse table, product")
 def softmax(ctx: Context, call: Call, x: Array) -> Array:
-    axis = call.integer("axis")
+    return softmax_over(x, call.integer("axis"))
+
+
+def softmax_over(x: Array, axis: int) -> Array:
+    """exp(x - maximum) times the inverse of its sum, along one axis; every step rounded."""
     shifted = round_half_away(x - np.max(x, axis=axis, keepdims=True))
     weights = evaluate("exp", shifted)
-    total = round_half_away(np.sum(weights, axis=axis, dtype=np.float64, keepdims=True))
-    return round_half_away(weights * evaluate("inverse", total))
+    return round_half_away(weights * evaluate("inverse", _sum(weights, axis=axis, keepdims=True)))

@@ -19,11 +19,15 @@ FIDELITIES = ("exact", "bounded", "assumed")
 
 @dataclass(frozen=True)
 class Context:
-    """What a kernel may depend on besides its operands: the chip, the fidelity mode and the thread count."""
+    """What a kernel may depend on besides its operands: chip, fidelity mode, number of threads, dispatch path.
+
+    `path` is one of `chips.PATHS`, or None where no path's peculiarities should show.
+    """
 
     chip: Chip
     fidelity: str = "exact"
     threads: int = 1
+    path: str | None = None
 
     @property
     def fast(self) -> bool:

@@ -17,27 +17,36 @@ VIEWS = frozenset("reshape transpose expand_dims squeeze slice_by_size slice_by_
 
 @dataclass
 class Entry:
-    """One unit of work. `ops` is one op, or several pointwise ops of one result shape (`fused`)."""
+    """One unit of work: one op, or several pointwise ops of one result shape (`fused`).
+
+    A `constant` entry depends on no input: it is worked out once, when the plan is made.
+    """
 
     ops: list[Op]
     fused: bool = False
     reads: set[str] = field(default_factory=set)
+    constant: bool = False
 
 
 def schedule(function: Function) -> list[Entry]:
     """Entries in an order that respects every dependency; dead ops are left out."""
     made_by: dict[str, int] = {value.name: -1 for value in function.inputs}
     entries: list[Entry] = []
+    constants: set[str] = set()
     for op in live_ops(function):
         needs = max((made_by[v.name] for v in op.operands()), default=-1)
-        index = _place(op, needs, entries) if _fusable(op) else None
+        constant = all(v.name in constants for v in op.operands())
+        fusable = _fusable(op) and not constant
+        index = _place(op, needs, entries) if fusable else None
         if index is None:
             index = len(entries)
-            entries.append(Entry([], _fusable(op)))
+            entries.append(Entry([], fusable, constant=constant))
         entries[index].ops.append(op)
         entries[index].reads.update(v.name for v in op.operands())
         for value in op.results:
             made_by[value.name] = index
+        if constant:
+            constants.update(value.name for value in op.results)
     return entries
 
 

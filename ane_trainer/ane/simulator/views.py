@@ -30,7 +30,20 @@ def view_of(call: Call, x: Array) -> tuple[Array, ...] | None:
         slices, squeezed = index_slices(call)
         kept = x[slices]
         return (kept.reshape(tuple(n for n, gone in zip(kept.shape, squeezed, strict=True) if not gone)),)
+    if kind == "split":
+        return tuple(x[where] for where in split_slices(call))
     return None
+
+
+def split_slices(call: Call) -> list[tuple[slice, ...]]:
+    """Where each part of a `split` lies in its operand."""
+    axis, starts = call.integer("axis") % call.type().rank, 0
+    places = []
+    for type_ in call.op.infer(call):
+        extent = type_.shape[axis]
+        places.append((*(slice(None),) * axis, slice(starts, starts + extent)))
+        starts += extent
+    return places
 
 
 def offset_on_last_axis(call: Call) -> bool:
@@ -40,4 +53,6 @@ def offset_on_last_axis(call: Call) -> bool:
     if call.op.kind == "slice_by_index":
         slices, _ = index_slices(call)
         return slices[-1].indices(call.type().shape[-1])[0] != 0
+    if call.op.kind == "split":
+        return call.integer("axis") % call.type().rank == call.type().rank - 1
     return False

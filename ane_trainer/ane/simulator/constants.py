@@ -1,0 +1,34 @@
+"""Compile-time parameters of a call as arrays in simulator storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.mil import Literal
+from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.border import literal_array
+from ane_trainer.ane.simulator.fp16 import round_half_away
+
+Array = NDArray[Any]
+
+
+def constant(call: Call, name: str) -> Array | None:
+    """The constant tensor `name` as given (fp16 decoded), None when it is absent and has no default."""
+    argument = call.args.get(name)
+    return literal_array(argument) if isinstance(argument, Literal) else None
+
+
+def half(call: Call, name: str) -> np.float32:
+    """A number (or its default) rounded to fp16, as the engine's descriptors hold it."""
+    return np.float32(round_half_away(call.number(name)))
+
+
+def per_channel(call: Call, name: str, rank: int) -> Array | None:
+    """A constant `[C]` as decoded fp16, shaped to broadcast along axis 1 of a tensor of `rank`."""
+    values = constant(call, name)
+    if values is None:
+        return None
+    return round_half_away(values.astype(np.float64)).reshape(-1, *(1,) * (rank - 2))

@@ -1,0 +1,159 @@
+"""Ops that reorder whole tensors: blocks between depth, space and batch, reversals, windows, bands, joins.
+
+No arithmetic but `cumsum`'s; bit patterns pass through. Parts of `split` and `crop` that start inside the last
+axis go through the crop unit like slices (`movement.through_crop_unit`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.opset import Call
+from ane_trainer.ane.opset.shapes import axes
+from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.movement import MOVES, through_crop_unit
+from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.views import split_slices
+
+Array = NDArray[Any]
+
+_CORE_ML = "refused on the e5rt path (ANEForge sweep, M5), runs on the host in Core ML; moves bit patterns"
+
+
+@kernel("split", "exact", MOVES + "; parts inside the last axis as width-offset slices (assumed)")
+def split(ctx: Context, call: Call, x: Array) -> tuple[Array, ...]:
+    """Parts along an axis; each but the first starts inside it."""
+    along = call.integer("axis") % x.ndim
+    parts = []
+    for where in split_slices(call):
+        offset = along == x.ndim - 1 and where[along].start != 0
+        parts.append(through_crop_unit(ctx, x[where]) if offset else x[where])
+    return tuple(parts)
+
+
+@kernel("stack", "exact", MOVES)
+def stack(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
+    return np.stack(values, axis=call.integer("axis"))
+
+
+@kernel("reverse", "exact", MOVES)
+def reverse(ctx: Context, call: Call, x: Array) -> Array:
+    return np.flip(x, axes(call, "axes", x.ndim))
+
+
+@kernel("flatten2d", "exact", MOVES)
+def flatten2d(ctx: Context, call: Call, x: Array) -> Array:
+    return x.reshape(call.op.infer(call)[0].shape)
+
+
+@kernel("reshape_like", "exact", _CORE_ML)
+def reshape_like(ctx: Context, call: Call, x: Array, *_references: tuple[Array, ...]) -> Array:
+    return x.reshape(call.op.infer(call)[0].shape)
+
+
+@kernel("crop", "exact", MOVES + "; a cut on the left as a width-offset slice (assumed)")
+def crop(ctx: Context, call: Call, x: Array) -> Array:
+    """x `[*, H, W]` without the (top, bottom) rows and (left, right) columns."""
+    (top, bottom), (left, right) = call.integers("crop_height"), call.integers("crop_width")
+    kept = x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+    return through_crop_unit(ctx, kept) if left else kept
+
+
+@kernel("depth_to_space", "exact", MOVES)
+def depth_to_space(ctx: Context, call: Call, x: Array) -> Array:
+    """x `[N, b*b*C, H, W]`, the block's row and column slowest, -> `[N, C, H*b, W*b]`."""
+    n, c, h, w = x.shape
+    b = call.integer("block_size")
+    blocks = x.reshape(n, b, b, c // (b * b), h, w).transpose(0, 3, 4, 1, 5, 2)
+    return blocks.reshape(n, c // (b * b), h * b, w * b)
+
+
+@kernel("space_to_depth", "exact", MOVES)
+def space_to_depth(ctx: Context, call: Call, x: Array) -> Array:
+    """The inverse of `depth_to_space`."""
+    n, c, h, w = x.shape
+    b = call.integer("block_size")
+    blocks = x.reshape(n, c, h // b, b, w // b, b).transpose(0, 3, 5, 1, 2, 4)
+    return blocks.reshape(n, c * b * b, h // b, w // b)
+
+
+@kernel("pixel_shuffle", "exact", MOVES)
+def pixel_shuffle(ctx: Context, call: Call, x: Array) -> Array:
+    """x `[N, C*b*b, H, W]`, the channel slowest (PyTorch's order), -> `[N, C, H*b, W*b]`."""
+    n, c, h, w = x.shape
+    b = call.integer("upscale_factor")
+    blocks = x.reshape(n, c // (b * b), b, b, h, w).transpose(0, 1, 4, 2, 5, 3)
+    return blocks.reshape(n, c // (b * b), h * b, w * b)
+
+
+@kernel("pixel_unshuffle", "exact", MOVES)
+def pixel_unshuffle(ctx: Context, call: Call, x: Array) -> Array:
+    """The inverse of `pixel_shuffle`."""
+    n, c, h, w = x.shape
+    b = call.integer("downscale_factor")
+    blocks = x.reshape(n, c, h // b, b, w // b, b).transpose(0, 1, 3, 5, 2, 4)
+    return blocks.reshape(n, c * b * b, h // b, w // b)
+
+
+@kernel("space_to_batch", "exact", MOVES)
+def space_to_batch(ctx: Context, call: Call, x: Array) -> Array:
+    """Padded space cut into blocks; the block's row and column become the slowest part of the batch."""
+    (bh, bw), pairs = call.integers("block_shape"), call.integers("paddings")
+    padded = np.pad(x, ((0, 0), (0, 0), pairs[:2], pairs[2:]))
+    n, c, h, w = padded.shape
+    blocks = padded.reshape(n, c, h // bh, bh, w // bw, bw).transpose(3, 5, 0, 1, 2, 4)
+    return blocks.reshape(bh * bw * n, c, h // bh, w // bw)
+
+
+@kernel("batch_to_space", "exact", MOVES)
+def batch_to_space(ctx: Context, call: Call, x: Array) -> Array:
+    """The inverse of `space_to_batch`, with crops for paddings."""
+    (bh, bw), cuts = call.integers("block_shape"), call.integers("crops")
+    n, c, h, w = x.shape
+    blocks = x.reshape(bh, bw, n // (bh * bw), c, h, w).transpose(2, 3, 4, 0, 5, 1)
+    whole = blocks.reshape(n // (bh * bw), c, h * bh, w * bw)
+    return whole[:, :, cuts[0] : h * bh - cuts[1], cuts[2] : w * bw - cuts[3]]
+
+
+@kernel("reverse_sequence", "exact", _CORE_ML)
+def reverse_sequence(ctx: Context, call: Call, x: Array, lengths: Array) -> Array:
+    """The first lengths[i] entries along `seq_axis` reversed, for each entry i of `batch_axis`."""
+    moved = np.moveaxis(x, (call.integer("batch_axis"), call.integer("seq_axis")), (0, 1))
+    out = moved.copy()
+    for i, length in enumerate(lengths):
+        out[i, :length] = moved[i, :length][::-1]
+    return np.moveaxis(out, (0, 1), (call.integer("batch_axis"), call.integer("seq_axis")))
+
+
+@kernel("sliding_windows", "exact", _CORE_ML)
+def sliding_windows(ctx: Context, call: Call, x: Array) -> Array:
+    """`axis` becomes two: the windows, `stride` apart, and the `size` entries of each."""
+    along, size = call.integer("axis") % x.ndim, call.integer("size")
+    every = np.lib.stride_tricks.sliding_window_view(x, size, axis=along)
+    chosen = every[(slice(None),) * along + (slice(None, None, call.integer("stride")),)]
+    return np.moveaxis(chosen, -1, along + 1)
+
+
+@kernel("band_part", "exact", _CORE_ML)
+def band_part(ctx: Context, call: Call, x: Array) -> Array:
+    """Zero off the band of `lower` diagonals below and `upper` above the main one; negative keeps all."""
+    row, column = np.indices(x.shape[-2:])
+    lower, upper = call.integer("lower"), call.integer("upper")
+    band = ((lower < 0) | (row - column <= lower)) & ((upper < 0) | (column - row <= upper))
+    return np.where(band, x, np.zeros((), x.dtype))
+
+
+@kernel("cumsum", "assumed", "refused on the e5rt path (ANEForge sweep, M5); summed wide, each result rounded once")
+def cumsum(ctx: Context, call: Call, x: Array) -> Array:
+    """Running sum along `axis`; `exclusive` starts at 0, `reverse` runs from the end."""
+    axis = call.integer("axis")
+    ordered = np.flip(x, axis) if call.flag("reverse") else x
+    wide = ordered.astype(np.float64 if x.dtype == np.float32 else np.int64)
+    total = np.cumsum(wide, axis)
+    if call.flag("exclusive"):
+        total = total - wide
+    total = np.flip(total, axis) if call.flag("reverse") else total
+    return round_half_away(total) if x.dtype == np.float32 else total

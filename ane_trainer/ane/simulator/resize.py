@@ -1,0 +1,230 @@
+"""Resampling of images: upsample, resize, crop_resize, affine, resample.
+
+Where a sample lies follows the MIL documentation (coremltools 9); how the engine rounds the two-axis
+interpolation is not published: one rounding at the end is assumed. Pre-A14 engines have no texture unit and run
+these ops as convolutions (ANEForge op catalog).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.registry import Context, kernel
+
+Array = NDArray[Any]
+F64 = NDArray[np.float64]
+
+_ZERO = "ANEForge vocabulary sweep: relative error 0 on M5 (whole factors)"
+_RUNS = "ANEForge vocabulary sweep: runs on M5, values not checked; positions as coremltools documents them"
+_HOST = "refused on the e5rt path (ANEForge sweep, M5), runs on the host in Core ML"
+
+
+def positions(mode: str, size: int, count: int) -> F64:
+    """Where `count` samples lie on an axis of `size`, by `sampling_mode`, clipped to the axis."""
+    i = np.arange(count, dtype=np.float64)
+    last = max(count - 1, 1)
+    if mode in ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS"):
+        at = i * ((size - 1) / last) if count > 1 or mode == "STRICT_ALIGN_CORNERS" else i + (size - 1) / 2
+    elif mode == "DEFAULT":
+        at = i * ((size - size / count) / last)
+    elif mode == "OFFSET_CORNERS":
+        delta = max(1, size - 1) / count
+        at = 0.5 * delta + i * delta
+    else:  # UNALIGN_CORNERS
+        at = (i + 0.5) * (size / count) - 0.5
+    return np.clip(at, 0, size - 1)
+
+
+def _along(x: F64, axis: int, at: F64) -> F64:
+    """Linear interpolation along one axis at positions on it."""
+    low = np.floor(at).astype(np.int64)
+    high = np.minimum(low + 1, x.shape[axis] - 1)
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    part = (at - low).reshape(shape)
+    return np.asarray(np.take(x, low, axis) * (1 - part) + np.take(x, high, axis) * part)
+
+
+def _linear(x: Array, places: dict[int, F64]) -> Array:
+    """Interpolation along several axes in double precision, one rounding."""
+    wide = x.astype(np.float64)
+    for axis, at in places.items():
+        wide = _along(wide, axis, at)
+    return round_half_away(wide)
+
+
+def _nearest(x: Array, places: dict[int, Array]) -> Array:
+    for axis, index in places.items():
+        x = np.take(x, np.clip(index.astype(np.int64), 0, x.shape[axis] - 1), axis)
+    return x
+
+
+def _result_extents(call: Call) -> tuple[int, int]:
+    return call.op.infer(call)[0].shape[-2:]  # type: ignore[return-value]
+
+
+@kernel("upsample_nearest_neighbor resize_nearest_neighbor", "exact", _ZERO + "; fractional factors assumed: floor(i in / out)")
+def nearest(ctx: Context, call: Call, x: Array) -> Array:
+    """Each result takes the element at floor(i * extent / new extent) of its row and column."""
+    extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
+    return _nearest(x, {axis: np.arange(new) * old // new for axis, old, new in extents})
+
+
+@kernel("upsample_bilinear", "assumed", _RUNS)
+def upsample_bilinear(ctx: Context, call: Call, x: Array) -> Array:
+    """align_corners: ends on ends; else half_pixel_centers (absent: the opposite of align_corners)."""
+    aligned = call.flag("align_corners")
+    centred = call.flag("half_pixel_centers") if call.has("half_pixel_centers") else not aligned
+    mode = "STRICT_ALIGN_CORNERS" if aligned else "UNALIGN_CORNERS" if centred else "DEFAULT"
+    extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
+    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents})
+
+
+@kernel("resize_bilinear", "assumed", _RUNS)
+def resize_bilinear(ctx: Context, call: Call, x: Array) -> Array:
+    mode = call.text("sampling_mode")
+    extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
+    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents})
+
+
+@kernel("resize", "assumed", _RUNS)
+def resize(ctx: Context, call: Call, x: Array) -> Array:
+    """The last `resized_dims` axes, LINEAR or NEAREST_NEIGHBOR (the element nearest below the position)."""
+    (type_,) = call.op.infer(call)
+    mode = call.text("sampling_mode")
+    changed = range(x.ndim - call.integer("resized_dims"), x.ndim)
+    places = {a: positions(mode, x.shape[a], type_.shape[a]) for a in changed if x.shape[a] != type_.shape[a]}
+    if call.text("interpolation_mode") == "NEAREST_NEIGHBOR":
+        return _nearest(x, {a: _nearest_index(mode, at) for a, at in places.items()})
+    return _linear(x, places)
+
+
+def _nearest_index(mode: str, at: F64) -> Array:
+    """Modes that start at the first element take the one below, the others the nearest."""
+    return np.asarray(np.floor(at + (0.0 if mode == "DEFAULT" else 0.5)))
+
+
+def _sampled(image: Array, rows: F64, columns: F64, outside: float | None) -> F64:
+    """Bilinear samples of `[C, H, W]` at positions of one shape; beyond the image `outside`, None: the edge."""
+    height, width = image.shape[-2:]
+    total = np.zeros((image.shape[0], *rows.shape), np.float64)
+    top, left = np.floor(rows), np.floor(columns)
+    for dy in (0, 1):
+        for dx in (0, 1):
+            y, x = top + dy, left + dx
+            weight = (1 - np.abs(rows - y)) * (1 - np.abs(columns - x))
+            value = image[:, np.clip(y, 0, height - 1).astype(int), np.clip(x, 0, width - 1).astype(int)]
+            if outside is not None:
+                inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+                value = np.where(inside, value, outside)
+            total += np.where(weight == 0, 0.0, weight * value)
+    return total
+
+
+@kernel("affine", "assumed", _RUNS)
+def affine(ctx: Context, call: Call, x: Array, matrix: Array) -> Array:
+    """Result pixel (u, v) in -1..1 shows x at (a0 u + a1 v + a2, b0 u + b1 v + b2); zero outside."""
+    (type_,) = call.op.infer(call)
+    (height, width), (rows, columns) = x.shape[2:], type_.shape[2:]
+    v, u = np.meshgrid(_unit(rows), _unit(columns), indexing="ij")
+    out = np.empty(type_.shape, np.float64)
+    for n in range(len(x)):
+        a = matrix[n if len(matrix) > 1 else 0].astype(np.float64)
+        across, down = a[0] * u + a[1] * v + a[2], a[3] * u + a[4] * v + a[5]
+        out[n] = _sampled(x[n], (down + 1) / 2 * (height - 1), (across + 1) / 2 * (width - 1), 0.0)
+    return round_half_away(out)
+
+
+def _unit(count: int) -> F64:
+    return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)
+
+
+@kernel("resample", "assumed", _HOST)
+def resample(ctx: Context, call: Call, x: Array, coordinates: Array) -> Array:
+    """x `[N, C, H, W]` at coordinates `[N, H', W', 2]` given as (across, down)."""
+    sizes = (x.shape[3], x.shape[2])
+    across, down = (_pixels(call, coordinates[..., i].astype(np.float64), size) for i, size in enumerate(sizes))
+    mode = call.text("padding_mode")
+    outside = call.number("padding_value") if mode == "constant" else None
+    if mode in ("reflection", "symmetric"):
+        across, down = (_mirrored(at, size, mode) for at, size in zip((across, down), sizes, strict=True))
+    elif mode == "border":
+        across, down = (np.clip(at, 0, size - 1) for at, size in zip((across, down), sizes, strict=True))
+    if call.text("sampling_mode") == "nearest":
+        across, down = np.rint(across), np.rint(down)
+    return round_half_away(np.stack([_sampled(x[n], down[n], across[n], outside) for n in range(len(x))]))
+
+
+def _pixels(call: Call, at: F64, size: int) -> F64:
+    """Coordinates as pixel positions."""
+    mode = call.text("coordinates_mode")
+    if mode == "unnormalized":
+        return at
+    part = (at + 1) / 2 if mode == "normalized_minus_one_to_one" else at
+    return part * (size - 1) if call.flag("align_corners") else part * size - 0.5
+
+
+def _mirrored(at: F64, size: int, mode: str) -> F64:
+    """Positions folded back into the image, about its edge pixels or about its edges."""
+    low, span = (0.0, size - 1.0) if mode == "reflection" else (-0.5, float(size))
+    if span == 0:
+        return np.zeros_like(at)
+    turn = np.mod(at - low, 2 * span)
+    return np.clip(np.where(turn > span, 2 * span - turn, turn) + low, 0, size - 1)
+
+
+@kernel("crop_resize", "assumed", _HOST)
+def crop_resize(
+    ctx: Context, call: Call, x: Array, boxes: Array | None, box_indices: Array | None, roi: Array | None
+) -> Array:
+    """Boxes cut from images `[B, C, H, W]` and resized; boxes `[N, 4]` with indices, or roi `[N, 1, 4 or 5, 1, 1]`."""
+    (type_,) = call.op.infer(call)
+    if roi is None:
+        assert boxes is not None
+        images = np.arange(len(boxes)) if box_indices is None else box_indices
+        return _rounded([_crop(call, x[int(i)], box) for box, i in zip(boxes, images, strict=True)], type_.shape)
+    flat = roi.reshape(len(roi), -1)
+    if flat.shape[1] == 5:
+        return _rounded([_crop(call, x[int(r[0])], r[1:]) for r in flat], type_.shape)
+    return _rounded([[_crop(call, image, r) for image in x] for r in flat], type_.shape)
+
+
+def _rounded(samples: list[Any], shape: tuple[int, ...]) -> Array:
+    return round_half_away(np.asarray(samples)).reshape(shape)
+
+
+def _crop(call: Call, image: Array, box: Array) -> F64:
+    """One box of one image `[C, H, W]` at the target size."""
+    first, second, third, fourth = (float(v) * call.number("spatial_scale") for v in box)
+    mode = call.text("box_coordinate_mode")
+    if mode.startswith("CENTER"):
+        first, second, third, fourth = first - third / 2, second - fourth / 2, first + third / 2, second + fourth / 2
+    if "WIDTH_FIRST" in mode:
+        first, second, third, fourth = second, first, fourth, third
+    heights, widths = (first, third), (second, fourth)
+    if call.flag("normalized_coordinates"):
+        heights = (heights[0] * (image.shape[1] - 1), heights[1] * (image.shape[1] - 1))
+        widths = (widths[0] * (image.shape[2] - 1), widths[1] * (image.shape[2] - 1))
+    rows = _box_positions(call.text("sampling_mode"), *heights, call.integer("target_height"))
+    columns = _box_positions(call.text("sampling_mode"), *widths, call.integer("target_width"))
+    down, across = np.meshgrid(rows, columns, indexing="ij")
+    beyond = (down < 0) | (down > image.shape[1] - 1) | (across < 0) | (across > image.shape[2] - 1)
+    return np.where(beyond, call.number("pad_value"), _sampled(image, down, across, None))
+
+
+def _box_positions(mode: str, start: float, end: float, count: int) -> F64:
+    """Sample positions within a box from `start` to `end` (both pixels are inside)."""
+    i, span = np.arange(count, dtype=np.float64), end - start
+    if mode in ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS"):
+        return start + (i * span / (count - 1) if count > 1 else i + (span / 2 if mode == "ALIGN_CORNERS" else 0.0))
+    if mode == "DEFAULT":
+        size = span + 1
+        return start + (i * (size - size / count) / (count - 1) if count > 1 else i)
+    delta = (max(1.0, span) if mode == "OFFSET_CORNERS" else span + 1) / count
+    shift = 0.0 if mode == "OFFSET_CORNERS" else -0.5
+    return np.clip(start + (i + 0.5) * delta + shift, start, end)
