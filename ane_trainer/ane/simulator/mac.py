@@ -117,9 +117,13 @@ class _Engine:
     ordered: Callable[..., None]
 
 
-@cache
 def _engine() -> _Engine:
-    tile = tile_for(host_vector_width())
+    return _engine_of_width(host_vector_width())
+
+
+@cache
+def _engine_of_width(lanes: int) -> _Engine:
+    tile = tile_for(lanes)
     functions = compile_ir(module(tile), ["block", "ordered"], vectorize=False)
     return _Engine(tile, functions["block"], functions["ordered"])
 

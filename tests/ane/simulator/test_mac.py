@@ -23,13 +23,8 @@ INF = 65536.0
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Run the kernels of AVX-512, AVX2 and NEON machines; LLVM splits or joins vectors to fit this one."""
     monkeypatch.setattr(mac, "host_vector_width", lambda: request.param)
-    _forget()
+    mac._scratch.cache_clear()
     yield request.param
-    _forget()
-
-
-def _forget() -> None:
-    mac._engine.cache_clear()
     mac._scratch.cache_clear()
 
 
