@@ -71,10 +71,11 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class StepCapture:
-    """A captured step and the values that its state starts from (by port name, in the user's units)."""
+    """A captured step, the loss scale to start from and the gradient units (parameter -> power of two)."""
 
     captured: Captured
     loss_scale: float
+    units: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,24 @@ def capture_training(
     optimizer: torch.optim.Optimizer,
     example: tuple[Any, Any],
     loss_scale: float | str = "auto",
+    units: Mapping[str, float] | None = None,
 ) -> StepCapture:
-    """Capture forward, loss, backward and update of one step; see `capture_step`."""
+    """Capture forward, loss, backward and update of one step; see `capture_step`.
+
+    `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen.
+    """
     rule = rule_for(optimizer)
     loss_function = get_loss(loss)
     found = find_parameters(model, optimizer)
     rehearsal = rehearse(model, loss_function, found, example)
-    parameters = tuple(_with_unit(p, rule, rehearsal) for p in found)
+    parameters = tuple(_with_unit(p, rule, rehearsal, units or {}) for p in found)
     plan = _plan(model, loss_function, loss_name(loss), optimizer, rule, parameters, example, rehearsal)
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
     refuse_unsupported(graph)
     scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
-    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale)
+    chosen = {p.name: p.unit for p in parameters if p.trained}
+    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen)
 
 
 def rehearse(
@@ -217,12 +223,14 @@ def _plan(
     )  # fmt: skip
 
 
-def _with_unit(parameter: Parameter, rule: Rule, rehearsal: Rehearsal) -> Parameter:
+def _with_unit(
+    parameter: Parameter, rule: Rule, rehearsal: Rehearsal, units: Mapping[str, float]
+) -> Parameter:
     """The parameter with its gradient's unit; one that the loss does not reach counts as frozen."""
     if not parameter.trained or parameter.name not in rehearsal.peaks:
         return dataclasses.replace(parameter, group=None)
     unit = rehearsal.unit(parameter.name) if rule.calibrated else LINEAR_UNIT
-    return dataclasses.replace(parameter, unit=unit)
+    return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
 
 
 def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:

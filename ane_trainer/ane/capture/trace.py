@@ -49,16 +49,19 @@ def _tracing() -> Iterator[None]:
 
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # not torch.backends.mkldnn.flags: it also sets an option for Intel GPUs and warns that there is none
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     try:
         with (
             fx_traceback.preserve_node_meta(),
             torch.autograd.set_multithreading_enabled(False),
             sdpa_kernel(SDPBackend.MATH),
-            torch.backends.mkldnn.flags(enabled=False),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 def _replay(module: torch.fx.GraphModule) -> Callable[..., Any]:

@@ -1,0 +1,87 @@
+"""Devices: what can run a compiled program, and the choice among them."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+from ane_trainer.ane.devices.protocol import Device, Session
+from ane_trainer.ane.devices.sim import Simulator
+from ane_trainer.ane.errors import EnvironmentFault, UsageError
+
+__all__ = ["DEVICE_NAMES", "Choice", "Device", "Session", "get_device", "register"]
+
+#: Every name that `get_device` knows, the ones without an implementation on this machine included.
+DEVICE_NAMES = ("auto", "sim", "e5rt", "coreai", "cpu")
+
+_REGISTERED: dict[str, Device] = {}
+
+#: What to say about devices that have no implementation (yet, or here).
+_ABSENT = {
+    "e5rt": "direct dispatch to the Neural Engine is not part of this version",
+    "coreai": "dispatch through Apple's Core AI runtime is not part of this version",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device, and why it was taken when the user left the choice open."""
+
+    device: Device
+    reason: str
+
+
+def register(device: Device) -> None:
+    """Make a device available under its name; the order of registration is the order of `auto`."""
+    _REGISTERED[device.name] = device
+
+
+def get_device(name: str) -> Choice:
+    """The device called `name`; `auto` takes the first available engine, else the simulator.
+
+    Raises: UsageError for an unknown name, or for `cpu`, which runs no program; EnvironmentFault when the
+    device cannot run here, saying what to type instead. Nothing falls back in silence.
+    """
+    if name == "auto":
+        return _choose()
+    if name == "cpu":
+        raise UsageError(
+            'device: needs a device that runs programs; got "cpu", which is plain PyTorch without a program. '
+            'Use Trainer(..., device="cpu") or `ane-trainer train --device cpu` for it, or device="sim".',
+            code="ANE101",
+        )
+    device = _REGISTERED.get(name)
+    if device is None and name in _ABSENT:
+        raise EnvironmentFault(
+            f'device: needs {name} to be available; {_ABSENT[name]}. Use device="sim".', code="ANE202"
+        )
+    if device is None:
+        raise UsageError(_unknown(name), code="ANE101")
+    reason = device.unavailable()
+    if reason is not None:
+        raise EnvironmentFault(f"device: needs {name} to be available; {reason}", code="ANE202")
+    return Choice(device, "as asked for")
+
+
+def _choose() -> Choice:
+    refused = []
+    for device in _REGISTERED.values():
+        if device.name == "sim":
+            continue
+        why = device.unavailable()
+        if why is None:
+            return Choice(device, f"auto: {device.name} is available")
+        refused.append(f"{device.name}: {why}")
+    here = f"{platform.system()} {platform.machine()}"
+    return Choice(_REGISTERED["sim"], "auto: " + ("; ".join(refused) or f"no Neural Engine here, {here}"))
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(str(name).lower(), DEVICE_NAMES, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"device: needs one of {', '.join(DEVICE_NAMES)}; got {name!r}. {hint}Choose a known device."
+
+
+register(Simulator())

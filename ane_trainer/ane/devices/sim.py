@@ -1,0 +1,70 @@
+"""The simulator as a device: runs anywhere, computes what the engine of the program's chip computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.devices.protocol import F16
+from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.simulator import Plan, make_context, prepare
+from ane_trainer.ane.stages import Compiled
+
+
+class Simulator:
+    """`sim`: the exact or fast simulation of a chip."""
+
+    name = "sim"
+
+    def unavailable(self) -> str | None:
+        """Never: NumPy and llvmlite are all it needs."""
+        return None
+
+    def placement(self, chip: str, fidelity: str) -> tuple[str, str]:
+        """The simulator of the chip; known because no other executor is involved."""
+        title = get_chip(chip).title
+        return f"simulator of {title}, {fidelity}", "the simulator runs the whole program itself"
+
+    def load(self, compiled: Compiled, *, fidelity: str, threads: int | None) -> SimSession:
+        """Lay out the program's memory and compile its loops; UsageError for an unknown fidelity."""
+        context = make_context(compiled.chip, fidelity, threads)
+        aliases = [(alias.output, alias.input) for alias in compiled.aliases]
+        plan = prepare(compiled.program.main, context, aliases)
+        plan.resident |= {port.name for port in compiled.inputs if port.role == "state"}
+        return SimSession(plan)
+
+
+class SimSession:
+    """A plan as a session; closed when the plan is gone."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan: Plan | None = plan
+
+    def write(self, port: str, array: NDArray[Any]) -> None:
+        """Set an input from float16 patterns or float32."""
+        self._open().write(port, array)
+
+    def read(self, port: str) -> F16:
+        """A copy of a resident input."""
+        return self._open().read(port)
+
+    def values(self, port: str) -> NDArray[np.float32]:
+        """The live memory of an input, decoded."""
+        return self._open().buffers[port]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, F16]:
+        """One run of the plan."""
+        return self._open().run(feeds)
+
+    def close(self) -> None:
+        """Let go of the plan's memory."""
+        self._plan = None
+
+    def _open(self) -> Plan:
+        if self._plan is None:
+            raise SimulationError("session: needs to be open; it was closed. Compile the step again.")
+        return self._plan

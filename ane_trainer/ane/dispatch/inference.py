@@ -1,0 +1,118 @@
+"""`compile_forward` and `InferenceProgram`: a model's forward pass in evaluation mode as one program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from ane_trainer.ane.capture import capture_forward
+from ane_trainer.ane.capture.slots import float_buffers
+from ane_trainer.ane.capture.step import call_model, copies
+from ane_trainer.ane.compile import compile_program
+from ane_trainer.ane.cost import Cost, estimate
+from ane_trainer.ane.devices import get_device
+from ane_trainer.ane.dispatch.feeds import Feeds
+from ane_trainer.ane.legalize import legalize
+from ane_trainer.ane.lower import lower
+from ane_trainer.ane.mil import Program
+
+
+def compile_forward(
+    model: torch.nn.Module,
+    example: Any,
+    chip: str = "m4",
+    device: str = "sim",
+    fidelity: str = "exact",
+    *,
+    threads: int | None = None,
+    path: str = "e5rt",
+) -> InferenceProgram:
+    """Compile `model(example)` in evaluation mode; weights are inputs, so new ones need no new program.
+
+    Raises: UnsupportedModel, UsageError, EnvironmentFault as `compile_step` does.
+    """
+    return InferenceProgram(model, example, chip, device, fidelity, threads, path)
+
+
+class InferenceProgram:
+    """A compiled forward pass. `program(x)` returns what `model.eval()(x)` would, in fp32 tensors.
+
+    The module's present parameters are used: ones that changed since the last call are sent again.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        example: Any,
+        chip: str,
+        device: str,
+        fidelity: str,
+        threads: int | None,
+        path: str,
+    ) -> None:
+        self.choice = get_device(device)
+        self._fidelity, self._path = fidelity, path
+        self._structure, self._shapes = _output_of(model, example)
+        self.compiled = compile_program(legalize(lower(capture_forward(model, example)), chip, path))
+        self._session = self.choice.device.load(self.compiled, fidelity=fidelity, threads=threads)
+        inputs = self.compiled.inputs
+        self._feeds = Feeds((example,), ("x",), inputs)
+        tensors = dict(model.named_parameters()) | float_buffers(model)
+        self._state = [(port, tensors[port.target]) for port in inputs if port.role == "state"]
+        self._sent: dict[str, int] = {}
+
+    def __call__(self, x: Any) -> Any:
+        """The model's output for a batch of the compiled shape; DataError for another shape or bad values."""
+        feeds = self._feeds(x)
+        self._send_weights()
+        results = self._session.run(feeds)
+        leaves = [
+            torch.from_numpy(results[port.name].astype(np.float32)).reshape(shape)
+            for port, shape in zip(self.compiled.outputs, self._shapes, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self._structure)
+
+    @property
+    def program(self) -> Program:
+        """The MIL program of the forward pass."""
+        return self.compiled.program
+
+    def text(self) -> str:
+        """The program as MIL text."""
+        return self.compiled.text
+
+    def cost(self) -> Cost:
+        """Estimated time and energy of one dispatch on the chip."""
+        return estimate(self.program, self.compiled.chip, self._path)
+
+    def placement(self) -> dict[str, Any]:
+        """Where the program runs and how that is known."""
+        where, how = self.choice.device.placement(self.compiled.chip, self._fidelity)
+        return {"where": where, "how": how, "device": self.choice.device.name, "choice": self.choice.reason}
+
+    def close(self) -> None:
+        """Release the device."""
+        self._session.close()
+
+    def _send_weights(self) -> None:
+        for port, tensor in self._state:
+            if self._sent.get(port.name) != tensor._version:
+                self._session.write(port.name, tensor.detach().half().numpy().reshape(port.shape))
+                self._sent[port.name] = tensor._version
+
+
+def _output_of(model: torch.nn.Module, example: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    """Structure and shapes of the model's output, from one run in plain PyTorch."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = call_model(model, copies(model), example)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    leaves = pytree.tree_leaves(output)
+    return pytree.tree_structure(output), [tuple(leaf.shape) for leaf in leaves]

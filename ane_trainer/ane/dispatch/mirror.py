@@ -1,0 +1,155 @@
+"""The engine's state and its mirror in PyTorch: module parameters, buffers and the optimizer's state.
+
+On the engine a number is `hi + lo / 2^k` in two fp16 ports, in a power-of-two unit; in PyTorch it is one fp32
+number in torch's own units and layout, so that state dicts and checkpoints are what PyTorch writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ane_trainer.ane.capture.slots import SCALING, Parameter, find_parameters, float_buffers
+from ane_trainer.ane.capture.updates import RESIDUAL, Rule, rule_for
+from ane_trainer.ane.devices import Session
+from ane_trainer.ane.stages import Port
+
+
+class Mirror:
+    """Copies between a session and a module with its optimizer. `ports` are the state ports by target."""
+
+    def __init__(
+        self,
+        session: Session,
+        ports: Iterable[Port],
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self._session, self._optimizer = session, optimizer
+        self._ports = {port.target: port for port in ports if port.role == "state"}
+        self._rule: Rule = rule_for(optimizer)
+        found = find_parameters(model, optimizer)
+        self._trained = [p for p in found if f"{p.name}/{RESIDUAL}" in self._ports]
+        self._tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
+        counters = [getattr(m, "num_batches_tracked", None) for m in model.modules() if m.training]
+        self._counters = [counter for counter in counters if isinstance(counter, torch.Tensor)]
+        self._versions: dict[str, int] = {}
+
+    # Weights and buffers
+
+    @torch.no_grad()
+    def pull_weights(self, steps: int) -> None:
+        """Engine -> module, for everything that a step changes; `steps` ran since the last time."""
+        for name, tensor in self._tensors.items():
+            self._combine(name, tensor)
+        for counter in self._counters:
+            counter += steps
+        self._note_versions()
+
+    @torch.no_grad()
+    def push_weights(self, changed_only: bool = False) -> None:
+        """Module -> engine; with `changed_only`, only tensors that were changed since the last copy."""
+        for name, tensor in self._tensors.items():
+            if not changed_only or self._versions.get(name) != tensor._version:
+                self._split(name, tensor.detach().float())
+        self._note_versions()
+
+    def changed(self) -> bool:
+        """Whether a parameter or buffer was changed by someone else since the last copy."""
+        return any(self._versions.get(name) != tensor._version for name, tensor in self._tensors.items())
+
+    # The optimizer's state
+
+    @torch.no_grad()
+    def pull_moments(self, count: int) -> None:
+        """Engine -> `optimizer.state`, as torch would have it after `count` updates."""
+        if count == 0:
+            return
+        for parameter, group, slots in self._slots():
+            state = self._optimizer.state[parameter.tensor]
+            if "betas" in group:
+                state["step"] = torch.tensor(float(count))
+            for slot in slots:
+                value = state.get(slot.name)
+                if value is None:
+                    value = state[slot.name] = torch.zeros_like(parameter.tensor)
+                self._combine(f"{parameter.name}/{slot.name}", value, slot.bias(group, count))
+
+    @torch.no_grad()
+    def push_moments(self) -> int:
+        """`optimizer.state` -> engine; returns the number of updates it stands for."""
+        count = 0
+        for parameter, _, _ in self._slots():
+            state = self._optimizer.state.get(parameter.tensor, {})
+            if state:
+                count = max(count, int(state.get("step", 1)))
+        for parameter, group, slots in self._slots():
+            state = self._optimizer.state.get(parameter.tensor, {})
+            for slot in slots:
+                value = state.get(slot.name)
+                bias = slot.bias(group, count) if count else 1.0
+                value = torch.zeros_like(parameter.tensor) if value is None else value / bias
+                self._split(f"{parameter.name}/{slot.name}", value.float())
+        return count
+
+    # Loss scaling
+
+    def scaling(self, name: str) -> float:
+        """One number of the loss scaling's state."""
+        return float(self._session.values(self._ports[SCALING + name].name)[0])
+
+    def set_scaling(self, scale: float, good_steps: float = 0.0) -> None:
+        """Set the loss scale (a power of two), its inverse and the count of good steps."""
+        values = {"loss_scale": scale, "loss_scale_inverse": 1.0 / scale, "good_steps": good_steps}
+        for name, value in values.items():
+            self._session.write(self._ports[SCALING + name].name, np.full(1, value, np.float16))
+
+    # Everything, exactly
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every state port by target, in the user's units; exact, since units are powers of two."""
+        values = {target: (self._session.values(p.name), p.scale) for target, p in self._ports.items()}
+        return {t: torch.from_numpy(v / np.float32(scale)) for t, (v, scale) in values.items()}
+
+    def set_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` returned; targets that are missing keep their value."""
+        for target, port in self._ports.items():
+            if target in tensors:
+                self._write(port, tensors[target].float().numpy() * np.float32(port.scale))
+
+    def _slots(self) -> list[tuple[Parameter, Mapping[str, Any], tuple[Any, ...]]]:
+        groups = self._optimizer.param_groups
+        return [(p, groups[p.group or 0], self._rule.slots(groups[p.group or 0])) for p in self._trained]
+
+    def _combine(self, target: str, out: torch.Tensor, factor: float = 1.0) -> None:
+        """out = (hi + lo) in torch's units."""
+        hi = self._ports[target]
+        lo = self._ports.get(f"{target}/{RESIDUAL}")
+        value = torch.from_numpy(self._session.values(hi.name)).reshape(out.shape)
+        if lo is not None:
+            rest = torch.from_numpy(self._session.values(lo.name)).reshape(out.shape)
+            torch.add(value, rest, alpha=hi.scale / lo.scale, out=out)
+        else:
+            out.copy_(value)
+        if factor != 1.0 or hi.scale != 1.0:
+            out.mul_(factor / hi.scale)
+
+    def _split(self, target: str, value: torch.Tensor) -> None:
+        """hi = value rounded to fp16, lo = what is left."""
+        hi = self._ports[target]
+        lo = self._ports.get(f"{target}/{RESIDUAL}")
+        scaled = value * hi.scale
+        rounded = scaled.clamp(-65504.0, 65504.0).half()
+        self._write(hi, rounded.numpy())
+        if lo is not None:
+            self._write(lo, ((scaled - rounded.float()) * (lo.scale / hi.scale)).half().numpy())
+
+    def _write(self, port: Port, array: NDArray[Any]) -> None:
+        self._session.write(port.name, array.astype(np.float16).reshape(port.shape))
+
+    def _note_versions(self) -> None:
+        self._versions = {name: tensor._version for name, tensor in self._tensors.items()}

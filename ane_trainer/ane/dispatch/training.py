@@ -1,0 +1,265 @@
+"""`compile_step` and `TrainingStep`: one whole training step, compiled once, one dispatch a call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ane_trainer.ane.capture import Loss, StepCapture, capture_training
+from ane_trainer.ane.capture.masks import PREFIX, draw
+from ane_trainer.ane.capture.scalars import check_structure, scalar_values, structure
+from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
+from ane_trainer.ane.compile import compile_program
+from ane_trainer.ane.cost import Cost, estimate
+from ane_trainer.ane.devices import get_device
+from ane_trainer.ane.dispatch.feeds import Feeds
+from ane_trainer.ane.dispatch.mirror import Mirror
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.legalize import legalize
+from ane_trainer.ane.lower import lower
+from ane_trainer.ane.mil import Program
+
+SYNC_MODES = ("always", "lazy")
+_UNIT = "unit/"
+
+
+def compile_step(
+    model: torch.nn.Module,
+    loss: str | Loss,
+    optimizer: torch.optim.Optimizer,
+    example: tuple[Any, Any],
+    chip: str = "m4",
+    device: str = "sim",
+    fidelity: str = "exact",
+    *,
+    threads: int | None = None,
+    loss_scale: float | str = "auto",
+    sync: str = "always",
+    seed: int = 0,
+    path: str = "e5rt",
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> TrainingStep:
+    """Compile forward, loss, backward and optimizer update into one program and load it on a device.
+
+    example     (x, y) as the loop yields them; their shapes are fixed from here on.
+    loss        a name ("cross_entropy", "mse", ...) or a callable(output, target) -> scalar.
+    loss_scale  where dynamic loss scaling starts: a power of two from 1 to 32768, or "auto".
+    sync        "always": the module's parameters follow after every call; "lazy": on `step.sync()`.
+    seed        of the dropout masks.
+    state       a `state_dict` of an earlier step to continue bit for bit.
+
+    A model in evaluation mode is captured in training mode.
+
+    Raises: UnsupportedModel with every reason at once (ops, limits of the chip, the optimizer), UsageError
+    for unknown names, EnvironmentFault for a device that is not here.
+    """
+    if sync not in SYNC_MODES:
+        raise UsageError(f"sync: needs always or lazy; got {sync!r}. Choose one of them.")
+    _check_scale(loss_scale)
+    step = TrainingStep(model, loss, optimizer, example, chip, device, fidelity, threads, sync, seed, path)
+    step._build(loss_scale, None if state is None else _units(state))
+    if state is not None:
+        step.load_state_dict(state)
+    return step
+
+
+class TrainingStep:
+    """A compiled training step. `step(x, y)` runs it; made by `compile_step`.
+
+    `skipped_steps` counts the steps whose gradients overflowed: they changed nothing but the loss scale.
+    """
+
+    #: One dispatch a call, by construction.
+    dispatches_per_step = 1
+    #: Share of the step's floating-point operations inside the program; the host only prepares scalars.
+    engine_flop_fraction = 1.0
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: str | Loss,
+        optimizer: torch.optim.Optimizer,
+        example: tuple[Any, Any],
+        chip: str,
+        device: str,
+        fidelity: str,
+        threads: int | None,
+        sync: str,
+        seed: int,
+        path: str,
+    ) -> None:
+        self.choice = get_device(device)
+        self.compiles = self.steps = self.applied_steps = self.skipped_steps = 0
+        self._model, self._loss, self._optimizer, self._example = model, loss, optimizer, example
+        self._chip, self._fidelity, self._threads, self._path = chip, fidelity, threads, path
+        self._always = sync == "always"
+        self._masks = torch.Generator().manual_seed(seed)
+        self._structure = structure(optimizer)
+        self._unsynced = 0  # steps whose weights the module has not seen
+        self._stale_moments = False
+
+    def _build(self, loss_scale: float | str, units: Mapping[str, float] | None) -> None:
+        """Capture, lower, legalize, compile, load; then push the module's and the optimizer's state."""
+        capture = _capture(self._model, self._loss, self._optimizer, self._example, loss_scale, units)
+        self._units = dict(capture.units)
+        self.compiled = compile_program(legalize(lower(capture.captured), self._chip, self._path))
+        self.compiles += 1
+        self._session = self.choice.device.load(self.compiled, fidelity=self._fidelity, threads=self._threads)
+        inputs = self.compiled.inputs
+        self._feeds = Feeds(self._example, ("x", "y"), inputs)
+        self._scalars = [(p.name, p.target) for p in inputs if p.role == "scalar"]
+        self._mask_ports = [p for p in inputs if p.target.startswith(PREFIX)]
+        self._mirror = Mirror(self._session, inputs, self._model, self._optimizer)
+        self._mirror.set_scaling(capture.loss_scale)
+        self.load()
+
+    def __call__(self, x: Any, y: Any) -> torch.Tensor:
+        """One training step on a batch; the loss before the update, a float32 tensor of rank 0.
+
+        Raises: DataError for a batch of another shape or with values that fp16 does not hold; UsageError if a
+        setting of the optimizer that is compiled in was changed.
+        """
+        check_structure(self._optimizer, self._structure)
+        if self._mirror.changed():
+            self._mirror.push_weights(changed_only=True)
+        feeds = self._feeds(x, y)
+        feeds |= {p.name: draw(p.target, p.shape, self._masks).half().numpy() for p in self._mask_ports}
+        values = scalar_values(self._optimizer, self.applied_steps + 1)
+        feeds |= {name: _one(values[target]) for name, target in self._scalars}
+        results = self._session.run(feeds)
+        applied = bool(results["applied"][0])
+        self.steps += 1
+        self.applied_steps += applied
+        self.skipped_steps += not applied
+        self._unsynced += 1
+        self._stale_moments |= applied
+        if self._always:
+            self._pull_weights()
+        return torch.tensor(float(results["loss"][0]))
+
+    def sync(self) -> None:
+        """Engine -> module and optimizer: parameters, buffers, moments in torch's own layout and units."""
+        self._pull_weights()
+        if self._stale_moments:
+            self._mirror.pull_moments(self.applied_steps)
+            self._stale_moments = False
+
+    def load(self) -> None:
+        """Module and optimizer -> engine: use it after `optimizer.load_state_dict`.
+
+        Changed parameters are noticed without it.
+        """
+        self._mirror.push_weights()
+        self.applied_steps = self._mirror.push_moments()
+        self._unsynced, self._stale_moments = 0, False
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The engine's whole state, exactly, with counters and the state of the dropout masks' generator."""
+        counters = torch.tensor([self.steps, self.applied_steps, self.skipped_steps])
+        units = {_UNIT + name: torch.tensor(unit) for name, unit in self._units.items()}
+        return {
+            **self._mirror.state(), **units, "counters": counters, "mask_generator": self._masks.get_state(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state_dict`, bit for bit; a state in other units compiles the program anew."""
+        units = _units(state)
+        if units != self._units:
+            self._session.close()
+            self._build("auto", units)
+        self._mirror.set_state(state)
+        self.steps, self.applied_steps, self.skipped_steps = map(int, state["counters"])
+        self._masks.set_state(state["mask_generator"])
+        self._mirror.pull_weights(0)
+        self._unsynced, self._stale_moments = 0, self.applied_steps > 0
+
+    @property
+    def program(self) -> Program:
+        """The MIL program of the whole step."""
+        return self.compiled.program
+
+    @property
+    def loss_scale(self) -> float:
+        """The present loss scale."""
+        return self._mirror.scaling("loss_scale")
+
+    @property
+    def host_bytes_per_step(self) -> int:
+        """Bytes that cross between host and engine in one step: batch, scalars, results; all are fp16."""
+        ports = [*self.compiled.inputs, *self.compiled.outputs]
+        return sum(2 * math.prod(p.shape) for p in ports if p.role != "state")
+
+    def text(self) -> str:
+        """The program as MIL text."""
+        return self.compiled.text
+
+    def cost(self) -> Cost:
+        """Estimated time and energy of one dispatch on the chip."""
+        return estimate(self.program, self.compiled.chip, self._path)
+
+    def placement(self) -> dict[str, Any]:
+        """Where the step runs and how that is known."""
+        where, how = self.choice.device.placement(self.compiled.chip, self._fidelity)
+        return {"where": where, "how": how, "device": self.choice.device.name, "choice": self.choice.reason}
+
+    def close(self) -> None:
+        """Bring the module up to date and release the device."""
+        self.sync()
+        self._session.close()
+
+    def __enter__(self) -> TrainingStep:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pull_weights(self) -> None:
+        if self._unsynced:
+            self._mirror.pull_weights(self._unsynced)
+            self._unsynced = 0
+
+
+def _capture(
+    model: torch.nn.Module,
+    loss: str | Loss,
+    optimizer: torch.optim.Optimizer,
+    example: tuple[Any, Any],
+    loss_scale: float | str,
+    units: Mapping[str, float] | None,
+) -> StepCapture:
+    """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
+    modes = {module: module.training for module in model.modules()}
+    if not model.training:
+        model.train()
+    try:
+        return capture_training(model, loss, optimizer, example, loss_scale, units)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check_scale(scale: float | str) -> None:
+    if scale == "auto":
+        return
+    power = isinstance(scale, (int, float)) and scale > 0 and math.log2(scale).is_integer()
+    if not power or not SMALLEST_SCALE <= float(scale) <= LARGEST_SCALE:
+        raise UsageError(
+            f'loss_scale: needs "auto" or a power of two from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}; '
+            f"got {scale!r}. Choose one of them."
+        )
+
+
+def _units(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {k.removeprefix(_UNIT): float(v) for k, v in state.items() if k.startswith(_UNIT)}
+
+
+def _one(value: float) -> NDArray[np.float16]:
+    return np.full(1, value, np.float16)
