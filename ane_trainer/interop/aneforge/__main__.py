@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install
+from ane_trainer.interop.aneforge.children import hand_on
+from ane_trainer.interop.aneforge.disguise import disguise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chip", default="m5", help="chip to simulate (default: m5)")
     parser.add_argument("--fidelity", default="exact", choices=("exact", "fast"))
     parser.add_argument("--threads", type=int, default=None, help="worker threads (default: all cores)")
+    parser.add_argument(
+        "--mac", action="store_true", help="show the files of the script's folder a Mac (see disguise.py)"
+    )
     parser.add_argument("script", help="the script")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
     given = parser.parse_args(arguments)
@@ -33,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AneTrainerError as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
+    hand_on(given.chip, given.fidelity)
+    folder = f"{script.resolve().parent}{os.sep}"
+    if given.mac:
+        disguise(lambda file: os.path.realpath(file).startswith(folder))
     sys.argv = [given.script, *given.args]
-    sys.path.insert(0, str(script.resolve().parent))
+    sys.path.insert(0, folder.rstrip(os.sep))
     runpy.run_path(str(script), run_name="__main__")
     return 0
 

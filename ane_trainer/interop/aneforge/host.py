@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,14 +21,14 @@ _MISSING = object()
 
 @dataclass(eq=False)
 class Installation:
-    """One installation: the library in use and what was there before."""
+    """Attributes that were replaced, and what was there before; `library` is what ANEForge now uses."""
 
-    library: SimulatedLibrary
+    library: SimulatedLibrary | None
     _before: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute (or a dictionary's entry) and remember what it was."""
-        if isinstance(owner, dict):
+        if isinstance(owner, MutableMapping):
             self._before.append((owner, name, owner.get(name, _MISSING)))
             owner[name] = value
         else:
@@ -38,7 +38,7 @@ class Installation:
     def undo(self) -> None:
         """Put everything back, last change first."""
         for owner, name, value in reversed(self._before):
-            if isinstance(owner, dict):
+            if isinstance(owner, MutableMapping):
                 owner.pop(name) if value is _MISSING else owner.__setitem__(name, value)
             elif value is _MISSING:
                 delattr(owner, name)

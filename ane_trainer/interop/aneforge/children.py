@@ -1,0 +1,61 @@
+"""Hands the simulator on to Python processes that a script or a test starts.
+
+A child imports `startup/sitecustomize.py` (its folder leads the child's module path), which waits for
+`import aneforge` and then installs the same chip and fidelity.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ane_trainer.interop.aneforge import install
+from ane_trainer.interop.aneforge.host import Installation
+
+#: Carries `chip fidelity` from the process that was told to its children; not meant to be set by hand.
+_HANDED_ON = "ANE_TRAINER_ANEFORGE_CHILD"
+
+
+def hand_on(chip: str, fidelity: str) -> Installation:
+    """From here on child processes that import ANEForge run it on the simulator; `undo` of the result ends that."""
+    here = Path(__file__).resolve()
+    folders = [str(here.with_name("startup")), str(here.parents[3])]
+    if before := os.environ.get("PYTHONPATH"):
+        folders.append(before)
+    done = Installation(None)
+    for name, value in ((_HANDED_ON, f"{chip} {fidelity}"), ("PYTHONPATH", os.pathsep.join(folders))):
+        done.replace(os.environ, name, value)
+    return done
+
+
+def take_over() -> None:
+    """In a child process: install when ANEForge is imported."""
+    if handed := os.environ.get(_HANDED_ON):
+        sys.meta_path.insert(0, _Waiting(*handed.split()))
+
+
+class _Waiting:
+    """A finder that lets `import aneforge` happen and then installs the simulator."""
+
+    def __init__(self, chip: str, fidelity: str) -> None:
+        self._chip, self._fidelity = chip, fidelity
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "aneforge":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            real = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                real(module)
+                install(self._chip, self._fidelity)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,102 @@
+"""Shows chosen source files a Mac: what they ask about their platform is answered as macOS on Apple silicon would.
+
+Only code whose file `belongs` says yes to sees it; every other module of the process keeps the truth (Torch, for
+example, picks file names by platform). Covered are `sys.platform`, the functions of `platform`, `os.uname`, and
+whether ANEForge's macOS library exists. Nothing here changes what a program computes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ane_trainer.interop.aneforge.host import Installation
+
+MACOS = "26.5"
+"""The macOS that is shown (the one ANEForge 0.4.0 was verified on)."""
+
+_DYLIB = "libane_e5rt_dispatch.dylib"
+
+_PLATFORM = {
+    "system": "Darwin",
+    "machine": "arm64",
+    "processor": "arm",
+    "release": "25.5.0",
+    "platform": f"macOS-{MACOS}-arm64-arm-64bit",
+    "mac_ver": (MACOS, ("", "", ""), "arm64"),
+}
+
+
+class MacSys(ModuleType):
+    """`sys`, except that `platform` is darwin."""
+
+    def __init__(self) -> None:
+        super().__init__("sys", sys.__doc__)
+
+    def __getattribute__(self, name: str) -> Any:
+        return "darwin" if name == "platform" else getattr(sys, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(sys, name, value)
+
+
+def disguise(belongs: Callable[[str], bool]) -> Installation:
+    """Put the disguise on for the files that belong; `undo` of the result takes it off."""
+    done = Installation(None)
+    shown = MacSys()
+
+    def asks() -> bool:
+        file = sys._getframe(2).f_globals.get("__file__")
+        return isinstance(file, str) and belongs(file)
+
+    real_import = builtins.__import__
+
+    def import_(name: str, globals: Any = None, *rest: Any) -> Any:
+        module = real_import(name, globals, *rest)
+        if name == "sys" and globals is not None:
+            file = globals.get("__file__")
+            if isinstance(file, str) and belongs(file):
+                return shown
+        return module
+
+    done.replace(builtins, "__import__", import_)
+    for name, answer in _PLATFORM.items():
+        done.replace(platform, name, _answer(getattr(platform, name), lambda real, answer=answer: answer, asks))
+    done.replace(platform, "uname", _answer(platform.uname, _mac_uname, asks))
+    if hasattr(os, "uname"):
+        done.replace(os, "uname", _answer(os.uname, _mac_os_uname, asks))
+    for owner, name in ((os.path, "exists"), (os.path, "isfile"), (Path, "exists"), (Path, "is_file")):
+        done.replace(owner, name, _with_library(getattr(owner, name)))
+    return done
+
+
+def _answer(real: Callable[..., Any], answer: Callable[[Any], Any], asks: Callable[[], bool]) -> Callable[..., Any]:
+    def ask(*arguments: Any, **options: Any) -> Any:
+        given = asks()
+        return answer(real) if given else real(*arguments, **options)
+
+    return ask
+
+
+def _mac_uname(real: Callable[..., Any]) -> Any:
+    return real()._replace(system="Darwin", release=_PLATFORM["release"], machine="arm64")
+
+
+def _mac_os_uname(real: Callable[..., Any]) -> Any:
+    now = real()
+    return type(now)(("Darwin", now.nodename, str(_PLATFORM["release"]), now.version, "arm64"))
+
+
+def _with_library(real: Callable[..., bool]) -> Callable[..., bool]:
+    """`exists` that finds ANEForge's library wherever it is looked for."""
+
+    def exists(path: Any, *arguments: Any, **options: Any) -> bool:
+        return str(path).endswith(_DYLIB) or real(path, *arguments, **options)
+
+    return exists

@@ -1,0 +1,91 @@
+"""Pytest plugin: `-p ane_trainer.interop.aneforge.pytest_plugin` runs ANEForge tests on the simulated engine.
+
+Tests that are skipped off a Mac ask their platform. With `--ane-mac` (the default) the files of the test
+session, and only they, are shown macOS on Apple silicon (`disguise.py`), so that such checks pass. Use
+`--no-ane-mac` to let them see this machine. Test files that start other Python processes hand the simulator
+on to them (`children.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ane_trainer.ane.errors import AneTrainerError
+from ane_trainer.interop.aneforge import install, installed, uninstall
+from ane_trainer.interop.aneforge.children import hand_on
+from ane_trainer.interop.aneforge.disguise import MacSys, disguise
+from ane_trainer.interop.aneforge.host import Installation
+
+_active: list[Installation] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ane", "ANEForge on the simulated Apple Neural Engine")
+    group.addoption("--ane-chip", default="m5", help="chip to simulate (default: m5)")
+    group.addoption("--ane-fidelity", default="exact", choices=("exact", "fast"))
+    group.addoption(
+        "--ane-mac", action="store_true", default=True, dest="ane_mac", help="show the test files a Mac (default)"
+    )
+    group.addoption("--no-ane-mac", action="store_false", dest="ane_mac", help="show them this machine")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Before any conftest is read: they may already ask for an engine."""
+    given = early_config.known_args_namespace
+    try:
+        install(given.ane_chip, given.ane_fidelity)
+    except AneTrainerError as fault:
+        raise pytest.UsageError(str(fault)) from fault
+    _active.append(hand_on(given.ane_chip, given.ane_fidelity))
+    if given.ane_mac:
+        folders = [early_config.rootpath, *(_folder(argument) for argument in given.file_or_dir)]
+        _active.append(disguise(_belongs([folder.resolve() for folder in folders])))
+
+
+def pytest_unconfigure() -> None:
+    while _active:
+        _active.pop().undo()
+    uninstall()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    library = installed()
+    if library is None:
+        return "ane: ANEForge is not on the simulator"
+    seen = "see a Mac" if config.getoption("ane_mac") else "see this machine"
+    return f"ane: ANEForge on the simulated {library.context.chip.title} ({library.context.fidelity}); test files {seen}"
+
+
+def pytest_markeval_namespace(config: pytest.Config) -> dict[str, Any]:
+    """Conditions that are written as strings see the same Mac."""
+    return {"sys": MacSys()} if config.getoption("ane_mac") else {}
+
+
+def _folder(argument: str) -> Path:
+    path = Path(argument.split("::")[0])
+    return path if path.is_dir() else path.parent
+
+
+def _belongs(folders: list[Path]) -> Callable[[str], bool]:
+    """Whether a file is part of the test session: below its folders, but no installed package and not ours."""
+    paths = sysconfig.get_paths()
+    foreign = tuple({paths[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    own = str(Path(__file__).resolve().parents[2]) + os.sep
+    inside = tuple(f"{folder}{os.sep}" for folder in folders)
+    known: dict[str, bool] = {}
+
+    def belongs(file: str) -> bool:
+        if file not in known:
+            path = os.path.realpath(file)
+            known[file] = path.startswith(inside) and not path.startswith((*foreign, own, sys.prefix + os.sep))
+        return known[file]
+
+    return belongs
