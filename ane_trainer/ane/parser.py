@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from ane_trainer.ane.errors import ProgramError
 from ane_trainer.ane.lexer import Lexer
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, Program, TensorType, Value
-from ane_trainer.ane.opset import infer, op_def
-from ane_trainer.ane.syntax import RawArgument, RawFunction, Reference, Statement, read_program
+from ane_trainer.ane.mil import Program, TensorType
+from ane_trainer.ane.resolve import resolve
+from ane_trainer.ane.syntax import read_program
 from ane_trainer.ane.weights import read_weight
 
 Blob = Mapping[str, bytes] | bytes | None
@@ -32,14 +32,7 @@ def parse_program(text: str, blob: Blob = None) -> Program:
     lexer = Lexer(text)
     weights.lexer = lexer
     version, attributes, raw = read_program(lexer, weights.read)
-    if not raw:
-        raise ProgramError("MIL text: needs at least one function; got none.", code="MIL110")
-    functions: list[Function] = []
-    for function in raw:
-        if any(other.name == function.name for other in functions):
-            lexer.refuse(f"needs function names that differ; got {function.name} again", function.start)
-        functions.append(_Resolver(lexer, function).function())
-    return Program(tuple(functions), version, attributes)
+    return Program(resolve(raw, lexer.refuse), version, attributes)
 
 
 class _Weights:
@@ -68,96 +61,3 @@ class _Weights:
         elif self._blob is not None:
             return self._blob
         raise ProgramError(f"weights: needs the content of {path}; it was not given.", code="MIL105")
-
-
-class _Resolver:
-    """Turns the statements of one function into operations; holds what each name stands for."""
-
-    def __init__(self, lexer: Lexer, raw: RawFunction) -> None:
-        self._lexer, self._raw = lexer, raw
-        self._known: dict[str, Value | Literal] = {}
-        self._returned = {reference.name for reference in raw.outputs}
-
-    def function(self) -> Function:
-        raw = self._raw
-        inputs = tuple(self._define(*port) for port in raw.inputs)
-        ops = tuple(op for statement in raw.statements if (op := self._statement(statement)) is not None)
-        outputs = tuple(self._find(reference) for reference in raw.outputs)
-        values = tuple(value for value in outputs if isinstance(value, Value))
-        return Function(raw.name, inputs, ops, values, raw.opset)
-
-    def _define(self, name: str, type_: TensorType, start: int) -> Value:
-        if any(extent < 1 for extent in type_.shape) or type_.dtype == "string":
-            self._lexer.refuse(
-                f"{name} needs a numeric type without empty axes; got {type_}", start, "MIL101"
-            )
-        return self._bind(name, Value(name, type_), start)
-
-    def _bind(self, name: str, item: Value, start: int) -> Value:
-        if name in self._known:
-            self._lexer.refuse(f"needs each name once; got {name} again", start, "MIL104")
-        self._known[name] = item
-        return item
-
-    def _find(self, reference: Reference) -> Value | Literal:
-        found = self._known.get(reference.name)
-        if found is None:
-            self._lexer.refuse(
-                f"needs a value that is defined above; got {reference.name}", reference.start, "MIL104"
-            )
-        return found
-
-    def _statement(self, statement: Statement) -> Op | None:
-        if statement.kind == "const":
-            return self._constant(statement)
-        try:
-            arguments = self._arguments(statement)
-            types = infer(statement.kind, dict(arguments))
-        except ProgramError as fault:
-            if str(fault.args[0]).startswith("line "):
-                raise
-            self._lexer.refuse(str(fault.args[0]).rstrip("."), statement.start, fault.code)
-        declared = tuple(type_ for _, type_, _ in statement.results)
-        if declared != types:
-            wanted, got = (", ".join(map(str, group)) or "no result" for group in (types, declared))
-            self._lexer.refuse(
-                f"{statement.kind}: needs the result type {wanted}; got {got}", statement.start, "MIL101"
-            )
-        return Op(statement.kind, arguments, tuple(self._define(*result) for result in statement.results))
-
-    def _constant(self, statement: Statement) -> Op | None:
-        value = statement.arguments.get("val")
-        if len(statement.results) != 1 or not isinstance(value, Literal) or len(statement.arguments) != 1:
-            self._lexer.refuse("const: needs one result and one typed val", statement.start, "MIL101")
-        ((name, type_, start),) = statement.results
-        if type_ != value.type:
-            self._lexer.refuse(f"const: needs a value of type {type_}; got {value.type}", start, "MIL101")
-        if name in self._returned:
-            return Op("const", (("val", value),), (self._define(name, type_, start),))
-        if name in self._known:
-            self._lexer.refuse(f"needs each name once; got {name} again", start, "MIL104")
-        self._known[name] = Literal(value.type, value.data, name)
-        return None
-
-    def _arguments(self, statement: Statement) -> tuple[tuple[str, Arg], ...]:
-        """Arguments in the op's own order, references replaced by what they stand for."""
-        definition = op_def(statement.kind)
-        order = {param.name: index for index, param in enumerate(definition.params)}
-        variadic = {param.name for param in definition.params if param.role == "tensors"}
-        found: list[tuple[str, Arg]] = []
-        for name in sorted(statement.arguments, key=lambda key: order.get(key, len(order))):
-            argument = self._argument(statement.arguments[name])
-            if name in variadic and not isinstance(argument, tuple):
-                argument = (argument,)
-            elif name not in variadic and isinstance(argument, tuple) and len(argument) == 1:
-                argument = argument[0]
-            found.append((name, argument))
-        return tuple(found)
-
-    def _argument(self, raw: RawArgument) -> Arg:
-        if isinstance(raw, tuple):
-            return tuple(self._item(item) for item in raw)
-        return self._item(raw)
-
-    def _item(self, raw: Reference | Literal) -> Value | Literal:
-        return self._find(raw) if isinstance(raw, Reference) else raw
