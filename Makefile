@@ -36,7 +36,8 @@ format: $(DEV_STAMP) ## Put the code into ruff's form
 test-slow: $(DEV_STAMP) ## The tests that take minutes: full training runs
 	$(BIN)/python -m pytest -m "slow and not mac" $(ARGS)
 
-fuzz: $(DEV_STAMP) ## The property tests with many more examples
+fuzz: $(DEV_STAMP) ## A million mutated MIL texts, then the property tests with many more examples
+	$(BIN)/python -m tests.fuzz_parser --inputs 1000000
 	$(BIN)/python -m pytest -n $(JOBS) -m "hypothesis and not mac" --hypothesis-profile=fuzz $(ARGS)
 
 test-mac: $(DEV_STAMP) ## The tests that need the engine of an Apple silicon Mac

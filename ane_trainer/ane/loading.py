@@ -29,7 +29,7 @@ def load_program(path: str | Path) -> Program:
     `.mlpackage` (needs the extra `coreml`).
 
     Weights named `@model_path/...` are read from the text's own folder (or its `weights` folder). Refused
-    with `ProgramError`: a path that does not exist, another kind of file, and whatever `parse_program` refuses.
+    with `ProgramError`: a path that does not exist, another kind of file, what `parse_program` refuses.
     """
     path = Path(path)
     if path.suffix == ".mlpackage" and path.is_dir():

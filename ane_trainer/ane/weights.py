@@ -163,5 +163,5 @@ def read_weight(blob: bytes, offset: int, type_: TensorType) -> bytes:
     return unpack(bytes(memoryview(blob)[start : start + nbytes]), type_.dtype, type_.size)
 
 
-def _refuse(where: str, reason: str, code: str = "MIL103") -> ProgramError:
+def _refuse(where: str, reason: str, code: str = "MIL106") -> ProgramError:
     return ProgramError(f"{where}: {reason}.", code=code)
