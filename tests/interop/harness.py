@@ -1,0 +1,58 @@
+"""Builds, compiles and runs ANEForge graphs, and says how far a result is from a NumPy reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aneforge as af
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+QUIET = "ignore::UserWarning"
+"""ANEForge warns about dispatch cost and fp16 risk of every small graph."""
+
+
+def run(graph: Callable[..., Any], *arrays: Array, **options: Any) -> Array:
+    """Compile `graph` over inputs of the arrays' shapes, run it once, release it."""
+    net = af.compile(graph(*(af.input(a.shape) for a in arrays)), **options)
+    try:
+        return np.asarray(net(*arrays))
+    finally:
+        net.release()
+
+
+def values(*shape: int, seed: int = 0, low: float = -2.0, high: float = 2.0) -> Array:
+    """Uniform values that fp16 holds exactly."""
+    draw = np.random.default_rng([seed, *shape]).uniform(low, high, shape)
+    return draw.astype(np.float16).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, its operands, what NumPy says, and the largest difference |got - want| <= absolute + relative * |want|."""
+
+    name: str
+    graph: Callable[..., Any]
+    operands: tuple[Array, ...]
+    reference: Callable[..., Any]
+    relative: float = 2e-3
+    absolute: float = 2e-3
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        got = run(self.graph, *self.operands, **self.options)
+        want = np.asarray(self.reference(*self.operands), np.float64)
+        assert got.shape == want.shape, f"{self.name}: shape {got.shape}, needs {want.shape}"
+        excess = np.abs(got - want) - self.relative * np.abs(want) - self.absolute
+        worst = np.unravel_index(np.argmax(excess), excess.shape) if excess.size else ()
+        assert (excess <= 0).all(), f"{self.name}: got {got[worst]} for {want[worst]} at {worst}"
+
+    def ops(self) -> set[str]:
+        """Names of all graph ops of the case."""
+        from aneforge._compile import _topo
+
+        return {t.op for t in _topo(self.graph(*(af.input(a.shape) for a in self.operands)))}
