@@ -148,6 +148,7 @@ def read_weight(blob: bytes, offset: int, type_: TensorType) -> bytes:
 
     Refused with `ProgramError`: a descriptor outside the blob or without its mark, data outside the blob,
     or a byte count that is not what `type_` takes. The stored dtype code is not compared: writers differ.
+    A data offset of 0 means "right after the descriptor", its byte count unset (maderix/ANE's benchmarks).
     """
     where = f"weight blob at offset {offset}"
     if not 0 <= offset <= len(blob) - _DESCRIPTOR.size:
@@ -156,6 +157,8 @@ def read_weight(blob: bytes, offset: int, type_: TensorType) -> bytes:
     if sentinel != _SENTINEL:
         raise _refuse(where, f"needs the mark {_SENTINEL:#x}; got {sentinel:#x}", "MIL105")
     expected = packed_bytes(type_)
+    if start == 0:
+        start, nbytes = offset + _DESCRIPTOR.size, expected
     if nbytes != expected:
         raise _refuse(where, f"needs {expected} bytes for {type_}; got {nbytes}", "MIL105")
     if start + nbytes > len(blob):

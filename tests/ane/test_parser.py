@@ -166,6 +166,24 @@ def test_weights_first_dialect_of_the_direct_path() -> None:
         assert parse_program(*print_program(program)) == program
 
 
+def test_statements_without_attributes_and_decimal_numbers() -> None:
+    """maderix/ANE's training kernels leave the brackets out; Orion writes numbers as C's %g does."""
+    body = """fp16 e = const()[name=string("e"), val=fp16(1e-05)];
+        tensor<int32, [1]> ax = const()[name=string("ax"), val=tensor<int32, [1]>([1])];
+        bool kd = const()[name=string("kd"), val=bool(true)];
+        tensor<fp16, [1,4]> sq = mul(x=x,y=x);
+        tensor<fp16, [1,1]> ss = reduce_sum(x=sq,axes=ax,keep_dims=kd);
+        tensor<fp16, [1,1]> se = add(x=ss,y=e);
+        tensor<fp16, [1,1]> r = pow(x=se,y=fp16(-0.5));
+        tensor<fp16, [1,4]> silu = mul(x=x,y=r);
+        tensor<fp16, [1,8]> y = concat(axis=int32(1),interleave=bool(false),values=(silu,x));"""
+    program = parse_program(wrap(body))
+    kinds = ["mul", "reduce_sum", "add", "pow", "mul", "concat"]
+    assert [op.kind for op in program.main.ops] == kinds
+    assert program.main.ops[2].arg("y") == literal(1e-5, "fp16")
+    assert parse_program(*print_program(program)) == program
+
+
 def test_states_several_functions_and_function_attributes() -> None:
     text = """program(1.3) // a comment
     {

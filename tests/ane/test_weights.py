@@ -88,6 +88,15 @@ def test_refuses_a_reference_that_does_not_fit(offset: int, length: int, words: 
         read_weight(blob.finish(), offset, TensorType("fp16", (length,)))
 
 
+def test_a_descriptor_without_offset_is_followed_by_its_data() -> None:
+    """The blobs of maderix/ANE's benchmarks leave the data offset 0 and the byte count at a template's."""
+    data = np.arange(4, dtype=np.float16).tobytes()
+    blob = bytes(64) + struct.pack("<IIQQ40x", 0xDEADBEEF, 1, 0x80000, 0) + data
+    assert read_weight(blob, 64, TensorType("fp16", (4,))) == data
+    with pytest.raises(ProgramError, match="the blob has"):
+        read_weight(blob, 64, TensorType("fp16", (5,)))
+
+
 def test_refuses_data_beyond_the_end() -> None:
     blob = BlobWriter()
     offset = blob.add(from_array(np.ones(100, np.float16)))
