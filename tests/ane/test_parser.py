@@ -286,6 +286,19 @@ def test_deep_and_long_texts_are_refused_quickly(bulk: str) -> None:
         assert time.perf_counter() - start < 5
 
 
+def test_numbers_do_not_ask_for_memory() -> None:
+    huge = "tensor<fp16, [2147483647]>"
+    for body in (
+        f"{huge} y = split(axis = int32(0), num_splits = int32(2147483647), x = x)[];",
+        f"{huge} y = tile(reps = tensor<int32, [1]>([2147483647]), x = x)[];",
+        f"{huge} y = fill(shape = tensor<int32, [2]>([2147483647, 2147483647]), value = fp16(0))[];",
+        f'{huge} y = const()[val = {huge}(BLOBFILE(path = string("w"), offset = uint64(0)))];',
+        f"{huge} y = const()[val = {huge}([0])];",
+    ):
+        with pytest.raises(ProgramError):
+            parse_program(wrap(body, inputs=f"{huge} x"), bytes(1000))
+
+
 def test_time_is_linear_in_length() -> None:
     def seconds(count: int) -> float:
         lines = "\n".join(

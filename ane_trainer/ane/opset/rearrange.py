@@ -8,6 +8,9 @@ from ane_trainer.ane.mil import Literal, TensorType
 from ane_trainer.ane.opset.registry import Call, const, rule, tensor, tensors
 from ane_trainer.ane.opset.shapes import axes, axis
 
+#: Most results of one `split`: no engine has longer axes, and a number in a text must not ask for more memory.
+MAX_PARTS = 65536
+
 
 @rule(
     "split",
@@ -27,8 +30,8 @@ def split(call: Call) -> tuple[TensorType, ...]:
             raise call.refuse(f"num_splits needs {len(sizes)}, the number of split_sizes")
     elif call.has("num_splits"):
         count = call.integer("num_splits")
-        if not 1 <= count <= extent or extent % count:
-            raise call.refuse(f"num_splits needs a divisor of {extent}; got {count}")
+        if not 1 <= count <= min(extent, MAX_PARTS) or extent % count:
+            raise call.refuse(f"num_splits needs a divisor of {extent}, at most {MAX_PARTS}; got {count}")
         sizes = (extent // count,) * count
     else:
         raise call.refuse("needs num_splits or split_sizes; got neither")
@@ -204,4 +207,7 @@ def _scalars(call: Call, name: str) -> tuple[int, ...]:
     items = call.args[name]
     if not isinstance(items, tuple) or any(not isinstance(i, Literal) or i.type.rank for i in items):
         raise call.refuse(f"{name} needs constant scalars")
-    return tuple(int(i.to_python()) for i in items if isinstance(i, Literal))  # type: ignore[arg-type]
+    values = [i.to_python() for i in items if isinstance(i, Literal)]
+    if any(isinstance(v, (str, tuple)) for v in values):
+        raise call.refuse(f"{name} needs numbers; got {values}")
+    return tuple(int(v) for v in values)  # type: ignore[arg-type]
