@@ -8,7 +8,7 @@ from ane_trainer.ane.mil import Literal, TensorType
 from ane_trainer.ane.opset.registry import Call, const, rule, tensor, tensors
 from ane_trainer.ane.opset.shapes import axes, axis
 
-#: Most results of one `split`: no engine has longer axes, and a number in a text must not ask for more memory.
+#: Most results of one `split`; no engine has longer axes, and a number in a text must not ask for memory.
 MAX_PARTS = 65536
 
 
