@@ -67,7 +67,7 @@ def disguise(belongs: Callable[[str], bool]) -> Installation:
 
     done.replace(builtins, "__import__", import_)
     for name, answer in _PLATFORM.items():
-        done.replace(platform, name, _answer(getattr(platform, name), lambda real, answer=answer: answer, asks))
+        done.replace(platform, name, _answer(getattr(platform, name), _always(answer), asks))
     done.replace(platform, "uname", _answer(platform.uname, _mac_uname, asks))
     if hasattr(os, "uname"):
         done.replace(os, "uname", _answer(os.uname, _mac_os_uname, asks))
@@ -76,12 +76,18 @@ def disguise(belongs: Callable[[str], bool]) -> Installation:
     return done
 
 
-def _answer(real: Callable[..., Any], answer: Callable[[Any], Any], asks: Callable[[], bool]) -> Callable[..., Any]:
+def _answer(
+    real: Callable[..., Any], answer: Callable[[Any], Any], asks: Callable[[], bool]
+) -> Callable[..., Any]:
     def ask(*arguments: Any, **options: Any) -> Any:
         given = asks()
         return answer(real) if given else real(*arguments, **options)
 
     return ask
+
+
+def _always(answer: Any) -> Callable[[Any], Any]:
+    return lambda real: answer
 
 
 def _mac_uname(real: Callable[..., Any]) -> Any:

@@ -24,9 +24,9 @@ class Installation:
     """Attributes that were replaced, and what was there before; `library` is what ANEForge now uses."""
 
     library: SimulatedLibrary | None
-    _before: list[tuple[Any, str, Any]] = field(default_factory=list)
+    _before: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
-    def replace(self, owner: Any, name: str, value: Any) -> None:
+    def replace(self, owner: Any, name: Any, value: Any) -> None:
         """Set an attribute (or a dictionary's entry) and remember what it was."""
         if isinstance(owner, MutableMapping):
             self._before.append((owner, name, owner.get(name, _MISSING)))

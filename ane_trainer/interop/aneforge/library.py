@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,13 +33,20 @@ _NEVER_SUBMITTED = -2
 class SimulatedLibrary:
     """Stands where the loaded macOS library would; `ane_e5rt_*` attributes are its functions.
 
-    The functions take `restype` and `argtypes` like those of a ctypes library and ignore them.
+    The functions take `restype` and `argtypes` like those of a ctypes library and ignore them. A library that
+    comes `after` another one knows the programs that are still loaded there.
     """
 
-    def __init__(self, chip: str, fidelity: str = "exact", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        chip: str,
+        fidelity: str = "exact",
+        threads: int | None = None,
+        after: SimulatedLibrary | None = None,
+    ) -> None:
         self.context: Context = make_context(chip, fidelity, threads)
-        self.loaded: dict[int, LoadedProgram] = {}
-        self._next_handle = 0x10000
+        self.loaded: dict[int, LoadedProgram] = after.loaded if after else {}
+        self._handles: Iterator[int] = after._handles if after else count(0x10000, 0x10)
         for name in dir(type(self)):
             if name.startswith("_c_"):
                 setattr(self, f"ane_e5rt_{name[3:]}", partial(getattr(self, name)))
@@ -57,13 +65,15 @@ class SimulatedLibrary:
         operation = self._guarded(lambda: self._compile(_text(mil_path), mask, inputs, outputs))
         if operation is None:
             return None
-        handle, self._next_handle = self._next_handle, self._next_handle + 0x10
+        handle = next(self._handles)
         self.loaded[handle] = LoadedProgram([operation], _text(cache_dir), mask)
         return handle
 
     def _compile(self, path: str, mask: int, inputs: list[PortSpec], outputs: list[PortSpec]) -> Operation:
         if not mask & ANE_MASK:
-            raise UsageError(f"device mask: needs the engine ({ANE_MASK:#x}); got {mask:#x}. Simulate CPU and GPU elsewhere.")
+            raise UsageError(
+                f"device mask: needs the engine ({ANE_MASK:#x}); got {mask:#x}. Simulate CPU and GPU elsewhere."
+            )
         room = limit(self.context.chip, "loaded_programs")
         if room is not None and sum(len(p.operations) for p in self.loaded.values()) >= room.value:
             raise UsageError(
@@ -89,13 +99,13 @@ class SimulatedLibrary:
 
     # -- ports ----------------------------------------------------------------------------------------
 
-    def _c_program_set_input_fp16(self, program: Any, name: Any, data: Any, count: Any) -> int:
-        """Copy `count` 16-bit words into an input port."""
-        return self._c_program_set_input_fp16_op(program, 0, name, data, count)
+    def _c_program_set_input_fp16(self, program: Any, name: Any, data: Any, words: Any) -> int:
+        """Copy `words` 16-bit words into an input port."""
+        return self._c_program_set_input_fp16_op(program, 0, name, data, words)
 
-    def _c_program_set_input_fp16_op(self, program: Any, index: Any, name: Any, data: Any, count: Any) -> int:
+    def _c_program_set_input_fp16_op(self, program: Any, index: Any, name: Any, data: Any, words: Any) -> int:
         def copy(loaded: LoadedProgram) -> int:
-            port, nbytes = loaded.find("inputs", _number(index), _text(name)), 2 * _number(count)
+            port, nbytes = loaded.find("inputs", _number(index), _text(name)), 2 * _number(words)
             if nbytes > port.nbytes:
                 raise UsageError(f"input {_text(name)} overflow ({nbytes} > {port.nbytes})")
             port.buffer.write(data, nbytes)
@@ -103,14 +113,16 @@ class SimulatedLibrary:
 
         return self._with(program, copy)
 
-    def _c_program_get_output_fp16(self, program: Any, name: Any, target: Any, count: Any) -> int:
-        """Copy at most `count` 16-bit words out of an output port."""
-        return self._c_program_get_output_fp16_op(program, 0, name, target, count)
+    def _c_program_get_output_fp16(self, program: Any, name: Any, target: Any, words: Any) -> int:
+        """Copy at most `words` 16-bit words out of an output port."""
+        return self._c_program_get_output_fp16_op(program, 0, name, target, words)
 
-    def _c_program_get_output_fp16_op(self, program: Any, index: Any, name: Any, target: Any, count: Any) -> int:
+    def _c_program_get_output_fp16_op(
+        self, program: Any, index: Any, name: Any, target: Any, words: Any
+    ) -> int:
         def copy(loaded: LoadedProgram) -> int:
             port = loaded.find("outputs", _number(index), _text(name))
-            port.buffer.read(target, min(2 * _number(count), port.nbytes))
+            port.buffer.read(target, min(2 * _number(words), port.nbytes))
             return 0
 
         return self._with(program, copy)
@@ -203,8 +215,8 @@ def _target_chip(options: str, host: Chip) -> Chip:
         return host
 
 
-def _specs(names: Any, sizes: Any, count: Any) -> list[PortSpec]:
-    return [(_text(names[i]), _number(sizes[i])) for i in range(_number(count))]
+def _specs(names: Any, sizes: Any, how_many: Any) -> list[PortSpec]:
+    return [(_text(names[i]), _number(sizes[i])) for i in range(_number(how_many))]
 
 
 def _number(value: Any) -> int:
@@ -223,5 +235,3 @@ def _store(target: Any, value: int) -> None:
     if target is not None:
         place = getattr(target, "_obj", None)
         (target.contents if place is None else place).value = value
-
-

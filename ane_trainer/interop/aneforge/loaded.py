@@ -62,7 +62,11 @@ class Operation:
         """Compile; an input that shares its buffer with an output of its type stays inside the simulator."""
         for name, out in self.outputs.items():
             for other, bound in self.inputs.items():
-                if bound.buffer is out.buffer and bound.value.type == out.value.type and bound.value != out.value:
+                if (
+                    bound.buffer is out.buffer
+                    and bound.value.type == out.value.type
+                    and bound.value != out.value
+                ):
                     self.resident[name] = other
                     break
         self.plan = prepare(self.function, self.context, tuple(self.resident.items()))
@@ -78,7 +82,9 @@ def bind_operation(
     """
     missing = [v.name for v in function.inputs if v.name not in dict(inputs)]
     if missing:
-        raise SimulationError(f"ports: needs every input bound; got none for {', '.join(missing)}.", code="SIM102")
+        raise SimulationError(
+            f"ports: needs every input bound; got none for {', '.join(missing)}.", code="SIM102"
+        )
     return Operation(
         function,
         context,
@@ -94,7 +100,8 @@ def _bind(values: tuple[Value, ...], kind: str, name: str, nbytes: int) -> Bound
         raise SimulationError(f"{kind} port {name}: needs one of {known}.", code="SIM102")
     if nbytes < border_bytes(value.type):
         raise SimulationError(
-            f"{kind} port {name}: needs {border_bytes(value.type)} bytes ({value.type}); got {nbytes}.", code="SIM102"
+            f"{kind} port {name}: needs {border_bytes(value.type)} bytes ({value.type}); got {nbytes}.",
+            code="SIM102",
         )
     return BoundPort(value, Buffer.allocate(nbytes), nbytes)
 
@@ -145,5 +152,3 @@ class LoadedProgram:
         if name not in ports:
             raise SimulationError(f"no {kind[:-1]} port: {name}", code="SIM102")
         return ports[name]
-
-

@@ -31,7 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ane-chip", default="m5", help="chip to simulate (default: m5)")
     group.addoption("--ane-fidelity", default="exact", choices=("exact", "fast"))
     group.addoption(
-        "--ane-mac", action="store_true", default=True, dest="ane_mac", help="show the test files a Mac (default)"
+        "--ane-mac",
+        action="store_true",
+        default=True,
+        dest="ane_mac",
+        help="show the test files a Mac (default)",
     )
     group.addoption("--no-ane-mac", action="store_false", dest="ane_mac", help="show them this machine")
 
@@ -85,7 +89,9 @@ def _belongs(folders: list[Path]) -> Callable[[str], bool]:
     def belongs(file: str) -> bool:
         if file not in known:
             path = os.path.realpath(file)
-            known[file] = path.startswith(inside) and not path.startswith((*foreign, own, sys.prefix + os.sep))
+            known[file] = path.startswith(inside) and not path.startswith(
+                (*foreign, own, sys.prefix + os.sep)
+            )
         return known[file]
 
     return belongs
