@@ -9,9 +9,10 @@ from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.decompositions import decomposition_table
 from ane_trainer.ane.capture.findings import refuse_unsupported
+from ane_trainer.ane.capture.rehearsal import call_model, copies
 from ane_trainer.ane.capture.slots import float_buffers, identifier, unique
 from ane_trainer.ane.capture.sources import SourceMode, watch_modules
-from ane_trainer.ane.capture.step import batch_ports, call_model, copies, finish
+from ane_trainer.ane.capture.step import batch_ports, finish
 from ane_trainer.ane.capture.trace import trace
 from ane_trainer.ane.stages import Captured, Port
 

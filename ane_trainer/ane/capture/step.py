@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,10 @@ from torch.utils import _pytree as pytree
 from ane_trainer.ane.capture.decompositions import decomposition_table
 from ane_trainer.ane.capture.findings import refuse_unsupported
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
-from ane_trainer.ane.capture.masks import Mask, MaskMode
+from ane_trainer.ane.capture.masks import MaskMode
+from ane_trainer.ane.capture.rehearsal import Rehearsal, call_loss, call_model, copies, rehearse
 from ane_trainer.ane.capture.scalars import port_name, scalar_values
-from ane_trainer.ane.capture.scaling import (
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
-    gradients_fit,
-    next_scale,
-)
+from ane_trainer.ane.capture.scaling import gradients_fit, next_scale
 from ane_trainer.ane.capture.slots import (
     SCALING,
     SCALING_STATE,
@@ -41,32 +36,10 @@ from ane_trainer.ane.capture.sources import (
     watch_modules,
 )
 from ane_trainer.ane.capture.trace import trace
-from ane_trainer.ane.capture.updates import LINEAR_UNIT, Rule, rule_for, two_term_add
+from ane_trainer.ane.capture.updates import LINEAR_UNIT, ROOT_FLOORS, Rule, rule_for, two_term_add
 from ane_trainer.ane.stages import Alias, Captured, Port
 
 Tensors = dict[str, torch.Tensor]
-
-#: Where calibration puts the largest scaled gradient, and the largest gradient in its parameter's unit.
-CALIBRATED_GRADIENT = 2048.0
-CALIBRATED_UNIT_PEAK = 16.0
-LARGEST_UNIT = 2.0**14
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What one plain PyTorch step on the example shows: dropout masks, and each gradient's largest entry."""
-
-    masks: tuple[Mask, ...]
-    peaks: Mapping[str, float]
-
-    def loss_scale(self) -> float:
-        """A power of two that brings the largest gradient near CALIBRATED_GRADIENT."""
-        peak = max(self.peaks.values(), default=0.0)
-        return _power_of_two(CALIBRATED_GRADIENT, peak, SMALLEST_SCALE, LARGEST_SCALE)
-
-    def unit(self, name: str) -> float:
-        """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK."""
-        return _power_of_two(CALIBRATED_UNIT_PEAK, self.peaks.get(name, 0.0), 1.0, LARGEST_UNIT)
 
 
 @dataclass(frozen=True)
@@ -94,6 +67,7 @@ class _Plan:
     batch: tuple[Port, ...]
     masks: tuple[Port, ...]
     scalars: tuple[Port, ...]
+    floor: float = ROOT_FLOORS["fp16"]
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -107,10 +81,12 @@ def capture_training(
     example: tuple[Any, Any],
     loss_scale: float | str = "auto",
     units: Mapping[str, float] | None = None,
+    precision: str = "fp16",
 ) -> StepCapture:
     """Capture forward, loss, backward and update of one step; see `capture_step`.
 
     `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen.
+    `precision` is what the program will be lowered to, "fp16" or "fp32".
     """
     rule = rule_for(optimizer)
     loss_function = get_loss(loss)
@@ -118,51 +94,13 @@ def capture_training(
     rehearsal = rehearse(model, loss_function, found, example)
     parameters = tuple(_with_unit(p, rule, rehearsal, units or {}) for p in found)
     plan = _plan(model, loss_function, loss_name(loss), optimizer, rule, parameters, example, rehearsal)
+    plan = dataclasses.replace(plan, floor=ROOT_FLOORS[precision])
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
     refuse_unsupported(graph)
     scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
     chosen = {p.name: p.unit for p in parameters if p.trained}
     return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen)
-
-
-def rehearse(
-    model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[Any, Any]
-) -> Rehearsal:
-    """One forward and backward in plain PyTorch on copies; neither the model nor the random state changes.
-
-    Only choices of scale come from it, never values: another example gives the same step up to rounding.
-    """
-    values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
-    trained = [values[p.name] for p in parameters if p.trained]
-    mode = MaskMode()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), mode:
-        output = call_model(model, {**values, **copies(model)}, example[0])
-        value = call_loss(loss, output, example[1])
-    if not trained or not value.requires_grad:
-        return Rehearsal(tuple(mode.noted), {})
-    gradients = torch.autograd.grad(value.float(), trained, allow_unused=True)
-    names = [p.name for p in parameters if p.trained]
-    peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
-    return Rehearsal(tuple(mode.noted), peaks)
-
-
-def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
-    """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments."""
-    if isinstance(x, dict):
-        return torch.func.functional_call(model, dict(tensors), (), x, tie_weights=True)
-    args = tuple(x) if isinstance(x, (tuple, list)) else (x,)
-    return torch.func.functional_call(model, dict(tensors), args, tie_weights=True)
-
-
-def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
-    """`loss(output, target)`; its name marks in a stack where the user's code begins."""
-    return loss(output, target)
-
-
-def copies(model: torch.nn.Module) -> Tensors:
-    """Copies of all buffers, so that a forward in training mode changes nothing."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def batch_ports(example: Any, prefix: str) -> list[Port]:
@@ -325,12 +263,6 @@ def _update(
     prefix = f"{p.name}/"
     slots = {t.removeprefix(prefix): v for t, v in state.items() if t.startswith(prefix)}
     hi, lo = state[p.name], slots.pop("residual")
-    new, delta = plan.rule.update(hi, g, slots, scalars, p.unit, group)
+    new, delta = plan.rule.update(hi, g, slots, scalars, p.unit, group, plan.floor)
     new_hi, new_lo = two_term_add(hi, lo, delta)
     return {p.name: new_hi, f"{prefix}residual": new_lo, **{prefix + k: v for k, v in new.items()}}
-
-
-def _power_of_two(wanted: float, peak: float, lowest: float, highest: float) -> float:
-    if not peak > 0.0 or not math.isfinite(peak):
-        return min(max(1024.0, lowest), highest)
-    return min(max(2.0 ** math.floor(math.log2(wanted / peak)), lowest), highest)

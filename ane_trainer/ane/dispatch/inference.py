@@ -9,14 +9,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture import capture_forward
+from ane_trainer.ane.capture.rehearsal import call_model, copies
 from ane_trainer.ane.capture.slots import float_buffers
-from ane_trainer.ane.capture.step import call_model, copies
-from ane_trainer.ane.compile import compile_program
 from ane_trainer.ane.cost import Cost, estimate
-from ane_trainer.ane.devices import get_device
-from ane_trainer.ane.dispatch.feeds import Feeds
-from ane_trainer.ane.legalize import legalize
-from ane_trainer.ane.lower import lower
+from ane_trainer.ane.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
+from ane_trainer.ane.dispatch.prepare import prepare
 from ane_trainer.ane.mil import Program
 
 
@@ -29,12 +27,13 @@ def compile_forward(
     *,
     threads: int | None = None,
     path: str = "e5rt",
+    precision: str = "auto",
 ) -> InferenceProgram:
     """Compile `model(example)` in evaluation mode; weights are inputs, so new ones need no new program.
 
     Raises: UnsupportedModel, UsageError, EnvironmentFault as `compile_step` does.
     """
-    return InferenceProgram(model, example, chip, device, fidelity, threads, path)
+    return InferenceProgram(model, example, chip, device, fidelity, threads, path, precision)
 
 
 class InferenceProgram:
@@ -52,14 +51,16 @@ class InferenceProgram:
         fidelity: str,
         threads: int | None,
         path: str,
+        precision: str = "auto",
     ) -> None:
         self.choice = get_device(device)
+        self.precision = choose_precision(self.choice.device, precision)
         self._fidelity, self._path = fidelity, path
         self._structure, self._shapes = _output_of(model, example)
-        self.compiled = compile_program(legalize(lower(capture_forward(model, example)), chip, path))
+        self.compiled = prepare(capture_forward(model, example), chip, path, self.precision)
         self._session = self.choice.device.load(self.compiled, fidelity=fidelity, threads=threads)
         inputs = self.compiled.inputs
-        self._feeds = Feeds((example,), ("x",), inputs)
+        self._feeds = Feeds((example,), ("x",), inputs, self.precision)
         tensors = dict(model.named_parameters()) | float_buffers(model)
         self._state = [(port, tensors[port.target]) for port in inputs if port.role == "state"]
         self._sent: dict[str, int] = {}
@@ -98,9 +99,10 @@ class InferenceProgram:
         self._session.close()
 
     def _send_weights(self) -> None:
+        dtype = RANGES[self.precision].dtype
         for port, tensor in self._state:
             if self._sent.get(port.name) != tensor._version:
-                self._session.write(port.name, tensor.detach().half().numpy().reshape(port.shape))
+                self._session.write(port.name, tensor.detach().to(dtype).numpy().reshape(port.shape))
                 self._sent[port.name] = tensor._version
 
 

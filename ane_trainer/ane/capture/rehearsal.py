@@ -1,0 +1,87 @@
+"""A rehearsal of the step in plain PyTorch: which dropouts run, and how large the gradients are.
+
+Also the two places where the user's code is called, which `sources` knows by their names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ane_trainer.ane.capture.losses import Loss
+from ane_trainer.ane.capture.masks import Mask, MaskMode
+from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
+from ane_trainer.ane.capture.slots import Parameter
+
+Tensors = dict[str, torch.Tensor]
+
+#: Where calibration puts the largest scaled gradient, and the largest gradient in its parameter's unit.
+CALIBRATED_GRADIENT = 2048.0
+CALIBRATED_UNIT_PEAK = 16.0
+LARGEST_UNIT = 2.0**14
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one plain PyTorch step on the example shows: dropout masks, and each gradient's largest entry."""
+
+    masks: tuple[Mask, ...]
+    peaks: Mapping[str, float]
+
+    def loss_scale(self) -> float:
+        """A power of two that brings the largest gradient near CALIBRATED_GRADIENT."""
+        peak = max(self.peaks.values(), default=0.0)
+        return _power_of_two(CALIBRATED_GRADIENT, peak, SMALLEST_SCALE, LARGEST_SCALE)
+
+    def unit(self, name: str) -> float:
+        """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK."""
+        return _power_of_two(CALIBRATED_UNIT_PEAK, self.peaks.get(name, 0.0), 1.0, LARGEST_UNIT)
+
+
+def rehearse(
+    model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[Any, Any]
+) -> Rehearsal:
+    """One forward and backward in plain PyTorch on copies; neither the model nor the random state changes.
+
+    Only choices of scale come from it, never values: another example gives the same step up to rounding.
+    """
+    values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
+    trained = [values[p.name] for p in parameters if p.trained]
+    mode = MaskMode()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), mode:
+        output = call_model(model, {**values, **copies(model)}, example[0])
+        value = call_loss(loss, output, example[1])
+    if not trained or not value.requires_grad:
+        return Rehearsal(tuple(mode.noted), {})
+    gradients = torch.autograd.grad(value.float(), trained, allow_unused=True)
+    names = [p.name for p in parameters if p.trained]
+    peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
+    return Rehearsal(tuple(mode.noted), peaks)
+
+
+def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
+    """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments."""
+    if isinstance(x, dict):
+        return torch.func.functional_call(model, dict(tensors), (), x, tie_weights=True)
+    args = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    return torch.func.functional_call(model, dict(tensors), args, tie_weights=True)
+
+
+def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
+    """`loss(output, target)`; its name marks in a stack where the user's code begins."""
+    return loss(output, target)
+
+
+def copies(model: torch.nn.Module) -> Tensors:
+    """Copies of all buffers, so that a forward in training mode changes nothing."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _power_of_two(wanted: float, peak: float, lowest: float, highest: float) -> float:
+    if not peak > 0.0 or not math.isfinite(peak):
+        return min(max(1024.0, lowest), highest)
+    return min(max(2.0 ** math.floor(math.log2(wanted / peak)), lowest), highest)
