@@ -22,11 +22,20 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ane_trainer.ane.errors import CheckpointError
+from ane_trainer.ane.errors import CheckpointError, EnvironmentFault
 from ane_trainer.utils import atomic_write
+
+#: The file name of a checkpoint in its folder.
+CHECKPOINT = "checkpoint.safetensors"
 
 #: Written into every file; raised when older versions could not read newer files.
 FORMAT = 1
+
+
+#: What reading a damaged or foreign model file raises, by the place of the damage.
+_DAMAGED = (
+    RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,14 +49,21 @@ class Checkpoint:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any] | None = None
 ) -> None:
-    """Write one safetensors file atomically; `scalars` go as JSON into its header."""
-    content = json.dumps({"version": FORMAT, "scalars": dict(scalars or {})})
+    """Write one safetensors file atomically; `scalars` go as JSON into its header.
+
+    The header has one entry only: safetensors writes several in an order that changes from run to run.
+    """
+    content = json.dumps({"version": FORMAT, "scalars": scalars})
+    header = {"format": "pt"} if scalars is None else {"ane_trainer": content}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    atomic_write(path, save_tensors(plain, metadata={"format": "pt", "ane_trainer": content}))
+    atomic_write(path, save_tensors(plain, metadata=header))
 
 
-def read_tensors(path: Path) -> Checkpoint:
-    """Read a file of `write_tensors`; CheckpointError if it is missing, damaged or of another format."""
+def read_tensors(path: Path, *, scalars: bool) -> Checkpoint:
+    """Read a file of `write_tensors`, written with or without scalars.
+
+    CheckpointError if it is missing, damaged or of another format.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -59,8 +75,9 @@ def read_tensors(path: Path) -> Checkpoint:
     try:
         tensors = load_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        content = json.loads(header["__metadata__"]["ane_trainer"])
-        version, scalars = content["version"], content["scalars"]
+        empty: dict[str, Any] = {"version": FORMAT, "scalars": {}}
+        content = json.loads(header["__metadata__"]["ane_trainer"]) if scalars else empty
+        version, found = content["version"], content["scalars"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: needs a safetensors file written by ane_trainer; it is damaged or foreign ({error}). "
@@ -72,7 +89,15 @@ def read_tensors(path: Path) -> Checkpoint:
             f"{path}: needs format {FORMAT}; got {version}. Use the version of ane_trainer that wrote it.",
             code="CKPT103",
         )
-    return Checkpoint(tensors, scalars)
+    return Checkpoint(tensors, found)
+
+
+def unwritable(path: Path, error: OSError) -> EnvironmentFault:
+    """The error for a folder or file that cannot be written."""
+    return EnvironmentFault(
+        f"{path}: needs a place that can be written; {error.strerror or error}. Choose another (--out DIR).",
+        code="ANE204",
+    )
 
 
 def write_model(path: Path, model: nn.Module, loss: str | Callable[..., Any]) -> bool:
@@ -94,11 +119,12 @@ def read_model(path: Path) -> tuple[nn.Module, str | Callable[..., Any]]:
             code="CKPT105",
         )
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        data = path.read_bytes()
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
         with torch.serialization.safe_globals([_allowed(name, path) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return content["model"], content["loss"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
             f"{path}: needs a model file written by ane_trainer; it is damaged or foreign ({error}). "
             "Pass the model: Trainer.resume(path, model=...).",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ane_trainer.ane.capture import get_loss
 from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.devices import get_device
+from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.reference import CpuForward, CpuStep
 from ane_trainer.utils import did_you_mean
 
-DEVICES = ("auto", "sim", "cpu")
 FIDELITIES = ("exact", "fast")
 
 
@@ -31,39 +31,39 @@ class Device:
 
 
 def choose_device(device: str, chip: str, fidelity: str) -> Device:
-    """Check the three names and resolve `auto`; UsageError for an unknown one."""
-    if device not in DEVICES:
-        raise UsageError(
-            f"device: needs a known name; got {device!r}. {did_you_mean(device, DEVICES)}", code="ANE101"
-        )
-    if fidelity not in FIDELITIES:
-        raise UsageError(
-            f"fidelity: needs a known name; got {fidelity!r}. {did_you_mean(fidelity, FIDELITIES)}",
-            code="ANE106",
-        )
+    """Check the three names and resolve `auto`.
+
+    UsageError for an unknown name; EnvironmentFault for a device that this machine does not have.
+    """
     found = get_chip(chip)
+    if fidelity not in FIDELITIES:
+        hint = did_you_mean(fidelity, FIDELITIES)
+        raise UsageError(f"fidelity: needs a known name; got {fidelity!r}. {hint}", code="ANE104")
     if device == "cpu":
         return Device(
             "cpu", None, None, "CPU: plain PyTorch fp32, for comparison; not the engine's arithmetic"
         )
-    why = "" if device == "sim" else f"   (auto: {_why_simulated()})"
-    text = f"SIMULATOR of {found.title} (generation {found.generation}), fidelity {fidelity}"
-    return Device("sim", found.name, fidelity, text + why)
+    choice = get_device(device)
+    why = f"   ({choice.reason})" if device == "auto" else ""
+    name = choice.device.name
+    where = "SIMULATOR" if name == "sim" else f"Neural Engine through {name}, limits"
+    text = f"{where} of {found.title} (generation {found.generation}), fidelity {fidelity}{why}"
+    return Device(name, found.name, fidelity, text)
 
 
 def compile_training(
     model: nn.Module,
-    loss: Callable[..., torch.Tensor],
+    loss: str | Callable[..., torch.Tensor],
     optimizer: torch.optim.Optimizer,
     example: tuple[Any, Any],
     device: Device,
-    threads: int | None,
+    *,
+    threads: int | None = None,
+    seed: int = 0,
 ) -> Any:
     """The compiled training step; UnsupportedModel if the model does not fit the chip."""
-    if device.name == "cpu":
-        return CpuStep(model, loss, optimizer)
-    from ane_trainer.ane.dispatch import compile_step
-
+    if device.chip is None or device.fidelity is None:
+        return CpuStep(model, get_loss(loss), optimizer)
     return compile_step(
         model,
         loss,
@@ -73,15 +73,15 @@ def compile_training(
         device=device.name,
         fidelity=device.fidelity,
         threads=threads,
+        sync="lazy",
+        seed=seed,
     )
 
 
 def compile_inference(model: nn.Module, example: Any, device: Device, threads: int | None) -> Any:
     """The compiled forward pass in evaluation mode; UnsupportedModel if the model does not fit the chip."""
-    if device.name == "cpu":
+    if device.chip is None or device.fidelity is None:
         return CpuForward(model)
-    from ane_trainer.ane.dispatch import compile_forward
-
     return compile_forward(
         model, example, chip=device.chip, device=device.name, fidelity=device.fidelity, threads=threads
     )
@@ -130,11 +130,4 @@ def program_facts(step: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 def program_files(step: Any) -> tuple[str, bytes] | None:
     """MIL text and weight blob of the compiled step; None where there is no program."""
-    return (step.text(), step.weights) if hasattr(step, "program") else None
-
-
-def _why_simulated() -> str:
-    here = f"{platform.system()} {platform.machine()}"
-    if sys.platform == "darwin" and platform.machine() == "arm64":
-        return "this version has no direct dispatch to the engine yet"
-    return f"no Neural Engine here, {here}"
+    return (step.compiled.text, step.compiled.weights) if hasattr(step, "program") else None

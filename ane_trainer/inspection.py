@@ -11,7 +11,6 @@ import torch
 
 from ane_trainer import engine
 from ane_trainer.ane import cost as costs
-from ane_trainer.ane.capture.losses import get_loss
 from ane_trainer.ane.chips import get_chip, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
 from ane_trainer.config import make_config
@@ -88,7 +87,7 @@ def check_model(
             verdicts.append(ChipVerdict(chip.name, chip.title, error.findings, (), {}))
             continue
         statuses = Counter[str](op_status(op.kind, chip).status for op in step.program.main.ops)
-        verdicts.append(ChipVerdict(chip.name, chip.title, (), tuple(step.notes), dict(statuses)))
+        verdicts.append(ChipVerdict(chip.name, chip.title, (), step.compiled.legalized.notes, dict(statuses)))
     return Verdict(model, tuple(verdicts))
 
 
@@ -147,6 +146,4 @@ def _compile(model: str, in_shape: Sequence[int], classes: int, batch: int, opti
     module = build_model(model, tuple(in_shape), classes, seed=0)
     device = engine.choose_device("sim", chip, "exact")
     example = (torch.zeros(batch, *in_shape), torch.zeros(batch, dtype=torch.int64))
-    return engine.compile_training(
-        module.train(), get_loss(config.loss), make_optimizer(config, module), example, device, None
-    )
+    return engine.compile_training(module, config.loss, make_optimizer(config, module), example, device)

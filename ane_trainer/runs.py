@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.errors import CheckpointError, EnvironmentFault
-from ane_trainer.checkpoint import Checkpoint, read_tensors, write_tensors
+from ane_trainer.ane.errors import CheckpointError
+from ane_trainer.checkpoint import CHECKPOINT, Checkpoint, read_tensors, unwritable, write_tensors
 from ane_trainer.config import TrainConfig, load_config
 from ane_trainer.utils import atomic_write, atomic_write_json
 
 #: Where runs go when no folder is named.
 RUNS = Path("runs")
 
-CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "weights.safetensors"
 
 
@@ -53,6 +52,10 @@ class RunFolder:
                 code="CKPT101",
             )
         return load_config(self.path / "config.toml")
+
+    def has_result(self) -> bool:
+        """True if the run came to its end."""
+        return (self.path / "result.json").is_file()
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null."""
@@ -82,7 +85,7 @@ class RunFolder:
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         """The module's state_dict."""
-        return read_tensors(self.path / WEIGHTS).tensors
+        return read_tensors(self.path / WEIGHTS, scalars=False).tensors
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace checkpoint.safetensors."""
@@ -91,7 +94,7 @@ class RunFolder:
 
     def read_checkpoint(self) -> Checkpoint:
         """The last checkpoint."""
-        return read_tensors(self.path / CHECKPOINT)
+        return read_tensors(self.path / CHECKPOINT, scalars=True)
 
     def _write(self, name: str, data: str | bytes) -> None:
         with self._writing(name):
@@ -137,14 +140,6 @@ def open_run(path: str | Path) -> RunFolder:
     run = RunFolder(Path(path))
     run.read_config()
     return run
-
-
-def unwritable(path: Path, error: OSError) -> EnvironmentFault:
-    """The error for a folder or file that cannot be written."""
-    return EnvironmentFault(
-        f"{path}: needs a place that can be written; {error.strerror or error}. Choose another (--out DIR).",
-        code="ANE203",
-    )
 
 
 def finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ane_trainer import engine, loop
 from ane_trainer.ane.capture.losses import get_loss, loss_name
-from ane_trainer.ane.capture.step import call_model
+from ane_trainer.ane.capture.rehearsal import call_model
 from ane_trainer.ane.errors import (
     AneTrainerError,
     CheckpointError,
@@ -182,7 +182,7 @@ class Trainer:
         `options` (device, chip, fidelity, threads) override the stored ones. CheckpointError: nothing there,
         damaged, of another model, or a model class that is not imported.
         """
-        checkpoint = read_tensors(Path(path) / CHECKPOINT)
+        checkpoint = read_tensors(Path(path) / CHECKPOINT, scalars=True)
         stored_loss: Loss = checkpoint.scalars["loss"]
         if model is None:
             model, stored_loss = read_model(Path(path) / "model.pt")
@@ -342,10 +342,11 @@ class Trainer:
         self.model.train()
         self._example = (x, y)
         self.step = engine.compile_training(
-            self.model, self._loss, self.optimizer, (x, y), self.device, self.threads
+            self.model, self.loss, self.optimizer, (x, y), self.device, threads=self.threads, seed=self.seed
         )
         if self._restored is not None:
             self.step.load_state_dict(_part(self._restored.tensors, "step/"))
+            self.progress.skipped_steps -= self.step.skipped_steps
             self._restored = None
         self._classes = _class_count(self.model, self._loss, x, y)
         self.seconds_compile = time.perf_counter() - started

@@ -1,1 +1,7 @@
-"""The Neural Engine: programs, legality, simulator, devices."""
+"""The Neural Engine: programs, legality, simulator, cost model, devices."""
+
+from ane_trainer.ane.cost import estimate
+from ane_trainer.ane.loading import load_program
+from ane_trainer.ane.simulator import simulate
+
+__all__ = ["estimate", "load_program", "simulate"]
