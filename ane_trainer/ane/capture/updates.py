@@ -34,8 +34,9 @@ RESIDUAL = "residual"
 LINEAR_UNIT = 256.0
 #: Scale of epsilon on its way from the host, so that 1e-8 is a normal fp16 number.
 EPSILON_SCALE = 2.0**14
-#: Least denominator under a first moment, in gradient units: squares of anything smaller underflow.
-ROOT_FLOOR = 2.0**-14
+#: Least denominator under a first moment, in gradient units, by the program's precision: in fp16 the squares
+#: of anything smaller underflow; fp32 needs none, and with one Adam's losses leave PyTorch's by 3e-5.
+ROOT_FLOORS = {"fp16": 2.0**-14, "fp32": 0.0}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Rule:
 
     `slots(group)`: its state tensors. `scalars(group, step)`: the host's values for update number `step`
     (1 for the first). `gated`: the scalars that are 0 on a skipped step. `update(weight, g, slots, scalars,
-    unit, group)` -> (new slots, step of the weight times RESIDUAL_SCALE). `structure(group)`: settings that
+    unit, group, floor)` -> (new slots, step of the weight times RESIDUAL_SCALE); `floor` is the least
+    denominator under a first moment (`ROOT_FLOORS`). `structure(group)`: settings that
     are compiled in. `calibrated`: the unit is chosen per parameter from example gradients.
     """
 
@@ -92,7 +94,7 @@ def _sgd_scalars(group: Group, step: int) -> dict[str, float]:
 
 
 def _sgd(
-    weight: torch.Tensor, g: torch.Tensor, slots: Slots, s: Slots, unit: float, group: Group
+    weight: torch.Tensor, g: torch.Tensor, slots: Slots, s: Slots, unit: float, group: Group, floor: float
 ) -> tuple[Slots, torch.Tensor]:
     """buf += admit*g - forget*buf; step = rate*(nesterov ? g + momentum*buf : buf)."""
     if group["weight_decay"]:
@@ -145,7 +147,7 @@ def _adam_scalars(group: Group, step: int) -> dict[str, float]:
 
 
 def _adam(
-    weight: torch.Tensor, g: torch.Tensor, slots: Slots, s: Slots, unit: float, group: Group
+    weight: torch.Tensor, g: torch.Tensor, slots: Slots, s: Slots, unit: float, group: Group, floor: float
 ) -> tuple[Slots, torch.Tensor]:
     """m += forget*(g-m); v += forget_sq*(g^2-v) in two terms; step = rate * m/(sqrt(v)+eps)."""
     decay = bool(group["weight_decay"])
@@ -161,7 +163,7 @@ def _adam(
     if group["amsgrad"]:
         new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], v * s["bias_sq"])
         root = torch.sqrt(new["max_exp_avg_sq"]) * s["unbias_root"]
-    eps = torch.clamp(s["eps"] * (unit / EPSILON_SCALE), min=ROOT_FLOOR)
+    eps = torch.clamp(s["eps"] * (unit / EPSILON_SCALE), min=floor)
     bound = _ratio_bound(*map(float, group["betas"]))
     delta = torch.clamp(m / (root + eps), -bound, bound) * s["rate"]
     if decay and _decoupled(group):
