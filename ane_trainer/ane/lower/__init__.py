@@ -17,6 +17,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     pooling,
     predicates,
     reduction,
+    scattering,
     slicing,
     strided,
     views,

@@ -7,6 +7,9 @@ import math
 from ane_trainer.ane.lower.context import Context, Operand, shape_of
 from ane_trainer.ane.lower.registry import lowering
 
+#: From here on softplus is the identity in fp16: log(1 + exp(-12)) is below half an ulp of 12.
+_SOFTPLUS_LINEAR = 12.0
+
 
 @lowering("relu.default")
 def relu(ctx: Context, x: Operand) -> Operand:
@@ -159,18 +162,26 @@ def hardtanh_backward(ctx: Context, g: Operand, x: Operand, low: float, high: fl
 def softplus(ctx: Context, x: Operand, beta: float = 1, threshold: float = 20) -> Operand:
     """`softplus(x) -> add(relu(x), softplus(mul(abs(x), -1)))`, scaled by beta
 
+    torch's switch to the identity above `threshold` is written out only where it shows in fp16.
     The native op returns 0 for x >= 11.09 (exp overflows first, ANEForge on M5), so it sees only x <= 0.
     """
     scaled = x if beta == 1 else ctx.mul(x, beta)
     tail = ctx.unary("softplus", ctx.mul(ctx.unary("abs", scaled), -1.0))
     y = ctx.add(ctx.unary("relu", scaled), tail)
-    return y if beta == 1 else ctx.div(y, beta)
+    y = y if beta == 1 else ctx.div(y, beta)
+    if threshold >= _SOFTPLUS_LINEAR:
+        return y
+    return ctx.where(ctx.binary("greater", scaled, threshold), x, y)
 
 
 @lowering("softplus_backward.default")
 def softplus_backward(ctx: Context, g: Operand, x: Operand, beta: float, threshold: float) -> Operand:
     """`softplus_backward(g, x, beta) -> mul(g, sigmoid(mul(x, beta)))`"""
-    return ctx.mul(g, ctx.unary("sigmoid", x if beta == 1 else ctx.mul(x, beta)))
+    scaled = x if beta == 1 else ctx.mul(x, beta)
+    slope = ctx.mul(g, ctx.unary("sigmoid", scaled))
+    if threshold >= _SOFTPLUS_LINEAR:
+        return slope
+    return ctx.where(ctx.binary("greater", scaled, threshold), g, slope)
 
 
 @lowering("log_sigmoid_forward.default")

@@ -41,6 +41,7 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
             ctx.operands[node] = operator.attrgetter(node.target)(captured.graph)
         elif node.op == "call_function":
             _lower_node(ctx, node, findings)
+    findings += _absent_outputs(ctx, results)
     if findings:
         count = len(findings)
         verb = "has" if count == 1 else "have"
@@ -57,6 +58,12 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     renamed = {port.name: new.name for port, new in zip(captured.inputs, inputs, strict=True)}
     aliases = tuple(Alias(names[a.output], renamed[a.input]) for a in captured.aliases)
     return Lowered(Program((function,)), inputs, outputs, aliases)
+
+
+def _absent_outputs(ctx: Context, results: Sequence[Any]) -> list[Finding]:
+    """Results that a rule left out and the graph returns."""
+    found = [(r, ctx.operands[r]) for r in results if isinstance(r, Node)]
+    return [Finding(where(r), str(r.target), o.reason, o.fix) for r, o in found if isinstance(o, Absent)]
 
 
 def where(node: Node) -> str:

@@ -1,4 +1,4 @@
-"""Look-ups by index: one-hot products instead of gather and scatter, which the engine lacks.
+"""Look-ups by index: one-hot products instead of gather, which the engine lacks.
 
 Indices are fp16 numbers in the program, exact up to 2048: that bounds the axis that is looked up.
 """
@@ -10,13 +10,16 @@ from collections.abc import Sequence
 
 import torch
 
-from ane_trainer.ane.lower.context import Context, Operand, as_tensor, shape_of
+from ane_trainer.ane.lower.context import Context, Operand, broadcast_shape, is_bool, shape_of
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.lower.slicing import take
 from ane_trainer.ane.mil import Value
 
 #: Integers that fp16 holds without gaps.
 EXACT_INTEGERS = 2048
+
+#: What a one-hot row of a weight look-up holds instead of 1; a power of two.
+LOOKUP_SCALE = 64.0
 
 #: Stands for a class that no label can equal.
 _NEVER = -32768.0
@@ -67,10 +70,14 @@ def embedding(
     scale: bool = False,
     sparse: bool = False,
 ) -> Operand:
-    """`embedding(w, i) -> matmul(onehot(i), w)`: [M, V] @ [V, D], exact (one product x * 1 per sum)"""
-    rows = shape_of(weight)[0]
+    """`embedding(w, i) -> mul(matmul(select(equal(i, rows), 64, 0), w), 1/64)`: [M, V] @ [V, D]
+
+    The accumulator's step is 2^-16 (M6 notes/numerics.md), which would cut the last bits of weights below
+    2^-6. With 64 in the one-hot the look-up is exact for 2^-12 <= |w| < 512.
+    """
     flat = ctx.reshape(index, (math.prod(shape_of(index)),))
-    return ctx.reshape(ctx.matmul(_flat_one_hot(ctx, flat, rows), weight), ctx.shape)
+    picks = flat_one_hot(ctx, flat, shape_of(weight)[0], on=LOOKUP_SCALE)
+    return ctx.reshape(ctx.mul(ctx.matmul(picks, weight), 1.0 / LOOKUP_SCALE), ctx.shape)
 
 
 @lowering("embedding_dense_backward.default")
@@ -83,11 +90,11 @@ def embedding_backward(
     count = math.prod(shape_of(index))
     flat = ctx.reshape(index, (count,))
     gradient = ctx.reshape(g, (count, shape_of(g)[-1]))
-    return ctx.matmul(_flat_one_hot(ctx, flat, rows, skip=padding_idx), gradient, tx=True)
+    return ctx.matmul(flat_one_hot(ctx, flat, rows, skip=padding_idx), gradient, tx=True)
 
 
-def _flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = None) -> Operand:
-    """`[M]` -> `[M, rows]`; wide tables are refused by `one_hot`."""
+def flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = None, on: float = 1.0) -> Operand:
+    """`[M]` -> `[M, rows]` of `on` and 0; row `skip` matches nothing."""
     column = ctx.reshape(flat, (shape_of(flat)[0], 1))
     if rows > EXACT_INTEGERS:
         raise ctx.refuse(
@@ -97,7 +104,7 @@ def _flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = Non
     numbers = torch.arange(rows, dtype=torch.float64)
     if skip is not None and 0 <= skip < rows:
         numbers[skip] = _NEVER
-    return ctx.number(ctx.binary("equal", column, numbers.reshape(1, rows)))
+    return ctx.where(ctx.binary("equal", column, numbers.reshape(1, rows)), on, 0.0)
 
 
 @lowering("index_select.default")
@@ -107,41 +114,65 @@ def index_select(ctx: Context, x: Operand, dim: int, index: Operand) -> Operand:
         return take(ctx, x, dim, torch.as_tensor(index).reshape(-1))
     shape = shape_of(x)
     dim %= len(shape)
-    matrix = _flat_one_hot(ctx, index, shape[dim])
+    matrix = flat_one_hot(ctx, index, shape[dim])
     lead, n, rest = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
     picked = ctx.matmul(matrix, ctx.reshape(x, (lead, n, rest)))
     return ctx.reshape(picked, ctx.shape)
 
 
-@lowering("index.Tensor")
+@lowering("index.Tensor _unsafe_index.Tensor")
 def index_(ctx: Context, x: Operand, indices: Sequence[Operand | None]) -> Operand:
-    """`index(x, [None, i]) -> ` as `index_select` on the one indexed axis, the index's shape in its place"""
+    """`index(x, [None, i]) -> ` as `index_select`, the index's shape in its place
+
+    Several neighbouring indices: `x[i, j] -> y = matmul(onehot(i), x); matmul(reshape(onehot(j), [M, 1, n]), reshape(y, [M, n, rest]))`;
+    all constant `-> ` the axes are flattened, then slices and `concat`
+    """
+    first, given, shape = neighbours(ctx, x, indices)
+    count = math.prod(shape)
+    lead = shape_of(x)[:first]
+    if not any(isinstance(i, Value) for i in given):
+        return _index_constant(ctx, x, first, given)
+    if len(given) > 1 and math.prod(lead) != 1:
+        raise ctx.refuse("needs several indices to be on the first axes.", "Move these axes to the front.")
+    sizes = shape_of(x)[first : first + len(given)]
+    matrix = flat_one_hot(ctx, ctx.reshape(given[0], (count,)), sizes[0])
+    y = ctx.matmul(matrix, ctx.reshape(x, (math.prod(lead), sizes[0], -1)))
+    for index, size in zip(given[1:], sizes[1:], strict=True):
+        row = ctx.reshape(flat_one_hot(ctx, ctx.reshape(index, (count,)), size), (count, 1, size))
+        y = ctx.matmul(row, ctx.reshape(y, (count, size, -1)))
+    return ctx.reshape(y, ctx.shape)
+
+
+def neighbours(
+    ctx: Context, x: Operand, indices: Sequence[Operand | None]
+) -> tuple[int, list[Operand], tuple[int, ...]]:
+    """(first indexed axis, the indices broadcast to one shape, that shape); gaps and masks are refused."""
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(given) != 1 or (isinstance(given[0][1], torch.Tensor) and given[0][1].dtype == torch.bool):
-        return _index_constant(ctx, x, given)
-    dim, index = given[0]
-    shape = shape_of(x)
-    count = math.prod(shape_of(index))
-    flat = ctx.reshape(index, (count,))
-    if not isinstance(flat, Value):
-        return ctx.reshape(take(ctx, x, dim, torch.as_tensor(flat)), ctx.shape)
-    matrix = _flat_one_hot(ctx, flat, shape[dim])
-    lead, rest = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    return ctx.reshape(ctx.matmul(matrix, ctx.reshape(x, (lead, shape[dim], rest))), ctx.shape)
-
-
-def _index_constant(ctx: Context, x: Operand, given: Sequence[tuple[int, Operand]]) -> Operand:
-    """Several constant indices on leading axes: the axes are flattened and taken from by one index."""
-    if any(isinstance(i, Value) for _, i in given) or [d for d, _ in given] != list(range(len(given))):
+    if any(is_bool(i) and isinstance(i, Value) for _, i in given):
+        raise ctx.refuse("needs indices; a mask gives a shape that depends on data.", "Use torch.where.")
+    if any(is_bool(i) for _, i in given) or [d for d, _ in given] != list(
+        range(given[0][0], given[0][0] + len(given))
+    ):
         raise ctx.refuse(
-            "needs one index tensor, or constant indices of the first axes.", "Use gather or select."
+            "needs index tensors on neighbouring axes.", "Use gather, or index one axis at a time."
         )
+    shape = broadcast_shape(*(shape_of(i) for _, i in given))
+    spread: list[Operand] = []
+    for d, i in given:
+        if isinstance(i, torch.Tensor):
+            i = i % shape_of(x)[d]
+        spread.append(ctx.broadcast(i, shape))
+    return given[0][0], spread, shape
+
+
+def _index_constant(ctx: Context, x: Operand, first: int, given: Sequence[Operand]) -> Operand:
+    """Constant indices: the indexed axes are flattened and taken from by one index."""
     shape = shape_of(x)
-    lead = shape[: len(given)]
-    parts = [torch.as_tensor(i) for _, i in given]
-    where = torch.arange(math.prod(lead)).reshape(lead)[tuple(parts)].reshape(-1)
-    flat = ctx.reshape(x, (math.prod(lead), *shape[len(given) :]))
-    return ctx.reshape(take(ctx, flat, 0, where), ctx.shape)
+    inner = shape[first : first + len(given)]
+    parts = tuple(torch.as_tensor(i) for i in given)
+    flat_index = torch.arange(math.prod(inner)).reshape(inner)[parts].reshape(-1)
+    flat = ctx.reshape(x, (*shape[:first], math.prod(inner), *shape[first + len(given) :]))
+    return ctx.reshape(take(ctx, flat, first, flat_index), ctx.shape)
 
 
 @lowering("gather.default")
@@ -160,13 +191,13 @@ def gather(ctx: Context, x: Operand, dim: int, index: Operand, *, sparse_grad: b
         mask = (
             one_hot(ctx, ctx.reshape(index, rest), shape[dim], dim)
             if rest
-            else _flat_one_hot(ctx, index, shape[dim])
+            else flat_one_hot(ctx, index, shape[dim])
         )
         return ctx.reshape(ctx.sum(ctx.mul(x, ctx.reshape(mask, shape_of(x))), [dim], keep=True), ctx.shape)
     mask, moved = _gather_mask(ctx, x, dim, index)
     product = ctx.matmul(mask, ctx.reshape(moved, (*shape_of(moved), 1)))
     back = ctx.reshape(product, shape_of(product)[:-1])
-    return _move_axis_back(ctx, back, dim)
+    return move_axis_back(ctx, back, dim)
 
 
 def _gather_mask(ctx: Context, x: Operand, dim: int, index: Operand) -> tuple[Operand, Operand]:
@@ -177,76 +208,12 @@ def _gather_mask(ctx: Context, x: Operand, dim: int, index: Operand) -> tuple[Op
     return one_hot(ctx, where, shape_of(moved)[-1], rank), moved
 
 
-def _move_axis_back(ctx: Context, x: Operand, dim: int) -> Operand:
+def move_axis_back(ctx: Context, x: Operand, dim: int) -> Operand:
+    """The last axis moved to position `dim`."""
     rank = len(shape_of(x))
     order = list(range(rank - 1))
     order.insert(dim, rank - 1)
     return ctx.transpose(x, order)
-
-
-@lowering("scatter_add.default")
-def scatter_add(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand) -> Operand:
-    """`scatter_add(x, d, i, s) -> add(x, matmul(onehot(i), s, transpose_x=True))` with axis d last"""
-    return ctx.add(x, _scattered(ctx, shape_of(x), dim, index, source))
-
-
-def _scattered(ctx: Context, shape: tuple[int, ...], dim: int, index: Operand, source: Operand) -> Operand:
-    """Zeros of `shape` with the source added at the indices."""
-    dim %= len(shape)
-    picked = shape_of(index)
-    for axis, extent in enumerate(picked):
-        if extent != shape_of(source)[axis]:
-            source = ctx.slice(source, axis, 0, extent)
-    rank = len(shape)
-    order = [a for a in range(rank) if a != dim] + [dim]
-    where, values = ctx.transpose(index, order), ctx.transpose(source, order)
-    if picked[dim] == 1:
-        total = ctx.mul(
-            ctx.reshape(one_hot(ctx, where, shape[dim], rank), (*shape_of(where)[:-1], shape[dim])), values
-        )
-    else:
-        mask = one_hot(ctx, where, shape[dim], rank)
-        product = ctx.matmul(mask, ctx.reshape(values, (*shape_of(values), 1)), tx=True)
-        total = ctx.reshape(product, shape_of(product)[:-1])
-    total = _move_axis_back(ctx, total, dim)
-    return ctx.pad(total, [(0, n - have) for n, have in zip(shape, shape_of(total), strict=True)])
-
-
-@lowering("scatter.src scatter.value")
-def scatter(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand) -> Operand:
-    """`scatter(x, d, i, s) -> select(hit, scattered s, x)`; an index twice in a row is summed (torch:
-    undefined)
-    """
-    full = source if isinstance(source, (Value, torch.Tensor)) else torch.full(shape_of(index), float(source))
-    if isinstance(full, torch.Tensor) and full.dim() == 0:
-        full = full.expand(shape_of(index))
-    shape = shape_of(x)
-    hits = _scattered(ctx, shape, dim, index, torch.ones(shape_of(index)))
-    placed = _scattered(ctx, shape, dim, index, full)
-    if isinstance(source, (int, float)):
-        return ctx.where(ctx.boolean(hits), float(source), x)
-    return ctx.where(ctx.boolean(hits), placed, x)
-
-
-@lowering("index_put.default _unsafe_index_put.default")
-def index_put(
-    ctx: Context, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False
-) -> Operand:
-    """`index_put(x, [i], v, accumulate=True) -> add(x, matmul(onehot(i), v, transpose_x=True))`"""
-    given = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(given) != 1:
-        raise ctx.refuse("needs one index tensor.", "Index one axis at a time.")
-    dim, index = given[0]
-    shape = shape_of(x)
-    count, lead, rest = math.prod(shape_of(index)), math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    full = ctx.broadcast(values, (*shape[:dim], *shape_of(index), *shape[dim + 1 :]))
-    matrix = _flat_one_hot(ctx, ctx.reshape(index, (count,)), shape[dim])
-    placed = ctx.reshape(ctx.matmul(matrix, ctx.reshape(full, (lead, count, rest)), tx=True), shape)
-    if accumulate:
-        return ctx.add(x, placed)
-    hit = ctx.reduce("max", matrix, [0]) if isinstance(matrix, Value) else as_tensor(matrix).amax(0)
-    hit = ctx.reshape(hit, (shape[dim], *(1 for _ in shape[dim + 1 :])))
-    return ctx.where(ctx.boolean_of_01(ctx.broadcast(hit, shape)), placed, x)
 
 
 @lowering("tril.default")
@@ -269,9 +236,32 @@ def diagonal(ctx: Context, x: Operand, offset: int = 0, dim1: int = 0, dim2: int
     a, b = dim1 % rank, dim2 % rank
     moved = ctx.transpose(x, [i for i in range(rank) if i not in (a, b)] + [a, b])
     rows, cols = shape[a], shape[b]
-    mask = torch.zeros(rows, cols, dtype=torch.float64)
-    for i in range(ctx.shape[-1]):
-        mask[i - min(offset, 0), i + max(offset, 0)] = 1
+    mask = _diagonal_mask(rows, cols, offset, ctx.shape[-1])
     summed = ctx.sum(ctx.mul(moved, mask), [-1])
     start = max(0, -offset)
     return ctx.reshape(ctx.slice(summed, -1, start, start + ctx.shape[-1]), ctx.shape)
+
+
+def _diagonal_mask(rows: int, cols: int, offset: int, count: int) -> torch.Tensor:
+    mask = torch.zeros(rows, cols, dtype=torch.float64)
+    places = torch.arange(count)
+    mask[places - min(offset, 0), places + max(offset, 0)] = 1
+    return mask
+
+
+@lowering("diagonal_scatter.default")
+def diagonal_scatter(
+    ctx: Context, x: Operand, source: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> Operand:
+    """`diagonal_scatter(x, s) -> add(mul(x, 1 - eye), mul(reshape(pad(s)), eye))`"""
+    shape = shape_of(x)
+    rank = len(shape)
+    a, b = dim1 % rank, dim2 % rank
+    order = [i for i in range(rank) if i not in (a, b)] + [a, b]
+    count = shape_of(source)[-1]
+    mask = _diagonal_mask(shape[a], shape[b], offset, count)
+    start = max(0, -offset)
+    column = ctx.pad_axis(source, -1, start, shape[a] - start - count)
+    placed = ctx.mul(ctx.reshape(column, (*shape_of(column), 1)), mask)
+    moved = ctx.add(ctx.mul(ctx.transpose(x, order), 1 - mask), placed)
+    return ctx.transpose(moved, [order.index(i) for i in range(rank)])

@@ -9,7 +9,7 @@ import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, shape_of
 from ane_trainer.ane.lower.registry import lowering
-from ane_trainer.ane.lower.slicing import along
+from ane_trainer.ane.lower.slicing import along, take
 
 
 def _nearest(n: int, m: int, scale: float | None) -> torch.Tensor:
@@ -134,42 +134,42 @@ def upsample_linear_backward(
     return g
 
 
-def _border(n: int, before: int, after: int, mode: str) -> torch.Tensor:
-    """`[before + n + after, n]`: the rows pick the mirrored or repeated border."""
+def _border_index(n: int, before: int, after: int, mode: str) -> torch.Tensor:
+    """Which of n elements stands at each place of the extended axis."""
     index = torch.arange(-before, n + after)
     if mode == "replicate":
-        index = index.clamp(0, n - 1)
-    elif mode == "circular":
-        index = index % n
-    else:
-        index = index.abs()
-        index = (n - 1) - ((n - 1) - index).abs()
-    return torch.nn.functional.one_hot(index, n).double()
+        return index.clamp(0, n - 1)
+    index = index.abs()
+    return (n - 1) - ((n - 1) - index).abs()
 
 
 def _extend(
     ctx: Context, x: Operand, padding: Sequence[int], mode: str, *, transposed: bool = False
 ) -> Operand:
+    """Borders on the last axes; transposed: the gradient, each border element added to its source."""
     for i in range(len(padding) // 2):
         axis = len(shape_of(x)) - 1 - i
         before, after = int(padding[2 * i]), int(padding[2 * i + 1])
         if before == after == 0:
             continue
         n = shape_of(x)[axis] - (before + after if transposed else 0)
-        matrix = _border(n, before, after, mode)
-        x = along(ctx, x, axis, matrix.T if transposed else matrix)
+        index = _border_index(n, before, after, mode)
+        if transposed:
+            x = along(ctx, x, axis, torch.nn.functional.one_hot(index, n).double().T)
+        else:
+            x = take(ctx, x, axis, index)
     return x
 
 
 @lowering("reflection_pad1d.default reflection_pad2d.default reflection_pad3d.default")
 def reflection_pad(ctx: Context, x: Operand, padding: Sequence[int]) -> Operand:
-    """`reflection_pad2d(x) -> matmul` with a one-hot constant per axis (exact)"""
+    """`reflection_pad2d(x) -> ` slices and `concat` per axis; many `-> matmul` with a one-hot constant"""
     return _extend(ctx, x, padding, "reflect")
 
 
 @lowering("replication_pad1d.default replication_pad2d.default replication_pad3d.default")
 def replication_pad(ctx: Context, x: Operand, padding: Sequence[int]) -> Operand:
-    """`replication_pad2d(x) -> matmul` with a one-hot constant per axis (exact)"""
+    """`replication_pad2d(x) -> ` slices and `concat` per axis; many `-> matmul` with a one-hot constant"""
     return _extend(ctx, x, padding, "replicate")
 
 

@@ -184,7 +184,8 @@ def take(ctx: Context, x: Operand, dim: int, index: torch.Tensor) -> Operand:
     """`x` at the constant indices of one axis, as slices and `concat`, or as a product with a one-hot
     constant.
 
-    The product is exact: each sum has one term x * 1 (below 32768, the accumulator's range).
+    The product keeps x to a multiple of 2^-16 (the accumulator's step) below 32768 (its range): exact from
+    2^-6 on.
     """
     shape = shape_of(x)
     dim %= len(shape)
