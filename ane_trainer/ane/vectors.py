@@ -68,7 +68,11 @@ def w8a8(channels: int, q: int, exponent: int, taps: int = 1) -> Run:
     def make(b: Builder, x: Value) -> Value:
         integers = b.op("quantize", input=x, scale=scale, output_dtype="int8")
         image = b.op("dequantize", input=integers, scale=scale)
-        weight = b.op("constexpr_blockwise_shift_scale", data=data, scale=from_array(np.full((1,) * 4, scale, np.float16)))
+        weight = b.op(
+            "constexpr_blockwise_shift_scale",
+            data=data,
+            scale=from_array(np.full((1,) * 4, scale, np.float16)),
+        )
         return b.op("conv", x=image, weight=weight)
 
     return lambda chip: dispatch(make, np.full((1, channels, taps, 1), q * scale, np.float16), chip)
@@ -103,7 +107,9 @@ def width_slice(value: float) -> Run:
     def run(chip: str) -> Array:
         x = np.zeros((1, 1, 1, 8), np.float16)
         x[..., 4] = value
-        return dispatch(lambda b, v: b.op("slice_by_size", x=v, begin=[0, 0, 0, 1], size=[1, 1, 1, 7]), x, chip)[..., 3]
+        return dispatch(
+            lambda b, v: b.op("slice_by_size", x=v, begin=[0, 0, 0, 1], size=[1, 1, 1, 7]), x, chip
+        )[..., 3]
 
     return run
 

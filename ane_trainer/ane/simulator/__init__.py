@@ -45,7 +45,9 @@ WITHOUT_KERNEL = {
     "read_state": "states become resident inputs before a plan is made (states.py)",
     "write_state": "states become resident inputs before a plan is made (states.py)",
     "coreml_update_state": "states become resident inputs before a plan is made (states.py)",
-    **dict.fromkeys(sorted(refusal.RANDOM), "refused: the engine's generator of random numbers is not published"),
+    **dict.fromkeys(
+        sorted(refusal.RANDOM), "refused: the engine's generator of random numbers is not published"
+    ),
 }
 
 

@@ -29,10 +29,17 @@ def _number(values: NDArray[Any], type_: TensorType) -> Array:
     return round_half_away(values) if type_.dtype == "fp16" else values.astype(np.float32)
 
 
-@kernel("constexpr_affine_dequantize", "bounded", _SWEEP + "5e-4 on M5" + _FOLD, "1 unit in the last place of a weight")
+@kernel(
+    "constexpr_affine_dequantize",
+    "bounded",
+    _SWEEP + "5e-4 on M5" + _FOLD,
+    "1 unit in the last place of a weight",
+)
 def affine_dequantize(ctx: Context, call: Call) -> Array:
     """scale * (data - zero_point); vectors run along `axis`."""
-    data, scale, zero = (np.asarray(constant(call, n), np.float64) for n in ("quantized_data", "scale", "zero_point"))
+    data, scale, zero = (
+        np.asarray(constant(call, n), np.float64) for n in ("quantized_data", "scale", "zero_point")
+    )
     shape = [1] * data.ndim
     shape[call.integer("axis")] = -1
     scale, zero = (v.reshape(shape) if v.ndim else v for v in (scale, zero))
@@ -58,7 +65,12 @@ def _shifted(data: Array, shape: tuple[int, ...], scale: Array, offset: Array | 
     return np.asarray(wide * _blocks(scale, shape))
 
 
-@kernel("constexpr_blockwise_shift_scale", "bounded", _SWEEP + "3.8e-4 on M5" + _FOLD, "1 unit in the last place of a weight")
+@kernel(
+    "constexpr_blockwise_shift_scale",
+    "bounded",
+    _SWEEP + "3.8e-4 on M5" + _FOLD,
+    "1 unit in the last place of a weight",
+)
 def blockwise_shift_scale(ctx: Context, call: Call, data: Array, scale: Array, offset: Array | None) -> Array:
     return _number(_shifted(data, data.shape, scale, offset), call.op.infer(call)[0])
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.constants import constant
 from ane_trainer.ane.simulator.fused_entry import round_in_place
 from ane_trainer.ane.simulator.mac import mac_matmul
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
@@ -43,24 +42,26 @@ def matmul_into(ctx: Context, call: Call, outputs: list[Array], x: Array, y: Arr
 
 
 @kernel("linear", "exact", EVIDENCE)
-def linear(ctx: Context, call: Call, x: Array) -> Array:
+def linear(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
     (type_,) = call.op.infer(call)
     out = np.empty(type_.shape, np.float32)
-    linear_into(ctx, call, [out], x)()
+    linear_into(ctx, call, [out], x, weight, bias)()
     return out
 
 
 @writes("linear")
-def linear_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Callable[[], None]:
-    """x `[..., K]`, constant weight `[N, K]`; the constant bias is the accumulator's start value."""
-    weight, bias = constant(call, "weight"), constant(call, "bias")
-    assert weight is not None
+def linear_into(
+    ctx: Context, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
+) -> Callable[[], None]:
+    """x `[..., K]`, weight `[N, K]`; the bias is the accumulator's start value."""
     if x.ndim == 1:
         return product_into(ctx, x[None], weight.T, bias, outputs[0][None])
     return product_into(ctx, x, weight.T, bias, outputs[0])
 
 
-@kernel("einsum", "exact", EVIDENCE + "; lowered to matmul (ANEForge vocabulary sweep: relative error 2e-4 on M5)")
+@kernel(
+    "einsum", "exact", EVIDENCE + "; lowered to matmul (ANEForge vocabulary sweep: relative error 2e-4 on M5)"
+)
 def einsum(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
     """`nchw,nwhu->nchu` and `chw,whu->chu`: for each h a product `[c, w]` @ `[w, u]`."""
     x, y = (np.moveaxis(values[0], -2, -3), np.moveaxis(values[1], -2, -3))
@@ -111,4 +112,6 @@ def _fast(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> C
 
 def as_tensor(array: Array) -> torch.Tensor:
     """A tensor over the array's memory. NumPy marks broadcast views read-only; we never write through this one."""
-    return torch.from_numpy(np.lib.stride_tricks.as_strided(array, array.shape, array.strides, writeable=True))
+    return torch.from_numpy(
+        np.lib.stride_tricks.as_strided(array, array.shape, array.strides, writeable=True)
+    )

@@ -135,7 +135,9 @@ def _sample_steps(ctx: Context, source: Array, filters: Array, start: Array | No
     results = out.reshape(n, out.shape[1], -1)
     if not np.may_share_memory(results, out):
         return _joined_steps(ctx, source, filters, start, out)
-    product = mac_bind(np.broadcast_to(filters, (n, *filters.shape)), flat, start, threads=ctx.threads, out=results)
+    product = mac_bind(
+        np.broadcast_to(filters, (n, *filters.shape)), flat, start, threads=ctx.threads, out=results
+    )
     if np.may_share_memory(flat, source):
         return [product]
     shaped = flat.reshape(moved.shape)
@@ -153,7 +155,13 @@ def _joined_steps(ctx: Context, source: Array, filters: Array, start: Array | No
 
 
 def _fast(
-    ctx: Context, shape: Geometry, padded: Array, fill: Step | None, weight: Array, bias: Array | None, out: Array
+    ctx: Context,
+    shape: Geometry,
+    padded: Array,
+    fill: Step | None,
+    weight: Array,
+    bias: Array | None,
+    out: Array,
 ) -> Step:
     x, w, to = as_tensor(padded), as_tensor(weight), torch.from_numpy(out)
     b = None if bias is None else as_tensor(bias)
@@ -191,7 +199,9 @@ def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Arra
     strides = call.integers("strides") if call.has("strides") else ones
     dilations = call.integers("dilations") if call.has("dilations") else ones
     before = _cut_before(call, x.shape[2:], weight.shape[2:], strides, dilations)
-    spread = np.zeros((*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], strides, strict=True))), np.float32)
+    spread = np.zeros(
+        (*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], strides, strict=True))), np.float32
+    )
     spread[(..., *(slice(None, None, s) for s in strides))] = x
     reach = [(k - 1) * d for k, d in zip(weight.shape[2:], dilations, strict=True)]
     for axis, (cut, span, extent) in enumerate(zip(before, reach, extents, strict=True), start=2):
@@ -206,7 +216,11 @@ def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Arra
 
 
 def _cut_before(
-    call: Call, sizes: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]
+    call: Call,
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
 ) -> tuple[int, ...]:
     """How many leading results of the full transposed convolution are cut, per spatial axis."""
     if call.text("pad_type") != "same":

@@ -20,17 +20,30 @@ Array = NDArray[Any]
 def stored(values: ArrayLike, type_: TensorType) -> Array:
     """Numbers as the simulator holds a MIL type; fp16 rounded half away from zero."""
     wide = np.asarray(values)
-    return round_half_away(wide.astype(np.float64)) if type_.dtype == "fp16" else wide.astype(storage_dtype(type_))
+    return (
+        round_half_away(wide.astype(np.float64))
+        if type_.dtype == "fp16"
+        else wide.astype(storage_dtype(type_))
+    )
 
 
-@kernel("fill fill_like", "exact", "a constant: ANEForge vocabulary sweep, relative error 3e-4 on M5 (its fp16 value)")
+@kernel(
+    "fill fill_like",
+    "exact",
+    "a constant: ANEForge vocabulary sweep, relative error 3e-4 on M5 (its fp16 value)",
+)
 def fill(ctx: Context, call: Call, reference: Array | None = None) -> Array:
     (type_,) = call.op.infer(call)
     value = constant(call, "value")
     return np.full(type_.shape, stored(0.0, type_) if value is None else value.reshape(()))
 
 
-@kernel("range_1d", "bounded", "ANEForge vocabulary sweep: relative error 2.5e-4 on M5", "each number rounded once")
+@kernel(
+    "range_1d",
+    "bounded",
+    "ANEForge vocabulary sweep: relative error 2.5e-4 on M5",
+    "each number rounded once",
+)
 def range_1d(ctx: Context, call: Call) -> Array:
     (type_,) = call.op.infer(call)
     return stored(call.number("start") + np.arange(type_.size) * call.number("step"), type_)

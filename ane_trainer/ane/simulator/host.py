@@ -43,13 +43,7 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 
 #: Ops that move or pick elements: their kernels take any dtype.
 _MOVES = frozenset(
-    "argsort band_part batch_to_space cast concat const constexpr_cast crop cumsum depth_to_space expand_dims fill"
-    " fill_like flatten2d gather gather_along_axis gather_nd identity max_pool non_zero one_hot pixel_shuffle"
-    " pixel_unshuffle range_1d reduce_argmax reduce_argmin reshape reshape_like resize_nearest_neighbor reverse"
-    " reverse_sequence select shape slice_by_index slice_by_size slice_update sliding_windows space_to_batch"
-    " space_to_depth split squeeze stack tile topk transpose upsample_nearest_neighbor dequantize"
-    " constexpr_affine_dequantize constexpr_blockwise_shift_scale constexpr_lut_to_dense constexpr_lut_to_sparse"
-    " constexpr_sparse_blockwise_shift_scale constexpr_sparse_to_dense".split()
+    ["argsort", "band_part", "batch_to_space", "cast", "concat", "const", "constexpr_cast", "crop", "cumsum", "depth_to_space", "expand_dims", "fill", "fill_like", "flatten2d", "gather", "gather_along_axis", "gather_nd", "identity", "max_pool", "non_zero", "one_hot", "pixel_shuffle", "pixel_unshuffle", "range_1d", "reduce_argmax", "reduce_argmin", "reshape", "reshape_like", "resize_nearest_neighbor", "reverse", "reverse_sequence", "select", "shape", "slice_by_index", "slice_by_size", "slice_update", "sliding_windows", "space_to_batch", "space_to_depth", "split", "squeeze", "stack", "tile", "topk", "transpose", "upsample_nearest_neighbor", "dequantize", "constexpr_affine_dequantize", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale", "constexpr_sparse_to_dense"]
 )
 
 

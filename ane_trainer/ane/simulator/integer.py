@@ -1,7 +1,7 @@
 """Finds multiply-accumulate ops whose operands are both int8 behind a dequantization (W8A8), and binds them.
 
-    dequantize(q int8, scale) -> x; constexpr_blockwise_shift_scale(data int8, scale) -> w; conv(x, w) -> y
-    y = (q conv data, in int32) * scale_x * scale_w + bias                      (`quantized.py` has the law)
+dequantize(q int8, scale) -> x; constexpr_blockwise_shift_scale(data int8, scale) -> w; conv(x, w) -> y
+y = (q conv data, in int32) * scale_x * scale_w + bias                      (`quantized.py` has the law)
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.convolution import Geometry, geometry, windows
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.quantized import INT32_LIMIT, integer_product
-from ane_trainer.ane.simulator.registry import Context
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]
@@ -49,7 +48,7 @@ def integer_operands(function: Function, generation: int) -> dict[str, IntegerOp
     made_by = {value.name: op for op in function.ops for value in op.results}
     found = {}
     for op in function.ops:
-        if op.kind == "conv":
+        if op.kind in ("conv", "linear"):
             operands = _operands(_maker(op.arg("x"), made_by), _maker(op.arg("weight"), made_by))
             if operands is not None:
                 found[op.name] = operands
@@ -67,7 +66,9 @@ def _operands(x: Op | None, weight: Op | None) -> IntegerOperands | None:
     integers = _weight(weight)
     if integers is None or scale is None or scale.size != 1 or not isinstance(q, Value):
         return None
-    return IntegerOperands(q, 0.0 if zero is None else float(zero.reshape(())), float(scale.reshape(())), *integers)
+    return IntegerOperands(
+        q, 0.0 if zero is None else float(zero.reshape(())), float(scale.reshape(())), *integers
+    )
 
 
 def _weight(op: Op) -> tuple[F64, F64] | None:
@@ -79,12 +80,19 @@ def _weight(op: Op) -> tuple[F64, F64] | None:
     if names is None:
         return None
     data, scale, zero = _array(op, names[0]), _array(op, "scale"), _array(op, names[1])
-    if data is None or scale is None or data.dtype.kind not in "iu" or (zero is not None and zero.dtype.kind not in "iu"):
+    if (
+        data is None
+        or scale is None
+        or data.dtype.kind not in "iu"
+        or (zero is not None and zero.dtype.kind not in "iu")
+    ):
         return None
     rows = len(data)
     per_row = scale.size in (1, rows) and scale.shape[:1] in ((), (1,), (rows,))
     along = op.arg("axis")
-    if not per_row or (isinstance(along, Literal) and scale.size > 1 and along.to_python() not in (0, -data.ndim)):
+    if not per_row or (
+        isinstance(along, Literal) and scale.size > 1 and along.to_python() not in (0, -data.ndim)
+    ):
         return None
     column = (-1, *(1,) * (data.ndim - 1))
     integers = data.astype(np.float64) - (0.0 if zero is None else zero.astype(np.float64).reshape(column))
@@ -96,10 +104,23 @@ def _array(op: Op, name: str) -> Array | None:
     return literal_array(argument) if isinstance(argument, Literal) else None
 
 
-def bind_integer_conv(ctx: Context, op: Op, o: IntegerOperands, q: Array, bias: Array | None, out: Array) -> Callable[[], None]:
-    """A step that convolves the integers q then holds into `out`, decoded fp16."""
-    shape = geometry(bind(op.kind, dict(op.args)), q, o.weight)
+def bind_integer(op: Op, o: IntegerOperands, q: Array, bias: Array | None, out: Array) -> Callable[[], None]:
+    """A step that multiplies the integers q then holds into `out`, decoded fp16."""
     scale = o.weight_scale * o.scale
+    if op.kind == "linear":
+        rows, results = q.reshape(-1, q.shape[-1]), out.reshape(-1, out.shape[-1])
+
+        def product() -> None:
+            results[...] = integer_product(rows.astype(np.float64) - o.zero_point, o.weight.T, scale, bias)
+
+        return product
+    return _bind_conv(op, o, q, scale, bias, out)
+
+
+def _bind_conv(
+    op: Op, o: IntegerOperands, q: Array, scale: F64, bias: Array | None, out: Array
+) -> Callable[[], None]:
+    shape = geometry(bind(op.kind, dict(op.args)), q, o.weight)
     most = 255.0 * np.abs(o.weight).reshape(len(o.weight), -1).sum(axis=1).max(initial=0)
     start = np.zeros(len(scale)) if bias is None else bias.astype(np.float64).reshape(-1)
 
@@ -128,12 +149,16 @@ def _sums(shape: Geometry, x: F64, weight: F64, *, exact_in_fp32: bool) -> F64:
 def _ordered(shape: Geometry, x: F64, weight: F64, scale: F64, start: F64, out: Array) -> None:
     """The same where int32 may overflow: group by group as a product whose partial sums are looked at."""
     spatial = x.ndim - 2
-    taps = windows(np.pad(x, ((0, 0), (0, 0), *shape.padding)), weight.shape[2:], shape.strides, shape.dilations)
+    taps = windows(
+        np.pad(x, ((0, 0), (0, 0), *shape.padding)), weight.shape[2:], shape.strides, shape.dilations
+    )
     rows_per_group = len(weight) // shape.groups
     for group in range(shape.groups):
         outputs = slice(group * rows_per_group, (group + 1) * rows_per_group)
         inputs = taps[:, group * weight.shape[1] : (group + 1) * weight.shape[1]]
-        columns = np.moveaxis(inputs, range(2, 2 + spatial), range(-spatial, 0)).reshape(len(x), -1, out[0, 0].size)
+        columns = np.moveaxis(inputs, range(2, 2 + spatial), range(-spatial, 0)).reshape(
+            len(x), -1, out[0, 0].size
+        )
         filters = weight[outputs].reshape(rows_per_group, -1)
         product = integer_product(filters, columns, scale[outputs, None], start[outputs, None])
         out[:, outputs] = product.reshape(len(x), rows_per_group, *out.shape[2:])

@@ -70,12 +70,20 @@ def pad(ctx: Context, call: Call, x: Array) -> Array:
     pairs += [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
     mode = call.text("mode")
     if mode == "constant":
-        fill = round_half_away(call.number("constant_val")) if x.dtype == np.float32 else call.number("constant_val")
+        fill = (
+            round_half_away(call.number("constant_val"))
+            if x.dtype == np.float32
+            else call.number("constant_val")
+        )
         return np.pad(x, pairs, constant_values=fill)
     return np.pad(x, pairs, mode=_PAD_MODES[mode])  # type: ignore[call-overload, no-any-return]
 
 
-@kernel("slice_by_size slice_by_index", "exact", "ANEForge numeric_cliffs (six chips): last-axis offset, 16 x value in fp16")
+@kernel(
+    "slice_by_size slice_by_index",
+    "exact",
+    "ANEForge numeric_cliffs (six chips): last-axis offset, 16 x value in fp16",
+)
 def sliced(ctx: Context, call: Call, x: Array) -> Array:
     """A slice; one that starts inside the last axis goes through the crop unit, which clamps before A16."""
     (result,) = view_of(call, x) or ()
@@ -88,4 +96,3 @@ def through_crop_unit(ctx: Context, x: Array) -> Array:
     if clamp is None or x.dtype != np.float32:
         return x
     return np.where(np.abs(x) > clamp, np.copysign(INF, x), x)
-

@@ -45,7 +45,10 @@ def layer_norm(ctx: Context, call: Call, x: Array) -> Array:
     """Over `axes`; gamma and beta have the extents of those axes."""
     over = axes(call, "axes", x.ndim)
     shape = tuple(n if i in over else 1 for i, n in enumerate(x.shape))
-    gamma, beta = (None if (v := constant(call, n)) is None else round_half_away(v).reshape(shape) for n in ("gamma", "beta"))
+    gamma, beta = (
+        None if (v := constant(call, n)) is None else round_half_away(v).reshape(shape)
+        for n in ("gamma", "beta")
+    )
     return _scaled(_normalized(x, over, half(call, "epsilon")), gamma, beta)
 
 
@@ -56,7 +59,9 @@ def instance_norm(ctx: Context, call: Call, x: Array) -> Array:
     return _scaled(y, per_channel(call, "gamma", x.ndim), per_channel(call, "beta", x.ndim))
 
 
-@kernel("batch_norm", "assumed", _SWEEP + "0.00037; folded at compile time to one scale and one offset a channel")
+@kernel(
+    "batch_norm", "assumed", _SWEEP + "0.00037; folded at compile time to one scale and one offset a channel"
+)
 def batch_norm(ctx: Context, call: Call, x: Array) -> Array:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta as scale * x + offset, both fp16, one rounding."""
     mean, variance = (np.asarray(constant(call, n), np.float64) for n in ("mean", "variance"))
@@ -68,7 +73,11 @@ def batch_norm(ctx: Context, call: Call, x: Array) -> Array:
     return round_half_away(x * scale + offset)
 
 
-@kernel("l2_norm", "assumed", "ANEForge vocabulary sweep: runs on M5, values not checked; sum of squares, rsqrt table, product")
+@kernel(
+    "l2_norm",
+    "assumed",
+    "ANEForge vocabulary sweep: runs on M5, values not checked; sum of squares, rsqrt table, product",
+)
 def l2_norm(ctx: Context, call: Call, x: Array) -> Array:
     """x / sqrt(sum of squares + epsilon) over the last three axes."""
     total = np.sum(x.astype(np.float64) ** 2, axis=(-3, -2, -1), keepdims=True)
@@ -80,7 +89,9 @@ def l2_norm(ctx: Context, call: Call, x: Array) -> Array:
 def local_response_norm(ctx: Context, call: Call, x: Array) -> Array:
     """x / (k + alpha / size * sum of squares over `size` channels around)^beta."""
     size, channels = call.integer("size"), x.shape[1]
-    squares = np.pad(x.astype(np.float64) ** 2, ((0, 0), (size // 2, size - 1 - size // 2), *((0, 0),) * (x.ndim - 2)))
+    squares = np.pad(
+        x.astype(np.float64) ** 2, ((0, 0), (size // 2, size - 1 - size // 2), *((0, 0),) * (x.ndim - 2))
+    )
     total = sum(squares[:, i : i + channels] for i in range(size))
     base = round_half_away(half(call, "k") + round_half_away(call.number("alpha") / size * total))
     power = evaluate("exp2", round_half_away(-half(call, "beta") * evaluate("log2", base)))

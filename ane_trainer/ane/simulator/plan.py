@@ -21,7 +21,7 @@ from ane_trainer.ane.simulator import fused_entry
 from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.host import host_function, runs_on_host
-from ane_trainer.ane.simulator.integer import bind_integer_conv, integer_operands
+from ane_trainer.ane.simulator.integer import bind_integer, integer_operands
 from ane_trainer.ane.simulator.registry import KERNELS, WRITES, Context, Kernel
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
 from ane_trainer.ane.simulator.states import without_states
@@ -48,7 +48,9 @@ class Plan:
             if value.name in feeds:
                 self.write(value.name, feeds[value.name])
             elif value.name not in self.resident:
-                raise SimulationError(f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101")
+                raise SimulationError(
+                    f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101"
+                )
         for step in self.steps:
             step()
         return {value.name: to_border(self.buffers[value.name], value.type) for value in self.results}
@@ -161,7 +163,7 @@ class _Binder:
             return None
         bias = op.arg("bias")
         start = None if bias is None else self.array_of(bias)
-        return bind_integer_conv(self.context, op, found, self.buffers[found.q.name], start, outputs[0])
+        return bind_integer(op, found, self.buffers[found.q.name], start, outputs[0])
 
     def _operands(self, op: Op) -> list[Any]:
         """The op's tensor operands as arrays, in the order of its parameters."""
@@ -252,7 +254,9 @@ def _kernel_step(op: Op, context: Context, operands: list[Any], outputs: list[Ar
     return step
 
 
-def _run_kernel(kernel: Kernel, context: Context, call: Call, convert: Callable[[Any], Any], *operands: Any) -> Any:
+def _run_kernel(
+    kernel: Kernel, context: Context, call: Call, convert: Callable[[Any], Any], *operands: Any
+) -> Any:
     return kernel.run(context, call, *map(convert, operands))
 
 

@@ -72,15 +72,19 @@ def max_pool(ctx: Context, call: Call, x: Array) -> Array:
     return np.minimum(result[(slice(None), slice(None), *(slice(n) for n in counts))], INF)
 
 
-@kernel("avg_pool", "bounded", _SWEEP + "2.1e-4 on M5", "1 unit in the last place (summed wide, one rounding)")
+@kernel(
+    "avg_pool", "bounded", _SWEEP + "2.1e-4 on M5", "1 unit in the last place (summed wide, one rounding)"
+)
 def avg_pool(ctx: Context, call: Call, x: Array) -> Array:
     """The sum over the window times 1, divided by its size, or by the elements inside the image."""
     if ctx.fast:
         sizes, strides, pads = _padding(call, x)
         padded = torch.from_numpy(np.ascontiguousarray(_padded(x, pads, 0.0)))
-        function = (torch.nn.functional.avg_pool1d, torch.nn.functional.avg_pool2d, torch.nn.functional.avg_pool3d)[
-            len(sizes) - 1
-        ]
+        function = (
+            torch.nn.functional.avg_pool1d,
+            torch.nn.functional.avg_pool2d,
+            torch.nn.functional.avg_pool3d,
+        )[len(sizes) - 1]
         mean = function(padded, sizes, strides).numpy()
         mean = mean[(slice(None), slice(None), *(slice(n) for n in call.op.infer(call)[0].shape[2:]))]
         if not call.flag("exclude_padding_from_average"):

@@ -35,12 +35,18 @@ def _along(values: Array | None, call: Call, rank: int, absent: float) -> NDArra
     return wide.reshape(shape)
 
 
-@kernel("quantize", "exact", "cadamcat/llms-on-apple-neural-engine article 3: half away, all finite fp16 values on M5 Pro")
+@kernel(
+    "quantize",
+    "exact",
+    "cadamcat/llms-on-apple-neural-engine article 3: half away, all finite fp16 values on M5 Pro",
+)
 def quantize(ctx: Context, call: Call, x: Array) -> Array:
     """round(x / scale) + zero_point, half away from zero, clipped to int8 or uint8."""
     scale = _along(constant(call, "scale"), call, x.ndim, 1.0)
     ratio = x.astype(np.float64) / scale
-    rounded = np.copysign(np.floor(np.abs(ratio) + 0.5), ratio) + _along(constant(call, "zero_point"), call, x.ndim, 0.0)
+    rounded = np.copysign(np.floor(np.abs(ratio) + 0.5), ratio) + _along(
+        constant(call, "zero_point"), call, x.ndim, 0.0
+    )
     low, high = (-128, 127) if call.text("output_dtype") == "int8" else (0, 255)
     return np.clip(rounded, low, high).astype(np.int8 if low else np.uint8)
 
@@ -76,5 +82,3 @@ def _in_order(a: NDArray[np.float64], b: NDArray[np.float64], result: Array) -> 
         first = (sign == 0) & ((total >= INT32_LIMIT) | (total < -INT32_LIMIT))
         sign = np.where(first, np.sign(total), sign)
     return np.where(sign != 0, sign * float(INF), result).astype(np.float32)
-
-

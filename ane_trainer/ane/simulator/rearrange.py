@@ -146,7 +146,11 @@ def band_part(ctx: Context, call: Call, x: Array) -> Array:
     return np.where(band, x, np.zeros((), x.dtype))
 
 
-@kernel("cumsum", "assumed", "refused on the e5rt path (ANEForge sweep, M5); summed wide, each result rounded once")
+@kernel(
+    "cumsum",
+    "assumed",
+    "refused on the e5rt path (ANEForge sweep, M5); summed wide, each result rounded once",
+)
 def cumsum(ctx: Context, call: Call, x: Array) -> Array:
     """Running sum along `axis`; `exclusive` starts at 0, `reverse` runs from the end."""
     axis = call.integer("axis")

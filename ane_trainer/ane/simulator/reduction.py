@@ -70,7 +70,9 @@ def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
     return round_half_away(evaluate("log", total) + most.reshape(total.shape))
 
 
-@kernel("reduce_prod", "assumed", "refused on the e5rt path (ANEForge sweep, M5); multiplied wide, rounded once")
+@kernel(
+    "reduce_prod", "assumed", "refused on the e5rt path (ANEForge sweep, M5); multiplied wide, rounded once"
+)
 def reduce_prod(ctx: Context, call: Call, x: Array) -> Array:
     return round_half_away(np.prod(x, dtype=np.float64, **_over(call)))
 
@@ -85,7 +87,9 @@ def reduce_min(ctx: Context, call: Call, x: Array) -> Array:
     return np.asarray(np.min(x, **_over(call)))
 
 
-@kernel("softmax", "assumed", "ane-guide ch. 3: the maximum is subtracted; exp table, sum, inverse table, product")
+@kernel(
+    "softmax", "assumed", "ane-guide ch. 3: the maximum is subtracted; exp table, sum, inverse table, product"
+)
 def softmax(ctx: Context, call: Call, x: Array) -> Array:
     return softmax_over(x, call.integer("axis"))
 

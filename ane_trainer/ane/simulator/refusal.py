@@ -11,10 +11,14 @@ from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.mil import Function, Op, Value
 
 #: Core ML spells one op as three in the published sweep.
-_GELU = {"EXACT": "gelu_exact", "TANH_APPROXIMATION": "gelu_tanh_approx", "SIGMOID_APPROXIMATION": "gelu_sigmoid_approx"}
+_GELU = {
+    "EXACT": "gelu_exact",
+    "TANH_APPROXIMATION": "gelu_tanh_approx",
+    "SIGMOID_APPROXIMATION": "gelu_sigmoid_approx",
+}
 
 #: Ops the simulator cannot run on any path: their results are not a function of the program's inputs.
-RANDOM = frozenset("random_bernoulli random_categorical random_normal random_uniform".split())
+RANDOM = frozenset(["random_bernoulli", "random_categorical", "random_normal", "random_uniform"])
 
 
 def refused_ops(function: Function, chip: Chip, path: str | None) -> tuple[Finding, ...]:
@@ -26,14 +30,18 @@ def refused_ops(function: Function, chip: Chip, path: str | None) -> tuple[Findi
     findings = []
     for op in function.ops:
         if op.kind in RANDOM:
-            findings.append(_finding(op, "the engine has no published random numbers", "Pass them in as an input."))
+            findings.append(
+                _finding(op, "the engine has no published random numbers", "Pass them in as an input.")
+            )
             continue
         if all(v.name in folded for v in op.operands()):
             folded.update(v.name for v in op.results)
             continue
         reason = None if path is None else _reason(function, op, chip, path)
         if reason is not None:
-            findings.append(_finding(op, reason, "Express it by ops the engine has, or simulate without a path."))
+            findings.append(
+                _finding(op, reason, "Express it by ops the engine has, or simulate without a path.")
+            )
     return tuple(findings)
 
 

@@ -68,7 +68,11 @@ def _result_extents(call: Call) -> tuple[int, int]:
     return call.op.infer(call)[0].shape[-2:]  # type: ignore[return-value]
 
 
-@kernel("upsample_nearest_neighbor resize_nearest_neighbor", "exact", _ZERO + "; fractional factors assumed: floor(i in / out)")
+@kernel(
+    "upsample_nearest_neighbor resize_nearest_neighbor",
+    "exact",
+    _ZERO + "; fractional factors assumed: floor(i in / out)",
+)
 def nearest(ctx: Context, call: Call, x: Array) -> Array:
     """Each result takes the element at floor(i * extent / new extent) of its row and column."""
     extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
@@ -148,7 +152,9 @@ def _unit(count: int) -> F64:
 def resample(ctx: Context, call: Call, x: Array, coordinates: Array) -> Array:
     """x `[N, C, H, W]` at coordinates `[N, H', W', 2]` given as (across, down)."""
     sizes = (x.shape[3], x.shape[2])
-    across, down = (_pixels(call, coordinates[..., i].astype(np.float64), size) for i, size in enumerate(sizes))
+    across, down = (
+        _pixels(call, coordinates[..., i].astype(np.float64), size) for i, size in enumerate(sizes)
+    )
     mode = call.text("padding_mode")
     outside = call.number("padding_value") if mode == "constant" else None
     if mode in ("reflection", "symmetric"):
@@ -187,7 +193,9 @@ def crop_resize(
     if roi is None:
         assert boxes is not None
         images = np.arange(len(boxes)) if box_indices is None else box_indices
-        return _rounded([_crop(call, x[int(i)], box) for box, i in zip(boxes, images, strict=True)], type_.shape)
+        return _rounded(
+            [_crop(call, x[int(i)], box) for box, i in zip(boxes, images, strict=True)], type_.shape
+        )
     flat = roi.reshape(len(roi), -1)
     if flat.shape[1] == 5:
         return _rounded([_crop(call, x[int(r[0])], r[1:]) for r in flat], type_.shape)
@@ -203,7 +211,12 @@ def _crop(call: Call, image: Array, box: Array) -> F64:
     first, second, third, fourth = (float(v) * call.number("spatial_scale") for v in box)
     mode = call.text("box_coordinate_mode")
     if mode.startswith("CENTER"):
-        first, second, third, fourth = first - third / 2, second - fourth / 2, first + third / 2, second + fourth / 2
+        first, second, third, fourth = (
+            first - third / 2,
+            second - fourth / 2,
+            first + third / 2,
+            second + fourth / 2,
+        )
     if "WIDTH_FIRST" in mode:
         first, second, third, fourth = second, first, fourth, third
     heights, widths = (first, third), (second, fourth)
@@ -221,7 +234,9 @@ def _box_positions(mode: str, start: float, end: float, count: int) -> F64:
     """Sample positions within a box from `start` to `end` (both pixels are inside)."""
     i, span = np.arange(count, dtype=np.float64), end - start
     if mode in ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS"):
-        return start + (i * span / (count - 1) if count > 1 else i + (span / 2 if mode == "ALIGN_CORNERS" else 0.0))
+        return start + (
+            i * span / (count - 1) if count > 1 else i + (span / 2 if mode == "ALIGN_CORNERS" else 0.0)
+        )
     if mode == "DEFAULT":
         size = span + 1
         return start + (i * (size - size / count) / (count - 1) if count > 1 else i)

@@ -12,7 +12,7 @@ from ane_trainer.ane.mil import Function, Op
 from ane_trainer.ane.simulator.pointwise_code import is_pointwise
 
 #: Ops whose result is another view of their operand's memory (no work unless the view needs a copy).
-VIEWS = frozenset("reshape transpose expand_dims squeeze slice_by_size slice_by_index split".split())
+VIEWS = frozenset(["reshape", "transpose", "expand_dims", "squeeze", "slice_by_size", "slice_by_index", "split"])
 
 
 @dataclass
@@ -64,7 +64,11 @@ def live_ops(function: Function) -> list[Op]:
 def _fusable(op: Op) -> bool:
     """Pointwise on fp16 or bool; int32 and fp32 work runs on its own kernel."""
     types = [v.type.dtype for v in op.operands()] + [v.type.dtype for v in op.results]
-    return is_pointwise(op.kind) and all(t in ("fp16", "bool") for t in types) and any(True for _ in op.operands())
+    return (
+        is_pointwise(op.kind)
+        and all(t in ("fp16", "bool") for t in types)
+        and any(True for _ in op.operands())
+    )
 
 
 def _place(op: Op, needs: int, entries: list[Entry]) -> int | None:

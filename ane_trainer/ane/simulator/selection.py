@@ -111,7 +111,9 @@ def slice_update(ctx: Context, call: Call, x: Array, update: Array) -> Array:
     """x with the part that `slice_by_index` would take replaced."""
     slices, squeezed = index_slices(call)
     out = x.copy()
-    out[slices] = update.reshape([1 if gone else n for gone, n in zip(squeezed, out[slices].shape, strict=True)])
+    out[slices] = update.reshape(
+        [1 if gone else n for gone, n in zip(squeezed, out[slices].shape, strict=True)]
+    )
     return out
 
 
@@ -152,7 +154,11 @@ def topk(ctx: Context, call: Call, x: Array) -> Array | tuple[Array, Array]:
     return (values, order) if call.flag("return_indices") else values
 
 
-@kernel("reduce_argmax reduce_argmin", "exact", _HOST + "native from A15 on other paths; the first of equal values")
+@kernel(
+    "reduce_argmax reduce_argmin",
+    "exact",
+    _HOST + "native from A15 on other paths; the first of equal values",
+)
 def reduce_arg(ctx: Context, call: Call, x: Array) -> Array:
     pick = np.argmax if call.op.kind == "reduce_argmax" else np.argmin
     return np.asarray(pick(x, axis=call.integer("axis"), keepdims=call.flag("keep_dims")))

@@ -1,7 +1,7 @@
 """Core ML states as resident inputs: reads and writes of a state become plain data flow.
 
-    before: read_state(s) -> a; add(a, x) -> b; coreml_update_state(state=s, value=b) -> c; mul(c, x) -> out
-    after:  add(s, x) -> b; mul(b, x) -> out; identity(b) -> s_next       with the alias (s_next, s)
+before: read_state(s) -> a; add(a, x) -> b; coreml_update_state(state=s, value=b) -> c; mul(c, x) -> out
+after:  add(s, x) -> b; mul(b, x) -> out; identity(b) -> s_next       with the alias (s_next, s)
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def without_states(function: Function) -> tuple[Function, tuple[tuple[str, str],
         if op.kind not in _STATE_OPS:
             ops.append(replace(op, args=args))
             continue
-        names = {"read_state": ("input", ""), "write_state": ("input", "data")}.get(op.kind, ("state", "value"))
+        names = {"read_state": ("input", ""), "write_state": ("input", "data")}.get(
+            op.kind, ("state", "value")
+        )
         given = dict(args)
         state = given[names[0]]
         assert isinstance(state, Value)

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from ane_trainer.ane.chips import get_chip
-from ane_trainer.ane.vectors import DIGITS, PROGRAMS, Run, gemm_error, matmul_cliff, sum_of_integers, width_slice
+from ane_trainer.ane.vectors import (
+    DIGITS,
+    PROGRAMS,
+    Run,
+    gemm_error,
+    matmul_cliff,
+    sum_of_integers,
+    width_slice,
+)
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_vectors.csv"
 ROWS = list(csv.DictReader(GOLDEN.read_text(encoding="utf-8").splitlines()))
@@ -47,7 +55,11 @@ def test_published_vector(row: dict[str, str]) -> None:
             shown = DIGITS[key]
             assert {shown(v) for v in results} == {shown(float(expected))}, (chip, results)
         else:
-            bits = {v.tobytes() for v in np.abs(results)} if key == "|v|>4094 -> inf" else {v.tobytes() for v in results}
+            bits = (
+                {v.tobytes() for v in np.abs(results)}
+                if key == "|v|>4094 -> inf"
+                else {v.tobytes() for v in results}
+            )
             assert bits == {np.float64(expected).tobytes()}, (chip, results)
 
 
@@ -73,8 +85,8 @@ def test_numeric_cliffs_of_six_chips(chip: str) -> None:
 GEMM = {512: 0.002578, 1024: 0.00552835, 2048: 0.0121319, 4096: 0.0272376, 8192: 0.0616381}
 
 
-@pytest.mark.parametrize("n", [512, 1024, *(pytest.param(n, marks=pytest.mark.slow) for n in (2048, 4096, 8192))])
+@pytest.mark.parametrize(
+    "n", [512, 1024, *(pytest.param(n, marks=pytest.mark.slow) for n in (2048, 4096, 8192))]
+)
 def test_published_gemm_errors(n: int) -> None:
     assert f"{gemm_error(n)('m4')[0]:.6g}" == f"{GEMM[n]:.6g}"
-
-

@@ -1,0 +1,220 @@
+"""Numbers published about the engine's arithmetic, and the programs that give them on the simulator.
+
+Inputs are the seeded ones of ANEForge's benchmarks (bench/device_saturation_sweep.py,
+device_bandwidth_roofline.py, numeric_cliffs.py); figures are those of its result files for each chip. Table
+errors: M6 data/06_numerics/f3_lut_m6.txt. A relative error is |engine - reference| / |reference| in the L2 norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from ane_trainer.ane.mil import Value
+from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.simulator.fp16 import decode
+from ane_trainer.ane.simulator.tables import evaluate
+from ane_trainer.ane.vectors import dispatch, gemm_error, matmul_cliff, sum_of_integers, width_slice
+from ane_trainer.ane.weights import from_array
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published number: on which chips, its digits as printed, and how the simulator's is measured.
+
+    `agrees` says what is claimed: "digits" (every published digit), "bits" or "near" (`note` says how far and
+    why). `seconds` is roughly what a measurement takes.
+    """
+
+    name: str
+    chips: tuple[str, ...]
+    published: str
+    measure: Callable[[str], float]
+    source: str
+    agrees: str = "digits"
+    note: str = ""
+    seconds: float = 1.0
+
+    def simulated(self, chip: str) -> str:
+        """The simulator's number with as many digits as the published one."""
+        value = self.measure(chip)
+        if "e" in self.published:
+            return f"{value:.{len(self.published.split('e')[0].split('.')[1])}e}"
+        digits = len(self.published.replace(".", "").lstrip("0"))
+        return f"{value:.{digits}g}" if "." in self.published else f"{value:g}"
+
+
+def relative(got: ArrayLike, want: ArrayLike) -> float:
+    wide = np.asarray(want, np.float64)
+    return float(np.linalg.norm(np.asarray(got, np.float64) - wide) / np.linalg.norm(wide))
+
+
+SIX = ("m1", "m1-max", "m2-pro", "m4", "m5", "m5-pro")
+_SWEEP = "ANEForge device_saturation_sweep"
+_ROOF = "ANEForge device_bandwidth_roofline"
+
+
+def _conv_error(channels: int, batch: int) -> Callable[[str], float]:
+    """3x3 convolution of 64x64 images, He-normal weights, seed 1; error of the first image."""
+
+    def measure(chip: str) -> float:
+        rng = np.random.default_rng(1)
+        x = rng.standard_normal((batch, channels, 64, 64)).astype(np.float32)[:1]
+        w = rng.standard_normal((channels, channels, 3, 3)).astype(np.float32) * np.sqrt(2.0 / (channels * 9))
+        weight = from_array(w.astype(np.float16))
+
+        def make(b: Builder, v: Value) -> Value:
+            return b.op("conv", x=v, weight=weight, pad_type="custom", pad=[1, 1, 1, 1])
+
+        got = dispatch(make, x.astype(np.float16), chip)
+        want = torch.conv2d(torch.from_numpy(x).double(), torch.from_numpy(w).double(), padding=1)
+        return relative(got, want.numpy())
+
+    return measure
+
+
+#: The row counts that ANEForge's roofline draws one after the other from one generator.
+_FULL, _QUICK = (64, 256, 1024, 2048), (256, 2048)
+
+
+def _rows(rows: int, draws: tuple[int, ...]) -> F32:
+    rng = np.random.default_rng(11)
+    for count in draws:
+        x = rng.standard_normal((count, 4096)).astype(np.float32)
+        if count == rows:
+            return x
+    raise ValueError(f"rows: needs one of {draws}; got {rows}")
+
+
+def _roofline(kind: str, rows: int) -> Callable[[str], float]:
+    """Relative error of one op over `[rows, 4096]` normal numbers; M1 and M2 ran the short list of sizes."""
+
+    def measure(chip: str) -> float:
+        x = _rows(rows, _QUICK if chip.startswith(("m1", "m2")) else _FULL)
+        make, want = _ARCHETYPES[kind]
+        return relative(dispatch(make, x.astype(np.float16), chip), want(x))
+
+    return measure
+
+
+def _scale_and_shift() -> tuple[F32, F32]:
+    rng = np.random.default_rng(13)
+    gamma = rng.standard_normal(4096).astype(np.float32) * 0.1 + 1.0
+    return gamma.astype(np.float32), (rng.standard_normal(4096).astype(np.float32) * 0.1).astype(np.float32)
+
+
+def _layer_norm(b: Builder, x: Value) -> Value:
+    gamma, beta = (from_array(v.astype(np.float16)) for v in _scale_and_shift())
+    return b.op("layer_norm", x=x, axes=[-1], gamma=gamma, beta=beta, epsilon=1e-5)
+
+
+def _layer_norm_of(x: F32) -> F32:
+    gamma, beta = _scale_and_shift()
+    mean = x.mean(-1, keepdims=True)
+    return np.asarray((x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-5) * gamma + beta)
+
+
+def _softmax_of(x: F32) -> F32:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return np.asarray(e / e.sum(-1, keepdims=True))
+
+
+def _gelu_of(x: F32) -> F32:
+    return np.asarray(x * 0.5 * (1.0 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+
+
+_ARCHETYPES: dict[str, tuple[Callable[[Builder, Value], Value], Callable[[F32], Any]]] = {
+    "relu": (lambda b, x: b.op("relu", x=x), lambda x: np.maximum(x, 0)),
+    "gelu": (lambda b, x: b.op("gelu", x=x, mode="EXACT"), _gelu_of),
+    "reduce_sum": (
+        lambda b, x: b.op("reduce_sum", x=x, axes=[-1], keep_dims=True),
+        lambda x: x.sum(-1, keepdims=True),
+    ),
+    "softmax": (lambda b, x: b.op("softmax", x=x, axis=-1), _softmax_of),
+    "layer_norm": (_layer_norm, _layer_norm_of),
+}
+
+
+def _table_error(kind: str, exact: Callable[[Any], Any], low: float, high: float) -> Callable[[str], float]:
+    """Largest absolute error over the published sweep's fp16 inputs."""
+
+    def measure(chip: str) -> float:
+        points = np.geomspace(low, high, 1 << 19) if low > 0 else np.linspace(low, high, 1 << 19)
+        x = np.unique(points.astype(np.float16))
+        wide = torch.from_numpy(x.astype(np.float64))
+        got = evaluate(kind, decode(x)).astype(np.float64)
+        return float(np.abs(got - exact(wide).numpy()).max())
+
+    return measure
+
+
+def _first_wrong_sum(chip: str) -> float:
+    return float(next(t for t in range(2040, 2080) if sum_of_integers(t)(chip).item() != t) - 1)
+
+
+def _slice_limit(chip: str) -> float:
+    """Largest value of 4090 ... 4096 that a width-offset slice keeps; inf when 60,000 passes."""
+    if np.isfinite(width_slice(60000)(chip).item()):
+        return float("inf")
+    return max(float(v) for v in range(4088, 4100, 2) if np.isfinite(width_slice(v)(chip).item()))
+
+
+_M6_TABLES = "M6 data/06_numerics/f3_lut_m6.txt (M6)"
+_TABLES: tuple[tuple[str, Callable[[Any], Any], float, float, str], ...] = (
+    ("sigmoid", torch.sigmoid, -12, 12, "3.355e-03"), ("tanh", torch.tanh, -6, 6, "1.613e-03"),
+    ("gelu", torch.nn.functional.gelu, -8, 8, "6.159e-03"), ("silu", torch.nn.functional.silu, -12, 12, "1.491e-02"),
+    ("exp", torch.exp, -12, 10, "1.008e+02"), ("log", torch.log, 2**-10, 1000, "6.638e-03"),
+    ("sqrt", torch.sqrt, 2**-10, 1000, "1.810e-02"), ("rsqrt", torch.rsqrt, 2**-6, 1000, "8.139e-03"),
+    ("erf", torch.erf, -4, 4, "8.642e-04"), ("sin", torch.sin, -8, 8, "6.329e-04"),
+)  # fmt: skip
+
+_ORDER = "the order of the engine's partial sums is unknown; the simulator rounds once"
+_WINOGRAD = "the chip computes this by Winograd, whose rounding is unknown; the simulator convolves directly"
+
+FIGURES: tuple[Figure, ...] = (
+    *(
+        Figure(f"matmul [N, N] @ [N, N], N = {n}: relative error", SIX, digits, lambda c, n=n: float(gemm_error(n)(c)[0]),
+               _SWEEP, seconds=(n / 1024) ** 2)
+        for n, digits in ((512, "0.002578"), (1024, "0.00552835"), (2048, "0.0121319"), (4096, "0.0272376"), (8192, "0.0616381"))
+    ),
+    *(
+        Figure(f"conv 3x3, {c} channels, 64x64: relative error", chips, digits, _conv_error(c, batch), _SWEEP, agrees, note, c / 32)
+        for c, batch, chips, digits, agrees, note in (
+            (64, 16, ("m4",), "0.000367135", "digits", ""), (128, 16, ("m4",), "0.000373511", "digits", ""),
+            (256, 8, ("m4",), "0.000390346", "digits", ""), (128, 8, ("m1", "m1-max"), "0.000375204", "digits", ""),
+            (512, 2, ("m1", "m1-max"), "0.000419058", "digits", ""),
+            (64, 16, ("m5-pro",), "0.000513417", "near", _WINOGRAD), (256, 8, ("m5-pro",), "0.000532035", "near", _WINOGRAD),
+        )
+    ),
+    *(
+        Figure(f"{kind} of [{rows}, 4096]: relative error", chips, digits, _roofline(kind, rows), _ROOF, agrees, note)
+        for kind, rows, chips, digits, agrees, note in (
+            ("relu", 64, ("m5-pro",), "0.000208669", "digits", ""), ("relu", 256, ("m4", "m5-pro"), "0.000207561", "digits", ""),
+            ("relu", 256, ("m1", "m1-max"), "0.000207801", "digits", ""),
+            ("gelu", 64, ("m4", "m5-pro"), "0.00240773", "digits", ""), ("gelu", 256, ("m4", "m5-pro"), "0.00239551", "digits", ""),
+            ("gelu", 1024, ("m4", "m5-pro"), "0.00240121", "digits", ""), ("gelu", 2048, ("m4", "m5-pro"), "0.00239986", "digits", ""),
+            ("gelu", 256, ("m1", "m1-max"), "0.00239913", "digits", ""), ("gelu", 2048, ("m1", "m1-max"), "0.00240107", "digits", ""),
+            ("reduce_sum", 64, ("m5-pro",), "0.000759227", "near", _ORDER), ("reduce_sum", 256, ("m5-pro",), "0.000819289", "near", _ORDER),
+            ("reduce_sum", 256, ("m1", "m1-max"), "0.000722422", "near", _ORDER),
+            ("softmax", 64, ("m5-pro",), "0.00104537", "near", _ORDER), ("softmax", 256, ("m4", "m5-pro"), "0.00103026", "near", _ORDER),
+            ("softmax", 256, ("m1", "m1-max"), "0.00102407", "near", _ORDER),
+            ("layer_norm", 64, ("m4", "m5-pro"), "0.000659704", "near", _ORDER), ("layer_norm", 256, ("m5-pro",), "0.000671227", "near", _ORDER),
+        )
+    ),
+    Figure("matmul: largest output that stays finite, K = 4 ... 128", SIX, "32758.8", lambda c: float(matmul_cliff(c)[0]),
+           "ANEForge numeric_cliffs"),
+    Figure("reduce_sum of eight integers: largest exact total", SIX, "2048", _first_wrong_sum, "ANEForge numeric_cliffs"),
+    Figure("width-offset slice: largest value kept", ("m1", "m1-max", "m2-pro"), "4094", _slice_limit, "ANEForge numeric_cliffs"),
+    Figure("width-offset slice: largest value kept", ("m4", "m5", "m5-pro"), "inf", _slice_limit, "ANEForge numeric_cliffs"),
+    *(
+        Figure(f"{kind} over {low:g} ... {high:g}: largest absolute error", ("m6",), digits, _table_error(kind, exact, low, high), _M6_TABLES)
+        for kind, exact, low, high, digits in _TABLES
+    ),
+)  # fmt: skip
