@@ -41,7 +41,6 @@ LINES: dict[str, float] = {
     "ane.legalize": 5,
     "ane.compile": 5,
     "ane.coreai": 5,
-    "ane.coreai": 5,
     "ane.devices": 6,
     "ane.dispatch": 7,
     "ane.dynamo": 8,

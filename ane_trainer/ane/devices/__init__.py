@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ane_trainer.ane.devices.coreai import CoreAI
 from ane_trainer.ane.devices.protocol import Device, Session
 from ane_trainer.ane.devices.sim import Simulator
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
 
-__all__ = ["DEVICE_NAMES", "Choice", "Device", "Session", "get_device", "register"]
+__all__ = ["DEVICE_NAMES", "Choice", "Device", "Session", "choose_precision", "get_device", "register"]
 
 #: Every name that `get_device` knows, the ones without an implementation on this machine included.
 DEVICE_NAMES = ("auto", "sim", "e5rt", "coreai", "cpu")
 
 _REGISTERED: dict[str, Device] = {}
 
+#: Devices that can run without reaching an engine say here why `auto` passes them over; None: it does not.
+_PASSED_OVER: dict[str, Callable[[], str | None]] = {}
+
 #: What to say about devices that have no implementation (yet, or here).
 _ABSENT = {
     "e5rt": "direct dispatch to the Neural Engine is not part of this version",
-    "coreai": "dispatch through Apple's Core AI runtime is not part of this version",
 }
 
 
@@ -31,9 +35,27 @@ class Choice:
     reason: str
 
 
-def register(device: Device) -> None:
+def register(device: Device, passed_over: Callable[[], str | None] | None = None) -> None:
     """Make a device available under its name; the order of registration is the order of `auto`."""
     _REGISTERED[device.name] = device
+    if passed_over is not None:
+        _PASSED_OVER[device.name] = passed_over
+
+
+def choose_precision(device: Device, precision: str) -> str:
+    """The float type of programs for a device; `auto` takes the device's first choice.
+
+    Raises: UsageError for one that the device does not run.
+    """
+    if precision == "auto":
+        return device.precisions[0]
+    if precision not in device.precisions:
+        known = " or ".join(("auto", *device.precisions))
+        raise UsageError(
+            f"precision: needs {known} on device {device.name}; got {precision!r}. Choose one of them.",
+            code="ANE113",
+        )
+    return precision
 
 
 def get_device(name: str) -> Choice:
@@ -68,7 +90,7 @@ def _choose() -> Choice:
     for device in _REGISTERED.values():
         if device.name == "sim":
             continue
-        why = device.unavailable()
+        why = device.unavailable() or _PASSED_OVER.get(device.name, lambda: None)()
         if why is None:
             return Choice(device, f"auto: {device.name} is available")
         refused.append(f"{device.name}: {why}")
@@ -85,3 +107,4 @@ def _unknown(name: str) -> str:
 
 
 register(Simulator())
+register(coreai := CoreAI(), coreai.not_chosen)

@@ -39,18 +39,22 @@ class CoreAI:
     def placement(self, chip: str, fidelity: str) -> tuple[str, str]:
         """CPU where the runtime has no other; elsewhere unknown, since Core AI does not tell."""
         if prefers_neural_engine():
-            how = "Core AI was asked to prefer the Neural Engine and has no interface that tells where ops ran"
+            how = "Core AI prefers the Neural Engine as asked; no interface tells where ops ran"
             return "unknown (Core AI, Neural Engine preferred)", how
         where = f"CPU ({platform.machine()}), Apple's Core AI runtime"
         return where, "this runtime has no other executor than the CPU"
 
-    def default_dtype(self) -> str:
-        """fp16 where the Neural Engine may run the program, fp32 on a CPU, where fp16 is emulated."""
-        return "fp16" if prefers_neural_engine() else "fp32"
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """fp16 first where the Neural Engine may run; fp32 first on a CPU, which emulates fp16."""
+        return ("fp16", "fp32") if prefers_neural_engine() else ("fp32", "fp16")
 
-    def load(self, compiled: Compiled, *, fidelity: str = "exact", threads: int | None = None) -> CoreAISession:
-        """Translate, write and load the program. `fidelity` and `threads` mean nothing here: the arithmetic is
-        the runtime's own.
+    def not_chosen(self) -> str | None:
+        """Why `auto` does not take it although it can run: None where it may reach the Neural Engine."""
+        return None if prefers_neural_engine() else "it runs on the CPU here"
+
+    def load(self, compiled: Compiled, *, fidelity: str, threads: int | None) -> CoreAISession:
+        """Translate, write and load the program; `fidelity` and `threads` mean nothing to Apple's runtime.
 
         Raises: UnsupportedModel (ANE305) for ops without a translation.
         """
@@ -67,9 +71,9 @@ class CoreAISession:
             self._loaded: LoadedAsset | None = LoadedAsset(save_asset(Path(folder) / "step.aimodel", lowered))
         self._changing = {alias.input for alias in compiled.aliases}
         self._shapes = {port.name: port.shape for port in compiled.inputs}
-        held = [port for port in compiled.inputs if port.role == "state" or port.name in self._changing]
-        self._state = {p.name: make_state(np.zeros(p.shape, self._dtype)) for p in held if p.name in self._changing}
-        self._fixed = {p.name: np.zeros(p.shape, self._dtype) for p in held if p.name not in self._changing}
+        zeros = {p.name: np.zeros(p.shape, self._dtype) for p in compiled.inputs if p.role == "state"}
+        self._state = {name: make_state(zero) for name, zero in zeros.items() if name in self._changing}
+        self._fixed = {name: zero for name, zero in zeros.items() if name not in self._changing}
 
     def write(self, port: str, array: NDArray[Any]) -> None:
         """Set a resident input from float16 or float32 numbers."""

@@ -19,6 +19,7 @@ class Simulator:
     """`sim`: the exact or fast simulation of a chip."""
 
     name = "sim"
+    precisions: tuple[str, ...] = ("fp16",)
 
     def unavailable(self) -> str | None:
         """Never: NumPy and llvmlite are all it needs."""

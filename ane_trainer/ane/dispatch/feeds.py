@@ -1,4 +1,4 @@
-"""Batches on their way to the engine: checked, and converted to fp16."""
+"""Batches on their way to the engine: checked, and converted to the program's precision."""
 
 from __future__ import annotations
 
@@ -15,9 +15,22 @@ from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.stages import Port
 
-LARGEST_FP16 = 65504.0
-#: Integers up to this magnitude are exact in fp16.
-LARGEST_INTEGER = 2048
+
+@dataclass(frozen=True)
+class Range:
+    """A float type: its name, its largest number, and the integer up to which all are exact."""
+
+    name: str
+    dtype: torch.dtype
+    numpy: type[np.float16] | type[np.float32]
+    largest: float
+    largest_integer: int
+
+
+RANGES = {
+    "fp16": Range("fp16", torch.float16, np.float16, 65504.0, 2048),
+    "fp32": Range("fp32", torch.float32, np.float32, float(np.finfo(np.float32).max), 2**24),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,10 @@ class Slot:
 class Feeds:
     """Turns (x, y), or x alone, into the arrays of a program's batch ports."""
 
-    def __init__(self, example: Sequence[Any], names: Sequence[str], inputs: Sequence[Port]) -> None:
+    def __init__(
+        self, example: Sequence[Any], names: Sequence[str], inputs: Sequence[Port], precision: str = "fp16"
+    ) -> None:
+        self._range = RANGES[precision]
         ports = {port.target: port.name for port in inputs if port.role == "batch"}
         self._parts = []
         for part, name in zip(example, names, strict=True):
@@ -44,13 +60,13 @@ class Feeds:
             ]
             self._parts.append((name, slots))
 
-    def __call__(self, *batch: Any) -> dict[str, NDArray[np.float16]]:
-        """float16 arrays by port name.
+    def __call__(self, *batch: Any) -> dict[str, NDArray[Any]]:
+        """Arrays of the program's precision by port name.
 
-        Raises: DataError for another structure or shape, for values that are not finite or beyond fp16,
-        and for integers that fp16 does not hold exactly.
+        Raises: DataError for another structure or shape, for values that are not finite or beyond the
+        precision's range, and for integers that it does not hold exactly.
         """
-        feeds: dict[str, NDArray[np.float16]] = {}
+        feeds: dict[str, NDArray[Any]] = {}
         for (name, slots), part in zip(self._parts, batch, strict=True):
             leaves = [part] if isinstance(part, torch.Tensor) else _tensors(part)
             if len(leaves) != len(slots):
@@ -63,7 +79,7 @@ class Feeds:
                 if tuple(leaf.shape) != slot.shape:
                     raise _wrong_shape(slot, leaf)
                 if slot.port is not None:
-                    feeds[slot.port] = _to_half(slot, leaf)
+                    feeds[slot.port] = _to_float(slot, leaf, self._range)
         return feeds
 
 
@@ -79,27 +95,30 @@ def _wrong_shape(slot: Slot, leaf: torch.Tensor) -> DataError:
     )
 
 
-def _to_half(slot: Slot, leaf: torch.Tensor) -> NDArray[np.float16]:
-    """The tensor as contiguous float16 (ties to even, as a host converts); rank 0 becomes [1]."""
+def _to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
+    """The tensor as a contiguous array (rounded ties to even, as a host converts); rank 0 becomes [1]."""
     leaf = leaf.detach()
     if leaf.numel() and leaf.dtype != torch.bool:
-        largest = float(leaf.abs().amax())
-        if leaf.is_floating_point() and not largest <= LARGEST_FP16:
-            raise _not_representable(slot, leaf, largest)
-        if not leaf.is_floating_point() and largest > LARGEST_INTEGER:
+        low, high = torch.aminmax(leaf)
+        largest = max(-float(low), float(high))  # nan if any entry is
+        if leaf.is_floating_point() and not largest <= limits.largest:
+            raise _not_representable(slot, leaf, largest, limits)
+        if not leaf.is_floating_point() and largest > limits.largest_integer:
             raise DataError(
-                f"{slot.place}: needs integers up to {LARGEST_INTEGER} (fp16 holds no larger ones exactly); "
+                f"{slot.place}: needs integers up to {limits.largest_integer} "
+                f"({limits.name} holds no larger ones exactly); "
                 f"got {largest:g}. Use fewer classes or a smaller vocabulary.",
                 code="DATA107",
             )
-    half: NDArray[np.float16] = leaf.to("cpu", torch.float16).contiguous().numpy()
-    return half.reshape(slot.shape or (1,))
+    array: NDArray[Any] = leaf.to("cpu", limits.dtype).contiguous().numpy()
+    return array.reshape(slot.shape or (1,))
 
 
-def _not_representable(slot: Slot, leaf: torch.Tensor, largest: float) -> DataError:
+def _not_representable(slot: Slot, leaf: torch.Tensor, largest: float, limits: Range) -> DataError:
     finite = torch.isfinite(leaf)
     if bool(finite.all()):
-        need, got, fix = f"magnitudes up to {LARGEST_FP16:g} (fp16)", f"{largest:g}", "Normalise the data."
+        need, got = f"magnitudes up to {limits.largest:g} ({limits.name})", f"{largest:g}"
+        fix = "Normalise the data."
     else:
         wrong = int(leaf.numel() - finite.sum())
         need, got, fix = "finite numbers", f"{wrong} that are nan or inf", "Clean the data."

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ane_trainer.ane.capture.slots import SCALING, Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.updates import RESIDUAL, Rule, rule_for
 from ane_trainer.ane.devices import Session
+from ane_trainer.ane.dispatch.feeds import RANGES
 from ane_trainer.ane.stages import Port
 
 
@@ -28,7 +29,9 @@ class Mirror:
         ports: Iterable[Port],
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
+        precision: str = "fp16",
     ) -> None:
+        self._range = RANGES[precision]
         self._session, self._optimizer = session, optimizer
         self._ports = {port.target: port for port in ports if port.role == "state"}
         self._rule: Rule = rule_for(optimizer)
@@ -106,7 +109,7 @@ class Mirror:
         """Set the loss scale (a power of two), its inverse and the count of good steps."""
         values = {"loss_scale": scale, "loss_scale_inverse": 1.0 / scale, "good_steps": good_steps}
         for name, value in values.items():
-            self._session.write(self._ports[SCALING + name].name, np.full(1, value, np.float16))
+            self._session.write(self._ports[SCALING + name].name, np.full(1, value, np.float32))
 
     # Everything, exactly
 
@@ -139,17 +142,17 @@ class Mirror:
             out.mul_(factor / hi.scale)
 
     def _split(self, target: str, value: torch.Tensor) -> None:
-        """hi = value rounded to fp16, lo = what is left."""
+        """hi = value rounded to the program's precision, lo = what is left."""
         hi = self._ports[target]
         lo = self._ports.get(f"{target}/{RESIDUAL}")
         scaled = value * hi.scale
-        rounded = scaled.clamp(-65504.0, 65504.0).half()
+        rounded = scaled.clamp(-self._range.largest, self._range.largest).to(self._range.dtype)
         self._write(hi, rounded.numpy())
         if lo is not None:
-            self._write(lo, ((scaled - rounded.float()) * (lo.scale / hi.scale)).half().numpy())
+            self._write(lo, ((scaled - rounded.float()) * (lo.scale / hi.scale)).numpy())
 
     def _write(self, port: Port, array: NDArray[Any]) -> None:
-        self._session.write(port.name, array.astype(np.float16).reshape(port.shape))
+        self._session.write(port.name, array.astype(self._range.numpy).reshape(port.shape))
 
     def _note_versions(self) -> None:
         self._versions = {name: tensor._version for name, tensor in self._tensors.items()}

@@ -9,20 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
 from ane_trainer.ane.capture.masks import PREFIX, draw
 from ane_trainer.ane.capture.scalars import check_structure, scalar_values, structure
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
-from ane_trainer.ane.compile import compile_program
 from ane_trainer.ane.cost import Cost, estimate
-from ane_trainer.ane.devices import get_device
-from ane_trainer.ane.dispatch.feeds import Feeds
+from ane_trainer.ane.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
 from ane_trainer.ane.dispatch.mirror import Mirror
+from ane_trainer.ane.dispatch.prepare import prepare
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.legalize import legalize
-from ane_trainer.ane.lower import lower
 from ane_trainer.ane.mil import Program
 
 SYNC_MODES = ("always", "lazy")
@@ -43,6 +40,7 @@ def compile_step(
     sync: str = "always",
     seed: int = 0,
     path: str = "e5rt",
+    precision: str = "auto",
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainingStep:
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
@@ -52,6 +50,7 @@ def compile_step(
     loss_scale  where dynamic loss scaling starts: a power of two from 1 to 32768, or "auto".
     sync        "always": the module's parameters follow after every call; "lazy": on `step.sync()`.
     seed        of the dropout masks.
+    precision   "fp16", "fp32" where the device runs it, or "auto": the device's own choice.
     state       a `state_dict` of an earlier step to continue bit for bit.
 
     A model in evaluation mode is captured in training mode.
@@ -62,7 +61,9 @@ def compile_step(
     if sync not in SYNC_MODES:
         raise UsageError(f"sync: needs always or lazy; got {sync!r}. Choose one of them.")
     _check_scale(loss_scale)
-    step = TrainingStep(model, loss, optimizer, example, chip, device, fidelity, threads, sync, seed, path)
+    step = TrainingStep(
+        model, loss, optimizer, example, chip, device, fidelity, threads, sync, seed, path, precision
+    )  # fmt: skip
     step._build(loss_scale, None if state is None else _units(state))
     if state is not None:
         step.load_state_dict(state)
@@ -93,8 +94,11 @@ class TrainingStep:
         sync: str,
         seed: int,
         path: str,
+        precision: str = "auto",
     ) -> None:
         self.choice = get_device(device)
+        self.precision = choose_precision(self.choice.device, precision)
+        self._float = RANGES[self.precision].numpy
         self.compiles = self.steps = self.applied_steps = self.skipped_steps = 0
         self._model, self._loss, self._optimizer, self._example = model, loss, optimizer, example
         self._chip, self._fidelity, self._threads, self._path = chip, fidelity, threads, path
@@ -106,32 +110,34 @@ class TrainingStep:
 
     def _build(self, loss_scale: float | str, units: Mapping[str, float] | None) -> None:
         """Capture, lower, legalize, compile, load; then push the module's and the optimizer's state."""
-        capture = _capture(self._model, self._loss, self._optimizer, self._example, loss_scale, units)
+        subject = self._model, self._loss, self._optimizer, self._example
+        capture = _capture(*subject, loss_scale, units, self.precision)
         self._units = dict(capture.units)
-        self.compiled = compile_program(legalize(lower(capture.captured), self._chip, self._path))
+        self.compiled = prepare(capture.captured, self._chip, self._path, self.precision)
         self.compiles += 1
         self._session = self.choice.device.load(self.compiled, fidelity=self._fidelity, threads=self._threads)
         inputs = self.compiled.inputs
-        self._feeds = Feeds(self._example, ("x", "y"), inputs)
+        self._feeds = Feeds(self._example, ("x", "y"), inputs, self.precision)
         self._scalars = [(p.name, p.target) for p in inputs if p.role == "scalar"]
         self._mask_ports = [p for p in inputs if p.target.startswith(PREFIX)]
-        self._mirror = Mirror(self._session, inputs, self._model, self._optimizer)
+        self._mirror = Mirror(self._session, inputs, self._model, self._optimizer, self.precision)
         self._mirror.set_scaling(capture.loss_scale)
         self.load()
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
         """One training step on a batch; the loss before the update, a float32 tensor of rank 0.
 
-        Raises: DataError for a batch of another shape or with values that fp16 does not hold; UsageError if a
-        setting of the optimizer that is compiled in was changed.
+        Raises: DataError for a batch of another shape or with values that the precision does not hold;
+        UsageError if a setting of the optimizer that is compiled in was changed.
         """
         check_structure(self._optimizer, self._structure)
         if self._mirror.changed():
             self._mirror.push_weights(changed_only=True)
         feeds = self._feeds(x, y)
-        feeds |= {p.name: draw(p.target, p.shape, self._masks).half().numpy() for p in self._mask_ports}
+        feeds |= {p.name: draw(p.target, p.shape, self._masks).numpy() for p in self._mask_ports}
         values = scalar_values(self._optimizer, self.applied_steps + 1)
-        feeds |= {name: _one(values[target]) for name, target in self._scalars}
+        feeds |= {name: np.full(1, values[target]) for name, target in self._scalars}
+        feeds = {name: array.astype(self._float, copy=False) for name, array in feeds.items()}
         results = self._session.run(feeds)
         applied = bool(results["applied"][0])
         self.steps += 1
@@ -191,9 +197,10 @@ class TrainingStep:
 
     @property
     def host_bytes_per_step(self) -> int:
-        """Bytes that cross between host and engine in one step: batch, scalars, results; all are fp16."""
+        """Bytes that cross between host and engine in one step: batch, scalars, results."""
+        bytes_each = 2 if self.precision == "fp16" else 4
         ports = [*self.compiled.inputs, *self.compiled.outputs]
-        return sum(2 * math.prod(p.shape) for p in ports if p.role != "state")
+        return sum(bytes_each * math.prod(p.shape) for p in ports if p.role != "state")
 
     def text(self) -> str:
         """The program as MIL text."""
@@ -234,13 +241,14 @@ def _capture(
     example: tuple[Any, Any],
     loss_scale: float | str,
     units: Mapping[str, float] | None,
+    precision: str,
 ) -> StepCapture:
     """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
     modes = {module: module.training for module in model.modules()}
     if not model.training:
         model.train()
     try:
-        return capture_training(model, loss, optimizer, example, loss_scale, units)
+        return capture_training(model, loss, optimizer, example, loss_scale, units, precision)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -259,7 +267,3 @@ def _check_scale(scale: float | str) -> None:
 
 def _units(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return {k.removeprefix(_UNIT): float(v) for k, v in state.items() if k.startswith(_UNIT)}
-
-
-def _one(value: float) -> NDArray[np.float16]:
-    return np.full(1, value, np.float16)

@@ -1,0 +1,166 @@
+"""Apple's Core AI runtime behind ordinary calls: its coroutines run on one event loop in a thread of its own.
+
+On Linux (and macOS 26) the runtime of the `coreai-core` wheel runs on the CPU. On macOS 27 with
+`USE_OS_COREAI=1` the system's runtime is used and asked to prefer the Neural Engine; Core AI then runs
+everything there that can run there and the rest elsewhere, and no interface tells which (Apple engineer,
+developer forum thread 831967). That branch is unverified on hardware.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import threading
+import weakref
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.errors import MissingDependency, SimulationError
+
+T = TypeVar("T")
+
+EXTRA = 'pip install "ane_trainer[coreai]"'
+
+
+def missing() -> str | None:
+    """None if the runtime is installed, else the reason and what to type."""
+    if importlib.util.find_spec("coreai") is None:
+        return f"the package coreai-core is not installed. Install it: {EXTRA}"
+    return None
+
+
+def require() -> None:
+    """Raises: MissingDependency (ANE201) if the runtime is not installed."""
+    reason = missing()
+    if reason is not None:
+        raise MissingDependency(f"coreai: needs Apple's Core AI runtime; {reason}")
+
+
+def prefers_neural_engine() -> bool:
+    """True where the system's runtime is used, which takes a preference for the Neural Engine (macOS 27)."""
+    if missing() is not None:
+        return False
+    from coreai.runtime import SpecializationOptions
+
+    return bool(SpecializationOptions.is_supported())
+
+
+class _Loop:
+    """The event loop of a process, started when first used; a forked child starts its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The coroutine's result; safe from any thread, also from one that has a running loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._running()).result()
+
+    def finish(self, stack: contextlib.AsyncExitStack) -> None:
+        """Close a stack that was opened here; the loop's own thread (a collector's call) does not wait."""
+        if self._pid == os.getpid():
+            closing = asyncio.run_coroutine_threadsafe(stack.aclose(), self._running())
+            if threading.current_thread() is not self._thread:
+                closing.result()
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():
+                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="coreai", daemon=True)
+                self._thread.start()
+            return self._loop
+
+
+_LOOP = _Loop()
+
+
+class LoadedAsset:
+    """An `.aimodel` in memory: its functions can be called until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        require()
+        self._stack = contextlib.AsyncExitStack()
+        self._functions: dict[str, Any] = {}
+        self._model: Any = _LOOP.run(self._open(path))
+        self._release = weakref.finalize(self, _LOOP.finish, self._stack)
+
+    async def _open(self, path: Path) -> Any:
+        from coreai.authoring import AIModelAsset
+
+        return await self._stack.enter_async_context(AIModelAsset.load(path).executable(_options()))
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of the asset's functions."""
+        return tuple(self._opened().function_names)
+
+    def describe(self, function: str) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes by name of a function's `inputs`, `outputs` and `states`."""
+        descriptor = self._function(function).desc
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for kind in ("input", "output", "state"):
+            names = getattr(descriptor, f"{kind}_names")
+            shape_of = getattr(descriptor, f"{kind}_descriptor")
+            found[f"{kind}s"] = {name: tuple(shape_of(name).shape) for name in names}
+        return found
+
+    def call(
+        self, function: str, inputs: Mapping[str, NDArray[Any]], state: Mapping[str, Any] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Run a function: NumPy arrays in and out; `state` holds `make_state` arrays, updated in place."""
+        from coreai.runtime import NDArray as CoreAIArray
+
+        ready = {name: CoreAIArray(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        results = _LOOP.run(_invoke(self._function(function), ready, dict(state or {})))
+        return {name: np.array(array.numpy()) for name, array in results.items()}
+
+    def close(self) -> None:
+        """Release the model; closing twice is fine."""
+        if self._model is not None:
+            self._model, self._functions = None, {}
+            self._release()
+
+    def _function(self, name: str) -> Any:
+        if name not in self._functions:
+            self._functions[name] = self._opened().load_function(name)
+        return self._functions[name]
+
+    def _opened(self) -> Any:
+        if self._model is None:
+            raise SimulationError("session: needs to be open; it was closed. Compile the step again.")
+        return self._model
+
+
+def make_state(array: NDArray[Any]) -> Any:
+    """Memory for one state, holding a copy of `array`."""
+    from coreai.runtime import NDArray as CoreAIArray
+
+    return CoreAIArray(np.array(array, order="C"))
+
+
+def read_state(state: Any) -> NDArray[Any]:
+    """The live memory of a state."""
+    view: NDArray[Any] = state.numpy()
+    return view
+
+
+async def _invoke(function: Any, inputs: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+    return await function(inputs=inputs, state=state)
+
+
+def _options() -> Any:
+    """Prefer the Neural Engine where the runtime takes preferences (macOS 27, unverified on hardware)."""
+    if not prefers_neural_engine():
+        return None
+    from coreai.runtime import ComputeUnitKind, SpecializationOptions
+
+    return SpecializationOptions.from_preferred_compute_unit_kind(ComputeUnitKind.neural_engine())
