@@ -6,6 +6,7 @@ Nodes whose operands are all known are computed here, so constants need no rules
 
 from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers its rules)
     activation,
+    constants,
     contraction,
     convolution,
     indexing,
@@ -19,6 +20,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     reduction,
     scattering,
     slicing,
+    sorting,
     strided,
     views,
 )

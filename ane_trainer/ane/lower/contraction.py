@@ -88,3 +88,12 @@ def _with_axes(ctx: Context, x: Operand, axes: Sequence[int]) -> Operand:
     for axis in sorted(axes):
         shape.insert(axis, 1)
     return ctx.reshape(x, tuple(shape))
+
+
+@lowering("addbmm.default")
+def addbmm(
+    ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1
+) -> Operand:
+    """`addbmm(b, x, y) -> add(reduce_sum(matmul(x, y), axes=0), b)`, with alpha and beta as `mul`"""
+    product = ctx.mul(ctx.sum(ctx.matmul(x, y), [0]), alpha)
+    return ctx.add(product, ctx.mul(bias, beta)) if beta else product

@@ -21,6 +21,9 @@ from ane_trainer.ane.stages import Alias, Captured, Lowered, Port
 
 _UNFOLDABLE = (torch.Tag.nondeterministic_seeded,)
 
+#: torch refuses these on constants whose strides a rule before them changed; the rules reshape.
+_RULE_ON_CONSTANTS = ("aten.view.default", "aten._unsafe_view.default")
+
 
 def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     """The captured step as one MIL program.
@@ -146,6 +149,8 @@ def _no_rule(name: str) -> tuple[str, str]:
 
 
 def _foldable(node: Node, arguments: Any, keywords: Any) -> bool:
+    if str(node.target) in _RULE_ON_CONSTANTS:
+        return False
     leaves = _flat(arguments) + _flat(list(keywords.values()))
     tags = getattr(node.target, "tags", ())
     return not any(isinstance(leaf, (Value, Absent)) for leaf in leaves) and not any(

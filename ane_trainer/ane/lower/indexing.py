@@ -124,8 +124,8 @@ def index_select(ctx: Context, x: Operand, dim: int, index: Operand) -> Operand:
 def index_(ctx: Context, x: Operand, indices: Sequence[Operand | None]) -> Operand:
     """`index(x, [None, i]) -> ` as `index_select`, the index's shape in its place
 
-    Several neighbouring indices: `x[i, j] -> y = matmul(onehot(i), x); matmul(reshape(onehot(j), [M, 1, n]), reshape(y, [M, n, rest]))`;
-    all constant `-> ` the axes are flattened, then slices and `concat`
+    Several neighbouring indices: `y = matmul(onehot(i), x)`, then
+    `matmul(reshape(onehot(j), [M, 1, n]), reshape(y, [M, n, rest]))`; all constant `-> ` slices and `concat`
     """
     first, given, shape = neighbours(ctx, x, indices)
     count = math.prod(shape)

@@ -187,3 +187,83 @@ def reflection_pad_backward(ctx: Context, g: Operand, x: Any, padding: Sequence[
 def replication_pad_backward(ctx: Context, g: Operand, x: Any, padding: Sequence[int]) -> Operand:
     """`replication_pad2d_backward(g) -> matmul` with the transposed one-hot constant per axis"""
     return _extend(ctx, g, padding, "replicate", transposed=True)
+
+
+def _cubic(n: int, m: int, align_corners: bool, scale: float | None) -> torch.Tensor:
+    """`[m, n]`: rows of torch's bicubic weights (A = -0.75), clamped at the border."""
+    position = torch.arange(m, dtype=torch.float64)
+    if align_corners:
+        source = position * ((n - 1) / (m - 1) if m > 1 else 0.0)
+    else:
+        source = (position + 0.5) * (1.0 / scale if scale else n / m) - 0.5
+    base = source.floor()
+    t, a = source - base, -0.75
+    near = [(a + 2) * d**3 - (a + 3) * d**2 + 1 for d in (t, 1 - t)]
+    far = [a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a for d in (t + 1, 2 - t)]
+    matrix = torch.zeros(m, n, dtype=torch.float64)
+    for offset, weight in zip((-1, 0, 1, 2), (far[0], near[0], near[1], far[1]), strict=True):
+        column = (base + offset).long().clamp(0, n - 1)
+        matrix.index_put_((torch.arange(m), column), weight, accumulate=True)
+    return matrix
+
+
+@lowering("upsample_bicubic2d.default")
+def upsample_cubic(
+    ctx: Context, x: Operand, size: Sequence[int], align_corners: bool, *scales: float | None
+) -> Operand:
+    """`upsample_bicubic2d(x) -> matmul` with constant weights per axis"""
+    scales = scales or (None, None)
+    for i in range(2):
+        axis = len(shape_of(x)) - 2 + i
+        x = along(ctx, x, axis, _cubic(shape_of(x)[axis], int(size[i]), align_corners, scales[i]))
+    return x
+
+
+@lowering("upsample_bicubic2d_backward.default")
+def upsample_cubic_backward(
+    ctx: Context, g: Operand, size: Sequence[int], input_size: Sequence[int], align_corners: bool,
+    *scales: float | None,
+) -> Operand:  # fmt: skip
+    """`upsample_bicubic2d_backward(g) -> matmul` with the transposed weights per axis"""
+    scales = scales or (None, None)
+    for i in range(2):
+        axis = len(shape_of(g)) - 2 + i
+        g = along(ctx, g, axis, _cubic(int(input_size[2 + i]), shape_of(g)[axis], align_corners, scales[i]).T)
+    return g
+
+
+def _nearest_exact(n: int, m: int, scale: float | None) -> torch.Tensor:
+    """`[m, n]`: row i picks floor((i + 0.5) n / m)."""
+    ratio = torch.tensor(1.0 / scale if scale else n / m, dtype=torch.float32)
+    index = ((torch.arange(m, dtype=torch.float32) + 0.5) * ratio).floor().long().clamp(max=n - 1)
+    return torch.nn.functional.one_hot(index, n).double()
+
+
+@lowering(
+    "_upsample_nearest_exact1d.default _upsample_nearest_exact2d.default _upsample_nearest_exact3d.default"
+)
+def upsample_nearest_exact(ctx: Context, x: Operand, size: Sequence[int], *scales: float | None) -> Operand:
+    """`_upsample_nearest_exact2d(x) -> ` slices and `concat`, or `matmul` with a one-hot constant,
+    per axis
+    """
+    scales = scales or (None,) * len(size)
+    for i in range(len(size)):
+        axis = len(shape_of(x)) - len(size) + i
+        x = take(ctx, x, axis, _nearest_exact(shape_of(x)[axis], int(size[i]), scales[i]).argmax(1))
+    return x
+
+
+@lowering(
+    "_upsample_nearest_exact1d_backward.default _upsample_nearest_exact2d_backward.default"
+    " _upsample_nearest_exact3d_backward.default"
+)
+def upsample_nearest_exact_backward(
+    ctx: Context, g: Operand, size: Sequence[int], input_size: Sequence[int], *scales: float | None
+) -> Operand:
+    """`_upsample_nearest_exact2d_backward(g) -> matmul` with the transposed one-hot constant per axis"""
+    scales = scales or (None,) * len(size)
+    for i in range(len(size)):
+        axis = len(shape_of(g)) - len(size) + i
+        n = int(input_size[len(input_size) - len(size) + i])
+        g = along(ctx, g, axis, _nearest_exact(n, shape_of(g)[axis], scales[i]).T)
+    return g

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.lower.context import Context, Operand
+from ane_trainer.ane.lower.context import Context, Operand, as_tensor
 from ane_trainer.ane.lower.registry import lowering
+from ane_trainer.ane.mil import Value
 
 
 @lowering("add.Tensor add.Scalar")
@@ -365,37 +366,55 @@ def copy(ctx: Context, x: Operand, source: Operand, non_blocking: bool = False) 
     return ctx.broadcast(ctx.number(source), ctx.shape)
 
 
-@lowering("full_like.default")
-def full_like(ctx: Context, x: Operand, value: float, **_: Any) -> Operand:
-    """`full_like(x, c) -> ` a constant"""
-    return torch.full(ctx.shape, value)
+@lowering("fmax.default")
+def fmax(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`fmax(x, y) -> maximum(x, y)`: the engine has no NaN"""
+    return ctx.binary("maximum", x, y)
 
 
-@lowering("zeros_like.default new_zeros.default")
-def zeros_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
-    """`zeros_like(x) -> ` a constant"""
-    return torch.zeros(ctx.shape)
+@lowering("fmin.default")
+def fmin(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`fmin(x, y) -> minimum(x, y)`: the engine has no NaN"""
+    return ctx.binary("minimum", x, y)
 
 
-@lowering("ones_like.default new_ones.default")
-def ones_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
-    """`ones_like(x) -> ` a constant"""
-    return torch.ones(ctx.shape)
+@lowering("hypot.default")
+def hypot(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`hypot(x, y) -> sqrt(add(mul(x, x), mul(y, y)))`; squares leave fp16 from 256 on"""
+    return sqrt(ctx, ctx.add(ctx.square(x), ctx.square(y)))
 
 
-@lowering("empty_like.default new_empty.default")
-def empty_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
-    """`empty_like(x) -> ` zeros (any content is allowed)"""
-    return torch.zeros(ctx.shape)
+@lowering("copysign.Tensor copysign.Scalar")
+def copysign(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`copysign(x, y) -> select(less(y, 0), -|x|, |x|)`; -0 counts as positive"""
+    size = abs_(ctx, x)
+    return ctx.where(ctx.binary("less", y, 0.0), ctx.mul(size, -1.0), size)
 
 
-@lowering("new_full.default fill.Scalar")
-def new_full(ctx: Context, x: Operand, *arguments: Any, **_: Any) -> Operand:
-    """`new_full(x, size, c) -> ` a constant"""
-    return torch.full(ctx.shape, float(arguments[-1]))
+@lowering("signbit.default")
+def signbit(ctx: Context, x: Operand) -> Operand:
+    """`signbit(x) -> less(x, 0)`; -0 counts as positive"""
+    return ctx.binary("less", x, 0.0)
 
 
-@lowering("fill.Tensor")
-def fill_tensor(ctx: Context, x: Operand, value: Operand) -> Operand:
-    """`fill(x, value) -> tile(value)`"""
-    return ctx.broadcast(value, ctx.shape)
+@lowering("ldexp.Tensor")
+def ldexp(ctx: Context, x: Operand, exponent: Operand) -> Operand:
+    """`ldexp(x, e) -> mul(x, exp2(e))`"""
+    power = ctx.unary("exp2", exponent) if isinstance(exponent, Value) else torch.exp2(as_tensor(exponent))
+    return ctx.mul(x, power)
+
+
+@lowering("atan2.default")
+def atan2(ctx: Context, y: Operand, x: Operand) -> Operand:
+    """`atan2(y, x) -> atan(y / x)`, plus pi or minus pi where x < 0; +-pi/2 where x = 0"""
+    safe = ctx.where(ctx.binary("equal", x, 0.0), 1.0, x)
+    angle = ctx.unary("atan", ctx.div(y, safe))
+    turn = ctx.where(ctx.binary("less", y, 0.0), -math.pi, math.pi)
+    turned = ctx.where(ctx.binary("less", x, 0.0), ctx.add(angle, turn), angle)
+    return ctx.where(ctx.binary("equal", x, 0.0), ctx.mul(sign(ctx, y), math.pi / 2), turned)
+
+
+@lowering("round.decimals")
+def round_decimals(ctx: Context, x: Operand, *, decimals: int) -> Operand:
+    """`round(x, decimals=d) -> mul(round(mul(x, 10^d)), 10^-d)`"""
+    return ctx.mul(round_(ctx, ctx.mul(x, 10.0**decimals)), 10.0**-decimals)

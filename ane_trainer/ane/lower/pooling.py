@@ -301,19 +301,21 @@ def adaptive_avg_pool_backward(ctx: Context, g: Operand, x: Operand) -> Operand:
     return g
 
 
-@lowering("adaptive_max_pool2d.default")
+@lowering("adaptive_max_pool2d.default adaptive_max_pool3d.default")
 def adaptive_max_pool(ctx: Context, x: Operand, output_size: Sequence[int]) -> tuple[Operand, Absent]:
     """`adaptive_max_pool2d(x) -> max_pool(x)`; sizes must divide"""
     shape = mil_shape(ctx.meta[0])
-    kernel = _adaptive_kernel(ctx, shape_of(x)[-2:], shape[-2:])
-    pool = _pool(shape_of(x)[-2:], shape[-2:], kernel, kernel, (0,))
-    return ctx.reshape(_native(ctx, "max_pool", _batched(ctx, x, 2), pool), shape), _NO_INDICES
+    axes = len(output_size)
+    kernel = _adaptive_kernel(ctx, shape_of(x)[-axes:], shape[-axes:])
+    pool = _pool(shape_of(x)[-axes:], shape[-axes:], kernel, kernel, (0,))
+    return ctx.reshape(_native(ctx, "max_pool", _batched(ctx, x, axes), pool), shape), _NO_INDICES
 
 
-@lowering("adaptive_max_pool2d_backward.default", accepts_absent=True)
+@lowering("adaptive_max_pool2d_backward.default adaptive_max_pool3d_backward.default", accepts_absent=True)
 def adaptive_max_pool_backward(ctx: Context, g: Operand, x: Operand, indices: object) -> Operand:
     """`adaptive_max_pool2d_backward(g, x) -> ` as `max_pool2d_with_indices_backward`"""
-    kernel = _adaptive_kernel(ctx, shape_of(x)[-2:], shape_of(g)[-2:])
+    axes = 2 if ctx.node is None or "2d" in str(ctx.node.target) else 3
+    kernel = _adaptive_kernel(ctx, shape_of(x)[-axes:], shape_of(g)[-axes:])
     return max_pool_backward(ctx, g, x, kernel, kernel, (0,), (1,), False, indices)
 
 

@@ -51,7 +51,7 @@ def spread(ctx: Context, g: Operand, axis: int, extent: int, start: int, step: i
     shape = shape_of(g)
     axis %= len(shape)
     g = zero_insert(ctx, g, axis, step)
-    length = shape_of(g)[axis]
+    length = shape_of(g)[axis]  # with the zeros behind the last element, which may be cropped again
     return ctx.pad_axis(g, axis, start, extent - start - length)
 
 
@@ -230,3 +230,30 @@ def along(ctx: Context, x: Operand, dim: int, matrix: torch.Tensor) -> Operand:
         lead *= n
     flat = ctx.reshape(x, (lead, shape[dim], -1))
     return ctx.reshape(ctx.matmul(matrix, flat), (*before, matrix.shape[0], *after))
+
+
+@lowering("unfold.default unfold_copy.default")
+def unfold(ctx: Context, x: Operand, dim: int, size: int, step: int) -> Operand:
+    """`unfold(x, d, n, s) -> concat` of n shifted slices on a new last axis"""
+    shape = shape_of(x)
+    dim %= len(shape)
+    count = (shape[dim] - size) // step + 1
+    parts = [ctx.slice(x, dim, t, t + (count - 1) * step + 1, step) for t in range(size)]
+    return ctx.reshape(ctx.concat([ctx.reshape(part, (*shape_of(part), 1)) for part in parts], -1), ctx.shape)
+
+
+@lowering("unfold_backward.default")
+def unfold_backward(
+    ctx: Context, g: Operand, sizes: Sequence[int], dim: int, size: int, step: int
+) -> Operand:
+    """`unfold_backward(g) -> add(pad(slice(g)))`: each tap back at its place, zeros inserted for a step"""
+    if not sizes:
+        return ctx.reshape(g, ctx.shape)
+    dim %= len(sizes)
+    total: Operand = torch.zeros(tuple(sizes))
+    for t in range(size):
+        part = ctx.reshape(ctx.slice(g, -1, t, t + 1), shape_of(g)[:-1])
+        part = ctx.slice(zero_insert(ctx, part, dim, step), dim, 0, (shape_of(part)[dim] - 1) * step + 1)
+        placed = ctx.pad_axis(part, dim, t, sizes[dim] - t - shape_of(part)[dim])
+        total = placed if t == 0 else ctx.add(total, placed)
+    return total

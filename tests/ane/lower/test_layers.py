@@ -48,6 +48,10 @@ UNARY: dict[str, Function] = {
     "interleave": lambda x: x.repeat_interleave(2, 1),
     "unfold": lambda x: x[None, None].expand(2, 3, 4, 6).contiguous().reshape(2, 3, 4, 6).sum((0, 1)),
     "diagonal": lambda x: x.diagonal(),
+    "windows": lambda x: x.unfold(1, 3, 2),
+    "sort": lambda x: x.sort(1)[0] + x.topk(6, 1)[0] + x.median(1, keepdim=True)[0],
+    "angle": lambda x: torch.atan2(x, x.flip(0)) + torch.hypot(x, x.flip(1)),
+    "distances": lambda x: torch.cdist(x, 2 * x.detach() + 0.1),
 }
 
 IMAGES: dict[str, Function] = {
@@ -57,6 +61,8 @@ IMAGES: dict[str, Function] = {
     "nearest_size": lambda x: F.interpolate(x, size=(7, 9)),
     "bilinear": lambda x: F.interpolate(x, size=(7, 9), mode="bilinear"),
     "bilinear_corners": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
+    "bicubic": lambda x: F.interpolate(x, size=(7, 9), mode="bicubic"),
+    "nearest_exact": lambda x: F.interpolate(x, size=(7, 9), mode="nearest-exact"),
     "reflect": lambda x: F.pad(x, (1, 2, 2, 0), mode="reflect"),
     "replicate": lambda x: F.pad(x, (1, 2, 2, 0), mode="replicate"),
     "circular": lambda x: F.pad(x, (1, 2, 2, 0), mode="circular"),
@@ -169,6 +175,7 @@ def test_binary(name: str) -> None:
 
 def test_arguments_of_the_extrema() -> None:
     x = normal(4, 6)
+    check(lambda x: [x.topk(3, 1)[1], x.argsort(0, descending=True), x.median()], [x])
     check(lambda x: [x.argmax(1), x.argmin(0), x.max(1)[1], x.argmax(), (x > 0).any(1), (x > 9).all()], [x])
 
 
