@@ -41,7 +41,7 @@ Chip = Annotated[
     str | None, typer.Option(help="Whose arithmetic and limits: m1 ... m6. [m4]", metavar="NAME")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="auto, sim or cpu (plain PyTorch fp32). [auto]", metavar="NAME")
+    str | None, typer.Option(help="auto, sim, coreai, cpu (plain PyTorch fp32). [auto]", metavar="NAME")
 ]
 Fidelity = Annotated[str | None, typer.Option(help="exact or fast. [exact]", metavar="NAME")]
 Threads = Annotated[int | None, typer.Option(help="Of the simulator; results do not depend on it. [all]")]
@@ -87,6 +87,9 @@ def train(
     chip: Chip = None,
     device: Device = None,
     fidelity: Fidelity = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp16, or fp32 where the device has it. [auto]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the order of the data. [0]")] = None,
     threads: Threads = None,
     limit: Annotated[

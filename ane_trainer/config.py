@@ -40,6 +40,7 @@ class TrainConfig(BaseModel):
     chip: str = "m4"
     device: str = "auto"
     fidelity: Literal["exact", "fast"] = "exact"
+    precision: Literal["auto", "fp16", "fp32"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)

@@ -182,6 +182,7 @@ def _make_trainer(config: TrainConfig, report: Reporter, device: str | None = No
         device=device or config.device,
         chip=config.chip,
         fidelity=config.fidelity,
+        precision="auto" if device == "cpu" else config.precision,
         seed=config.seed,
         threads=config.threads,
         report=report,

@@ -11,7 +11,7 @@ from torch import nn
 
 from ane_trainer.ane.capture import get_loss
 from ane_trainer.ane.chips import get_chip
-from ane_trainer.ane.devices import get_device
+from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.reference import CpuForward, CpuStep
@@ -27,11 +27,12 @@ class Device:
     name: str
     chip: str | None
     fidelity: str | None
+    precision: str
     headline: str
 
 
-def choose_device(device: str, chip: str, fidelity: str) -> Device:
-    """Check the three names and resolve `auto`.
+def choose_device(device: str, chip: str, fidelity: str, precision: str = "auto") -> Device:
+    """Check the names and resolve `auto`.
 
     UsageError for an unknown name; EnvironmentFault for a device that this machine does not have.
     """
@@ -41,14 +42,17 @@ def choose_device(device: str, chip: str, fidelity: str) -> Device:
         raise UsageError(f"fidelity: needs a known name; got {fidelity!r}. {hint}", code="ANE104")
     if device == "cpu":
         return Device(
-            "cpu", None, None, "CPU: plain PyTorch fp32, for comparison; not the engine's arithmetic"
+            "cpu", None, None, "fp32", "CPU: plain PyTorch fp32, for comparison; not the engine's arithmetic"
         )
     choice = get_device(device)
     why = f"   ({choice.reason})" if device == "auto" else ""
     name = choice.device.name
-    where = "SIMULATOR" if name == "sim" else f"Neural Engine through {name}, limits"
-    text = f"{where} of {found.title} (generation {found.generation}), fidelity {fidelity}{why}"
-    return Device(name, found.name, fidelity, text)
+    chosen = choose_precision(choice.device, precision)
+    text = f"SIMULATOR of {found.title} (generation {found.generation}), fidelity {fidelity}"
+    if name != "sim":
+        where, _ = choice.device.placement(found.name, fidelity)
+        text = f"{name}: {where}, {chosen}, program checked for {found.title}"
+    return Device(name, found.name, fidelity, chosen, text + why)
 
 
 def compile_training(
@@ -73,6 +77,7 @@ def compile_training(
         device=device.name,
         fidelity=device.fidelity,
         threads=threads,
+        precision=device.precision,
         sync="lazy",
         seed=seed,
     )
@@ -83,7 +88,13 @@ def compile_inference(model: nn.Module, example: Any, device: Device, threads: i
     if device.chip is None or device.fidelity is None:
         return CpuForward(model)
     return compile_forward(
-        model, example, chip=device.chip, device=device.name, fidelity=device.fidelity, threads=threads
+        model,
+        example,
+        chip=device.chip,
+        device=device.name,
+        fidelity=device.fidelity,
+        threads=threads,
+        precision=device.precision,
     )
 
 

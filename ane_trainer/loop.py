@@ -18,9 +18,6 @@ from ane_trainer.ane.errors import DataError
 #: (x, y): x and y are tensors, or tuples or dicts of tensors.
 Batch = tuple[Any, Any]
 
-#: The largest finite fp16 number; what rounds to more becomes inf on the engine.
-FP16_MAX = 65504.0
-
 
 @dataclass
 class Progress:
@@ -136,12 +133,8 @@ def fits_step(x: Any, y: Any, example: tuple[Any, Any], where: str) -> bool:
     )
 
 
-def check_values(x: Any, y: Any, classes: int | None, where: str) -> None:
-    """DataError for nan, inf or more than fp16 holds, and for class numbers out of 0 .. classes - 1."""
-    for name, part in (("x", x), ("y", y)):
-        for tensor in tensors_of(part):
-            if tensor.is_floating_point() and tensor.numel():
-                _check_range(name, tensor, where)
+def check_classes(y: Any, classes: int | None, where: str) -> None:
+    """DataError for class numbers out of 0 .. classes - 1; None: y holds no class numbers."""
     if classes is None:
         return
     lowest, highest = int(y.min()), int(y.max())
@@ -153,24 +146,17 @@ def check_values(x: Any, y: Any, classes: int | None, where: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Within the block, errors about data begin with the place."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error.args[0]}", code=error.code) from None
+
+
 def _text(shapes: list[torch.Size]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
-
-
-def _check_range(name: str, value: torch.Tensor, where: str) -> None:
-    largest = float(value.detach().abs().max())
-    if largest <= FP16_MAX:
-        return
-    if math.isfinite(largest):
-        raise DataError(
-            f"{where}: {name} needs magnitudes up to {FP16_MAX:g} (fp16); got {largest:g}. Normalise it.",
-            code="DATA106",
-        )
-    count = int((~torch.isfinite(value)).sum())
-    raise DataError(
-        f"{where}: {name} needs finite numbers; got {count} that are nan or inf. Clean the data.",
-        code="DATA106",
-    )
 
 
 @contextlib.contextmanager

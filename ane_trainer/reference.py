@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+
+from ane_trainer.ane.capture.rehearsal import call_model
+from ane_trainer.ane.errors import DataError
 
 
 class CpuStep:
@@ -24,11 +28,13 @@ class CpuStep:
     ) -> None:
         self._model, self._loss, self._optimizer = model, loss, optimizer
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Forward, loss, backward, update; returns the loss."""
+    def __call__(self, x: Any, y: Any) -> torch.Tensor:
+        """Forward, loss, backward, update; returns the loss. DataError for nan and inf."""
+        _check_finite("x", x)
+        _check_finite("y", y)
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(self._model(x), y)
+        loss = self._loss(call_model(self._model, {}, x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return loss.detach()
@@ -66,12 +72,24 @@ class CpuForward:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The model's output in evaluation mode; the module's mode is put back afterwards."""
+    def __call__(self, x: Any) -> torch.Tensor:
+        """The model's output in evaluation mode; the module's mode is put back. DataError for nan and inf."""
+        _check_finite("x", x)
         training = self._model.training
         self._model.eval()
         try:
             with torch.no_grad():
-                return self._model(x)  # type: ignore[no-any-return]
+                return call_model(self._model, {}, x)  # type: ignore[no-any-return]
         finally:
             self._model.train(training)
+
+
+def _check_finite(name: str, part: Any) -> None:
+    for leaf in pytree.tree_leaves(part):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            wrong = int((~torch.isfinite(leaf)).sum())
+            if wrong:
+                raise DataError(
+                    f"{name}: needs finite numbers; got {wrong} that are nan or inf. Clean the data.",
+                    code="DATA106",
+                )

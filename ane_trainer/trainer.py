@@ -60,6 +60,7 @@ class Trainer:
     device     "auto", "sim" (simulator), "cpu" (plain PyTorch fp32), or a device that `doctor` lists.
     chip       whose arithmetic and limits hold on the simulator: "m1" ... "m6".
     fidelity   "exact" (the engine's arithmetic bit by bit where it is known) or "fast".
+    precision  "auto": fp16 on the simulator; "fp32" on devices that run it.
     seed       of everything random in the order of the data; the weights are the model's own.
     threads    of the simulator; None: all cores. The result does not depend on it.
     report     where progress goes; default: lines on standard output. `Reporter()` is silent.
@@ -74,14 +75,16 @@ class Trainer:
         device: str = "auto",
         chip: str = "m4",
         fidelity: str = "exact",
+        precision: str = "auto",
         seed: int = 0,
         threads: int | None = None,
         report: Reporter | None = None,
     ) -> None:
         self.model, self.loss = model, loss
         self.optimizer = optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3)
-        self.device = engine.choose_device(device, chip, fidelity)
-        self.chip, self.fidelity, self.seed, self.threads = chip, fidelity, seed, threads
+        self.device = engine.choose_device(device, chip, fidelity, precision)
+        self.chip, self.fidelity, self.precision = chip, fidelity, precision
+        self.seed, self.threads = seed, threads
         self.history: list[Epoch] = []
         self.progress = Progress()
         self.step: Any = None  #: the compiled training step, from the first batch on
@@ -133,8 +136,8 @@ class Trainer:
         loss, correct, counted = RunningMean(), 0, False
         for number, batch in enumerate(data, 1):
             x, y = loop.unpack(batch, f"evaluate: batch {number}")
-            loop.check_values(x, y, None, f"evaluate: batch {number}")
-            output = self._infer(x)
+            with loop.located(f"evaluate: batch {number}"):
+                output = self._infer(x)
             loss.update(float(self._loss(output, y)), loop.batch_size_of(x))
             if _has_classes(output, y):
                 correct, counted = correct + count_correct(output, y), True
@@ -148,9 +151,9 @@ class Trainer:
         examples = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
         if not len(examples):
             raise _empty("predict")
-        loop.check_values(examples, examples[:0], None, "predict")
         size = loop.batch_size_of(self._example[0]) if self._example else min(len(examples), 128)
-        return torch.cat([self._infer(part, size) for part in torch.split(examples, size)])
+        with loop.located("predict"):
+            return torch.cat([self._infer(part, size) for part in torch.split(examples, size)])
 
     def announce(self) -> None:
         """Report, once, which device was chosen and why."""
@@ -211,6 +214,7 @@ class Trainer:
             tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith("step/")}
         progress = {**asdict(self.progress), "skipped_steps": self._skipped()}
         options = {"device": self.device.name, "chip": self.chip, "fidelity": self.fidelity}
+        options["precision"] = self.precision
         scalars = {
             "progress": progress,
             "history": [record.to_json() for record in self.history],
@@ -303,9 +307,10 @@ class Trainer:
     def _train_batch(self, x: Any, y: Any, where: str) -> None:
         if self._example is None or not loop.fits_step(x, y, self._example, where):
             return
-        loop.check_values(x, y, self._classes, where)
+        loop.check_classes(y, self._classes, where)
         skipped = self.step.skipped_steps
-        loss = float(self.step(x, y))
+        with loop.located(where):
+            loss = float(self.step(x, y))
         self.progress.count(loss, skipped=self.step.skipped_steps > skipped)
         self.report.step(loss, self.step.loss_scale, self._skipped())
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
@@ -337,10 +342,10 @@ class Trainer:
     def _compile(self, x: Any, y: Any) -> float:
         """Compile the step for batches like (x, y) and give it the restored state; the seconds it took."""
         started = time.perf_counter()
-        loop.fits_step(x, y, (x, y), "train: first batch")
-        loop.check_values(x, y, None, "train: first batch")
         self.model.train()
         self._example = (x, y)
+        self._classes = _class_count(self.model, self._loss, x, y)
+        loop.check_classes(y, self._classes, "train: first batch")
         self.step = engine.compile_training(
             self.model, self.loss, self.optimizer, (x, y), self.device, threads=self.threads, seed=self.seed
         )
@@ -348,7 +353,6 @@ class Trainer:
             self.step.load_state_dict(_part(self._restored.tensors, "step/"))
             self.progress.skipped_steps -= self.step.skipped_steps
             self._restored = None
-        self._classes = _class_count(self.model, self._loss, x, y)
         self.seconds_compile = time.perf_counter() - started
         self.report.compiled(engine.program_facts(self.step, self.optimizer), self.seconds_compile)
         return self.seconds_compile

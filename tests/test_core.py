@@ -232,7 +232,6 @@ def test_training_works_outside_the_main_thread() -> None:
     ("batch", "code"),
     [
         ((torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64)), "DATA106"),
-        ((torch.full((4, 1, 8, 8), 65520.0), torch.zeros(4, dtype=torch.int64)), "DATA106"),
         ((torch.zeros(4, 1, 8, 8), torch.full((4,), 10)), "DATA107"),
         ((torch.zeros(4, 1, 8, 8), torch.full((4,), -1)), "DATA107"),
         ((torch.zeros(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64)), "DATA105"),
@@ -241,15 +240,28 @@ def test_training_works_outside_the_main_thread() -> None:
         (torch.zeros(4, 1, 8, 8), "DATA105"),
     ],
 )
-def test_bad_batches_are_refused_by_name(batch, code: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_bad_batches_are_refused_by_name(device: str, batch, code: str) -> None:
     good = (torch.zeros(4, 1, 8, 8), torch.full((4,), 9))
     with pytest.raises(DataError, match=r"epoch 1, batch 2") as caught:
-        small_trainer("cpu").fit([good, batch])
+        small_trainer(device).fit([good, batch])
     assert caught.value.code == code
 
 
-def test_largest_fp16_number_passes() -> None:
-    small_trainer("cpu").fit([(torch.full((4, 1, 8, 8), 65504.0), torch.zeros(4, dtype=torch.int64))])
+def test_largest_fp16_number_passes_and_the_next_is_refused() -> None:
+    y = torch.zeros(4, dtype=torch.int64)
+    small_trainer().fit([(torch.full((4, 1, 8, 8), 65504.0), y)])
+    with pytest.raises(DataError, match=r"batch 1: x: .*65504.* got 65520"):
+        small_trainer().fit([(torch.full((4, 1, 8, 8), 65520.0), y)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bad_values_are_refused_in_evaluation_too(device: str) -> None:
+    x, y = torch.full((4, 1, 8, 8), float("inf")), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(DataError, match="evaluate: batch 1: x: needs finite numbers; got 256"):
+        small_trainer(device).evaluate([(x, y)])
+    with pytest.raises(DataError, match="predict: x: needs finite"):
+        small_trainer(device).predict(x)
 
 
 def test_empty_data_is_refused() -> None:
