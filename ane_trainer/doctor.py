@@ -15,6 +15,7 @@ import torch
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips import known_chips
+from ane_trainer.ane.devices import DEVICE_NAMES, get_device
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.data import default_root
 from ane_trainer.datasets import dataset_rows
@@ -103,9 +104,20 @@ def _python() -> Check:
 
 
 def _engine() -> tuple[Check, ...]:
+    """What each device besides the simulator says of this machine."""
+    checks = []
     if not _on_apple_silicon():
-        return (Check("info", "engine", "no Neural Engine here; programs run on the simulator"),)
-    return (Check("info", "engine", "not dispatched to by this version; programs run on the simulator"),)
+        checks.append(Check("info", "engine", "no Neural Engine here; programs run on the simulator"))
+    for name in DEVICE_NAMES:
+        if name in ("auto", "sim", "cpu"):
+            continue
+        try:
+            where, how = get_device(name).device.placement("m4", "exact")
+        except AneTrainerError as error:
+            checks.append(Check("info", name, error.args[0].rpartition("; ")[2]))
+        else:
+            checks.append(Check("ok", name, f"runs on {where}; {how}"))
+    return tuple(checks)
 
 
 def _simulator() -> Check:

@@ -150,7 +150,7 @@ def program_line(program: Mapping[str, Any], seconds: float) -> str:
     traffic = format_bytes(program["host_bytes_per_step"])
     return (
         f"1 program: forward + loss + backward + {program['optimizer']}, {program['ops']} ops, "
-        f"{share} of the FLOPs on the engine, "
+        f"{share} of the step's FLOPs, "
         f"{traffic} from and to the host a step   {format_seconds(seconds)}"
     )
 
