@@ -32,7 +32,7 @@ NETS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]]
 @pytest.mark.parametrize("chip", ["m1", "m4"])
 @pytest.mark.parametrize("name", NETS)
 def test_value_and_gradients_in_fp16(name: str, chip: str) -> None:
-    """Errors stay within 2 % of the largest entry: 11-bit rounding, Q15.16 products, 33-knot tables (6e-3)."""
+    """Errors stay within 2 % of the largest entry: fp16 rounding, Q15.16 sums, tables (6e-3)."""
     function, shapes = NETS[name]
     inputs = [normal(*shape, seed=i).half().float() for i, shape in enumerate(shapes)]
     program = legalize(lowered(gradients(function), inputs, dtype="fp16"), chip).lowered
