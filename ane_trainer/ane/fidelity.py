@@ -1,8 +1,8 @@
 """The conformance book: how sure each kernel is, and every published number against the simulator's.
 
 `python -m ane_trainer.ane.fidelity > docs/fidelity.md` writes it; it is made from the kernel registry
-(`simulator.KERNELS`), the published vectors (`vectors.py`) and figures (`published.py`), so it cannot say more
-than they do. A test holds the file against this module.
+(`simulator.KERNELS`), the published vectors (`vectors.py`) and figures (`published.py`), so it cannot say
+more than they do. A test holds the file against this module.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def _lines(measure: Callable[[Figure], str]) -> Iterator[str]:
     yield "| op | fidelity | bound or exception | evidence | e5rt, M5 |\n|---|---|---|---|---|"
     for kind, kernel in sorted(KERNELS.items()):
         standing = op_status("gelu_exact" if kind == "gelu" else kind, "m5").status
-        yield f"| `{kind}` | {kernel.fidelity} | {_cell(kernel.bound)} | {_cell(kernel.evidence)} | {standing} |"
+        cells = (f"`{kind}`", kernel.fidelity, kernel.bound, kernel.evidence, standing)
+        yield f"| {' | '.join(map(_cell, cells))} |"
     yield "\nWithout a kernel:\n"
     yield from (f"- `{kind}`: {reason}" for kind, reason in sorted(WITHOUT_KERNEL.items()))
     yield ""

@@ -1,13 +1,15 @@
 """Published hardware vectors as MIL programs: what was put into the engine, as one dispatch each.
 
-The keys of `PROGRAMS` are the `inputs` texts of the published table (tests/data/golden_vectors.csv), which has
-the expected outputs. A value runs the program on a chip by `simulate`; sources: M6 notes/numerics.md (H11, H12,
-H50), ANEForge bench/results (GEMM errors, numeric_cliffs), ANE guide chapter 3, M6 lut_ulp_m6.txt.
+The keys of `PROGRAMS` are the `inputs` texts of the published table (tests/data/golden_vectors.csv), which
+has the expected outputs. A value runs the program on a chip by `simulate`; sources: M6 notes/numerics.md
+(H11, H12, H50), ANEForge bench/results (GEMM errors, numeric_cliffs), ANE guide chapter 3, M6 lut_ulp_m6.txt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ Run = Callable[[str], NDArray[np.floating]]
 
 
 def half(*values: float) -> Array:
+    """Numbers as float16, out of range as inf."""
     with np.errstate(over="ignore"):
         return np.array(values, np.float64).astype(np.float16)
 
@@ -49,11 +52,14 @@ def conv1x1(x: list[float], w: list[float] | None = None, bias: float | None = N
     return run
 
 
-def unary(kind: str, x: float, **params: object) -> Run:
+def unary(kind: str, x: float, **params: Any) -> Run:
+    """An op of one number."""
     return lambda chip: dispatch(lambda b, v: b.op(kind, x=v, **params), half(x), chip)
 
 
 def binary(kind: str, x: float, y: float) -> Run:
+    """An op of a number and a constant."""
+
     def run(chip: str) -> Array:
         return dispatch(lambda b, v: b.op(kind, x=v, y=from_array(half(y))), half(x), chip)
 
@@ -61,7 +67,9 @@ def binary(kind: str, x: float, y: float) -> Run:
 
 
 def w8a8(channels: int, q: int, exponent: int, taps: int = 1) -> Run:
-    """quantize -> dequantize -> conv of an int8 weight; activation and weight are all `q`, scales 2^-exponent."""
+    """quantize -> dequantize -> conv of an int8 weight; activation and weight are all `q`, scales
+    2^-exponent.
+    """
     scale = 2.0**-exponent
     data = from_array(np.full((1, channels, taps, 1), q, np.int8))
 
@@ -79,6 +87,7 @@ def w8a8(channels: int, q: int, exponent: int, taps: int = 1) -> Run:
 
 
 def together(*runs: Run) -> Run:
+    """The results of several programs, one after the other."""
     return lambda chip: np.concatenate([np.ravel(run(chip)) for run in runs])
 
 
@@ -100,10 +109,12 @@ def matmul_cliff(chip: str) -> Array:
         x = np.full((1, k), total / k, np.float16)
         return bool(np.isfinite(dispatch(lambda b, v: b.op("matmul", x=v, y=weight), x, chip)).all())
 
-    return np.unique([bisected(lambda t, k=k: finite(k, t), 30000.0, 40000.0) for k in (4, 8, 32, 64, 128)])
+    return np.unique([bisected(partial(finite, k), 30000.0, 40000.0) for k in (4, 8, 32, 64, 128)])
 
 
 def width_slice(value: float) -> Run:
+    """A value in the middle of a row, seen through a slice that starts at 1."""
+
     def run(chip: str) -> Array:
         x = np.zeros((1, 1, 1, 8), np.float16)
         x[..., 4] = value
@@ -115,6 +126,7 @@ def width_slice(value: float) -> Run:
 
 
 def sum_of_integers(total: int, terms: int = 8) -> Run:
+    """reduce_sum of integers that sum to `total` (ANEForge numeric_cliffs)."""
     base, more = divmod(total, terms)
     x = np.array([base + (i < more) for i in range(terms)], np.float16)
 
@@ -125,7 +137,9 @@ def sum_of_integers(total: int, terms: int = 8) -> Run:
 
 
 def gemm_error(n: int) -> Run:
-    """Relative L2 error of the first 256 rows of A @ W.T, both N(0, 1) / sqrt(n), seed 0 (device_saturation_sweep)."""
+    """Relative L2 error of the first 256 rows of A @ W.T, both N(0, 1) / sqrt(n), seed 0
+    (device_saturation_sweep).
+    """
 
     def run(chip: str) -> Array:
         rng = np.random.default_rng(0)
@@ -174,7 +188,9 @@ PROGRAMS: dict[str, Run] = {
     "2^-24 + 0": binary("add", 2.0**-24, 0),
     "2^-12 * 2^-12": binary("mul", 2.0**-12, 2.0**-12),
     "NaN + 1": binary("add", NAN, 1),
-    "K=4096..16384 of 127*127, scales 2^-6 each (2^-12 total)": together(w8a8(4096, 127, 6), w8a8(16384, 127, 6)),
+    "K=4096..16384 of 127*127, scales 2^-6 each (2^-12 total)": together(
+        w8a8(4096, 127, 6), w8a8(16384, 127, 6)
+    ),
     "K=65536 of (-128)*(-128) -> S=2^30, scale 2^-16": w8a8(65536, -128, 8),
     "S=2^31, scale 2^-18": w8a8(65536, -128, 9, taps=2),
     "N=512 seeded rng0 N(0,1)/sqrt(N) rel L2 err first 256 rows": gemm_error(512),
@@ -193,7 +209,7 @@ PROGRAMS: dict[str, Run] = {
     "x=0.0332": unary("rsqrt", 0.0332),
 }  # fmt: skip
 
-#: Rows whose published value has fewer digits than fp16 holds, or is an approximate figure: how it is compared.
+#: Rows whose published value has fewer digits than fp16 holds, or is approximate: how it is compared.
 DIGITS: dict[str, Callable[[float], str]] = {
     "gelu: x=0": lambda v: f"{v:.6f}",
     "silu: x=0": lambda v: f"{v:.6f}",

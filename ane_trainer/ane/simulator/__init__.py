@@ -54,7 +54,9 @@ WITHOUT_KERNEL = {
 def make_context(
     chip: str, fidelity: str = "exact", threads: int | None = None, path: str | None = None
 ) -> Context:
-    """A simulation context; `UsageError` for an unknown chip or fidelity. `threads` defaults to the machine's cores."""
+    """A simulation context; `UsageError` for an unknown chip or fidelity. `threads` defaults to the
+    machine's cores.
+    """
     if fidelity not in ("exact", "fast"):
         raise UsageError(f"fidelity: needs exact or fast; got {fidelity!r}.", code="ANE104")
     return Context(get_chip(chip), fidelity, threads or _cores(), path)
@@ -74,8 +76,8 @@ def simulate(
     `feeds` maps every input to an array of its shape (fp16 inputs: float16, bit patterns count; wider floats
     are rounded to float16 first). Returns float16 arrays (or the output's own dtype) by output name, with the
     engine's inf as inf; Core ML states start at zero unless fed. Raises `SimulationError` for a missing or
-    misshapen input, `UnsupportedModel` with every op that the chip refuses on `path` ("e5rt", "direct", "coreml",
-    "netplist"; None: whatever the simulator can run).
+    misshapen input, `UnsupportedModel` with every op that the chip refuses on `path` ("e5rt", "direct",
+    "coreml", "netplist"; None: whatever the simulator can run).
     """
     context = make_context(chip, fidelity, threads, path)
     refusal.check(program.main, context.chip, path)

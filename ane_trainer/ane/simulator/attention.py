@@ -19,7 +19,8 @@ Array = NDArray[Any]
 
 @kernel(
     "scaled_dot_product_attention", "assumed",
-    "ANEForge vocabulary sweep: relative error 2.7e-4 on M5; composed: product, scale, mask, softmax, product."
+    "ANEForge vocabulary sweep: relative error 2.7e-4 on M5; composed: product, scale, mask, softmax,"
+    " product."
     " On the direct path the mask is ignored (Orion, maderix/ANE)",
 )  # fmt: skip
 def attention(ctx: Context, call: Call, query: Array, key: Array, value: Array, mask: Array | None) -> Array:

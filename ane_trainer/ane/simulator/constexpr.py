@@ -48,6 +48,7 @@ def affine_dequantize(ctx: Context, call: Call) -> Array:
 
 @kernel("constexpr_cast", "exact", _SWEEP + "0 on M5")
 def constexpr_cast(ctx: Context, call: Call) -> Array:
+    """An fp16 weight as fp32."""
     return np.asarray(constant(call, "source_val"), np.float32)
 
 
@@ -72,6 +73,7 @@ def _shifted(data: Array, shape: tuple[int, ...], scale: Array, offset: Array | 
     "1 unit in the last place of a weight",
 )
 def blockwise_shift_scale(ctx: Context, call: Call, data: Array, scale: Array, offset: Array | None) -> Array:
+    """(data - offset) * scale, each scale for a block of data."""
     return _number(_shifted(data, data.shape, scale, offset), call.op.infer(call)[0])
 
 
@@ -113,7 +115,7 @@ def _looked_up(indices: Array, lut: Array, vector_axis: int | None) -> Array:
     joined = np.moveaxis(entries, -1, along + 1)
     shape = list(indices.shape)
     shape[along] *= lut.shape[-1]
-    return joined.reshape(shape)
+    return np.asarray(joined.reshape(shape))
 
 
 @kernel("constexpr_lut_to_dense", "exact", _SWEEP + "0 on M5")

@@ -2,8 +2,8 @@
 
 Exact: every product rounded half away to 2^-16 and summed in Q15.16 (`mac.py`). Fast: the machine's fp32
 matrix product, with the same overflow at 32768 and the same output rounding.
-Evidence: M6 notes/numerics.md (H11, H12) for the law; ANEForge's published GEMM errors on M1, M1 Max, M2 Pro, M4,
-M5, M5 Pro reproduce to 12 digits (tests/ane/simulator/test_contraction.py).
+Evidence: M6 notes/numerics.md (H11, H12) for the law; ANEForge's published GEMM errors on M1, M1 Max, M2
+Pro, M4, M5, M5 Pro reproduce to 12 digits (tests/ane/simulator/test_contraction.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ EVIDENCE = "M6 notes/numerics.md (M4, M6); ANEForge GEMM errors on six chips"
 
 @kernel("matmul", "exact", EVIDENCE)
 def matmul(ctx: Context, call: Call, x: Array, y: Array) -> Array:
+    """x @ y after the transpose flags; leading axes broadcast."""
     (type_,) = call.op.infer(call)
     out = np.empty(type_.shape, np.float32)
     matmul_into(ctx, call, [out], x, y)()
@@ -43,6 +44,7 @@ def matmul_into(ctx: Context, call: Call, outputs: list[Array], x: Array, y: Arr
 
 @kernel("linear", "exact", EVIDENCE)
 def linear(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
+    """x @ weight.T + bias."""
     (type_,) = call.op.infer(call)
     out = np.empty(type_.shape, np.float32)
     linear_into(ctx, call, [out], x, weight, bias)()
@@ -111,7 +113,9 @@ def _fast(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> C
 
 
 def as_tensor(array: Array) -> torch.Tensor:
-    """A tensor over the array's memory. NumPy marks broadcast views read-only; we never write through this one."""
+    """A tensor over the array's memory. NumPy marks broadcast views read-only; we never write through this
+    one.
+    """
     return torch.from_numpy(
         np.lib.stride_tricks.as_strided(array, array.shape, array.strides, writeable=True)
     )

@@ -1,7 +1,8 @@
 """Convolution on the multiply-accumulate unit: windows gathered into columns, then matrix products.
 
-Exact: the weight `[Cout, K]` times columns `[K, positions]` of each sample (K = channels x kernel, ascending), in
-Q15.16 (`mac.py`). Fast: the machine's fp32 convolution, with the same overflow and output rounding.
+Exact: the weight `[Cout, K]` times columns `[K, positions]` of each sample (K = channels x kernel,
+ascending), in Q15.16 (`mac.py`). Fast: the machine's fp32 convolution, with the same overflow and output
+rounding.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def geometry(call: Call, x: Array, weight: Array) -> Geometry:
 
 @kernel("conv", "exact", EVIDENCE + "; published 3x3 errors on M1, M1 Max, M4 reproduce", WINOGRAD)
 def conv(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
+    """See `conv_into`."""
     out = np.empty(call.op.infer(call)[0].shape, np.float32)
     conv_into(ctx, call, [out], x, weight, bias)()
     return out
@@ -61,7 +63,9 @@ def conv(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) 
 def conv_into(
     ctx: Context, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
 ) -> Step:
-    """x `[N, Cin, *spatial]`, weight `[Cout, Cin/groups, *kernel]`, bias `[Cout]` as the accumulator's start."""
+    """x `[N, Cin, *spatial]`, weight `[Cout, Cin/groups, *kernel]`, bias `[Cout]` as the accumulator's
+    start.
+    """
     bias = None if bias is None else np.ascontiguousarray(bias).reshape(-1)
     return convolve_into(ctx, geometry(call, x, weight), x, weight, bias, outputs[0])
 
@@ -97,7 +101,8 @@ def _padded(x: Array, padding: tuple[tuple[int, int], ...]) -> tuple[Array, Step
         return x, None
     extents = [n + before + after for n, (before, after) in zip(x.shape[2:], padding, strict=True)]
     padded = np.zeros((*x.shape[:2], *extents), np.float32)
-    inside = padded[(..., *(slice(b, b + n) for n, (b, _) in zip(x.shape[2:], padding, strict=True)))]
+    places = [slice(b, b + n) for n, (b, _) in zip(x.shape[2:], padding, strict=True)]
+    inside = padded[(slice(None), slice(None), *places)]
     return padded, lambda: np.copyto(inside, x)
 
 
@@ -111,7 +116,9 @@ def _matrix(weight: Array) -> tuple[Array, Step | None]:
 
 
 def _group_steps(ctx: Context, taps: Array, filters: Array, start: Array | None, out: Array) -> list[Step]:
-    """The steps of one group, a few samples at a time. taps `[N, C, *out, *kernel]`, out `[N, Cout, *out]`."""
+    """The steps of one group, a few samples at a time. taps `[N, C, *out, *kernel]`, out `[N, Cout,
+    *out]`.
+    """
     spatial = (taps.ndim - 2) // 2
     order = (1, *range(2 + spatial, taps.ndim), 0, *range(2, 2 + spatial))
     columns = taps.transpose(order)  # [C, *kernel, N, *out]
@@ -145,7 +152,9 @@ def _sample_steps(ctx: Context, source: Array, filters: Array, start: Array | No
 
 
 def _joined_steps(ctx: Context, source: Array, filters: Array, start: Array | None, out: Array) -> list[Step]:
-    """One product for all samples: columns `[K, n * positions]`, results `[Cout, n * positions]` copied to `out`."""
+    """One product for all samples: columns `[K, n * positions]`, results `[Cout, n * positions]` copied to
+    `out`.
+    """
     columns = np.empty(source.shape, np.float32)
     results = np.empty((out.shape[1], out.shape[0], *out.shape[2:]), np.float32)
     flat, into = columns.reshape(filters.shape[1], -1), results.reshape(len(results), -1)
@@ -191,8 +200,8 @@ def windows(x: Array, kernel: tuple[int, ...], strides: tuple[int, ...], dilatio
 
 @kernel("conv_transpose", "exact", EVIDENCE + "; ANEForge vocabulary sweep: relative error 2.5e-4 on M5")
 def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
-    """x `[N, Cin, *spatial]`, weight `[Cin, Cout/groups, *kernel]`: x spread out by the strides, convolved with
-    the mirrored weight. `pad` cuts the result, `output_shape` says where it ends.
+    """x `[N, Cin, *spatial]`, weight `[Cin, Cout/groups, *kernel]`: x spread out by the strides, convolved
+    with the mirrored weight. `pad` cuts the result, `output_shape` says where it ends.
     """
     extents = call.op.infer(call)[0].shape[2:]
     ones = (1,) * (x.ndim - 2)
@@ -202,7 +211,7 @@ def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Arra
     spread = np.zeros(
         (*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], strides, strict=True))), np.float32
     )
-    spread[(..., *(slice(None, None, s) for s in strides))] = x
+    spread[(slice(None), slice(None), *(slice(None, None, s) for s in strides))] = x
     reach = [(k - 1) * d for k, d in zip(weight.shape[2:], dilations, strict=True)]
     for axis, (cut, span, extent) in enumerate(zip(before, reach, extents, strict=True), start=2):
         spread = _window(spread, axis, cut - span, extent + span)

@@ -33,6 +33,7 @@ def stored(values: ArrayLike, type_: TensorType) -> Array:
     "a constant: ANEForge vocabulary sweep, relative error 3e-4 on M5 (its fp16 value)",
 )
 def fill(ctx: Context, call: Call, reference: Array | None = None) -> Array:
+    """A tensor of one value, of the given shape or the reference's."""
     (type_,) = call.op.infer(call)
     value = constant(call, "value")
     return np.full(type_.shape, stored(0.0, type_) if value is None else value.reshape(()))
@@ -45,17 +46,20 @@ def fill(ctx: Context, call: Call, reference: Array | None = None) -> Array:
     "each number rounded once",
 )
 def range_1d(ctx: Context, call: Call) -> Array:
+    """start, start + step, ... below end."""
     (type_,) = call.op.infer(call)
     return stored(call.number("start") + np.arange(type_.size) * call.number("step"), type_)
 
 
 @kernel("shape", "exact", "no arithmetic; refused on the e5rt path (ANEForge sweep, M5), folded by compilers")
 def shape(ctx: Context, call: Call, x: Array) -> Array:
+    """x's extents."""
     return np.asarray(x.shape, np.int32)
 
 
 @kernel("const", "exact", "no arithmetic: folded by the compiler")
 def const(ctx: Context, call: Call) -> Array:
+    """The constant itself."""
     value = constant(call, "val")
     assert value is not None
     return value
@@ -63,6 +67,7 @@ def const(ctx: Context, call: Call) -> Array:
 
 @kernel("identity", "exact", "no arithmetic; refused on the e5rt path (ANEForge sweep, M5)")
 def identity(ctx: Context, call: Call, x: Array) -> Array:
+    """x itself."""
     return x
 
 
@@ -73,14 +78,15 @@ def identity(ctx: Context, call: Call, x: Array) -> Array:
 def cast(ctx: Context, call: Call, x: Array) -> Array:
     """fp16 leaves the engine as IEEE numbers (65536 as inf); floats become integers towards zero."""
     source, target = call.type(), call.op.infer(call)[0]
-    wide = encode(x).astype(np.float32) if source.dtype == "fp16" else x
+    wide: Array = encode(x).astype(np.float32) if source.dtype == "fp16" else x
     if target.dtype == "fp16":
         with np.errstate(over="ignore"):
             return x if source.dtype == "fp16" else decode(wide.astype(np.float16))
     if target.dtype == "bool":
-        return wide != 0
+        return np.asarray(wide != 0)
     kept = np.dtype(storage_dtype(target))
     if kept.kind == "f" or wide.dtype.kind != "f":
-        return wide.astype(kept)
+        return np.asarray(wide.astype(kept))
     limits = np.iinfo(kept)
-    return np.clip(np.nan_to_num(np.trunc(wide.astype(np.float64))), limits.min, limits.max).astype(kept)
+    whole = np.nan_to_num(np.trunc(wide.astype(np.float64)))
+    return np.asarray(np.clip(whole, limits.min, limits.max).astype(kept))

@@ -1,7 +1,8 @@
 """What ops compute off the engine: int32 and fp32 work of Core ML programs, in the machine's own arithmetic.
 
-The engine computes in fp16 only. Core ML leaves index arithmetic and fp32 parts to the host; a program that has
-them still runs here. An fp32 op without an entry is given its operands rounded to fp16, as the engine would.
+The engine computes in fp16 only. Core ML leaves index arithmetic and fp32 parts to the host; a program
+that has them still runs here. An fp32 op without an entry is given its operands rounded to fp16, as the
+engine would.
 """
 
 from __future__ import annotations
@@ -26,24 +27,93 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
 }  # fmt: skip
 
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "maximum": np.maximum, "minimum": np.minimum,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
     "real_div": lambda x, y: np.divide(x, y) if x.dtype.kind == "f" else np.trunc(np.divide(x, y)),
-    "floor_div": np.floor_divide, "mod": np.mod, "pow": np.power, "equal": np.equal, "not_equal": np.not_equal,
-    "greater": np.greater, "greater_equal": np.greater_equal, "less": np.less, "less_equal": np.less_equal,
-}  # fmt: skip
+    "floor_div": np.floor_divide,
+    "mod": np.mod,
+    "pow": np.power,
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "less": np.less,
+    "less_equal": np.less_equal,
+}
 
 _REDUCTIONS: dict[str, Callable[..., Array]] = {
-    "reduce_sum": np.sum, "reduce_mean": np.mean, "reduce_max": np.max, "reduce_min": np.min, "reduce_prod": np.prod,
+    "reduce_sum": np.sum,
+    "reduce_mean": np.mean,
+    "reduce_max": np.max,
+    "reduce_min": np.min,
+    "reduce_prod": np.prod,
     "reduce_l1_norm": lambda x, **over: np.sum(np.abs(x), **over),
     "reduce_l2_norm": lambda x, **over: np.sqrt(np.sum(np.square(x), **over)),
     "reduce_sum_square": lambda x, **over: np.sum(np.square(x), **over),
     "reduce_log_sum": lambda x, **over: np.log(np.sum(x, **over)),
     "reduce_log_sum_exp": lambda x, **over: np.log(np.sum(np.exp(x), **over)),
-}  # fmt: skip
+}
 
 #: Ops that move or pick elements: their kernels take any dtype.
 _MOVES = frozenset(
-    ["argsort", "band_part", "batch_to_space", "cast", "concat", "const", "constexpr_cast", "crop", "cumsum", "depth_to_space", "expand_dims", "fill", "fill_like", "flatten2d", "gather", "gather_along_axis", "gather_nd", "identity", "max_pool", "non_zero", "one_hot", "pixel_shuffle", "pixel_unshuffle", "range_1d", "reduce_argmax", "reduce_argmin", "reshape", "reshape_like", "resize_nearest_neighbor", "reverse", "reverse_sequence", "select", "shape", "slice_by_index", "slice_by_size", "slice_update", "sliding_windows", "space_to_batch", "space_to_depth", "split", "squeeze", "stack", "tile", "topk", "transpose", "upsample_nearest_neighbor", "dequantize", "constexpr_affine_dequantize", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale", "constexpr_sparse_to_dense"]
+    [
+        "argsort",
+        "band_part",
+        "batch_to_space",
+        "cast",
+        "concat",
+        "const",
+        "constexpr_cast",
+        "crop",
+        "cumsum",
+        "depth_to_space",
+        "expand_dims",
+        "fill",
+        "fill_like",
+        "flatten2d",
+        "gather",
+        "gather_along_axis",
+        "gather_nd",
+        "identity",
+        "max_pool",
+        "non_zero",
+        "one_hot",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "range_1d",
+        "reduce_argmax",
+        "reduce_argmin",
+        "reshape",
+        "reshape_like",
+        "resize_nearest_neighbor",
+        "reverse",
+        "reverse_sequence",
+        "select",
+        "shape",
+        "slice_by_index",
+        "slice_by_size",
+        "slice_update",
+        "sliding_windows",
+        "space_to_batch",
+        "space_to_depth",
+        "split",
+        "squeeze",
+        "stack",
+        "tile",
+        "topk",
+        "transpose",
+        "upsample_nearest_neighbor",
+        "dequantize",
+        "constexpr_affine_dequantize",
+        "constexpr_blockwise_shift_scale",
+        "constexpr_lut_to_dense",
+        "constexpr_lut_to_sparse",
+        "constexpr_sparse_blockwise_shift_scale",
+        "constexpr_sparse_to_dense",
+    ]
 )
 
 

@@ -32,7 +32,9 @@ _EXACT_FP32 = 2**24
 
 @dataclass(frozen=True)
 class IntegerOperands:
-    """A W8A8 op's integers: activation `q` (minus its zero point) times `scale`; weight likewise, a scale a row."""
+    """A W8A8 op's integers: activation `q` (minus its zero point) times `scale`; weight likewise, a scale
+    a row.
+    """
 
     q: Value
     zero_point: float
@@ -74,7 +76,8 @@ def _operands(x: Op | None, weight: Op | None) -> IntegerOperands | None:
 def _weight(op: Op) -> tuple[F64, F64] | None:
     """An int8 weight's integers less their zero point, and a scale for each of its rows; None if not such."""
     names = {
-        "constexpr_blockwise_shift_scale": ("data", "offset"), "constexpr_affine_dequantize": ("quantized_data", "zero_point"),
+        "constexpr_blockwise_shift_scale": ("data", "offset"),
+        "constexpr_affine_dequantize": ("quantized_data", "zero_point"),
         "dequantize": ("input", "zero_point"),
     }.get(op.kind)  # fmt: skip
     if names is None:

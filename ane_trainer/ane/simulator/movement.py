@@ -20,12 +20,14 @@ MOVES = "moves bit patterns: ANEForge vocabulary sweep, relative error 0 on M5"
 
 @kernel("transpose reshape expand_dims squeeze", "exact", MOVES)
 def moved(ctx: Context, call: Call, x: Array) -> Array:
+    """x in another shape or order, a view where one will do."""
     views = view_of(call, x)
     return views[0] if views is not None else view_of(call, np.ascontiguousarray(x))[0]  # type: ignore[index]
 
 
 @kernel("concat", "exact", MOVES)
 def concat(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
+    """The values one after the other along `axis`, or interleaved."""
     (type_,) = call.op.infer(call)
     out = np.empty(type_.shape, values[0].dtype)
     concat_into(ctx, call, [out], values)()
@@ -57,6 +59,7 @@ def concat_into(
 
 @kernel("tile", "exact", MOVES)
 def tile(ctx: Context, call: Call, x: Array) -> Array:
+    """x repeated `reps` times along each axis."""
     return np.tile(x, call.integers("reps"))
 
 
@@ -65,6 +68,7 @@ _PAD_MODES = {"reflect": "reflect", "replicate": "edge"}
 
 @kernel("pad", "exact", MOVES)
 def pad(ctx: Context, call: Call, x: Array) -> Array:
+    """x with constant, reflected or replicated elements around it."""
     amounts = call.integers("pad")
     pairs = [(0, 0)] * (x.ndim - len(amounts) // 2)
     pairs += [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
@@ -91,7 +95,9 @@ def sliced(ctx: Context, call: Call, x: Array) -> Array:
 
 
 def through_crop_unit(ctx: Context, x: Array) -> Array:
-    """What a slice that starts inside the last axis gives: on chips before A16 inf above 4094 (16 x value in fp16)."""
+    """What a slice that starts inside the last axis gives: on chips before A16 inf above 4094 (16 x value
+    in fp16).
+    """
     clamp = ctx.chip.width_slice_clamp
     if clamp is None or x.dtype != np.float32:
         return x

@@ -43,7 +43,9 @@ class Plan:
     results: tuple[Value, ...]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Execute once. `feeds` gives every input that is not resident; returns the outputs that are not aliased."""
+        """Execute once. `feeds` gives every input that is not resident; returns the outputs that are not
+        aliased.
+        """
         for value in self.function.inputs:
             if value.name in feeds:
                 self.write(value.name, feeds[value.name])
@@ -225,7 +227,9 @@ class _Binder:
 
 
 def _copy(pairs: list[tuple[Array, Array]]) -> None:
-    """Copy each source to its target; a source that is the target of another copy (swapped states) is read first."""
+    """Copy each source to its target; a source that is the target of another copy (swapped states) is read
+    first.
+    """
     targets = [to for to, _ in pairs]
     sources = [s.copy() if any(np.may_share_memory(s, t) for t in targets) else s for _, s in pairs]
     for to, source in zip(targets, sources, strict=True):

@@ -3,8 +3,8 @@
 Operands and results are decoded fp16 (`fp16.py`); every result of arithmetic is rounded half away from zero
 and saturates at 65536 (inf). A NaN operand counts as an ordinary number above inf, so NaN + 1, relu(NaN) and
 maximum(NaN, x) are inf; inf - inf and 0 * inf are 0; nothing returns NaN (ANE guide chapter 3 for M1, M6
-notes/numerics.md). Parameters are rounded to fp16. `mod` has no entry: the engine's backend refuses it
-(ANEForge sweep, M5).
+notes/numerics.md). Parameters are rounded to fp16. `mod`, which the engine's backend refuses, is in
+`transcendental.py`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ _SWEEP = "ANEForge vocabulary sweep: relative error "
 
 
 def _padding(call: Call, x: Array) -> tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, int]]]:
-    """Window sizes, strides, and padding per spatial axis as far as the last window (of ceil_mode) reaches."""
+    """Window sizes, strides, and padding per spatial axis as far as the last window (of ceil_mode)
+    reaches.
+    """
     sizes = call.integers("kernel_sizes")
     strides = call.integers("strides") if call.has("strides") else (1,) * len(sizes)
     padding = spatial_padding(call, x.shape[2:], sizes, strides, (1,) * len(sizes))
@@ -64,12 +66,13 @@ def _divisors(call: Call, x: Array) -> Array:
 
 @kernel("max_pool", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
 def max_pool(ctx: Context, call: Call, x: Array) -> Array:
+    """The largest element of each window; padding never wins."""
     sizes, strides, pads = _padding(call, x)
     padded = _padded(x, pads, -float(INF))
     function = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[len(sizes) - 1]
     result = function(torch.from_numpy(np.ascontiguousarray(padded)), sizes, strides).numpy()
     counts = call.op.infer(call)[0].shape[2:]
-    return np.minimum(result[(slice(None), slice(None), *(slice(n) for n in counts))], INF)
+    return np.asarray(np.minimum(result[(slice(None), slice(None), *(slice(n) for n in counts))], INF))
 
 
 @kernel(
@@ -102,5 +105,6 @@ def _wide_sum(views: list[Array]) -> NDArray[np.float64]:
 
 @kernel("l2_pool", "assumed", _SWEEP + "4.1e-4 on M5; sum of squares in fp16 range, then the sqrt table")
 def l2_pool(ctx: Context, call: Call, x: Array) -> Array:
+    """The root of each window's sum of squares."""
     squares = [view.astype(np.float64) ** 2 for view in _taps(call, x)]
     return evaluate("sqrt", round_half_away(_wide_sum(squares)))

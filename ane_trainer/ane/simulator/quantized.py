@@ -60,9 +60,10 @@ def dequantize(ctx: Context, call: Call, x: Array) -> Array:
 
 
 def integer_product(a: Array, b: Array, scale: NDArray[np.float64], bias: Array | None) -> Array:
-    """`a` `[..., M, K]` @ `b` `[..., K, N]` of integers in int32, times scale, plus bias, rounded once to fp16.
+    """`a` `[..., M, K]` @ `b` `[..., K, N]` of integers in int32, times scale, plus bias, rounded once to
+    fp16.
 
-    A partial sum (in ascending k) outside int32 is inf of its sign, for good.
+        A partial sum (in ascending k) outside int32 is inf of its sign, for good.
     """
     wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)  # exact: sums stay far below 2^53
     total = wide_a @ wide_b

@@ -1,7 +1,7 @@
 """Ops that reorder whole tensors: blocks between depth, space and batch, reversals, windows, bands, joins.
 
-No arithmetic but `cumsum`'s; bit patterns pass through. Parts of `split` and `crop` that start inside the last
-axis go through the crop unit like slices (`movement.through_crop_unit`).
+No arithmetic but `cumsum`'s; bit patterns pass through. Parts of `split` and `crop` that start inside the
+last axis go through the crop unit like slices (`movement.through_crop_unit`).
 """
 
 from __future__ import annotations
@@ -36,21 +36,25 @@ def split(ctx: Context, call: Call, x: Array) -> tuple[Array, ...]:
 
 @kernel("stack", "exact", MOVES)
 def stack(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
+    """The values along a new axis."""
     return np.stack(values, axis=call.integer("axis"))
 
 
 @kernel("reverse", "exact", MOVES)
 def reverse(ctx: Context, call: Call, x: Array) -> Array:
+    """x backwards along `axes` (all when absent)."""
     return np.flip(x, axes(call, "axes", x.ndim))
 
 
 @kernel("flatten2d", "exact", MOVES)
 def flatten2d(ctx: Context, call: Call, x: Array) -> Array:
+    """x as a matrix, cut before `axis`."""
     return x.reshape(call.op.infer(call)[0].shape)
 
 
 @kernel("reshape_like", "exact", _CORE_ML)
 def reshape_like(ctx: Context, call: Call, x: Array, *_references: tuple[Array, ...]) -> Array:
+    """x in a shape made of the extents of other tensors."""
     return x.reshape(call.op.infer(call)[0].shape)
 
 
@@ -155,8 +159,8 @@ def cumsum(ctx: Context, call: Call, x: Array) -> Array:
     """Running sum along `axis`; `exclusive` starts at 0, `reverse` runs from the end."""
     axis = call.integer("axis")
     ordered = np.flip(x, axis) if call.flag("reverse") else x
-    wide = ordered.astype(np.float64 if x.dtype == np.float32 else np.int64)
-    total = np.cumsum(wide, axis)
+    wide: Array = ordered.astype(np.float64 if x.dtype == np.float32 else np.int64)
+    total: Array = np.cumsum(wide, axis)
     if call.flag("exclusive"):
         total = total - wide
     total = np.flip(total, axis) if call.flag("reverse") else total

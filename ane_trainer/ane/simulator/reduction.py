@@ -34,36 +34,43 @@ def _sum(x: Array, **over: Any) -> Array:
 
 @kernel("reduce_sum", "assumed", _SUM)
 def reduce_sum(ctx: Context, call: Call, x: Array) -> Array:
+    """Sum over `axes`."""
     return _sum(x, **_over(call))
 
 
 @kernel("reduce_mean", "assumed", _SUM)
 def reduce_mean(ctx: Context, call: Call, x: Array) -> Array:
+    """Mean over `axes`."""
     return round_half_away(np.mean(x, dtype=np.float64, **_over(call)))
 
 
 @kernel("reduce_l1_norm", "assumed", _SWEEP + "0.00071; the order of partial sums is unknown")
 def reduce_l1_norm(ctx: Context, call: Call, x: Array) -> Array:
+    """Sum of magnitudes."""
     return _sum(np.abs(x), **_over(call))
 
 
 @kernel("reduce_sum_square", "assumed", _SWEEP + "0.00054; the order of partial sums is unknown")
 def reduce_sum_square(ctx: Context, call: Call, x: Array) -> Array:
+    """Sum of squares."""
     return _sum(x.astype(np.float64) ** 2, **_over(call))
 
 
 @kernel("reduce_l2_norm", "assumed", _SWEEP + "0.00051; sum of squares in fp16 range, then the sqrt table")
 def reduce_l2_norm(ctx: Context, call: Call, x: Array) -> Array:
+    """Root of the sum of squares."""
     return evaluate("sqrt", reduce_sum_square(ctx, call, x))
 
 
 @kernel("reduce_log_sum", "assumed", _SWEEP + "0.00091; sum, then the log table")
 def reduce_log_sum(ctx: Context, call: Call, x: Array) -> Array:
+    """Logarithm of the sum."""
     return evaluate("log", _sum(x, **_over(call)))
 
 
 @kernel("reduce_log_sum_exp", "assumed", _SWEEP + "0.00077; maximum subtracted, exp table, sum, log table")
 def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
+    """Logarithm of the sum of exponentials."""
     over = _over(call)
     most = np.max(x, axis=over["axis"], keepdims=True)
     total = _sum(evaluate("exp", round_half_away(x - most)), **over)
@@ -74,16 +81,19 @@ def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
     "reduce_prod", "assumed", "refused on the e5rt path (ANEForge sweep, M5); multiplied wide, rounded once"
 )
 def reduce_prod(ctx: Context, call: Call, x: Array) -> Array:
+    """Product over `axes`."""
     return round_half_away(np.prod(x, dtype=np.float64, **_over(call)))
 
 
 @kernel("reduce_max", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
 def reduce_max(ctx: Context, call: Call, x: Array) -> Array:
+    """Largest element over `axes`."""
     return np.asarray(np.max(x, **_over(call)))
 
 
 @kernel("reduce_min", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
 def reduce_min(ctx: Context, call: Call, x: Array) -> Array:
+    """Smallest element over `axes`."""
     return np.asarray(np.min(x, **_over(call)))
 
 
@@ -91,6 +101,7 @@ def reduce_min(ctx: Context, call: Call, x: Array) -> Array:
     "softmax", "assumed", "ane-guide ch. 3: the maximum is subtracted; exp table, sum, inverse table, product"
 )
 def softmax(ctx: Context, call: Call, x: Array) -> Array:
+    """exp(x) over its sum along one axis."""
     return softmax_over(x, call.integer("axis"))
 
 

@@ -22,9 +22,10 @@ RANDOM = frozenset(["random_bernoulli", "random_categorical", "random_normal", "
 
 
 def refused_ops(function: Function, chip: Chip, path: str | None) -> tuple[Finding, ...]:
-    """Why the engine of `chip` does not run `function` by `path`: one finding an op; random ops on every path.
+    """Why the engine of `chip` does not run `function` by `path`: one finding an op; random ops on every
+    path.
 
-    `path` None asks only for what the simulator itself cannot run.
+        `path` None asks only for what the simulator itself cannot run.
     """
     folded: set[str] = set()
     findings = []
@@ -71,7 +72,9 @@ def _reason(function: Function, op: Op, chip: Chip, path: str) -> str | None:
 
 
 def _is_image_port(function: Function, op: Op) -> bool:
-    """A cast that brings a uint8 input into fp16, or one that changes nothing: ANEForge emits and runs these."""
+    """A cast that brings a uint8 input into fp16, or one that changes nothing: ANEForge emits and runs
+    these.
+    """
     x = op.arg("x")
     if not isinstance(x, Value):
         return False

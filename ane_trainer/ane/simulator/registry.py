@@ -1,9 +1,9 @@
 """The kernel registry: what each MIL op computes on the engine, and how sure we are of it.
 
-A kernel is `(Context, Call, *arrays) -> array | tuple of arrays` over decoded fp16 (float32 arrays whose values
-are what the engine sees, see `fp16.py`; bool arrays for bool tensors). `Call` is the opset's typed view of the
-op's parameters; arrays arrive in the order of the op's tensor parameters (None for an absent optional one,
-a tuple for a variadic one). Literals that are tensors arrive as arrays too.
+A kernel is `(Context, Call, *arrays) -> array | tuple of arrays` over decoded fp16 (float32 arrays whose
+values are what the engine sees, see `fp16.py`; bool arrays for bool tensors). `Call` is the opset's typed
+view of the op's parameters; arrays arrive in the order of the op's tensor parameters (None for an absent
+optional one, a tuple for a variadic one). Literals that are tensors arrive as arrays too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ FIDELITIES = ("exact", "bounded", "assumed")
 
 @dataclass(frozen=True)
 class Context:
-    """What a kernel may depend on besides its operands: chip, fidelity mode, number of threads, dispatch path.
+    """What a kernel may depend on besides its operands: chip, fidelity mode, number of threads, dispatch
+    path.
 
-    `path` is one of `chips.PATHS`, or None where no path's peculiarities should show.
+        `path` is one of `chips.PATHS`, or None where no path's peculiarities should show.
     """
 
     chip: Chip
@@ -68,7 +69,7 @@ def kernel(
     return register
 
 
-#: Ops that write their results in place: kind -> `(Context, Call, outputs, *arrays) -> callable without arguments`.
+#: Ops that write their results in place: kind -> `(Context, Call, outputs, *arrays) -> step`.
 #: The meaning is that of the kernel of the same op; this form only saves a copy.
 WRITES: dict[str, Callable[..., Callable[[], None]]] = {}
 

@@ -1,8 +1,8 @@
 """Resampling of images: upsample, resize, crop_resize, affine, resample.
 
 Where a sample lies follows the MIL documentation (coremltools 9); how the engine rounds the two-axis
-interpolation is not published: one rounding at the end is assumed. Pre-A14 engines have no texture unit and run
-these ops as convolutions (ANEForge op catalog).
+interpolation is not published: one rounding at the end is assumed. Pre-A14 engines have no texture unit
+and run these ops as convolutions (ANEForge op catalog).
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def upsample_bilinear(ctx: Context, call: Call, x: Array) -> Array:
 
 @kernel("resize_bilinear", "assumed", _RUNS)
 def resize_bilinear(ctx: Context, call: Call, x: Array) -> Array:
+    """Height and width to the target sizes, positions by `sampling_mode`."""
     mode = call.text("sampling_mode")
     extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
     return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents})
@@ -114,7 +115,9 @@ def _nearest_index(mode: str, at: F64) -> Array:
 
 
 def _sampled(image: Array, rows: F64, columns: F64, outside: float | None) -> F64:
-    """Bilinear samples of `[C, H, W]` at positions of one shape; beyond the image `outside`, None: the edge."""
+    """Bilinear samples of `[C, H, W]` at positions of one shape; beyond the image `outside`, None: the
+    edge.
+    """
     height, width = image.shape[-2:]
     total = np.zeros((image.shape[0], *rows.shape), np.float64)
     top, left = np.floor(rows), np.floor(columns)
@@ -188,7 +191,9 @@ def _mirrored(at: F64, size: int, mode: str) -> F64:
 def crop_resize(
     ctx: Context, call: Call, x: Array, boxes: Array | None, box_indices: Array | None, roi: Array | None
 ) -> Array:
-    """Boxes cut from images `[B, C, H, W]` and resized; boxes `[N, 4]` with indices, or roi `[N, 1, 4 or 5, 1, 1]`."""
+    """Boxes cut from images `[B, C, H, W]` and resized; boxes `[N, 4]` with indices, or roi `[N, 1, 4 or
+    5, 1, 1]`.
+    """
     (type_,) = call.op.infer(call)
     if roi is None:
         assert boxes is not None

@@ -12,7 +12,9 @@ from ane_trainer.ane.mil import Function, Op
 from ane_trainer.ane.simulator.pointwise_code import is_pointwise
 
 #: Ops whose result is another view of their operand's memory (no work unless the view needs a copy).
-VIEWS = frozenset(["reshape", "transpose", "expand_dims", "squeeze", "slice_by_size", "slice_by_index", "split"])
+VIEWS = frozenset(
+    ["reshape", "transpose", "expand_dims", "squeeze", "slice_by_size", "slice_by_index", "split"]
+)
 
 
 @dataclass

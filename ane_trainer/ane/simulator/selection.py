@@ -6,6 +6,7 @@ uint16 arrays; a negative index counts from the end, one out of range is brought
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ def gather(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
 
 @kernel("gather_along_axis", "exact", _MOVED)
 def gather_along_axis(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
+    """x[..., indices[...], ...] along `axis`, element by element."""
     axis = call.integer("axis") % x.ndim
     return np.take_along_axis(x, _inside(indices, x.shape[axis]), axis)
 
@@ -65,10 +67,15 @@ def gather_nd(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
     return out
 
 
-_MODES = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum,
+_MODES: dict[str, Callable[[Any, Any], Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
     "update": lambda old, new: new,
-}  # fmt: skip
+}
 
 
 def _scattered(call: Call, data: Array, where: tuple[Array, ...], updates: Array, lead: int) -> Array:
@@ -94,6 +101,7 @@ def scatter(ctx: Context, call: Call, data: Array, indices: Array, updates: Arra
 
 @kernel("scatter_along_axis", "assumed", _HOST + "in the order of the updates")
 def scatter_along_axis(ctx: Context, call: Call, data: Array, indices: Array, updates: Array) -> Array:
+    """data changed at indices along `axis`, element by element."""
     axis = call.integer("axis") % data.ndim
     where: list[Array] = list(np.indices(indices.shape))
     where[axis] = _inside(indices, data.shape[axis])
@@ -102,6 +110,7 @@ def scatter_along_axis(ctx: Context, call: Call, data: Array, indices: Array, up
 
 @kernel("scatter_nd", "assumed", _HOST + "in the order of the updates")
 def scatter_nd(ctx: Context, call: Call, data: Array, indices: Array, updates: Array) -> Array:
+    """data changed at the places that `gather_nd` with these indices would read."""
     where = _address(indices, data.shape[: indices.shape[-1]])
     return _scattered(call, data, where, updates, indices.ndim - 1)
 
@@ -142,6 +151,7 @@ def _order(x: Array, axis: int, ascending: bool) -> Array:
 
 @kernel("argsort", "exact", _MOVED + "; the order of equal values is assumed")
 def argsort(ctx: Context, call: Call, x: Array) -> Array:
+    """Positions in sorted order, largest first unless `ascending`."""
     return _order(x, call.integer("axis"), call.flag("ascending"))
 
 
@@ -160,15 +170,17 @@ def topk(ctx: Context, call: Call, x: Array) -> Array | tuple[Array, Array]:
     _HOST + "native from A15 on other paths; the first of equal values",
 )
 def reduce_arg(ctx: Context, call: Call, x: Array) -> Array:
+    """The position of the largest (smallest) element along `axis`."""
     pick = np.argmax if call.op.kind == "reduce_argmax" else np.argmin
     return np.asarray(pick(x, axis=call.integer("axis"), keepdims=call.flag("keep_dims")))
 
 
 @kernel("non_maximum_suppression", "assumed", "ANEForge vocabulary sweep: runs on M5, values not checked")
 def non_maximum_suppression(ctx: Context, call: Call, boxes: Array, scores: Array) -> tuple[Array, ...]:
-    """Boxes (centre x, centre y, width, height) by falling best score, without those that overlap a chosen one.
+    """Boxes (centre x, centre y, width, height) by falling best score, without those that overlap a chosen
+    one.
 
-    boxes `[N, B, 4]`, scores `[N, B, K]` with a score_threshold; `[N, 4, B]`, `[N, K, B]` without.
+        boxes `[N, B, 4]`, scores `[N, B, K]` with a score_threshold; `[N, 4, B]`, `[N, K, B]` without.
     """
     channels_first = not call.has("score_threshold")
     if channels_first:

@@ -14,11 +14,19 @@ from ane_trainer.ane.simulator.registry import Context, kernel
 
 F64 = NDArray[np.float64]
 
-_HOST = "refused on the e5rt path (ANEForge sweep, M5), on the host in Core ML: exact function, one rounding, NaN as 0"
+_HOST = (
+    "refused on the e5rt path (ANEForge sweep, M5), on the host in Core ML: exact function, one rounding,"
+    " NaN as 0"
+)
 
 _FUNCTIONS: dict[str, Callable[[F64], F64]] = {
-    "acos": np.arccos, "asin": np.arcsin, "atanh": np.arctanh, "cosh": np.cosh, "sinh": np.sinh, "tan": np.tan,
-}  # fmt: skip
+    "acos": np.arccos,
+    "asin": np.arcsin,
+    "atanh": np.arctanh,
+    "cosh": np.cosh,
+    "sinh": np.sinh,
+    "tan": np.tan,
+}
 
 
 def _rounded(values: NDArray[Any]) -> F32:

@@ -47,7 +47,9 @@ def split_slices(call: Call) -> list[tuple[slice, ...]]:
 
 
 def offset_on_last_axis(call: Call) -> bool:
-    """True when a slice op starts inside the last axis of its operand: the crop unit moves it, and may clamp."""
+    """True when a slice op starts inside the last axis of its operand: the crop unit moves it, and may
+    clamp.
+    """
     if call.op.kind == "slice_by_size":
         return call.integers("begin")[-1] != 0
     if call.op.kind == "slice_by_index":

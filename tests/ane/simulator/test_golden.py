@@ -1,7 +1,7 @@
 """Every published hardware vector, put as a MIL program through `simulate` and compared bit for bit.
 
-A row of `tests/data/golden_vectors.csv` is found by its `inputs` text; a row without a program fails, so that a
-new row cannot go unnoticed.
+A row of `tests/data/golden_vectors.csv` is found by its `inputs` text; a row without a program fails, so
+that a new row cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ane_trainer.ane.vectors import (
     DIGITS,
     PROGRAMS,
     Run,
-    gemm_error,
     matmul_cliff,
     sum_of_integers,
     width_slice,
@@ -79,14 +78,3 @@ def test_numeric_cliffs_of_six_chips(chip: str) -> None:
         assert not np.isfinite(width_slice(4096)(chip).item())
     first_wrong = next(t for t in range(2040, 2080) if sum_of_integers(t)(chip).item() != t)
     assert (first_wrong, sum_of_integers(first_wrong)(chip).item()) == (2049, 2050.0)
-
-
-#: Published relative errors of A @ W (ANEForge device_saturation_sweep: M1, M1 Max, M2 Pro, M4, M5, M5 Pro alike).
-GEMM = {512: 0.002578, 1024: 0.00552835, 2048: 0.0121319, 4096: 0.0272376, 8192: 0.0616381}
-
-
-@pytest.mark.parametrize(
-    "n", [512, 1024, *(pytest.param(n, marks=pytest.mark.slow) for n in (2048, 4096, 8192))]
-)
-def test_published_gemm_errors(n: int) -> None:
-    assert f"{gemm_error(n)('m4')[0]:.6g}" == f"{GEMM[n]:.6g}"

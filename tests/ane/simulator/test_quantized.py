@@ -80,9 +80,15 @@ def test_no_limit_at_32768_on_a16_and_the_fp16_limit_before() -> None:
     assert np.isinf(simulate(made, {"q": q}, chip="m3", path=None)[out.name].item())
 
 
-@pytest.mark.parametrize(("q", "channels", "taps", "expected"), [
-    (-128, 65536, 2, np.inf), (-128, 65535, 2, 8192.0 - 0.125), (127, 65536, 2, 8064.5), (-127, 1024, 1, 63.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("q", "channels", "taps", "expected"),
+    [
+        (-128, 65536, 2, np.inf),
+        (-128, 65535, 2, 8192.0 - 0.125),
+        (127, 65536, 2, 8064.5),
+        (-127, 1024, 1, 63.0),
+    ],
+)
 def test_overflow_at_two_to_the_31(q: int, channels: int, taps: int, expected: float) -> None:
     data = np.full((1, channels, taps, 1), q, np.int8)
     made, out = program(data, data, np.full((1, 1, 1, 1), 2.0**-12, np.float16))

@@ -57,7 +57,8 @@ def test_swapped_states() -> None:
     b.op("coreml_update_state", state=two, value=first)
     plan = prepare(b.finish((first, second)), make_context("m2"))
     plan.write("a", np.ones(2, np.float16))
-    assert [list(out[v.name][0] for v in (first, second)) for out in (plan.run({}) for _ in range(3))] == [
+    runs = [plan.run({}) for _ in range(3)]
+    assert [[out[v.name][0] for v in (first, second)] for out in runs] == [
         [1, 0],
         [0, 1],
         [1, 0],
