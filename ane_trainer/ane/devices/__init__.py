@@ -95,7 +95,9 @@ def _choose() -> Choice:
             return Choice(device, f"auto: {device.name} is available")
         refused.append(f"{device.name}: {why}")
     here = f"{platform.system()} {platform.machine()}"
-    return Choice(_REGISTERED["sim"], "auto: " + ("; ".join(refused) or f"no Neural Engine here, {here}"))
+    if here != "Darwin arm64":
+        return Choice(_REGISTERED["sim"], f"auto: no Neural Engine here, {here}")
+    return Choice(_REGISTERED["sim"], "auto: " + "; ".join(refused))
 
 
 def _unknown(name: str) -> str:
