@@ -1,9 +1,10 @@
-"""Which single assumption of the simulator moves ANEForge's seeded MNIST CNN, and by how many of 1,000 samples.
+"""Which assumption of the simulator moves ANEForge's seeded MNIST CNN, and by how many of 1,000 samples.
 
     python -m bench.aneforge_mnist_study EXAMPLES_FOLDER [VARIANT ...]
 
-Silicon (ANEForge docs/training.md): 0.9080 on M1 and M2 Pro, 0.9070 on M5 after 300 steps. Each variant changes
-one thing that the published facts leave open, runs the example, and prints its accuracies. Nothing is downloaded.
+Silicon (ANEForge docs/training.md): 0.9080 on M1 and M2 Pro, 0.9070 on M5 after 300 steps. Each variant
+changes one thing that the published facts leave open, runs the example, and prints its accuracies. Nothing
+is downloaded.
 """
 
 from __future__ import annotations

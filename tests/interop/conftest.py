@@ -17,10 +17,10 @@ def aneforge_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("ANEFORGE_CACHE_DIR", str(tmp_path_factory.mktemp("aneforge")))
         patch.setenv("ANEFORGE_TARGET", "")
         yield
+    uninstall()
 
 
 @pytest.fixture(autouse=True)
-def m5(aneforge_cache: None) -> Iterator[None]:
+def m5(aneforge_cache: None) -> None:
+    """Programs that ANEForge keeps (its FFT plans) stay loaded from test to test."""
     install("m5", threads=1)
-    yield
-    uninstall()

@@ -33,7 +33,7 @@ def values(*shape: int, seed: int = 0, low: float = -2.0, high: float = 2.0) -> 
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, its operands, what NumPy says, and the largest difference |got - want| <= absolute + relative * |want|."""
+    """A graph, its operands, what NumPy says, and how far off it may be: absolute + relative * |want|."""
 
     name: str
     graph: Callable[..., Any]

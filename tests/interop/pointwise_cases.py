@@ -37,7 +37,14 @@ UNARY = [
     Case("sin", lambda x: x.sin(), (BIG,), np.sin, 2e-3, 4e-3),
     Case("cos", lambda x: x.cos(), (BIG,), np.cos, 2e-3, 4e-3),
     Case("erf", lambda x: x.erf(), (BIG,), special.erf, 2e-3, 5e-3),
-    Case("softplus", lambda x: x.softplus(), (values(3, 40, low=-15, high=20),), lambda x: np.logaddexp(0, x), 4e-3, 1e-2),
+    Case(
+        "softplus",
+        lambda x: x.softplus(),
+        (values(3, 40, low=-15, high=20),),
+        lambda x: np.logaddexp(0, x),
+        4e-3,
+        1e-2,
+    ),
     Case("softsign", lambda x: x.softsign(), (BIG,), lambda x: x / (1 + np.abs(x)), 1e-2),
     Case("atan", lambda x: x.atan(), (BIG,), np.arctan, 1e-2, 1e-2),
     Case("log", lambda x: x.log(), (POSITIVE,), np.log, 8e-3, 1e-2),
@@ -51,11 +58,27 @@ UNARY = [
     Case("leaky_relu", lambda x: x.leaky_relu(0.125), (X,), lambda x: np.where(x > 0, x, 0.125 * x), 1e-3),
     Case("clip", lambda x: x.clip(-0.5, 1.5), (X,), lambda x: np.clip(x, -0.5, 1.5), 0, 0),
     Case("clamp", lambda x: x.clamp(0.0, 1.0), (X,), lambda x: np.clip(x, 0, 1), 0, 0),
-    Case("scaled_tanh", lambda x: x.scaled_tanh(1.5, 0.5), (X,), lambda x: 1.5 * np.tanh(0.5 * x), 4e-3, 4e-3),
+    Case(
+        "scaled_tanh", lambda x: x.scaled_tanh(1.5, 0.5), (X,), lambda x: 1.5 * np.tanh(0.5 * x), 4e-3, 4e-3
+    ),
     Case("threshold", lambda x: x.threshold(0.25), (X,), lambda x: np.maximum(x, 0.25), 0, 0),
-    Case("thresholded_relu", lambda x: x.thresholded_relu(0.5), (X,), lambda x: np.where(x >= 0.5, x, 0), 0, 0),
-    Case("clamped_relu", lambda x: x.clamped_relu(0.5, 1.0), (X,), lambda x: np.minimum(1, np.where(x >= 0, x, x / 2)), 1e-3),
-    Case("sigmoid_hard", lambda x: x.sigmoid_hard(0.25, 0.5), (BIG,), lambda x: np.clip(x / 4 + 0.5, 0, 1), 1e-3),
+    Case(
+        "thresholded_relu", lambda x: x.thresholded_relu(0.5), (X,), lambda x: np.where(x >= 0.5, x, 0), 0, 0
+    ),
+    Case(
+        "clamped_relu",
+        lambda x: x.clamped_relu(0.5, 1.0),
+        (X,),
+        lambda x: np.minimum(1, np.where(x >= 0, x, x / 2)),
+        1e-3,
+    ),
+    Case(
+        "sigmoid_hard",
+        lambda x: x.sigmoid_hard(0.25, 0.5),
+        (BIG,),
+        lambda x: np.clip(x / 4 + 0.5, 0, 1),
+        1e-3,
+    ),
     Case("linear_activation", lambda x: x.linear_activation(2, -0.5), (X,), lambda x: 2 * x - 0.5, 1e-3),
     Case("floor", lambda x: x.floor(), (BIG,), np.floor, 0, 0),
     Case("ceil", lambda x: x.ceil(), (BIG,), np.ceil, 0, 0),
@@ -85,8 +108,21 @@ BINARY = [
     Case("broadcast ranks", lambda x, y: x - y, (values(2, 3, 4), values(4)), np.subtract, 1e-3),
     Case("constant operand", lambda x: x + Y, (X,), lambda x: x + Y, 1e-3),
     Case("constant scalar operand", lambda x: af.maximum(x, 0.5), (X,), lambda x: np.maximum(x, 0.5), 0, 0),
-    Case("prelu", lambda x: x.prelu(ALPHA), (CHANNELS,), lambda x: np.where(x > 0, x, ALPHA[:, None, None] * x), 1e-3),
-    Case("prelu rank 3", lambda x: x.prelu(np.full(5, 0.25, np.float32)), (values(2, 5, 7),), lambda x: np.where(x > 0, x, x / 4), 0, 0),
+    Case(
+        "prelu",
+        lambda x: x.prelu(ALPHA),
+        (CHANNELS,),
+        lambda x: np.where(x > 0, x, ALPHA[:, None, None] * x),
+        1e-3,
+    ),
+    Case(
+        "prelu rank 3",
+        lambda x: x.prelu(np.full(5, 0.25, np.float32)),
+        (values(2, 5, 7),),
+        lambda x: np.where(x > 0, x, x / 4),
+        0,
+        0,
+    ),
 ]
 
 ROUNDED = np.round(X)
@@ -102,7 +138,13 @@ COMPARE = [
     for op in ("greater", "less", "equal", "not_equal", "less_equal", "greater_equal")
 ] + [
     Case("logical_not", lambda x, y: af.where(x.greater(y).logical_not(), x, y), (X, Y), np.minimum, 0, 0),
-    Case("select", lambda x, y: af.select(x.less(y), x * 2.0, y), (X, Y), lambda x, y: np.where(x < y, 2 * x, y), 1e-3),
+    Case(
+        "select",
+        lambda x, y: af.select(x.less(y), x * 2.0, y),
+        (X, Y),
+        lambda x, y: np.where(x < y, 2 * x, y),
+        1e-3,
+    ),
 ]
 
 CASES = [*UNARY, *BINARY, *COMPARE]

@@ -23,7 +23,9 @@ def t(array: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _conv(name: str, weight: Array, x: Array = X, torch_options: dict[str, Any] | None = None, **options: Any) -> Case:
+def _conv(
+    name: str, weight: Array, x: Array = X, torch_options: dict[str, Any] | None = None, **options: Any
+) -> Case:
     given = torch_options or {{"pad": "padding"}.get(k, k): v for k, v in options.items()}
     bias = options.get("bias")
     given = {k: v for k, v in given.items() if k != "bias"}
@@ -49,34 +51,101 @@ CONVOLUTIONS = [
     _conv("conv batch", W, values(3, 4, 7, 7), pad=1),
     _conv("conv wide kernel", values(2, 4, 1, 9), pad=0),
     _conv("conv tall kernel", values(2, 4, 9, 1, seed=3)),
-    Case("conv uneven pad", lambda x: af.conv(x, W, pad=(1, 0, 2, 1)), (X,),
-         lambda x: F.conv2d(F.pad(t(x), (2, 1, 1, 0)), t(W)), 5e-3, 5e-3),
-    Case("conv int8", lambda x: af.conv(x, W), (X,), lambda x: F.conv2d(t(x), t(W)), 2e-2, 8e-2, {"compress": "int8"}),
-    Case("conv sparse", lambda x: af.conv(x, W * (W > 0.2)), (X,), lambda x: F.conv2d(t(x), t(W * (W > 0.2))), 5e-3, 5e-3,
-         {"compress": "sparse"}),
+    Case(
+        "conv uneven pad",
+        lambda x: af.conv(x, W, pad=(1, 0, 2, 1)),
+        (X,),
+        lambda x: F.conv2d(F.pad(t(x), (2, 1, 1, 0)), t(W)),
+        5e-3,
+        5e-3,
+    ),
+    Case(
+        "conv int8",
+        lambda x: af.conv(x, W),
+        (X,),
+        lambda x: F.conv2d(t(x), t(W)),
+        2e-2,
+        8e-2,
+        {"compress": "int8"},
+    ),
+    Case(
+        "conv sparse",
+        lambda x: af.conv(x, W * (W > 0.2)),
+        (X,),
+        lambda x: F.conv2d(t(x), t(W * (W > 0.2))),
+        5e-3,
+        5e-3,
+        {"compress": "sparse"},
+    ),
     Case("dynamic_conv", af.dynamic_conv, (X, W), lambda x, w: F.conv2d(t(x), t(w)), 5e-3, 5e-3),
-    Case("dynamic_conv options", lambda x, w: af.dynamic_conv(x, w, stride=2, pad=1, groups=2), (X, GROUPED),
-         lambda x, w: F.conv2d(t(x), t(w), stride=2, padding=1, groups=2), 5e-3, 5e-3),
-    Case("conv_transpose", lambda x: af.conv_transpose(x, UP), (X,), lambda x: F.conv_transpose2d(t(x), t(UP)), 5e-3, 5e-3),
-    Case("conv_transpose strided", lambda x: af.conv_transpose(x, UP, stride=2, pad=1), (X,),
-         lambda x: F.conv_transpose2d(t(x), t(UP), stride=2, padding=1), 5e-3, 5e-3),
-    Case("conv_transpose with bias", lambda x: af.conv_transpose(x, UP, bias=BIAS), (X,),
-         lambda x: F.conv_transpose2d(t(x), t(UP), t(BIAS)), 5e-3, 5e-3),
-    Case("conv_transpose dilated", lambda x: af.conv_transpose(x, UP, dilation=2), (X,),
-         lambda x: F.conv_transpose2d(t(x), t(UP), dilation=2), 5e-3, 5e-3),
-]  # fmt: skip
+    Case(
+        "dynamic_conv options",
+        lambda x, w: af.dynamic_conv(x, w, stride=2, pad=1, groups=2),
+        (X, GROUPED),
+        lambda x, w: F.conv2d(t(x), t(w), stride=2, padding=1, groups=2),
+        5e-3,
+        5e-3,
+    ),
+    Case(
+        "conv_transpose",
+        lambda x: af.conv_transpose(x, UP),
+        (X,),
+        lambda x: F.conv_transpose2d(t(x), t(UP)),
+        5e-3,
+        5e-3,
+    ),
+    Case(
+        "conv_transpose strided",
+        lambda x: af.conv_transpose(x, UP, stride=2, pad=1),
+        (X,),
+        lambda x: F.conv_transpose2d(t(x), t(UP), stride=2, padding=1),
+        5e-3,
+        5e-3,
+    ),
+    Case(
+        "conv_transpose with bias",
+        lambda x: af.conv_transpose(x, UP, bias=BIAS),
+        (X,),
+        lambda x: F.conv_transpose2d(t(x), t(UP), t(BIAS)),
+        5e-3,
+        5e-3,
+    ),
+    Case(
+        "conv_transpose dilated",
+        lambda x: af.conv_transpose(x, UP, dilation=2),
+        (X,),
+        lambda x: F.conv_transpose2d(t(x), t(UP), dilation=2),
+        5e-3,
+        5e-3,
+    ),
+]
 
 POOLS = [
     Case("max_pool", lambda x: x.max_pool(2), (X,), lambda x: F.max_pool2d(t(x), 2), 0, 0),
     Case("max_pool padded", lambda x: x.max_pool(3, 2, 1), (X,), lambda x: F.max_pool2d(t(x), 3, 2, 1), 0, 0),
-    Case("max_pool ceil", lambda x: x.max_pool(2, 2, 0, True), (X,), lambda x: F.max_pool2d(t(x), 2, 2, 0, ceil_mode=True), 0, 0),
+    Case(
+        "max_pool ceil",
+        lambda x: x.max_pool(2, 2, 0, True),
+        (X,),
+        lambda x: F.max_pool2d(t(x), 2, 2, 0, ceil_mode=True),
+        0,
+        0,
+    ),
     Case("avg_pool", lambda x: x.avg_pool(2), (X,), lambda x: F.avg_pool2d(t(x), 2)),
     Case("avg_pool padded", lambda x: x.avg_pool(3, 2, 1), (X,), lambda x: F.avg_pool2d(t(x), 3, 2, 1)),
-    Case("avg_pool without pad", lambda x: x.avg_pool(3, 2, 1, exclude_pad=True), (X,),
-         lambda x: F.avg_pool2d(t(x), 3, 2, 1, count_include_pad=False)),
-    Case("avg_pool ceil", lambda x: x.avg_pool(2, 2, 0, True, True), (X,),
-         lambda x: F.avg_pool2d(t(x), 2, 2, ceil_mode=True, count_include_pad=False)),
-]  # fmt: skip
+    Case(
+        "avg_pool without pad",
+        lambda x: x.avg_pool(3, 2, 1, exclude_pad=True),
+        (X,),
+        lambda x: F.avg_pool2d(t(x), 3, 2, 1, count_include_pad=False),
+    ),
+    Case(
+        "avg_pool ceil",
+        lambda x: x.avg_pool(2, 2, 0, True, True),
+        (X,),
+        lambda x: F.avg_pool2d(t(x), 2, 2, ceil_mode=True, count_include_pad=False),
+    ),
+]
 
 
 def _resize(x: Array, size: tuple[int, int], mode: str, align: bool | None = None) -> torch.Tensor:
@@ -105,15 +174,47 @@ MATRIX = np.array([[0.75, 0.1, 0.05, -0.1, 0.75, 0.0]], np.float32)
 RESIZES = [
     Case("upsample", lambda x: x.upsample(), (X,), lambda x: _resize(x, (18, 20), "nearest"), 0, 0),
     Case("upsample 3", lambda x: x.upsample(3), (X,), lambda x: _resize(x, (27, 30), "nearest"), 0, 0),
-    Case("resize_nearest_neighbor", lambda x: af.resize_nearest_neighbor(x, 18, 30), (X,),
-         lambda x: _resize(x, (18, 30), "nearest"), 0, 0),
-    Case("resize_bilinear", lambda x: af.resize_bilinear(x, 18, 20), (X,), lambda x: _from_first(x, 18, 20), 4e-3, 4e-3),
-    Case("resize_bilinear corners", lambda x: af.resize_bilinear(x, 17, 19, True), (X,),
-         lambda x: _resize(x, (17, 19), "bilinear", True), 4e-3, 4e-3),
-    Case("upsample_bilinear", lambda x: af.upsample_bilinear(x), (X,), lambda x: _resize(x, (18, 20), "bilinear", False), 4e-3, 4e-3),
-    Case("upsample_bilinear corners", lambda x: af.upsample_bilinear(x, 2, True), (X,),
-         lambda x: _resize(x, (18, 20), "bilinear", True), 4e-3, 4e-3),
+    Case(
+        "resize_nearest_neighbor",
+        lambda x: af.resize_nearest_neighbor(x, 18, 30),
+        (X,),
+        lambda x: _resize(x, (18, 30), "nearest"),
+        0,
+        0,
+    ),
+    Case(
+        "resize_bilinear",
+        lambda x: af.resize_bilinear(x, 18, 20),
+        (X,),
+        lambda x: _from_first(x, 18, 20),
+        4e-3,
+        4e-3,
+    ),
+    Case(
+        "resize_bilinear corners",
+        lambda x: af.resize_bilinear(x, 17, 19, True),
+        (X,),
+        lambda x: _resize(x, (17, 19), "bilinear", True),
+        4e-3,
+        4e-3,
+    ),
+    Case(
+        "upsample_bilinear",
+        lambda x: af.upsample_bilinear(x),
+        (X,),
+        lambda x: _resize(x, (18, 20), "bilinear", False),
+        4e-3,
+        4e-3,
+    ),
+    Case(
+        "upsample_bilinear corners",
+        lambda x: af.upsample_bilinear(x, 2, True),
+        (X,),
+        lambda x: _resize(x, (18, 20), "bilinear", True),
+        4e-3,
+        4e-3,
+    ),
     Case("affine", lambda x: af.affine(x, MATRIX, 7, 8, True), (X,), _affine, 1e-2, 1e-2),
-]  # fmt: skip
+]
 
 CASES = [*CONVOLUTIONS, *POOLS, *RESIZES]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(QUIET)
 X = values(2, 8)
 
 
-@pytest.fixture()
+@pytest.fixture
 def counter() -> Iterator[Any]:
     """A program of two outputs: total' = total + x, and double = 2 total'."""
     total, x = af.input((2, 8)), af.input((2, 8))
@@ -140,8 +140,13 @@ def test_raw_rc_codes(counter: Any) -> None:
     assert library.ane_e5rt_program_get_output_fp16(handle, b"nothing", words, 16) == -1
     assert library.ane_e5rt_program_execute(None) == -1
     address, nbytes = ctypes.c_void_p(), ctypes.c_size_t()
-    assert library.ane_e5rt_program_input_buffer(handle, b"no", ctypes.byref(address), ctypes.byref(nbytes)) == -1
-    assert library.ane_e5rt_program_input_buffer(handle, port, ctypes.byref(address), ctypes.byref(nbytes)) == 0
+    assert (
+        library.ane_e5rt_program_input_buffer(handle, b"no", ctypes.byref(address), ctypes.byref(nbytes))
+        == -1
+    )
+    assert (
+        library.ane_e5rt_program_input_buffer(handle, port, ctypes.byref(address), ctypes.byref(nbytes)) == 0
+    )
     assert (nbytes.value, address.value % 64) == (32, 0)
 
 
@@ -157,7 +162,8 @@ def test_uint8_images() -> None:
 
 
 def test_the_129th_program_fails_and_a_release_frees_a_place(capfd: pytest.CaptureFixture[str]) -> None:
-    models = [af.compile(af.input((1, 2)) * 2.0, _check_precision=False) for _ in range(128)]
+    free = 128 - len(_runtime._lib.loaded)
+    models = [af.compile(af.input((1, 2)) * 2.0, _check_precision=False) for _ in range(free)]
     with pytest.raises(RuntimeError, match="compile failed"):
         af.compile(af.input((1, 2)) * 2.0, _check_precision=False)
     assert "128" in capfd.readouterr().err
@@ -170,7 +176,9 @@ def test_the_129th_program_fails_and_a_release_frees_a_place(capfd: pytest.Captu
 
 def compile_text(folder: Path, text: str, **outputs: tuple[int, ...]) -> Any:
     (folder / "model.mil").write_text(text)
-    return _runtime.E5RT.compile(folder / "model.mil", cache_dir=folder / "cache", inputs={"x": (1, 4)}, outputs=outputs)
+    return _runtime.E5RT.compile(
+        folder / "model.mil", cache_dir=folder / "cache", inputs={"x": (1, 4)}, outputs=outputs
+    )
 
 
 TEXT = """program(1.3)
@@ -204,7 +212,9 @@ def test_a_failed_compile_gives_no_handle_and_says_why(
     assert reason in capfd.readouterr().err
 
 
-def test_ports_that_the_program_does_not_have_fail_the_compile(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ports_that_the_program_does_not_have_fail_the_compile(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(RuntimeError, match="compile failed"):
         compile_text(tmp_path, TEXT % "relu", z=(1, 4))
     assert "output port z" in capfd.readouterr().err
@@ -214,7 +224,8 @@ def test_weights_outside_the_folder_are_not_read(tmp_path: Path, capfd: pytest.C
     (tmp_path / "secret.bin").write_bytes(b"\0" * 256)
     folder = tmp_path / "model"
     folder.mkdir()
-    const = 'tensor<fp16, [1, 4]> w = const()[name = string("w"), val = tensor<fp16, [1, 4]>(BLOBFILE(path = string("@model_path/../secret.bin"), offset = uint64(64)))];'
+    blob = 'BLOBFILE(path = string("@model_path/../secret.bin"), offset = uint64(64))'
+    const = f'tensor<fp16, [1, 4]> w = const()[name = string("w"), val = tensor<fp16, [1, 4]>({blob})];'
     with pytest.raises(RuntimeError, match="compile failed"):
         compile_text(folder, TEXT.replace("    tensor", f"    {const}\n    tensor", 1) % "relu", y=(1, 4))
     assert "was not given" in capfd.readouterr().err
@@ -245,7 +256,10 @@ def test_sine_is_decomposed_where_the_chip_has_none() -> None:
 
 def test_the_width_slice_clamp_follows_the_chip() -> None:
     x = np.array([[1, 4094, 4096, -5000]], np.float32)
-    cut = lambda t: t.slice_by_size([0, 1], [1, 3])
+
+    def cut(t):
+        return t.slice_by_size([0, 1], [1, 3])
+
     np.testing.assert_array_equal(run(cut, x), [[4094, 4096, -5000]])
     install("m1", threads=1)
     np.testing.assert_array_equal(run(cut, x), [[4094, np.inf, -np.inf]])
@@ -261,7 +275,7 @@ def test_aneforge_sees_the_chip(chip: str, family: int) -> None:
 
 def test_bridge_programs_are_refused_with_a_way_out() -> None:
     q = af.input((1, 2, 4, 8))
-    with pytest.raises(NotImplementedError, match="sdpa.*netplist bridge"):
+    with pytest.raises(NotImplementedError, match=r"sdpa.*netplist bridge"):
         af.compile(af.sdpa(q, q, q, is_causal=True))
     with pytest.raises(NotImplementedError, match="topk"):
         af.compile(af.topk(af.input((2, 8)), 2))
@@ -272,7 +286,7 @@ def test_uninstall_gives_back_the_original() -> None:
     assert before is not None
     uninstall()
     assert installed() is None
-    with pytest.raises((RuntimeError, OSError), match="darwin|macOS|dylib"):
+    with pytest.raises((RuntimeError, OSError), match=r"darwin|macOS|dylib"):
         run(lambda x: x.relu(), X)
     uninstall()
     install("m5")
@@ -285,9 +299,10 @@ def test_programs_outlive_a_change_of_chip() -> None:
     other = af.compile(af.input((2, 8)) * 4.0)
     np.testing.assert_array_equal(other(X), 4 * X)
     np.testing.assert_array_equal(net(X), 2 * X)
+    count = len(_runtime._lib.loaded)
     other.release()
     net.release()
-    assert installed().loaded == {}
+    assert len(_runtime._lib.loaded) == count - 2
 
 
 def test_unknown_chips_are_refused_and_change_nothing() -> None:

@@ -11,10 +11,10 @@ _current: list[Installation] = []
 
 
 def install(chip: str = "m5", fidelity: str = "exact", *, threads: int | None = None) -> None:
-    """From here on the installed `aneforge` (0.4.x) compiles and dispatches to the simulated engine of `chip`.
+    """From here on the installed `aneforge` (0.4.x) compiles and dispatches to the simulated `chip`.
 
-    ANEForge then also sees that chip as its host (op floors, limits, decompositions). Installing again changes
-    the chip; programs that are loaded go on running on the chip they were compiled for.
+    ANEForge then also sees that chip as its host (op floors, limits, decompositions). Installing again
+    changes the chip; programs that are loaded go on running on the chip they were compiled for.
 
     Args:
         chip: a name that `chips.get_chip` knows.
@@ -25,7 +25,7 @@ def install(chip: str = "m5", fidelity: str = "exact", *, threads: int | None = 
         UsageError: unknown chip or fidelity.
         MissingDependency: ANEForge is not installed, or not 0.4.x.
     """
-    library = SimulatedLibrary(chip, fidelity, threads, after=installed())
+    library = SimulatedLibrary(chip, fidelity, threads)
     uninstall()
     _current.append(put_in(library))
 

@@ -1,4 +1,4 @@
-"""`python -m ane_trainer.interop.aneforge [--chip m5] [--fidelity exact] SCRIPT.py [args]`: run an ANEForge script."""
+"""`python -m ane_trainer.interop.aneforge [--chip m5] SCRIPT.py [args]`: run a script that uses ANEForge."""
 
 from __future__ import annotations
 

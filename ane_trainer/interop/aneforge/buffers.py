@@ -20,8 +20,8 @@ _ALIGNMENT_BYTES = 64
 class Buffer:
     """Memory that one or several ports are bound to (one buffer object, as `share_buffer` makes it).
 
-    `version` counts the changes that the interface saw; `exposed` says that the host holds its address and may
-    write at any time; `pending` gives the bytes of a result that nobody has asked for yet.
+    `version` counts the changes that the interface saw; `exposed` says that the host holds its address and
+    may write at any time; `pending` gives the bytes of a result that nobody has asked for yet.
     """
 
     data: NDArray[np.uint8]

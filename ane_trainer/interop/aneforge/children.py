@@ -22,7 +22,7 @@ _HANDED_ON = "ANE_TRAINER_ANEFORGE_CHILD"
 
 
 def hand_on(chip: str, fidelity: str) -> Installation:
-    """From here on child processes that import ANEForge run it on the simulator; `undo` of the result ends that."""
+    """From here on child processes run ANEForge on the simulator; `undo` of the result ends that."""
     here = Path(__file__).resolve()
     folders = [str(here.with_name("startup")), str(here.parents[3])]
     if before := os.environ.get("PYTHONPATH"):

@@ -1,8 +1,8 @@
-"""Shows chosen source files a Mac: what they ask about their platform is answered as macOS on Apple silicon would.
+"""Shows chosen source files a Mac: questions about the platform are answered as on Apple silicon.
 
-Only code whose file `belongs` says yes to sees it; every other module of the process keeps the truth (Torch, for
-example, picks file names by platform). Covered are `sys.platform`, the functions of `platform`, `os.uname`, and
-whether ANEForge's macOS library exists. Nothing here changes what a program computes.
+Only code whose file `belongs` says yes to sees it; every other module of the process keeps the truth
+(Torch, for example, picks file names by platform). Covered are `sys.platform`, the functions of `platform`,
+`os.uname`, and whether ANEForge's macOS library exists. Nothing here changes what a program computes.
 """
 
 from __future__ import annotations

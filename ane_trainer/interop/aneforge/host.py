@@ -80,8 +80,8 @@ def brand(chip: Chip) -> str:
 def refuse_bridge(*_: object, **__: object) -> NoReturn:
     """In the place of ANEForge's second way to the engine, which is another process with another format."""
     raise NotImplementedError(
-        "ane_trainer simulator: the program needs ANEForge's netplist bridge; the simulator runs the e5rt path only. "
-        "Use ops that compile to one program (for attention: matmul and softmax; for sorting: the host)."
+        "ane_trainer simulator: the program needs ANEForge's netplist bridge; the simulator runs the e5rt "
+        "path only. Use ops that compile to one program (attention: matmul and softmax; sorting: the host)."
     )
 
 
@@ -89,15 +89,16 @@ def _refuse_segments(compiler: Any) -> Callable[..., NoReturn]:
     def refuse(out: Any, *_: object, **__: object) -> NoReturn:
         names = sorted({t.op for t in compiler._topo(out) if t.op in compiler.NETPLIST_OPS})
         raise NotImplementedError(
-            f"ane_trainer simulator: {', '.join(names)} run through ANEForge's netplist bridge; the simulator runs "
-            "the e5rt path only. Use ops that compile to one program (for attention: matmul and softmax)."
+            f"ane_trainer simulator: {', '.join(names)} run through ANEForge's netplist bridge; the "
+            "simulator runs the e5rt path only. Use ops that compile to one program (attention: matmul and "
+            "softmax)."
         )
 
     return refuse
 
 
 def _replace_imported(done: Installation, name: str, value: Any) -> None:
-    """Bridges import the function by name: replace it in those that are loaded and in the ones loaded later."""
+    """Bridges import the function by name: load them all and replace it in each."""
     package = importlib.import_module("aneforge._bridges")
     for path in sorted(Path(str(package.__file__)).parent.glob("*_fused.py")):
         module = importlib.import_module(f"aneforge._bridges.{path.stem}")
@@ -115,7 +116,8 @@ def _modules() -> tuple[Any, ...]:
     version = str(getattr(package, "__version__", ""))
     if not version.startswith("0.4."):
         raise MissingDependency(
-            f"aneforge: needs version 0.4.x; got {version or 'unknown'}. Type: pip install 'aneforge>=0.4,<0.5'."
+            f"aneforge: needs version 0.4.x; got {version or 'unknown'}. "
+            "Type: pip install 'aneforge>=0.4,<0.5'."
         )
     names = ("_runtime", "_targets", "_circuit", "build", "_bridges._netplist", "_netplist_worker")
     return tuple(importlib.import_module(f"aneforge.{name}") for name in names)

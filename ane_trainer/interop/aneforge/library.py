@@ -1,8 +1,9 @@
-"""The C interface of ANEForge's dispatch library over the simulator: same functions, arguments and error returns.
+"""The C interface of ANEForge's dispatch library over the simulator: same functions and error returns.
 
-Arguments arrive as ctypes passes them (bytes, integers, pointers, arrays, `byref`). Failures print their reason
-to stderr and return what the library returns: no handle from a failed compile, -1 elsewhere (ANEForge 0.4.0,
-`ane_e5rt_dispatch.mm`). At most 128 programs are loaded at a time (ANEForge e5rt reference: the 129th load fails).
+Arguments arrive as ctypes passes them (bytes, integers, pointers, arrays, `byref`). Failures print their
+reason to stderr and return what the library returns: no handle from a failed compile, -1 elsewhere (ANEForge
+0.4.0, `ane_e5rt_dispatch.mm`). At most 128 programs are loaded at a time (ANEForge e5rt reference: the 129th
+load fails).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ane_trainer.ane.chips import Chip, get_chip, limit
 from ane_trainer.ane.errors import AneTrainerError, UsageError
@@ -33,20 +34,16 @@ _NEVER_SUBMITTED = -2
 class SimulatedLibrary:
     """Stands where the loaded macOS library would; `ane_e5rt_*` attributes are its functions.
 
-    The functions take `restype` and `argtypes` like those of a ctypes library and ignore them. A library that
-    comes `after` another one knows the programs that are still loaded there.
+    The functions take `restype` and `argtypes` like those of a ctypes library and ignore them. Loaded
+    programs belong to the process, not to one library: after another `install` they still run, on their chip.
     """
 
-    def __init__(
-        self,
-        chip: str,
-        fidelity: str = "exact",
-        threads: int | None = None,
-        after: SimulatedLibrary | None = None,
-    ) -> None:
+    #: Loaded programs by handle, and the handles to come.
+    loaded: ClassVar[dict[int, LoadedProgram]] = {}
+    _handles: ClassVar[Iterator[int]] = count(0x10000, 0x10)
+
+    def __init__(self, chip: str, fidelity: str = "exact", threads: int | None = None) -> None:
         self.context: Context = make_context(chip, fidelity, threads)
-        self.loaded: dict[int, LoadedProgram] = after.loaded if after else {}
-        self._handles: Iterator[int] = after._handles if after else count(0x10000, 0x10)
         for name in dir(type(self)):
             if name.startswith("_c_"):
                 setattr(self, f"ane_e5rt_{name[3:]}", partial(getattr(self, name)))
@@ -72,12 +69,13 @@ class SimulatedLibrary:
     def _compile(self, path: str, mask: int, inputs: list[PortSpec], outputs: list[PortSpec]) -> Operation:
         if not mask & ANE_MASK:
             raise UsageError(
-                f"device mask: needs the engine ({ANE_MASK:#x}); got {mask:#x}. Simulate CPU and GPU elsewhere."
+                f"device mask: needs the engine ({ANE_MASK:#x}); got {mask:#x}. Nothing else is simulated."
             )
         room = limit(self.context.chip, "loaded_programs")
         if room is not None and sum(len(p.operations) for p in self.loaded.values()) >= room.value:
             raise UsageError(
-                f"programs: needs at most {room.value:g} loaded in a process ({room.evidence.source}). Release one."
+                f"programs: needs at most {room.value:g} loaded in a process ({room.evidence.source}). "
+                "Release one."
             )
         program = read_program(Path(path))
         check(program, self.context.chip)
@@ -88,7 +86,7 @@ class SimulatedLibrary:
         self.loaded.pop(_number(program), None)
 
     def _c_compile_check(self, mil_path: Any, cache_dir: Any, device_mask: Any, options: Any) -> int:
-        """0 if the chip of `TargetArchitecture=...` takes the program (without the option: the installed chip)."""
+        """0 if the chip of `TargetArchitecture=...` (by default the installed one) takes the program."""
         chip = _target_chip(_text(options), self.context.chip)
 
         def compiles() -> bool:

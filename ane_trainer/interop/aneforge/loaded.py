@@ -1,11 +1,10 @@
-"""A loaded program: operations with their ports bound to buffers, run on the simulator one after the other."""
+"""A loaded program: operations with their ports bound to buffers, run on the simulator in order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-
 
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil import Function, TensorType, Value
@@ -78,7 +77,7 @@ def bind_operation(
 ) -> Operation:
     """An operation with a fresh buffer for every port.
 
-    Raises: SimulationError (SIM102) when a port is not in the program, is missing, or is too small for its type.
+    Raises: SimulationError (SIM102) when a port is unknown, missing, or too small for its type.
     """
     missing = [v.name for v in function.inputs if v.name not in dict(inputs)]
     if missing:

@@ -27,6 +27,7 @@ _active: list[Installation] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Chip, fidelity, and whether test files see a Mac."""
     group = parser.getgroup("ane", "ANEForge on the simulated Apple Neural Engine")
     group.addoption("--ane-chip", default="m5", help="chip to simulate (default: m5)")
     group.addoption("--ane-fidelity", default="exact", choices=("exact", "fast"))
@@ -55,17 +56,20 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def pytest_unconfigure() -> None:
+    """Take everything back."""
     while _active:
         _active.pop().undo()
     uninstall()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    """What the tests run on."""
     library = installed()
     if library is None:
         return "ane: ANEForge is not on the simulator"
     seen = "see a Mac" if config.getoption("ane_mac") else "see this machine"
-    return f"ane: ANEForge on the simulated {library.context.chip.title} ({library.context.fidelity}); test files {seen}"
+    context = library.context
+    return f"ane: ANEForge on the simulated {context.chip.title} ({context.fidelity}); test files {seen}"
 
 
 def pytest_markeval_namespace(config: pytest.Config) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def _folder(argument: str) -> Path:
 
 
 def _belongs(folders: list[Path]) -> Callable[[str], bool]:
-    """Whether a file is part of the test session: below its folders, but no installed package and not ours."""
+    """Whether a file is part of the test session: below its folders, no installed package and not ours."""
     paths = sysconfig.get_paths()
     foreign = tuple({paths[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
     own = str(Path(__file__).resolve().parents[2]) + os.sep

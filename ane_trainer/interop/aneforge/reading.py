@@ -10,8 +10,8 @@ from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.legalize import Target, refusals
 from ane_trainer.ane.mil import Function, Program, Value
 from ane_trainer.ane.parser import parse_program
-from ane_trainer.ane.simulator.schedule import VIEWS
 from ane_trainer.ane.simulator import KERNELS
+from ane_trainer.ane.simulator.schedule import VIEWS
 
 #: Ops that tables of single ops call refused although whole programs with them run on silicon.
 _RUNS_ANYWAY = {
@@ -46,7 +46,7 @@ class ModelFolder(Mapping[str, bytes]):
 
 
 def read_program(mil_path: Path) -> Program:
-    """The program of a folder that ANEForge wrote. Raises ProgramError (or OSError) when it cannot be read."""
+    """The program of a folder that ANEForge wrote; ProgramError or OSError when it cannot be read."""
     return parse_program(mil_path.read_text(encoding="utf-8"), ModelFolder(mil_path.parent))
 
 

@@ -1,4 +1,4 @@
-"""Runs at the start of a child process (see `children.py`): ANEForge, once imported, is put on the simulator."""
+"""Runs at the start of a child process (see `children.py`): puts ANEForge on the simulator."""
 
 from ane_trainer.interop.aneforge.children import take_over
 
