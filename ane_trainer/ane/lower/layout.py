@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ane_trainer.ane.lower.passes import BROADCASTING, Rewriter, int_list, integers
+from ane_trainer.ane.lower.rewriting import BROADCASTING, Rewriter, int_list, integers
 from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
 
 _UNARY = frozenset(

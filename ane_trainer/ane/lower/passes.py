@@ -6,86 +6,19 @@ by more than the sign of a zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from ane_trainer.ane.lower.layout import sink_transposes
+from ane_trainer.ane.lower.rewriting import BROADCASTING, Rewriter, int_list, integers
 from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
-
-BROADCASTING = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "real_div",
-        "maximum",
-        "minimum",
-        "pow",
-        "equal",
-        "not_equal",
-        "greater",
-        "greater_equal",
-        "less",
-        "less_equal",
-    ]
-)
 
 
 def run_passes(function: Function) -> Function:
     """All passes in order."""
-    from ane_trainer.ane.lower.layout import sink_transposes
-
     steps = (dead_code, share, algebra, sink_tiles, transposes, sink_transposes, transposes, matmul_flags)
     for step in (*steps, share, transposes, share, dead_code):
         function = step(function)
     return function
-
-
-class Rewriter:
-    """Walks a function once; `op` may be replaced by other ops or its result by an earlier value."""
-
-    def __init__(self, function: Function) -> None:
-        self.function = function
-        self.ops: list[Op] = []
-        self.makers: dict[Value, Op] = {}
-        self._same: dict[Value, Value] = {}
-        self._fresh = 0
-        self._names = {r.name for op in function.ops for r in op.results} | {v.name for v in function.inputs}
-
-    def resolve(self, argument: Arg) -> Arg:
-        """The argument after the replacements so far."""
-        if isinstance(argument, tuple):
-            return tuple(self._same.get(a, a) if isinstance(a, Value) else a for a in argument)
-        return self._same.get(argument, argument) if isinstance(argument, Value) else argument
-
-    def keep(self, op: Op) -> None:
-        """Append an op."""
-        self.ops.append(op)
-        for result in op.results:
-            self.makers[result] = op
-
-    def forget(self, old: Value, new: Value) -> None:
-        """Readers of `old` read `new` from here on."""
-        self._same[old] = new
-
-    def maker(self, argument: Arg | None) -> Op | None:
-        """The op that makes a value; None for inputs and literals."""
-        return self.makers.get(argument) if isinstance(argument, Value) else None
-
-    def fresh(self, type_: TensorType) -> Value:
-        """A new value with a name of its own."""
-        while True:
-            name = f"p{self._fresh}"
-            self._fresh += 1
-            if name not in self._names:
-                self._names.add(name)
-                return Value(name, type_)
-
-    def run(self, visit: Callable[[Rewriter, Op], None]) -> Function:
-        """`visit` gets every op with its arguments resolved and keeps, replaces or forgets it."""
-        for op in self.function.ops:
-            visit(self, replace(op, args=tuple((k, self.resolve(a)) for k, a in op.args)))
-        outputs = tuple(self._same.get(v, v) for v in self.function.outputs)
-        return replace(self.function, ops=tuple(self.ops), outputs=outputs)
 
 
 def dead_code(function: Function) -> Function:
@@ -311,16 +244,3 @@ def _swaps_last_two(op: Op) -> bool:
     perm = integers(op.arg("perm"))
     rank = len(perm)
     return rank >= 2 and perm == (*range(rank - 2), rank - 1, rank - 2)
-
-
-def integers(argument: Arg | None) -> tuple[int, ...]:
-    """A constant list as Python integers."""
-    assert isinstance(argument, Literal)
-    value = argument.to_python()
-    assert isinstance(value, tuple)
-    return tuple(int(n) for n in value)
-
-
-def int_list(values: Iterable[int]) -> Literal:
-    """Integers as a rank-1 literal."""
-    return literal(list(values), "int32")
