@@ -43,6 +43,7 @@ LINES: dict[str, float] = {
     "ane.coreai": 5,
     "ane.devices": 6,
     "ane.dispatch": 7,
+    "ane.export": 8,
     "ane.dynamo": 8,
     "interop": 8,
     "ane": 8.5,
