@@ -118,8 +118,10 @@ class VisionTransformer(nn.Module):
         """Class scores [B, num_classes] of images [B, C, H, W]."""
         batch, channels = x_BCHW.shape[:2]
         rows, columns = self.grid
-        cut = x_BCHW.reshape(batch, channels, rows, self.patch, columns, self.patch).permute(0, 2, 4, 1, 3, 5)
-        x_BTD = self.embed(cut.reshape(batch, rows * columns, -1)) + self.positions
+        # In two steps, since tensors on the engine have at most 5 axes.
+        bands = x_BCHW.reshape(batch * channels, rows, self.patch, columns, self.patch).transpose(2, 3)
+        patches = bands.reshape(batch, channels, rows * columns, self.patch * self.patch).transpose(1, 2)
+        x_BTD = self.embed(patches.reshape(batch, rows * columns, -1)) + self.positions
         scores_BC: torch.Tensor = self.head(self.norm(self.blocks(x_BTD)).mean(dim=1))
         return scores_BC
 

@@ -28,7 +28,7 @@ def capture_step(
     of arguments or a dict of keyword arguments. `loss` is a name or a callable `(output, target) -> scalar`.
     The model is captured in the mode it is in (call `model.train()` first) and is not changed.
 
-    Raises: UnsupportedModel (optimizer without a rule, random operations), UsageError (unknown loss).
+    Raises: UnsupportedModel (optimizer without a rule), UsageError (unknown loss).
     """
     return capture_training(model, loss, optimizer, example, loss_scale).captured
 

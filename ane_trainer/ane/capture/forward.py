@@ -8,7 +8,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.findings import refuse_unsupported
 from ane_trainer.ane.capture.rehearsal import call_model, copies
 from ane_trainer.ane.capture.slots import float_buffers, identifier, unique
 from ane_trainer.ane.capture.sources import SourceMode, watch_modules
@@ -51,5 +50,4 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
     finally:
         for module, training in modes.items():
             module.training = training
-    refuse_unsupported(graph)
     return finish(graph, ports, tuple(outputs))

@@ -11,7 +11,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.findings import refuse_unsupported
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.masks import MaskMode
 from ane_trainer.ane.capture.rehearsal import Rehearsal, call_loss, call_model, copies, rehearse
@@ -97,7 +96,6 @@ def capture_training(
     plan = dataclasses.replace(plan, floor=ROOT_FLOORS[precision])
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
-    refuse_unsupported(graph)
     scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
     chosen = {p.name: p.unit for p in parameters if p.trained}
     return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen)

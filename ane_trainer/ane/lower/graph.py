@@ -22,6 +22,17 @@ from ane_trainer.ane.stages import Alias, Captured, Lowered, Port
 _UNFOLDABLE = (torch.Tag.nondeterministic_seeded,)
 
 #: torch refuses these on constants whose strides a rule before them changed; the rules reshape.
+_RANDOM = (
+    "rand",
+    "bernoulli",
+    "dropout",
+    "multinomial",
+    "normal",
+    "uniform",
+    "exponential",
+    "rrelu_with_noise",
+    "poisson",
+)
 _RULE_ON_CONSTANTS = ("aten.view.default", "aten._unsafe_view.default")
 
 
@@ -140,10 +151,10 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
 
 
 def _no_rule(name: str) -> tuple[str, str]:
-    if any(word in name for word in ("rand", "bernoulli", "dropout", "multinomial")):
+    if any(word in name for word in _RANDOM):
         return (
-            "needs a random generator, which the engine lacks.",
-            "Feed the random tensor or mask as an input.",
+            "draws random numbers inside the step, which the engine cannot repeat from a seed.",
+            "Use nn.Dropout, or draw the numbers outside and pass them as an input.",
         )
     return "has no lowering rule.", "Use another op, or register a rule with ane_trainer.ane.lower.lowering."
 
