@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
+from ane_trainer.ane.simulator.fp16 import INF
 from ane_trainer.ane.simulator.fused_entry import round_in_place
-from ane_trainer.ane.simulator.mac import mac_bind
+from ane_trainer.ane.simulator.mac import OVERFLOW, mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
+from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 Step = Callable[[], None]
@@ -208,6 +210,8 @@ def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Arra
     strides = call.integers("strides") if call.has("strides") else ones
     dilations = call.integers("dilations") if call.has("dilations") else ones
     before = _cut_before(call, x.shape[2:], weight.shape[2:], strides, dilations)
+    if ctx.fast:
+        return _fast_transpose(call, x, weight, bias, before)
     spread = np.zeros(
         (*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], strides, strict=True))), np.float32
     )
@@ -222,6 +226,28 @@ def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Arra
     bias = None if bias is None else np.ascontiguousarray(bias).reshape(-1)
     convolve_into(ctx, shape, spread, filters, bias, out)()
     return out
+
+
+def _fast_transpose(
+    call: Call, x: Array, weight: Array, bias: Array | None, before: tuple[int, ...]
+) -> Array:
+    """The machine's transposed convolution, cut or filled up with the bias to the result's extents."""
+    (type_,) = call.op.infer(call)
+    ones = (1,) * (x.ndim - 2)
+    strides = call.integers("strides") if call.has("strides") else ones
+    dilations = call.integers("dilations") if call.has("dilations") else ones
+    functions = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+    image, filters = as_tensor(np.ascontiguousarray(x)), as_tensor(np.ascontiguousarray(weight))
+    groups = call.integer("groups")
+    full = functions[x.ndim - 3](image, filters, None, strides, 0, 0, groups, dilations).numpy()
+    for axis, cut in enumerate(before, start=2):
+        full = _window(full, axis, cut, type_.shape[axis])
+    full = np.ascontiguousarray(full)
+    if bias is not None:
+        full += bias.reshape(1, -1, *ones)
+    over = np.abs(full) >= OVERFLOW
+    result = rounded(full)
+    return np.where(over, np.copysign(INF, result), result) if over.any() else result
 
 
 def _cut_before(

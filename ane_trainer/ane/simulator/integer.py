@@ -18,8 +18,8 @@ from ane_trainer.ane.mil import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.opset import bind
 from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.convolution import Geometry, geometry, windows
-from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.quantized import INT32_LIMIT, integer_product
+from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]
@@ -132,7 +132,7 @@ def _bind_conv(
         if most < INT32_LIMIT:
             total = _sums(shape, x, o.weight, exact_in_fp32=most < _EXACT_FP32)
             column = (-1, *(1,) * (q.ndim - 2))
-            out[...] = round_half_away(total * scale.reshape(column) + start.reshape(column))
+            out[...] = rounded(total * scale.reshape(column) + start.reshape(column))
         else:
             _ordered(shape, x, o.weight, scale, start, out)
 

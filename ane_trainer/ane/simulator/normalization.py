@@ -16,7 +16,7 @@ from ane_trainer.ane.opset.shapes import axes
 from ane_trainer.ane.simulator.constants import constant, half, per_channel
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
-from ane_trainer.ane.simulator.tables import evaluate
+from ane_trainer.ane.simulator.rounding import rounded, table_of
 
 Array = NDArray[Any]
 
@@ -25,19 +25,19 @@ _COMPOSED = "; composed: mean, difference, mean of squares, rsqrt table, product
 
 
 def _mean(x: Array, over: tuple[int, ...]) -> Array:
-    return round_half_away(np.mean(x, axis=over, dtype=np.float64, keepdims=True))
+    return rounded(np.asarray(np.mean(x, axis=over, dtype=np.float64, keepdims=True)))
 
 
 def _normalized(x: Array, over: tuple[int, ...], epsilon: np.float32) -> Array:
     """(x - mean) * rsqrt(variance + epsilon) over the given axes; squares are summed unrounded."""
-    centred = round_half_away(x - _mean(x, over))
-    variance = _mean(centred.astype(np.float64) ** 2, over)
-    return round_half_away(centred * evaluate("rsqrt", round_half_away(variance + epsilon)))
+    centred = rounded(x - _mean(x, over))
+    variance = _mean(np.square(centred), over)  # a square of fp16 is exact in fp32
+    return rounded(centred * table_of("rsqrt", rounded(variance + epsilon)))
 
 
 def _scaled(y: Array, gamma: Array | None, beta: Array | None) -> Array:
-    y = y if gamma is None else round_half_away(y * gamma)
-    return y if beta is None else round_half_away(y + beta)
+    y = y if gamma is None else rounded(y * gamma)
+    return y if beta is None else rounded(y + beta)
 
 
 @kernel("layer_norm", "assumed", _SWEEP + "0.00039" + _COMPOSED)
@@ -70,7 +70,7 @@ def batch_norm(ctx: Context, call: Call, x: Array) -> Array:
     offset = (0.0 if beta is None else beta) - mean * scale
     shape = (-1, *(1,) * (x.ndim - 2))
     scale, offset = (round_half_away(v).astype(np.float64).reshape(shape) for v in (scale, offset))
-    return round_half_away(x * scale + offset)
+    return rounded(x * scale + offset)
 
 
 @kernel(
@@ -81,8 +81,8 @@ def batch_norm(ctx: Context, call: Call, x: Array) -> Array:
 def l2_norm(ctx: Context, call: Call, x: Array) -> Array:
     """x / sqrt(sum of squares + epsilon) over the last three axes."""
     total = np.sum(x.astype(np.float64) ** 2, axis=(-3, -2, -1), keepdims=True)
-    root = evaluate("rsqrt", round_half_away(round_half_away(total) + half(call, "epsilon")))
-    return round_half_away(x * root)
+    root = table_of("rsqrt", rounded(rounded(total) + half(call, "epsilon")))
+    return rounded(x * root)
 
 
 @kernel("local_response_norm", "assumed", _SWEEP + "0.00014; log2 and exp2 tables for the power")
@@ -92,7 +92,7 @@ def local_response_norm(ctx: Context, call: Call, x: Array) -> Array:
     squares = np.pad(
         x.astype(np.float64) ** 2, ((0, 0), (size // 2, size - 1 - size // 2), *((0, 0),) * (x.ndim - 2))
     )
-    total = sum(squares[:, i : i + channels] for i in range(size))
-    base = round_half_away(half(call, "k") + round_half_away(call.number("alpha") / size * total))
-    power = evaluate("exp2", round_half_away(-half(call, "beta") * evaluate("log2", base)))
-    return round_half_away(x * power)
+    total = np.sum([squares[:, i : i + channels] for i in range(size)], axis=0)
+    base = rounded(half(call, "k") + rounded(call.number("alpha") / size * total))
+    power = table_of("exp2", rounded(-half(call, "beta") * table_of("log2", base)))
+    return rounded(x * power)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
-from ane_trainer.ane.simulator.fp16 import INF, round_half_away
+from ane_trainer.ane.simulator.fp16 import INF
 from ane_trainer.ane.simulator.registry import Context, kernel
-from ane_trainer.ane.simulator.tables import evaluate
+from ane_trainer.ane.simulator.rounding import rounded, table_of
 
 Array = NDArray[Any]
 
@@ -91,9 +91,9 @@ def avg_pool(ctx: Context, call: Call, x: Array) -> Array:
         mean = function(padded, sizes, strides).numpy()
         mean = mean[(slice(None), slice(None), *(slice(n) for n in call.op.infer(call)[0].shape[2:]))]
         if not call.flag("exclude_padding_from_average"):
-            return round_half_away(mean)
-        return round_half_away(mean * (np.float32(np.prod(sizes)) / _divisors(call, x)))
-    return round_half_away(_wide_sum(_taps(call, x)) / _divisors(call, x))
+            return rounded(mean)
+        return rounded(mean * (np.float32(np.prod(sizes)) / _divisors(call, x)))
+    return rounded(_wide_sum(_taps(call, x)) / _divisors(call, x))
 
 
 def _wide_sum(views: list[Array]) -> NDArray[np.float64]:
@@ -107,4 +107,4 @@ def _wide_sum(views: list[Array]) -> NDArray[np.float64]:
 def l2_pool(ctx: Context, call: Call, x: Array) -> Array:
     """The root of each window's sum of squares."""
     squares = [view.astype(np.float64) ** 2 for view in _taps(call, x)]
-    return evaluate("sqrt", round_half_away(_wide_sum(squares)))
+    return table_of("sqrt", rounded(_wide_sum(squares)))

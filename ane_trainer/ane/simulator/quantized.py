@@ -17,6 +17,7 @@ from ane_trainer.ane.opset import Call
 from ane_trainer.ane.simulator.constants import constant
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 
@@ -56,7 +57,7 @@ def dequantize(ctx: Context, call: Call, x: Array) -> Array:
     """(x - zero_point) * scale."""
     zero = _along(constant(call, "zero_point"), call, x.ndim, 0.0)
     value = (x - zero) * _along(constant(call, "scale"), call, x.ndim, 1.0)
-    return round_half_away(value) if call.op.infer(call)[0].dtype == "fp16" else value.astype(np.float32)
+    return rounded(value) if call.op.infer(call)[0].dtype == "fp16" else value.astype(np.float32)
 
 
 def integer_product(a: Array, b: Array, scale: NDArray[np.float64], bias: Array | None) -> Array:

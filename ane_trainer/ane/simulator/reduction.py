@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
-from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
-from ane_trainer.ane.simulator.tables import evaluate
+from ane_trainer.ane.simulator.rounding import rounded, table_of
 
 Array = NDArray[Any]
 
@@ -29,7 +28,7 @@ def _over(call: Call) -> dict[str, Any]:
 
 
 def _sum(x: Array, **over: Any) -> Array:
-    return round_half_away(np.sum(x, dtype=np.float64, **over))
+    return rounded(np.sum(x, dtype=np.float64, **over))
 
 
 @kernel("reduce_sum", "assumed", _SUM)
@@ -41,7 +40,7 @@ def reduce_sum(ctx: Context, call: Call, x: Array) -> Array:
 @kernel("reduce_mean", "assumed", _SUM)
 def reduce_mean(ctx: Context, call: Call, x: Array) -> Array:
     """Mean over `axes`."""
-    return round_half_away(np.mean(x, dtype=np.float64, **_over(call)))
+    return rounded(np.mean(x, dtype=np.float64, **_over(call)))
 
 
 @kernel("reduce_l1_norm", "assumed", _SWEEP + "0.00071; the order of partial sums is unknown")
@@ -53,19 +52,19 @@ def reduce_l1_norm(ctx: Context, call: Call, x: Array) -> Array:
 @kernel("reduce_sum_square", "assumed", _SWEEP + "0.00054; the order of partial sums is unknown")
 def reduce_sum_square(ctx: Context, call: Call, x: Array) -> Array:
     """Sum of squares."""
-    return _sum(x.astype(np.float64) ** 2, **_over(call))
+    return _sum(np.square(x), **_over(call))
 
 
 @kernel("reduce_l2_norm", "assumed", _SWEEP + "0.00051; sum of squares in fp16 range, then the sqrt table")
 def reduce_l2_norm(ctx: Context, call: Call, x: Array) -> Array:
     """Root of the sum of squares."""
-    return evaluate("sqrt", reduce_sum_square(ctx, call, x))
+    return table_of("sqrt", reduce_sum_square(ctx, call, x))
 
 
 @kernel("reduce_log_sum", "assumed", _SWEEP + "0.00091; sum, then the log table")
 def reduce_log_sum(ctx: Context, call: Call, x: Array) -> Array:
     """Logarithm of the sum."""
-    return evaluate("log", _sum(x, **_over(call)))
+    return table_of("log", _sum(x, **_over(call)))
 
 
 @kernel("reduce_log_sum_exp", "assumed", _SWEEP + "0.00077; maximum subtracted, exp table, sum, log table")
@@ -73,8 +72,8 @@ def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
     """Logarithm of the sum of exponentials."""
     over = _over(call)
     most = np.max(x, axis=over["axis"], keepdims=True)
-    total = _sum(evaluate("exp", round_half_away(x - most)), **over)
-    return round_half_away(evaluate("log", total) + most.reshape(total.shape))
+    total = _sum(table_of("exp", rounded(x - most)), **over)
+    return rounded(table_of("log", total) + most.reshape(total.shape))
 
 
 @kernel(
@@ -82,7 +81,7 @@ def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
 )
 def reduce_prod(ctx: Context, call: Call, x: Array) -> Array:
     """Product over `axes`."""
-    return round_half_away(np.prod(x, dtype=np.float64, **_over(call)))
+    return rounded(np.prod(x, dtype=np.float64, **_over(call)))
 
 
 @kernel("reduce_max", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
@@ -107,6 +106,6 @@ def softmax(ctx: Context, call: Call, x: Array) -> Array:
 
 def softmax_over(x: Array, axis: int) -> Array:
     """exp(x - maximum) times the inverse of its sum, along one axis; every step rounded."""
-    shifted = round_half_away(x - np.max(x, axis=axis, keepdims=True))
-    weights = evaluate("exp", shifted)
-    return round_half_away(weights * evaluate("inverse", _sum(weights, axis=axis, keepdims=True)))
+    shifted = rounded(x - np.max(x, axis=axis, keepdims=True))
+    weights = table_of("exp", shifted)
+    return rounded(weights * table_of("inverse", _sum(weights, axis=axis, keepdims=True)))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]
@@ -55,7 +56,7 @@ def _linear(x: Array, places: dict[int, F64]) -> Array:
     wide = x.astype(np.float64)
     for axis, at in places.items():
         wide = _along(wide, axis, at)
-    return round_half_away(wide)
+    return rounded(wide)
 
 
 def _nearest(x: Array, places: dict[int, Array]) -> Array:
@@ -144,7 +145,7 @@ def affine(ctx: Context, call: Call, x: Array, matrix: Array) -> Array:
         a = matrix[n if len(matrix) > 1 else 0].astype(np.float64)
         across, down = a[0] * u + a[1] * v + a[2], a[3] * u + a[4] * v + a[5]
         out[n] = _sampled(x[n], (down + 1) / 2 * (height - 1), (across + 1) / 2 * (width - 1), 0.0)
-    return round_half_away(out)
+    return rounded(out)
 
 
 def _unit(count: int) -> F64:
@@ -166,7 +167,7 @@ def resample(ctx: Context, call: Call, x: Array, coordinates: Array) -> Array:
         across, down = (np.clip(at, 0, size - 1) for at, size in zip((across, down), sizes, strict=True))
     if call.text("sampling_mode") == "nearest":
         across, down = np.rint(across), np.rint(down)
-    return round_half_away(np.stack([_sampled(x[n], down[n], across[n], outside) for n in range(len(x))]))
+    return rounded(np.stack([_sampled(x[n], down[n], across[n], outside) for n in range(len(x))]))
 
 
 def _pixels(call: Call, at: F64, size: int) -> F64:
@@ -198,16 +199,16 @@ def crop_resize(
     if roi is None:
         assert boxes is not None
         images = np.arange(len(boxes)) if box_indices is None else box_indices
-        return _rounded(
+        return _joined(
             [_crop(call, x[int(i)], box) for box, i in zip(boxes, images, strict=True)], type_.shape
         )
     flat = roi.reshape(len(roi), -1)
     if flat.shape[1] == 5:
-        return _rounded([_crop(call, x[int(r[0])], r[1:]) for r in flat], type_.shape)
-    return _rounded([[_crop(call, image, r) for image in x] for r in flat], type_.shape)
+        return _joined([_crop(call, x[int(r[0])], r[1:]) for r in flat], type_.shape)
+    return _joined([[_crop(call, image, r) for image in x] for r in flat], type_.shape)
 
 
-def _rounded(samples: list[Any], shape: tuple[int, ...]) -> Array:
+def _joined(samples: list[Any], shape: tuple[int, ...]) -> Array:
     return round_half_away(np.asarray(samples)).reshape(shape)
 
 

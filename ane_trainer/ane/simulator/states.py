@@ -38,14 +38,23 @@ def without_states(function: Function) -> tuple[Function, tuple[tuple[str, str],
         for result in op.results:
             same[result.name] = held[state.name]
     outputs, aliases = [_output(v, same, ops) for v in function.outputs], []
+    taken = {v.name for v in function.inputs} | {v.name for op in ops for v in op.results}
     for name, value in held.items():
         if value != plain[name]:
-            kept = Value(f"{name}_next", plain[name].type)
+            kept = Value(_fresh(f"{name}_next", taken), plain[name].type)
             ops.append(Op("identity", (("x", value),), (kept,)))
             outputs.append(kept)
             aliases.append((kept.name, name))
     inputs = tuple(plain.get(v.name, v) for v in function.inputs)
     return replace(function, inputs=inputs, ops=tuple(ops), outputs=tuple(outputs)), tuple(aliases)
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """`name`, with underscores until no other value is called so; it is taken from then on."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def _substituted(arg: Arg, same: dict[str, Arg]) -> Arg:

@@ -82,22 +82,9 @@ def conv_transpose(rng: Rng) -> Drawn:
     bias = normal(rng, cout * groups)
     strides, dilations = params["strides"], params["dilations"]
     function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-    full = (
-        function(
-            wide(x),
-            wide(w),
-            wide(bias),
-            strides,
-            0,
-            [s - 1 for s in strides] if min(strides) > 0 else 0,
-            groups,
-            dilations,
-        )
-        if all(max(s, d) > s - 1 for s, d in zip(strides, dilations, strict=True))
-        else None
-    )
-    assert full is not None
-    extents, begins = [], []
+    extra = [s - 1 if s <= max(s, d) else 0 for s, d in zip(strides, dilations, strict=True)]
+    full = function(wide(x), wide(w), wide(bias), strides, 0, extra, groups, dilations)
+    extents, begins, longer = [], [], False
     for i, (n, k, s, d) in enumerate(zip(x.shape[2:], kernel, strides, dilations, strict=True)):
         reach = (k - 1) * d + 1
         if params["pad_type"] == "same":
@@ -106,15 +93,12 @@ def conv_transpose(rng: Rng) -> Drawn:
             before, after = (params["pad"][2 * i : 2 * i + 2]) if params["pad_type"] == "custom" else (0, 0)
             begin, extent = before, s * (n - 1) + reach - before - after
         if params["pad_type"] != "same" and rng.integers(2) and s > 1:
-            extent += 1  # an output_shape that asks for more, as PyTorch's output_padding does
+            extent, longer = extent + 1, True  # more is asked for, as by PyTorch's output_padding
         extents.append(extent)
         begins.append(begin)
     if min(extents) < 1:
         return conv_transpose(rng)
-    if rng.integers(2) or any(
-        e != s * (n - 1) + (k - 1) * d + 1
-        for e, n, k, s, d in zip(extents, x.shape[2:], kernel, strides, dilations, strict=True)
-    ):
+    if longer or rng.integers(2):
         params["output_shape"] = [2, cout * groups, *extents]
     want = full
     for axis, (begin, extent) in enumerate(zip(begins, extents, strict=True), start=2):
