@@ -232,22 +232,6 @@ def test_capture_does_not_touch_the_random_state() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_all_random_ops_are_refused_at_once_with_their_place() -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x + torch.randn_like(x)) * torch.rand(3)
-
-    model = Noisy()
-    with pytest.raises(UnsupportedModel) as caught:
-        capture_step(model, "mse", sgd(model), (torch.ones(2, 3), torch.ones(2, 3)))
-    assert len(caught.value.findings) == 2
-    assert all("Noisy (" in f.where and "test_capture.py:" in f.where for f in caught.value.findings)
-
-
 def test_an_optimizer_of_another_model_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"model\.parameters\(\)"):
         capture_step(Net(), "cross_entropy", sgd(Net()), example())
