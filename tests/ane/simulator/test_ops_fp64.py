@@ -58,7 +58,7 @@ def test_every_op_with_a_type_rule_has_a_kernel_or_a_reason() -> None:
 
 
 def test_every_op_that_runs_by_e5rt_on_m5_has_a_kernel() -> None:
-    """The published sweep of the whole vocabulary (ANEForge, M5): native or reachable; gelu is listed by mode."""
+    """The sweep of the whole vocabulary (ANEForge, M5): native or reachable; gelu is listed by mode."""
     plain = [kind for kind in swept_ops("e5rt") if "(" not in kind]
     runs = {kind for kind in plain if op_status(kind, "m5").status in ("native", "reachable")}
     assert len(runs) > 110
