@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ane_trainer.ane.simulator import KERNELS, pointwise_code, reduction, tables
+from ane_trainer.ane.simulator import KERNELS, pointwise_code, pooling, reduction, tables
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.interop.aneforge import install
 
@@ -68,6 +68,22 @@ def _sum_with(order: Callable[[Any], Any]) -> Callable[[], None]:
             return round_half_away(np.expand_dims(total, axis) if over["keepdims"] else total)
 
         _kernel("reduce_sum", run)
+
+    return change
+
+
+def _every_sum(order: Callable[[Any], Any], pools: bool) -> Callable[[], None]:
+    """All sums over one axis by `order`: reductions and softmax, and with `pools` those of average pooling."""
+
+    def change() -> None:
+        def total(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+            (only,) = axis if isinstance(axis, tuple) else (axis,)
+            result = round_half_away(order(np.moveaxis(np.asarray(x, np.float64), only, 0)))
+            return np.expand_dims(result, only) if keepdims else result
+
+        reduction._sum = total
+        if pools:
+            pooling._wide_sum = lambda taps: order(np.stack(taps).astype(np.float64))
 
     return change
 
@@ -132,6 +148,10 @@ VARIANTS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "fast accumulation (fp32)": ("m5", "fast", lambda: None),
     "sum: sequential fp16": ("m5", "exact", _sum_with(_sequential)),
     "sum: 4 lanes fp16, then wide": ("m5", "exact", _sum_with(_lanes)),
+    "every sum: 4 lanes fp16, then wide": ("m5", "exact", _every_sum(_lanes, False)),
+    "every sum and pool: 4 lanes": ("m5", "exact", _every_sum(_lanes, True)),
+    "every sum: sequential fp16": ("m5", "exact", _every_sum(_sequential, False)),
+    "every sum and pool: sequential fp16": ("m5", "exact", _every_sum(_sequential, True)),
     "sum: fp16 tree": ("m5", "exact", _sum_with(_tree)),
     "sum: ones matmul": ("m5", "exact", _sum_with(_ones_matmul)),
     "tables: one rounding": ("m5", "exact", _one_rounding),
