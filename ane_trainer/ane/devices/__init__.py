@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ane_trainer.ane.devices.coreai import CoreAI
+from ane_trainer.ane.devices.e5rt import E5RT
 from ane_trainer.ane.devices.protocol import Device, Session
 from ane_trainer.ane.devices.sim import Simulator
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
@@ -14,17 +15,12 @@ from ane_trainer.ane.errors import EnvironmentFault, UsageError
 __all__ = ["DEVICE_NAMES", "Choice", "Device", "Session", "choose_precision", "get_device", "register"]
 
 #: Every name that `get_device` knows, the ones without an implementation on this machine included.
-DEVICE_NAMES = ("auto", "sim", "e5rt", "coreai", "cpu")
+DEVICE_NAMES = ("auto", "sim", "e5rt", "e5rt-pingpong", "coreai", "cpu")
 
 _REGISTERED: dict[str, Device] = {}
 
 #: Devices that can run without reaching an engine say here why `auto` passes them over; None: it does not.
 _PASSED_OVER: dict[str, Callable[[], str | None]] = {}
-
-#: What to say about devices that have no implementation (yet, or here).
-_ABSENT = {
-    "e5rt": "direct dispatch to the Neural Engine is not part of this version",
-}
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,6 @@ def get_device(name: str) -> Choice:
             code="ANE101",
         )
     device = _REGISTERED.get(name)
-    if device is None and name in _ABSENT:
-        raise EnvironmentFault(
-            f'device: needs {name} to be available; {_ABSENT[name]}. Use device="sim".', code="ANE202"
-        )
     if device is None:
         raise UsageError(_unknown(name), code="ANE101")
     reason = device.unavailable()
@@ -110,3 +102,5 @@ def _unknown(name: str) -> str:
 
 register(Simulator())
 register(coreai := CoreAI(), coreai.not_chosen)
+register(e5rt := E5RT(), e5rt.not_chosen)
+register(E5RT("pingpong"), lambda: "it is taken only by name")
