@@ -170,6 +170,36 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Run,
+    format: Annotated[
+        str, typer.Option(help="mlpackage, aimodel, onnx, torch, step-mlpackage, step-aimodel.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The file. [in the run's folder]", metavar="PATH")] = None,
+    input: Annotated[
+        str, typer.Option("--input", help="image (pixels), tensor, auto.", metavar="KIND")
+    ] = "auto",
+    weights: Annotated[str, typer.Option(help="Of an mlpackage: fp16, int8, int4.", metavar="KIND")] = "fp16",
+    batch: Annotated[int, typer.Option(help="Examples that go in at once.")] = 1,
+    examples: Annotated[
+        int, typer.Option(help="Test examples that the file is checked on; 0: all.")
+    ] = 1000,
+    chip: Chip = None,
+    fidelity: Fidelity = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's model, or its training step, for apps, and check the file by running it again."""
+    found = core.export_run(
+        run, format, out, input=input, weights=weights, batch=batch, examples=examples or None, chip=chip,
+        fidelity=fidelity,
+    )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.as_text())
+
+
+@app.command()
 def check(
     model: Model,
     input_shape: Input = "1x28x28",

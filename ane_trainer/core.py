@@ -14,6 +14,7 @@ import torch
 from ane_trainer import engine
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import DataError, Interrupted, UsageError
+from ane_trainer.ane.export import DEFAULT_NAMES, ExportReport, format_of
 from ane_trainer.config import TrainConfig, make_config
 from ane_trainer.data import Batches, find_dataset, load_dataset
 from ane_trainer.models import build_model
@@ -24,7 +25,7 @@ from ane_trainer.runs import RunFolder, create_run, open_run
 from ane_trainer.trainer import Trainer
 from ane_trainer.utils import format_count
 
-__all__ = ["Trainer", "evaluate_run", "predict_run", "resume_training", "run_training"]
+__all__ = ["Trainer", "evaluate_run", "export_run", "predict_run", "resume_training", "run_training"]
 
 
 def run_training(
@@ -115,6 +116,34 @@ def predict_run(
         "predictions": [_prediction(row, test.class_names) for row in output],
         "truth": test.class_names[truth] if truth is not None else None,
     }
+
+
+def export_run(
+    path: str | Path, format: str, out: str | Path | None = None, *, input: str = "auto",
+    weights: str = "fp16", batch: int = 1, examples: int | None = None, **options: Any,
+) -> ExportReport:  # fmt: skip
+    """Write a finished run's model, or its training step, as a file, checked on its dataset's test split.
+
+    The file goes to `out`, by default into the run's folder. `options` override those of the run.
+    """
+    run = open_run(path)
+    config = run.read_config()
+    kind = format_of(out or "", format)
+    device = "sim" if kind.startswith("step-") or config.device == "cpu" else config.device
+    changed = {"device": device, "precision": "auto", **{k: v for k, v in options.items() if v is not None}}
+    config = config.model_copy(update=changed)
+    trainer = _make_trainer(config, Reporter())
+    target = Path(out) if out is not None else run.path / DEFAULT_NAMES[kind]
+    if kind.startswith("step-"):
+        trainer.restore(run.read_checkpoint())
+        data, _ = _load(config)
+    else:
+        trainer.load_weights(run.read_weights(), str(run.path))
+        data = _test_split(config)
+    count = data.num_examples if examples is None else examples
+    return trainer.export(
+        target, kind, data=data, input=input, weights=weights, batch=batch, examples=count
+    )
 
 
 def _test_split(config: TrainConfig, limit: int | None = None) -> Batches:

@@ -20,11 +20,12 @@ from ane_trainer import engine, loop
 from ane_trainer.ane.capture.losses import get_loss, loss_name
 from ane_trainer.ane.capture.rehearsal import call_model
 from ane_trainer.ane.errors import (
-    AneTrainerError,
     CheckpointError,
     DataError,
     Diverged,
+    UsageError,
 )
+from ane_trainer.ane.export import ExportReport, format_of
 from ane_trainer.checkpoint import (
     CHECKPOINT,
     Checkpoint,
@@ -36,6 +37,7 @@ from ane_trainer.checkpoint import (
     write_model,
     write_tensors,
 )
+from ane_trainer.exporting import export_model, export_training
 from ane_trainer.loop import Batch, Progress
 from ane_trainer.report import ConsoleReporter, Reporter
 from ane_trainer.results import Epoch, Metrics, Result
@@ -196,13 +198,34 @@ class Trainer:
         trainer.restore(checkpoint)
         return trainer
 
-    def export(self, path: str | Path) -> None:
-        """Not in this version; exports to .mlpackage, .aimodel and ONNX are planned."""
-        raise AneTrainerError(
-            f"{path}: needs an exporter; this version has none yet. "
-            "Use `save`, or the parameters of `trainer.model` with PyTorch's own exporters.",
-            code="ANE110",
-        )
+    def export(
+        self, path: str | Path, format: str | None = None, *, data: Iterable[Batch] | None = None,
+        input: str = "auto", weights: str = "fp16", batch: int = 1, examples: int = 256,
+    ) -> ExportReport:  # fmt: skip
+        """Write the trained model (or its training step) as a file, and run that file again to check it.
+
+        format    mlpackage, aimodel, onnx, torch; step-mlpackage, step-aimodel: the training step with its
+                  state. By default what the path ends in says.
+        data      batches to check it on; by default the first batch of training.
+        input     "image": pixels, normalised inside (data with mean and std); "tensor"; "auto".
+        weights   fp16, int8 or int4 (mlpackage).
+        batch     examples that go in at once.
+
+        UsageError: an unknown format or no data; MissingDependency: the extra to install.
+        """
+        kind = format_of(path, format)
+        self._sync()
+        source = data if data is not None else [self._example] if self._example else None
+        if source is None:
+            raise UsageError("export: needs data to check the file; got none. Pass data=...", code="ANE117")
+        if kind.startswith("step-"):
+            if self.step is None:
+                self._compile(*loop.unpack(next(iter(source)), "export: first batch"))
+            return export_training(self.step, self.optimizer, path, kind, source, fidelity=self.fidelity)
+        return export_model(
+            self.model, path, kind, source, classes=self._loss in _CLASS_LOSSES, input=input, weights=weights,
+            batch=batch, examples=examples, chip=self.chip, fidelity=self.fidelity,
+        )  # fmt: skip
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training needs to go on: parameters, the step's state, counters, data position."""

@@ -87,10 +87,23 @@ def _load_package(package: Path) -> Program:
     if kind != "mlProgram":
         raise ProgramError(f"{package}: needs an ML Program; got the model type {kind}.", code="MIL111")
     folder = model.parent
+    _without_classifier(spec.mlProgram)
     program = program_from_proto(spec.mlProgram, _weight_files(folder, _blob_names(spec.mlProgram)))
     default = spec.description.defaultFunctionName or "main"
     first = sorted(program.functions, key=lambda function: function.name != default)
     return Program(tuple(first), program.version, program.attributes)
+
+
+def _without_classifier(message: Any) -> None:
+    """Core ML's `classify` (label and dictionary of probabilities) gives way to the probabilities it reads."""
+    for function in message.functions.values():
+        for block in function.block_specializations.values():
+            for op in [op for op in block.operations if op.type == "classify"]:
+                made = {output.name for output in op.outputs}
+                kept = [name for name in block.outputs if name not in made]
+                block.operations.remove(op)
+                del block.outputs[:]
+                block.outputs.extend([*kept, op.inputs["probabilities"].arguments[0].name])
 
 
 def _model_file(package: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
 from ane_trainer.ane.capture.masks import PREFIX, draw
@@ -133,11 +134,7 @@ class TrainingStep:
         check_structure(self._optimizer, self._structure)
         if self._mirror.changed():
             self._mirror.push_weights(changed_only=True)
-        feeds = self._feeds(x, y)
-        feeds |= {p.name: draw(p.target, p.shape, self._masks).numpy() for p in self._mask_ports}
-        values = scalar_values(self._optimizer, self.applied_steps + 1)
-        feeds |= {name: np.full(1, values[target]) for name, target in self._scalars}
-        feeds = {name: array.astype(self._float, copy=False) for name, array in feeds.items()}
+        feeds = self.feeds(x, y)
         results = self._session.run(feeds)
         applied = bool(results["applied"][0])
         self.steps += 1
@@ -148,6 +145,21 @@ class TrainingStep:
         if self._always:
             self._pull_weights()
         return torch.tensor(float(results["loss"][0]))
+
+    def feeds(self, x: Any, y: Any, ahead: int = 0) -> dict[str, NDArray[Any]]:
+        """What a step on this batch is fed, by port: batch, new dropout masks, the optimizer's scalars.
+
+        The scalars are those of the next update, or of one that comes `ahead` steps after it.
+        """
+        feeds = self._feeds(x, y)
+        feeds |= {p.name: draw(p.target, p.shape, self._masks).numpy() for p in self._mask_ports}
+        values = scalar_values(self._optimizer, self.applied_steps + 1 + ahead)
+        feeds |= {name: np.full(1, values[target]) for name, target in self._scalars}
+        return {name: array.astype(self._float, copy=False) for name, array in feeds.items()}
+
+    def port_state(self) -> dict[str, NDArray[Any]]:
+        """A copy of the device's state by port, in the program's precision and units."""
+        return {p.name: self._session.read(p.name) for p in self.compiled.inputs if p.role == "state"}
 
     def sync(self) -> None:
         """Engine -> module and optimizer: parameters, buffers, moments in torch's own layout and units."""

@@ -1,0 +1,173 @@
+"""Exports: a trained model, or its training step, as a file for apps; each is run again on the spot.
+
+Formats: mlpackage, aimodel, onnx, torch for inference; step-mlpackage, step-aimodel for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ane_trainer.ane.devices import get_device
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.export import inference, step
+from ane_trainer.ane.export.freeze import Deployed, Signature, to_input
+from ane_trainer.ane.export.report import ExportReport, accuracy, largest_difference, size_bytes
+from ane_trainer.ane.stages import Compiled
+
+__all__ = [
+    "DEFAULT_NAMES",
+    "FORMATS",
+    "ExportReport",
+    "Signature",
+    "export_inference",
+    "export_step",
+    "format_of",
+]
+
+_INFERENCE = {
+    "mlpackage": (inference.write_mlpackage, inference.run_mlpackage, "our reader and the simulator"),
+    "aimodel": (inference.write_aimodel, inference.run_aimodel, "Apple's Core AI runtime on this machine"),
+    "onnx": (inference.write_onnx, inference.run_onnx, "onnxruntime"),
+    "torch": (inference.write_torch, inference.run_torch, "torch.export.load"),
+}
+_STEPS = ("step-mlpackage", "step-aimodel")
+FORMATS = (*_INFERENCE, *_STEPS)
+#: How a format's file is called where nobody says.
+DEFAULT_NAMES = {
+    "mlpackage": "model.mlpackage", "aimodel": "model.aimodel", "onnx": "model.onnx", "torch": "torch",
+    "step-mlpackage": "step.mlpackage", "step-aimodel": "step.aimodel",
+}  # fmt: skip
+
+_PRECISION = {"aimodel": "fp16", "onnx": "fp32", "torch": "fp32"}
+_UNVERIFIED = {
+    "mlpackage": "Core ML itself, on a Mac or iPhone",
+    "aimodel": "the Neural Engine, on macOS 27",
+    "step-mlpackage": "Core ML itself, on macOS 15 or iOS 18",
+    "step-aimodel": "the Neural Engine, on macOS 27",
+}
+
+
+def format_of(path: str | Path, format: str | None = None) -> str:
+    """The export format: as given, else by the path's ending (.mlpackage, .aimodel, .onnx).
+
+    Raises: UsageError (ANE115) for an unknown format, or where the path does not tell.
+    """
+    found = format or {f".{name}": name for name in ("mlpackage", "aimodel", "onnx")}.get(Path(path).suffix)
+    if found not in FORMATS:
+        raise UsageError(
+            f"format: needs one of {', '.join(FORMATS)}; got {format or Path(path).suffix or path!r}. "
+            "Give one of them.",
+            code="ANE115",
+        )
+    return found
+
+
+def export_inference(
+    model: nn.Module,
+    path: str | Path,
+    format: str,
+    signature: Signature,
+    x: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    weights: str = "fp16",
+    chip: str = "m4",
+    fidelity: str = "exact",
+    texts: Mapping[str, str] | None = None,
+) -> ExportReport:
+    """Write the model and run the file again on examples x [N, ...] as training saw them.
+
+    Raises: UnsupportedModel, MissingDependency (naming the extra), UsageError.
+    """
+    write, run, checked_by = _INFERENCE[format]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        written = write(Path(path), model, signature, weights, texts or {})
+        inputs = to_input(x, signature)
+        with torch.no_grad():
+            wanted = Deployed(model, signature)(inputs).numpy()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    runner = run(written, signature, chip, fidelity)
+    got = _in_batches(runner, inputs.numpy(), signature.batch)
+    truth = None if labels is None else labels.numpy()
+    if format == "mlpackage":
+        checked_by += f" of {chip}, {fidelity}"
+    return ExportReport(
+        written, format, size_bytes(written), _PRECISION.get(format, weights), checked_by,
+        "the same model in PyTorch, fp32", len(inputs), largest_difference(got, wanted),
+        accuracy(got, truth), accuracy(wanted, truth), _UNVERIFIED.get(format, ""),
+    )  # fmt: skip
+
+
+def export_step(
+    compiled: Compiled,
+    state: Mapping[str, NDArray[Any]],
+    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    path: str | Path,
+    format: str,
+    *,
+    fidelity: str = "exact",
+    about: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write a compiled fp16 training step with its state, and run the file for `feeds`, one feed a step.
+
+    The reference is the same program from the same state on the simulator: a package must agree in every bit
+    of the state; an asset is compared in losses and parameters, where IEEE fp16 stays near the engine's.
+    """
+    lowered = compiled.legalized.lowered
+    if lowered.program.main.inputs[0].type.dtype != "fp16":
+        raise UsageError("export: needs a step in fp16; got one in fp32. Compile it for fp16.", code="ANE116")
+    if format == "step-mlpackage":
+        written = step.write_step_mlpackage(Path(path), lowered, state, about or {})
+        got, losses = step.replay_mlpackage(written, feeds, compiled.chip, fidelity)
+        checked_by = f"our reader and the simulator of {compiled.chip}, {fidelity}"
+    else:
+        written = step.write_step_aimodel(Path(path), lowered, state, about or {})
+        got, losses = step.replay_aimodel(written, feeds)
+        checked_by = "Apple's Core AI runtime on this machine"
+    wanted, reference = _simulate(compiled, state, feeds, fidelity)
+    wanted = {name: wanted[name] for name in step.changing(lowered)}
+    if format == "step-aimodel":  # optimizer state is in units of its own
+        parameters = {p.name for p in compiled.inputs if p.role == "state" and "/" not in p.target}
+        got, wanted = ({k: v for k, v in arrays.items() if k in parameters} for arrays in (got, wanted))
+    difference = step.state_difference(got, wanted)
+    difference = max(difference, largest_difference(np.asarray(losses), np.asarray(reference)))
+    return ExportReport(
+        written, format, size_bytes(written), "fp16", checked_by, "the same steps on the simulator",
+        len(feeds), difference, unverified=_UNVERIFIED[format],
+    )  # fmt: skip
+
+
+def _simulate(
+    compiled: Compiled,
+    state: Mapping[str, NDArray[Any]],
+    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    fidelity: str,
+) -> tuple[dict[str, NDArray[Any]], list[float]]:
+    session = get_device("sim").device.load(compiled, fidelity=fidelity, threads=None)
+    for name, value in state.items():
+        session.write(name, value)
+    losses = [float(session.run(feed)["loss"][0]) for feed in feeds]
+    after = {name: session.read(name) for name in state}
+    session.close()
+    return after, losses
+
+
+def _in_batches(run: inference.Runner, inputs: NDArray[Any], batch: int) -> NDArray[Any]:
+    """Outputs [N, ...]; the last batch is filled up with the first examples."""
+    parts = []
+    for start in range(0, len(inputs), batch):
+        part = inputs[start : start + batch]
+        filled = part if len(part) == batch else np.resize(part, (batch, *part.shape[1:]))
+        parts.append(np.array(run(filled))[: len(part)])
+    return np.concatenate(parts)

@@ -1,0 +1,134 @@
+"""Exports of the training step itself, so that an app can go on training: `.aimodel` and `.mlpackage`.
+
+Both files have two functions. `main` takes a batch and the optimizer's scalars, updates the state in place
+and returns the loss; `initial_state` returns the values that the state starts from, by the states' names
+(Core ML's states start at zero and Core AI's belong to the caller, so an app copies them once).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.coreai import INITIAL_STATE, MAIN, open_asset, save_asset
+from ane_trainer.ane.export.freeze import bind_inputs, map_values
+from ane_trainer.ane.export.package import Description, write_package
+from ane_trainer.ane.export.report import largest_difference
+from ane_trainer.ane.loading import load_program
+from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
+from ane_trainer.ane.simulator import make_context, prepare
+from ane_trainer.ane.stages import Lowered
+from ane_trainer.ane.weights import from_array
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def changing(lowered: Lowered) -> tuple[str, ...]:
+    """Inputs that a step updates, in order."""
+    written = {alias.input for alias in lowered.aliases}
+    return tuple(v.name for v in lowered.program.main.inputs if v.name in written)
+
+
+def fixed_as_constants(lowered: Lowered, state: Arrays) -> Lowered:
+    """The step with its unchanging state (frozen parameters, constant buffers) as constants."""
+    names = {p.name for p in lowered.inputs if p.role == "state"} - set(changing(lowered))
+    function = bind_inputs(lowered.program.main, {name: state[name] for name in names})
+    inputs = tuple(port for port in lowered.inputs if port.name not in names)
+    return replace(lowered, program=Program((function,)), inputs=inputs)
+
+
+def write_step_aimodel(path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any]) -> Path:
+    """The step as a Core AI asset with mutable state."""
+    ready = fixed_as_constants(lowered, state)
+    return save_asset(path, ready, {name: state[name] for name in changing(ready)}, about)
+
+
+def write_step_mlpackage(path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any]) -> Path:
+    """The step as a Core ML package with states (fp16; iOS 18, macOS 15)."""
+    ready = fixed_as_constants(lowered, state)
+    main = stateful(ready)
+    first = _initial(main.opset, {name: state[name] for name in changing(ready)})
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    description = Description(summary=texts.pop("description", ""), metadata=texts)
+    return write_package(path, Program((main, first)), description)
+
+
+def stateful(lowered: Lowered) -> Function:
+    """The step with states instead of aliased inputs.
+
+    before: main(w, x) -> (loss, w_next)           with the alias (w_next, w)
+    after:  main(w: state, x) -> loss              w_read = read_state(w); ...; coreml_update_state(w, w_next)
+    """
+    function = lowered.program.main
+    written = {alias.output: alias.input for alias in lowered.aliases}
+    states = {v.name: v for v in function.inputs if v.name in written.values()}
+
+    def read(value: Value) -> Value:
+        return replace(value, name=f"{value.name}_read") if value.name in states else value
+
+    held = {
+        name: Value(name, TensorType(v.type.dtype, v.type.shape, state=True)) for name, v in states.items()
+    }
+    body = map_values(function, read)
+    reads = tuple(Op("read_state", (("input", held[name]),), (read(v),)) for name, v in states.items())
+    writes = tuple(
+        Op(
+            "coreml_update_state",
+            (("state", held[written[v.name]]), ("value", read(v))),
+            (Value(f"{written[v.name]}_kept", v.type),),
+        )
+        for v in function.outputs
+        if v.name in written
+    )
+    inputs = tuple(held.get(v.name, v) for v in function.inputs)
+    outputs = tuple(v for v in body.outputs if v.name not in written)
+    return replace(body, name=MAIN, inputs=inputs, ops=(*reads, *body.ops, *writes), outputs=outputs)
+
+
+def _initial(opset: str, arrays: Arrays) -> Function:
+    """A function without inputs that returns constants."""
+    ops = tuple(
+        Op(
+            "identity",
+            (("x", from_array(a, name=f"{name}_value")),),
+            (Value(name, TensorType("fp16", a.shape)),),
+        )
+        for name, a in arrays.items()
+    )
+    return Function(INITIAL_STATE, (), ops, tuple(op.result for op in ops), opset)
+
+
+def replay_mlpackage(
+    path: Path, feeds: Sequence[Arrays], chip: str, fidelity: str
+) -> tuple[dict[str, NDArray[Any]], list[float]]:
+    """(state, losses) after running the package that `write_step_mlpackage` wrote, on the simulator."""
+    program, context = load_program(path), make_context(chip, fidelity)
+    functions = {function.name: function for function in program.functions}
+    first = prepare(functions[INITIAL_STATE], context).run({})
+    plan = prepare(functions[MAIN], context)
+    for name, value in first.items():
+        plan.write(name, value)
+    losses = [float(plan.run(dict(feed))["loss"][0]) for feed in feeds]
+    return {name: plan.read(name) for name in first}, losses
+
+
+def replay_aimodel(path: Path, feeds: Sequence[Arrays]) -> tuple[dict[str, NDArray[Any]], list[float]]:
+    """(state, losses) after running the asset that `write_step_aimodel` wrote, on Apple's runtime."""
+    asset = open_asset(path)
+    losses = [float(asset.run(feed)["loss"][0]) for feed in feeds]
+    state = {name: np.array(asset.state()[name]) for name in asset.ports["states"]}
+    asset.close()
+    return state, losses
+
+
+def state_difference(a: Arrays, b: Arrays) -> float:
+    """The largest difference of any number of two states; infinite if they do not have the same tensors."""
+    if set(a) != set(b):
+        return float("inf")
+    return max((largest_difference(a[name], b[name]) for name in a), default=0.0)

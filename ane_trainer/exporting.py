@@ -1,0 +1,127 @@
+"""From a trained model to an exported, checked file: what `Trainer.export` and the command line do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ane_trainer.__version__ import __version__
+from ane_trainer.ane.capture.scalars import scalar_values
+from ane_trainer.ane.dispatch import TrainingStep
+from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.ane.export import ExportReport, Signature, export_inference, export_step
+
+INPUTS = ("auto", "image", "tensor")
+#: Steps that an exported training step is run for.
+CHECKED_STEPS = 20
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    format: str,
+    data: Iterable[Any],
+    *,
+    classes: bool,
+    input: str = "auto",
+    weights: str = "fp16",
+    batch: int = 1,
+    examples: int = 256,
+    chip: str = "m4",
+    fidelity: str = "exact",
+) -> ExportReport:
+    """Write the model for inference and run the file on the first `examples` of `data`.
+
+    `input`: "tensor" takes what training fed; "image" takes pixels and normalises inside, which needs data
+    with `mean` and `std`; "auto" takes images where it can. `classes`: the outputs are scores of the data's
+    `class_names`.
+    """
+    if batch < 1 or examples < 1:
+        raise UsageError(
+            f"export: needs a batch and examples of at least 1; got {batch}, {examples}.", code="ANE116"
+        )
+    x, y = _first_examples(data, examples)
+    names = tuple(getattr(data, "class_names", ())) if classes else ()
+    signature = Signature(tuple(x.shape[1:]), batch, _normalisation(data, input), names)
+    texts = {"description": f"{type(model).__name__}, trained with ane_trainer", "version": __version__}
+    labels = y if isinstance(y, torch.Tensor) and not y.is_floating_point() else None
+    return export_inference(
+        model, path, format, signature, x, labels, weights=weights, chip=chip, fidelity=fidelity, texts=texts
+    )
+
+
+def export_training(
+    step: TrainingStep, optimizer: torch.optim.Optimizer, path: str | Path, format: str,
+    data: Iterable[Any], *, fidelity: str = "exact",
+) -> ExportReport:  # fmt: skip
+    """Write a compiled step with its present state and run the file for 20 steps on batches of `data`."""
+    batches = list(itertools.islice(iter(data), CHECKED_STEPS))
+    if not batches:
+        raise DataError("export: needs at least one batch; got none. Pass data.", code="DATA104")
+    chosen = [batches[i % len(batches)] for i in range(CHECKED_STEPS)]
+    feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
+    return export_step(
+        step.compiled,
+        step.port_state(),
+        feeds,
+        path,
+        format,
+        fidelity=fidelity,
+        about=_about(step, optimizer),
+    )
+
+
+def _about(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """The metadata that an app needs to feed the step."""
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    return {
+        "description": f"A training step with {type(optimizer).__name__}, by ane_trainer",
+        "version": __version__,
+        "applied_steps": step.applied_steps,
+        "optimizer": {"name": type(optimizer).__name__, **{k: v for k, v in settings.items() if _plain(v)}},
+        "next_scalars": scalar_values(optimizer, step.applied_steps + 1),
+        "ports": {
+            port.name: {"role": port.role, "target": port.target, "scale": port.scale}
+            for port in step.compiled.inputs
+        },
+    }
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple, list))
+
+
+def _normalisation(data: Iterable[Any], input: str) -> tuple[float, float] | None:
+    if input not in INPUTS:
+        raise UsageError(
+            f"input: needs one of {', '.join(INPUTS)}; got {input!r}. Choose one.", code="ANE115"
+        )
+    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    known = mean is not None and std is not None
+    if input == "image" and not known:
+        raise UsageError(
+            'input: "image" needs data with mean and std; got data without. Use "tensor".', code="ANE115"
+        )
+    return (float(mean), float(std)) if known and input != "tensor" else None  # type: ignore[arg-type]
+
+
+def _first_examples(data: Iterable[Any], count: int) -> tuple[torch.Tensor, Any]:
+    xs, ys, found = [], [], 0
+    for x, y in data:
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            raise DataError(
+                "export: needs batches of one tensor and one target; got a structure.", code="DATA105"
+            )
+        xs.append(x)
+        ys.append(y)
+        found += len(x)
+        if found >= count:
+            break
+    if not xs:
+        raise DataError("export: needs at least one batch; got none. Pass data.", code="DATA104")
+    return torch.cat(xs)[:count], torch.cat(ys)[:count]
