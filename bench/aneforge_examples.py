@@ -67,7 +67,7 @@ def mlp(folder: Path) -> None:
 
 
 def full() -> None:
-    """The documented network on all of MNIST (GELU, Adam, batch 128, 5 epochs) in each mode of the trainer."""
+    """The documented network on all of MNIST (GELU, Adam, batch 128, 5 epochs), each trainer mode."""
     print("\n### 784-256-10 GELU network, MNIST, 5 epochs (m5)\n")
     print("| optimizer | simulated % | published % | s |\n|---|---|---|---|")
     data = _mnist()

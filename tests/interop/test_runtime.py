@@ -98,6 +98,19 @@ def test_states_that_swap() -> None:
     assert (model.prog.read_output(to_first)[0, 0], model.prog.read_output(to_second)[0, 0]) == (0, 1)
 
 
+def test_a_result_that_shows_the_old_state_keeps_it() -> None:
+    state, x = af.input((2, 4)), af.input((2, 4))
+    model = _compile.compile_multi([state.reshape(4, 2), state + x])
+    (first, second), (old, new) = names(model)
+    model.prog.share_buffer(0, new, 0, first)
+    model.prog.set_input(second, np.ones((2, 4), np.float16))
+    for step in range(3):
+        model.prog.execute()
+        assert (model.prog.read_output(old) == step).all()
+        assert (model.prog.read_output(new) == step + 1).all()
+    model.release()
+
+
 def test_a_shared_buffer_of_another_shape_is_the_same_bytes() -> None:
     a, b = af.input((2, 4)), af.input((8, 1))
     model = _compile.compile_multi([a + 1.0, b * 2.0])

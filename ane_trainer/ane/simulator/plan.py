@@ -107,6 +107,7 @@ class _Binder:
                 self._bind_fused(index, entry)
             else:
                 self._bind_single(entry.ops[0], entry.constant)
+        self._keep_old_state()
         self._copy_state_back()
         self.compiler.finish()
         aliased = set(self.next_input)
@@ -190,6 +191,18 @@ class _Binder:
         if isinstance(argument, Literal):
             return literal_array(argument)
         raise SimulationError("plan: needs one operand; got several.", code="SIM100")
+
+    def _keep_old_state(self) -> None:
+        """Results that show a state's memory are copied before the new state comes there."""
+        resident = set(self.next_input.values())
+        pairs = []
+        for value in self.function.outputs:
+            name = value.name
+            if name not in self.next_input and name not in resident and self.base[name] in resident:
+                pairs.append((np.empty_like(self.buffers[name], order="C"), self.buffers[name]))
+                self.buffers[name] = pairs[-1][0]
+        if pairs:
+            self.steps.append(lambda: _copy(pairs))
 
     def _copy_state_back(self) -> None:
         """Outputs that could not be written in place are copied into their input at the end of a run."""
