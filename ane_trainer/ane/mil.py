@@ -71,6 +71,9 @@ class Value:
     name: str
     type: TensorType
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # names are unique in a function, and strings keep their hash
+
 
 @dataclass(frozen=True)
 class Literal:
@@ -164,7 +167,9 @@ class Program:
         return next((f for f in self.functions if f.name == "main"), self.functions[0])
 
 
-def literal(value: Scalar | tuple[Scalar, ...] | list[Scalar], dtype: str, *, name: str | None = None) -> Literal:
+def literal(
+    value: Scalar | tuple[Scalar, ...] | list[Scalar], dtype: str, *, name: str | None = None
+) -> Literal:
     """A rank-0 literal from a Python scalar, or a rank-1 literal from a sequence.
 
     fp16 values are rounded by `struct` (ties to even); pass values that fp16 holds exactly where it matters.

@@ -18,7 +18,8 @@ _STORAGE: dict[str, Any] = {
     "fp16": np.float32, "fp32": np.float32, "bool": np.bool_,
     "int8": np.int8, "uint8": np.uint8, "int16": np.int16, "uint16": np.uint16, "int32": np.int32,
     "uint32": np.uint32, "int64": np.int64, "uint64": np.uint64, "fp64": np.float64,
-    "int4": np.int8, "uint1": np.uint8, "uint2": np.uint8, "uint3": np.uint8, "uint4": np.uint8, "uint6": np.uint8,
+    "int4": np.int8, "uint1": np.uint8, "uint2": np.uint8, "uint3": np.uint8, "uint4": np.uint8,
+    "uint6": np.uint8,
 }  # fmt: skip
 
 _PAYLOAD: dict[str, Any] = {**_STORAGE, "fp16": np.float16}
@@ -33,8 +34,9 @@ def storage_dtype(type_: TensorType) -> Any:
 
 
 def from_border(array: Array, type_: TensorType, out: Array) -> None:
-    """Write a border array into simulator storage. fp16 takes float16 patterns; other floats are cast to float16
-    first (ties to even, as a host's conversion does).
+    """Write a border array into simulator storage.
+
+    fp16 takes float16 patterns; other floats are cast to float16 first (ties to even, as a host converts).
     """
     if type_.dtype != "fp16":
         out[...] = array

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.fused_entry import round_in_place
-from ane_trainer.ane.simulator.mac import mac_matmul
+from ane_trainer.ane.simulator.compiled import round_in_place
+from ane_trainer.ane.simulator.mac import mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]
@@ -79,29 +79,13 @@ def product_into(ctx: Context, a: Array, b: Array, bias: Array | None, out: Arra
         return _fast(ctx, a, b, bias, out)
     if b.ndim == 2 < a.ndim and a.flags.c_contiguous and out.flags.c_contiguous:
         a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
-    lead = out.shape[:-2]
-    a = np.broadcast_to(a, (*lead, *a.shape[-2:]))
-    b = np.broadcast_to(b, (*lead, *b.shape[-2:]))
-    if len(lead) <= 1:
-        return lambda: _discard(mac_matmul(a, b, bias, threads=ctx.threads, out=out))
-
-    def step() -> None:  # leading axes may be views that do not flatten without a copy
-        flat = mac_matmul(
-            a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), bias, threads=ctx.threads
-        )
-        out[...] = flat.reshape(out.shape)
-
-    return step
-
-
-def _discard(_: object) -> None:
-    return None
+    return mac_bind(a, b, bias, threads=ctx.threads, out=out)
 
 
 def _fast(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
     ta, tb, to = as_tensor(a), as_tensor(b), torch.from_numpy(out)
     tbias = None if bias is None else as_tensor(bias)
-    finish = round_in_place(out, ctx)
+    finish = round_in_place(out, ctx.threads)
 
     def step() -> None:
         torch.matmul(ta, tb, out=to)

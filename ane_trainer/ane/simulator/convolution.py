@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
+from ane_trainer.ane.simulator.compiled import round_in_place
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
 from ane_trainer.ane.simulator.fp16 import INF
-from ane_trainer.ane.simulator.fused_entry import round_in_place
 from ane_trainer.ane.simulator.mac import OVERFLOW, mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.rounding import rounded
@@ -177,7 +177,7 @@ def _fast(
     x, w, to = as_tensor(padded), as_tensor(weight), torch.from_numpy(out)
     b = None if bias is None else as_tensor(bias)
     function = (torch.conv1d, torch.conv2d, torch.conv3d)[x.dim() - 3]
-    finish = round_in_place(out, ctx)
+    finish = round_in_place(out, ctx.threads)
 
     def step() -> None:
         if fill is not None:

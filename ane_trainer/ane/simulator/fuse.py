@@ -16,17 +16,17 @@ from ane_trainer.ane.simulator.loops import Nest
 
 #: Codes of an instruction: name -> number of sources. Float results unless listed in BOOL_CODES.
 CODES = {
-    "load": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1, "lookup": 1,
-    "mac_round": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
+    "load": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1,
+    "lookup": 1, "mac_round": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
     "and": 2, "or": 2, "xor": 2, "not": 1, "load_bool": 0,
 }  # fmt: skip
-BOOL_CODES = frozenset("lt le gt ge eq ne and or xor not load_bool".split())
+BOOL_CODES = frozenset(["lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "load_bool"])
 _COMPARE = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
 
 
 @dataclass(frozen=True)
 class Instr:
-    """One step of a group: its value is its position. `which` is the array or table it reads, `value` a constant."""
+    """One step of a group, known by its position: it reads array or table `which`, or is a constant `value`."""
 
     code: str
     sources: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ class Instr:
 
 @dataclass(frozen=True)
 class Group:
-    """Straight-line pointwise code: `arrays` are loaded, `stores` lists the positions written out, in order."""
+    """Straight-line pointwise code over loaded arrays; `stores` lists the positions written out, in order."""
 
     code: tuple[Instr, ...]
     num_arrays: int
@@ -56,16 +56,18 @@ def emit(name: str, group: Group, nest: Nest, width: int) -> str:
     return _Emitter(name, group, nest, width).function()
 
 
-def declarations(width: int) -> str:
+def declarations(*widths: int) -> str:
     """The intrinsics that emitted functions call; once per module."""
     lines = []
-    for w in dict.fromkeys((width, 1)):
+    for w in sorted({1, *widths}):
         f, _, suffix = _types(w)
         for op in ("maxnum", "minnum"):
             lines.append(f"declare {f} @llvm.{op}.{suffix}({f}, {f})")
         lines.append(f"declare {f} @llvm.fabs.{suffix}({f})")
         if w > 1:
-            lines.append(f"declare {f} @llvm.masked.gather.{suffix}.v{w}p0(<{w} x ptr>, i32, <{w} x i1>, {f})")
+            lines.append(
+                f"declare {f} @llvm.masked.gather.{suffix}.v{w}p0(<{w} x ptr>, i32, <{w} x i1>, {f})"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -166,7 +168,9 @@ class _Emitter:
         for lane in range(width):
             lane_pointer = self.fresh(f"getelementptr {element}, ptr {pointer}, i64 {lane * step}")
             scalar = self.fresh(f"load {element}, ptr {lane_pointer}, align {align}")
-            vector = self.fresh(f"insertelement <{width} x {element}> {vector}, {element} {scalar}, i32 {lane}")
+            vector = self.fresh(
+                f"insertelement <{width} x {element}> {vector}, {element} {scalar}, i32 {lane}"
+            )
         return vector
 
     def splat(self, scalar: str, element: str) -> str:
@@ -176,14 +180,23 @@ class _Emitter:
             f"shufflevector <{w} x {element}> {first}, <{w} x {element}> poison, <{w} x i32> zeroinitializer"
         )
 
-    def store(self, value: str, is_bool: bool, pointer_index: int, strides: Sequence[int], indices: list[str]) -> None:
+    def store(
+        self, value: str, is_bool: bool, pointer_index: int, strides: Sequence[int], indices: list[str]
+    ) -> None:
         element = "i8" if is_bool else "float"
         pointer = self.address(pointer_index, strides, indices, element)
         kind = element if self.width == 1 else f"<{self.width} x {element}>"
         if is_bool:
             source = "i1" if self.width == 1 else f"<{self.width} x i1>"
             value = self.fresh(f"zext {source} {value} to {kind}")
-        self.lines.append(f"  store {kind} {value}, ptr {pointer}, align {1 if is_bool else 4}")
+        align = 1 if is_bool else 4
+        if self.width == 1 or strides[-1] == 1:
+            self.lines.append(f"  store {kind} {value}, ptr {pointer}, align {align}")
+            return
+        for lane in range(self.width):
+            to = self.fresh(f"getelementptr {element}, ptr {pointer}, i64 {lane * strides[-1]}")
+            scalar = self.fresh(f"extractelement {kind} {value}, i32 {lane}")
+            self.lines.append(f"  store {element} {scalar}, ptr {to}, align {align}")
 
     def instr(self, instr: Instr, values: list[str], indices: list[str]) -> str:
         f, _, suffix = _types(self.width)
@@ -194,7 +207,9 @@ class _Emitter:
                 return self.load(instr.which, indices, "float")
             case "load_bool":
                 kind = "i8" if self.width == 1 else f"<{self.width} x i8>"
-                return self.fresh(f"icmp ne {kind} {self.load(instr.which, indices, 'i8')}, {self.constant(0, 'i8')}")
+                return self.fresh(
+                    f"icmp ne {kind} {self.load(instr.which, indices, 'i8')}, {self.constant(0, 'i8')}"
+                )
             case "const":
                 return self.constant(instr.value, "float")
             case "scale":
@@ -216,7 +231,9 @@ class _Emitter:
             case "and" | "or" | "xor":
                 return self.fresh(f"{instr.code} {truth} {s[0]}, {s[1]}")
             case "not":
-                return self.fresh(f"icmp eq {truth} {s[0]}, {'false' if self.width == 1 else 'zeroinitializer'}")
+                return self.fresh(
+                    f"icmp eq {truth} {s[0]}, {'false' if self.width == 1 else 'zeroinitializer'}"
+                )
             case _:
                 return self.fresh(f"fcmp {_COMPARE[instr.code]} {f} {s[0]}, {s[1]}")
 
@@ -236,7 +253,7 @@ class _Emitter:
         float32 just below a tie ends in one and stays. Overflow gives the CPU's inf, which is clamped to the
         engine's (65536).
         """
-        f, i, suffix = _types(self.width)
+        f, i, _ = _types(self.width)
         half = "half" if self.width == 1 else f"<{self.width} x half>"
         bits = self.fresh(f"bitcast {f} {x} to {i}")
         outward = self.fresh(f"or {i} {bits}, {self.constant(1, 'i32')}")
@@ -249,7 +266,9 @@ class _Emitter:
         """No result lies beyond the engine's inf, 65536 (operands may: NaN patterns decode to more)."""
         f, _, suffix = _types(self.width)
         low = self.fresh(f"call {f} @llvm.minnum.{suffix}({f} {x}, {f} {self.constant(65536.0, 'float')})")
-        return self.fresh(f"call {f} @llvm.maxnum.{suffix}({f} {low}, {f} {self.constant(-65536.0, 'float')})")
+        return self.fresh(
+            f"call {f} @llvm.maxnum.{suffix}({f} {low}, {f} {self.constant(-65536.0, 'float')})"
+        )
 
     def mac_round(self, x: str) -> str:
         """A multiply-accumulate result: 32768 and beyond become inf (65536), -0 becomes +0, then rounding."""
@@ -286,9 +305,8 @@ class _Emitter:
         w = self.width
         pointers = self.fresh(f"getelementptr float, ptr {base}, {i} {index}")
         every = "<" + ", ".join(["i1 true"] * w) + ">"
-        return self.fresh(
-            f"call {f} @llvm.masked.gather.{suffix}.v{w}p0(<{w} x ptr> {pointers}, i32 4, <{w} x i1> {every}, {f} poison)"
-        )
+        gathered = f"<{w} x ptr> {pointers}, i32 4, <{w} x i1> {every}, {f} poison"
+        return self.fresh(f"call {f} @llvm.masked.gather.{suffix}.v{w}p0({gathered})")
 
 
 def _truth(width: int) -> str:

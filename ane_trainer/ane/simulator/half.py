@@ -18,7 +18,7 @@ def decode_into(half: NDArray[np.float16], out: NDArray[np.float32]) -> None:
 
 @cache
 def _decoder() -> Callable[..., None]:
-    """Exponent and fraction move up by 13 bits; one product by 2^112 moves the bias, for every exponent field."""
+    """Exponent and fraction move up by 13 bits; a product by 2^112 moves the bias, in every exponent field."""
     return jit.compile_ir(
         """
         define void @decode(ptr noalias %half, ptr noalias %out, i64 %count) {

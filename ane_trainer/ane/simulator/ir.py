@@ -69,8 +69,10 @@ class Function:
     def splat(self, kind: str, value: str, lanes: int) -> str:
         """Vector of `lanes` copies of a scalar."""
         one = self.op(f"insertelement <{lanes} x {kind}> poison, {kind} {value}, i32 0")
-        return self.op(f"shufflevector <{lanes} x {kind}> {one}, <{lanes} x {kind}> poison, "
-                       f"<{lanes} x i32> zeroinitializer")
+        return self.op(
+            f"shufflevector <{lanes} x {kind}> {one}, <{lanes} x {kind}> poison, "
+            f"<{lanes} x i32> zeroinitializer"
+        )
 
     def variable(self, kind: str, value: str) -> str:
         """A variable with a first value; use `load` and `store` on it."""

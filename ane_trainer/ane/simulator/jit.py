@@ -18,8 +18,14 @@ from typing import Any
 import llvmlite.binding as llvm
 
 _CTYPES: dict[str, Any] = {
-    "ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32, "i16": ctypes.c_int16,
-    "i8": ctypes.c_int8, "i1": ctypes.c_bool, "float": ctypes.c_float, "double": ctypes.c_double,
+    "ptr": ctypes.c_void_p,
+    "i64": ctypes.c_int64,
+    "i32": ctypes.c_int32,
+    "i16": ctypes.c_int16,
+    "i8": ctypes.c_int8,
+    "i1": ctypes.c_bool,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
 }
 
 _lock = threading.Lock()
@@ -136,7 +142,8 @@ def _target_machine() -> Any:
     """A fresh machine description: an engine takes ownership of its own."""
     features = llvm.get_host_cpu_features().flatten()
     return _target().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features, opt=3, codemodel="jitdefault", jit=True)
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, codemodel="jitdefault", jit=True
+    )
 
 
 def _optimize(module: Any, machine: Any, vectorize: bool) -> None:

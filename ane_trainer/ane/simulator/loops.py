@@ -25,7 +25,9 @@ class Nest:
 def element_strides(array: NDArray[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of `array` broadcast to `shape`; 0 along broadcast axes."""
     view = np.broadcast_to(array, shape)
-    return tuple(0 if extent == 1 else s // array.itemsize for s, extent in zip(view.strides, shape, strict=True))
+    return tuple(
+        0 if extent == 1 else s // array.itemsize for s, extent in zip(view.strides, shape, strict=True)
+    )
 
 
 def nest(shape: tuple[int, ...], strides: Sequence[tuple[int, ...]]) -> Nest:

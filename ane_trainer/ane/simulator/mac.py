@@ -39,9 +39,7 @@ _MOST_ROWS, _MOST_COLUMNS = 960, 512  # of one block: bounds the scratch memory 
 _ALONE = 1 << 19  # multiply-accumulates below which a second thread costs more than it brings
 
 
-def mac_matmul(
-    a: F32, b: F32, bias: F32 | None = None, *, threads: int, out: F32 | None = None
-) -> F32:
+def mac_matmul(a: F32, b: F32, bias: F32 | None = None, *, threads: int, out: F32 | None = None) -> F32:
     """Return `a @ b + bias` as the engine computes it.
 
     `a` [..., M, K] and `b` [..., K, N] are decoded fp16 (see `fp16`); leading axes broadcast. `bias`
@@ -97,8 +95,10 @@ def _bind_aside(a: F32, b: F32, bias: F32 | None, threads: int, out: F32) -> Cal
 
 def _result_shape(a: F32, b: F32) -> tuple[int, ...]:
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"mac_matmul: needs a [..., M, K] and b [..., K, N]; got {a.shape} and {b.shape}. "
-                         "Transpose or reshape an operand.")
+        raise ValueError(
+            f"mac_matmul: needs a [..., M, K] and b [..., K, N]; got {a.shape} and {b.shape}. "
+            "Transpose or reshape an operand."
+        )
     if a.ndim == b.ndim == 2:
         return (a.shape[0], b.shape[1])
     return (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
@@ -203,9 +203,17 @@ class _Block:
         self._arrays = a, b, bias, out
         self._depth = a.shape[-1]
         self._numbers = (ctypes.c_int64 * len(FIELDS))(
-            _address(a), _address(b), _address(out), 0 if bias is None else _address(bias),
-            *out.shape, self._depth, *_strides(a), *_strides(b), *_strides(out),
-            *((0, 0, 0) if bias is None else _strides(bias)))
+            _address(a),
+            _address(b),
+            _address(out),
+            0 if bias is None else _address(bias),
+            *out.shape,
+            self._depth,
+            *_strides(a),
+            *_strides(b),
+            *_strides(out),
+            *((0, 0, 0) if bias is None else _strides(bias)),
+        )
         self._address = ctypes.addressof(self._numbers)
 
     def run(self) -> None:

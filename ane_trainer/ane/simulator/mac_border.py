@@ -16,8 +16,15 @@ def start_tile(tile: Tile) -> str:
     A null `bias` means zeros. `largest` (float32) is raised to the largest |bias|. Accumulators that
     the bias alone overflows hold some wrong value.
     """
-    parameters = [("ptr", "c"), ("ptr", "bias"), ("i64", "sm"), ("i64", "sn"), ("i64", "rows"),
-                  ("i64", "columns"), ("ptr", "largest")]
+    parameters = [
+        ("ptr", "c"),
+        ("ptr", "bias"),
+        ("i64", "sm"),
+        ("i64", "sn"),
+        ("i64", "rows"),
+        ("i64", "columns"),
+        ("ptr", "largest"),
+    ]
     f = Function("start_tile", parameters, internal=True)
     none = f.op("icmp eq ptr %bias, null")
     with f.when(none):
@@ -27,8 +34,11 @@ def start_tile(tile: Tile) -> str:
         with f.loop("0", "%rows") as r:
             line = f.element("float", "%bias", f.mul(r, "%sm"))
             with f.loop("0", "%columns") as j:
-                f.store("float", f.load("float", f.element("float", line, f.mul(j, "%sn"))),
-                        f.element("float", row, j))
+                f.store(
+                    "float",
+                    f.load("float", f.element("float", line, f.mul(j, "%sn"))),
+                    f.element("float", row, j),
+                )
             target = f.element("i32", "%c", f.mul(r, str(tile.columns)))
             for first in range(0, tile.columns, tile.lanes // 2):
                 place = f.element("i32", target, str(first))
@@ -47,8 +57,10 @@ def _start(f: Function, lanes: int, source: str, target: str) -> None:
         inside = f.op(f"fcmp {compare} {kind} {units}, {edge}")
         units = f.op(f"select <{lanes} x i1> {inside}, {kind} {units}, {kind} {edge}")
     f.store(integers, f.op(f"fptosi {kind} {units} to {integers}"), target)
-    size = f.op(f"and {integers} {f.op(f'bitcast {vector} {value} to {integers}')}, "
-                f"{vector_constant('i32', str(0x7FFFFFFF), lanes)}")
+    size = f.op(
+        f"and {integers} {f.op(f'bitcast {vector} {value} to {integers}')}, "
+        f"{vector_constant('i32', str(0x7FFFFFFF), lanes)}"
+    )
     top = f.op(f"call i32 @llvm.vector.reduce.smax.v{lanes}i32({integers} {size})")
     old = f.load("i32", "%largest")
     f.store("i32", f.op(f"call i32 @llvm.smax.i32(i32 {top}, i32 {old})"), "%largest")
@@ -79,8 +91,14 @@ def rounded_result(f: Function, units: str, lanes: int) -> str:
 
 def finish_tile(tile: Tile) -> str:
     """`finish_tile(c, out, stride_m, stride_n, rows, columns)`: accumulators to decoded fp16 results."""
-    parameters = [("ptr", "c"), ("ptr", "out"), ("i64", "sm"), ("i64", "sn"), ("i64", "rows"),
-                  ("i64", "columns")]
+    parameters = [
+        ("ptr", "c"),
+        ("ptr", "out"),
+        ("i64", "sm"),
+        ("i64", "sn"),
+        ("i64", "rows"),
+        ("i64", "columns"),
+    ]
     f = Function("finish_tile", parameters, internal=True)
     lanes = tile.lanes // 2
     contiguous = f.op("icmp eq i64 %sn, 1")
@@ -96,6 +114,9 @@ def finish_tile(tile: Tile) -> str:
             place = f.element("float", target, str(first))
             f.store(f"<{lanes} x float>", rounded_result(f, units, lanes), place)
         with f.when(f.negate(direct)), f.loop("0", "%columns") as j:
-            f.store("float", f.load("float", f.element("float", row, j)),
-                    f.element("float", line, f.mul(j, "%sn")))
+            f.store(
+                "float",
+                f.load("float", f.element("float", row, j)),
+                f.element("float", line, f.mul(j, "%sn")),
+            )
     return f.text()

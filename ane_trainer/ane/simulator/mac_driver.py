@@ -17,9 +17,26 @@ PANEL_DEPTH = 256
 """Steps of k packed at a time: one panel of b stays in the first-level cache."""
 
 FIELDS = (
-    "a", "b", "out", "bias", "batch", "rows", "columns", "depth",
-    "a_batch", "a_row", "a_k", "b_batch", "b_k", "b_column",
-    "out_batch", "out_row", "out_column", "bias_batch", "bias_row", "bias_column",
+    "a",
+    "b",
+    "out",
+    "bias",
+    "batch",
+    "rows",
+    "columns",
+    "depth",
+    "a_batch",
+    "a_row",
+    "a_k",
+    "b_batch",
+    "b_k",
+    "b_column",
+    "out_batch",
+    "out_row",
+    "out_column",
+    "bias_batch",
+    "bias_row",
+    "bias_column",
 )
 """The int64 arguments of `block`, in order: addresses, sizes, strides in elements; `bias` may be 0."""
 
@@ -36,9 +53,16 @@ _PITCH = PANEL_DEPTH + 2  # rows between panels of b: no power of two, which wou
 def scratch_bytes(tile: Tile, rows: int, columns: int) -> tuple[int, ...]:
     """Sizes of the `SCRATCH` buffers for blocks of up to `rows` x `columns`; packed_a must start as zeros."""
     tile_rows, tile_columns = -(-rows // tile.rows), -(-columns // tile.columns)
-    return (8 * PANEL_DEPTH * tile.padded_rows, 4 * _PITCH * tile_columns * tile.columns,
-            4 * tile_rows * tile.rows * tile_columns * tile.columns, 8 * tile_rows * tile.padded_rows,
-            4 * tile_columns * tile.columns, 8 * tile_columns, 12)
+    return (
+        8 * PANEL_DEPTH * tile.padded_rows,
+        4 * _PITCH * tile_columns * tile.columns,
+        4 * tile_rows * tile.rows * tile_columns * tile.columns,
+        8 * tile_rows * tile.padded_rows,
+        4 * tile_columns * tile.columns,
+        8 * tile_columns,
+        12,
+    )
+
 
 _NARROW_LIMIT = 63.9
 """A narrow accumulator holds less than 64 = 2^22 * 2^-16, roundings of a panel (256 * 2^-17) included."""
@@ -64,22 +88,29 @@ def _vector_declarations(tile: Tile) -> str:
     lines = []
     for lanes in sorted({tile.lanes, tile.lanes // 2, tile.padded_rows}):
         for kind, name in ((f"<{lanes} x float>", f"v{lanes}f32"), (f"<{lanes} x double>", f"v{lanes}f64")):
-            lines += [f"declare {kind} @llvm.fma.{name}({kind}, {kind}, {kind})",
-                      f"declare {kind} @llvm.fabs.{name}({kind})",
-                      f"declare {kind} @llvm.trunc.{name}({kind})",
-                      f"declare {kind} @llvm.copysign.{name}({kind}, {kind})"]
+            lines += [
+                f"declare {kind} @llvm.fma.{name}({kind}, {kind}, {kind})",
+                f"declare {kind} @llvm.fabs.{name}({kind})",
+                f"declare {kind} @llvm.trunc.{name}({kind})",
+                f"declare {kind} @llvm.copysign.{name}({kind}, {kind})",
+            ]
         lines.append(f"declare i1 @llvm.vector.reduce.or.v{lanes}i1(<{lanes} x i1>)")
         kind = f"<{lanes} x i32>"
         for which in ("smax", "smin"):
-            lines += [f"declare {kind} @llvm.{which}.v{lanes}i32({kind}, {kind})",
-                      f"declare i32 @llvm.vector.reduce.{which}.v{lanes}i32({kind})"]
+            lines += [
+                f"declare {kind} @llvm.{which}.v{lanes}i32({kind}, {kind})",
+                f"declare i32 @llvm.vector.reduce.{which}.v{lanes}i32({kind})",
+            ]
     return "\n".join(lines) + "\n"
 
 
 def _multiply(tile: Tile) -> str:
     """`multiply(a, b, c, depth, a_stats, b_stats)`: one tile += one panel by the cheapest exact loop."""
-    f = Function("multiply", [("ptr", "a"), ("ptr", "b"), ("ptr", "c"), ("i64", "depth"), ("ptr", "a_stats"),
-                              ("ptr", "b_stats")], internal=True)
+    f = Function(
+        "multiply",
+        [("ptr", "a"), ("ptr", "b"), ("ptr", "c"), ("i64", "depth"), ("ptr", "a_stats"), ("ptr", "b_stats")],
+        internal=True,
+    )
     threshold = f.load("float", "%a_stats")
     eight = f.load("float", f.element("float", "%a_stats", "1"))
     largest = f.load("float", "%b_stats")
@@ -127,9 +158,20 @@ class _Arguments:
 
 def _panel(tile: Tile) -> str:
     """`panel(...)`: all tiles of one matrix += one panel of k; raises `largest_b` to the largest |b|."""
-    f = Function("panel", [("ptr", "arguments"), ("ptr", "scratch"), ("ptr", "a"), ("ptr", "b"),
-                           ("ptr", "out"), ("ptr", "bias"), ("i64", "first_k"), ("ptr", "largest_b")],
-                 internal=True)
+    f = Function(
+        "panel",
+        [
+            ("ptr", "arguments"),
+            ("ptr", "scratch"),
+            ("ptr", "a"),
+            ("ptr", "b"),
+            ("ptr", "out"),
+            ("ptr", "bias"),
+            ("i64", "first_k"),
+            ("ptr", "largest_b"),
+        ],
+        internal=True,
+    )
     get = _Arguments(f)
     rows, columns, total = get.number("rows"), get.number("columns"), get.number("depth")
     packed_a, packed_b, report = get.address("packed_a"), get.address("packed_b"), get.address("report")
@@ -144,31 +186,40 @@ def _panel(tile: Tile) -> str:
         height = f.min(f.op(f"sub i64 {rows}, {top}"), str(tile.rows))
         sums = f.element("float", get.address("a_sums"), f.mul(index, str(2 * tile.padded_rows)))
         a = f.element("float", "%a", f.mul(top, get.number("a_row")))
-        f.do(f"call void @pack_a(ptr {a}, i64 {get.number('a_row')}, i64 {get.number('a_k')}, i64 {depth}, "
-             f"i64 {height}, ptr {packed_a}, ptr {a_stats}, ptr {sums})")
+        f.do(
+            f"call void @pack_a(ptr {a}, i64 {get.number('a_row')}, i64 {get.number('a_k')}, i64 {depth}, "
+            f"i64 {height}, ptr {packed_a}, ptr {a_stats}, ptr {sums})"
+        )
         out_row = f.element("float", "%out", f.mul(top, get.number("out_row")))
         bias_row = f.mul(top, get.number("bias_row"))
         tile_row = f.mul(index, f.op(f"sdiv i64 {f.add(columns, str(tile.columns - 1))}, {tile.columns}"))
         with f.loop("0", columns, str(tile.columns)) as left_edge:
             position = f.op(f"sdiv i64 {left_edge}, {tile.columns}")
             width = f.min(f.op(f"sub i64 {columns}, {left_edge}"), str(tile.columns))
-            c = f.element("i32", get.address("tiles"),
-                          f.mul(f.add(tile_row, position), str(tile.rows * tile.columns)))
+            c = f.element(
+                "i32", get.address("tiles"), f.mul(f.add(tile_row, position), str(tile.rows * tile.columns))
+            )
             with f.when(is_first):
                 step = f.add(bias_row, f.mul(left_edge, get.number("bias_column")))
                 none = f.op("icmp eq ptr %bias, null")
                 bias = f.op(f"select i1 {none}, ptr null, ptr {f.element('float', '%bias', step)}")
-                f.do(f"call void @start_tile(ptr {c}, ptr {bias}, i64 {get.number('bias_row')}, "
-                     f"i64 {get.number('bias_column')}, i64 {height}, i64 {width}, "
-                     f"ptr {report})")
+                f.do(
+                    f"call void @start_tile(ptr {c}, ptr {bias}, i64 {get.number('bias_row')}, "
+                    f"i64 {get.number('bias_column')}, i64 {height}, i64 {width}, "
+                    f"ptr {report})"
+                )
             b = f.element("float", packed_b, f.mul(position, str(_PITCH * tile.columns)))
             b_stats = f.element("float", get.address("b_stats"), f.mul(position, "2"))
-            f.do(f"call void @multiply(ptr {packed_a}, ptr {b}, ptr {c}, i64 {depth}, ptr {a_stats}, "
-                 f"ptr {b_stats})")
+            f.do(
+                f"call void @multiply(ptr {packed_a}, ptr {b}, ptr {c}, i64 {depth}, ptr {a_stats}, "
+                f"ptr {b_stats})"
+            )
             with f.when(is_last):
                 out = f.element("float", out_row, f.mul(left_edge, get.number("out_column")))
-                f.do(f"call void @finish_tile(ptr {c}, ptr {out}, i64 {get.number('out_row')}, "
-                     f"i64 {get.number('out_column')}, i64 {height}, i64 {width})")
+                f.do(
+                    f"call void @finish_tile(ptr {c}, ptr {out}, i64 {get.number('out_row')}, "
+                    f"i64 {get.number('out_column')}, i64 {height}, i64 {width})"
+                )
     return f.text()
 
 
@@ -190,8 +241,10 @@ def _pack_all_b(f: Function, tile: Tile, get: _Arguments, depth: str) -> None:
             panel = f.add(f.mul(position, str(_PITCH)), top)
             target = f.element("float", packed, f.mul(panel, str(tile.columns)))
             stats = f.element("float", all_stats, f.mul(position, "2"))
-            f.do(f"call void @pack_b(ptr {source}, i64 {stride_k}, i64 {stride_n}, i64 {height}, "
-                 f"i64 {width}, ptr {target}, ptr {stats}, ptr {f.element('float', squares, edge)})")
+            f.do(
+                f"call void @pack_b(ptr {source}, i64 {stride_k}, i64 {stride_n}, i64 {height}, "
+                f"i64 {width}, ptr {target}, ptr {stats}, ptr {f.element('float', squares, edge)})"
+            )
             _raise(f, "%largest_b", f.load("float", stats))
 
 
@@ -213,16 +266,20 @@ def block(tile: Tile) -> str:
         _clear(f, a_sums, f.mul(rows, str(2 * tile.padded_rows)))
         _clear(f, b_squares, columns)
         largest = f.variable("float", constant(0.0))
-        places = [f.element("float", get.address(name), f.mul(g, get.number(f"{name}_batch")))
-                  for name in ("a", "b", "out")]
+        places = [
+            f.element("float", get.address(name), f.mul(g, get.number(f"{name}_batch")))
+            for name in ("a", "b", "out")
+        ]
         none = f.op(f"icmp eq ptr {get.address('bias')}, null")
         moved = f.element("float", get.address("bias"), f.mul(g, get.number("bias_batch")))
         bias = f.op(f"select i1 {none}, ptr null, ptr {moved}")
         with f.loop("0", get.number("depth"), str(PANEL_DEPTH)) as first:
             a = f.element("float", places[0], f.mul(first, get.number("a_k")))
             b = f.element("float", places[1], f.mul(first, get.number("b_k")))
-            f.do(f"call void @panel(ptr %arguments, ptr %scratch, ptr {a}, ptr {b}, ptr {places[2]}, "
-                 f"ptr {bias}, i64 {first}, ptr {largest})")
+            f.do(
+                f"call void @panel(ptr %arguments, ptr %scratch, ptr {a}, ptr {b}, ptr {places[2]}, "
+                f"ptr {bias}, i64 {first}, ptr {largest})"
+            )
         _report(f, tile, rows, columns, f.load("float", largest, 1))
     return f.text()
 

@@ -101,8 +101,10 @@ def wide(tile: Tile) -> str:
             a_row = f.element("float", "%a", f.add(f.mul(k, str(2 * tile.padded_rows)), top))
             b_row = f.element("float", "%b", f.mul(k, str(tile.columns)))
             bs = {c: f.load(narrow_vector, f.element("float", b_row, str(c))) for c in columns}
-            sizes = {c: f.op(f"call {narrow_vector} @llvm.fabs.v{lanes}f32({narrow_vector} {bs[c]})")
-                     for c in columns}
+            sizes = {
+                c: f.op(f"call {narrow_vector} @llvm.fabs.v{lanes}f32({narrow_vector} {bs[c]})")
+                for c in columns
+            }
             doubles = {c: _nudge_wide(f, bs[c], lanes) for c in columns}
             for r in range(half):
                 scalar = f.op(f"fpext float {f.load('float', f.element('float', a_row, str(r)))} to double")
@@ -142,7 +144,7 @@ def _multiply_add(
     f: Function, tile: Tile, vector: str, suffix: str, a: str, b: str, slot: str, keep: str
 ) -> None:
     """sum = fma(a, b, sum) where `keep` (everywhere if empty)."""
-    lanes = vector[1:vector.index(" ")]
+    lanes = vector[1 : vector.index(" ")]
     total = f.load(vector, slot, 1)
     if keep and not tile.masks:
         b = f.op(f"select <{lanes} x i1> {keep}, {vector} {b}, {vector} zeroinitializer")

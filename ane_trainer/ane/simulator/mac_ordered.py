@@ -24,8 +24,17 @@ def ordered(tile: Tile) -> str:
     [M, width]. `room` is float64 [M, ceil(depth / GROUP)]: an accumulator below it (in units) cannot reach
     the limit within that group. `items` are `count` pairs of int64, span and row.
     """
-    parameters = [("ptr", "a"), ("ptr", "b"), ("ptr", "bias"), ("ptr", "out"), ("ptr", "room"),
-                  ("ptr", "items"), ("i64", "count"), ("i64", "depth"), ("i64", "width")]
+    parameters = [
+        ("ptr", "a"),
+        ("ptr", "b"),
+        ("ptr", "bias"),
+        ("ptr", "out"),
+        ("ptr", "room"),
+        ("ptr", "items"),
+        ("i64", "count"),
+        ("i64", "depth"),
+        ("i64", "width"),
+    ]
     f = Function("ordered", parameters)
     lanes = tile.lanes // 2
     places = range(0, tile.columns, lanes)
@@ -67,8 +76,9 @@ def _any_beyond(f: Function, lanes: int, room: str, sums: dict[int, str]) -> str
     limit = f.splat("double", room, lanes)
     beyond = vector_constant("i1", "false", lanes)
     for slot in sums.values():
-        units = f.op(f"fsub {kind} {f.load(kind, slot, 1)}, "
-                     f"{vector_constant('double', constant(1.5 * 2**52), lanes)}")
+        units = f.op(
+            f"fsub {kind} {f.load(kind, slot, 1)}, {vector_constant('double', constant(1.5 * 2**52), lanes)}"
+        )
         size = f.op(f"call {kind} @llvm.fabs.v{lanes}f64({kind} {units})")
         beyond = f.op(f"or <{lanes} x i1> {beyond}, {f.op(f'fcmp oge {kind} {size}, {limit}')}")
     return f.op(f"call i1 @llvm.vector.reduce.or.v{lanes}i1(<{lanes} x i1> {beyond})")

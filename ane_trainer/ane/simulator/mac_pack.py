@@ -21,8 +21,16 @@ def pack_b(tile: Tile) -> str:
     largest magnitude so far and the smallest nonzero magnitude so far. The columns' sums of squares are
     added to the `columns` float32 in `squares`.
     """
-    parameters = [("ptr", "source"), ("i64", "sk"), ("i64", "sn"), ("i64", "depth"), ("i64", "valid"),
-                  ("ptr", "packed"), ("ptr", "stats"), ("ptr", "squares")]
+    parameters = [
+        ("ptr", "source"),
+        ("i64", "sk"),
+        ("i64", "sn"),
+        ("i64", "depth"),
+        ("i64", "valid"),
+        ("ptr", "packed"),
+        ("ptr", "stats"),
+        ("ptr", "squares"),
+    ]
     f = Function("pack_b", parameters, internal=True)
     lanes, integers, vector = tile.lanes, f"<{tile.lanes} x i32>", f"<{tile.lanes} x float>"
     contiguous = f.op("icmp eq i64 %sn, 1")
@@ -48,8 +56,13 @@ def pack_b(tile: Tile) -> str:
             _keep(f, "smax", lanes, largest, size)
             _add_square(f, vector, squares[v], f.op(f"bitcast {integers} {size} to {vector}"))
             large = vector_constant("i32", str(LARGE_BITS), lanes)
-            _keep(f, "smin", lanes, smallest,
-                  f.op(f"select <{lanes} x i1> {nonzero}, {integers} {size}, {integers} {large}"))
+            _keep(
+                f,
+                "smin",
+                lanes,
+                smallest,
+                f.op(f"select <{lanes} x i1> {nonzero}, {integers} {size}, {integers} {large}"),
+            )
     for slot, place in zip(squares, places, strict=True):
         f.store(vector, f.load(vector, slot, 1), place)
     _merge(f, "smax", lanes, largest, "%stats")
@@ -64,8 +77,16 @@ def pack_a(tile: Tile) -> str:
     the largest sum of eight neighbouring magnitudes of a row. The rows' sums of magnitudes, then their sums
     of squares, are added to the 2 * `padded_rows` float32 in `sums`.
     """
-    parameters = [("ptr", "source"), ("i64", "sn"), ("i64", "sk"), ("i64", "depth"), ("i64", "valid"),
-                  ("ptr", "packed"), ("ptr", "stats"), ("ptr", "sums")]
+    parameters = [
+        ("ptr", "source"),
+        ("i64", "sn"),
+        ("i64", "sk"),
+        ("i64", "depth"),
+        ("i64", "valid"),
+        ("ptr", "packed"),
+        ("ptr", "stats"),
+        ("ptr", "sums"),
+    ]
     f = Function("pack_a", parameters, internal=True)
     lanes = tile.padded_rows
     vector, integers = f"<{lanes} x float>", f"<{lanes} x i32>"

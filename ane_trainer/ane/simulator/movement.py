@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.compiled import copies
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
@@ -49,6 +50,9 @@ def concat_into(
             where[axis] = slice(start, start + value.shape[axis])
             start += value.shape[axis]
         places.append((out[tuple(where)], value))
+
+    if out.dtype == np.float32:
+        return copies(places, ctx.threads)
 
     def step() -> None:
         for place, value in places:

@@ -79,17 +79,20 @@ def _square(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
 #: MIL op -> how it is written. Ops that are absent but have one tensor operand become a lookup.
 WRITERS: dict[str, Writer] = {
     "add": _simple("add"), "sub": _simple("sub"), "mul": _mul, "real_div": _real_div,
-    "maximum": _simple("max"), "minimum": _simple("min"), "abs": _simple("abs"), "relu": _relu, "square": _square,
-    "less": _simple("lt"), "less_equal": _simple("le"), "greater": _simple("gt"), "greater_equal": _simple("ge"),
-    "equal": _simple("eq"), "not_equal": _simple("ne"), "select": _simple("select"),
+    "maximum": _simple("max"), "minimum": _simple("min"), "abs": _simple("abs"), "relu": _relu,
+    "square": _square, "less": _simple("lt"), "less_equal": _simple("le"), "greater": _simple("gt"),
+    "greater_equal": _simple("ge"), "equal": _simple("eq"), "not_equal": _simple("ne"), "select": _simple("select"),
     "logical_and": _simple("and"), "logical_or": _simple("or"), "logical_xor": _simple("xor"),
     "logical_not": _simple("not"),
 }  # fmt: skip
 
 #: Unary ops, fused as a lookup of their kernel's results. Parameters must be per tensor, not per channel.
 TABLED = frozenset(
-    "sqrt rsqrt inverse exp exp2 log erf tanh sigmoid silu gelu relu6 leaky_relu elu softplus softsign sigmoid_hard"
-    " scaled_tanh linear_activation clamped_relu thresholded_relu threshold clip floor ceil round sign sin cos atan".split()
+    (
+        "sqrt rsqrt inverse exp exp2 log erf tanh sigmoid silu gelu relu6 leaky_relu elu softplus softsign"
+        " sigmoid_hard scaled_tanh linear_activation clamped_relu thresholded_relu threshold clip floor ceil"
+        " round sign sin cos atan"
+    ).split()
 )
 
 

@@ -1,8 +1,8 @@
 """Chains of one variable become one table.
 
-A value that depends on a single fp16 array and constants has only 65,536 possible results. When its chain costs
-more than a gather, the group reads it from a table instead; the table holds what the chain computes, so no bit
-changes. The derivative of gelu, for example, is fourteen ops and becomes one gather.
+A value that depends on a single fp16 array and constants has only 65,536 possible results. When its chain
+costs more than a gather, the group reads it from a table instead; the table holds what the chain computes, so
+no bit changes. The derivative of gelu, for example, is fourteen ops and becomes one gather.
 
     before: load x; mul; lookup erf; add; mul; mul; lookup exp; mul; ...; store
     after:  load x; lookup table; store
@@ -61,20 +61,21 @@ def evaluate(instr: Instr, sources: Sequence[Array], tables: Sequence[Array]) ->
 
 _BOOLEAN = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
-    "ne": np.not_equal, "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not,
+    "ne": np.not_equal, "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
+    "not": np.logical_not,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """What is known of a value: the one load it depends on (None: none, -1: several), and its instructions."""
+    """A value's origin: the one load it depends on (None: none, -1: several), and its instructions."""
 
     root: int | None
     members: frozenset[int]
 
 
 def tabulate(group: Group, tables: Sequence[Array]) -> tuple[Group, list[Array]]:
-    """The group with every worthwhile one-variable chain replaced by a lookup, and the tables it then needs."""
+    """The group with every worthwhile one-variable chain as a lookup, and the tables it then needs."""
     chains = _chains(group)
     replaced = _worthwhile(group, chains)
     found = list(tables)

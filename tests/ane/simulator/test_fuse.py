@@ -19,7 +19,9 @@ def run_group(code, arrays, stores, tables=(), width=None):
     shape = np.broadcast_shapes(*[a.shape for a in arrays])
     outputs = [np.empty(shape, bool if code[s].is_bool else np.float32) for s in stores]
     nest = loops.nest(shape, [loops.element_strides(a, shape) for a in (*arrays, *outputs)])
-    text = fuse.declarations(width) + fuse.emit("f", Group(tuple(code), len(arrays), len(tables), stores), nest, width)
+    text = fuse.declarations(width) + fuse.emit(
+        "f", Group(tuple(code), len(arrays), len(tables), stores), nest, width
+    )
     function = jit.compile_ir(text, ["f"])["f"]
     function(*[a.ctypes.data for a in (*arrays, *tables, *outputs)], 0, nest.extents[0])
     return outputs
@@ -34,7 +36,9 @@ def same_bits(a, b):
 def test_arithmetic_rounds_half_away_at_every_width(width, code, function):
     rng = np.random.default_rng(0)
     a, b = PATTERNS[rng.integers(0, 1 << 16, (2, 40_003))]
-    (out,) = run_group([Instr("load", which=0), Instr("load", which=1), Instr(code, (0, 1))], [a, b], (2,), width=width)
+    (out,) = run_group(
+        [Instr("load", which=0), Instr("load", which=1), Instr(code, (0, 1))], [a, b], (2,), width=width
+    )
     assert same_bits(out, round_half_away(function(a, b)))
 
 
@@ -64,18 +68,28 @@ def test_a_lookup_reads_the_entry_of_every_pattern():
 def test_accumulator_rounding_covers_overflow_ties_and_signs():
     rng = np.random.default_rng(1)
     random = (rng.standard_normal(200_000) * 10.0 ** rng.uniform(-9, 5.5, 200_000)).astype(np.float32)
-    edges = np.array([2049, -4098, 1 + 2**-11, 32767.9, 32768, -32768, 1e9, -0.0, 2**-25, 2**-26, 0], np.float32)
+    edges = np.array(
+        [2049, -4098, 1 + 2**-11, 32767.9, 32768, -32768, 1e9, -0.0, 2**-25, 2**-26, 0], np.float32
+    )
     below_tie = np.nextafter(np.float32(2049), np.float32(0))
     raw = np.concatenate([random, edges, [below_tie]]).astype(np.float32)
     (out,) = run_group([Instr("load", which=0), Instr("mac_round", (0,))], [raw], (1,))
-    expected = np.where(np.abs(raw) >= 32768, np.copysign(np.float32(65536), raw), round_half_away(raw)) + np.float32(0)
+    expected = np.where(
+        np.abs(raw) >= 32768, np.copysign(np.float32(65536), raw), round_half_away(raw)
+    ) + np.float32(0)
     assert same_bits(out, expected.astype(np.float32))
 
 
 def test_comparisons_and_select():
     rng = np.random.default_rng(2)
     a, b = PATTERNS[rng.integers(0, 1 << 16, (2, 5_001))]
-    code = [Instr("load", which=0), Instr("load", which=1), Instr("lt", (0, 1)), Instr("select", (2, 0, 1)), Instr("not", (2,))]
+    code = [
+        Instr("load", which=0),
+        Instr("load", which=1),
+        Instr("lt", (0, 1)),
+        Instr("select", (2, 0, 1)),
+        Instr("not", (2,)),
+    ]
     less, smaller, not_less = run_group(code, [a, b], (2, 3, 4))
     assert np.array_equal(less, a < b)
     assert same_bits(smaller, np.where(a < b, a, b))

@@ -79,8 +79,11 @@ def test_run_parallel_uses_two_threads() -> None:
 
 def test_run_parallel_nested() -> None:
     seen: list[tuple[int, int]] = []
-    run_parallel(lambda i: run_parallel(lambda j: seen.append((i, j)), [(j,) for j in range(5)], 4),
-                 [(i,) for i in range(8)], 4)
+    run_parallel(
+        lambda i: run_parallel(lambda j: seen.append((i, j)), [(j,) for j in range(5)], 4),
+        [(i,) for i in range(8)],
+        4,
+    )
     assert len(set(seen)) == 40
 
 

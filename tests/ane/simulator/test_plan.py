@@ -1,4 +1,4 @@
-"""A prepared program computes what its ops compute one by one, whatever is fused, shown as a view or written in place."""
+"""A prepared program computes what its ops compute one by one, whatever is fused, a view or written in place."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,11 @@ def one_by_one(function, feeds, context):
 
     for op in function.ops:
         call = bind(op.kind, dict(op.args))
-        operands = [array(call.args[p.name]) if call.has(p.name) else None for p in call.op.params if p.role != "const"]
+        operands = [
+            array(call.args[p.name]) if call.has(p.name) else None
+            for p in call.op.params
+            if p.role != "const"
+        ]
         result = KERNELS[op.kind].run(context, call, *operands)
         for value, item in zip(op.results, result if isinstance(result, tuple) else (result,), strict=True):
             values[value.name] = np.broadcast_to(item, value.type.shape)
@@ -35,7 +39,9 @@ def same(plan_outputs, reference):
     for name, expected in reference.items():
         got = plan_outputs[name]
         want = encode(expected) if expected.dtype == np.float32 else expected
-        got, want = (a.view(np.uint16) if a.dtype == np.float16 else a for a in (got, np.ascontiguousarray(want)))
+        got, want = (
+            a.view(np.uint16) if a.dtype == np.float16 else a for a in (got, np.ascontiguousarray(want))
+        )
         assert np.array_equal(got, want), name
 
 
@@ -48,7 +54,10 @@ MOVES = ["transpose", "reshape", "slice", "reduce"]
 def random_functions(draw):
     """A random program over a few shapes: pointwise ops, broadcasts, comparisons, views and reductions."""
     b = Builder()
-    pool = [b.input(f"x{i}", TensorType("fp16", shape)) for i, shape in enumerate([(3, 5), (3, 5), (1, 5), (3, 1)])]
+    pool = [
+        b.input(f"x{i}", TensorType("fp16", shape))
+        for i, shape in enumerate([(3, 5), (3, 5), (1, 5), (3, 1)])
+    ]
     for _ in range(draw(st.integers(3, 25))):
         x = draw(st.sampled_from(pool))
         kind = draw(st.sampled_from(UNARY + BINARY + MOVES + ["select", "const"]))
@@ -150,15 +159,18 @@ def test_threads_do_not_change_a_bit():
     x = b.input("x", TensorType("fp16", (700, 301)))
     function = b.finish((b.op("mul", x=b.op("exp", x=x), y=b.op("add", x=x, y=0.1)),))
     array = np.random.default_rng(0).standard_normal((700, 301)).astype(np.float16)
-    one, two = (next(iter(prepare(function, make_context("m4", threads=n)).run({"x": array}).values())) for n in (1, 2))
+    one, two = (
+        next(iter(prepare(function, make_context("m4", threads=n)).run({"x": array}).values()))
+        for n in (1, 2)
+    )
     assert np.array_equal(one.view(np.uint16), two.view(np.uint16))
 
 
 def test_bad_feeds_are_named():
     plan = prepare(counter_function(), make_context("m4"))
-    with pytest.raises(SimulationError, match="SIM101.*x.*missing"):
+    with pytest.raises(SimulationError, match=r"SIM101.*x.*missing"):
         plan.run({"state": np.zeros(4, np.float16)})
-    with pytest.raises(SimulationError, match="SIM103.*shape"):
+    with pytest.raises(SimulationError, match=r"SIM103.*shape"):
         plan.run({"state": np.zeros(4, np.float16), "x": np.zeros(5, np.float16)})
     with pytest.raises(SimulationError, match="SIM102"):
         plan.write("nothing", np.zeros(4, np.float16))
@@ -182,4 +194,7 @@ def test_a_value_without_readers_but_an_output_is_returned():
     x = b.input("x", TensorType("fp16", (2,)))
     assert isinstance(x, Value)
     function = b.finish((b.op("relu", name="y", x=x),))
-    assert prepare(function, make_context("m4")).run({"x": np.array([-1, 2], np.float16)})["y"].tolist() == [0, 2]
+    assert prepare(function, make_context("m4")).run({"x": np.array([-1, 2], np.float16)})["y"].tolist() == [
+        0,
+        2,
+    ]
