@@ -8,13 +8,13 @@ they compute. Nothing here changes what is computed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -76,13 +76,20 @@ class SourceMode(TorchFunctionMode):
         return result
 
 
-def set_source(source: str) -> None:
+class _Here:
+    """What the operations that run now belong to."""
+
+    source: str | None = None
+
+
+def set_source(source: str | None) -> None:
     """Annotate the FX nodes made from here on with `source`."""
-    _current_meta()["custom"] = {META_KEY: source}
+    _Here.source = source
 
 
-def _current_meta() -> dict[str, Any]:
-    return fx_traceback.get_current_meta()
+def current() -> str | None:
+    """The annotation in force, or None."""
+    return _Here.source
 
 
 def _metadata(node: torch.autograd.graph.Node) -> dict[str, Any]:
@@ -104,20 +111,14 @@ def follow_backward(root: torch.Tensor) -> None:
         pending.extend(parent for parent, _ in node.next_functions)
 
 
-def source_of(node: torch.fx.Node) -> str | None:
-    """The annotation of an FX node, or None."""
-    found = node.meta.get(META_KEY) or (node.meta.get("custom") or {}).get(META_KEY)
-    return str(found) if found else None
-
-
 def spread_sources(graph: torch.fx.Graph) -> None:
-    """Write `node.meta["ane_source"]` on every node that has one or whose first input has one."""
+    """Give nodes without a source that of their first input that has one."""
     for node in graph.nodes:
-        source = source_of(node)
-        if source is None and node.op == "call_function":
-            source = next((s for s in map(source_of, node.all_input_nodes) if s), None)
-        if source is not None:
-            node.meta[META_KEY] = source
+        if META_KEY not in node.meta and node.op == "call_function":
+            found = (n.meta.get(META_KEY) for n in node.all_input_nodes)
+            source = next((s for s in found if s), None)
+            if source is not None:
+                node.meta[META_KEY] = source
 
 
 def user_line() -> str | None:
@@ -136,6 +137,7 @@ def user_line() -> str | None:
     return None
 
 
+@functools.cache
 def _short(path: str) -> str:
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from ane_trainer.ane.capture.recorder import Recorder
 from ane_trainer.ane.capture.simplify import simplify
-from ane_trainer.ane.capture.sources import spread_sources
+from ane_trainer.ane.capture.sources import set_source, spread_sources
 
 Overload = Any
 
@@ -29,11 +29,16 @@ def trace(
     `function` may run autograd and may change its own intermediates in place, but not its inputs.
     Placeholders are called like the inputs. Nodes carry `meta["ane_source"]` where `sources` knows it.
     """
-    values = list(inputs.values())
-    with _tracing():
-        recorded = make_fx(function, tracing_mode="real")(*values)
-        again = torch.func.functionalize(_replay(recorded), remove="mutations")
-        graph_module = make_fx(again, decomposition_table=dict(decompositions), tracing_mode="real")(*values)
+    recorder = Recorder(decompositions)
+    values = [value.detach().clone() for value in inputs.values()]
+    for name, value in zip(inputs, values, strict=True):
+        recorder.placeholder(name, value)
+    set_source(None)
+    with tracing():
+        with recorder:
+            results = function(*values)
+        graph_module = recorder.finish(results)
+    set_source(None)
     simplify(graph_module.graph)
     _name_placeholders(graph_module.graph, list(inputs))
     spread_sources(graph_module.graph)
@@ -43,7 +48,7 @@ def trace(
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
+def tracing() -> Iterator[None]:
     """Node meta is kept, autograd stays on this thread, attention and RNNs are made of plain matmuls."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,13 +67,6 @@ def _tracing() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch._C._set_mkldnn_enabled(onednn)
-
-
-def _replay(module: torch.fx.GraphModule) -> Callable[..., Any]:
-    def run(*args: torch.Tensor) -> Any:
-        return torch.fx.Interpreter(module).run(*args)
-
-    return run
 
 
 def _name_placeholders(graph: torch.fx.Graph, names: list[str]) -> None:

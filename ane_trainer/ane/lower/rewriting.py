@@ -70,7 +70,8 @@ class Rewriter:
     def run(self, visit: Callable[[Rewriter, Op], None]) -> Function:
         """`visit` gets every op with its arguments resolved and keeps, replaces or forgets it."""
         for op in self.function.ops:
-            visit(self, replace(op, args=tuple((k, self.resolve(a)) for k, a in op.args)))
+            stale = any(v in self._same for v in op.operands())
+            visit(self, replace(op, args=tuple((k, self.resolve(a)) for k, a in op.args)) if stale else op)
         outputs = tuple(self._same.get(v, v) for v in self.function.outputs)
         return replace(self.function, ops=tuple(self.ops), outputs=outputs)
 

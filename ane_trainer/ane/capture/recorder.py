@@ -1,0 +1,301 @@
+"""Records the ATen operations of one run of a function as a functional FX graph, in a single pass.
+
+A dispatch mode below autograd sees every operation with real tensors; each becomes a node, after it was taken
+apart by the decomposition table. Changes in place become new values: every tensor knows its *root* (the
+tensor that it is a view of) and how it was made from it, so that
+
+    before: `v = x[0]; v.add_(1); f(x)`      after: `v1 = add(select(x, 0, 0), 1); x1 = select_scatter(x, v1)`
+
+`make_fx` and `functionalize` do the same in two passes and ten times the time (fake tensors and stack traces
+for every node): 29 s for the step of a four-layer transformer, against 3 s on the same busy machine.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ane_trainer.ane.capture import sources
+from ane_trainer.ane.capture.views import undo
+from ane_trainer.ane.errors import Finding, UnsupportedModel
+
+aten = torch.ops.aten
+_SLOT = "_ane_slot"
+_VALUE_READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
+
+
+@dataclass(eq=False)
+class Root:
+    """What a tensor and all its views share: how often it was written to."""
+
+    writes: int = 0
+
+
+@dataclass(eq=False)
+class View:
+    """How a slot is made from its base: `func(*args, **kwargs)[index]`, with the base in `args[0]`."""
+
+    base: Slot
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    meta: Any
+    index: int | None
+
+
+@dataclass(eq=False)
+class Slot:
+    """What the recorder knows of one tensor: the node with its present value, and what it is a view of."""
+
+    recorder: Recorder
+    node: Node
+    root: Root
+    writes: int
+    known: bool
+    view: View | None = None
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Use as a context around the function's run; `placeholder` first, `finish` last."""
+
+    def __init__(self, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = Graph()
+        self.root_module = torch.nn.Module()
+        self._table = decompositions
+        self._constants: dict[int, tuple[torch.Tensor, Slot]] = {}
+
+    def placeholder(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor` is an input from here on; to be called before the run, in order."""
+        node = self.graph.placeholder(name)
+        node.meta["val"] = _meta(tensor)
+        self._attach(tensor, node, known=False)
+
+    def finish(self, results: Sequence[torch.Tensor]) -> GraphModule:
+        """The graph with these tensors as its results."""
+        self.graph.output([self._read(self._slot(t)) for t in results])
+        return GraphModule(self.root_module, self.graph)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func)
+        if written is not None:
+            return self._write(func, written, args, kwargs)
+        decomposition = self._table.get(func)
+        if decomposition is not None:
+            with self:
+                return decomposition(*args, **kwargs)
+        if _composite(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return self._record(func, args, kwargs)
+
+    # -- one operation
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `func` and note it."""
+        result = func(*args, **kwargs)
+        if not _has_tensors(result):
+            return self._value(func, args, kwargs, result)
+        slots: list[Slot] = []
+        node_args, node_kwargs = self._nodes(args, slots), self._nodes(kwargs, slots)
+        node = self._call(func, node_args, node_kwargs)
+        known = all(slot.known for slot in slots)
+        base = slots[0] if slots and _is_view(func) else None
+        if isinstance(result, torch.Tensor):
+            node.meta["val"] = _meta(result)
+            self._attach(result, node, known, _view(base, func, args, kwargs, node))
+            return result
+        node.meta["val"] = [_meta(r) if isinstance(r, torch.Tensor) else r for r in result]
+        for i, part in enumerate(result):
+            if isinstance(part, torch.Tensor):
+                self._attach(part, self._item(node, i, part), known, _view(base, func, args, kwargs, node, i))
+        return result
+
+    def _value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """A result that is no tensor: known at compile time, or refused."""
+        slots: list[Slot] = []
+        self._nodes((args, kwargs), slots)
+        if func in _VALUE_READS and not all(slot.known for slot in slots):
+            finding = Finding(
+                sources.current() or str(func), str(func),
+                "reads a tensor's value during the step, to decide what to do next.",
+                "Use torch.where or arithmetic instead of if, float() or item() on tensors of the step.",
+            )  # fmt: skip
+            raise UnsupportedModel("The step depends on values that are not known beforehand:", [finding])
+        return result
+
+    def _write(self, func: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """An operation that changes argument `index` in place: compute the new value, then put it there."""
+        pure = None if func is aten.copy_.default else _functional(func)
+        target: torch.Tensor = args[index]
+        with self:
+            if pure is None:
+                value = args[1].to(target.dtype).expand(target.shape)
+            else:
+                value = pure(*args, **kwargs)
+            if torch.Tag.inplace_view not in func.tags:
+                value = value.to(target.dtype) if value.dtype != target.dtype else value
+                value = value.expand(target.shape) if value.shape != target.shape else value
+        new = self._slot(value)
+        if torch.Tag.inplace_view in func.tags:  # another shape of the same numbers
+            setattr(target, _SLOT, new)
+            func(*args, **kwargs)
+            return target
+        slot = self._slot(target)
+        node = self._read(new)
+        target.copy_(value)
+        slot.root.writes += 1
+        slot.known = slot.known and new.known
+        slot.node, slot.writes = node, slot.root.writes
+        while slot.view is not None:  # every tensor from the view up to its root
+            base, inner = slot.view.base, slot.node
+            old = self._read_stale(base, slot.root.writes)
+            with_new = undo(self._emit, slot.view.func, slot.view.args, slot.view.index, old, inner)
+            base.node, base.writes, base.known = with_new, slot.root.writes, base.known and new.known
+            slot = base
+        return target
+
+    # -- tensors and nodes
+
+    def _attach(self, tensor: torch.Tensor, node: Node, known: bool, view: View | None = None) -> Slot:
+        root = Root() if view is None else view.base.root
+        slot = Slot(self, node, root, root.writes, known, view)
+        setattr(tensor, _SLOT, slot)
+        return slot
+
+    def _slot(self, tensor: torch.Tensor) -> Slot:
+        slot = getattr(tensor, _SLOT, None)
+        if isinstance(slot, Slot) and slot.recorder is self:
+            return slot
+        if id(tensor) in self._constants:
+            return self._constants[id(tensor)][1]
+        name = f"_tensor_constant{len(self._constants)}"
+        self.root_module.register_buffer(name, tensor.detach().clone())
+        node = self.graph.get_attr(name)
+        node.meta["val"] = _meta(tensor)
+        slot = Slot(self, node, Root(), 0, known=True)
+        self._constants[id(tensor)] = (tensor, slot)
+        return slot
+
+    def _read(self, slot: Slot) -> Node:
+        """The node with the slot's present value; made anew from its base if that was written to."""
+        if slot.writes != slot.root.writes and slot.view is not None:
+            base = self._read(slot.view.base)
+            slot.node = self._again(slot.view, base)
+        slot.writes = slot.root.writes
+        return slot.node
+
+    def _read_stale(self, slot: Slot, writes: int) -> Node:
+        """The slot's value just before write number `writes`."""
+        if slot.writes < writes - 1:
+            slot.root.writes = writes - 1
+            self._read(slot)
+            slot.root.writes = writes
+        return slot.node
+
+    def _again(self, view: View, base: Node) -> Node:
+        """The view of another base value."""
+        node = self._call(view.func, (base, *self._nodes(view.args[1:], [])), self._nodes(view.kwargs, []))
+        node.meta["val"] = view.meta
+        return node if view.index is None else self._item(node, view.index, view.meta[view.index])
+
+    def _emit(self, func: Any, args: tuple[Any, ...], like: Node) -> Node:
+        """A node whose value has the shape of `like`."""
+        node = self._call(func, args, {})
+        node.meta["val"] = like.meta["val"]
+        return node
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Node:
+        node = self.graph.create_node("call_function", func, args, kwargs)
+        source = sources.current()
+        if source is not None:
+            node.meta[sources.META_KEY] = source
+        return node
+
+    def _item(self, node: Node, index: int, value: torch.Tensor) -> Node:
+        item = self._call(operator.getitem, (node, index), {})
+        item.meta["val"] = value if value.is_meta else _meta(value)
+        return item
+
+    def _nodes(self, argument: Any, slots: list[Slot]) -> Any:
+        """The argument with nodes for tensors; their slots are added to `slots`."""
+        if isinstance(argument, torch.Tensor):
+            slot = self._slot(argument)
+            slots.append(slot)
+            return self._read(slot)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self._nodes(item, slots) for item in argument)
+        if isinstance(argument, dict):
+            return {key: self._nodes(item, slots) for key, item in argument.items()}
+        return argument
+
+
+def _view(
+    base: Slot | None, func: Any, args: Any, kwargs: Any, node: Node, index: int | None = None
+) -> View | None:
+    return None if base is None else View(base, func, args, kwargs, node.meta["val"], index)
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    """Shape, strides and dtype without data."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _has_tensors(result: Any) -> bool:
+    if isinstance(result, (list, tuple)):
+        return any(isinstance(item, torch.Tensor) for item in result)
+    return isinstance(result, torch.Tensor)
+
+
+_ALIASES: dict[Any, tuple[int | None, bool, bool]] = {}
+
+
+def _facts(func: Any) -> tuple[int | None, bool, bool]:
+    """(index of the argument written to, is it a view, is it made of others by torch itself)."""
+    facts = _ALIASES.get(func)
+    if facts is None:
+        arguments = func._schema.arguments
+        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        view = bool(arguments) and arguments[0].alias_info is not None and not written
+        composite = func._can_decompose()
+        facts = _ALIASES[func] = (written[0] if written else None, view, composite)
+    return facts
+
+
+def _written(func: Any) -> int | None:
+    return _facts(func)[0]
+
+
+def _is_view(func: Any) -> bool:
+    return _facts(func)[1]
+
+
+def _composite(func: Any) -> bool:
+    return _facts(func)[2]
+
+
+def _functional(func: Any) -> Any:
+    """The operation that computes what the in-place one writes: `aten.add_.Tensor` -> `aten.add.Tensor`."""
+    namespace, name = func._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    overload = func._overloadname
+    if name == "zero_":
+        return lambda x: torch.zeros_like(x)
+    if name == "fill_":
+        return lambda x, value: torch.zeros_like(x) + value
+    if not name.endswith("_") or packet is None or overload not in packet.overloads():
+        place = sources.current() or str(func)
+        finding = Finding(place, str(func), "changes tensors in place in a way without a pure form.", "Use its out-of-place form.")  # fmt: skip  # noqa: E501
+        raise UnsupportedModel("The step changes tensors in a way that cannot be captured:", [finding])
+    return getattr(packet, overload)

@@ -1,0 +1,101 @@
+"""Changes in place, through views and of views' bases, become pure operations with the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.trace import trace
+from ane_trainer.ane.errors import UnsupportedModel
+
+Tensor = torch.Tensor
+
+
+def row(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[1] += 2 * x[0]
+    return x * x
+
+
+def view_after_write_to_base(x: Tensor) -> Tensor:
+    x = x.clone()
+    column = x[:, 1]
+    x.mul_(3)
+    return column + x[0, 0]
+
+
+def view_of_view(x: Tensor) -> Tensor:
+    x = x.clone()
+    part = x.t()[1:3]
+    part[0].copy_(x[:, 0])
+    return x.exp() + part.sum()
+
+
+def siblings(x: Tensor) -> Tensor:
+    x = x.clone()
+    first, second = x.chunk(2, dim=1)
+    first.sigmoid_()
+    second.add_(first)
+    return x
+
+
+def strided(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[::2, ::2] = 0.5
+    x.view(-1)[3:7].zero_()
+    x.diagonal().fill_(7)
+    return x.unsqueeze(1).squeeze_(1).unsqueeze_(0)
+
+
+def unbound(x: Tensor) -> Tensor:
+    x = x.clone()
+    a, _, c, _ = x.unbind(1)
+    a.copy_(c)
+    c += a
+    return x
+
+
+def gradient(x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = leaf * 1
+        y[:, 1:3] *= leaf[:, :2]
+        torch.relu_(y[0])
+        (result,) = torch.autograd.grad(y.square().sum(), leaf)
+    return result
+
+
+@pytest.mark.parametrize(
+    "function", [row, view_after_write_to_base, view_of_view, siblings, strided, unbound, gradient]
+)
+def test_writes_become_values(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    graph = trace(lambda x: [function(x)], {"x": x}, decomposition_table())
+    other = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(graph(other)[0], function(other))
+    assert not any(
+        getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in graph.graph.nodes
+    )
+
+
+def test_the_input_is_not_changed() -> None:
+    x = torch.ones(3)
+    trace(lambda x: [x.add_(1) * 2], {"x": x}, decomposition_table())
+    assert torch.equal(x, torch.ones(3))
+
+
+def test_constants_are_kept_as_they_were_at_capture() -> None:
+    table = torch.arange(3.0)
+    graph = trace(lambda x: [x + table], {"x": torch.ones(3)}, decomposition_table())
+    table.zero_()
+    assert torch.equal(graph(torch.ones(3))[0], torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_branching_on_a_value_is_refused_and_on_a_constant_allowed() -> None:
+    with pytest.raises(UnsupportedModel, match=r"torch\.where"):
+        trace(lambda x: [x if x.sum() > 0 else -x], {"x": torch.ones(3)}, decomposition_table())
+    graph = trace(lambda x: [x * float(torch.arange(4).sum())], {"x": torch.ones(3)}, decomposition_table())
+    assert torch.equal(graph(torch.ones(3))[0], torch.full((3,), 6.0))
