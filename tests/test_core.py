@@ -304,9 +304,9 @@ def test_unknown_names_are_refused_early(options: dict[str, str]) -> None:
         Trainer(small_model(), **options)
 
 
-def test_export_says_that_it_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="has none yet"):
-        small_trainer("cpu").export(tmp_path / "model.mlpackage")
+def test_export_needs_data_to_check_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs data to check"):
+        small_trainer("cpu").export(tmp_path / "model.onnx")
 
 
 # Checkpoints

@@ -36,7 +36,7 @@ def compress(function: Function, weights: str) -> Function:
     """
     if weights not in WEIGHTS:
         raise UsageError(
-            f"weights: needs one of {', '.join(WEIGHTS)}; got {weights!r}. Choose one of them.", code="ANE114"
+            f"weights: needs one of {', '.join(WEIGHTS)}; got {weights!r}. Choose one of them.", code="ANE118"
         )
     if weights == "fp16":
         return function

@@ -141,7 +141,7 @@ def _only_fp16(format: str, weights: str) -> None:
     if weights != "fp16":
         raise UsageError(
             f"weights: {weights} is for mlpackage; got the format {format}. Leave --weights out.",
-            code="ANE114",
+            code="ANE118",
         )
 
 
