@@ -1,11 +1,13 @@
-"""Dropout by masks that the host feeds: 0 or 1/(1-p) per element, drawn from the run's seed.
+"""Random numbers that the host feeds: dropout masks and noise, drawn from the run's seed.
 
-The engine's random ops are not reproducible, so each dropout in training mode becomes a multiplication
-with a batch port. The port's `target` is `dropout/<p>`.
+The engine's random ops are not reproducible, so each draw in training mode becomes a batch port. Its target
+says what it holds: `dropout/<p>` (0 or 1/(1-p)), `random/normal`, `random/uniform`, `random/exponential`,
+`random/bernoulli:<p>` (1 with probability p).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,56 +16,111 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ane_trainer.ane.capture.composites import COMPOSITES, RECURRENT, attention, drops, inside, recurrent
+
 #: function -> does it drop whole channels
 _DROPOUTS: dict[Callable[..., Any], bool] = {
-    F.dropout: False, torch.dropout: False, F.dropout1d: True, F.dropout2d: True, F.dropout3d: True,
+    F.dropout: False, torch.dropout: False, torch.dropout_: False, F.dropout1d: True, F.dropout2d: True,
+    F.dropout3d: True,
 }  # fmt: skip
-PREFIX = "dropout/"
+_LIKE = {torch.randn_like: "normal", torch.rand_like: "uniform"}
+_NEW = {torch.randn: "normal", torch.rand: "uniform"}
+#: What the target of a port with random numbers begins with.
+PREFIX = ("dropout/", "random/")
 
 
 @dataclass(frozen=True)
 class Mask:
-    """One dropout of the model, in order of execution."""
+    """One draw of the model, in order of execution."""
 
     shape: tuple[int, ...]
-    p: float
-
-    @property
-    def target(self) -> str:
-        return f"{PREFIX}{self.p!r}"
+    target: str
 
 
 class MaskMode(TorchFunctionMode):
-    """Replaces dropout by `x * mask`. With `masks` given they are used in order, else ones are noted."""
+    """Replaces random draws by given tensors, in order; without `masks` they are noted."""
 
     def __init__(self, masks: Sequence[torch.Tensor] | None = None) -> None:
         super().__init__()
         self.noted: list[Mask] = []
         self._given: Iterator[torch.Tensor] | None = None if masks is None else iter(masks)
+        self._generator = torch.Generator().manual_seed(0)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _DROPOUTS:
-            return func(*args, **kwargs)
-        x, p, training, inplace = _arguments(*args, **kwargs)
+        if func in _DROPOUTS:
+            return self._dropout(func, *_arguments(*args, **kwargs))
+        if func in _LIKE:
+            return self.draw(tuple(args[0].shape), f"random/{_LIKE[func]}").to(args[0].dtype)
+        if func in _NEW and "generator" not in kwargs:
+            size = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+            return self.draw(tuple(kwargs.get("size", size)), f"random/{_NEW[func]}")
+        if func is torch.normal:
+            return self._normal(*args, **kwargs)
+        if func is torch.bernoulli:
+            return (self.draw(tuple(args[0].shape), "random/uniform") < args[0]).to(args[0].dtype)
+        if func in _IN_PLACE:
+            return args[0].copy_(_IN_PLACE[func](self, *args, **kwargs))
+        if func is F.scaled_dot_product_attention:
+            with self:
+                return attention(*args, **kwargs)
+        if getattr(func, "__name__", "") in RECURRENT and drops(*args):
+            with self:
+                return recurrent(func, *args, **kwargs)
+        if func in COMPOSITES:
+            with self:
+                return inside(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def draw(self, shape: tuple[int, ...], target: str) -> torch.Tensor:
+        """The next random tensor."""
+        self.noted.append(Mask(shape or (1,), target))
+        if self._given is not None:
+            return next(self._given).reshape(shape)
+        return torch.ones(shape) if target.startswith("dropout/") else draw(target, shape, self._generator)
+
+    def _dropout(self, func: Any, x: torch.Tensor, p: float, training: bool, inplace: bool) -> torch.Tensor:
         if not training or p == 0.0:
             return x
         shape = tuple(x.shape)
         if _DROPOUTS[func]:
             shape = (*shape[:2], *(1,) * (len(shape) - 2))
-        self.noted.append(Mask(shape, p))
-        mask = torch.ones(shape) if self._given is None else next(self._given)
-        return x.mul_(mask) if inplace else x * mask
+        mask = self.draw(shape, f"dropout/{p!r}")
+        return x.mul_(mask) if inplace or func is torch.dropout_ else x * mask
+
+    def _normal(self, mean: Any = 0.0, std: Any = 1.0, size: Any = None, **kwargs: Any) -> torch.Tensor:
+        shapes = [v.shape for v in (mean, std) if isinstance(v, torch.Tensor)]
+        shape = tuple(size) if size is not None else torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+        return self.draw(tuple(shape), "random/normal") * std + mean
 
 
 def draw(target: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """A mask for a port with this target: 0 with probability p, else 1 / (1 - p)."""
-    p = float(target.removeprefix(PREFIX))
-    if p >= 1.0:
-        return torch.zeros(shape)
-    return torch.empty(shape).bernoulli_(1.0 - p, generator=generator) / (1.0 - p)
+    """The numbers for a port with this target, in float32."""
+    kind, _, amount = target.partition("/")
+    if kind == "dropout":
+        p = float(amount)
+        if p >= 1.0:
+            return torch.zeros(shape)
+        return torch.empty(shape).bernoulli_(1.0 - p, generator=generator) / (1.0 - p)
+    if amount.startswith("bernoulli:"):
+        return torch.empty(shape).bernoulli_(float(amount.partition(":")[2]), generator=generator)
+    empty = torch.empty(shape)
+    if amount == "normal":
+        return empty.normal_(generator=generator)
+    if amount == "exponential":
+        return empty.exponential_(generator=generator)
+    return empty.uniform_(generator=generator)
+
+
+@contextlib.contextmanager
+def drawn_by(generator: torch.Generator) -> Iterator[None]:
+    """Inside, plain PyTorch draws its dropouts and noise as the engine's host does; to compare the two."""
+    mode = MaskMode()
+    mode.draw = lambda shape, target: draw(target, shape, generator)  # type: ignore[method-assign]
+    with mode:
+        yield
 
 
 def _arguments(
@@ -75,3 +132,32 @@ def _arguments(
     training: bool | None = None,
 ) -> tuple[torch.Tensor, float, bool, bool]:
     return input, float(p), train if training is None else training, inplace
+
+
+def _bernoulli_(mode: MaskMode, x: torch.Tensor, p: Any = 0.5, **kwargs: Any) -> torch.Tensor:
+    if isinstance(p, torch.Tensor):
+        return (mode.draw(tuple(x.shape), "random/uniform") < p).to(x.dtype)
+    return mode.draw(tuple(x.shape), f"random/bernoulli:{float(p)!r}")
+
+
+def _normal_(
+    mode: MaskMode, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **kwargs: Any
+) -> torch.Tensor:
+    return mode.draw(tuple(x.shape), "random/normal") * std + mean
+
+
+def _uniform_(
+    mode: MaskMode, x: torch.Tensor, low: float = 0.0, high: float = 1.0, **kwargs: Any
+) -> torch.Tensor:
+    low, high = kwargs.get("from", low), kwargs.get("to", high)
+    return mode.draw(tuple(x.shape), "random/uniform") * (high - low) + low
+
+
+def _exponential_(mode: MaskMode, x: torch.Tensor, rate: float = 1.0, **kwargs: Any) -> torch.Tensor:
+    return mode.draw(tuple(x.shape), "random/exponential") * (1.0 / rate)
+
+
+_IN_PLACE: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.Tensor.bernoulli_: _bernoulli_, torch.Tensor.normal_: _normal_, torch.Tensor.uniform_: _uniform_,
+    torch.Tensor.exponential_: _exponential_,
+}  # fmt: skip
