@@ -1,7 +1,8 @@
 """The Neural Engine: programs, legality, simulator, cost model, devices."""
 
+from ane_trainer.ane import dynamo
 from ane_trainer.ane.cost import estimate
 from ane_trainer.ane.loading import load_program
 from ane_trainer.ane.simulator import simulate
 
-__all__ = ["estimate", "load_program", "simulate"]
+__all__ = ["dynamo", "estimate", "load_program", "simulate"]

@@ -79,7 +79,7 @@ class Feeds:
                 if tuple(leaf.shape) != slot.shape:
                     raise _wrong_shape(slot, leaf)
                 if slot.port is not None:
-                    feeds[slot.port] = _to_float(slot, leaf, self._range)
+                    feeds[slot.port] = to_float(slot, leaf, self._range)
         return feeds
 
 
@@ -95,7 +95,7 @@ def _wrong_shape(slot: Slot, leaf: torch.Tensor) -> DataError:
     )
 
 
-def _to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
+def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
     """The tensor as a contiguous array (rounded ties to even, as a host converts); rank 0 becomes [1]."""
     leaf = leaf.detach()
     if leaf.numel() and leaf.dtype != torch.bool:

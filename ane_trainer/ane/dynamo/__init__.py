@@ -1,0 +1,46 @@
+"""`torch.compile(model, backend="ane")`: forward and backward as programs, the loop stays the user's.
+
+    fast = torch.compile(model, backend="ane", options={"chip": "m4", "device": "sim"})
+
+Dynamo captures the model, AOTAutograd splits it into a forward and a backward graph, and each becomes a
+program by the same lower, legalize, compile and device as a whole training step. `report()` says what was
+compiled, what runs on the host and where Dynamo cut the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ane_trainer.ane.dynamo.options import Options, read_options
+from ane_trainer.ane.dynamo.registration import register
+from ane_trainer.ane.dynamo.report import Report, begin_graph, report, reset
+
+__all__ = ["Options", "Report", "ane", "report", "reset"]
+
+
+def ane(
+    graph: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Any = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend: a callable that compiles `graph` for the shapes it is called with.
+
+    `options`, all optional: chip, device, fidelity, precision, threads, path as in `compile_step`;
+    recompile_limit (8), the number of input shapes that one function may be compiled for; fallback, "none"
+    or "cpu": run what the engine refuses in PyTorch on the CPU. `mode` has no meaning here and is ignored.
+
+    The callable raises UnsupportedModel with every refused op, UsageError ANE114 beyond recompile_limit.
+    Raises: UsageError for unknown options, EnvironmentFault for a device that is not here.
+    """
+    from ane_trainer.ane.dynamo.shapes import Specializer  # imports Dynamo, which takes seconds
+
+    settings = read_options(options)
+    return Specializer(graph, settings, begin_graph(graph))
+
+
+register(ane)

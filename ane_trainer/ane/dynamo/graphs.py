@@ -1,0 +1,245 @@
+"""AOTAutograd's graphs, made ready for lowering: what the host keeps for itself is taken out.
+
+Taken out are random numbers (drawn on the host from PyTorch's generator, fed as inputs), integer counters
+such as batch norm's (fp16 would stick at 2048), and results that are inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._functorch.partitioners import default_partition
+from torch._higher_order_ops.effects import with_effects
+from torch.fx import Graph, GraphModule, Node
+
+from ane_trainer.ane.capture.simplify import simplify
+from ane_trainer.ane.capture.sources import META_KEY
+from ane_trainer.ane.lower.registry import ACCEPTS_ABSENT
+
+aten = torch.ops.aten
+
+#: Key of a forward module's meta: how many of its results are the user's; the rest is kept for backward.
+USER_RESULTS = "ane_user_results"
+
+_CHECKS = (aten._linalg_check_errors.default,)
+
+#: Random operations that depend on shapes and numbers only.
+_RANDOM = {
+    aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default,
+    aten.bernoulli.p, aten.uniform.default, aten.normal_functional.default, aten.exponential.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a result comes from: "input" number, "draw" number, "host" number, "engine" number, "value"."""
+
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph of engine work with what the host does around it.
+
+    `graph` takes the inputs numbered `inputs`, then the draws numbered `draws`; `host` (None: no work) takes
+    all inputs. `results` are those of the whole graph in order.
+    """
+
+    graph: GraphModule
+    inputs: tuple[int, ...]
+    draws: tuple[Callable[[], torch.Tensor], ...]
+    used_draws: tuple[int, ...]
+    host: GraphModule | None
+    results: tuple[Source, ...]
+    notes: tuple[str, ...]
+
+
+def partition(
+    joint: GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any
+) -> tuple[GraphModule, GraphModule]:
+    """AOTAutograd's forward and backward; indices that the engine's rules do without are not passed on."""
+    _drop_checks(joint.graph)
+    _spell_out_dropout(joint.graph)
+    for node in joint.graph.nodes:
+        if str(node.target) in ACCEPTS_ABSENT:
+            node.args = (*node.args[:-1], node.args[1])
+    forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
+    forward.meta[USER_RESULTS] = num_fwd_outputs
+    return forward, backward
+
+
+def prepare_graph(module: GraphModule) -> Prepared:
+    """Split `module` (changed in place) into the engine's part and the host's."""
+    graph = module.graph
+    _note_sources(graph)
+    _drop_checks(graph)
+    _spell_out_dropout(graph)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    draws = _take_out_draws(graph, inputs)
+    simplify(graph)
+    places = {node: Source("input", number) for number, node in enumerate(inputs)}
+    places |= {node: Source("draw", number) for number, (node, _) in enumerate(draws)}
+    results: list[Source] = []
+    engine: list[Node] = []
+    host: list[Node] = []
+    for result in graph.output_node().args[0]:  # type: ignore[union-attr]
+        if not isinstance(result, Node):
+            results.append(Source("value", result))
+        elif result in places:
+            results.append(places[result])
+        else:
+            kind, chosen = ("host", host) if _only_integers(result) else ("engine", engine)
+            results.append(Source(kind, len(chosen)))
+            chosen.append(result)
+    host_module = _host_module(module, inputs, host) if host else None
+    graph.output_node().args = (tuple(engine),)
+    simplify(graph)
+    used = [node for node in places if node.users]
+    for node in places:
+        if not node.users:
+            graph.erase_node(node)
+    module.recompile()
+    numbers = {
+        kind: tuple(places[n].value for n in used if places[n].kind == kind) for kind in ("input", "draw")
+    }
+    notes = [f"{len(draws)} random tensors drawn"] if draws else []
+    notes += [f"{len(host)} integer results computed"] if host else []
+    functions = tuple(function for _, function in draws)
+    return Prepared(
+        module, numbers["input"], functions, numbers["draw"], host_module, tuple(results), tuple(notes)
+    )
+
+
+def _note_sources(graph: Graph) -> None:
+    """`module.path (file.py:line)` on every node that Dynamo knows it for."""
+    for node in graph.nodes:
+        path = _module_path(node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"))
+        line = _last_line(node.meta.get("stack_trace"))
+        if path or line:
+            node.meta[META_KEY] = f"{path or 'model'} ({line})" if line else path
+
+
+def _module_path(stack: Any) -> str:
+    """`L['self'].conv1` -> `conv1` of the innermost module."""
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = path.replace("L['self'].", "").replace("L['self']", "").replace("_modules.", "")
+    return path.replace("['", "").replace("']", "").strip(".")
+
+
+def _last_line(trace: str | None) -> str:
+    """`File "net.py", line 7, in forward` -> `net.py:7` for the last frame outside torch."""
+    frames = [line.strip() for line in (trace or "").splitlines() if line.strip().startswith("File ")]
+    own = [line for line in frames if "/torch/" not in line]
+    if not own:
+        return ""
+    file, line = own[-1].split('"')[1], own[-1].split("line ")[1].split(",")[0]
+    return f"{file}:{line}"
+
+
+# -- Random numbers
+
+
+def _drop_checks(graph: Graph) -> None:
+    """Without the checks of values that PyTorch puts behind some operations: programs have no exceptions."""
+    for node in list(graph.nodes):
+        if node.target is with_effects and node.args[1] in _CHECKS:
+            for user in list(node.users):
+                user.replace_all_uses_with(node.args[0])
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+def _spell_out_dropout(graph: Graph) -> None:
+    """`native_dropout(x, p)` -> `mask = bernoulli(1-p)`, `x * mask * 1/(1-p)`.
+
+    Before partitioning, so that the one mask is kept for the backward graph and not drawn again.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.native_dropout.default and node.args[2] is not False:
+            x, p = node.args[0], float(node.args[1])
+            output, kept = node.meta["val"]
+            scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+            with graph.inserting_before(node):
+                mask = graph.call_function(aten.bernoulli.p, (x, 1.0 - p))
+                masked = graph.call_function(aten.mul.Tensor, (x, mask))
+                result = graph.call_function(aten.mul.Tensor, (masked, scale))
+                boolean = graph.call_function(aten._to_copy.default, (mask,), {"dtype": torch.bool})
+            for new in (mask, masked, result, boolean):
+                new.meta = {**node.meta, "val": kept if new is boolean else output}
+            for user in list(node.users):
+                user.replace_all_uses_with(result if user.args[1] == 0 else boolean)
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+def _take_out_draws(graph: Graph, inputs: list[Node]) -> list[tuple[Node, Callable[[], torch.Tensor]]]:
+    """Random nodes become placeholders after the inputs; returns each with what draws its value."""
+    found: list[tuple[Node, Callable[[], torch.Tensor]]] = []
+    for node in list(graph.nodes):
+        if node.target in _RANDOM and not node.users:
+            graph.erase_node(node)
+        elif node.target in _RANDOM:
+            placeholder = _placeholder(graph, inputs, len(found), node.meta["val"])
+            node.replace_all_uses_with(placeholder)
+            found.append((placeholder, _drawing(node)))
+            graph.erase_node(node)
+    return found
+
+
+def _placeholder(graph: Graph, inputs: list[Node], number: int, value: Any) -> Node:
+    after = [node for node in graph.nodes if node.op == "placeholder"][-1] if inputs else None
+    with graph.inserting_after(after):
+        node = graph.placeholder(f"draw_{number}")
+    node.meta["val"] = value
+    return node
+
+
+def _drawing(node: Node) -> Callable[[], torch.Tensor]:
+    """Calls the node's op; a tensor among its arguments counts by its shape only."""
+
+    def empty(argument: Any) -> Any:
+        value = argument.meta["val"]
+        return torch.empty(tuple(value.shape), dtype=value.dtype)
+
+    args = torch.fx.node.map_arg(node.args, empty)
+    keywords = {k: v for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}
+    target: Any = node.target
+    return lambda: target(*args, **keywords)
+
+
+# -- Integers
+
+
+def _only_integers(node: Node, seen: set[Node] | None = None) -> bool:
+    """Whether the node's value follows from integer inputs by integer operations."""
+    seen = set() if seen is None else seen
+    if node in seen:
+        return True
+    seen.add(node)
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        return False
+    return all(_only_integers(source, seen) for source in node.all_input_nodes)
+
+
+def _host_module(module: GraphModule, inputs: list[Node], results: Iterable[Node]) -> GraphModule:
+    """The ancestors of `results` as a module over all inputs."""
+    graph = Graph()
+    new: dict[Node, Node] = {node: graph.placeholder(node.name) for node in inputs}
+    wanted, pending = set(), list(results)
+    while pending:
+        node = pending.pop()
+        if node not in wanted:
+            wanted.add(node)
+            pending.extend(node.all_input_nodes)
+    for node in module.graph.nodes:
+        if node in wanted and node not in new:
+            new[node] = graph.node_copy(node, lambda n: new[n])
+    graph.output(tuple(new[node] for node in results))
+    return GraphModule(module, graph)

@@ -1,0 +1,114 @@
+"""One graph of Dynamo, compiled once for each set of input shapes, within a stated budget.
+
+The engine's programs have fixed shapes. Dynamo hands over a graph of symbolic sizes as soon as it has seen
+two batch sizes; it is specialized here for each size that comes.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.trace import tracing
+from ane_trainer.ane.dynamo.gradient import backward_function
+from ane_trainer.ane.dynamo.graphs import partition
+from ane_trainer.ane.dynamo.kinship import same_but_for_sizes, sizes_only
+from ane_trainer.ane.dynamo.options import Options
+from ane_trainer.ane.dynamo.programs import forward_function
+from ane_trainer.ane.errors import UsageError
+
+Key = tuple[Any, ...]
+
+#: First parameter -> function -> shapes it was compiled for, over all graphs that Dynamo makes of it. Dynamo
+#: takes all models of one class for one function, so the parameter tells them apart.
+_SHAPES: Any = WeakIdKeyDictionary()
+#: Function -> its graphs that are alive.
+_GRAPHS: dict[str, weakref.WeakSet[Specializer]] = {}
+_WITHOUT_PARAMETERS = torch.nn.Parameter(torch.empty(0))
+
+
+class Specializer:
+    """Callable in the graph's place; `function` identifies the user's function that the graph is of."""
+
+    def __init__(self, graph: torch.fx.GraphModule, options: Options, function: str) -> None:
+        self._graph, self._options, self._function = graph, options, function
+        self._compiled: dict[Key, Callable[..., Any]] = {}
+        self._earlier: list[Specializer] = []
+        family = _GRAPHS.setdefault(function, weakref.WeakSet())
+        if sizes_only(graph.graph):
+            alike = [s for s in family if s._options == options]
+            self._earlier = [s for s in alike if same_but_for_sizes(s._graph.graph, graph.graph)]
+        family.add(self)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The graph's results; compiled first if these shapes are new."""
+        key = (torch.is_grad_enabled(), *(_description(value) for value in inputs))
+        function = self._compiled.get(key)
+        if function is None:
+            function = self._compiled[key] = self._find(key, inputs)
+        return function(*inputs)
+
+    def _find(self, key: Key, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What an earlier graph of fixed sizes has for these inputs, else a new compilation."""
+        tensors_only = (key[0], *(item for item in key[1:] if isinstance(item, tuple)))
+        for earlier in self._earlier:
+            known = earlier._compiled.get(tensors_only)
+            if known is not None:
+                return lambda *values: known(*(v for v in values if isinstance(v, torch.Tensor)))
+        self._count(inputs)
+        return self._compile(list(inputs))
+
+    def _count(self, inputs: Sequence[Any]) -> None:
+        shapes = tuple(tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor))
+        parameters = (v for v in inputs if isinstance(v, torch.nn.Parameter))
+        functions = _SHAPES.setdefault(next(parameters, _WITHOUT_PARAMETERS), {})
+        seen: set[Key] = functions.setdefault(self._function, set())
+        if shapes not in seen and len(seen) >= self._options.recompile_limit:
+            raise UsageError(
+                f"torch.compile: needs at most {self._options.recompile_limit} different input shapes (each is "
+                f"a program of its own); got another one, {_varying(shapes, seen)}. Pad or drop odd batches, or "
+                'raise it: options={"recompile_limit": ...}.',
+                code="ANE114",
+            )
+        seen.add(shapes)
+
+    def _compile(self, inputs: list[Any]) -> Callable[..., Any]:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants made in the model are real tensors
+        fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
+        with tracing():
+            compiled: Callable[..., Any] = aot_module_simplified(
+                self._graph,
+                fakes,
+                fw_compiler=functools.partial(forward_function, options=self._options, role="forward"),
+                bw_compiler=functools.partial(backward_function, options=self._options),
+                inference_compiler=functools.partial(
+                    forward_function, options=self._options, role="inference"
+                ),
+                partition_fn=partition,
+                decompositions=decomposition_table(),
+                ignore_shape_env=True,
+            )
+        return compiled
+
+
+def _description(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return tuple(value.shape), value.dtype, value.requires_grad
+
+
+def _varying(shapes: Key, seen: set[Key]) -> str:
+    """The shapes that no compiled program has at their place."""
+    for other in seen:
+        differing = [a for a, b in zip(shapes, other, strict=False) if a != b]
+        if differing:
+            return ", ".join(str(list(shape)) for shape in differing[:3])
+    return f"{len(shapes)} tensors"

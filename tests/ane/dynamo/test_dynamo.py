@@ -1,0 +1,178 @@
+"""The torch.compile backend's shapes, refusals, fallback, graph breaks, options and registration."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ane_trainer.ane import dynamo
+from ane_trainer.ane.dynamo.report import GraphBreakWarning
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Odd(nn.Module):
+    """Two layers with operations between them that have no lowering rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        x = torch.special.bessel_j0(x.detach()) + x
+        return self.b(torch.linalg.inv(x @ x.T + 3 * torch.eye(len(x))) @ x)
+
+
+def test_each_batch_size_is_compiled_once_up_to_the_limit() -> None:
+    model = nn.Linear(8, 4)
+    fast = torch.compile(model, backend="ane", options={"recompile_limit": 3})
+    for size in (4, 5, 6, 5, 4, 6):
+        x = torch.randn(size, 8)
+        output = fast(x)
+        torch.testing.assert_close(output, model(x), atol=4e-3, rtol=4e-3)
+        output.sum().backward()
+    assert dynamo.report().compiles == 2 * 3
+    with pytest.raises(UsageError, match=r"ANE114 .* at most 3 .* got another one, \[7, 8\]"):
+        fast(torch.randn(7, 8))
+    fast(torch.randn(5, 8))  # what is compiled goes on working
+
+
+def test_sizes_that_decide_numbers_are_not_taken_for_others() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, k: int) -> torch.Tensor:
+            return (x * k + x.shape[0]).reshape(-1, x.shape[0])
+
+    fast = torch.compile(Scaled(), backend="ane")
+    for size, k in ((4, 3), (6, 3), (4, 5), (6, 7), (4, 3), (4, 7)):
+        x = torch.randn(size, 2)
+        torch.testing.assert_close(fast(x, k), Scaled()(x, k), atol=4e-3, rtol=4e-3)
+
+
+def test_refusals_come_all_at_once_with_their_lines() -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        torch.compile(Odd(), backend="ane")(torch.randn(4, 8))
+    assert {finding.op for finding in caught.value.findings} == {
+        "aten.special_bessel_j0.default", "aten.linalg_inv_ex.default",
+    }  # fmt: skip
+    assert all("test_dynamo.py:" in finding.where for finding in caught.value.findings)
+
+
+def test_fallback_runs_what_is_refused_on_the_cpu_and_says_so() -> None:
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(4, 8)
+    output = torch.compile(model, backend="ane", options={"fallback": "cpu"})(x)
+    output.sum().backward()
+    assert model.a.weight.grad is not None
+    gradient = model.a.weight.grad.clone()
+    model.zero_grad()
+    expected = model(x)
+    expected.sum().backward()
+    torch.testing.assert_close(output, expected, atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(gradient, model.a.weight.grad, atol=4e-3, rtol=4e-3)
+    forward = dynamo.report().programs[0]
+    assert len(forward.cpu) == 2
+    assert forward.programs >= 2
+    assert 0.5 < forward.engine_flop_fraction < 1.0
+    assert "on the CPU (fallback)" in str(dynamo.report())
+
+
+def test_fallback_takes_what_the_chip_refuses() -> None:
+    class Deep(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 2).reshape(2, 3, 2, 3, 2, 3).flip(0, 2, 5).reshape(12, 18) + 1
+
+    x = torch.randn(12, 18)
+    with pytest.raises(UnsupportedModel, match="ANE302"):
+        torch.compile(Deep(), backend="ane")(x)
+    torch._dynamo.reset()
+    output = torch.compile(Deep(), backend="ane", options={"fallback": "cpu"})(x)
+    torch.testing.assert_close(output, Deep()(x), atol=4e-3, rtol=4e-3)
+    assert dynamo.report().programs[-1].cpu
+
+
+def test_a_graph_break_is_reported_in_words() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            return self.b(x * 2 if x.sum() > 0 else x)
+
+    model, x = Broken(), torch.randn(4, 8)
+    with pytest.warns(GraphBreakWarning, match=r"cut the model in two: .*test_dynamo.py:\d+"):
+        output = torch.compile(model, backend="ane")(x)
+    torch.testing.assert_close(output, model(x), atol=4e-3, rtol=4e-3)
+    assert len(dynamo.report().graph_breaks) == 1
+    assert dynamo.report().graphs == 2
+
+
+def test_structures_integers_and_constants_pass() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, 8)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+        def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            self.calls += 1
+            x = self.table(ids + 1) * torch.tensor([2.0])
+            return {"x": x, "best": x.argmax(-1), "mask": x > 0, "next": ids + 1}
+
+    model, ids = Tokens(), torch.arange(6).reshape(2, 3)
+    got = torch.compile(model, backend="ane")(ids)
+    expected = model(ids)
+    assert int(model.calls) == 2
+    for key in expected:
+        assert got[key].dtype == expected[key].dtype
+        torch.testing.assert_close(got[key], expected[key], atol=4e-3, rtol=4e-3)
+    got["x"].sum().backward()
+    assert model.table.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"chipp": "m4"}, "Did you mean 'chip'"),
+        ({"fallback": "gpu"}, "fallback none or cpu"),
+        ({"recompile_limit": 0}, "at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, object], text: str) -> None:
+    with pytest.raises(Exception, match=text):
+        torch.compile(nn.Linear(2, 2), backend="ane", options=options)(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("first", ["import torch._dynamo, ane_trainer", "import ane_trainer, torch._dynamo"])
+def test_the_backend_is_known_without_an_entry_point(first: str) -> None:
+    code = f"{first}\nprint('ane' in torch._dynamo.list_backends())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "True"
+
+
+def test_importing_the_package_does_not_import_dynamo() -> None:
+    code = "import sys, ane_trainer\nprint('torch._dynamo' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "False"
