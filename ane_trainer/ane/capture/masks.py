@@ -93,7 +93,8 @@ class MaskMode(TorchFunctionMode):
     def _normal(self, mean: Any = 0.0, std: Any = 1.0, size: Any = None, **kwargs: Any) -> torch.Tensor:
         shapes = [v.shape for v in (mean, std) if isinstance(v, torch.Tensor)]
         shape = tuple(size) if size is not None else torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-        return self.draw(tuple(shape), "random/normal") * std + mean
+        result: torch.Tensor = self.draw(tuple(shape), "random/normal") * std + mean
+        return result
 
 
 def draw(target: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
