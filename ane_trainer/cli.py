@@ -8,12 +8,13 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ane_trainer import core, doctor, inspection
+from ane_trainer import conformance, core, doctor, inspection
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
 from ane_trainer.config import TrainConfig, make_config, read_config_file
@@ -181,9 +182,7 @@ def export(
     ] = "auto",
     weights: Annotated[str, typer.Option(help="Of an mlpackage: fp16, int8, int4.", metavar="KIND")] = "fp16",
     batch: Annotated[int, typer.Option(help="Examples that go in at once.")] = 1,
-    examples: Annotated[
-        int, typer.Option(help="Test examples that the file is checked on; 0: all.")
-    ] = 1000,
+    examples: Annotated[int, typer.Option(help="Test examples that the file is checked on; 0: all.")] = 1000,
     chip: Chip = None,
     fidelity: Fidelity = None,
     as_json: Json = False,
@@ -247,6 +246,51 @@ def doctor_command(as_json: Json = False) -> int:
     else:
         print(doctor.as_text(checks))
     return doctor.exit_code(checks)
+
+
+@app.command(name="conformance")
+def conformance_command(
+    device: Annotated[str, typer.Option(help="e5rt, e5rt-pingpong, coreai or sim.", metavar="NAME")] = "e5rt",
+    chip: Annotated[str | None, typer.Option(help="m1 ... m6. [this Mac's, else m4]", metavar="NAME")] = None,
+    fidelity: Annotated[str, typer.Option(help="Of --device sim: exact or fast.", metavar="NAME")] = "exact",
+    threads: Threads = None,
+    only: Annotated[
+        str, typer.Option(help="Only cases whose family or name holds this.", metavar="TEXT")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Report. [conformance-CHIP-DEVICE.json]", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a fixed set of programs on the engine and on the simulator, compare bit for bit, write a report."""
+    reporter = ConsoleReporter(sys.stderr)
+    found, path = conformance.run(device, chip, fidelity, threads, only=only, out=out, report=reporter)
+    if as_json:
+        _print_json(found)
+        return
+    print(conformance.as_text(found))
+    print(f"report   {path}" + ("" if device == "sim" else "   (one line; send it in an issue of the project)"))
+
+
+@app.command(name="conformance-read")
+def conformance_read(
+    reports: Annotated[
+        list[Path], typer.Argument(help="Files that `conformance` wrote.", metavar="REPORT...")
+    ],
+    into: Annotated[
+        Path | None,
+        typer.Option(help="CSV to add the rows to: ane_trainer/ane/data/conformance.csv.", metavar="FILE"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evidence rows of conformance reports: which case came out bit for bit on which chip."""
+    rows, added = conformance.read(reports, into)
+    if as_json:
+        _print_json({"rows": [asdict(row) for row in rows], "added": added})
+        return
+    print(conformance.rows_as_text(rows))
+    if into is not None:
+        print(f"{added} new rows in {into}; then: python -m ane_trainer.ane.fidelity > docs/fidelity.md")
 
 
 @data_app.command("list")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from ane_trainer.ane.chips import op_status
+from ane_trainer.ane.evidence import stored_rows
 from ane_trainer.ane.published import FIGURES, Figure
 from ane_trainer.ane.simulator import KERNELS, WITHOUT_KERNEL
 
@@ -55,6 +56,19 @@ dropped products, elementwise edges, the int8 path, tables) all come out bit for
 """
 
 
+_REPORTS = """\
+## Conformance reports
+
+What `ane-trainer conformance` found on engines: results of its cases that differ from the simulator of the same
+chip, and by how many units in the last place at most. Rows: `ane_trainer/ane/data/conformance.csv`.
+"""
+
+_NO_REPORTS = """\
+No report from an engine has come in yet: nothing here was measured by this project on hardware. On a Mac,
+`ane-trainer conformance` writes one.
+"""
+
+
 def document(measure: Callable[[Figure], str]) -> str:
     """The book as Markdown; `measure` gives the simulated column of a figure."""
     return "\n".join(_lines(measure)).rstrip() + "\n"
@@ -78,6 +92,16 @@ def _lines(measure: Callable[[Figure], str]) -> Iterator[str]:
     yield _FIGURES
     yield "| number | chips | published | simulated | source | remark |\n|---|---|---|---|---|---|"
     yield from (figure_row(figure, measure(figure)) for figure in FIGURES)
+    yield "\n" + _REPORTS
+    rows = stored_rows()
+    if not rows:
+        yield _NO_REPORTS
+        return
+    yield "| chip | case | differing results | units in the last place | device, OS | report |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows:
+        results = (f"{row.differences} of {row.values}", str(row.max_ulp), f"{row.device}, {row.os} ({row.build})")
+        yield f"| {' | '.join(map(_cell, (row.chip, row.case, *results, row.report)))} |"
 
 
 def figure_row(figure: Figure, simulated: str) -> str:

@@ -7,7 +7,7 @@ has the expected outputs. A value runs the program on a chip by `simulate`; sour
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,11 @@ from ane_trainer.ane.weights import from_array
 Array = NDArray[np.float16]
 INF, NAN = float("inf"), float("nan")
 
-Run = Callable[[str], NDArray[np.floating]]
-"""Chip name -> results."""
+Engine = str | Callable[[Program, Mapping[str, Array]], Mapping[str, NDArray[Any]]]
+"""What runs a program: the simulator of a chip, by its name, or a call (program, inputs) -> outputs."""
+
+Run = Callable[[Engine], NDArray[np.floating]]
+"""Engine -> results."""
 
 
 def half(*values: float) -> Array:
@@ -32,11 +35,15 @@ def half(*values: float) -> Array:
         return np.array(values, np.float64).astype(np.float16)
 
 
-def dispatch(make: Callable[[Builder, Value], Value], x: Array, chip: str) -> Array:
-    """Results of the program `make` builds around one input, through `simulate` on the e5rt path."""
+def dispatch(make: Callable[[Builder, Value], Value], x: Array, engine: Engine) -> Array:
+    """Results of the program `make` builds around one input; simulated on the e5rt path."""
     b = Builder()
     value = make(b, b.input("x", TensorType("fp16", x.shape)))
-    (result,) = simulate(Program((b.finish((value,)),)), {"x": x}, chip=chip).values()
+    program = Program((b.finish((value,)),))
+    results = (
+        simulate(program, {"x": x}, chip=engine) if isinstance(engine, str) else engine(program, {"x": x})
+    )
+    (result,) = results.values()
     return result
 
 
@@ -45,7 +52,7 @@ def conv1x1(x: list[float], w: list[float] | None = None, bias: float | None = N
     weight = from_array(half(*(w or [1.0] * len(x))).reshape(1, -1, 1, 1))
     start = None if bias is None else from_array(half(bias))
 
-    def run(chip: str) -> Array:
+    def run(chip: Engine) -> Array:
         image = half(*x).reshape(1, -1, 1, 1)
         return dispatch(lambda b, v: b.op("conv", x=v, weight=weight, bias=start), image, chip)
 
@@ -60,7 +67,7 @@ def unary(kind: str, x: float, **params: Any) -> Run:
 def binary(kind: str, x: float, y: float) -> Run:
     """An op of a number and a constant."""
 
-    def run(chip: str) -> Array:
+    def run(chip: Engine) -> Array:
         return dispatch(lambda b, v: b.op(kind, x=v, y=from_array(half(y))), half(x), chip)
 
     return run
@@ -101,7 +108,7 @@ def bisected(finite: Callable[[float], bool], low: float, high: float) -> float:
     return round(low, 1)
 
 
-def matmul_cliff(chip: str) -> Array:
+def matmul_cliff(chip: Engine) -> Array:
     """The published search for each K; one number when all agree."""
 
     def finite(k: int, total: float) -> bool:
@@ -115,7 +122,7 @@ def matmul_cliff(chip: str) -> Array:
 def width_slice(value: float) -> Run:
     """A value in the middle of a row, seen through a slice that starts at 1."""
 
-    def run(chip: str) -> Array:
+    def run(chip: Engine) -> Array:
         x = np.zeros((1, 1, 1, 8), np.float16)
         x[..., 4] = value
         return dispatch(
@@ -141,7 +148,7 @@ def gemm_error(n: int) -> Run:
     (device_saturation_sweep).
     """
 
-    def run(chip: str) -> Array:
+    def run(chip: Engine) -> Array:
         rng = np.random.default_rng(0)
         a, w = (rng.standard_normal((n, n)).astype(np.float32) / np.float32(np.sqrt(n)) for _ in range(2))
         x, weight = a[:256].astype(np.float16), from_array(np.ascontiguousarray(w.T).astype(np.float16))

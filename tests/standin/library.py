@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import AneTrainerError
@@ -19,6 +20,7 @@ from ane_trainer.ane.simulator import Plan, make_context, prepare
 from ane_trainer.interop.aneforge.reading import check, read_program
 
 COMPILER = shutil.which("cc")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler (cc) to build the stand-in")
 SOURCE = Path(__file__).with_name("e5rt_standin.c")
 
 _Names, _Sizes = ctypes.POINTER(ctypes.c_char_p), ctypes.POINTER(ctypes.c_size_t)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,36 +13,15 @@ import torch
 
 from ane_trainer.ane.compile import compile_program
 from ane_trainer.ane.devices import aneforge_runtime, get_device
-from ane_trainer.ane.devices.aneforge_runtime import loaded_programs
 from ane_trainer.ane.devices.e5rt import E5RT, E5RTSession
 from ane_trainer.ane.dispatch import TrainingStep, compile_forward, compile_step
 from ane_trainer.ane.errors import EnvironmentFault, ProgramError, SimulationError, UsageError
 from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
 from ane_trainer.cli import run_command
-from tests.standin.library import COMPILER, Engine, build
+from tests.standin.library import Engine, needs_compiler
 
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler (cc) to build the stand-in")
 DEVICES = ("e5rt", "e5rt-pingpong")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("standin"))
-
-
-@pytest.fixture
-def engine(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    runtime = pytest.importorskip("aneforge._runtime")
-    circuit = pytest.importorskip("aneforge._circuit")
-    monkeypatch.setenv("ANEFORGE_DYLIB", str(library))
-    monkeypatch.setattr(runtime._lib, "_lib", None)
-    monkeypatch.setattr(aneforge_runtime, "_refused", {})
-    engine = Engine(library)
-    yield engine
-    circuit.reset()
-    assert engine.loaded == loaded_programs() == 0, "programs were left loaded"
-    assert not engine.plans
 
 
 def compiled(
