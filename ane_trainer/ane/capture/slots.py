@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.updates import RESIDUAL, RESIDUAL_SCALE, Rule
+from ane_trainer.ane.capture.rules import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Port
 
@@ -71,7 +71,7 @@ def parameter_ports(parameter: Parameter, rule: Rule | None, group: Mapping[str,
         return ports
     ports.append(_state(f"{parameter.name}/{RESIDUAL}", shape, RESIDUAL_SCALE))
     for slot in rule.slots(group):
-        scale = parameter.unit**slot.power
+        scale = slot.factor * parameter.unit**slot.power
         ports.append(_state(f"{parameter.name}/{slot.name}", shape, scale))
         if slot.residual_scale:
             residual = f"{parameter.name}/{slot.name}/{RESIDUAL}"

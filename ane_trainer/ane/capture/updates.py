@@ -1,76 +1,44 @@
-"""The optimizers' update rules in torch ops that survive half precision, one small pure function each.
-
-Units. A gradient arrives as `g = unit * gradient` (`unit` a power of two, fixed for a parameter); first
-moments are in that unit, second moments in its square. A weight is two fp16 numbers, `hi` (what the
-forward uses) and `lo` = 2^10 times what `hi` lacks; steps are computed in the scale of `lo`. Second moments
-are kept in the same form (scale 2^5), since they change by a thousandth a step.
-
-Every change is an increment times a *gated* scalar, which the step sets to 0 when the gradients
-overflowed: a skipped step changes nothing and costs nothing. All scalars come from the host
-(`scalars.py`), which knows the step count and does their arithmetic in float64.
-"""
+"""SGD, Adam and AdamW as rules, and the table of all rules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.averages import ADADELTA, ADAGRAD, RMSPROP
+from ane_trainer.ane.capture.moments import ADAMAX, NADAM, RADAM
+from ane_trainer.ane.capture.rules import (
+    EPSILON_SCALE,
+    LINEAR_UNIT,
+    RESIDUAL,
+    RESIDUAL_SCALE,
+    ROOT_FLOORS,
+    SQUARE_RESIDUAL_SCALE,
+    Group,
+    Rule,
+    Slot,
+    Slots,
+    average_square,
+    coupled_decay,
+    least_epsilon,
+    square_scalars,
+    two_term_add,
+)
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
-Slots = dict[str, torch.Tensor]
-Group = Mapping[str, Any]
-
-#: What a weight's `lo` is multiplied by; the residual of an 11-bit significand then has the weight's size.
-RESIDUAL_SCALE = 1024.0
-#: The same for second moments: smaller, because their first steps are as large as they are.
-SQUARE_RESIDUAL_SCALE = 32.0
-#: Suffix of the slot that holds the residual of a two-term state.
-RESIDUAL = "residual"
-#: Unit of gradients where only sums of them are kept: 2^-32 ... 256 in fp16.
-LINEAR_UNIT = 256.0
-#: Scale of epsilon on its way from the host, so that 1e-8 is a normal fp16 number.
-EPSILON_SCALE = 2.0**14
-#: Least denominator under a first moment, in gradient units, by the program's precision: in fp16 the squares
-#: of anything smaller underflow; fp32 needs none, and with one Adam's losses leave PyTorch's by 3e-5.
-ROOT_FLOORS = {"fp16": 2.0**-14, "fp32": 0.0}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One state tensor of a parameter: torch's name for it and the power of `unit` in it.
-
-    `residual_scale` is that of its second term, 0 if it has none. `bias(group, step)` is torch's value after
-    `step` updates divided by ours: Adam's moments are kept corrected for their bias, since in the first steps
-    the uncorrected ones are a thousand times smaller and would underflow.
-    """
-
-    name: str
-    power: int
-    residual_scale: float = 0.0
-    bias: Callable[[Group, int], float] = lambda group, step: 1.0
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one optimizer class updates a parameter.
-
-    `slots(group)`: its state tensors. `scalars(group, step)`: the host's values for update number `step`
-    (1 for the first). `gated`: the scalars that are 0 on a skipped step. `update(weight, g, slots, scalars,
-    unit, group, floor)` -> (new slots, step of the weight times RESIDUAL_SCALE); `floor` is the least
-    denominator under a first moment (`ROOT_FLOORS`). `structure(group)`: settings that
-    are compiled in. `calibrated`: the unit is chosen per parameter from example gradients.
-    """
-
-    slots: Callable[[Group], tuple[Slot, ...]]
-    scalars: Callable[[Group, int], dict[str, float]]
-    gated: frozenset[str]
-    update: Callable[..., tuple[Slots, torch.Tensor]]
-    structure: Callable[[Group], tuple[Any, ...]]
-    calibrated: bool
+__all__ = [
+    "LINEAR_UNIT",
+    "RESIDUAL",
+    "RESIDUAL_SCALE",
+    "ROOT_FLOORS",
+    "RULES",
+    "Rule",
+    "find_rule",
+    "rule_for",
+]
+__all__ += ["two_term_add"]
 
 
 # -- SGD
@@ -127,13 +95,11 @@ def _bias_sq(group: Group, step: int) -> float:
 def _adam_scalars(group: Group, step: int) -> dict[str, float]:
     """Bias correction is in the averaging weights: (1-b)/(1-b^t) instead of 1-b keeps averages corrected."""
     beta1, beta2 = map(float, group["betas"])
-    forget_sq = (1.0 - beta2) / (1.0 - beta2**step) * SQUARE_RESIDUAL_SCALE
     scalars = {
         "rate": -float(group["lr"]) * RESIDUAL_SCALE,
         "forget": (1.0 - beta1) / (1.0 - beta1**step),
-        "forget_sq": forget_sq,
-        "admit_sq": math.sqrt(forget_sq),
         "eps": float(group["eps"]) * EPSILON_SCALE,
+        **square_scalars((1.0 - beta2) / (1.0 - beta2**step)),
     }
     if group["amsgrad"]:
         scalars["bias_sq"] = _bias_sq(group, step)
@@ -150,23 +116,21 @@ def _adam(
     weight: torch.Tensor, g: torch.Tensor, slots: Slots, s: Slots, unit: float, group: Group, floor: float
 ) -> tuple[Slots, torch.Tensor]:
     """m += forget*(g-m); v += forget_sq*(g^2-v) in two terms; step = rate * m/(sqrt(v)+eps)."""
-    decay = bool(group["weight_decay"])
-    if decay and not _decoupled(group):
-        g = g + weight * (s["weight_decay"] * (unit / EPSILON_SCALE))
-    m, v = slots["exp_avg"], slots["exp_avg_sq"]
+    decoupled = _decoupled(group)
+    if not decoupled:
+        g = coupled_decay(weight, g, s, unit, group)
+    m = slots["exp_avg"]
     m = m + (g - m) * s["forget"]
-    root_g = g * s["admit_sq"]
-    change = root_g * root_g - v * s["forget_sq"]
-    v, v_lo = two_term_add(v, slots["exp_avg_sq/residual"], change, SQUARE_RESIDUAL_SCALE)
-    new = {"exp_avg": m, "exp_avg_sq": v, "exp_avg_sq/residual": v_lo}
+    new = {"exp_avg": m}
+    v = average_square(slots, "exp_avg_sq", g, s, new)
     root = torch.sqrt(v)
     if group["amsgrad"]:
         new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], v * s["bias_sq"])
         root = torch.sqrt(new["max_exp_avg_sq"]) * s["unbias_root"]
-    eps = torch.clamp(s["eps"] * (unit / EPSILON_SCALE), min=floor)
+    eps = least_epsilon(s, unit, floor)
     bound = _ratio_bound(*map(float, group["betas"]))
     delta = torch.clamp(m / (root + eps), -bound, bound) * s["rate"]
-    if decay and _decoupled(group):
+    if decoupled and group["weight_decay"]:
         delta = delta - weight * s["decay"]
     return new, delta
 
@@ -190,7 +154,7 @@ def _adam_structure(group: Group) -> tuple[Any, ...]:
 
 
 _SGD_GATED = frozenset({"rate", "forget", "admit"})
-_SGD = Rule(_sgd_slots, _sgd_scalars, _SGD_GATED, _sgd, _sgd_structure, calibrated=False)
+_SGD = Rule(_sgd_slots, _sgd_scalars, _SGD_GATED, _sgd, _sgd_structure, False, lambda group, step: {})
 _ADAM_GATED = frozenset({"rate", "forget", "forget_sq", "admit_sq", "bias_sq", "decay"})
 _ADAM = Rule(_adam_slots, _adam_scalars, _ADAM_GATED, _adam, _adam_structure, calibrated=True)
 
@@ -199,7 +163,19 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.SGD: _SGD,
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
+    torch.optim.Adamax: ADAMAX,
+    torch.optim.NAdam: NADAM,
+    torch.optim.RAdam: RADAM,
+    torch.optim.RMSprop: RMSPROP,
+    torch.optim.Adagrad: ADAGRAD,
+    torch.optim.Adadelta: ADADELTA,
 }
+
+
+def find_rule(optimizer: torch.optim.Optimizer) -> Rule | None:
+    """The rule of an optimizer's class if it covers the settings of all groups, else None."""
+    rule = RULES.get(type(optimizer))
+    return rule if rule is not None and all(map(rule.takes, optimizer.param_groups)) else None
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
@@ -207,19 +183,11 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
 
     Raises: UnsupportedModel naming the supported classes.
     """
-    rule = RULES.get(type(optimizer))
+    rule = find_rule(optimizer)
     if rule is None:
         names = ", ".join(f"torch.optim.{cls.__name__}" for cls in RULES)
-        reason = "has no update rule for the engine."
-        finding = Finding("optimizer", type(optimizer).__name__, reason, f"Use one of {names}.")
+        reason = "has no update rule for the engine, or none for its settings."
+        fix = f'Use one of {names}, or optimizer_on="host".'
+        finding = Finding("optimizer", type(optimizer).__name__, reason, fix)
         raise UnsupportedModel("The optimizer cannot run on the engine:", [finding])
     return rule
-
-
-def two_term_add(
-    hi: torch.Tensor, lo: torch.Tensor, delta: torch.Tensor, scale: float = RESIDUAL_SCALE
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hi + lo/scale) + delta/scale as a new pair; what rounding drops from hi stays in lo."""
-    total = lo + delta
-    new_hi = hi + total * (1.0 / scale)
-    return new_hi, total - (new_hi - hi) * scale

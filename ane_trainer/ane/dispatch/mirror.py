@@ -74,8 +74,8 @@ class Mirror:
             return
         for parameter, group, slots in self._slots():
             state = self._optimizer.state[parameter.tensor]
-            if "betas" in group:
-                state["step"] = torch.tensor(float(count))
+            for name, number in self._rule.counters(group, count).items():
+                state[name] = torch.tensor(number)
             for slot in slots:
                 value = state.get(slot.name)
                 if value is None:
