@@ -119,7 +119,7 @@ def _mu_product(group: Group, step: int) -> float:
     known = _mu_products(float(group["betas"][0]), float(group["momentum_decay"]))
     while len(known) <= step:
         known.append(known[-1] * _mu(group, len(known)))
-    return known[step]
+    return float(known[step])
 
 
 def _nadam_scalars(group: Group, step: int) -> dict[str, float]:
