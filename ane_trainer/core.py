@@ -141,9 +141,7 @@ def export_run(
         trainer.load_weights(run.read_weights(), str(run.path))
         data = _test_split(config)
     count = data.num_examples if examples is None else examples
-    return trainer.export(
-        target, kind, data=data, input=input, weights=weights, batch=batch, examples=count
-    )
+    return trainer.export(target, kind, data=data, input=input, weights=weights, batch=batch, examples=count)
 
 
 def _test_split(config: TrainConfig, limit: int | None = None) -> Batches:

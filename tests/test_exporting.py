@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,46 @@ def test_every_format_of_a_run(run: Path, format: str, capfd: pytest.CaptureFixt
 def test_an_unknown_format_is_a_usage_error(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command(["export", str(run), "--format", "gguf"]) == 1
     assert "ANE115" in capfd.readouterr().err
+
+
+_WITHOUT = """
+import importlib.machinery, sys
+hidden = sys.argv.pop(1)
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == hidden else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
+from ane_trainer.cli import run_command
+sys.exit(run_command(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("format", "package", "extra"),
+    [
+        ("mlpackage", "coremltools", "coreml"),
+        ("aimodel", "coreai", "coreai"), ("onnx", "onnxscript", "onnx"), ("onnx", "onnxruntime", "onnx"),
+    ],
+)  # fmt: skip
+def test_without_its_extra_a_format_says_what_to_install(
+    run: Path, tmp_path: Path, format: str, package: str, extra: str
+) -> None:
+    out = tmp_path / f"m.{format.removeprefix('step-')}"
+    options = ["export", str(run), "--format", format, "--out", str(out), "--examples", "5"]
+    done = subprocess.run([sys.executable, "-c", _WITHOUT, package, *options], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"ane_trainer[{extra}]" in done.stderr
+    assert package in done.stderr or package == "coreai"
+
+
+def test_without_its_extra_the_device_says_what_to_install(tmp_path: Path) -> None:
+    options = ["train", "digits", "--device", "coreai", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, "coreai", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert 'pip install "ane_trainer[coreai]"' in done.stderr
 
 
 def test_trainer_export_reads_the_format_from_the_path(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def write_onnx(
     """ONNX, fp32, by torch.onnx."""
     _only_fp16("onnx", weights)
     need("onnxscript", "onnx")
+    need("onnxruntime", "onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
