@@ -19,6 +19,7 @@ from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
 from ane_trainer.config import TrainConfig, make_config, read_config_file
 from ane_trainer.datasets import dataset_rows, fetch_dataset
+from ane_trainer.placement import place_package
 from ane_trainer.report import ConsoleReporter, error_json, headline, summary
 from ane_trainer.runs import finite
 from ane_trainer.utils import setup_logging
@@ -246,6 +247,19 @@ def doctor_command(as_json: Json = False) -> int:
     else:
         print(doctor.as_text(checks))
     return doctor.exit_code(checks)
+
+
+@app.command()
+def placement(
+    package: Annotated[Path, typer.Argument(help="An .mlpackage.", metavar="MODEL.mlpackage")],
+    as_json: Json = False,
+) -> None:
+    """Where Core ML would run an .mlpackage, op by op counted; unknown where the system does not tell."""
+    found = place_package(package)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.as_text())
 
 
 @app.command(name="conformance")

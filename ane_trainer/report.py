@@ -85,9 +85,10 @@ class ConsoleReporter(Reporter):
         self.close()
         accuracy = "" if record.val_accuracy is None else f"  accuracy {record.val_accuracy:.2%}"
         rate = record.steps / record.seconds if record.seconds else 0.0
+        joules = "" if record.energy_joules is None else f"  {record.energy_joules:.2f} J"
         self._line(
             f"{self._title()}  {self._count()}  loss {record.train_loss:.4f}{accuracy}  {rate:,.0f} step/s  "
-            f"scale {record.loss_scale:g}  skipped {record.skipped_steps}"
+            f"scale {record.loss_scale:g}  skipped {record.skipped_steps}{joules}"
         )
 
     def close(self) -> None:
@@ -181,9 +182,17 @@ def _time_line(result: Result) -> str:
         sure = "error not known" if band is None else f"+-{band:.0%}"
         total = result.estimate["latency_us"] * 1e-6 * result.steps
         parts.append(f"estimate on {result.estimate['title']}: {format_seconds(total)} ({sure}, cost model)")
-    joules = result.energy_joules
-    parts.append("energy not measured" if joules is None else f"energy {joules:.2f} J, measured")
+    parts.append(_energy(result))
     return "   ".join(parts)
+
+
+def _energy(result: Result) -> str:
+    joules = result.energy_joules
+    if joules is None:
+        return "energy not measured"
+    return (
+        f"energy {joules:.2f} J, {joules / max(len(result.history), 1):.2f} J an epoch (the engine's counter)"
+    )
 
 
 def _where(placement: Mapping[str, Any]) -> str:

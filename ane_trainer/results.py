@@ -18,7 +18,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training data. `steps` and `skipped_steps` count this epoch only."""
+    """One pass over the training data. `steps` and `skipped_steps` count this epoch only.
+
+    `energy_joules` is what the engine's counter said for the steps; None: not known.
+    """
 
     epoch: int
     steps: int
@@ -28,6 +31,7 @@ class Epoch:
     loss_scale: float
     skipped_steps: int
     seconds: float
+    energy_joules: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a line of metrics.jsonl."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from ane_trainer import engine, loop
+from ane_trainer import energy, engine, loop
 from ane_trainer.ane.capture.losses import get_loss, loss_name
 from ane_trainer.ane.capture.rehearsal import call_model
 from ane_trainer.ane.errors import (
@@ -122,8 +122,10 @@ class Trainer:
         try:
             with loop.interruptible() as stop, contextlib.closing(self.report):
                 while self.progress.epoch < last:
-                    self._train_epoch(train, last, stop)
-                    self._finish_epoch(val)
+                    whole = self.progress.batch == 0  # of a resumed epoch only a part is measured
+                    with energy.measured(self.device.name) as reading:
+                        self._train_epoch(train, last, stop)
+                    self._finish_epoch(val, reading.joules if whole else None)
                     if after_epoch is not None:
                         after_epoch(self.history[-1])
                 if stop():
@@ -294,6 +296,7 @@ class Trainer:
             "seconds_per_step": progress.seconds_steps / max(progress.steps, 1),
             "placement": engine.placement_of(step, self.device),
             "estimate": engine.estimate_of(step, self.device),
+            "energy_joules": energy.total([record.energy_joules for record in self.history]),
             "history": tuple(self.history),
         }
         names = {field.name for field in fields(Result)}
@@ -339,7 +342,7 @@ class Trainer:
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
 
-    def _finish_epoch(self, val: Iterable[Batch] | None) -> None:
+    def _finish_epoch(self, val: Iterable[Batch] | None, joules: float | None) -> None:
         progress = self.progress
         self._sync()
         wrong = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
@@ -356,6 +359,7 @@ class Trainer:
             loss_scale=self.step.loss_scale,
             skipped_steps=self._skipped() - progress.skipped_before_epoch,
             seconds=progress.seconds_steps - progress.seconds_before_epoch,
+            energy_joules=joules,
         )
         self.history.append(record)
         progress.next_epoch(self._skipped())
