@@ -33,7 +33,11 @@ Step = Callable[[], None]
 
 @dataclass
 class Plan:
-    """A function bound to memory. `run` executes it; `write` and `read` reach resident inputs."""
+    """A function bound to memory. `run` executes it; `write` and `read` reach resident inputs.
+
+    `step_ops` names the ops that each step works out (none for copies of state); views, and what depends on
+    no input, need no step.
+    """
 
     function: Function
     context: Context
@@ -41,6 +45,7 @@ class Plan:
     steps: list[Step]
     resident: frozenset[str]
     results: tuple[Value, ...]
+    step_ops: tuple[tuple[str, ...], ...] = ()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Execute once. `feeds` gives every input that is not resident; returns the outputs that are not
@@ -95,6 +100,7 @@ class _Binder:
         self.buffers: dict[str, Array] = {}
         self.base: dict[str, str] = {}  # view -> the value whose memory it shows
         self.steps: list[Step] = []
+        self.step_ops: list[tuple[str, ...]] = []
         self.compiler = fused_entry.Compiler(context)
         self.last_read = self._last_reads()
 
@@ -107,13 +113,21 @@ class _Binder:
                 self._bind_fused(index, entry)
             else:
                 self._bind_single(entry.ops[0], entry.constant)
+            self._note_steps(tuple(op.name for op in entry.ops))
         self._keep_old_state()
         self._copy_state_back()
+        self._note_steps(())
         self.compiler.finish()
         aliased = set(self.next_input)
         results = tuple(v for v in self.function.outputs if v.name not in aliased)
         resident = frozenset(self.next_input.values())
-        return Plan(self.function, self.context, self.buffers, self.steps, resident, results)
+        return Plan(
+            self.function, self.context, self.buffers, self.steps, resident, results, tuple(self.step_ops)
+        )
+
+    def _note_steps(self, names: tuple[str, ...]) -> None:
+        """The steps added since the last call work out the ops `names`."""
+        self.step_ops += [names] * (len(self.steps) - len(self.step_ops))
 
     def _bind_fused(self, index: int, entry: Entry) -> None:
         made = {op.result.name for op in entry.ops}
