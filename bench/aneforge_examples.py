@@ -1,6 +1,6 @@
 """ANEForge's published training results against the simulator's, from its own example programs.
 
-    python -m bench.aneforge_examples EXAMPLES_FOLDER [--only cnn,mlp,full,blocks,charlm] [--chips m1,m2,m5]
+    python -m bench.aneforge_examples EXAMPLES_FOLDER [--only cnn,mlp,full,blocks,charlm] [--chips m1,m2-pro,m5]
 
 EXAMPLES_FOLDER is `examples/` of ANEForge's source distribution (0.4.0). Nothing is downloaded: the
 examples bring a 1,000-sample MNIST subset; `full` needs MNIST in the cache (`ane-trainer data mnist`).
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 #: Accuracy after 300 steps on silicon (ANEForge 0.4.0, docs/training.md, "Cross-chip parity").
-CNN_PUBLISHED = {"m1": "0.9080", "m2": "0.9080 (M2 Pro)", "m5": "0.9070"}
+CNN_PUBLISHED = {"m1": "0.9080", "m2-pro": "0.9080", "m5": "0.9070"}
 
 #: Mode of the trainer -> published accuracy of the 784-256-10 GELU network on MNIST (docs/training.md).
 FULL_PUBLISHED = {"resident_state": 97.79, "device_optimizer": 97.57, "host": 98.05}
@@ -140,7 +140,7 @@ def main() -> None:
     )
     parser.add_argument("examples", type=Path)
     parser.add_argument("--only", default="cnn,mlp,full,blocks,charlm")
-    parser.add_argument("--chips", default="m1,m2,m5")
+    parser.add_argument("--chips", default="m1,m2-pro,m5")
     given = parser.parse_args()
     folder, wanted = given.examples.resolve(), given.only.split(",")
     if "cnn" in wanted:
