@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.compiled import Step
 from ane_trainer.ane.simulator.contraction import product_into
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
-from ane_trainer.ane.simulator.reduction import softmax_over
-from ane_trainer.ane.simulator.registry import Context, kernel
-from ane_trainer.ane.simulator.rounding import rounded
+from ane_trainer.ane.simulator.passes import Pass, in_turn
+from ane_trainer.ane.simulator.reduction import softmax_steps
+from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]
 
@@ -25,13 +26,29 @@ Array = NDArray[Any]
     " On the direct path the mask is ignored (Orion, maderix/ANE)",
 )  # fmt: skip
 def attention(ctx: Context, call: Call, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """See `attention_into`."""
+    out = np.empty((*query.shape[:-1], value.shape[-1]), np.float32)
+    attention_into(ctx, call, [out], query, key, value, mask)()
+    return out
+
+
+@writes("scaled_dot_product_attention")
+def attention_into(
+    ctx: Context, call: Call, outputs: list[Array], query: Array, key: Array, value: Array, mask: Array | None
+) -> Step:
     """query `[*B, L, E]`, key `[*B, S, E]`, value `[*B, S, V]`; a bool mask keeps, a float mask is added."""
     scores = np.empty((*query.shape[:-1], key.shape[-2]), np.float32)
-    product_into(ctx, query, key.swapaxes(-1, -2), None, scores)()
-    scores = rounded(scores * round_half_away(1 / math.sqrt(query.shape[-1])))
+    work = Pass(ctx)
+    scale = work.add("const", value=float(round_half_away(1 / math.sqrt(query.shape[-1]))))
+    score = work.add("mul", work.load(scores), scale)
     if mask is not None and ctx.path != "direct":
-        added = rounded(scores + mask) if mask.dtype != np.bool_ else scores
-        scores = added if mask.dtype != np.bool_ else np.where(mask, scores, -INF)
-    out = np.empty((*query.shape[:-1], value.shape[-1]), np.float32)
-    product_into(ctx, softmax_over(scores, -1), value, None, out)()
-    return out
+        added = work.load(mask.reshape((1,) * (scores.ndim - mask.ndim) + mask.shape))
+        if mask.dtype == np.bool_:
+            score = work.add("select", added, score, work.add("const", value=-float(INF)))
+        else:
+            score = work.add("add", score, added)
+    return in_turn(
+        product_into(ctx, query, key.swapaxes(-1, -2), None, scores),
+        softmax_steps(ctx, work, score, scores.ndim - 1, scores),
+        product_into(ctx, scores, value, None, outputs[0]),
+    )

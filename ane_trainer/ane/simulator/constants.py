@@ -32,3 +32,13 @@ def per_channel(call: Call, name: str, rank: int) -> Array | None:
     if values is None:
         return None
     return round_half_away(values.astype(np.float64)).reshape(-1, *(1,) * (rank - 2))
+
+
+def channel_line(call: Call) -> tuple[Array, Array]:
+    """Scale and offset `[C, 1, ...]`, decoded fp16, to which the compiler folds a batch_norm's parameters."""
+    mean, variance = (np.asarray(constant(call, n), np.float64) for n in ("mean", "variance"))
+    gamma, beta = constant(call, "gamma"), constant(call, "beta")
+    scale = (1.0 if gamma is None else gamma) / np.sqrt(variance + call.number("epsilon"))
+    offset = (0.0 if beta is None else beta) - mean * scale
+    shape = (-1, *(1,) * (call.type().rank - 2))
+    return round_half_away(scale).reshape(shape), round_half_away(offset).reshape(shape)

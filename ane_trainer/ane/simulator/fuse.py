@@ -9,19 +9,24 @@ NumPy definition it was built from. `scale` multiplies by a power of two of at l
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ane_trainer.ane.simulator.loops import Nest
 
 #: Codes of an instruction: name -> number of sources. Float results unless listed in BOOL_CODES.
 CODES = {
     "load": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1,
-    "lookup": 1, "mac_round": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
+    "affine": 3, "lookup": 1, "mac_round": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
     "and": 2, "or": 2, "xor": 2, "not": 1, "load_bool": 0,
 }  # fmt: skip
 BOOL_CODES = frozenset(["lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "load_bool"])
 _COMPARE = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
+
+
+#: What a loop repeats: `(indices, label of its block) -> label of its last block`.
+Body = Callable[[list[str], str], str]
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def emit(name: str, group: Group, nest: Nest, width: int) -> str:
 
     `nest.strides` covers the arrays and then the outputs; `begin` and `end` bound the outermost loop.
     """
-    return _Emitter(name, group, nest, width).function()
+    return Emitter(name, group, nest, width).function()
 
 
 def declarations(*widths: int) -> str:
@@ -78,7 +83,7 @@ def _types(width: int) -> tuple[str, str, str]:
     return f"<{width} x float>", f"<{width} x i32>", f"v{width}f32"
 
 
-class _Emitter:
+class Emitter:
     """Writes one function; its state is the text so far and a counter for fresh names."""
 
     def __init__(self, name: str, group: Group, nest: Nest, width: int) -> None:
@@ -86,6 +91,7 @@ class _Emitter:
         self.lines: list[str] = []
         self.counter = 0
         self.width = width
+        self.vector_axis = len(nest.extents) - 1  # lanes are neighbours along this axis
 
     def fresh(self, text: str) -> str:
         self.counter += 1
@@ -102,21 +108,36 @@ class _Emitter:
 
     def loop(self, depth: int, indices: list[str], came_from: str) -> str:
         """Emit the loop over axis `depth`; returns the label of the block that follows it."""
-        first = "%begin" if depth == 0 else "0"
-        last = "%end" if depth == 0 else str(self.nest.extents[depth])
         if depth < len(self.nest.extents) - 1:
-            return self.one_loop(depth, indices, came_from, first, last, 1, inner=False)
-        if self.vector_width == 1:
-            return self.one_loop(depth, indices, came_from, first, last, 1, inner=True)
-        length = self.fresh(f"sub i64 {last}, {first}")
-        whole = self.fresh(f"and i64 {length}, {-self.vector_width}")
-        middle = self.fresh(f"add i64 {first}, {whole}")
-        block = self.one_loop(depth, indices, came_from, first, middle, self.vector_width, inner=True)
-        return self.one_loop(depth, indices, block, middle, last, 1, inner=True)
+            return self.one_loop(
+                depth, indices, came_from, *self.bounds(depth), 1, partial(self.loop, depth + 1)
+            )
+        return self.strips(depth, indices, came_from, self.element)
+
+    def bounds(self, depth: int) -> tuple[str, str]:
+        return ("%begin", "%end") if depth == 0 else ("0", str(self.nest.extents[depth]))
+
+    def element(self, indices: list[str], block: str) -> str:
+        self.body(indices)
+        return block
+
+    def strips(self, depth: int, indices: list[str], came_from: str, body: Body) -> str:
+        """The loop over axis `depth` in whole vectors, then one by one what is left."""
+        first, last = self.bounds(depth)
+        middle = first
+        if self.vector_width > 1:
+            length = self.fresh(f"sub i64 {last}, {first}")
+            whole = self.fresh(f"and i64 {length}, {-self.vector_width}")
+            middle = self.fresh(f"add i64 {first}, {whole}")
+            self.width = self.vector_width
+            came_from = self.one_loop(depth, indices, came_from, first, middle, self.vector_width, body)
+        self.width = 1
+        return self.one_loop(depth, indices, came_from, middle, last, 1, body)
 
     def one_loop(
-        self, depth: int, indices: list[str], came_from: str, first: str, last: str, step: int, *, inner: bool
+        self, depth: int, indices: list[str], came_from: str, first: str, last: str, step: int, body: Body
     ) -> str:
+        """One loop; `body` gets the indices and its block's label, and returns the label of its last block."""
         self.counter += 1
         tag = f"{depth}_{self.counter}"
         index = f"%i{tag}"
@@ -125,18 +146,17 @@ class _Emitter:
         self.lines.append("")
         self.lines.append(f"  %c{tag} = icmp slt i64 {index}, {last}")
         self.lines.append(f"  br i1 %c{tag}, label %body{tag}, label %done{tag}\nbody{tag}:")
-        block = f"body{tag}"
-        if inner:
-            self.width = step
-            self.body([*indices, index])
-        else:
-            block = self.loop(depth + 1, [*indices, index], block)
+        block = body([*indices, index], f"body{tag}")
         self.lines.append(f"  %n{tag} = add i64 {index}, {step}\n  br label %head{tag}\ndone{tag}:")
         self.lines[phi] = f"  {index} = phi i64 [ {first}, %{came_from} ], [ %n{tag}, %{block} ]"
         return f"done{tag}"
 
     def body(self, indices: list[str]) -> None:
         """One vector (or element) of the computation: loads, code, then stores, so that in-place is safe."""
+        self.values(indices)
+
+    def values(self, indices: list[str]) -> list[str]:
+        """Loads, code and stores; the value of every position."""
         values: list[str] = []
         for instr in self.group.code:
             values.append(self.instr(instr, values, indices))
@@ -144,6 +164,7 @@ class _Emitter:
             pointer_index = self.group.num_arrays + self.group.num_tables + number
             stride = self.nest.strides[self.group.num_arrays + number]
             self.store(values[position], self.group.code[position].is_bool, pointer_index, stride, indices)
+        return values
 
     def address(self, pointer_index: int, strides: Sequence[int], indices: list[str], element: str) -> str:
         offset = "0"
@@ -156,7 +177,7 @@ class _Emitter:
     def load(self, which: int, indices: list[str], element: str) -> str:
         strides = self.nest.strides[which]
         pointer = self.address(which, strides, indices, element)
-        step, width = strides[-1], self.width
+        step, width = strides[self.vector_axis], self.width
         align = 4 if element == "float" else 1
         if width == 1:
             return self.fresh(f"load {element}, ptr {pointer}, align {align}")
@@ -190,11 +211,11 @@ class _Emitter:
             source = "i1" if self.width == 1 else f"<{self.width} x i1>"
             value = self.fresh(f"zext {source} {value} to {kind}")
         align = 1 if is_bool else 4
-        if self.width == 1 or strides[-1] == 1:
+        if self.width == 1 or strides[self.vector_axis] == 1:
             self.lines.append(f"  store {kind} {value}, ptr {pointer}, align {align}")
             return
         for lane in range(self.width):
-            to = self.fresh(f"getelementptr {element}, ptr {pointer}, i64 {lane * strides[-1]}")
+            to = self.fresh(f"getelementptr {element}, ptr {pointer}, i64 {lane * strides[self.vector_axis]}")
             scalar = self.fresh(f"extractelement {kind} {value}, i32 {lane}")
             self.lines.append(f"  store {element} {scalar}, ptr {to}, align {align}")
 
@@ -216,6 +237,8 @@ class _Emitter:
                 return self.saturate(self.fresh(f"fmul {f} {s[0]}, {self.constant(instr.value, 'float')}"))
             case "add" | "sub" | "mul":
                 return self.round(self.fresh(f"f{instr.code} {f} {s[0]}, {s[1]}"))
+            case "affine":
+                return self.affine(s[0], s[1], s[2])
             case "max" | "min":
                 first = self.fresh(f"fcmp {'ogt' if instr.code == 'max' else 'olt'} {f} {s[0]}, {s[1]}")
                 return self.saturate(self.fresh(f"select {truth} {first}, {f} {s[0]}, {f} {s[1]}"))
@@ -269,6 +292,25 @@ class _Emitter:
         return self.fresh(
             f"call {f} @llvm.maxnum.{suffix}({f} {low}, {f} {self.constant(-65536.0, 'float')})"
         )
+
+    def affine(self, x: str, scale: str, offset: str) -> str:
+        """x * scale + offset with one rounding. The product is exact; the sum's float32 rounding matters only
+        where it hits a tie that the true sum stays below: there the tie is moved inward before it rounds.
+        """
+        f, i, _ = _types(self.width)
+        product = self.fresh(f"fmul {f} {x}, {scale}")
+        total = self.fresh(f"fadd {f} {product}, {offset}")
+        part = self.fresh(f"fsub {f} {total}, {product}")
+        rest = self.fresh(f"fsub {f} {total}, {part}")
+        lost = self.fresh(
+            f"fadd {f} {self.fresh(f'fsub {f} {product}, {rest}')}, {self.fresh(f'fsub {f} {offset}, {part}')}"
+        )
+        below = self.fresh(
+            f"fcmp olt {f} {self.fresh(f'fmul {f} {lost}, {total}')}, {self.constant(0.0, 'float')}"
+        )
+        step = self.fresh(f"zext {_truth(self.width)} {below} to {i}")
+        bits = self.fresh(f"sub {i} {self.fresh(f'bitcast {f} {total} to {i}')}, {step}")
+        return self.round(self.fresh(f"bitcast {i} {bits} to {f}"))
 
     def mac_round(self, x: str) -> str:
         """A multiply-accumulate result: 32768 and beyond become inf (65536), -0 becomes +0, then rounding."""

@@ -43,7 +43,6 @@ class Compiler:
     ) -> tuple[fuse.Group, list[Array], list[Array]]:
         """The fused group, its arrays and its tables."""
         code = Code()
-        arrays: list[Array] = []
         positions: dict[str, int] = {}
 
         def operand(argument: Arg) -> int:
@@ -53,12 +52,9 @@ class Compiler:
                 constant = literal_array(argument)
                 if constant.size == 1 and constant.dtype == np.float32:
                     return code.add("const", value=float(constant.reshape(-1)[0]))
-                array: Array = np.ascontiguousarray(constant)
+                position = code.load(np.ascontiguousarray(constant))
             else:
-                array = array_of(argument)
-            arrays.append(array)
-            kind = "load_bool" if array.dtype == np.bool_ else "load"
-            position = code.add(kind, which=len(arrays) - 1)
+                position = code.load(array_of(argument))
             if isinstance(argument, Value):
                 positions[argument.name] = position
             return position
@@ -69,6 +65,6 @@ class Compiler:
             sources = tuple(operand(call.args[name]) for name in tensors if name in call.args)
             positions[op.result.name] = write(code, self.context, call, sources)
         stores = tuple(positions[value.name] for value in outputs)
-        group = fuse.Group(tuple(code.instrs), len(arrays), len(code.tables), stores)
+        group = fuse.Group(tuple(code.instrs), len(code.arrays), len(code.tables), stores)
         group, tables = tabulate(group, code.tables)
-        return group, arrays, tables
+        return group, code.arrays, tables

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
-from ane_trainer.ane.simulator.constants import constant, half, per_channel
+from ane_trainer.ane.simulator.compiled import Step
+from ane_trainer.ane.simulator.constants import channel_line, constant, half, per_channel
 from ane_trainer.ane.simulator.fp16 import round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.passes import Pass, total_for
+from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.rounding import rounded, table_of
 
 Array = NDArray[Any]
@@ -40,16 +42,60 @@ def _scaled(y: Array, gamma: Array | None, beta: Array | None) -> Array:
     return y if beta is None else rounded(y + beta)
 
 
+def _normalize_into(
+    ctx: Context,
+    x: Array,
+    over: tuple[int, ...],
+    call: Call,
+    gamma: Array | None,
+    beta: Array | None,
+    out: Array,
+) -> Step:
+    """`_scaled(_normalized(x))` in three passes: mean; squares of differences; products."""
+    total, mean = total_for(x, over), total_for(x, over, np.float32)
+    count, epsilon, factor = x.size / total.size, half(call, "epsilon"), np.empty_like(mean)
+    summed, squared, last = Pass(ctx), Pass(ctx), Pass(ctx)
+    sum_up = summed.fold("sum", summed.load(x), total)
+    spread = squared.fold("sum_square", squared.add("sub", squared.load(x), squared.load(mean)), total)
+    y = last.add("mul", last.add("sub", last.load(x), last.load(mean)), last.load(factor))
+    y = y if gamma is None else last.add("mul", y, last.load(gamma))
+    scale = last.store(y if beta is None else last.add("add", y, last.load(beta)), out)
+
+    def run() -> None:
+        sum_up()
+        mean[...] = rounded(total / count)
+        spread()
+        factor[...] = table_of("rsqrt", rounded(rounded(total / count) + epsilon))
+        scale()
+
+    return run
+
+
+def _layer_parameters(
+    call: Call, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], Array | None, Array | None]:
+    """The axes of a layer_norm, gamma and beta shaped to broadcast."""
+    over = axes(call, "axes", len(shape))
+    extents = tuple(n if i in over else 1 for i, n in enumerate(shape))
+    gamma, beta = (
+        None if (v := constant(call, n)) is None else round_half_away(v).reshape(extents)
+        for n in ("gamma", "beta")
+    )
+    return over, gamma, beta
+
+
 @kernel("layer_norm", "assumed", _SWEEP + "0.00039" + _COMPOSED)
 def layer_norm(ctx: Context, call: Call, x: Array) -> Array:
     """Over `axes`; gamma and beta have the extents of those axes."""
-    over = axes(call, "axes", x.ndim)
-    shape = tuple(n if i in over else 1 for i, n in enumerate(x.shape))
-    gamma, beta = (
-        None if (v := constant(call, n)) is None else round_half_away(v).reshape(shape)
-        for n in ("gamma", "beta")
-    )
+    over, gamma, beta = _layer_parameters(call, x.shape)
     return _scaled(_normalized(x, over, half(call, "epsilon")), gamma, beta)
+
+
+@writes("layer_norm")
+def layer_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `layer_norm`."""
+    over, gamma, beta = _layer_parameters(call, x.shape)
+    return _normalize_into(ctx, x, over, call, gamma, beta, outputs[0])
 
 
 @kernel("instance_norm", "assumed", _SWEEP + "0.00076" + _COMPOSED)
@@ -59,17 +105,20 @@ def instance_norm(ctx: Context, call: Call, x: Array) -> Array:
     return _scaled(y, per_channel(call, "gamma", x.ndim), per_channel(call, "beta", x.ndim))
 
 
+@writes("instance_norm")
+def instance_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `instance_norm`."""
+    gamma, beta = per_channel(call, "gamma", x.ndim), per_channel(call, "beta", x.ndim)
+    gamma, beta = (None if v is None else v[None] for v in (gamma, beta))
+    return _normalize_into(ctx, x, tuple(range(2, x.ndim)), call, gamma, beta, outputs[0])
+
+
 @kernel(
     "batch_norm", "assumed", _SWEEP + "0.00037; folded at compile time to one scale and one offset a channel"
 )
 def batch_norm(ctx: Context, call: Call, x: Array) -> Array:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta as scale * x + offset, both fp16, one rounding."""
-    mean, variance = (np.asarray(constant(call, n), np.float64) for n in ("mean", "variance"))
-    gamma, beta = constant(call, "gamma"), constant(call, "beta")
-    scale = (1.0 if gamma is None else gamma) / np.sqrt(variance + call.number("epsilon"))
-    offset = (0.0 if beta is None else beta) - mean * scale
-    shape = (-1, *(1,) * (x.ndim - 2))
-    scale, offset = (round_half_away(v).astype(np.float64).reshape(shape) for v in (scale, offset))
+    scale, offset = (v.astype(np.float64) for v in channel_line(call))
     return rounded(x * scale + offset)
 
 
@@ -83,6 +132,23 @@ def l2_norm(ctx: Context, call: Call, x: Array) -> Array:
     total = np.sum(x.astype(np.float64) ** 2, axis=(-3, -2, -1), keepdims=True)
     root = table_of("rsqrt", rounded(rounded(total) + half(call, "epsilon")))
     return rounded(x * root)
+
+
+@writes("l2_norm")
+def l2_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `l2_norm`."""
+    total, epsilon = total_for(x, range(x.ndim - 3, x.ndim)), half(call, "epsilon")
+    root = np.empty(total.shape, np.float32)
+    squared, last = Pass(ctx), Pass(ctx)
+    sum_up = squared.fold("sum_square", squared.load(x), total)
+    scale = last.store(last.add("mul", last.load(x), last.load(root)), outputs[0])
+
+    def run() -> None:
+        sum_up()
+        root[...] = table_of("rsqrt", rounded(rounded(total) + epsilon))
+        scale()
+
+    return run
 
 
 @kernel("local_response_norm", "assumed", _SWEEP + "0.00014; log2 and exp2 tables for the power")

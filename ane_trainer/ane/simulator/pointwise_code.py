@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.constants import channel_line
 from ane_trainer.ane.simulator.fp16 import decode
 from ane_trainer.ane.simulator.fuse import Instr
 from ane_trainer.ane.simulator.registry import KERNELS, Context
@@ -22,10 +24,11 @@ F32 = NDArray[np.float32]
 
 
 class Code:
-    """A group's instructions under construction; equal loads, constants and lookups are shared."""
+    """A group's instructions under construction; equal constants and lookups are shared."""
 
     def __init__(self) -> None:
         self.instrs: list[Instr] = []
+        self.arrays: list[NDArray[Any]] = []
         self.tables: list[F32] = []
         self._seen: dict[Instr, int] = {}
 
@@ -36,6 +39,12 @@ class Code:
             self._seen[instr] = len(self.instrs)
             self.instrs.append(instr)
         return self._seen[instr]
+
+    def load(self, array: NDArray[Any]) -> int:
+        """Append a load of an array's elements."""
+        self.arrays.append(array)
+        kind = "load_bool" if array.dtype == np.bool_ else "load"
+        return self.add(kind, which=len(self.arrays) - 1)
 
     def lookup(self, source: int, table: F32) -> int:
         """Append a gather from `table`, float32[65536] indexed by fp16 pattern."""
@@ -72,6 +81,11 @@ def _relu(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("max", s[0], zero)
 
 
+def _batch_norm(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    scale, offset = channel_line(call)
+    return group.add("affine", s[0], group.load(scale), group.load(offset))
+
+
 def _square(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("mul", s[0], s[0])
 
@@ -83,7 +97,7 @@ WRITERS: dict[str, Writer] = {
     "square": _square, "less": _simple("lt"), "less_equal": _simple("le"), "greater": _simple("gt"),
     "greater_equal": _simple("ge"), "equal": _simple("eq"), "not_equal": _simple("ne"), "select": _simple("select"),
     "logical_and": _simple("and"), "logical_or": _simple("or"), "logical_xor": _simple("xor"),
-    "logical_not": _simple("not"),
+    "logical_not": _simple("not"), "batch_norm": _batch_norm,
 }  # fmt: skip
 
 #: Unary ops, fused as a lookup of their kernel's results. Parameters must be per tensor, not per channel.

@@ -7,6 +7,7 @@ out as on six chips (ANEForge numeric_cliffs). Roots and logarithms of sums go t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
-from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.compiled import Step
+from ane_trainer.ane.simulator.passes import Pass, total_for
+from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes
 from ane_trainer.ane.simulator.rounding import rounded, table_of
 
 Array = NDArray[Any]
@@ -25,6 +28,50 @@ _SWEEP = "ANEForge vocabulary sweep (M5): relative error "
 
 def _over(call: Call) -> dict[str, Any]:
     return {"axis": axes(call, "axes", call.type().rank), "keepdims": call.flag("keep_dims")}
+
+
+def _folding(ctx: Context, call: Call, x: Array, out: Array) -> Step:
+    """The reduction as one loop over x, and what follows on its totals."""
+    kind, over = call.op.kind, _over(call)["axis"]
+    if not over:
+        over, x = (x.ndim,), x[..., None]
+    fold, finish = _FOLDED[kind]
+    total = total_for(x, over, np.float32 if fold in ("max", "min") else np.float64)
+    count, shaped, work = x.size / total.size, total.reshape(out.shape), Pass(ctx)
+    value = work.load(x)
+    gather = work.fold(fold, work.add("abs", value) if kind == "reduce_l1_norm" else value, total)
+
+    def run() -> None:
+        gather()
+        out[...] = finish(shaped, count)
+
+    return run
+
+
+#: Reductions of one loop: what it gathers, and what becomes of a total of `count` elements.
+_FOLDED: dict[str, tuple[str, Callable[[Array, float], Array]]] = {
+    "reduce_sum": ("sum", lambda total, count: rounded(total)),
+    "reduce_mean": ("sum", lambda total, count: rounded(total / count)),
+    "reduce_l1_norm": ("sum", lambda total, count: rounded(total)),
+    "reduce_sum_square": ("sum_square", lambda total, count: rounded(total)),
+    "reduce_l2_norm": ("sum_square", lambda total, count: table_of("sqrt", rounded(total))),
+    "reduce_log_sum": ("sum", lambda total, count: table_of("log", rounded(total))),
+    "reduce_max": ("max", lambda total, count: total),
+    "reduce_min": ("min", lambda total, count: total),
+}
+
+
+@writes(" ".join(_FOLDED))
+def reduce_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """Every reduction that one loop and a look at its totals make; int32 and fp32 take their kernels."""
+    if call.type().dtype == "fp16":
+        return _folding(ctx, call, x, outputs[0])
+    kernel_of = KERNELS[call.op.kind].run
+
+    def run() -> None:
+        outputs[0][...] = kernel_of(ctx, call, x)
+
+    return run
 
 
 def _sum(x: Array, **over: Any) -> Array:
@@ -109,3 +156,49 @@ def softmax_over(x: Array, axis: int) -> Array:
     shifted = rounded(x - np.max(x, axis=axis, keepdims=True))
     weights = table_of("exp", shifted)
     return rounded(weights * table_of("inverse", _sum(weights, axis=axis, keepdims=True)))
+
+
+@writes("softmax")
+def softmax_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `softmax_over`."""
+    work = Pass(ctx)
+    return softmax_steps(ctx, work, work.load(x), call.integer("axis") % x.ndim, outputs[0])
+
+
+def softmax_steps(ctx: Context, work: Pass, value: int, axis: int, out: Array) -> Step:
+    """`softmax_over` of a value of a pass in three passes: maximum; exponentials and their sum; product."""
+    total, most = total_for(out, (axis,)), total_for(out, (axis,), np.float32)
+    factor, weights, last = np.empty_like(most), Pass(ctx), Pass(ctx)
+    plain = work.code.instrs[value].code == "load"
+    find = work.fold("max", value, most, store=None if plain else out)
+    source = work.code.arrays[work.code.instrs[value].which] if plain else out
+    shifted = weights.add("sub", weights.load(source), weights.load(most))
+    weigh = weights.fold("sum", weights.lookup(shifted, "exp"), total, store=out)
+    scale = last.store(last.add("mul", last.load(out), last.load(factor)), out)
+
+    def run() -> None:
+        find()
+        weigh()
+        factor[...] = table_of("inverse", rounded(total))
+        scale()
+
+    return run
+
+
+@writes("reduce_log_sum_exp")
+def reduce_log_sum_exp_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `reduce_log_sum_exp`."""
+    out, over = outputs[0], _over(call)["axis"]
+    if not over:
+        over, x = (x.ndim,), x[..., None]
+    total, most, first, second = total_for(x, over), total_for(x, over, np.float32), Pass(ctx), Pass(ctx)
+    find = first.fold("max", first.load(x), most)
+    shifted = second.add("sub", second.load(x), second.load(most))
+    weigh = second.fold("sum", second.lookup(shifted, "exp"), total)
+
+    def run() -> None:
+        find()
+        weigh()
+        out[...] = rounded(table_of("log", rounded(total)) + most).reshape(out.shape)
+
+    return run

@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 #: Cost of an instruction relative to an addition with its rounding (200,000 elements, AVX-512: add 28 us,
 #: lookup 104 us in cache; bench/pointwise.py).
-_COST = {"add": 1.0, "sub": 1.0, "mul": 1.0, "lookup": 3.5, "mac_round": 1.3}
+_COST = {"add": 1.0, "sub": 1.0, "mul": 1.0, "affine": 2.0, "lookup": 3.5, "mac_round": 1.3}
 _CHEAP = 0.2
 
 
@@ -42,6 +42,8 @@ def evaluate(instr: Instr, sources: Sequence[Array], tables: Sequence[Array]) ->
             return round_half_away(s[0] * s[1])
         case "scale":
             return np.clip(s[0] * np.float32(instr.value), -INF, INF)
+        case "affine":
+            return round_half_away(s[0].astype(np.float64) * s[1] + s[2])
         case "max":
             return np.clip(np.where(s[0] > s[1], s[0], s[1]), -INF, INF)
         case "min":

@@ -1,0 +1,73 @@
+"""Passes over memory that composed ops are made of: a little pointwise code, stored or gathered, as one loop.
+
+p = Pass(ctx)
+e = p.lookup(p.add("sub", p.load(x), p.load(most)), "exp")
+step = p.fold("sum", e, total, store=out)       # out = exp(x - most), total = its sum, in one pass
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.simulator.compiled import Loops, Step
+from ane_trainer.ane.simulator.fuse import Group
+from ane_trainer.ane.simulator.pointwise_code import Code
+from ane_trainer.ane.simulator.registry import Context
+from ane_trainer.ane.simulator.tables import lookup
+
+Array = NDArray[Any]
+
+
+class Pass:
+    """Pointwise code (see `fuse.py`) over arrays that broadcast together."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.code = Code()
+        self.loops = Loops(ctx.threads)
+
+    def load(self, array: Array) -> int:
+        """The elements of a float32 or bool array; every array of a pass has the same rank."""
+        return self.code.load(array)
+
+    def add(self, code: str, *sources: int, value: float = 0.0) -> int:
+        """One instruction on earlier values, rounded as `fuse.py` says."""
+        return self.code.add(code, *sources, value=value)
+
+    def lookup(self, source: int, table: str) -> int:
+        """An engine table of a value."""
+        return self.code.lookup(source, lookup(table))
+
+    def store(self, position: int, target: Array) -> Step:
+        """The step that writes a value to `target`."""
+        return self.loops.add(self._group((position,)), self.code.arrays, self.code.tables, [target])
+
+    def fold(self, kind: str, position: int, total: Array, store: Array | None = None) -> Step:
+        """The step that gathers a value into `total` (extent 1 where it reduces), and writes it if told to.
+
+        `kind` is one of `fold.FOLDS`; sums need float64, extremes float32.
+        """
+        group = self._group(() if store is None else (position,))
+        targets = [] if store is None else [store]
+        return self.loops.fold(group, self.code.arrays, self.code.tables, targets, [(kind, position, total)])
+
+    def _group(self, stores: tuple[int, ...]) -> Group:
+        return Group(tuple(self.code.instrs), len(self.code.arrays), len(self.code.tables), stores)
+
+
+def total_for(x: Array, axes: Sequence[int], dtype: type = np.float64) -> Array:
+    """Room for what is gathered over `axes` of `x`."""
+    return np.empty(tuple(1 if a in axes else n for a, n in enumerate(x.shape)), dtype)
+
+
+def in_turn(*steps: Callable[[], None]) -> Step:
+    """The steps one after the other."""
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run

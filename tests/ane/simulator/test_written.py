@@ -1,0 +1,121 @@
+"""Ops in their in-place form, compiled as loops, give the bits of their NumPy definitions."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ane_trainer.ane.mil import TensorType
+from ane_trainer.ane.opset import Builder, bind
+from ane_trainer.ane.simulator import KERNELS, make_context, prepare
+from ane_trainer.ane.simulator.fp16 import decode, encode
+from ane_trainer.ane.simulator.passes import Pass, total_for
+from ane_trainer.ane.simulator.registry import WRITES
+
+REDUCTIONS = [kind for kind in WRITES if kind.startswith("reduce_")]
+
+
+def by_kernel_and_in_place(kind, x, threads, **arguments):
+    """The op's result by its NumPy kernel and by its written form."""
+    b = Builder()
+    value = b.input("x", TensorType("fp16", x.shape))
+    result = b.op(kind, x=value, **arguments)
+    (op,) = b.finish((result,)).ops
+    call, context = bind(op.kind, dict(op.args)), make_context("m4", threads=threads)
+    out = np.empty(result.type.shape, np.float32)
+    WRITES[kind](context, call, [out], x)()
+    return np.asarray(KERNELS[kind].run(context, call, x)).reshape(out.shape), out
+
+
+@st.composite
+def arrays(draw, least=1):
+    """Decoded fp16 of any rank up to 4 in any memory order, ordinary numbers or any patterns."""
+    shape = tuple(draw(st.lists(st.integers(1, 40), min_size=least, max_size=4)))
+    while np.prod(shape) > 20_000:
+        shape = tuple(max(1, n // 2) for n in shape)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if draw(st.booleans()):
+        x = decode(rng.integers(0, 1 << 16, shape, dtype=np.uint16))
+    else:
+        x = decode(rng.standard_normal(shape).astype(np.float16))
+    order = draw(st.permutations(range(x.ndim)))
+    return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+
+
+@given(x=arrays(), data=st.data(), threads=st.sampled_from([1, 2]))
+@settings(max_examples=30, deadline=None)
+def test_reductions(x, data, threads):
+    kind = data.draw(st.sampled_from(REDUCTIONS))
+    axes = data.draw(st.lists(st.integers(0, x.ndim - 1), min_size=1, unique=True))
+    kept = data.draw(st.booleans())
+    want, got = by_kernel_and_in_place(kind, x, threads, axes=axes, keep_dims=kept)
+    assert np.array_equal(want, got)
+
+
+@given(x=arrays(), data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_softmax(x, data):
+    want, got = by_kernel_and_in_place("softmax", x, 1, axis=data.draw(st.integers(-x.ndim, x.ndim - 1)))
+    assert np.array_equal(want, got)
+
+
+@given(x=arrays(least=3), data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_normalisations(x, data):
+    kind = data.draw(st.sampled_from(["layer_norm", "instance_norm", "l2_norm"]))
+    arguments = {"epsilon": data.draw(st.sampled_from([1e-5, 1e-2]))}
+    if kind == "layer_norm":
+        arguments["axes"] = [x.ndim - 1]
+    if kind != "l2_norm" and data.draw(st.booleans()):
+        channels = x.shape[-1 if kind == "layer_norm" else 1]
+        arguments |= dict.fromkeys(["gamma", "beta"], np.linspace(-1, 2, channels).tolist())
+    want, got = by_kernel_and_in_place(kind, x, 1, **arguments)
+    assert np.array_equal(want, got)
+
+
+@given(x=arrays(least=3), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_batch_norm_rounds_once_in_a_fused_loop(x, seed):
+    rng = np.random.default_rng(seed)
+    b = Builder()
+    value = b.input("x", TensorType("fp16", x.shape))
+    line = {n: rng.standard_normal(x.shape[1]).tolist() for n in ("mean", "gamma", "beta")}
+    spread = rng.uniform(1e-3, 4, x.shape[1]).tolist()
+    function = b.finish((b.op("batch_norm", x=value, variance=spread, epsilon=1e-5, **line),))
+    context, (op,) = make_context("m4", threads=1), function.ops
+    (got,) = prepare(function, context).run({"x": encode(x)}).values()
+    want = encode(KERNELS["batch_norm"].run(context, bind(op.kind, dict(op.args)), x))
+    assert np.array_equal(want.view(np.uint16), got.view(np.uint16))
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "fp16"])
+def test_attention_is_its_products_and_a_softmax(mask):
+    rng, context = np.random.default_rng(0), make_context("m4", threads=1)
+    q, k, v = (decode(rng.standard_normal((2, 3, 20, 8)).astype(np.float16)) for _ in range(3))
+    b = Builder()
+    names = [b.input(n, TensorType("fp16", q.shape)) for n in "qkv"]
+    feeds = {"q": encode(q), "k": encode(k), "v": encode(v)}
+    extra = {}
+    if mask:
+        extra["attn_mask"] = b.input("m", TensorType(mask, (20, 20)))
+        feeds["m"] = rng.random((20, 20)) > 0.3 if mask == "bool" else rng.random((20, 20)).astype(np.float16)
+    whole = b.op("scaled_dot_product_attention", query=names[0], key=names[1], value=names[2], **extra)
+    scores = b.op("matmul", x=names[0], y=names[1], transpose_y=True)
+    scores = b.op("mul", x=scores, y=float(np.float16(1 / np.sqrt(8))))
+    if mask == "fp16":
+        scores = b.op("add", x=scores, y=extra["attn_mask"])
+    elif mask:
+        full = b.op("tile", x=b.op("expand_dims", x=extra["attn_mask"], axes=[0, 1]), reps=[2, 3, 1, 1])
+        low = b.op("sub", x=b.op("mul", x=scores, y=0.0), y=float("inf"))
+        scores = b.op("select", cond=full, a=scores, b=low)
+    parts = b.op("matmul", x=b.op("softmax", x=scores, axis=-1), y=names[2])
+    one, other = prepare(b.finish((whole, parts)), context).run(feeds).values()
+    assert np.array_equal(one.view(np.uint16), other.view(np.uint16))
+
+
+def test_a_total_over_every_element_and_one_over_none():
+    x = decode(np.arange(1, 1 + 3 * 70, dtype=np.float16).reshape(3, 70))
+    for axes in ((0, 1), (0,), (1,)):
+        total, work = total_for(x, axes), Pass(make_context("m4", threads=2))
+        work.fold("sum", work.load(x), total)()
+        assert np.array_equal(total, x.sum(axis=axes, keepdims=True, dtype=np.float64)), axes
