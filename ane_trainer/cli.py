@@ -17,6 +17,7 @@ import typer
 from ane_trainer import conformance, core, doctor, inspection
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
+from ane_trainer.chip_table import chip_table, chip_values
 from ane_trainer.config import TrainConfig, make_config, read_config_file
 from ane_trainer.datasets import dataset_rows, fetch_dataset
 from ane_trainer.placement import place_package
@@ -239,8 +240,17 @@ def estimate(
 
 
 @app.command(name="doctor")
-def doctor_command(as_json: Json = False) -> int:
-    """What this machine can do, what is missing, and what brings it. Exit code 1: cannot train."""
+def doctor_command(
+    chips: Annotated[bool, typer.Option("--chips", help="Print the table of chips instead.")] = False,
+    as_json: Json = False,
+) -> int:
+    """What this machine can do, what is missing, and what brings it. Exit code 1: cannot train; 2: degraded."""
+    if chips:
+        if as_json:
+            _print_json({"chips": chip_values()})
+        else:
+            print(chip_table())
+        return 0
     checks = doctor.examine()
     if as_json:
         _print_json(doctor.as_json(checks))

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from ane_trainer import conformance, energy
 from ane_trainer.__version__ import __version__
-from ane_trainer.ane.chips import known_chips
+from ane_trainer.ane.chips import get_chip, known_chips
+from ane_trainer.ane.compile import cache_folder
 from ane_trainer.ane.devices import DEVICE_NAMES, get_device
+from ane_trainer.ane.devices.aneforge_runtime import on_apple_silicon
 from ane_trainer.ane.errors import AneTrainerError
+from ane_trainer.ane.mil import Program, TensorType
+from ane_trainer.ane.opset import Builder
+from ane_trainer.conformance.engines import as_compiled
 from ane_trainer.data import default_root
 from ane_trainer.datasets import dataset_rows
+from ane_trainer.machine import describe, known_chip, version
 from ane_trainer.report import Reporter
 from ane_trainer.trainer import Trainer
 from ane_trainer.utils import atomic_write
@@ -51,8 +60,12 @@ class Check:
 
 
 def examine() -> tuple[Check, ...]:
-    """Look at this machine; trains a tiny model on the simulator for a second, changes nothing."""
-    return (_machine(), _python(), *_engine(), _simulator(), _cache(), *_datasets(), *_extras())
+    """Look at this machine: run a tiny program on every device that is here, train a tiny model on the
+    simulator; a few seconds, changes nothing.
+    """
+    return (
+        _machine(), _python(), *_devices(), _simulator(), *_caches(), *_datasets(), *_extras(), _energy()
+    )  # fmt: skip
 
 
 def exit_code(checks: Sequence[Check]) -> int:
@@ -66,7 +79,7 @@ def as_text(checks: Sequence[Check]) -> str:
     lines = [f"ane_trainer {__version__}"]
     for check in checks:
         fix = f"   -> {check.fix}" if check.fix else ""
-        lines.append(f" {check.status:<5} {check.subject:<12} {check.text}{fix}")
+        lines.append(f" {check.status:<5} {check.subject:<14} {check.text}{fix}")
     return "\n".join(lines)
 
 
@@ -79,45 +92,98 @@ def as_json(checks: Sequence[Check]) -> dict[str, Any]:
     }
 
 
-def _on_apple_silicon() -> bool:
-    return sys.platform == "darwin" and platform.machine() == "arm64"
-
-
 def _machine() -> Check:
-    text = f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores"
-    if _on_apple_silicon():
-        text = f"macOS {platform.mac_ver()[0]}, {_mac_chip()}"
-    return Check("ok", "machine", text)
-
-
-def _mac_chip() -> str:
-    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "Apple silicon, chip unknown"
+    found = describe()
+    if not on_apple_silicon():
+        return Check(
+            "ok",
+            "machine",
+            f"{found['system']} {found['release']}, {found['machine']}, {found['cores']} cores",
+        )
+    text = (
+        f"macOS {found['release']} ({found['build'] or 'build unknown'}), {found['chip'] or 'chip unknown'}"
+    )
+    name = known_chip()
+    if name is None:
+        hint = "the chip is not in the table; --chip says whose limits hold"
+        return Check("info", "machine", f"{text}; {hint}", "ane-trainer doctor --chips")
+    return Check("ok", "machine", f"{text}, family {get_chip(name).family}")
 
 
 def _python() -> Check:
-    text = f"{platform.python_version()}, torch {torch.__version__}, numpy {_version('numpy')}"
-    return Check("ok", "python", f"{text}, llvmlite {_version('llvmlite')}")
+    text = f"{platform.python_version()}, torch {torch.__version__}, numpy {version('numpy')}"
+    return Check("ok", "python", f"{text}, llvmlite {version('llvmlite')}")
 
 
-def _engine() -> tuple[Check, ...]:
-    """What each device besides the simulator says of this machine."""
+def _devices() -> tuple[Check, ...]:
+    """Run a program on each device besides the simulator; on a Mac at least one has to reach the engine."""
     checks = []
-    if not _on_apple_silicon():
-        checks.append(Check("info", "engine", "no Neural Engine here; programs run on the simulator"))
     for name in DEVICE_NAMES:
-        if name in ("auto", "sim", "cpu"):
+        if name in ("auto", "sim", "cpu", "e5rt-pingpong"):  # the last is e5rt with other buffers
             continue
         try:
-            where, how = get_device(name).device.placement("m4", "exact")
+            device = get_device(name).device
         except AneTrainerError as error:
             checks.append(Check("info", name, error.args[0].rpartition("; ")[2]))
         else:
-            checks.append(Check("ok", name, f"runs on {where}; {how}"))
-    return tuple(checks)
+            checks.append(try_device(name, device.placement(known_chip() or "m4", "exact")[0]))
+    if not on_apple_silicon():
+        return (Check("info", "engine", "no Neural Engine here; programs run on the simulator"), *checks)
+    reached = [check.subject for check in checks if check.status == "ok" and "Neural Engine" in check.text]
+    if not reached:
+        text = "this Mac's Neural Engine is out of reach: no device for it works; the simulator does"
+        fix = "" if version("aneforge") else 'pip install "ane_trainer[e5rt]"'
+        return (Check("warn", "engine", text, fix), *checks)
+    return (*checks, *_limits(reached[0]))
+
+
+def try_device(name: str, where: str) -> Check:
+    """Compile x + x, run it, compare, and time it."""
+    x = np.linspace(-4, 4, 64 * 64).astype(np.float16).reshape(64, 64)
+    builder = Builder()
+    value = builder.input("x", TensorType("fp16", x.shape))
+    program = Program((builder.finish((builder.op("add", x=value, y=value),)),))
+    try:
+        compiled, times = as_compiled(program, known_chip() or "m4"), []
+        with closing(get_device(name).device.load(compiled, fidelity="exact", threads=None)) as session:
+            for _ in range(10):
+                started = time.perf_counter()
+                (result,) = session.run({"x": x}).values()
+                times.append(time.perf_counter() - started)
+    except (AneTrainerError, OSError, RuntimeError) as error:
+        return Check("warn", name, f"does not run: {error}", _remedy(str(error)))
+    if result.tobytes() != (2 * x).tobytes():
+        wrong = int((result != 2 * x).sum())
+        return Check(
+            "warn",
+            name,
+            f"gives wrong results: {wrong} of {x.size}",
+            f"ane-trainer conformance --device {name}",
+        )
+    text = f"runs on {where}: 64x64 in {min(times) * 1e6:.0f} us, result exact"
+    return Check("ok", name, text)
+
+
+def _remedy(error: str) -> str:
+    """The one command for a device that is here and does not run."""
+    if "xcode-select" in error:
+        return "xcode-select --install"
+    return "ane-trainer train DATASET --device sim"
+
+
+def _limits(device: str) -> tuple[Check, ...]:
+    """The engine's numeric cliffs against those of the chip's simulator."""
+    chip = known_chip()
+    if chip is None:
+        return ()
+    engine, simulator = conformance.DeviceEngine(device, chip), conformance.DeviceEngine("sim", chip)
+    found = conformance.examine(engine, simulator, only="cliff")
+    text = (
+        f"{len(found['equal'])} of {found['cases']} cases at numeric limits equal the simulator's of {chip}"
+    )
+    if found["different"] or found["failed"]:
+        return (Check("info", "limits", text, f"ane-trainer conformance --device {device}"),)
+    return (Check("ok", "limits", text),)
 
 
 def _simulator() -> Check:
@@ -134,15 +200,17 @@ def _simulator() -> Check:
     return Check("ok", "simulator", f"runs; chips {known_chips()[0]} to {known_chips()[-1]}")
 
 
-def _cache() -> Check:
-    folder = default_root()
+def _caches() -> tuple[Check, ...]:
+    """Folders that datasets and compiled programs are kept in; both are made by writing to them."""
+    return (_cache("data cache", default_root()), _cache("programs", cache_folder()))
+
+
+def _cache(subject: str, folder: Path) -> Check:
     try:
         os.unlink(atomic_write(folder / ".writable", ""))
     except OSError as error:
-        return Check(
-            "warn", "data cache", f"{folder} cannot be written ({error.strerror})", f"mkdir -p {folder}"
-        )
-    return Check("ok", "data cache", str(folder))
+        return Check("warn", subject, f"{folder} cannot be written ({error.strerror})", f"mkdir -p {folder}")
+    return Check("ok", subject, str(folder))
 
 
 def _datasets() -> tuple[Check, ...]:
@@ -162,7 +230,7 @@ def _extras() -> tuple[Check, ...]:
     for extra, distribution, purpose, only_on in _EXTRAS:
         if only_on is not None and sys.platform != only_on:
             continue
-        found = _version(distribution)
+        found = version(distribution)
         if found:
             checks.append(Check("ok", extra, f"{distribution} {found}, for {purpose}"))
         else:
@@ -170,8 +238,9 @@ def _extras() -> tuple[Check, ...]:
     return tuple(checks)
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def _energy() -> Check:
+    """Whether joules can be told."""
+    reason = energy.missing()
+    if reason is None:
+        return Check("ok", "joules", "the engine's counter is read; no administrator needed")
+    return Check("info", "joules", f"not known: {reason.partition('. ')[0]}")

@@ -72,6 +72,7 @@ LINES: dict[str, float] = {
     "conformance": 9.9,
     "energy": 9.3,
     "placement": 9.3,
+    "chip_table": 9.3,
     "inspection": 10,
     "programs": 10,
     "doctor": 10,

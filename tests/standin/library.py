@@ -86,10 +86,14 @@ class Engine:
             return -5
         function, plan, inputs, outputs = self.plans[number]
         shapes = {v.name: v.type.shape for v in (*function.inputs, *function.outputs)}
-        results = plan.run({inputs[i]: _view(ins[i], shapes[inputs[i]]) for i in range(n_in)})
+        results = self.compute(plan, {inputs[i]: _view(ins[i], shapes[inputs[i]]) for i in range(n_in)})
         for i in range(n_out):
             _view(outs[i], shapes[outputs[i]])[...] = results[outputs[i]]
         return 0
+
+    def compute(self, plan: Plan, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One run of a program."""
+        return plan.run(feeds)
 
     def _release(self, number: int) -> None:
         del self.plans[number]
