@@ -1,8 +1,10 @@
 """Reductions and softmax on the pointwise unit.
 
-The order of the engine's partial sums is not known (`facts`: ane-guide ch. 3 and M6 disagree); the simulator
-sums in float64 and rounds once, half away from zero. Integers up to 2048 and the published 2049 -> 2050 come
-out as on six chips (ANEForge numeric_cliffs). Roots and logarithms of sums go through the tables.
+The order of the engine's partial sums is not settled (ANE guide chapter 3 and M6 disagree). Sums and means take
+four consecutive elements of the last reduced axis in fp16, one after the other, then add wide and round once:
+this gives M1's 5116 for 4096 and 1,024 ones (ANE guide chapter 3), the integers up to 2048 and 2049 -> 2050 of
+six chips (ANEForge numeric_cliffs), and M5's published accuracy in ANEForge's seeded MNIST CNN (docs/aneforge.md).
+Other reductions sum in float64 and round once. Roots and logarithms of sums go through the tables.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from ane_trainer.ane.simulator.rounding import rounded, table_of
 
 Array = NDArray[Any]
 
-_SUM = "ANEForge numeric_cliffs (integers to 2048, 2049 -> 2050 on six chips); order of partial sums unknown"
+_SUM = (
+    "four terms in fp16, then wide: ANE guide chapter 3 (M1: 4096 and 1,024 ones give 5116), ANEForge"
+    " numeric_cliffs (integers to 2048, 2049 -> 2050 on six chips); the order on other chips is unknown"
+)
 _SWEEP = "ANEForge vocabulary sweep (M5): relative error "
 
 
@@ -35,6 +40,8 @@ def _folding(ctx: Context, call: Call, x: Array, out: Array) -> Step:
     kind, over = call.op.kind, _over(call)["axis"]
     if not over:
         over, x = (x.ndim,), x[..., None]
+    if kind in _BY_FOURS:
+        return _by_fours(ctx, kind, x, over, out)
     fold, finish = _FOLDED[kind]
     total = total_for(x, over, np.float32 if fold in ("max", "min") else np.float64)
     count, shaped, work = x.size / total.size, total.reshape(out.shape), Pass(ctx)
@@ -48,10 +55,57 @@ def _folding(ctx: Context, call: Call, x: Array, out: Array) -> Step:
     return run
 
 
+#: Reductions whose first stage is the sum of four elements in fp16.
+_BY_FOURS = frozenset(("reduce_sum", "reduce_mean"))
+
+
+def _fours(x: Array, axis: int) -> list[list[Array]]:
+    """Views of x that are summed in fp16 first: each fourth element of `axis` from 0, 1, 2 and 3; then the rest."""
+    whole = x.shape[axis] // 4 * 4
+    lead = (slice(None),) * axis
+    groups = [
+        [x[(*lead, slice(start, stop, 4))] for start in range(first, min(first + 4, stop))]
+        for first, stop in ((0, whole), (whole, x.shape[axis]))
+    ]
+    return [group for group in groups if group]
+
+
+def _by_fours(ctx: Context, kind: str, x: Array, over: tuple[int, ...], out: Array) -> Step:
+    """Sum or mean: one loop over the groups of four, one over what is left, then the look at the totals."""
+    totals, steps = [], []
+    for views in _fours(x, max(over)):
+        work, total = Pass(ctx), total_for(x, over)
+        value = work.load(views[0])
+        for view in views[1:]:
+            value = work.add("add", value, work.load(view))
+        steps.append(work.fold("sum", value, total))
+        totals.append(total.reshape(out.shape))
+    count = x.size / out.size if kind == "reduce_mean" else 1
+
+    def run() -> None:
+        for step in steps:
+            step()
+        out[...] = rounded(sum(totals[1:], totals[0]) / count)
+
+    return run
+
+
+def _sum_by_fours(x: Array, over: dict[str, Any]) -> Array:
+    """The float64 total of the fp16 sums of four."""
+    last = max(over["axis"], default=None)
+    if last is None:
+        return np.asarray(x, np.float64)
+    total: Array = np.zeros(())
+    for views in _fours(x, last):
+        partial = views[0]
+        for view in views[1:]:
+            partial = rounded(partial + view)
+        total = total + np.sum(partial, dtype=np.float64, **over)
+    return total
+
+
 #: Reductions of one loop: what it gathers, and what becomes of a total of `count` elements.
 _FOLDED: dict[str, tuple[str, Callable[[Array, float], Array]]] = {
-    "reduce_sum": ("sum", lambda total, count: rounded(total)),
-    "reduce_mean": ("sum", lambda total, count: rounded(total / count)),
     "reduce_l1_norm": ("sum", lambda total, count: rounded(total)),
     "reduce_sum_square": ("sum_square", lambda total, count: rounded(total)),
     "reduce_l2_norm": ("sum_square", lambda total, count: table_of("sqrt", rounded(total))),
@@ -61,7 +115,7 @@ _FOLDED: dict[str, tuple[str, Callable[[Array, float], Array]]] = {
 }
 
 
-@writes(" ".join(_FOLDED))
+@writes(" ".join((*_BY_FOURS, *_FOLDED)))
 def reduce_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
     """Every reduction that one loop and a look at its totals make; int32 and fp32 take their kernels."""
     if call.type().dtype == "fp16":
@@ -81,13 +135,14 @@ def _sum(x: Array, **over: Any) -> Array:
 @kernel("reduce_sum", "assumed", _SUM)
 def reduce_sum(ctx: Context, call: Call, x: Array) -> Array:
     """Sum over `axes`."""
-    return _sum(x, **_over(call))
+    return rounded(_sum_by_fours(x, _over(call)))
 
 
 @kernel("reduce_mean", "assumed", _SUM)
 def reduce_mean(ctx: Context, call: Call, x: Array) -> Array:
     """Mean over `axes`."""
-    return rounded(np.mean(x, dtype=np.float64, **_over(call)))
+    total = _sum_by_fours(x, _over(call))
+    return rounded(total / (x.size / total.size))
 
 
 @kernel("reduce_l1_norm", "assumed", _SWEEP + "0.00071; the order of partial sums is unknown")
