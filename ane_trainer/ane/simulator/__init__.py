@@ -28,6 +28,7 @@ from ane_trainer.ane.simulator import (
     resize,
     selection,
     transcendental,
+    transposed,
 )
 from ane_trainer.ane.simulator.plan import Plan, prepare
 from ane_trainer.ane.simulator.registry import KERNELS, Context, Kernel
@@ -37,7 +38,7 @@ __all__ = ["KERNELS", "Context", "Kernel", "Plan", "make_context", "prepare", "s
 #: Importing a family registers its kernels.
 _FAMILIES = (
     attention, constexpr, contraction, convolution, creation, movement, normalization, pointwise, pooling,
-    quantized, rearrange, reduction, resize, selection, transcendental,
+    quantized, rearrange, reduction, resize, selection, transcendental, transposed,
 )  # fmt: skip
 
 #: Ops with a type rule and no kernel: kind -> why.

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.buffers import empty
 from ane_trainer.ane.simulator.compiled import Step
 from ane_trainer.ane.simulator.contraction import product_into
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
@@ -37,7 +38,7 @@ def attention_into(
     ctx: Context, call: Call, outputs: list[Array], query: Array, key: Array, value: Array, mask: Array | None
 ) -> Step:
     """query `[*B, L, E]`, key `[*B, S, E]`, value `[*B, S, V]`; a bool mask keeps, a float mask is added."""
-    scores = np.empty((*query.shape[:-1], key.shape[-2]), np.float32)
+    scores = empty((*query.shape[:-1], key.shape[-2]), np.float32)
     work = Pass(ctx)
     scale = work.add("const", value=float(round_half_away(1 / math.sqrt(query.shape[-1]))))
     score = work.add("mul", work.load(scores), scale)

@@ -110,7 +110,7 @@ def _lanes(extent: int) -> int:
 
 def _step(
     body: str, memory: Sequence[Array], extents: tuple[int, ...], threads: int, total: int | None = None
-) -> Step:
+) -> partial[None]:
     """A step that runs a loop, split over the outermost axis when there is enough to do; keeps `memory`."""
     outer, total = extents[0], int(np.prod(extents)) if total is None else total
     parts = threads if total >= PARALLEL_ELEMENTS else 1
@@ -130,10 +130,23 @@ def _run(body: str, pieces: Sequence[tuple[int, ...]], threads: int, memory: Seq
 
 def round_in_place(array: Array, threads: int) -> Step:
     """Turns raw fp32 accumulator values into engine results, where they are: overflow, then rounding."""
-    code = (fuse.Instr("load", which=0), fuse.Instr("mac_round", (0,)))
-    loops = Loops(threads)
-    step = loops.add(fuse.Group(code, 1, 0, (1,)), [array], [], [array])
-    return step
+    return Loops(threads).add(_MAC_ROUND, [array], [], [array])
+
+
+def round_into(out: Array, threads: int) -> Callable[[int], None]:
+    """`finish(address)` rounds as many raw fp32 accumulator values as `out` (contiguous) holds from there to it."""
+    body = fuse.emit("FUNCTION", _MAC_ROUND, nest((out.size,), [(1,), (1,)]), _lanes(out.size))
+    _want(body, _lanes(out.size))
+    step = _step(body, [out, out], (out.size,), threads)
+    pieces, to = step.args[1], out.ctypes.data
+
+    def finish(address: int) -> None:
+        _run(body, [(address, to, first, last) for _, _, first, last in pieces], threads, [out])
+
+    return finish
+
+
+_MAC_ROUND = fuse.Group((fuse.Instr("load", which=0), fuse.Instr("mac_round", (0,))), 1, 0, (1,))
 
 
 def copies(pairs: Sequence[tuple[Array, Array]], threads: int) -> Step:

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
-from ane_trainer.ane.simulator.compiled import round_in_place
+from ane_trainer.ane.simulator.buffers import zeros
+from ane_trainer.ane.simulator.compiled import round_in_place, round_into
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
-from ane_trainer.ane.simulator.fp16 import INF
-from ane_trainer.ane.simulator.mac import OVERFLOW, mac_bind
+from ane_trainer.ane.simulator.mac import mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
-from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 Step = Callable[[], None]
@@ -76,9 +75,9 @@ def convolve_into(
     ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array
 ) -> Step:
     """A step that convolves what x then holds into `out`."""
-    padded, fill = _padded(x, shape.padding)
     if ctx.fast:
-        return _fast(ctx, shape, padded, fill, weight, bias, out)
+        return _fast(ctx, shape, x, weight, bias, out)
+    padded, fill = _padded(x, shape.padding)
     taps = windows(padded, weight.shape[2:], shape.strides, shape.dilations)
     filters, refilter = _matrix(weight)
     steps = [fill, refilter]
@@ -102,7 +101,7 @@ def _padded(x: Array, padding: tuple[tuple[int, int], ...]) -> tuple[Array, Step
     if not any(map(any, padding)):
         return x, None
     extents = [n + before + after for n, (before, after) in zip(x.shape[2:], padding, strict=True)]
-    padded = np.zeros((*x.shape[:2], *extents), np.float32)
+    padded = zeros((*x.shape[:2], *extents), np.float32)
     places = [slice(b, b + n) for n, (b, _) in zip(x.shape[2:], padding, strict=True)]
     inside = padded[(slice(None), slice(None), *places)]
     return padded, lambda: np.copyto(inside, x)
@@ -165,27 +164,35 @@ def _joined_steps(ctx: Context, source: Array, filters: Array, start: Array | No
     return [lambda: np.copyto(columns, source), product, lambda: np.copyto(out, moved)]
 
 
-def _fast(
-    ctx: Context,
-    shape: Geometry,
-    padded: Array,
-    fill: Step | None,
-    weight: Array,
-    bias: Array | None,
-    out: Array,
-) -> Step:
-    x, w, to = as_tensor(padded), as_tensor(weight), torch.from_numpy(out)
-    b = None if bias is None else as_tensor(bias)
-    function = (torch.conv1d, torch.conv2d, torch.conv3d)[x.dim() - 3]
-    finish = round_in_place(out, ctx.threads)
+def _fast(ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array) -> Step:
+    """The machine's convolution, which pads by itself where both sides get the same."""
+    padding, fill = tuple(before for before, _ in shape.padding), None
+    if any(before != after for before, after in shape.padding):
+        padding, (x, fill) = (0,) * len(padding), _padded(x, shape.padding)
+    tx, tw, tb = as_tensor(x), as_tensor(weight), None if bias is None else as_tensor(bias)
+    function = (torch.conv1d, torch.conv2d, torch.conv3d)[x.ndim - 3]
+    finish = finish_into(ctx, out)
 
     def step() -> None:
         if fill is not None:
             fill()
-        to.copy_(function(x, w, b, shape.strides, 0, shape.dilations, shape.groups))
-        finish()
+        finish(function(tx, tw, tb, shape.strides, padding, shape.dilations, shape.groups))
 
     return step
+
+
+def finish_into(ctx: Context, out: Array) -> Callable[[torch.Tensor], None]:
+    """Rounds a tensor of raw accumulator values into `out`."""
+    if not out.flags.c_contiguous:
+        to, in_place = torch.from_numpy(out), round_in_place(out, ctx.threads)
+
+        def finish(raw: torch.Tensor) -> None:
+            to.copy_(raw)
+            in_place()
+
+        return finish
+    read = round_into(out, ctx.threads)
+    return lambda raw: read(raw.contiguous().data_ptr())
 
 
 def windows(x: Array, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]) -> Array:
@@ -198,76 +205,3 @@ def windows(x: Array, kernel: tuple[int, ...], strides: tuple[int, ...], dilatio
     moves = tuple(step * s for step, s in zip(steps, strides, strict=True))
     taps = tuple(step * d for step, d in zip(steps, dilations, strict=True))
     return as_strided(x, (*x.shape[:2], *extents, *kernel), (*x.strides[:2], *moves, *taps), writeable=False)
-
-
-@kernel("conv_transpose", "exact", EVIDENCE + "; ANEForge vocabulary sweep: relative error 2.5e-4 on M5")
-def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
-    """x `[N, Cin, *spatial]`, weight `[Cin, Cout/groups, *kernel]`: x spread out by the strides, convolved
-    with the mirrored weight. `pad` cuts the result, `output_shape` says where it ends.
-    """
-    extents = call.op.infer(call)[0].shape[2:]
-    ones = (1,) * (x.ndim - 2)
-    strides = call.integers("strides") if call.has("strides") else ones
-    dilations = call.integers("dilations") if call.has("dilations") else ones
-    before = _cut_before(call, x.shape[2:], weight.shape[2:], strides, dilations)
-    if ctx.fast:
-        return _fast_transpose(call, x, weight, bias, before)
-    spread = np.zeros(
-        (*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], strides, strict=True))), np.float32
-    )
-    spread[(slice(None), slice(None), *(slice(None, None, s) for s in strides))] = x
-    reach = [(k - 1) * d for k, d in zip(weight.shape[2:], dilations, strict=True)]
-    for axis, (cut, span, extent) in enumerate(zip(before, reach, extents, strict=True), start=2):
-        spread = _window(spread, axis, cut - span, extent + span)
-    groups, out = call.integer("groups"), np.empty(call.op.infer(call)[0].shape, np.float32)
-    mirrored = np.flip(weight, tuple(range(2, weight.ndim))).reshape(groups, -1, *weight.shape[1:])
-    filters = np.ascontiguousarray(mirrored.swapaxes(1, 2)).reshape(out.shape[1], -1, *weight.shape[2:])
-    shape = Geometry(ones, dilations, ((0, 0),) * len(ones), groups)
-    bias = None if bias is None else np.ascontiguousarray(bias).reshape(-1)
-    convolve_into(ctx, shape, spread, filters, bias, out)()
-    return out
-
-
-def _fast_transpose(
-    call: Call, x: Array, weight: Array, bias: Array | None, before: tuple[int, ...]
-) -> Array:
-    """The machine's transposed convolution, cut or filled up with the bias to the result's extents."""
-    (type_,) = call.op.infer(call)
-    ones = (1,) * (x.ndim - 2)
-    strides = call.integers("strides") if call.has("strides") else ones
-    dilations = call.integers("dilations") if call.has("dilations") else ones
-    functions = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-    image, filters = as_tensor(np.ascontiguousarray(x)), as_tensor(np.ascontiguousarray(weight))
-    groups = call.integer("groups")
-    full = functions[x.ndim - 3](image, filters, None, strides, 0, 0, groups, dilations).numpy()
-    for axis, cut in enumerate(before, start=2):
-        full = _window(full, axis, cut, type_.shape[axis])
-    full = np.ascontiguousarray(full)
-    if bias is not None:
-        full += bias.reshape(1, -1, *ones)
-    over = np.abs(full) >= OVERFLOW
-    result = rounded(full)
-    return np.where(over, np.copysign(INF, result), result) if over.any() else result
-
-
-def _cut_before(
-    call: Call,
-    sizes: tuple[int, ...],
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilations: tuple[int, ...],
-) -> tuple[int, ...]:
-    """How many leading results of the full transposed convolution are cut, per spatial axis."""
-    if call.text("pad_type") != "same":
-        return tuple(before for before, _ in spatial_padding(call, sizes, kernel, strides, dilations))
-    return tuple(max((k - 1) * d + 1 - s, 0) // 2 for k, s, d in zip(kernel, strides, dilations, strict=True))
-
-
-def _window(x: Array, axis: int, first: int, extent: int) -> Array:
-    """`extent` entries of an axis from `first` (which may be negative), zeros outside."""
-    last = first + extent
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (max(-first, 0), max(last - x.shape[axis], 0))
-    where = [slice(None)] * x.ndim
-    where[axis] = slice(max(first, 0), max(first, 0) + extent)
-    return np.pad(x, pads)[tuple(where)]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ane_trainer.ane.simulator.buffers import empty
 from ane_trainer.ane.simulator.compiled import Loops, Step
 from ane_trainer.ane.simulator.fuse import Group
 from ane_trainer.ane.simulator.pointwise_code import Code
@@ -60,7 +61,7 @@ class Pass:
 
 def total_for(x: Array, axes: Sequence[int], dtype: type = np.float64) -> Array:
     """Room for what is gathered over `axes` of `x`."""
-    return np.empty(tuple(1 if a in axes else n for a, n in enumerate(x.shape)), dtype)
+    return empty(tuple(1 if a in axes else n for a, n in enumerate(x.shape)), dtype)
 
 
 def in_turn(*steps: Callable[[], None]) -> Step:

@@ -19,6 +19,7 @@ from ane_trainer.ane.mil import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.opset import Call, bind
 from ane_trainer.ane.simulator import fused_entry
 from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
+from ane_trainer.ane.simulator.buffers import empty, zeros
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.host import host_function, runs_on_host
 from ane_trainer.ane.simulator.integer import bind_integer, integer_operands
@@ -106,7 +107,7 @@ class _Binder:
 
     def bind(self) -> Plan:
         for value in self.function.inputs:
-            self.buffers[value.name] = np.zeros(value.type.shape, storage_dtype(value.type))
+            self.buffers[value.name] = zeros(value.type.shape, storage_dtype(value.type))
             self.base[value.name] = value.name
         for index, entry in enumerate(self.entries):
             if entry.fused:
@@ -134,7 +135,7 @@ class _Binder:
         outputs = [op.result for op in entry.ops if self.last_read.get(op.result.name, -1) > index]
         for value in outputs:
             target = self._in_place_target(value, index, made)
-            buffer = self.buffers[target] if target else np.empty(value.type.shape, storage_dtype(value.type))
+            buffer = self.buffers[target] if target else empty(value.type.shape, storage_dtype(value.type))
             self.buffers[value.name] = buffer
             self.base[value.name] = target or value.name
         self.steps.append(self.compiler.add(entry.ops, outputs, self.array_of))
@@ -165,7 +166,7 @@ class _Binder:
                 return
         outputs = []
         for value in op.results:
-            outputs.append(np.zeros(value.type.shape, storage_dtype(value.type)))
+            outputs.append(zeros(value.type.shape, storage_dtype(value.type)))
             self.buffers[value.name], self.base[value.name] = outputs[-1], value.name
         step = self._integer_step(op, outputs) or _kernel_step(op, self.context, self._operands(op), outputs)
         if constant:
