@@ -111,7 +111,8 @@ def _mu_products(beta1: float, decay: float) -> list[float]:
 
 
 def _mu(group: Group, step: int) -> float:
-    return float(group["betas"][0]) * (1.0 - 0.5 * 0.96 ** (step * float(group["momentum_decay"])))
+    shrunk: float = 0.96 ** (step * float(group["momentum_decay"]))
+    return float(group["betas"][0]) * (1.0 - 0.5 * shrunk)
 
 
 def _mu_product(group: Group, step: int) -> float:

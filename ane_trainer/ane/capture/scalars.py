@@ -23,12 +23,12 @@ def port_name(scalar: str, group: int, groups: int) -> str:
     return scalar if groups == 1 else f"{scalar}_{group}"
 
 
-def scalar_values(optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
+def scalar_values(optimizer: torch.optim.Optimizer, step: int, on_host: bool = False) -> dict[str, float]:
     """Port name -> value for update number `step` (1 for the first).
 
     Raises: UsageError if a value does not fit fp16.
     """
-    rule = rule_for(optimizer)
+    rule = rule_for(optimizer, on_host)
     groups = optimizer.param_groups
     values: dict[str, float] = {}
     for number, group in enumerate(groups):
@@ -42,15 +42,17 @@ def scalar_values(optimizer: torch.optim.Optimizer, step: int) -> dict[str, floa
     return values
 
 
-def structure(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
+def structure(optimizer: torch.optim.Optimizer, on_host: bool = False) -> tuple[Any, ...]:
     """What of the optimizer's settings is compiled in: compare before every step."""
-    rule: Rule = rule_for(optimizer)
+    rule: Rule = rule_for(optimizer, on_host)
     return tuple((rule.structure(group), len(group["params"])) for group in optimizer.param_groups)
 
 
-def check_structure(optimizer: torch.optim.Optimizer, compiled: tuple[Any, ...]) -> None:
+def check_structure(
+    optimizer: torch.optim.Optimizer, compiled: tuple[Any, ...], on_host: bool = False
+) -> None:
     """Raises: UsageError if a compiled-in setting was changed since capture."""
-    if structure(optimizer) != compiled:
+    if structure(optimizer, on_host) != compiled:
         raise UsageError(
             "optimizer: needs the settings it was compiled with (which of momentum, nesterov, weight decay, "
             "amsgrad, maximize are on; the number of groups and parameters); got others. Compile a new step."

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+#: Targets of the step's own state begin with this, which no module path can.
+SCALING = "step/"
+#: 1 while all batches that are being accumulated had gradients that fit.
+FITS = "accumulated_fits"
 #: A scaled gradient of this magnitude or more counts as an overflow (the accumulator's range ends here).
 OVERFLOW = 32768.0
 LARGEST_SCALE = 32768.0

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
 from ane_trainer.ane.capture.rules import RESIDUAL, RESIDUAL_SCALE, Rule
+from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Port
 
@@ -20,9 +22,8 @@ _RESERVED = frozenset(
 )
 
 
-#: State of loss scaling; its targets begin with SCALING, which no module path can.
+#: State of loss scaling; its targets begin with SCALING.
 SCALING_STATE = ("loss_scale", "loss_scale_inverse", "good_steps")
-SCALING = "step/"
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,20 @@ def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
-def parameter_ports(parameter: Parameter, rule: Rule | None, group: Mapping[str, Any] | None) -> list[Port]:
-    """The state ports of one parameter: hi, and if trained the residual and the optimizer's slots."""
+def parameter_ports(
+    parameter: Parameter, rule: Rule | None, group: Mapping[str, Any] | None, treatment: Treatment
+) -> list[Port]:
+    """The state ports of one parameter: hi, and if trained the residual and the optimizer's slots.
+
+    A parameter that the host's optimizer changes has no residual. Accumulation adds the sum of gradients.
+    """
     shape = tuple(parameter.tensor.shape) or (1,)
     ports = [_state(parameter.name, shape)]
     if rule is None or group is None:
+        return ports
+    if treatment.accumulate > 1:
+        ports.append(_state(f"{parameter.name}/{ACCUMULATED}", shape, parameter.unit))
+    if treatment.on_host:
         return ports
     ports.append(_state(f"{parameter.name}/{RESIDUAL}", shape, RESIDUAL_SCALE))
     for slot in rule.slots(group):
@@ -79,9 +89,10 @@ def parameter_ports(parameter: Parameter, rule: Rule | None, group: Mapping[str,
     return ports
 
 
-def scaling_ports() -> list[Port]:
-    """The state of loss scaling."""
-    return [Port(name, (1,), "state", SCALING + name) for name in SCALING_STATE]
+def scaling_ports(treatment: Treatment) -> list[Port]:
+    """The state of loss scaling, and of accumulation."""
+    names = (*SCALING_STATE, FITS) if treatment.accumulate > 1 else SCALING_STATE
+    return [Port(name, (1,), "state", SCALING + name) for name in names]
 
 
 def _state(target: str, shape: tuple[int, ...], scale: float = 1.0) -> Port:

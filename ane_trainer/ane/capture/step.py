@@ -11,13 +11,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.gradients import Treatment, accumulate, clip_norm, clip_values
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.masks import MaskMode
 from ane_trainer.ane.capture.rehearsal import Rehearsal, call_loss, call_model, copies, rehearse
 from ane_trainer.ane.capture.scalars import port_name, scalar_values
-from ane_trainer.ane.capture.scaling import gradients_fit, next_scale
+from ane_trainer.ane.capture.scaling import SCALING, gradients_fit, next_scale
 from ane_trainer.ane.capture.slots import (
-    SCALING,
     SCALING_STATE,
     Parameter,
     find_parameters,
@@ -39,6 +39,9 @@ from ane_trainer.ane.capture.updates import LINEAR_UNIT, ROOT_FLOORS, Rule, rule
 from ane_trainer.ane.stages import Alias, Captured, Port
 
 Tensors = dict[str, torch.Tensor]
+
+#: Suffix of the targets of results that are gradients.
+GRADIENT = "gradient"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class _Plan:
     batch: tuple[Port, ...]
     masks: tuple[Port, ...]
     scalars: tuple[Port, ...]
+    treatment: Treatment
     floor: float = ROOT_FLOORS["fp16"]
 
     @property
@@ -81,18 +85,21 @@ def capture_training(
     loss_scale: float | str = "auto",
     units: Mapping[str, float] | None = None,
     precision: str = "fp16",
+    treatment: Treatment | None = None,
 ) -> StepCapture:
     """Capture forward, loss, backward and update of one step; see `capture_step`.
 
     `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen.
     `precision` is what the program will be lowered to, "fp16" or "fp32".
     """
-    rule = rule_for(optimizer)
+    treatment = treatment or Treatment()
+    rule = rule_for(optimizer, treatment.on_host)
     loss_function = get_loss(loss)
     found = find_parameters(model, optimizer)
     rehearsal = rehearse(model, loss_function, found, example)
     parameters = tuple(_with_unit(p, rule, rehearsal, units or {}) for p in found)
-    plan = _plan(model, loss_function, loss_name(loss), optimizer, rule, parameters, example, rehearsal)
+    subject = model, loss_function, loss_name(loss), optimizer, rule, parameters
+    plan = _plan(*subject, example, rehearsal, treatment)
     plan = dataclasses.replace(plan, floor=ROOT_FLOORS[precision])
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
@@ -138,24 +145,25 @@ def _plan(
     parameters: tuple[Parameter, ...],
     example: tuple[Any, Any],
     rehearsal: Rehearsal,
+    treatment: Treatment,
 ) -> _Plan:
     groups = optimizer.param_groups
     state: list[Port] = []
     for p in parameters:
-        state += parameter_ports(p, rule, None if p.group is None else groups[p.group])
+        state += parameter_ports(p, rule, None if p.group is None else groups[p.group], treatment)
     buffers = float_buffers(model)
     state += [Port(identifier(n), tuple(b.shape) or (1,), "state", n) for n, b in buffers.items()]
-    state += scaling_ports()
+    state += scaling_ports(treatment)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
-    names = scalar_values(optimizer, 1)
+    names = [*scalar_values(optimizer, 1, treatment.on_host), *treatment.scalars(last=True)]
     scalars = [Port(name, (1,), "scalar", name) for name in names]
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
     count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
     return _Plan(
         model, loss, loss_text, optimizer, rule, parameters, tuple(buffers), pytree.tree_structure(example),
         tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]), tuple(ports[count[1] : count[2]]),
-        tuple(ports[: count[0]]),
+        tuple(ports[: count[0]]), treatment,
     )  # fmt: skip
 
 
@@ -189,21 +197,26 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
         value, scaled, buffers = _differentiate(plan, named, state)
         set_source("loss scaling")
         ok = gradients_fit(list(scaled.values()))
-        new_state: Tensors = dict(buffers)
         inverse = state[f"{SCALING}loss_scale_inverse"]
-        gated = _gated_scalars(plan, named, ok)
+        gradients, changes, fits = _treat(plan, named, state, scaled, ok)
+        new_state: Tensors = {**buffers, **changes}
+        gate = fits * named["last"] if plan.treatment.accumulate > 1 else fits
+        gated = _gated_scalars(plan, named, gate)
         for p in plan.parameters:
-            if p.name in scaled:
+            if p.name in scaled and not plan.treatment.on_host:
                 set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
-                new_state |= _update(plan, p, scaled[p.name], inverse, state, gated[p.group or 0])
+                new_state |= _update(plan, p, gradients[p.name], state, gated[p.group or 0])
         set_source("loss scaling")
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
         following = next_scale(scale, inverse, good, ok)
         new_state |= {SCALING + n: v for n, v in zip(SCALING_STATE, following, strict=True)}
         changed = [p for p in plan.state if p.target in new_state]
         outputs[:] = [Port(name, (1,), "result", name) for name in ("loss", "applied")]
+        read = [p for p in plan.parameters if p.name in gradients] if plan.treatment.on_host else []
+        outputs.extend(_gradient_port(p, gradients[p.name]) for p in read)
         outputs.extend(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in changed)
-        return [value.reshape(1), ok, *(new_state[p.target].reshape(p.shape) for p in changed)]
+        results = [value.reshape(1), fits, *(gradients[p.name] for p in read)]
+        return [*results, *(new_state[p.target].reshape(p.shape) for p in changed)]
 
     return run_step
 
@@ -250,14 +263,35 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> list[Tensor
     return result
 
 
-def _update(
-    plan: _Plan, p: Parameter, scaled: torch.Tensor, inverse: torch.Tensor, state: Tensors, scalars: Tensors
-) -> Tensors:
+def _treat(
+    plan: _Plan, named: Tensors, state: Tensors, scaled: Tensors, ok: torch.Tensor
+) -> tuple[Tensors, Tensors, torch.Tensor]:
+    """(gradients in their units, accumulated and clipped; new state; whether they fit)."""
+    inverse, treatment = state[f"{SCALING}loss_scale_inverse"], plan.treatment
+    units = {p.name: p.unit for p in plan.parameters if p.name in scaled}
+    gradients = {n: g.reshape(state[n].shape) * (inverse * units[n]) for n, g in scaled.items()}
+    changes: Tensors = {}
+    if treatment.accumulate > 1:
+        set_source("gradient accumulation")
+        gradients, changes, ok = accumulate(gradients, state, treatment, ok, named["last"])
+    set_source("gradient clipping")
+    if treatment.clip_value is not None and gradients:
+        gradients = clip_values(gradients, units, named["clip_value"])
+    if treatment.clip_norm is not None and gradients:
+        gradients = clip_norm(gradients, units, named["clip_norm"])
+    return gradients, changes, ok
+
+
+def _gradient_port(p: Parameter, gradient: torch.Tensor) -> Port:
+    target = f"{p.name}/{GRADIENT}"
+    return Port(identifier(target), tuple(gradient.shape), "result", target, p.unit)
+
+
+def _update(plan: _Plan, p: Parameter, g: torch.Tensor, state: Tensors, scalars: Tensors) -> Tensors:
     """The parameter's next state by target."""
     group = plan.optimizer.param_groups[p.group or 0]
-    shape = state[p.name].shape
-    sign = -1.0 if group["maximize"] else 1.0
-    g = scaled.reshape(shape) * (inverse * (sign * p.unit))
+    if group.get("maximize"):
+        g = -g
     prefix = f"{p.name}/"
     slots = {t.removeprefix(prefix): v for t, v in state.items() if t.startswith(prefix)}
     hi, lo = state[p.name], slots.pop("residual")

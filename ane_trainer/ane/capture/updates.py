@@ -172,18 +172,30 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
 }
 
 
+#: The optimizer runs on the host: no state and no scalars on the engine.
+HOST = Rule(
+    slots=lambda group: (),
+    scalars=lambda group, step: {},
+    gated=frozenset(),
+    update=lambda weight, *rest: ({}, torch.zeros_like(weight)),
+    structure=lambda group: (),
+    calibrated=True,
+    counters=lambda group, step: {},
+)
+
+
 def find_rule(optimizer: torch.optim.Optimizer) -> Rule | None:
     """The rule of an optimizer's class if it covers the settings of all groups, else None."""
     rule = RULES.get(type(optimizer))
     return rule if rule is not None and all(map(rule.takes, optimizer.param_groups)) else None
 
 
-def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
-    """The rule of an optimizer's class.
+def rule_for(optimizer: torch.optim.Optimizer, on_host: bool = False) -> Rule:
+    """The rule of an optimizer's class; HOST if it is to run there.
 
     Raises: UnsupportedModel naming the supported classes.
     """
-    rule = find_rule(optimizer)
+    rule = HOST if on_host else find_rule(optimizer)
     if rule is None:
         names = ", ".join(f"torch.optim.{cls.__name__}" for cls in RULES)
         reason = "has no update rule for the engine, or none for its settings."

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.capture.slots import SCALING, Parameter, find_parameters, float_buffers
+from ane_trainer.ane.capture.scaling import FITS, SCALING
+from ane_trainer.ane.capture.slots import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.updates import RESIDUAL, Rule, rule_for
 from ane_trainer.ane.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
@@ -30,14 +31,17 @@ class Mirror:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         precision: str = "fp16",
+        on_host: bool = False,
     ) -> None:
         self._range = RANGES[precision]
         self._session, self._optimizer = session, optimizer
         self._ports = {port.target: port for port in ports if port.role == "state"}
-        self._rule: Rule = rule_for(optimizer)
+        self._rule: Rule = rule_for(optimizer, on_host)
         found = find_parameters(model, optimizer)
         self._trained = [p for p in found if f"{p.name}/{RESIDUAL}" in self._ports]
         self._tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
+        # parameters that a step does not change keep their bits: frozen ones, and all if the host updates them
+        self._changing = {p.name for p in self._trained} | set(float_buffers(model))
         counters = [getattr(m, "num_batches_tracked", None) for m in model.modules() if m.training]
         self._counters = [counter for counter in counters if isinstance(counter, torch.Tensor)]
         self._versions: dict[str, int] = {}
@@ -47,8 +51,8 @@ class Mirror:
     @torch.no_grad()
     def pull_weights(self, steps: int) -> None:
         """Engine -> module, for everything that a step changes; `steps` ran since the last time."""
-        for name, tensor in self._tensors.items():
-            self._combine(name, tensor)
+        for name in self._changing:
+            self._combine(name, self._tensors[name])
         for counter in self._counters:
             counter += steps
         self._note_versions()
@@ -110,6 +114,8 @@ class Mirror:
         values = {"loss_scale": scale, "loss_scale_inverse": 1.0 / scale, "good_steps": good_steps}
         for name, value in values.items():
             self._session.write(self._ports[SCALING + name].name, np.full(1, value, np.float32))
+        if SCALING + FITS in self._ports:
+            self._session.write(self._ports[SCALING + FITS].name, np.ones(1, np.float32))
 
     # Everything, exactly
 

@@ -12,12 +12,17 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
+from ane_trainer.ane.capture.gradients import Treatment
 from ane_trainer.ane.capture.masks import PREFIX, draw
 from ane_trainer.ane.capture.scalars import check_structure, scalar_values, structure
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
+from ane_trainer.ane.capture.step import GRADIENT
+from ane_trainer.ane.capture.updates import find_rule
 from ane_trainer.ane.cost import Cost, estimate
+from ane_trainer.ane.counting import flops
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
+from ane_trainer.ane.dispatch.hosted import HostOptimizer
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.prepare import prepare
 from ane_trainer.ane.errors import UsageError
@@ -25,6 +30,8 @@ from ane_trainer.ane.mil import Program
 
 SYNC_MODES = ("always", "lazy")
 _UNIT = "unit/"
+_OPTIMIZER = "optimizer/"
+OPTIMIZER_PLACES = ("auto", "engine", "host")
 
 
 def compile_step(
@@ -43,6 +50,10 @@ def compile_step(
     path: str = "e5rt",
     precision: str = "auto",
     state: Mapping[str, torch.Tensor] | None = None,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    accumulate: int = 1,
+    optimizer_on: str = "auto",
 ) -> TrainingStep:
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
 
@@ -53,6 +64,12 @@ def compile_step(
     seed        of the dropout masks.
     precision   "fp16", "fp32" where the device runs it, or "auto": the device's own choice.
     state       a `state_dict` of an earlier step to continue bit for bit.
+    clip_grad_norm, clip_grad_value
+                clip the norm of all gradients together, each entry; on the engine. `step.treatment` changes them.
+    accumulate  batches whose gradients are averaged before an update: every so many calls the weights move.
+    optimizer_on
+                "engine", "host" (fp32 in PyTorch, the gradients are read back each step), or "auto": the
+                engine if it has a rule for the optimizer. `step.optimizer_on` says which, `placement()` why.
 
     A model in evaluation mode is captured in training mode.
 
@@ -62,8 +79,10 @@ def compile_step(
     if sync not in SYNC_MODES:
         raise UsageError(f"sync: needs always or lazy; got {sync!r}. Choose one of them.")
     _check_scale(loss_scale)
+    treatment = Treatment(clip_grad_norm, clip_grad_value, accumulate, _on_host(optimizer_on, optimizer))
+    treatment.check()
     step = TrainingStep(
-        model, loss, optimizer, example, chip, device, fidelity, threads, sync, seed, path, precision
+        model, loss, optimizer, example, chip, device, fidelity, threads, sync, seed, path, precision, treatment
     )  # fmt: skip
     step._build(loss_scale, None if state is None else _units(state))
     if state is not None:
@@ -79,8 +98,6 @@ class TrainingStep:
 
     #: One dispatch a call, by construction.
     dispatches_per_step = 1
-    #: Share of the step's floating-point operations inside the program; the host only prepares scalars.
-    engine_flop_fraction = 1.0
 
     def __init__(
         self,
@@ -96,6 +113,7 @@ class TrainingStep:
         seed: int,
         path: str,
         precision: str = "auto",
+        treatment: Treatment | None = None,
     ) -> None:
         self.choice = get_device(device)
         self.precision = choose_precision(self.choice.device, precision)
@@ -105,14 +123,17 @@ class TrainingStep:
         self._chip, self._fidelity, self._threads, self._path = chip, fidelity, threads, path
         self._always = sync == "always"
         self._masks = torch.Generator().manual_seed(seed)
-        self._structure = structure(optimizer)
+        self.treatment = treatment or Treatment()
+        self._host = HostOptimizer(model, optimizer) if self.treatment.on_host else None
+        self._structure = structure(optimizer, self.treatment.on_host)
+        self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
 
     def _build(self, loss_scale: float | str, units: Mapping[str, float] | None) -> None:
         """Capture, lower, legalize, compile, load; then push the module's and the optimizer's state."""
         subject = self._model, self._loss, self._optimizer, self._example
-        capture = _capture(*subject, loss_scale, units, self.precision)
+        capture = _capture(*subject, loss_scale, units, self.precision, self.treatment)
         self._units = dict(capture.units)
         self.compiled = prepare(capture.captured, self._chip, self._path, self.precision)
         self.compiles += 1
@@ -121,7 +142,11 @@ class TrainingStep:
         self._feeds = Feeds(self._example, ("x", "y"), inputs, self.precision)
         self._scalars = [(p.name, p.target) for p in inputs if p.role == "scalar"]
         self._mask_ports = [p for p in inputs if p.target.startswith(PREFIX)]
-        self._mirror = Mirror(self._session, inputs, self._model, self._optimizer, self.precision)
+        on_host = self.treatment.on_host
+        self._mirror = Mirror(
+            self._session, inputs, self._model, self._optimizer, self.precision, on_host
+        )  # fmt: skip
+        self._gradients = [p for p in self.compiled.outputs if p.target.endswith(f"/{GRADIENT}")]
         self._mirror.set_scaling(capture.loss_scale)
         self.load()
 
@@ -131,20 +156,36 @@ class TrainingStep:
         Raises: DataError for a batch of another shape or with values that the precision does not hold;
         UsageError if a setting of the optimizer that is compiled in was changed.
         """
-        check_structure(self._optimizer, self._structure)
+        check_structure(self._optimizer, self._structure, self.treatment.on_host)
         if self._mirror.changed():
             self._mirror.push_weights(changed_only=True)
         feeds = self.feeds(x, y)
         results = self._session.run(feeds)
-        applied = bool(results["applied"][0])
         self.steps += 1
-        self.applied_steps += applied
-        self.skipped_steps += not applied
         self._unsynced += 1
-        self._stale_moments |= applied
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers warn without it
+        self._pending = (self._pending + 1) % self.treatment.accumulate
+        if self._pending == 0:
+            self._count_update(bool(results["applied"][0]), results)
         if self._always:
             self._pull_weights()
         return torch.tensor(float(results["loss"][0]))
+
+    def _count_update(self, applied: bool, results: Mapping[str, NDArray[Any]]) -> None:
+        """A batch that completes an update has run; on the host the update happens now."""
+        self.applied_steps += applied
+        self.skipped_steps += not applied
+        self._stale_moments |= applied
+        if self._host is not None and applied:
+            self._pull_weights()
+            self._host.update(
+                {
+                    port.target.removesuffix(f"/{GRADIENT}"): torch.from_numpy(
+                        results[port.name].astype(np.float32) / np.float32(port.scale)
+                    )
+                    for port in self._gradients
+                }
+            )
 
     def feeds(self, x: Any, y: Any, ahead: int = 0) -> dict[str, NDArray[Any]]:
         """What a step on this batch is fed, by port: batch, new dropout masks, the optimizer's scalars.
@@ -153,7 +194,8 @@ class TrainingStep:
         """
         feeds = self._feeds(x, y)
         feeds |= {p.name: draw(p.target, p.shape, self._masks).numpy() for p in self._mask_ports}
-        values = scalar_values(self._optimizer, self.applied_steps + 1 + ahead)
+        values = scalar_values(self._optimizer, self.applied_steps + 1 + ahead, self.treatment.on_host)
+        values |= self.treatment.scalars(last=self._pending + 1 == self.treatment.accumulate)
         feeds |= {name: np.full(1, values[target]) for name, target in self._scalars}
         return {name: array.astype(self._float, copy=False) for name, array in feeds.items()}
 
@@ -181,6 +223,10 @@ class TrainingStep:
         """The engine's whole state, exactly, with counters and the state of the dropout masks' generator."""
         counters = torch.tensor([self.steps, self.applied_steps, self.skipped_steps])
         units = {_UNIT + name: torch.tensor(unit) for name, unit in self._units.items()}
+        if self._host is not None:
+            units |= {_OPTIMIZER + name: value for name, value in self._host.state().items()}
+        if self.treatment.accumulate > 1:
+            units["pending"] = torch.tensor(self._pending)
         return {
             **self._mirror.state(), **units, "counters": counters, "mask_generator": self._masks.get_state(),
         }  # fmt: skip
@@ -192,6 +238,10 @@ class TrainingStep:
             self._session.close()
             self._build("auto", units)
         self._mirror.set_state(state)
+        self._pending = int(state.get("pending", 0))
+        if self._host is not None:
+            found = {k.removeprefix(_OPTIMIZER): v for k, v in state.items() if k.startswith(_OPTIMIZER)}
+            self._host.set_state(found)
         self.steps, self.applied_steps, self.skipped_steps = map(int, state["counters"])
         self._masks.set_state(state["mask_generator"])
         self._mirror.pull_weights(0)
@@ -203,16 +253,38 @@ class TrainingStep:
         return self.compiled.program
 
     @property
+    def optimizer_on(self) -> str:
+        """ "engine", or "host" if PyTorch updates the weights."""
+        return "host" if self._host is not None else "engine"
+
+    @property
+    def engine_flop_fraction(self) -> float:
+        """Share of the step's floating-point operations in the program; the rest is the host's optimizer.
+
+        On the host they are counted in the last update, and before the first as 10 a parameter (Adam's).
+        """
+        if self._host is None:
+            return 1.0
+        engine = self.treatment.accumulate * sum(flops(op) for op in self.program.main.ops)
+        host = self._host.flops or 10 * sum(p.numel() for p in self._model.parameters())
+        return engine / (engine + host)
+
+    @property
     def loss_scale(self) -> float:
         """The present loss scale."""
         return self._mirror.scaling("loss_scale")
 
     @property
     def host_bytes_per_step(self) -> int:
-        """Bytes that cross between host and engine in one step: batch, scalars, results."""
+        """Bytes that cross between host and engine in one step: batch, scalars, results.
+
+        With the optimizer on the host also gradients back and weights in.
+        """
         bytes_each = 2 if self.precision == "fp16" else 4
         ports = [*self.compiled.inputs, *self.compiled.outputs]
-        return sum(bytes_each * math.prod(p.shape) for p in ports if p.role != "state")
+        batch = sum(bytes_each * math.prod(p.shape) for p in ports if p.role != "state")
+        weights = sum(bytes_each * p.numel() for p in self._model.parameters() if p.requires_grad)
+        return batch + (weights if self._host is not None else 0)
 
     def text(self) -> str:
         """The program as MIL text."""
@@ -225,7 +297,13 @@ class TrainingStep:
     def placement(self) -> dict[str, Any]:
         """Where the step runs and how that is known."""
         where, how = self.choice.device.placement(self.compiled.chip, self._fidelity)
-        return {"where": where, "how": how, "device": self.choice.device.name, "choice": self.choice.reason}
+        if self._host is not None:
+            name = type(self._optimizer).__name__
+            where = f"{where}; optimizer {name} on the host (PyTorch fp32), gradients read back each step"
+        return {
+            "where": where, "how": how, "device": self.choice.device.name, "choice": self.choice.reason,
+            "optimizer_on": self.optimizer_on,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Bring the module up to date and release the device."""
@@ -254,16 +332,25 @@ def _capture(
     loss_scale: float | str,
     units: Mapping[str, float] | None,
     precision: str,
+    treatment: Treatment,
 ) -> StepCapture:
     """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
     modes = {module: module.training for module in model.modules()}
     if not model.training:
         model.train()
     try:
-        return capture_training(model, loss, optimizer, example, loss_scale, units, precision)
+        return capture_training(model, loss, optimizer, example, loss_scale, units, precision, treatment)
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _on_host(place: str, optimizer: torch.optim.Optimizer) -> bool:
+    if place not in OPTIMIZER_PLACES:
+        raise UsageError(
+            f"optimizer_on: needs {', '.join(OPTIMIZER_PLACES)}; got {place!r}. Choose one of them."
+        )
+    return place == "host" or (place == "auto" and find_rule(optimizer) is None)
 
 
 def _check_scale(scale: float | str) -> None:

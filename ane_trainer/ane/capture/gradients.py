@@ -1,0 +1,122 @@
+"""What happens to gradients between the backward pass and the optimizer: accumulation and clipping.
+
+Gradients are in their parameters' units (powers of two). All numbers that a user may change come as scalar
+ports; whether they are there at all is compiled in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ane_trainer.ane.capture.scaling import FITS, SCALING
+from ane_trainer.ane.errors import UsageError
+
+Tensors = dict[str, torch.Tensor]
+
+#: Suffix of the state that holds the sum of a parameter's gradients.
+ACCUMULATED = "accumulated"
+#: A sum of squares of numbers up to 1 stays below this by a static power of two.
+_LARGEST_SUM = 2.0**15
+#: The largest gradient counts as this at least, so that there is something to divide by.
+_SMALLEST_PEAK = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """Clip to `clip_value`, then the norm of all together to `clip_norm`; average over `accumulate` batches.
+
+    `on_host`: the optimizer runs on the host, which gets the gradients as results.
+    """
+
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    accumulate: int = 1
+    on_host: bool = False
+
+    def check(self) -> None:
+        """Raises: UsageError for limits that are not positive or a count below 1."""
+        for name, value in (("clip_grad_norm", self.clip_norm), ("clip_grad_value", self.clip_value)):
+            if value is not None and not 0.0 < value <= 65504.0:
+                raise UsageError(
+                    f"{name}: needs a number above 0 and up to 65504; got {value!r}. Choose one."
+                )
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise UsageError(
+                f"accumulate: needs a whole number from 1 on; got {self.accumulate!r}. Choose one."
+            )
+
+    def scalars(self, last: bool) -> dict[str, float]:
+        """Port name -> value; `last`: this batch completes an update."""
+        values = {"clip_norm": self.clip_norm, "clip_value": self.clip_value}
+        found = {name: float(value) for name, value in values.items() if value is not None}
+        return {**found, "last": float(last)} if self.accumulate > 1 else found
+
+
+def accumulate(
+    gradients: Tensors,
+    state: Mapping[str, torch.Tensor],
+    treatment: Treatment,
+    ok: torch.Tensor,
+    last: torch.Tensor,
+) -> tuple[Tensors, Tensors, torch.Tensor]:
+    """(mean gradients so far, new state, whether all batches so far fit): sum += g/count; empty after `last`."""
+    share = ok * (1.0 / treatment.accumulate)
+    sums = {name: state[f"{name}/{ACCUMULATED}"] + g * share for name, g in gradients.items()}
+    fits = state[SCALING + FITS] * ok
+    rest = 1.0 - last
+    new = {f"{name}/{ACCUMULATED}": value * rest for name, value in sums.items()}
+    return sums, {**new, SCALING + FITS: torch.maximum(fits, last)}, fits
+
+
+def clip_values(gradients: Tensors, units: Mapping[str, float], limit: torch.Tensor) -> Tensors:
+    """Every entry to within +-limit."""
+    bounds = {name: limit * units[name] for name in gradients}
+    return {n: torch.minimum(torch.maximum(g, -bounds[n]), bounds[n]) for n, g in gradients.items()}
+
+
+def clip_norm(gradients: Tensors, units: Mapping[str, float], limit: torch.Tensor) -> Tensors:
+    """All gradients times min(1, limit / norm of all together).
+
+    Squares are taken of gradients divided by the largest entry, and summed under static powers of two, so
+    that nothing overflows whatever the sizes: norm = peak/unit * root, root = sqrt(sum of squares of ratios).
+    """
+    unit = min(units[name] for name in gradients)
+    common = {name: g * (unit / units[name]) if units[name] != unit else g for name, g in gradients.items()}
+    peak = _largest(list(common.values()))
+    power = _even_power(sum(g.numel() for g in gradients.values()))
+    squares = [_sum_of_squares(g / peak, power) for g in common.values()]
+    total = squares[0]
+    for square in squares[1:]:
+        total = total + square
+    root = torch.sqrt(total) * 2.0 ** (power // 2)
+    factor = torch.clamp((limit / root) * (unit / peak), max=1.0)
+    return {name: g * factor for name, g in gradients.items()}
+
+
+def _largest(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    peak = torch.full((1,), _SMALLEST_PEAK)
+    for gradient in gradients:
+        peak = torch.maximum(peak, gradient.abs().amax().reshape(1))
+    return peak
+
+
+def _even_power(count: int) -> int:
+    """The least even power of two that brings `count` ones below _LARGEST_SUM."""
+    power = max(0, math.ceil(math.log2(count / _LARGEST_SUM)))
+    return power + power % 2
+
+
+def _sum_of_squares(ratios: torch.Tensor, power: int) -> torch.Tensor:
+    """[1]: the sum times 2^-power, in two steps if there are many entries."""
+    squares = ratios * ratios
+    axes = list(range(squares.ndim))
+    first: list[int] = []
+    while axes and math.prod(squares.shape[a] for a in (axes[-1], *first)) <= _LARGEST_SUM:
+        first.append(axes.pop())
+    if first:
+        squares = squares.sum(first, keepdim=True)
+    return (squares * 2.0**-power).sum().reshape(1)

@@ -1,0 +1,81 @@
+"""The optimizer on the host: any torch.optim object in fp32, with the gradients that the engine computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class HostOptimizer:
+    """Runs `optimizer` on gradients by parameter name. `flops` are those of the last update, counted."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._parameters = dict(model.named_parameters())
+        self.flops = 0
+
+    def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """One `optimizer.step()`; `grad` of parameters without a gradient is None."""
+        for name, parameter in self._parameters.items():
+            gradient = gradients.get(name)
+            parameter.grad = (
+                None if gradient is None else gradient.reshape(parameter.shape).to(parameter.dtype)
+            )
+        counter = _Counter()
+        with counter:
+            self._optimizer.step()
+        self.flops = counter.flops
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state by `<number>/<key>`; other things than tensors and numbers are left out."""
+        found = {}
+        for number, entries in self._optimizer.state_dict()["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    found[f"{number}/{key}"] = value.clone()
+                elif isinstance(value, (int, float)):
+                    found[f"{number}/{key}/number"] = torch.tensor(value, dtype=torch.float64)
+        return found
+
+    def set_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` returned."""
+        states: dict[int, dict[str, Any]] = {}
+        for name, value in tensors.items():
+            number, key, *kind = name.split("/")
+            states.setdefault(int(number), {})[key] = _number(float(value)) if kind else value.clone()
+        if states:
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations: torch's formulas where it has them, else one an element."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        else:
+            leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            if not leaves:  # `_foreach_` operations change a list in place
+                leaves = [leaf for leaf in tree_leaves(args[:1]) if isinstance(leaf, torch.Tensor)]
+            self.flops += sum(leaf.numel() for leaf in leaves if leaf.is_floating_point())
+        return result
