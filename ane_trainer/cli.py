@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ane_trainer import conformance, core, doctor, inspection
+from ane_trainer import conformance, core, doctor, inspection, programs
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
 from ane_trainer.chip_table import chip_table, chip_values
@@ -239,6 +239,42 @@ def estimate(
         print(inspection.estimate_text(found))
 
 
+@app.command(name="run")
+def run_mil(
+    program: Annotated[
+        str, typer.Argument(help="MIL text (a .mil, or a folder with model.mil), or an .mlpackage.")
+    ],
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="Once for each input.", metavar="NAME=FILE.npy")
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Draw the inputs that are left out.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    steps: Annotated[int, typer.Option(help="Run so many times; states are kept between.")] = 1,
+    chip: Annotated[str, typer.Option(help="m1 ... m6.", metavar="NAME")] = "m4",
+    fidelity: Annotated[str, typer.Option(help="exact or fast.", metavar="NAME")] = "exact",
+    path: Annotated[
+        str | None,
+        typer.Option(help="Whose refusals: e5rt, coreml, direct, none. [by the file]", metavar="NAME"),
+    ] = None,
+    function: Annotated[str | None, typer.Option(help="[main]", metavar="NAME")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for outputs as .npy.", metavar="DIR")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Ranges, overflows, errors by op.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Outputs against double precision.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run any MIL program on the simulator, e.g. `ane-trainer run model.mil --random --profile`."""
+    found = programs.run_program(
+        program, inputs or (), random=random, seed=seed, chip=chip, fidelity=fidelity, path=path,
+        function=function, steps=steps, out=out, with_profile=profile, with_comparison=compare,
+        threads=threads,
+    )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.as_text())
+
+
 @app.command(name="doctor")
 def doctor_command(
     chips: Annotated[bool, typer.Option("--chips", help="Print the table of chips instead.")] = False,
@@ -293,7 +329,9 @@ def conformance_command(
         _print_json(found)
         return
     print(conformance.as_text(found))
-    print(f"report   {path}" + ("" if device == "sim" else "   (one line; send it in an issue of the project)"))
+    print(
+        f"report   {path}" + ("" if device == "sim" else "   (one line; send it in an issue of the project)")
+    )
 
 
 @app.command(name="conformance-read")

@@ -1,0 +1,371 @@
+"""`run`: any MIL program on the simulator, with its inputs from files, profile and comparison."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.chips import PATHS
+from ane_trainer.ane.errors import SimulationError, UsageError
+from ane_trainer.ane.loading import load_program
+from ane_trainer.ane.mil import Function, Value
+from ane_trainer.ane.profiling import (
+    Distance,
+    OpProfile,
+    OutputError,
+    Profile,
+    compare,
+    function_of,
+    profile,
+)
+from ane_trainer.ane.simulator import make_context, prepare, refusal
+from ane_trainer.checkpoint import unwritable
+from ane_trainer.utils import atomic_write
+
+Array = NDArray[Any]
+Feeds = list[dict[str, Array]]
+
+#: Rows of the profile's table; a longer program shows the ops that matter.
+TABLE_ROWS = 40
+
+_WHOLE = {"int8": (-128, 128), "uint8": (0, 256)}
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input, output or state of a run: name, type, the range of its numbers, and where they come from or
+    are.
+    """
+
+    name: str
+    type: str
+    low: float | None
+    high: float | None
+    mean: float | None
+    place: str
+
+
+@dataclass(frozen=True)
+class ProgramRun:
+    """What `run` found. `profile` and `errors` (of outputs against double precision) where asked for."""
+
+    program: str
+    function: str
+    ops: int
+    where: str
+    steps: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    states: tuple[Port, ...]
+    profile: Profile | None = None
+    errors: tuple[OutputError, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        found = asdict(self)
+        if self.profile is None:
+            del found["profile"]
+        if self.errors is None:
+            del found["errors"]
+        return found
+
+    def as_text(self) -> str:
+        """Ports first, then the comparison, then the ops."""
+        steps = "" if self.steps == 1 else f", {self.steps} steps"
+        lines = [
+            f"{self.program}: function {self.function}, {self.ops} ops{steps}, on the {self.where}",
+            *_ports("inputs", self.inputs),
+            *_ports("outputs", self.outputs),
+            *_ports("states", self.states),
+        ]
+        if self.errors is not None:
+            lines += _error_lines(self.errors)
+        if self.profile is not None:
+            lines += _profile_lines(self.profile)
+        return "\n".join(lines)
+
+
+def run_program(
+    program: str | Path,
+    inputs: Sequence[str] = (),
+    *,
+    random: bool = False,
+    seed: int = 0,
+    chip: str = "m4",
+    fidelity: str = "exact",
+    path: str | None = None,
+    function: str | None = None,
+    steps: int = 1,
+    out: Path | None = None,
+    with_profile: bool = False,
+    with_comparison: bool = False,
+    threads: int | None = None,
+) -> ProgramRun:
+    """Load a program, feed it, run it `steps` times and write its outputs and states to `out` as `.npy`.
+
+    `inputs` are `name=file.npy`; `random` draws the ones that are left out. `path` is one of `chips.PATHS`,
+    "none" for whatever the simulator can run, None for "coreml" (an .mlpackage) or "e5rt" (MIL text).
+    """
+    if steps < 1:
+        raise UsageError(f"--steps: needs a number from 1; got {steps}.", code="ANE104")
+    way = _path(path, program)
+    files = parse_inputs(inputs)
+    loaded = load_program(program)
+    chosen = function_of(loaded, function)
+    feeds, places = feeds_of(chosen, files, steps, seed if random else None)
+    context = make_context(chip, fidelity, threads, way)
+    refusal.check(chosen, context.chip, way)
+    plan = prepare(chosen, context)
+    results = [plan.run(step) for step in feeds]
+    kept = {v.name: plan.read(v.name) for v in chosen.inputs if v.type.state}
+    outputs = {name: _joined([r[name] for r in results]) for name in results[0]}
+    options: dict[str, Any] = {
+        "chip": chip, "fidelity": fidelity, "threads": threads, "path": way, "function": chosen.name,
+    }  # fmt: skip
+    found = profile(loaded, feeds, **options) if with_profile else None
+    errors = found.outputs if found else compare(loaded, feeds, **options) if with_comparison else None
+    types = {v.name: str(v.type) for v in (*chosen.inputs, *chosen.outputs)}
+    written = _write(out, outputs, kept)
+    return ProgramRun(
+        str(program),
+        chosen.name,
+        len(chosen.ops),
+        f"simulator of {context.chip.title}, {fidelity}" + (f", path {way}" if way else ""),
+        steps,
+        tuple(_port(n, types[n], _joined([f[n] for f in feeds if n in f]), p) for n, p in places.items()),
+        tuple(_port(n, types[n], a, written.get(n, "")) for n, a in outputs.items()),
+        tuple(_port(n, types[n], a, written.get(f"{n}.state", "")) for n, a in kept.items()),
+        found,
+        errors if with_comparison else None,
+    )
+
+
+def _path(path: str | None, program: str | Path) -> str | None:
+    if path is None:
+        return "coreml" if Path(program).suffix == ".mlpackage" else "e5rt"
+    if path != "none" and path not in PATHS:
+        raise UsageError(f"--path: needs one of {', '.join(PATHS)}, none; got {path!r}.", code="ANE104")
+    return None if path == "none" else path
+
+
+def parse_inputs(texts: Iterable[str]) -> dict[str, Path]:
+    """`name=file.npy` options as files by name; `UsageError` for another form or a name given twice."""
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file or name in files:
+            got = f"{name} twice" if name in files else repr(text)
+            raise UsageError(
+                f"--input: needs name=file.npy, each name once; got {got}. E.g. --input x=image.npy",
+                code="ANE104",
+            )
+        files[name] = Path(file)
+    return files
+
+
+def feeds_of(
+    function: Function, files: Mapping[str, Path], steps: int = 1, seed: int | None = None
+) -> tuple[Feeds, dict[str, str]]:
+    """The feeds of each step, and where each input comes from. With a seed, inputs without a file are drawn.
+
+    Random floats are normal with deviation 1, int8 and uint8 take every value, other integers are 0 or 1;
+    states start at zero unless given. Raises `SimulationError` with everything that is missing or wrong.
+    """
+    known = {v.name: v for v in function.inputs}
+    wrong = [
+        ("SIM102", f"{n}: there is no such input; there are {', '.join(known)}") for n in files.keys() - known
+    ]
+    arrays: dict[str, Array] = {}
+    places: dict[str, str] = {}
+    rng = np.random.default_rng(seed)
+    for name, value in known.items():
+        if name in files:
+            try:
+                arrays[name], places[name] = _fitted(_read(files[name]), value, steps), str(files[name])
+            except SimulationError as fault:
+                wrong.append((fault.code, f"{name}: {fault.args[0]}"))
+        elif value.type.state:
+            continue
+        elif seed is not None:
+            arrays[name] = _drawn(rng, value, steps)
+            places[name] = f"random, seed {seed}"
+        else:
+            wrong.append(("SIM101", f"{name}: needs {value.type}; it is missing"))
+    if wrong:
+        missing = any(code == "SIM101" for code, _ in wrong)
+        text = "; ".join(text for _, text in wrong)
+        fix = " Give --input NAME=FILE.npy, or --random." if missing else ""
+        raise SimulationError(f"inputs: {text}.{fix}", code=wrong[0][0])
+    feeds = []
+    for step in range(steps):
+        fed = {n: a[step] if a.shape != known[n].type.shape else a for n, a in arrays.items()}
+        feeds.append({n: a for n, a in fed.items() if step == 0 or not known[n].type.state})
+    return feeds, places
+
+
+def _read(file: Path) -> Array:
+    """One array of a .npy file."""
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as fault:
+        reason = (
+            fault.strerror if isinstance(fault, OSError) and fault.strerror else "not a .npy array of numbers"
+        )
+        raise SimulationError(
+            f"{file}: needs a .npy file that can be read; {reason}", code="SIM108"
+        ) from None
+    if not isinstance(found, np.ndarray):
+        raise SimulationError(f"{file}: needs a .npy file; got an .npz archive", code="SIM108")
+    return found
+
+
+def _fitted(array: Array, value: Value, steps: int) -> Array:
+    """The array in the input's dtype; numbers that the dtype cannot hold as they are meant are refused."""
+    dtype, shape = value.type.dtype, value.type.shape
+    if array.shape != shape and (value.type.state or steps == 1 or array.shape != (steps, *shape)):
+        more = f" or {(steps, *shape)}" if steps > 1 and not value.type.state else ""
+        raise SimulationError(f"needs the shape {shape}{more}; got {array.shape}", code="SIM103")
+    if dtype.startswith("fp"):
+        fits = array.dtype.kind in "fiu"
+    elif dtype == "bool":
+        fits = array.dtype.kind == "b"
+    else:
+        limits = np.iinfo(dtype)
+        fits = array.dtype.kind in "iu" and (
+            not array.size or (int(array.min()) >= limits.min and int(array.max()) <= limits.max)
+        )
+    if not fits:
+        raise SimulationError(f"needs numbers that {dtype} holds; got {array.dtype}", code="SIM107")
+    with np.errstate(over="ignore"):
+        return array.astype({"fp16": "f2", "fp32": "f4", "fp64": "f8"}.get(dtype, dtype))
+
+
+def _drawn(rng: np.random.Generator, value: Value, steps: int) -> Array:
+    """Random numbers for an input, new ones for each step."""
+    dtype = value.type.dtype
+    shape = value.type.shape if steps == 1 else (steps, *value.type.shape)
+    if dtype.startswith("fp"):
+        return rng.standard_normal(shape).astype({"fp16": "f2", "fp32": "f4"}.get(dtype, "f8"))
+    return rng.integers(*_WHOLE.get(dtype, (0, 2)), shape).astype(dtype)
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    """One step's array as it is, several stacked."""
+    return arrays[0] if len(arrays) == 1 else np.stack(arrays)
+
+
+def _write(out: Path | None, outputs: Mapping[str, Array], states: Mapping[str, Array]) -> dict[str, str]:
+    """Write each array to `out`; the files by port (states as `NAME.state`)."""
+    written: dict[str, str] = {}
+    if out is None:
+        return written
+    for name, array in {**outputs, **{f"{n}.state": a for n, a in states.items()}}.items():
+        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".") or "_"
+        file = out / f"{plain}.npy"
+        number = 2
+        while str(file) in written.values():
+            file, number = out / f"{plain}_{number}.npy", number + 1
+        content = io.BytesIO()
+        np.save(content, array)
+        try:
+            atomic_write(file, content.getvalue())
+        except OSError as fault:
+            raise unwritable(out, fault) from None
+        written[name] = str(file)
+    return written
+
+
+def _port(name: str, type_: str, array: Array, place: str) -> Port:
+    """A port's line; the range is that of its finite numbers."""
+    wide = array.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    if not finite.size:
+        return Port(name, type_, None, None, None, place)
+    return Port(name, type_, float(finite.min()), float(finite.max()), float(finite.mean()), place)
+
+
+def _ports(title: str, ports: Sequence[Port]) -> list[str]:
+    """A table of ports; nothing where there are none."""
+    if not ports:
+        return []
+    rows: list[tuple[str, ...]] = [(title, "type", "min", "max", "mean", "")]
+    rows += [(p.name, p.type, *map(_number, (p.low, p.high, p.mean)), p.place) for p in ports]
+    return ["", *_table(rows, left=(0, 1, 5))]
+
+
+def _error_lines(errors: Sequence[OutputError]) -> list[str]:
+    rows = [("against fp64", "type", "largest error", "relative", "rms relative", "inf", "as rounded")]
+    for e in errors:
+        d = e.distance
+        numbers = (_number(d.largest), _number(d.largest_relative), _number(d.relative))
+        rows.append((e.name, e.type, *numbers, str(e.infinities), f"{e.same:.1%}"))
+    return ["", *_table(rows, left=(0, 1))]
+
+
+def _profile_lines(found: Profile) -> list[str]:
+    """The table of ops, the worst marked, and what to know of them."""
+    worst = found.worst()
+    shown = found.ops
+    if len(shown) > TABLE_ROWS:
+        heaviest = sorted(found.ops, key=lambda op: -(op.time_us or 0))[:10]
+        chosen = {op.name for op in (*found.worst(TABLE_ROWS - 10), *heaviest)}
+        shown = tuple(op for op in found.ops if op.name in chosen)
+    head = ("op", "kind", "min", "max", "to inf", "to 0", "own error", "own rms", "in all", "us", "")
+    rows = [head, *(_op_row(op, worst) for op in shown)]
+    lines = ["", *_table(rows, left=(0, 1, 10))]
+    if len(shown) < len(found.ops):
+        lines.append(f"{len(shown)} of {len(found.ops)} ops: the worst and the slowest; --json has all")
+    overflows, underflows = sum(op.overflows for op in found.ops), sum(op.underflows for op in found.ops)
+    lines += [
+        "",
+        f"{overflows} overflows to inf, {underflows} underflows to zero; one run {found.time_us:,.0f} us here",
+    ]
+    if worst:
+        lines.append("worst:")
+        lines += [f"  {number}. {_reason(op)}" for number, op in enumerate(worst, 1)]
+    return lines
+
+
+def _op_row(op: OpProfile, worst: Sequence[OpProfile]) -> tuple[str, ...]:
+    mark = "<-" if op in worst else ""
+    time_us = "" if op.time_us is None else f"{op.time_us:.1f}"
+    return (
+        op.name, op.kind, _number(op.low), _number(op.high), str(op.overflows or ""), str(op.underflows or ""),
+        _number(op.own.largest), _number(op.own.relative), _number(op.total.relative), time_us, mark,
+    )  # fmt: skip
+
+
+def _reason(op: OpProfile) -> str:
+    """One bad op in words: its place, and what is wrong with it."""
+    place = f" at {op.source}" if op.source else ""
+    harm = [f"{op.overflows} results overflow to inf"] if op.overflows else []
+    harm += [f"{op.underflows} underflow to zero"] if op.underflows else []
+    harm.append(f"adds {_error(op.own)}, in all {_error(op.total)}")
+    return f"{op.name} = {op.kind} {op.type}{place}: {', '.join(harm)}"
+
+
+def _error(d: Distance) -> str:
+    return f"{_number(d.relative)} rms relative (largest {_number(d.largest)})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _table(rows: Sequence[tuple[str, ...]], left: Iterable[int]) -> list[str]:
+    """Columns side by side; those in `left` begin at the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    sides = set(left)
+    return [
+        "  ".join(c.ljust(w) if i in sides else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        .rstrip()
+        for r in rows
+    ]  # fmt: skip
