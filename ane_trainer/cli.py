@@ -44,7 +44,7 @@ Chip = Annotated[
     str | None, typer.Option(help="Whose arithmetic and limits: m1 ... m6. [m4]", metavar="NAME")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="auto, sim, coreai, cpu (plain PyTorch fp32). [auto]", metavar="NAME")
+    str | None, typer.Option(help="auto, sim, e5rt, coreai, cpu (plain PyTorch fp32). [auto]", metavar="NAME")
 ]
 Fidelity = Annotated[str | None, typer.Option(help="exact or fast. [exact]", metavar="NAME")]
 Threads = Annotated[int | None, typer.Option(help="Of the simulator; results do not depend on it. [all]")]

@@ -14,6 +14,7 @@ from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.errors import UsageError
+from ane_trainer.machine import known_chip
 from ane_trainer.reference import CpuForward, CpuStep
 from ane_trainer.utils import did_you_mean
 
@@ -32,7 +33,7 @@ class Device:
 
 
 def choose_device(device: str, chip: str, fidelity: str, precision: str = "auto") -> Device:
-    """Check the names and resolve `auto`.
+    """Check the names and resolve `auto`. Direct dispatch takes the chip of this Mac, whatever `chip` says.
 
     UsageError for an unknown name; EnvironmentFault for a device that this machine does not have.
     """
@@ -48,6 +49,10 @@ def choose_device(device: str, chip: str, fidelity: str, precision: str = "auto"
     why = f"   ({choice.reason})" if device == "auto" else ""
     name = choice.device.name
     chosen = choose_precision(choice.device, precision)
+    mac = known_chip() if name.startswith("e5rt") else None
+    if mac is not None and mac != found.name:  # a program for another chip may fail or give other results
+        why += f"   (this Mac's chip instead of {found.title})"
+        found = get_chip(mac)
     text = f"SIMULATOR of {found.title} (generation {found.generation}), fidelity {fidelity}"
     if name != "sim":
         where, _ = choice.device.placement(found.name, fidelity)

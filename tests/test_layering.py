@@ -68,7 +68,7 @@ LINES: dict[str, float] = {
     "trainer": 9.8,
     "datasets": 9.5,
     "optimizers": 9.5,
-    "machine": 9.7,
+    "machine": 9.2,
     "conformance": 9.9,
     "energy": 9.3,
     "placement": 9.3,

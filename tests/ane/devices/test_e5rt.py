@@ -19,6 +19,7 @@ from ane_trainer.ane.errors import EnvironmentFault, ProgramError, SimulationErr
 from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
 from ane_trainer.cli import run_command
+from ane_trainer.engine import choose_device
 from tests.standin.library import Engine, needs_compiler
 
 DEVICES = ("e5rt", "e5rt-pingpong")
@@ -393,3 +394,12 @@ def test_on_the_engine_the_mnist_mlp_learns(device: str) -> None:
 @pytest.mark.mac
 def test_on_the_engine_both_ways_to_keep_state_agree() -> None:
     assert same(trained("e5rt", 50)[1], trained("e5rt-pingpong", 50)[1])
+
+
+def test_the_program_is_for_this_macs_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(E5RT, "unavailable", lambda self: None)
+    monkeypatch.setattr("ane_trainer.engine.known_chip", lambda: "m1")
+    chosen = choose_device("e5rt", "m4", "exact")
+    assert chosen.chip == "m1"
+    assert "this Mac's chip instead of M4" in chosen.headline
+    assert choose_device("sim", "m4", "exact").chip == "m4"
