@@ -10,15 +10,40 @@ import torch
 from torch import nn
 
 from ane_trainer.ane.capture import get_loss
+from ane_trainer.ane.capture.gradients import Treatment
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch import compile_forward, compile_step
-from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
+from ane_trainer.fallback import FallbackStep, Partitioned
 from ane_trainer.machine import known_chip
 from ane_trainer.reference import CpuForward, CpuStep
 from ane_trainer.utils import did_you_mean
 
 FIDELITIES = ("exact", "fast")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a trainer wants done with gradients, where the optimizer runs, and what with refused parts."""
+
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    accumulate: int = 1
+    optimizer_on: str = "auto"
+    fallback: str = "none"
+
+    def check(self) -> None:
+        """UsageError for values out of range."""
+        self.treatment().check()
+        if self.fallback not in ("none", "cpu"):
+            raise UsageError(
+                f'fallback: needs "none" or "cpu"; got {self.fallback!r}. Choose one of them.', code="ANE104"
+            )
+
+    def treatment(self) -> Treatment:
+        """The part that a step is compiled with."""
+        return Treatment(self.clip_norm, self.clip_value, self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -69,10 +94,36 @@ def compile_training(
     *,
     threads: int | None = None,
     seed: int = 0,
+    gradients: Gradients | None = None,
 ) -> Any:
-    """The compiled training step; UnsupportedModel if the model does not fit the chip."""
+    """The compiled training step.
+
+    UnsupportedModel if the model does not fit the chip; with `fallback="cpu"` a step in parts instead.
+    """
+    wishes = gradients or Gradients()
     if device.chip is None or device.fidelity is None:
-        return CpuStep(model, get_loss(loss), optimizer)
+        return CpuStep(model, get_loss(loss), optimizer, wishes.treatment())
+    try:
+        return _compile_whole(model, loss, optimizer, example, device, threads, seed, wishes)
+    except UnsupportedModel:
+        if wishes.fallback != "cpu":
+            raise
+    options = _parts_options(device, threads)
+    return FallbackStep(model, get_loss(loss), optimizer, wishes.treatment(), options)
+
+
+def _compile_whole(
+    model: nn.Module,
+    loss: str | Callable[..., torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    example: tuple[Any, Any],
+    device: Device,
+    threads: int | None,
+    seed: int,
+    wishes: Gradients,
+) -> Any:
+    assert device.chip is not None
+    assert device.fidelity is not None
     return compile_step(
         model,
         loss,
@@ -85,13 +136,40 @@ def compile_training(
         precision=device.precision,
         sync="lazy",
         seed=seed,
+        clip_grad_norm=wishes.clip_norm,
+        clip_grad_value=wishes.clip_value,
+        accumulate=wishes.accumulate,
+        optimizer_on=wishes.optimizer_on,
     )
 
 
-def compile_inference(model: nn.Module, example: Any, device: Device, threads: int | None) -> Any:
-    """The compiled forward pass in evaluation mode; UnsupportedModel if the model does not fit the chip."""
+def _parts_options(device: Device, threads: int | None) -> dict[str, Any]:
+    return {
+        "chip": device.chip, "device": device.name, "fidelity": device.fidelity, "precision": device.precision,
+        "threads": threads,
+    }  # fmt: skip
+
+
+def compile_inference(
+    model: nn.Module, example: Any, device: Device, threads: int | None, fallback: str = "none"
+) -> Any:
+    """The compiled forward pass in evaluation mode.
+
+    UnsupportedModel if the model does not fit the chip; with `fallback="cpu"` a pass in parts instead.
+    """
     if device.chip is None or device.fidelity is None:
         return CpuForward(model)
+    try:
+        return _compile_forward(model, example, device, threads)
+    except UnsupportedModel:
+        if fallback != "cpu":
+            raise
+    return CpuForward(model, Partitioned(model, _parts_options(device, threads)))
+
+
+def _compile_forward(model: nn.Module, example: Any, device: Device, threads: int | None) -> Any:
+    assert device.chip is not None
+    assert device.fidelity is not None
     return compile_forward(
         model,
         example,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ane_trainer.ane.capture.gradients import Treatment
 from ane_trainer.ane.capture.rehearsal import call_model
 from ane_trainer.ane.errors import DataError
 
@@ -24,20 +25,45 @@ class CpuStep:
     skipped_steps = 0
 
     def __init__(
-        self, model: nn.Module, loss: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer
+        self,
+        model: nn.Module,
+        loss: Callable[..., torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        treatment: Treatment | None = None,
     ) -> None:
         self._model, self._loss, self._optimizer = model, loss, optimizer
+        self._treatment = treatment or Treatment()
+        self._pending = 0
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
         """Forward, loss, backward, update; returns the loss. DataError for nan and inf."""
         _check_finite("x", x)
         _check_finite("y", y)
         self._model.train()
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(call_model(self._model, {}, x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
+        if self._pending == 0:
+            self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self.forward(x), y)
+        self.backward(loss / self._treatment.accumulate)
+        self._pending = (self._pending + 1) % self._treatment.accumulate
+        if self._pending == 0:
+            self._update()
         return loss.detach()
+
+    def forward(self, x: Any) -> Any:
+        """The model's output."""
+        return call_model(self._model, {}, x)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradients."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _update(self) -> None:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if self._treatment.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self._treatment.clip_value)
+        if self._treatment.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._treatment.clip_norm)
+        self._optimizer.step()
 
     def sync(self) -> None:
         """Nothing to do: the module's parameters are the state."""
@@ -67,10 +93,11 @@ class CpuStep:
 
 
 class CpuForward:
-    """The model's inference by plain PyTorch in fp32."""
+    """The model's inference by plain PyTorch in fp32, or by `forward`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, forward: Callable[[Any], Any] | None = None) -> None:
         self._model = model
+        self._forward = forward or (lambda x: call_model(model, {}, x))
 
     def __call__(self, x: Any) -> torch.Tensor:
         """The model's output in evaluation mode; the module's mode is put back. DataError for nan and inf."""
@@ -79,7 +106,7 @@ class CpuForward:
         self._model.eval()
         try:
             with torch.no_grad():
-                return call_model(self._model, {}, x)  # type: ignore[no-any-return]
+                return self._forward(x)  # type: ignore[no-any-return]
         finally:
             self._model.train(training)
 

@@ -58,7 +58,7 @@ class Trainer:
 
     model      any nn.Module made of supported layers; its parameters follow the engine's after each epoch.
     loss       a name ("cross_entropy", "mse", ...) or a callable(output, target) -> scalar.
-    optimizer  a torch.optim object over the model's parameters (SGD, Adam, AdamW); default Adam, lr 1e-3.
+    optimizer  a torch.optim object over the model's parameters; default Adam, lr 1e-3. Schedulers of it act.
     device     "auto", "sim" (simulator), "cpu" (plain PyTorch fp32), or a device that `doctor` lists.
     chip       whose arithmetic and limits hold on the simulator: "m1" ... "m6".
     fidelity   "exact" (the engine's arithmetic bit by bit where it is known) or "fast".
@@ -66,6 +66,9 @@ class Trainer:
     seed       of everything random in the order of the data; the weights are the model's own.
     threads    of the simulator; None: all cores. The result does not depend on it.
     report     where progress goes; default: lines on standard output. `Reporter()` is silent.
+    clip_grad_norm, clip_grad_value, accumulate, optimizer_on
+               as in `compile_step`: gradient clipping and accumulation, where the optimizer runs.
+    fallback   "none": refuse what does not fit the chip; "cpu": run those parts on the CPU, and report them.
     """
 
     def __init__(
@@ -81,7 +84,14 @@ class Trainer:
         seed: int = 0,
         threads: int | None = None,
         report: Reporter | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        accumulate: int = 1,
+        optimizer_on: str = "auto",
+        fallback: str = "none",
     ) -> None:
+        self.gradients = engine.Gradients(clip_grad_norm, clip_grad_value, accumulate, optimizer_on, fallback)
+        self.gradients.check()
         self.model, self.loss = model, loss
         self.optimizer = optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3)
         self.device = engine.choose_device(device, chip, fidelity, precision)
@@ -238,8 +248,13 @@ class Trainer:
         elif self._restored is not None:
             tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith("step/")}
         progress = {**asdict(self.progress), "skipped_steps": self._skipped()}
-        options = {"device": self.device.name, "chip": self.chip, "fidelity": self.fidelity}
+        options: dict[str, Any] = {"device": self.device.name, "chip": self.chip, "fidelity": self.fidelity}
         options["precision"] = self.precision
+        options |= {
+            "clip_grad_norm": self.gradients.clip_norm, "clip_grad_value": self.gradients.clip_value,
+            "accumulate": self.gradients.accumulate, "optimizer_on": self.gradients.optimizer_on,
+            "fallback": self.gradients.fallback,
+        }  # fmt: skip
         scalars = {
             "progress": progress,
             "history": [record.to_json() for record in self.history],
@@ -362,6 +377,9 @@ class Trainer:
             energy_joules=joules,
         )
         self.history.append(record)
+        if len(self.history) == 1:
+            for text in engine.placement_of(self.step, self.device).get("cpu", ()):
+                self.report.note("cpu", text)
         progress.next_epoch(self._skipped())
         self._data_state = None
         self.report.end_epoch(record)
@@ -374,14 +392,18 @@ class Trainer:
         self._classes = _class_count(self.model, self._loss, x, y)
         loop.check_classes(y, self._classes, "train: first batch")
         self.step = engine.compile_training(
-            self.model, self.loss, self.optimizer, (x, y), self.device, threads=self.threads, seed=self.seed
-        )
+            self.model, self.loss, self.optimizer, (x, y), self.device, threads=self.threads, seed=self.seed,
+            gradients=self.gradients,
+        )  # fmt: skip
         if self._restored is not None:
             self.step.load_state_dict(_part(self._restored.tensors, "step/"))
             self.progress.skipped_steps -= self.step.skipped_steps
             self._restored = None
         self.seconds_compile = time.perf_counter() - started
         self.report.compiled(engine.program_facts(self.step, self.optimizer), self.seconds_compile)
+        place = engine.placement_of(self.step, self.device)
+        if place.get("optimizer_on") == "host":
+            self.report.note("optimizer", f"{type(self.optimizer).__name__} runs on the host, PyTorch fp32")
         return self.seconds_compile
 
     def _infer(self, x: Any, size: int | None = None) -> torch.Tensor:
@@ -392,7 +414,9 @@ class Trainer:
         rows = size or min((known for known in compiled if known >= count), default=wished)
         padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x)
         if rows not in compiled:
-            compiled[rows] = engine.compile_inference(self.model, padded, self.device, self.threads)
+            compiled[rows] = engine.compile_inference(
+                self.model, padded, self.device, self.threads, self.gradients.fallback
+            )
         output: torch.Tensor = compiled[rows](padded)
         return output[:count]
 

@@ -60,6 +60,7 @@ LINES: dict[str, float] = {
     "results": 9.3,
     "checkpoint": 9.3,
     "reference": 9.3,
+    "fallback": 9.4,
     "loop": 9.3,
     "runs": 9.5,
     "report": 9.5,

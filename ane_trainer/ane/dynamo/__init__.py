@@ -16,9 +16,9 @@ import torch
 
 from ane_trainer.ane.dynamo.options import Options, read_options
 from ane_trainer.ane.dynamo.registration import register
-from ane_trainer.ane.dynamo.report import Report, begin_graph, report, reset
+from ane_trainer.ane.dynamo.report import ProgramRecord, Report, begin_graph, report, reset
 
-__all__ = ["Options", "Report", "ane", "report", "reset"]
+__all__ = ["Options", "ProgramRecord", "Report", "ane", "report", "reset"]
 
 
 def ane(
