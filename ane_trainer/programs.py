@@ -112,14 +112,15 @@ def run_program(
     """Load a program, feed it, run it `steps` times and write its outputs and states to `out` as `.npy`.
 
     `inputs` are `name=file.npy`; `random` draws the ones that are left out. `path` is one of `chips.PATHS`,
-    "none" for whatever the simulator can run, None for "coreml" (an .mlpackage) or "e5rt" (MIL text).
+    "none" for whatever the simulator can run, None for "coreml" (an .mlpackage, a function with states) or
+    "e5rt".
     """
     if steps < 1:
         raise UsageError(f"--steps: needs a number from 1; got {steps}.", code="ANE104")
-    way = _path(path, program)
     files = parse_inputs(inputs)
     loaded = load_program(program)
     chosen = function_of(loaded, function)
+    way = _path(path, program, chosen)
     feeds, places = feeds_of(chosen, files, steps, seed if random else None)
     context = make_context(chip, fidelity, threads, way)
     refusal.check(chosen, context.chip, way)
@@ -133,7 +134,7 @@ def run_program(
     found = profile(loaded, feeds, **options) if with_profile else None
     errors = found.outputs if found else compare(loaded, feeds, **options) if with_comparison else None
     types = {v.name: str(v.type) for v in (*chosen.inputs, *chosen.outputs)}
-    written = _write(out, outputs, kept)
+    written = write_arrays(out, outputs, kept)
     return ProgramRun(
         str(program),
         chosen.name,
@@ -148,9 +149,10 @@ def run_program(
     )
 
 
-def _path(path: str | None, program: str | Path) -> str | None:
+def _path(path: str | None, program: str | Path, function: Function) -> str | None:
     if path is None:
-        return "coreml" if Path(program).suffix == ".mlpackage" else "e5rt"
+        from_core_ml = Path(program).suffix == ".mlpackage" or any(v.type.state for v in function.inputs)
+        return "coreml" if from_core_ml else "e5rt"
     if path != "none" and path not in PATHS:
         raise UsageError(f"--path: needs one of {', '.join(PATHS)}, none; got {path!r}.", code="ANE104")
     return None if path == "none" else path
@@ -262,8 +264,13 @@ def _joined(arrays: Sequence[Array]) -> Array:
     return arrays[0] if len(arrays) == 1 else np.stack(arrays)
 
 
-def _write(out: Path | None, outputs: Mapping[str, Array], states: Mapping[str, Array]) -> dict[str, str]:
-    """Write each array to `out`; the files by port (states as `NAME.state`)."""
+def write_arrays(
+    out: Path | None, outputs: Mapping[str, Array], states: Mapping[str, Array]
+) -> dict[str, str]:
+    """Write each array to a file in `out` (None: nowhere); the files by port (states as `NAME.state`).
+
+    Characters that are not safe in a file's name become underscores.
+    """
     written: dict[str, str] = {}
     if out is None:
         return written
