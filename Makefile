@@ -44,8 +44,7 @@ test-mac: $(DEV_STAMP) ## The tests that need the engine of an Apple silicon Mac
 	$(BIN)/python -m pytest -m mac $(ARGS)
 
 bench: $(DEV_STAMP) ## Speed of the simulator against PyTorch, as ratios
-	$(BIN)/python bench/mac.py
-	$(BIN)/python bench/step.py $(ARGS)
+	$(BIN)/python -m bench
 
 clean: ## Remove the environment and caches; runs/ and downloaded data stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,6 @@
 """Speed of the exact multiply-accumulate kernel, next to torch's float32 matmul in the same run.
 
-    python bench/mac.py [--threads 2] [--seconds 0.3]
+    python -m bench.mac [--threads 2] [--seconds 0.3]
 
 Figures are 10^9 multiply-accumulates per second, the best of repeated calls. With one thread the thread's
 processor time counts, which a busy machine disturbs little; with more it is the time on the wall.
@@ -72,8 +72,10 @@ def main() -> None:
         free = best_seconds(lambda: mac.mac_matmul(a, b, threads=options.threads), options)  # noqa: B023
         theirs = best_seconds(lambda: torch.mm(tensors[0], tensors[1], out=tensors[2]), options)  # noqa: B023
         work = rows * depth * columns / 1e9
-        print(f"{name:20} {rows:4}x{depth}x{columns:<6} {work / ours:6.1f} G/s ({ours * 1e6:8.1f} us bound, "
-              f"{free * 1e6:8.1f} us free)   torch {work / theirs:6.1f} G/s   ratio {ours / theirs:5.2f}")
+        print(
+            f"{name:20} {rows:4}x{depth}x{columns:<6} {work / ours:6.1f} G/s ({ours * 1e6:8.1f} us bound, "
+            f"{free * 1e6:8.1f} us free)   torch {work / theirs:6.1f} G/s   ratio {ours / theirs:5.2f}"
+        )
 
 
 if __name__ == "__main__":

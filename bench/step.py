@@ -1,6 +1,6 @@
 """One training step on the simulator next to the same step in plain PyTorch fp32, measured in turn in one run.
 
-    python bench/step.py [--model mlp] [--optimizer adam] [--batch-size 128] [--steps 40]
+    python -m bench.step [--model mlp] [--optimizer adam] [--batch-size 128] [--steps 40] [--threads 1]
 
 Prints milliseconds (median and best) and the ratio to PyTorch, pair by pair, for exact and fast.
 """
@@ -8,6 +8,7 @@ Prints milliseconds (median and best) and the ratio to PyTorch, pair by pair, fo
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -43,10 +44,18 @@ def eager_step(
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+    """Time of one call: of the processor with one thread, which a busy machine disturbs little, else on the wall."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def use_threads(count: int) -> None:
+    """Let PyTorch and the simulator use `count` cores."""
+    torch.set_num_threads(count)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def compare(model_name: str, optimizer_name: str, batch: int, steps: int) -> None:
@@ -103,9 +112,11 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adam", choices=OPTIMIZERS)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    compare(options.model, options.optimizer, options.batch_size, options.steps)
     first_step()
+    use_threads(options.threads)
+    compare(options.model, options.optimizer, options.batch_size, options.steps)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ Step = Callable[[], None]
 PARALLEL_ELEMENTS = 1 << 16
 
 #: Registers' worth of lanes that one round of a loop works on: two independent chains hide the latency of the
-#: roundings (Adam's update of 200,000 parameters: 566 us with one, 408 us with two; bench/pointwise.py).
+#: roundings (Adam's update of 200,000 parameters with AVX-512: 566 us with one, 408 us with two; bench/ops.py
+#: has the update as a row).
 INTERLEAVE = 2
 
 _compiled: dict[str, Callable[..., None]] = {}

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.bilinear import interpolate_into
+from ane_trainer.ane.simulator.buffers import empty
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
 from ane_trainer.ane.simulator.rounding import rounded
@@ -51,8 +53,13 @@ def _along(x: F64, axis: int, at: F64) -> F64:
     return np.asarray(np.take(x, low, axis) * (1 - part) + np.take(x, high, axis) * part)
 
 
-def _linear(x: Array, places: dict[int, F64]) -> Array:
+def _linear(x: Array, places: dict[int, F64], threads: int) -> Array:
     """Interpolation along several axes in double precision, one rounding."""
+    if {axis % x.ndim for axis in places} == {x.ndim - 2, x.ndim - 1} and x.dtype == np.float32:
+        rows, columns = (next(at for a, at in places.items() if a % x.ndim == x.ndim - n) for n in (2, 1))
+        out = empty((*x.shape[:-2], len(rows), len(columns)))
+        interpolate_into(np.ascontiguousarray(x), rows, columns, out, threads)
+        return out
     wide = x.astype(np.float64)
     for axis, at in places.items():
         wide = _along(wide, axis, at)
@@ -60,7 +67,9 @@ def _linear(x: Array, places: dict[int, F64]) -> Array:
 
 
 def _nearest(x: Array, places: dict[int, Array]) -> Array:
-    for axis, index in places.items():
+    for axis, index in sorted(
+        places.items(), reverse=True
+    ):  # the last axis first: rows are copied whole then
         x = np.take(x, np.clip(index.astype(np.int64), 0, x.shape[axis] - 1), axis)
     return x
 
@@ -87,7 +96,7 @@ def upsample_bilinear(ctx: Context, call: Call, x: Array) -> Array:
     centred = call.flag("half_pixel_centers") if call.has("half_pixel_centers") else not aligned
     mode = "STRICT_ALIGN_CORNERS" if aligned else "UNALIGN_CORNERS" if centred else "DEFAULT"
     extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
-    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents})
+    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents}, ctx.threads)
 
 
 @kernel("resize_bilinear", "assumed", _RUNS)
@@ -95,7 +104,7 @@ def resize_bilinear(ctx: Context, call: Call, x: Array) -> Array:
     """Height and width to the target sizes, positions by `sampling_mode`."""
     mode = call.text("sampling_mode")
     extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
-    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents})
+    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents}, ctx.threads)
 
 
 @kernel("resize", "assumed", _RUNS)
@@ -107,7 +116,7 @@ def resize(ctx: Context, call: Call, x: Array) -> Array:
     places = {a: positions(mode, x.shape[a], type_.shape[a]) for a in changed if x.shape[a] != type_.shape[a]}
     if call.text("interpolation_mode") == "NEAREST_NEIGHBOR":
         return _nearest(x, {a: _nearest_index(mode, at) for a, at in places.items()})
-    return _linear(x, places)
+    return _linear(x, places, ctx.threads)
 
 
 def _nearest_index(mode: str, at: F64) -> Array:

@@ -117,8 +117,13 @@ _GATHER = """
         """
 
 
+def round64_text() -> str:
+    """LLVM IR of `round64(ptr doubles, ptr floats, i64 count)`: decoded fp16 of real numbers."""
+    return _round("round64", "double", "i64", 42, 0x40F0000000000000, 0x3F10000000000000)
+
+
 @cache
 def _loops() -> dict[str, Callable[..., None]]:
     text = _round("round32", "float", "i32", 13, 0x47800000, 0x38800000)
-    text += _round("round64", "double", "i64", 42, 0x40F0000000000000, 0x3F10000000000000) + _GATHER
+    text += round64_text() + _GATHER
     return jit.compile_ir(text, ["round32", "round64", "gather"])

@@ -23,7 +23,7 @@ from ane_trainer.ane.simulator.fuse import Group, Instr
 Array = NDArray[Any]
 
 #: Cost of an instruction relative to an addition with its rounding (200,000 elements, AVX-512: add 28 us,
-#: lookup 104 us in cache; bench/pointwise.py).
+#: lookup 104 us in cache; rows `add` and `exp` of bench/ops.py measure both).
 _COST = {"add": 1.0, "sub": 1.0, "mul": 1.0, "affine": 2.0, "lookup": 3.5, "mac_round": 1.3}
 _CHEAP = 0.2
 

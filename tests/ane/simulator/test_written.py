@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from ane_trainer.ane.mil import TensorType
 from ane_trainer.ane.opset import Builder, bind
-from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.fp16 import decode, encode
+from ane_trainer.ane.simulator import KERNELS, bilinear, convolution, make_context, prepare, resize
+from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
 from ane_trainer.ane.simulator.passes import Pass, total_for
 from ane_trainer.ane.simulator.registry import WRITES
 
@@ -119,3 +119,54 @@ def test_a_total_over_every_element_and_one_over_none():
         total, work = total_for(x, axes), Pass(make_context("m4", threads=2))
         work.fold("sum", work.load(x), total)()
         assert np.array_equal(total, x.sum(axis=axes, keepdims=True, dtype=np.float64)), axes
+
+
+@given(
+    x=arrays(least=2), height=st.integers(1, 40), width=st.integers(1, 40), threads=st.sampled_from([1, 2])
+)
+@settings(max_examples=20, deadline=None)
+def test_interpolation_along_both_axes_is_that_along_one_and_the_other(x, height, width, threads):
+    places = {-2: resize.positions("UNALIGN_CORNERS", x.shape[-2], height)}
+    places[-1] = resize.positions("UNALIGN_CORNERS", x.shape[-1], width)
+    wide = x.astype(np.float64)
+    for axis, at in places.items():
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, x.shape[axis] - 1)
+        part = (at - low)[:, None] if axis == -2 else at - low
+        wide = np.take(wide, low, axis) * (1 - part) + np.take(wide, high, axis) * part
+    out = np.empty(wide.shape, np.float32)
+    bilinear.interpolate_into(np.ascontiguousarray(x), places[-2], places[-1], out, threads)
+    assert np.array_equal(round_half_away(wide), out)
+
+
+@given(x=arrays(least=4), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_transposed_convolution_is_a_convolution_of_the_spread_image(x, seed):
+    rng = np.random.default_rng(seed)
+    x = np.ascontiguousarray(x[:2, :4, :9, :9])
+    strides, kernel, cut = (tuple(rng.integers(low, 4, 2)) for low in (1, 1, 0))
+    weight = decode(rng.standard_normal((x.shape[1], 3, *kernel)).astype(np.float16))
+    extents = [
+        (n - 1) * s + k - 2 * min(c, k - 1)
+        for n, s, k, c in zip(x.shape[2:], strides, kernel, cut, strict=True)
+    ]
+    if min(extents) < 1:
+        return
+    b, context = Builder(), make_context("m4", threads=1)
+    names = [b.input("x", TensorType("fp16", x.shape)), b.input("w", TensorType("fp16", weight.shape))]
+    cut = [min(c, k - 1) for c, k in zip(cut, kernel, strict=True)]
+    pad = [int(cut[0])] * 2 + [int(cut[1])] * 2
+    y = b.op("conv_transpose", x=names[0], weight=names[1], strides=[int(s) for s in strides],
+             pad_type="custom", pad=pad)  # fmt: skip
+    (got,) = prepare(b.finish((y,)), context).run({"x": encode(x), "w": encode(weight)}).values()
+    spread = np.zeros(
+        (*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True))), np.float32
+    )
+    spread[:, :, :: strides[0], :: strides[1]] = x
+    around = [(k - 1 - c, k - 1 - c) for k, c in zip(kernel, cut, strict=True)]
+    spread = np.ascontiguousarray(np.pad(spread, ((0, 0), (0, 0), *around)))
+    mirrored = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
+    geometry = convolution.Geometry((1, 1), (1, 1), ((0, 0), (0, 0)), 1)
+    want = np.empty(got.shape, np.float32)
+    convolution.convolve_into(context, geometry, spread, mirrored, None, want)()
+    assert np.array_equal(encode(want).view(np.uint16), got.view(np.uint16))
