@@ -15,7 +15,7 @@ import pytest
 
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import AneTrainerError
-from ane_trainer.ane.mil import Function, Value
+from ane_trainer.ane.mil import Function, Op, Value
 from ane_trainer.ane.simulator import Plan, make_context, prepare
 from ane_trainer.interop.aneforge.reading import check, read_program
 
@@ -43,14 +43,19 @@ def build(folder: Path) -> Path:
 
 
 class Engine:
-    """The simulator behind the callbacks: compiled programs by id; `failing` runs are refused."""
+    """The simulator behind the callbacks: compiled programs by id; `failing` runs are refused.
+
+    An `eager` engine writes each output as soon as what it depends on is there, operation by operation, and
+    reads inputs in the ports' memory whenever an operation needs them: a schedule that a compiler which knows
+    nothing of shared buffers may choose.
+    """
 
     def __init__(self, library: Path, chip: str = "m4") -> None:
         self.context = make_context(chip, "exact", 1)
         self.chip = get_chip(chip)
         self.plans: dict[int, tuple[Function, Plan, list[str], list[str]]] = {}
         self.compiled: list[tuple[str, list[tuple[str, int]], list[tuple[str, int]]]] = []
-        self.failing = False
+        self.failing = self.eager = False
         self._ids = count()
         self._handlers = _COMPILE(self._compile), _EXECUTE(self._execute), _RELEASE(self._release)
         self.library = ctypes.CDLL(str(library))
@@ -86,14 +91,32 @@ class Engine:
             return -5
         function, plan, inputs, outputs = self.plans[number]
         shapes = {v.name: v.type.shape for v in (*function.inputs, *function.outputs)}
-        results = self.compute(plan, {inputs[i]: _view(ins[i], shapes[inputs[i]]) for i in range(n_in)})
-        for i in range(n_out):
-            _view(outs[i], shapes[outputs[i]])[...] = results[outputs[i]]
+        given = {inputs[i]: _view(ins[i], shapes[inputs[i]]) for i in range(n_in)}
+        taken = {outputs[i]: _view(outs[i], shapes[outputs[i]]) for i in range(n_out)}
+        if self.eager:
+            self._run_eagerly(function, given, taken)
+            return 0
+        for name, array in self.compute(plan, given).items():
+            taken[name][...] = array
         return 0
 
     def compute(self, plan: Plan, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One run of a program."""
         return plan.run(feeds)
+
+    def _run_eagerly(
+        self, function: Function, given: dict[str, np.ndarray], taken: dict[str, np.ndarray]
+    ) -> None:
+        values: dict[str, np.ndarray] = {}
+        for op in _outputs_first(function):
+            operands = tuple(dict.fromkeys(op.operands()))
+            single = prepare(Function("main", operands, (op,), op.results), self.context)
+            results = single.run(
+                {v.name: values[v.name] if v.name in values else given[v.name] for v in operands}
+            )
+            values |= results
+            for name in results.keys() & taken.keys():
+                taken[name][...] = results[name]
 
     def _release(self, number: int) -> None:
         del self.plans[number]
@@ -102,6 +125,36 @@ class Engine:
 def _say(reason: str) -> None:
     """To the process's standard error, as a library does."""
     os.write(2, f"standin engine: {reason}\n".encode())
+
+
+def _outputs_first(function: Function) -> list[Op]:
+    """The operations in an order that makes each output as early as its dependencies allow."""
+    producers = {value.name: op for op in function.ops for value in op.results}
+    order: dict[str, Op] = {}
+
+    def make(name: str) -> None:
+        stack = [name]
+        while stack:
+            op = producers.get(stack[-1])
+            wanted = (
+                []
+                if op is None or op.name in order
+                else [
+                    v.name
+                    for v in op.operands()
+                    if v.name in producers and producers[v.name].name not in order
+                ]
+            )
+            if wanted:
+                stack += wanted
+                continue
+            if op is not None:
+                order.setdefault(op.name, op)
+            stack.pop()
+
+    for value in function.outputs:
+        make(value.name)
+    return list(order.values())
 
 
 def _spec(value: Value) -> tuple[str, int]:

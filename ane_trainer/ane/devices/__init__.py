@@ -102,5 +102,5 @@ def _unknown(name: str) -> str:
 
 register(Simulator())
 register(coreai := CoreAI(), coreai.not_chosen)
-register(e5rt := E5RT(), e5rt.not_chosen)
+register(direct := E5RT(), direct.not_chosen)
 register(E5RT("pingpong"), lambda: "it is taken only by name")

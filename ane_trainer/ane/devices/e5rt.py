@@ -3,14 +3,14 @@
 Unverified on hardware: exercised only on a stand-in of the dispatch library, and written after ANEForge
 0.4.0's `ane_e5rt_dispatch.mm`. State stays in the engine's buffers between steps, in one of two ways:
 
-* `e5rt` (state="alias"): each state output is bound to the buffer of its input (`share_buffer`), so that a
-  step updates state in place and nothing is copied. The engine's compiler gives no promise that an output
-  is written after the last read of the input that shares its buffer; ANEForge has verified it bit for bit
-  on an MLP, a CNN and a transformer.
-* `e5rt-pingpong` (state="pingpong"): outputs have buffers of their own, which a step cannot overwrite while
-  it reads; after each step the host copies them to the inputs. The runtime layer binds buffers only within
-  one loaded program and only before its first run, so two bindings that take turns are out of its reach;
-  the copy costs two passes over the state in shared memory.
+* `e5rt` (state="alias"): a state output is bound to the buffer of its input (`share_buffer`) wherever nothing
+  can read the old value once the new one is written (`ordering.py`), so that a step updates it in place. The
+  engine's compiler does not know of the sharing; ANEForge has verified it bit for bit on its own programs.
+  Outputs that share no buffer (two-term weights: the rest is computed from old and new value) have their own,
+  and the host copies them to the inputs after the step.
+* `e5rt-pingpong` (state="pingpong"): no output shares a buffer; a step cannot overwrite what it reads. The
+  runtime layer binds buffers only within one loaded program and only before its first run, so two bindings
+  that take turns are out of its reach; the copy costs two passes over the state in shared memory.
 
 Ports are bound by name: neither order nor equal sizes matter on this path (ANEForge `retain_input_port`;
 the rules on order and size are the direct path's). Feeds are converted straight into the port's memory.
@@ -31,9 +31,10 @@ from ane_trainer.ane.devices.aneforge_runtime import (
     missing,
     on_apple_silicon,
 )
+from ane_trainer.ane.devices.ordering import ordered
 from ane_trainer.ane.devices.protocol import F16
 from ane_trainer.ane.errors import EnvironmentFault, SimulationError, UsageError
-from ane_trainer.ane.stages import Compiled
+from ane_trainer.ane.stages import Alias, Compiled
 
 STATES = ("alias", "pingpong")
 
@@ -78,11 +79,14 @@ class E5RTSession:
         self._state = {port.name for port in compiled.inputs if port.role == "state"}
         self._state |= {alias.input for alias in compiled.aliases}
         kept = {alias.output for alias in compiled.aliases}
+        #: Aliases whose two ports are one buffer.
+        self.shared: frozenset[Alias] = (
+            ordered(compiled.program.main, compiled.aliases) if state == "alias" else frozenset()
+        )
         program = loaded.program
         try:
-            if state == "alias":
-                for alias in compiled.aliases:
-                    program.share_buffer(0, alias.output, 0, alias.input)
+            for alias in self.shared:
+                program.share_buffer(0, alias.output, 0, alias.input)
             self._inputs: dict[str, F16] = {p.name: program.input_view(p.name) for p in compiled.inputs}
             outputs: dict[str, F16] = {p.name: program.output_view(p.name) for p in compiled.outputs}
         except RuntimeError as fault:
@@ -93,7 +97,7 @@ class E5RTSession:
                 code="ANE206",
             ) from None
         self._results = {name: view for name, view in outputs.items() if name not in kept}
-        moves = compiled.aliases if state == "pingpong" else ()
+        moves = [alias for alias in compiled.aliases if alias not in self.shared]
         self._moves = [(self._inputs[alias.input], outputs[alias.output]) for alias in moves]
 
     def write(self, port: str, array: NDArray[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,12 +15,17 @@ import torch
 from ane_trainer.ane.compile import compile_program
 from ane_trainer.ane.devices import aneforge_runtime, get_device
 from ane_trainer.ane.devices.e5rt import E5RT, E5RTSession
+from ane_trainer.ane.devices.ordering import ordered
 from ane_trainer.ane.dispatch import TrainingStep, compile_forward, compile_step
 from ane_trainer.ane.errors import EnvironmentFault, ProgramError, SimulationError, UsageError
 from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
+from ane_trainer.ane.weights import from_array
 from ane_trainer.cli import run_command
+from ane_trainer.conformance.engines import make_training
 from ane_trainer.engine import choose_device
+from ane_trainer.report import Reporter
+from ane_trainer.trainer import Trainer
 from tests.standin.library import Engine, needs_compiler
 
 DEVICES = ("e5rt", "e5rt-pingpong")
@@ -101,8 +107,10 @@ def test_only_aliasing_shares_memory(engine: Engine) -> None:
 
 
 @needs_compiler
-def test_pingpong_swaps_states_whatever_the_engine_writes_first(engine: Engine) -> None:
-    session = load(swap(), "e5rt-pingpong")
+@pytest.mark.parametrize("device", DEVICES)
+def test_states_swap_whatever_the_engine_writes_first(engine: Engine, device: str) -> None:
+    engine.eager = True
+    session = load(swap(), device)
     session.write("a", half(1, 2))
     session.write("b", half(3, 4))
     for _ in range(3):
@@ -110,6 +118,68 @@ def test_pingpong_swaps_states_whatever_the_engine_writes_first(engine: Engine) 
     assert session.read("a").tolist() == [3, 4]
     assert session.read("b").tolist() == [1, 2]
     session.close()
+
+
+@needs_compiler
+def test_sharing_what_is_read_later_would_be_wrong(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hazard is real: the same program with every state shared loses one of the two."""
+    engine.eager = True
+    monkeypatch.setattr("ane_trainer.ane.devices.e5rt.ordered", lambda function, aliases: frozenset(aliases))
+    session = load(swap())
+    session.write("a", half(1, 2))
+    session.write("b", half(3, 4))
+    session.run({"x": half(0, 0)})
+    assert session.read("a").tolist() == session.read("b").tolist()
+    session.close()
+
+
+def tiny_training(device: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Three steps of Adam on two-term weights."""
+    model, optimizer, batches = make_training("mlp adam")
+    step = compile_step(model, "cross_entropy", optimizer, batches[0], device=device, sync="lazy", threads=1)
+    losses = [float(step(x, y)) for x, y in batches]
+    state = step.state_dict()
+    step.close()
+    return losses, state
+
+
+@needs_compiler
+def test_training_does_not_depend_on_the_engines_schedule(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.eager = True
+    losses, state = tiny_training("sim")
+    for device in DEVICES:
+        own_losses, own_state = tiny_training(device)
+        assert own_losses == losses
+        assert same(state, own_state), device
+    monkeypatch.setattr("ane_trainer.ane.devices.e5rt.ordered", lambda function, aliases: frozenset(aliases))
+    assert not same(state, tiny_training("e5rt")[1])
+
+
+def test_states_that_may_share_memory_are_told_from_those_that_may_not() -> None:
+    program = counter()
+    assert ordered(program.program.main, program.aliases) == set(program.aliases)
+    program = swap()
+    assert ordered(program.program.main, program.aliases) == set()
+    model, optimizer, batches = make_training("mlp adam")
+    step = compile_step(model, "cross_entropy", optimizer, batches[0], sync="lazy", threads=1)
+    names = {p.name: p.target for p in step.compiled.inputs}
+    shared = {names[a.input] for a in ordered(step.program.main, step.compiled.aliases)}
+    assert {"0.weight/exp_avg", "0.weight/residual", "2.weight/exp_avg", "2.weight/residual"} <= shared
+    assert "0.weight" not in shared  # its residual is computed from the old and the new value
+    step.close()
+
+
+def test_views_and_products_do_not_share() -> None:
+    kind = TensorType("fp16", (4, 4))
+    state, x, seen, result = (Value(n, kind) for n in ("old", "x", "seen", "result"))
+    ports = (Port("old", (4, 4), "state"), Port("x", (4, 4), "batch"))
+    product = Op("matmul", (("x", state), ("y", x)), (result,))
+    turned = Op("transpose", (("x", state), ("perm", from_array(np.array([1, 0], np.int32)))), (seen,))
+    for ops in ((product,), (turned, Op("add", (("x", seen), ("y", x)), (result,)))):
+        made = compiled(ops, ports, (Port("result", (4, 4), "state"),), Alias("result", "old"))
+        assert ordered(made.program.main, made.aliases) == set()
 
 
 @needs_compiler
@@ -367,6 +437,24 @@ def test_inference_equals_the_simulators(engine: Engine) -> None:
     assert torch.equal(programs[0](x), programs[1](x))
     for program in programs:
         program.close()
+
+
+@needs_compiler
+def test_the_trainer_trains_evaluates_and_lets_go(engine: Engine) -> None:
+    draw = torch.Generator().manual_seed(3)
+    batches = [(torch.randn(8, 6, generator=draw), torch.arange(8) % 3) for _ in range(4)]
+    results = []
+    for device in ("sim", *DEVICES):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        trainer = Trainer(model, device=device, report=Reporter(), threads=1)
+        results.append(trainer.fit(batches, epochs=2, val=batches))
+        assert results[-1].device == device
+        assert results[-1].compiles == 1
+        del trainer
+        gc.collect()
+    assert len({(r.train_loss, r.test_loss, r.test_accuracy) for r in results}) == 1
+    assert results[1].placement["where"].startswith("unknown")
 
 
 # -- on a Mac ------------------------------------------------------------------------------------------------
