@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil import Literal, TensorType
-from ane_trainer.ane.simulator.fp16 import decode, encode
-from ane_trainer.ane.simulator.half import decode_into
+from ane_trainer.ane.simulator.fp16 import decode
+from ane_trainer.ane.simulator.half import decode_into, encoded
 
 Array = NDArray[Any]
 
@@ -55,7 +55,7 @@ def _to_half(array: Array) -> NDArray[np.float16]:
 
 def to_border(array: Array, type_: TensorType) -> Array:
     """A copy of simulator storage as the caller sees it: float16 patterns for fp16."""
-    return encode(array) if type_.dtype == "fp16" else array.copy()
+    return encoded(array) if type_.dtype == "fp16" else array.copy()
 
 
 def literal_array(literal: Literal) -> Array:

@@ -126,7 +126,10 @@ def _run(body: str, pieces: Sequence[tuple[int, ...]], threads: int, memory: Seq
     """Call the compiled loop on its pieces; `memory`, which they point into, lives as long as the step."""
     if body not in _compiled:
         _compile_waiting()
-    jit.run_parallel(_compiled[body], pieces, threads)
+    if len(pieces) == 1:
+        _compiled[body](*pieces[0])
+    else:
+        jit.run_parallel(_compiled[body], pieces, threads)
 
 
 def round_in_place(array: Array, threads: int) -> Step:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ane_trainer.ane.simulator import fuse, jit, loops
 from ane_trainer.ane.simulator.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.fuse import Group, Instr
-from ane_trainer.ane.simulator.half import decode_into
+from ane_trainer.ane.simulator.half import decode_into, encoded
 
 PATTERNS = decode(np.arange(1 << 16, dtype=np.uint16))
 
@@ -117,3 +117,13 @@ def test_every_pattern_decodes_as_defined():
 def test_scaling_up_by_a_power_of_two_needs_no_rounding(factor):
     (out,) = run_group([Instr("load", which=0), Instr("scale", (0,), value=factor)], [PATTERNS], (1,))
     assert same_bits(out, round_half_away(PATTERNS * np.float32(factor)))
+
+
+def test_encoding_loop_gives_every_pattern_and_refuses_other_values():
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    assert np.array_equal(encoded(PATTERNS).view(np.uint16), patterns)
+    for wrong in (1 + 2.0**-12, 2.0**-25, 200_000.0, np.inf, np.nan):
+        broken = PATTERNS.copy()
+        broken[40_000] = wrong
+        with pytest.raises(ValueError, match="encode: needs decoded fp16"):
+            encoded(broken)
