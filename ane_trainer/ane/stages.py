@@ -30,6 +30,7 @@ class Port:
     `shape` is the tensor's shape in the program (rank-0 tensors become `(1,)`). `target` is the dotted name
     in the module or optimizer that a state port mirrors, e.g. `fc1.weight`, `fc1.weight/exp_avg`,
     `fc1.weight/residual`, `step/loss_scale`. The port holds the user's value times `scale` (a power of two).
+    A `wide` port takes integers above 2048 as the codes of `lower.integers.coded`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Port:
     role: str
     target: str = ""
     scale: float = 1.0
+    wide: bool = False
 
 
 @dataclass(frozen=True)

@@ -289,13 +289,12 @@ def _functional(func: Any) -> Any:
     """The operation that computes what the in-place one writes: `aten.add_.Tensor` -> `aten.add.Tensor`."""
     namespace, name = func._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    overload = func._overloadname
     if name == "zero_":
         return lambda x: torch.zeros_like(x)
     if name == "fill_":
         return lambda x, value: torch.zeros_like(x) + value
-    if not name.endswith("_") or packet is None or overload not in packet.overloads():
+    if not name.endswith("_") or packet is None:
         place = sources.current() or str(func)
         finding = Finding(place, str(func), "changes tensors in place in a way without a pure form.", "Use its out-of-place form.")  # fmt: skip  # noqa: E501
         raise UnsupportedModel("The step changes tensors in a way that cannot be captured:", [finding])
-    return getattr(packet, overload)
+    return packet  # it finds the overload by itself: `pow_.Scalar` is `pow.Tensor_Scalar`, not `pow.Scalar`

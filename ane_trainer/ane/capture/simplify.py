@@ -18,6 +18,8 @@ _COPIES = {
     aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh.default,
     aten.lift_fresh_copy.default, aten.contiguous.default,
 }  # fmt: skip
+#: Meta key of the products that `_multiply_one_by_one` makes, innermost 0.
+_CHAIN = "ane_chain"
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
@@ -26,6 +28,8 @@ def simplify(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             _rewrite(node)
+            _multiply_one_by_one(node)
+            _divide_first(node)
             same = _same_as(node)
             if same is not None:
                 node.replace_all_uses_with(same)
@@ -57,6 +61,58 @@ def _rewrite(node: Node) -> None:
     elif source is not None and node.target is inner_target is aten.permute.default:
         inner, outer = _permutation(source), _permutation(node)
         node.args = (source.args[0], [inner[i] for i in outer])
+
+
+def _multiply_one_by_one(node: Node) -> None:
+    """`mul(g, pow(rsqrt(v), 3))` -> `mul(mul(mul(g, r), r), r)`, r = rsqrt(v): the gradient of rsqrt.
+
+    The cube leaves fp16 for v below 6e-4, the usual size before the first norm of a transformer; the product
+    with g does not.
+    """
+    if node.target is not aten.mul.Tensor:
+        return
+    for power, other in (node.args, node.args[::-1]):
+        if not isinstance(power, Node) or power.target is not aten.pow.Tensor_Scalar or power.args[1] != 3:
+            continue
+        root = _as_node(power.args[0])
+        if root is None or root.target is not aten.rsqrt.default:
+            continue
+        for number in range(2):
+            with node.graph.inserting_before(node):
+                inner = node.graph.call_function(aten.mul.Tensor, (other, root))
+            inner.meta = {**node.meta, _CHAIN: number}
+            other = inner
+        node.args = (other, root)
+        node.meta[_CHAIN] = 2
+        return
+
+
+def _divide_first(node: Node) -> None:
+    """`div(expand(mul(mul(mul(g, r), r), r)), n)` -> `expand(mul(mul(mul(div(g, n), r), r), r))`
+
+    The gradient of rsqrt under that of a mean over n: the product of the sum over n with the cube of r may leave
+    fp16, its n-th part does not.
+    """
+    if node.target not in (aten.div.Tensor, aten.div.Scalar) or not isinstance(node.args[1], (int, float)):
+        return
+    spread = _as_node(node.args[0])
+    top = None if spread is None or spread.target is not aten.expand.default else _as_node(spread.args[0])
+    if (
+        spread is None
+        or top is None
+        or top.meta.get(_CHAIN) != 2
+        or len(top.users) > 1
+        or len(spread.users) > 1
+    ):
+        return
+    first = top
+    while first.meta.get(_CHAIN) != 0:
+        first = first.args[0]  # type: ignore[assignment]
+    with node.graph.inserting_before(first):
+        part = node.graph.call_function(aten.div.Tensor, (first.args[0], node.args[1]))
+    part.meta = {k: v for k, v in first.args[0].meta.items() if k != _CHAIN}  # type: ignore[union-attr]
+    first.args = (part, first.args[1])
+    node.target, node.args = aten.alias.default, (spread,)
 
 
 def _permutation(node: Node) -> list[int]:

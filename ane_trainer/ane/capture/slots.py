@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
+from ane_trainer.ane.capture.keras_variables import keras_state
 from ane_trainer.ane.capture.rules import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.errors import Finding, UnsupportedModel
@@ -46,11 +47,14 @@ def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     Raises: UnsupportedModel listing the optimizer's parameters that are not the model's.
     """
     groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    buffers = keras_state(model)
     found = [
         Parameter(name, tensor, groups.get(id(tensor)) if tensor.requires_grad else None)
-        for name, tensor in model.named_parameters()
+        for name, tensor in parameters.items()
+        if name not in buffers
     ]
-    strangers = set(groups) - {id(p.tensor) for p in found}
+    strangers = set(groups) - {id(tensor) for tensor in parameters.values()}
     if strangers:
         reason = f"holds {len(strangers)} tensors that are not parameters of {type(model).__name__}."
         fix = "Build the optimizer from model.parameters()."
@@ -60,8 +64,18 @@ def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's floating-point buffers by dotted name (running statistics and constants)."""
-    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    """The model's floating-point buffers by dotted name (running statistics and tables).
+
+    Those that are not saved with the model (`persistent=False`: tables made from its settings) are constants
+    of the program, so that what follows from them alone is computed beforehand in full precision.
+    """
+    derived = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    named = model.named_buffers()
+    return {n: buffer for n, buffer in named if buffer.is_floating_point() and n not in derived}
 
 
 def parameter_ports(

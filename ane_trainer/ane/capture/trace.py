@@ -57,6 +57,8 @@ def tracing() -> Iterator[None]:
     # not torch.backends.mkldnn.flags: it also sets an option for Intel GPUs and warns that there is none
     onednn = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
+    # models that look at values to choose a path (`if mask.all()`) take the one that fits all values
+    compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     try:
         with (
             fx_traceback.preserve_node_meta(),
@@ -67,6 +69,7 @@ def tracing() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch._C._set_mkldnn_enabled(onednn)
+        torch.compiler._is_compiling_flag = compiling
 
 
 def _name_placeholders(graph: torch.fx.Graph, names: list[str]) -> None:

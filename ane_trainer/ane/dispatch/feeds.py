@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.lower.integers import coded, most_rows
 from ane_trainer.ane.stages import Port
 
 
@@ -40,6 +41,7 @@ class Slot:
     place: str
     port: str | None
     shape: tuple[int, ...]
+    wide: bool = False
 
 
 class Feeds:
@@ -50,12 +52,13 @@ class Feeds:
     ) -> None:
         self._range = RANGES[precision]
         ports = {port.target: port.name for port in inputs if port.role == "batch"}
+        wide = {port.target for port in inputs if port.wide}
         self._parts = []
         for part, name in zip(example, names, strict=True):
             leaves = [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
             wanted = batch_ports(part, name)
             slots = [
-                Slot(p.target, ports.get(p.target), tuple(t.shape))
+                Slot(p.target, ports.get(p.target), tuple(t.shape), p.target in wide)
                 for p, t in zip(wanted, leaves, strict=True)
             ]
             self._parts.append((name, slots))
@@ -103,7 +106,9 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
         largest = max(-float(low), float(high))  # nan if any entry is
         if leaf.is_floating_point() and not largest <= limits.largest:
             raise _not_representable(slot, leaf, largest, limits)
-        if not leaf.is_floating_point() and largest > limits.largest_integer:
+        if slot.wide and limits.largest_integer < largest < most_rows(limits.name) and float(low) >= -2048:
+            leaf = coded(leaf)
+        elif not leaf.is_floating_point() and largest > limits.largest_integer:
             raise DataError(
                 f"{slot.place}: needs integers up to {limits.largest_integer} "
                 f"({limits.name} holds no larger ones exactly); "

@@ -21,6 +21,9 @@ from ane_trainer.ane.lower.registry import Refusal
 from ane_trainer.ane.mil import Literal, TensorType, Value
 from ane_trainer.ane.opset import Builder
 
+#: Axes of a tensor on the engine (ANE guide ch. 4).
+LARGEST_RANK = 5
+
 Operand = Value | torch.Tensor | bool | int | float
 Shape = tuple[int, ...]
 
@@ -79,6 +82,11 @@ class Context:
     node: Node | None = None
     operands: dict[Node, Any] = field(default_factory=dict)
     _numbers: dict[Value, Value] = field(default_factory=dict)
+    #: Integers of batch ports, unchanged so far: value -> names of the ports.
+    integers: dict[Value, frozenset[str]] = field(default_factory=dict)
+    #: Ports whose integers above 2048 are sent as codes (`integers.py`), and ports that arithmetic reads.
+    wide: set[str] = field(default_factory=set)
+    computed: dict[str, Node] = field(default_factory=dict)
 
     # -- the node -----------------------------------------------------------------------------------
 
@@ -97,6 +105,16 @@ class Context:
         """Whether result `index` of a multi-result node is read by anybody."""
         assert self.node is not None
         return any(user.args[1] == index for user in self.node.users)
+
+    def use_codes(self, index: Value) -> bool:
+        """Let the ports behind `index` send codes; False if it does not come straight from ports."""
+        while index not in self.integers:
+            maker = self.builder.maker(index)
+            if maker is None or maker.kind not in ("reshape", "transpose"):
+                return False
+            index = next(maker.operands())
+        self.wide |= self.integers[index]
+        return True
 
     # -- emitting -----------------------------------------------------------------------------------
 
@@ -243,7 +261,43 @@ class Context:
         perm = tuple(perm)
         if perm == tuple(range(len(perm))):
             return x
+        if len(perm) > LARGEST_RANK and isinstance(x, Value):
+            return self._transpose_many(x, perm)
         return self._move(x, lambda v: self.emit("transpose", x=v, perm=perm), lambda t: t.permute(perm))
+
+    def _transpose_many(self, x: Value, perm: Shape) -> Operand:
+        """More axes than the engine has: neighbours that stay neighbours move as one, else axis by axis.
+
+        `transpose(x [a,b,c,d,e,f], [0,1,3,2,4,5])` -> `reshape(transpose(reshape(x, [ab,c,d,ef]), [0,2,1,3]))`
+        """
+        shape = x.type.shape
+        result = tuple(shape[p] for p in perm)
+        groups: list[list[int]] = []
+        for p in perm:
+            if groups and groups[-1][-1] + 1 == p:
+                groups[-1].append(p)
+            else:
+                groups.append([p])
+        if len(groups) <= LARGEST_RANK:
+            order = sorted(groups)
+            merged = self.reshape(x, tuple(math.prod(shape[p] for p in g) for g in order))
+            return self.reshape(self.transpose(merged, [order.index(g) for g in groups]), result)
+        value: Operand = x
+        now = list(range(len(perm)))
+        for target, p in enumerate(perm):
+            at = now.index(p)
+            if at == target:
+                continue
+            sizes = [shape[a] for a in now]
+            parts = (
+                math.prod(sizes[:target]),
+                math.prod(sizes[target:at]),
+                sizes[at],
+                math.prod(sizes[at + 1 :]),
+            )
+            value = self.transpose(self.reshape(value, parts), (0, 2, 1, 3))
+            now.insert(target, now.pop(at))
+        return self.reshape(value, result)
 
     def swap(self, x: Operand, a: int, b: int) -> Operand:
         """Transpose two axes."""
@@ -297,10 +351,13 @@ class Context:
 
     def pad(self, x: Operand, amounts: Sequence[tuple[int, int]], value: float = 0.0) -> Operand:
         """(before, after) per axis; negative amounts crop (a slice)."""
+        amounts = list(amounts)
         for axis, (before, after) in enumerate(amounts):
             if before < 0 or after < 0:
-                extent = shape_of(x)[axis]
-                x = self.slice(x, axis, max(0, -before), extent - max(0, -after))
+                if max(0, -before) + max(0, -after) >= shape_of(x)[axis]:  # only padding is left: pad first
+                    x = self.pad_axis(x, axis, max(0, before), max(0, after), value)
+                    amounts[axis] = (0, 0)
+                x = self.slice(x, axis, max(0, -before), shape_of(x)[axis] - max(0, -after))
         pairs = [(max(0, b), max(0, a)) for b, a in amounts]
         first = next((i for i, pair in enumerate(pairs) if pair != (0, 0)), None)
         if first is None:

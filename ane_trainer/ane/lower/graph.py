@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.lower.context import Absent, Context, is_bool, mil_shape
+from ane_trainer.ane.lower.integers import keeps_codes, reads_codes
 from ane_trainer.ane.lower.passes import run_passes
 from ane_trainer.ane.lower.registry import ACCEPTS_ABSENT, RULES, Refusal
 from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value, literal
@@ -56,6 +57,8 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
         elif node.op == "call_function":
             _lower_node(ctx, node, findings)
     findings += _absent_outputs(ctx, results)
+    findings += _computed_codes(ctx)
+    inputs = tuple(replace(port, wide=port.name in ctx.wide) for port in inputs)
     if findings:
         count = len(findings)
         verb = "has" if count == 1 else "have"
@@ -80,6 +83,39 @@ def _absent_outputs(ctx: Context, results: Sequence[Any]) -> list[Finding]:
     return [Finding(where(r), str(r.target), o.reason, o.fix) for r, o in found if isinstance(o, Absent)]
 
 
+def _computed_codes(ctx: Context) -> list[Finding]:
+    """Ports that would have to send codes, and whose integers something computes with."""
+    reason = "computes with integers that also look up a table of more than 2048 rows."
+    fix = "Pass them as two inputs, one for the table and one for the arithmetic."
+    return [
+        Finding(where(node), str(node.target), reason, fix)
+        for port, node in ctx.computed.items()
+        if port in ctx.wide
+    ]
+
+
+def _follow_integers(ctx: Context, node: Node, arguments: Any) -> None:
+    """Note whether the node hands a port's integers on, looks them up, or computes with them."""
+    leaves = _flat(arguments)
+    ports = frozenset().union(*(ctx.integers.get(v, frozenset()) for v in leaves if isinstance(v, Value)))
+    if not ports:
+        return
+    packet = getattr(node.target, "overloadpacket", None)
+    name = getattr(packet, "__name__", "getitem")
+    constants = [leaf for leaf in leaves if not isinstance(leaf, Value)]
+    results = [r for r in _flat(ctx.operands[node]) if isinstance(r, Value)]
+    whole = [m for m in _flat(node.meta["val"]) if isinstance(m, torch.Tensor) and _integral(m.dtype)]
+    if keeps_codes(name, constants, bool(whole)):
+        ctx.integers |= dict.fromkeys(results, ports)
+    elif not reads_codes(name, constants):
+        for port in ports:
+            ctx.computed.setdefault(port, node)
+
+
+def _integral(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
 def where(node: Node) -> str:
     """The place to name in a message: the user's module and line as capture recorded it, else the node."""
     return str(node.meta.get("ane_source") or f"node {node.name}")
@@ -92,6 +128,8 @@ def _declare_inputs(ctx: Context, captured: Captured) -> tuple[Port, ...]:
         tensor = node.meta["val"]
         value = ctx.builder.input(_identifier(port.name), TensorType(ctx.dtype, mil_shape(tensor)))
         ctx.operands[node] = ctx.boolean_of_01(value) if tensor.dtype == torch.bool else value
+        if port.role == "batch" and _integral(tensor.dtype):
+            ctx.integers[value] = frozenset([value.name])
         ports.append(replace(port, name=value.name, shape=value.type.shape))
     return tuple(ports)
 
@@ -142,6 +180,7 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
             raise Refusal(absent.reason, absent.fix)
         _check_static(ctx)
         ctx.operands[node] = _checked(ctx, rule(ctx, *arguments, **_without_placement(keywords)))
+        _follow_integers(ctx, node, arguments)
     except Refusal as refusal:
         findings.append(Finding(where(node), name, refusal.reason, refusal.fix))
     except ProgramError as error:

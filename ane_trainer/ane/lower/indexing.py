@@ -11,12 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, broadcast_shape, is_bool, shape_of
+from ane_trainer.ane.lower.integers import EXACT_INTEGERS, coded, most_rows
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.lower.slicing import take
 from ane_trainer.ane.mil import Value
-
-#: Integers that fp16 holds without gaps.
-EXACT_INTEGERS = 2048
 
 #: What a one-hot row of a weight look-up holds instead of 1; a power of two.
 LOOKUP_SCALE = 64.0
@@ -30,18 +28,32 @@ def one_hot(ctx: Context, index: Operand, classes: int, axis: int, *, skip: int 
 
     `select(equal(reshape(index, [.., 1, ..]), classes), 1, 0)`
     """
-    if classes > EXACT_INTEGERS:
-        raise ctx.refuse(
-            f"needs at most {EXACT_INTEGERS} classes or rows, the integers fp16 holds; got {classes}.",
-            "Use fewer classes, or compute this layer on the host.",
-        )
     shape = ctx_index_shape(ctx, index)
     spread = ctx.reshape(index, (*shape[:axis], 1, *shape[axis:]))
-    numbers = torch.arange(classes, dtype=torch.float64)
-    if skip is not None and 0 <= skip < classes:
-        numbers[skip] = _NEVER
+    numbers = _numbers(ctx, index, classes, skip)
     numbers = numbers.reshape([classes if i == axis else 1 for i in range(len(shape) + 1)])
     return ctx.number(ctx.binary("equal", spread, numbers))
+
+
+def _numbers(ctx: Context, index: Operand, rows: int, skip: int | None) -> torch.Tensor:
+    """What the index is for each row: its number, or its code where fp16 does not hold it."""
+    numbers = torch.arange(rows, dtype=torch.float64)
+    if rows > EXACT_INTEGERS + 1 and isinstance(index, Value) and ctx.dtype == "fp16":
+        if not ctx.use_codes(index):
+            raise ctx.refuse(
+                f"needs at most {EXACT_INTEGERS} classes or rows, the integers fp16 holds, for an index that is "
+                f"computed; got {rows}.",
+                "Pass the index as an integer input of its own, or compute this layer on the host.",
+            )
+        if rows > most_rows(ctx.dtype):
+            raise ctx.refuse(
+                f"needs a table of at most {most_rows(ctx.dtype)} rows; got {rows}.",
+                "Use a smaller vocabulary, or compute this layer on the host.",
+            )
+        numbers = coded(numbers)
+    if skip is not None and 0 <= skip < rows:
+        numbers[skip] = _NEVER
+    return numbers
 
 
 def ctx_index_shape(ctx: Context, index: Operand) -> tuple[int, ...]:
@@ -96,14 +108,7 @@ def embedding_backward(
 def flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = None, on: float = 1.0) -> Operand:
     """`[M]` -> `[M, rows]` of `on` and 0; row `skip` matches nothing."""
     column = ctx.reshape(flat, (shape_of(flat)[0], 1))
-    if rows > EXACT_INTEGERS:
-        raise ctx.refuse(
-            f"needs a table of at most {EXACT_INTEGERS} rows, the integers fp16 holds; got {rows}.",
-            "Use a smaller vocabulary, or compute this layer on the host.",
-        )
-    numbers = torch.arange(rows, dtype=torch.float64)
-    if skip is not None and 0 <= skip < rows:
-        numbers[skip] = _NEVER
+    numbers = _numbers(ctx, flat, rows, skip)
     return ctx.where(ctx.binary("equal", column, numbers.reshape(1, rows)), on, 0.0)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, Shape, as_tensor, is_bool, shape_of
-from ane_trainer.ane.lower.indexing import EXACT_INTEGERS, flat_one_hot, move_axis_back, neighbours, one_hot
+from ane_trainer.ane.lower.indexing import flat_one_hot, move_axis_back, neighbours, one_hot
+from ane_trainer.ane.lower.integers import EXACT_INTEGERS
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.mil import Value
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, shape_of
-from ane_trainer.ane.lower.indexing import EXACT_INTEGERS, move_axis_back
+from ane_trainer.ane.lower.indexing import move_axis_back
+from ane_trainer.ane.lower.integers import EXACT_INTEGERS
 from ane_trainer.ane.lower.registry import lowering
 
 _Pair = tuple[Operand, Operand]

@@ -64,6 +64,10 @@ class Builder:
         self._ops.append(Op(kind, tuple(bound.items()), results, self.source))
         return results
 
+    def maker(self, value: Value) -> Op | None:
+        """The op that makes `value`; None for an input."""
+        return next((op for op in reversed(self._ops) if value in op.results), None)
+
     def finish(self, outputs: tuple[Value, ...], *, name: str = "main", opset: str = "ios18") -> Function:
         """The function built so far, with `outputs` as its results."""
         return Function(name, tuple(self._inputs), tuple(self._ops), outputs, opset)

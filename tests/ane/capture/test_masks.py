@@ -46,4 +46,4 @@ def test_all_draws_are_fed_and_the_step_is_torchs() -> None:
         assert theirs.grad is not None
         wanted = theirs.detach() - 0.1 * theirs.grad
         bound = 0.02 * 0.1 * float(theirs.grad.abs().max())  # fp16 gradients: two hundredths of the largest
-        assert float((mine - wanted).abs().max()) < bound + 1e-6, name
+        assert float((mine.detach() - wanted).abs().max()) < bound + 1e-6, name
