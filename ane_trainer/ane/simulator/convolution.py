@@ -21,7 +21,9 @@ from ane_trainer.ane.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.buffers import zeros
 from ane_trainer.ane.simulator.compiled import round_in_place, round_into
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
+from ane_trainer.ane.simulator.depthwise import depthwise
 from ane_trainer.ane.simulator.mac import mac_bind
+from ane_trainer.ane.simulator.passes import in_turn
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]
@@ -75,6 +77,12 @@ def convolve_into(
     ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array
 ) -> Step:
     """A step that convolves what x then holds into `out`."""
+    if shape.groups == x.shape[1] > 1:
+        padded, fill = _padded(x, shape.padding)
+        taps = windows(padded, weight.shape[2:], shape.strides, shape.dilations)
+        step = depthwise(ctx, taps, weight, bias, out)
+        if step is not None:
+            return step if fill is None else in_turn(fill, step)
     if ctx.fast:
         return _fast(ctx, shape, x, weight, bias, out)
     padded, fill = _padded(x, shape.padding)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ane_trainer.ane.simulator.fuse import Emitter, Group
+from ane_trainer.ane.simulator.fuse import Emitter, Group, widths
 from ane_trainer.ane.simulator.loops import Nest, nest
 
 #: What can be gathered from values: their sum, the sum of their squares (unrounded), their extremes.
@@ -61,10 +61,10 @@ def emit(name: str, work: Folds, where: Layout, width: int) -> str:
     return _FoldEmitter(name, work, where, width).function()
 
 
-def declarations(*widths: int) -> str:
+def declarations(*most: int) -> str:
     """The intrinsics that emitted functions call besides those of `fuse.declarations`."""
     lines = []
-    for w in sorted({*widths} - {1}):
+    for w in sorted({w for m in most for w in widths(m)} - {1}):
         lines.append(f"declare double @llvm.vector.reduce.fadd.v{w}f64(double, <{w} x double>)")
         lines += [f"declare float @llvm.vector.reduce.{op}.v{w}f32(<{w} x float>)" for op in ("fmax", "fmin")]
     return "\n".join(lines) + "\n"
@@ -83,7 +83,7 @@ class _FoldEmitter(Emitter):
         counts = self.group.num_arrays + self.group.num_tables + len(self.group.stores) + len(self.folds)
         arguments = ", ".join(f"ptr %p{i}" for i in range(counts))
         self.lines.append(f"define void @{self.name}({arguments}, i64 %begin, i64 %end) {{\nentry:")
-        for width in sorted({1, self.vector_width}):
+        for width in widths(self.vector_width):
             for number, (kind, _) in enumerate(self.folds):
                 self.lines.append(f"  %s{number}_{width} = alloca {_kind(kind, width)}")
         self.kept(0, [], "entry")
@@ -108,14 +108,14 @@ class _FoldEmitter(Emitter):
 
     def row(self, indices: list[str], block: str) -> str:
         """One result: vectors along the last reduced axis, their lanes joined at the end."""
-        for width in {1, self.vector_width}:
+        for width in widths(self.vector_width):
             self.start(width)
         block = self.reduced(self.where.kept, indices, block)
         for number, (kind, _) in enumerate(self.folds):
             total = self.held(number, kind, 1)
-            if self.vector_width > 1:
-                lanes = self.held(number, kind, self.vector_width)
-                total = self.join(kind, total, self.across(kind, lanes), 1)
+            for width in widths(self.vector_width)[:-1]:
+                lanes = self.held(number, kind, width)
+                total = self.join(kind, total, self.across(kind, lanes, width), 1)
             self.put(number, total, indices, 1)
         return block
 
@@ -163,8 +163,8 @@ class _FoldEmitter(Emitter):
         truth = "i1" if width == 1 else f"<{width} x i1>"
         return self.fresh(f"select {truth} {better}, {t} {new}, {t} {old}")
 
-    def across(self, kind: str, lanes: str) -> str:
-        w, t = self.vector_width, _kind(kind, self.vector_width)
+    def across(self, kind: str, lanes: str, w: int) -> str:
+        t = _kind(kind, w)
         if kind in ("max", "min"):
             return self.fresh(f"call nnan float @llvm.vector.reduce.f{kind}.v{w}f32({t} {lanes})")
         return self.fresh(f"call reassoc double @llvm.vector.reduce.fadd.v{w}f64(double 0.0, {t} {lanes})")

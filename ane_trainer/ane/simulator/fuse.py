@@ -4,6 +4,7 @@ A `Group` is straight-line code over broadcast arrays. Values in registers are d
 add, sub and mul round half away from zero to 11 bits after every op, exactly like `round_half_away`; every
 other function of one variable is a gather from its table of 65,536 results, so it cannot differ from the
 NumPy definition it was built from. `scale` multiplies by a power of two of at least 1, which rounds nothing.
+`fma` (acc + x * w, raw float32) and `mac_...` are steps of a multiply-accumulate (`mac_lane.py`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ane_trainer.ane.simulator import mac_lane
 from ane_trainer.ane.simulator.loops import Nest
 
 #: Codes of an instruction: name -> number of sources. Float results unless listed in BOOL_CODES.
 CODES = {
     "load": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1,
-    "affine": 3, "lookup": 1, "mac_round": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
+    "affine": 3, "lookup": 1, "mac_round": 1,
+    "fma": 3, "mac_start": 1, "mac_add": 3, "mac_end": 1,
+    "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
     "and": 2, "or": 2, "xor": 2, "not": 1, "load_bool": 0,
 }  # fmt: skip
 BOOL_CODES = frozenset(["lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "load_bool"])
@@ -61,11 +65,26 @@ def emit(name: str, group: Group, nest: Nest, width: int) -> str:
     return Emitter(name, group, nest, width).function()
 
 
-def declarations(*widths: int) -> str:
-    """The intrinsics that emitted functions call; once per module."""
+def widths(most: int) -> list[int]:
+    """The vector widths that a loop of up to `most` lanes uses, widest first."""
+    return [*(most >> i for i in range(most.bit_length() - 2)), 1] if most > 2 else [most, 1][:most]
+
+
+def declarations(*most: int) -> str:
+    """The intrinsics that emitted functions of such widths call; once per module."""
     lines = []
-    for w in sorted({1, *widths}):
+    for w in sorted({w for m in (1, *most) for w in widths(m)}):
         f, _, suffix = _types(w)
+        lines += [
+            f"declare {_double(w)} @llvm.{op}({_double(w)}{more})"
+            for op, more in (
+                (f"trunc{_suffix64(w)}", ""), (f"fabs{_suffix64(w)}", ""),
+                (f"copysign{_suffix64(w)}", f", {_double(w)}"),
+            )
+        ]  # fmt: skip
+        lines.append(
+            f"declare {_types(w)[1]} @llvm.umax{_suffix64(w, 'i32')}({_types(w)[1]}, {_types(w)[1]})"
+        )
         for op in ("maxnum", "minnum"):
             lines.append(f"declare {f} @llvm.{op}.{suffix}({f}, {f})")
         lines.append(f"declare {f} @llvm.fabs.{suffix}({f})")
@@ -81,6 +100,14 @@ def _types(width: int) -> tuple[str, str, str]:
     if width == 1:
         return "float", "i32", "f32"
     return f"<{width} x float>", f"<{width} x i32>", f"v{width}f32"
+
+
+def _double(width: int) -> str:
+    return "double" if width == 1 else f"<{width} x double>"
+
+
+def _suffix64(width: int, element: str = "f64") -> str:
+    return f".{element}" if width == 1 else f".v{width}{element}"
 
 
 class Emitter:
@@ -123,16 +150,28 @@ class Emitter:
 
     def strips(self, depth: int, indices: list[str], came_from: str, body: Body) -> str:
         """The loop over axis `depth` in whole vectors, then one by one what is left."""
-        first, last = self.bounds(depth)
-        middle = first
-        if self.vector_width > 1:
-            length = self.fresh(f"sub i64 {last}, {first}")
-            whole = self.fresh(f"and i64 {length}, {-self.vector_width}")
-            middle = self.fresh(f"add i64 {first}, {whole}")
-            self.width = self.vector_width
-            came_from = self.one_loop(depth, indices, came_from, first, middle, self.vector_width, body)
+        if depth > 0:
+            return self.static_strips(depth, indices, came_from, body)
+        length = self.fresh("sub i64 %end, %begin")
+        whole = self.fresh(f"and i64 {length}, {-self.vector_width}")
+        middle = self.fresh(f"add i64 %begin, {whole}")
+        self.width = self.vector_width
+        came_from = self.one_loop(depth, indices, came_from, "%begin", middle, self.vector_width, body)
+        if self.vector_width == 1:
+            return came_from
         self.width = 1
-        return self.one_loop(depth, indices, came_from, middle, last, 1, body)
+        return self.one_loop(depth, indices, came_from, middle, "%end", 1, body)
+
+    def static_strips(self, depth: int, indices: list[str], came_from: str, body: Body) -> str:
+        """An inner axis, whose extent is known: what whole vectors leave goes in ever shorter ones."""
+        position = 0
+        for width in widths(self.vector_width):
+            end = position + (self.nest.extents[depth] - position) // width * width
+            if end > position:
+                self.width = width
+                came_from = self.one_loop(depth, indices, came_from, str(position), str(end), width, body)
+            position = end
+        return came_from
 
     def one_loop(
         self, depth: int, indices: list[str], came_from: str, first: str, last: str, step: int, body: Body
@@ -248,6 +287,10 @@ class Emitter:
                 return self.lookup(s[0], instr.which)
             case "mac_round":
                 return self.mac_round(s[0])
+            case "fma":
+                return self.fresh(f"fadd {f} {s[0]}, {self.fresh(f'fmul {f} {s[1]}, {s[2]}')}")
+            case "mac_start" | "mac_add" | "mac_end":
+                return mac_lane.emit(self, instr.code, s)
             case "select":
                 kind = truth if instr.is_bool else f
                 return self.fresh(f"select {truth} {s[0]}, {kind} {s[1]}, {kind} {s[2]}")

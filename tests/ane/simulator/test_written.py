@@ -9,6 +9,7 @@ from ane_trainer.ane.mil import TensorType
 from ane_trainer.ane.opset import Builder, bind
 from ane_trainer.ane.simulator import KERNELS, bilinear, convolution, make_context, prepare, resize
 from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
+from ane_trainer.ane.simulator.mac_reference import mac_matmul_reference
 from ane_trainer.ane.simulator.passes import Pass, total_for
 from ane_trainer.ane.simulator.registry import WRITES
 
@@ -170,3 +171,36 @@ def test_transposed_convolution_is_a_convolution_of_the_spread_image(x, seed):
     want = np.empty(got.shape, np.float32)
     convolution.convolve_into(context, geometry, spread, mirrored, None, want)()
     assert np.array_equal(encode(want).view(np.uint16), got.view(np.uint16))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    wild=st.booleans(),
+    size=st.sampled_from([0.01, 1, 120]),
+    channels=st.sampled_from([(2, 2), (3, 6)]),
+    bias=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_depthwise_convolution_follows_the_law_of_the_accumulator(seed, wild, size, channels, bias):
+    rng = np.random.default_rng(seed)
+    kernel, image = rng.integers(1, 4, 2), rng.integers(4, 40, 2)
+    strides, pad = tuple(int(s) for s in rng.integers(1, 3, 2)), [int(p) for p in rng.integers(0, 2, 4)]
+
+    def numbers(*shape):
+        if wild:
+            return decode(rng.integers(0, 1 << 16, shape, dtype=np.uint16))
+        return round_half_away(size * rng.standard_normal(shape))
+
+    x, weight = numbers(2, channels[0], *image), numbers(channels[1], 1, *kernel)
+    start = numbers(channels[1]) if bias else None
+    places = tuple((pad[i], pad[i + 1]) for i in (0, 2))
+    geometry = convolution.Geometry(strides, (1, 1), places, channels[0])
+    padded = np.pad(x, ((0, 0), (0, 0), *places))
+    taps = convolution.windows(padded, tuple(kernel), strides, (1, 1))
+    out = np.empty((2, channels[1], *taps.shape[2:4]), np.float32)
+    convolution.convolve_into(make_context("m4", threads=1), geometry, x, weight, start, out)()
+    for o in range(channels[1]):
+        columns = taps[:, o * channels[0] // channels[1]].reshape(-1, int(np.prod(kernel)))
+        first = None if start is None else start[o]
+        want = mac_matmul_reference(columns, weight[o].reshape(-1, 1), first)
+        assert np.array_equal(out[:, o].reshape(-1, 1).view(np.uint32), want.view(np.uint32))
