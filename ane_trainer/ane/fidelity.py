@@ -100,7 +100,11 @@ def _lines(measure: Callable[[Figure], str]) -> Iterator[str]:
     yield "| chip | case | differing results | units in the last place | device, OS | report |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
-        results = (f"{row.differences} of {row.values}", str(row.max_ulp), f"{row.device}, {row.os} ({row.build})")
+        results = (
+            f"{row.differences} of {row.values}",
+            str(row.max_ulp),
+            f"{row.device}, {row.os} ({row.build})",
+        )
         yield f"| {' | '.join(map(_cell, (row.chip, row.case, *results, row.report)))} |"
 
 

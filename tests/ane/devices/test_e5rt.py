@@ -454,7 +454,8 @@ def test_the_trainer_trains_evaluates_and_lets_go(engine: Engine) -> None:
         del trainer
         gc.collect()
     assert len({(r.train_loss, r.test_loss, r.test_accuracy) for r in results}) == 1
-    assert results[1].placement["where"].startswith("unknown")
+    if sys.platform != "darwin":
+        assert results[1].placement["where"].startswith("unknown")
 
 
 # -- on a Mac ------------------------------------------------------------------------------------------------
