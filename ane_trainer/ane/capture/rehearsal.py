@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.keras_variables import keras_state, training_argument, variables_as
 from ane_trainer.ane.capture.losses import Loss
 from ane_trainer.ane.capture.masks import Mask, MaskMode
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
@@ -65,10 +66,11 @@ def rehearse(
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
     """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments."""
-    if isinstance(x, dict):
-        return torch.func.functional_call(model, dict(tensors), (), x, tie_weights=True)
     args = tuple(x) if isinstance(x, (tuple, list)) else (x,)
-    return torch.func.functional_call(model, dict(tensors), args, tie_weights=True)
+    args, keywords = ((), dict(x)) if isinstance(x, dict) else (args, {})
+    keywords |= training_argument(model)
+    with variables_as(model, tensors):
+        return torch.func.functional_call(model, dict(tensors), args, keywords, tie_weights=True)
 
 
 def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
@@ -78,7 +80,8 @@ def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
 
 def copies(model: torch.nn.Module) -> Tensors:
     """Copies of all buffers, so that a forward in training mode changes nothing."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = dict(model.named_buffers()) | keras_state(model)
+    return {name: buffer.detach().clone() for name, buffer in buffers.items()}
 
 
 def _power_of_two(wanted: float, peak: float, lowest: float, highest: float) -> float:

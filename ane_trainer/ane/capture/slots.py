@@ -74,8 +74,8 @@ def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
-    named = model.named_buffers()
-    return {n: buffer for n, buffer in named if buffer.is_floating_point() and n not in derived}
+    named = dict(model.named_buffers()) | keras_state(model)
+    return {n: buffer for n, buffer in named.items() if buffer.is_floating_point() and n not in derived}
 
 
 def parameter_ports(
