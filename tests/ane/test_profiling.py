@@ -13,6 +13,8 @@ from ane_trainer.ane.mil import Program, TensorType, literal
 from ane_trainer.ane.opset import Builder
 from ane_trainer.ane.profiling import Distance, OpProfile, Profile, distance
 from ane_trainer.ane.weights import from_array
+from tests.ane.semantics.test_semantics import program_of
+from tests.ane.simulator.witness import OPS
 
 
 def half(*shape: int, state: bool = False) -> TensorType:
@@ -134,6 +136,14 @@ def test_chosen_function_and_refusals() -> None:
     with pytest.raises(UnsupportedModel):
         profile(refused, {"x": np.ones((2, 2), np.float16)}, chip="m5")
     assert profile(refused, {"x": np.ones((2, 2), np.float16)}, chip="m5", path=None).ops
+
+
+def test_every_op_can_be_profiled() -> None:
+    for kind in sorted(OPS):
+        program, feeds = program_of(kind, OPS[kind](np.random.default_rng(5)))
+        for op in profile(program, feeds, path=None).ops:
+            assert op.own.relative < 0.1, (kind, op.own)
+            assert op.overflows == 0, kind
 
 
 def test_distance_saturates_as_fp16_and_leaves_out_the_undefined() -> None:

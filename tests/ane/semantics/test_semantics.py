@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import SimulationError
-from ane_trainer.ane.mil import Literal, Program, TensorType
+from ane_trainer.ane.mil import Literal, Program, TensorType, Value
 from ane_trainer.ane.opset import Builder, known_ops
 from ane_trainer.ane.parser import parse_program
 from ane_trainer.ane.semantics import MEANINGS, WITHOUT_MEANING, evaluate, trace
@@ -28,24 +28,27 @@ def test_every_op_with_a_type_rule_has_a_meaning_or_a_reason() -> None:
     assert not set(MEANINGS) & set(WITHOUT_MEANING)
 
 
-def computed(kind: str, drawn: Drawn) -> tuple[np.ndarray, ...]:
-    b, feeds = Builder(), {}
+def program_of(kind: str, drawn: Drawn) -> tuple[Program, dict[str, np.ndarray]]:
+    """A program of one drawn call, and its feeds."""
+    b = Builder()
+    feeds: dict[str, np.ndarray] = {}
 
-    def given_(name: str, array: np.ndarray) -> object:
-        value = b.input(name, TensorType(DTYPES[array.dtype.name], array.shape))
+    def fed(name: str, array: np.ndarray) -> Value:
         feeds[name] = array
-        return value
+        return b.input(name, TensorType(DTYPES[array.dtype.name], array.shape))
 
-    args: dict[str, object] = {
-        name: tuple(given_(f"{name}{i}", item) for i, item in enumerate(array))
-        if isinstance(array, tuple)
-        else given_(name, array)
-        for name, array in drawn.inputs.items()
-    }
+    args: dict[str, object] = {}
+    for name, array in drawn.inputs.items():
+        many = isinstance(array, tuple)
+        args[name] = tuple(fed(f"{name}{i}", a) for i, a in enumerate(array)) if many else fed(name, array)
     params = {k: from_array(v) if isinstance(v, np.ndarray) else v for k, v in drawn.params.items()}
-    results = b.multi(kind, **args, **params)
-    outputs = evaluate(b.finish(results), feeds)
-    return tuple(outputs[v.name] for v in results)
+    return Program((b.finish(b.multi(kind, **args, **params)),)), feeds
+
+
+def computed(kind: str, drawn: Drawn) -> tuple[np.ndarray, ...]:
+    program, feeds = program_of(kind, drawn)
+    outputs = evaluate(program.main, feeds)
+    return tuple(outputs[v.name] for v in program.main.outputs)
 
 
 @pytest.mark.parametrize("kind", sorted(OPS))
