@@ -38,6 +38,12 @@ TABLE_ROWS = 40
 
 _WHOLE = {"int8": (-128, 128), "uint8": (0, 256)}
 
+#: The dtypes that an input can have, as NumPy calls them.
+_NUMPY = {
+    "fp16": "f2", "fp32": "f4", "fp64": "f8", "bool": "?", "int8": "i1", "uint8": "u1", "int16": "i2",
+    "uint16": "u2", "int32": "i4", "uint32": "u4", "int64": "i8", "uint64": "u8",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Port:
@@ -189,7 +195,9 @@ def feeds_of(
     places: dict[str, str] = {}
     rng = np.random.default_rng(seed)
     for name, value in known.items():
-        if name in files:
+        if value.type.dtype not in _NUMPY:
+            wrong.append(("SIM105", f"{name}: needs one of {', '.join(_NUMPY)}; got {value.type.dtype}"))
+        elif name in files:
             try:
                 arrays[name], places[name] = _fitted(_read(files[name]), value, steps), str(files[name])
             except SimulationError as fault:
@@ -240,14 +248,14 @@ def _fitted(array: Array, value: Value, steps: int) -> Array:
     elif dtype == "bool":
         fits = array.dtype.kind == "b"
     else:
-        limits = np.iinfo(dtype)
+        limits = np.iinfo(_NUMPY[dtype])
         fits = array.dtype.kind in "iu" and (
             not array.size or (int(array.min()) >= limits.min and int(array.max()) <= limits.max)
         )
     if not fits:
         raise SimulationError(f"needs numbers that {dtype} holds; got {array.dtype}", code="SIM107")
     with np.errstate(over="ignore"):
-        return array.astype({"fp16": "f2", "fp32": "f4", "fp64": "f8"}.get(dtype, dtype))
+        return array.astype(_NUMPY[dtype])
 
 
 def _drawn(rng: np.random.Generator, value: Value, steps: int) -> Array:
@@ -255,8 +263,8 @@ def _drawn(rng: np.random.Generator, value: Value, steps: int) -> Array:
     dtype = value.type.dtype
     shape = value.type.shape if steps == 1 else (steps, *value.type.shape)
     if dtype.startswith("fp"):
-        return rng.standard_normal(shape).astype({"fp16": "f2", "fp32": "f4"}.get(dtype, "f8"))
-    return rng.integers(*_WHOLE.get(dtype, (0, 2)), shape).astype(dtype)
+        return rng.standard_normal(shape).astype(_NUMPY[dtype])
+    return rng.integers(*_WHOLE.get(dtype, (0, 2)), shape).astype(_NUMPY[dtype])
 
 
 def _joined(arrays: Sequence[Array]) -> Array:

@@ -44,9 +44,24 @@ PROD = """program(1.3)
 """
 
 
+PACKED = """program(1.3)
+{
+    func main<ios18>(tensor<fp16, [2]> x, tensor<uint4, [2]> packed) {
+        tensor<fp16, [2]> y = relu(x = x)[name = string("y")];
+    } -> (y);
+}
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, text in {"model": MODEL, "counter": COUNTER, "prod": PROD, "bad": "program(1.3) {"}.items():
+    for name, text in {
+        "model": MODEL,
+        "counter": COUNTER,
+        "prod": PROD,
+        "packed": PACKED,
+        "bad": "program(1.3) {",
+    }.items():
         (tmp_path / f"{name}.mil").write_text(text)
     np.save(tmp_path / "x.npy", np.float32([[1, 2, 3], [0.001, -0.5, 0]]))
     np.save(tmp_path / "rows.npy", np.array([0, 1]))
@@ -157,6 +172,7 @@ def test_another_function(folder: Path) -> None:
         (["model.mil", "--random", "--input", "rows=fractions.npy"], 1, "SIM107", ["int32", "float64"]),
         (["model.mil", "--random", "--input", "rows=large.npy"], 1, "SIM107", ["int32"]),
         (["prod.mil", "--path", "none", "--random", "--input", "flags=two.npy"], 1, "SIM107", ["bool"]),
+        (["packed.mil", "--random"], 1, "SIM105", ["packed", "uint4"]),
         (["model.mil", "--random", "--input", "x=none.npy"], 1, "SIM108", ["none.npy", "No such file"]),
         (["model.mil", "--random", "--input", "x=text.npy"], 1, "SIM108", ["text.npy"]),
         (["model.mil", "--random", "--input", "x=objects.npy"], 1, "SIM108", ["objects.npy"]),
