@@ -35,7 +35,8 @@ def build_model(
     name        "mlp" (takes `hidden`); "cnn" (takes channels=(16, 64)); "transformer" (takes patch=7, or 4
                 where 7 does not divide the image, width=64, depth=2, heads=4); or
                 "path/to/file.py:ClassName", any class or function that returns an nn.Module: it is called
-                with all options given here, and with in_shape and num_classes if it has such parameters.
+                with all options given here, and with in_shape and num_classes if it has such parameters; or
+                "path/to/model.keras", saved by Keras 3 under any backend, with its weights.
     hidden      widths of the mlp's hidden layers; default (256,); () is a linear model.
     activation  a name in ACTIVATIONS; default "gelu", for the cnn "relu".
     framework   "torch", or "keras": "mlp" and "cnn" as Keras 3 models on Keras' torch backend. They are
@@ -55,6 +56,10 @@ def build_model(
             return build_user_model(
                 name, {"in_shape": tuple(in_shape), "num_classes": num_classes}, arguments
             )
+        if name.endswith(".keras"):
+            from ane_trainer._models.keras_nets import load_keras_model  # Keras is optional
+
+            return load_keras_model(name)
         if name not in MODELS:
             hint = "Or give a file: path/to/file.py:ClassName."
             raise UsageError(f"{_unknown('model', name, MODELS)} {hint}", code="ANE102")

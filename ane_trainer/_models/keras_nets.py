@@ -34,6 +34,20 @@ def import_keras() -> Any:
     return keras
 
 
+def load_keras_model(path: str) -> nn.Module:
+    """The model in a `.keras` file, whatever backend saved it; UsageError ANE102 if it cannot be read."""
+    keras = import_keras()
+    try:
+        model: nn.Module = keras.saving.load_model(path, compile=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"model: needs a file that Keras 3 can read; got {path} ({str(error).splitlines()[0]}). "
+            "Save it by model.save('name.keras'), and import the modules of its own layers first.",
+            code="ANE102",
+        ) from error
+    return model
+
+
 def _wrong_backend(backend: str) -> EnvironmentFault:
     return EnvironmentFault(
         f'framework="keras": needs Keras\' torch backend; got {backend!r}. '

@@ -1,0 +1,91 @@
+"""Keras 3 models on the torch backend, in processes of their own, since Keras chooses its backend once."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
+
+SAVE = """
+import sys, keras
+keras.utils.set_random_seed(0)
+layers = keras.layers
+image = keras.Input((8, 8, 1))
+x = layers.Conv2D(8, 3, padding="same", use_bias=False)(image)
+x = layers.BatchNormalization(momentum=0.9)(x)
+x = layers.MaxPooling2D()(layers.ReLU()(x))
+x = layers.Dropout(0.1)(layers.Flatten()(x))
+keras.Model(image, layers.Dense(10)(x)).save(sys.argv[1])
+"""
+
+TRAIN = """
+import sys
+import numpy as np, torch, keras
+from sklearn.datasets import load_digits
+from ane_trainer import Reporter, Trainer, build_model
+
+torch.set_num_threads(1)
+digits = load_digits()
+x = torch.tensor(digits.images, dtype=torch.float32)[..., None] / 8 - 1
+y = torch.tensor(digits.target)
+train, test = [list(zip(x[s].split(64), y[s].split(64))) for s in (slice(0, 1280), slice(1280, 1792))]
+
+def run(device):
+    torch.manual_seed(0)
+    model = build_model(sys.argv[1], framework="keras")
+    before = [v.numpy().copy() for v in model.non_trainable_variables if "moving" in v.path]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    trainer = Trainer(model, optimizer=optimizer, device=device, fidelity="fast", report=Reporter())
+    result = trainer.fit(train, epochs=3, val=test)
+    own = torch.tensor(np.asarray(model.predict(x[1280:1344].numpy(), verbose=0)))
+    after = [v.numpy() for v in model.non_trainable_variables if "moving" in v.path]
+    return result.test_accuracy, (own - trainer.predict(x[1280:1344])).abs().max().item(), before, after
+
+plain, _, _, statistics = run("cpu")
+accuracy, apart, before, after = run("sim")
+assert keras.backend.backend() == "torch"
+assert plain > 0.75, plain
+assert accuracy > plain - 0.03, (accuracy, plain)     # 512 images, other dropout masks
+assert apart < 0.1, apart                             # Keras' own predict sees the trained weights
+assert all(np.abs(a - b).max() > 0.05 for a, b in zip(before, after)), (before, after, statistics)
+assert all(np.abs(a - b).max() < 0.2 for a, b in zip(statistics, after))
+
+small = build_model("mlp", (8, 8, 1), 10, framework="keras", hidden=16, seed=0)
+result = Trainer(small, fidelity="fast", report=Reporter()).fit(train, epochs=2, val=test)
+assert result.history[1].train_loss < result.history[0].train_loss
+print("done")
+"""
+
+
+def python(code: str, backend: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_saved_model_trains_as_in_plain_pytorch(tmp_path: Path) -> None:
+    """Saved under TensorFlow or JAX where one of them is installed; the file's format knows no backend."""
+    path = str(tmp_path / "model.keras")
+    others = [name for name in ("tensorflow", "jax") if importlib.util.find_spec(name) is not None]
+    python(SAVE, [*others, "torch"][0], path)
+    assert python(TRAIN, "torch", path).strip().endswith("done")
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "broken.keras"
+    path.write_text("no model")
+    code = (
+        "import sys\nfrom ane_trainer import build_model\nfrom ane_trainer.ane.errors import UsageError\n"
+        "try:\n    build_model(sys.argv[1], framework='keras')\n"
+        "except UsageError as error:\n    print(error.code)"
+    )
+    assert python(code, "torch", str(path)).strip().endswith("ANE102")
