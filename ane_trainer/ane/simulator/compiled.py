@@ -97,7 +97,7 @@ def _compile_waiting() -> None:
         names = [f"loop{i}" for i in range(len(missing))]
         for name, (body, _) in zip(names, missing, strict=True):
             text += body.replace("@FUNCTION", f"@{name}", 1)
-        functions = jit.compile_ir(text, names)
+        functions = jit.compile_ir(text, names, vectorize=False)
         for name, (body, _) in zip(names, missing, strict=True):
             _compiled[body] = functions[name]
             del _waiting[body]
