@@ -75,7 +75,7 @@ class Loops:
         _want(body, width)
         memory = [*arrays, *tables, *targets, *totals]
         kept = where.nest.extents[: where.kept]
-        return _step(body, memory, kept, self.threads, int(np.prod(shape)))
+        return _step(body, memory, kept, self.threads, int(np.prod(shape)), whole_lines=where.columns)
 
     def finish(self) -> None:
         """Compile every loop that waits."""
@@ -110,12 +110,18 @@ def _lanes(extent: int) -> int:
 
 
 def _step(
-    body: str, memory: Sequence[Array], extents: tuple[int, ...], threads: int, total: int | None = None
+    body: str,
+    memory: Sequence[Array],
+    extents: tuple[int, ...],
+    threads: int,
+    total: int | None = None,
+    *,
+    whole_lines: bool = True,
 ) -> partial[None]:
     """A step that runs a loop, split over the outermost axis when there is enough to do; keeps `memory`."""
     outer, total = extents[0], int(np.prod(extents)) if total is None else total
     parts = threads if total >= PARALLEL_ELEMENTS else 1
-    unit = 64 if len(extents) == 1 else 1
+    unit = 64 if len(extents) == 1 and whole_lines else 1
     bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]
     pointers = [array.ctypes.data for array in memory]
     pieces = [(*pointers, a, b) for a, b in pairwise(bounds) if a < b]

@@ -19,7 +19,7 @@ from ane_trainer.ane.simulator.loops import Nest
 
 #: Codes of an instruction: name -> number of sources. Float results unless listed in BOOL_CODES.
 CODES = {
-    "load": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1,
+    "load": 0, "load_of_four": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1,
     "affine": 3, "lookup": 1, "mac_round": 1,
     "fma": 3, "mac_start": 1, "mac_add": 3, "mac_end": 1,
     "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
@@ -213,9 +213,23 @@ class Emitter:
                 offset = term if offset == "0" else self.fresh(f"add i64 {offset}, {term}")
         return self.fresh(f"getelementptr {element}, ptr %p{pointer_index}, i64 {offset}")
 
-    def load(self, which: int, indices: list[str], element: str) -> str:
+    def load_of_four(self, which: int, indices: list[str], offset: int) -> str:
+        """The elements `offset` after those of an array that takes each fourth: four such share their loads."""
+        strides = self.nest.strides[which]
+        if self.width == 1 or strides[self.vector_axis] != 4 or not 0 <= offset < 4:
+            return self.load(which, indices, "float", offset)
+        lanes = 4 * self.width
+        pointer = self.address(which, strides, indices, "float")
+        whole = self.fresh(f"load <{lanes} x float>, ptr {pointer}, align 4")
+        mask = ", ".join(f"i32 {offset + 4 * lane}" for lane in range(self.width))
+        kind = f"<{lanes} x float>"
+        return self.fresh(f"shufflevector {kind} {whole}, {kind} poison, <{self.width} x i32> <{mask}>")
+
+    def load(self, which: int, indices: list[str], element: str, offset: int = 0) -> str:
         strides = self.nest.strides[which]
         pointer = self.address(which, strides, indices, element)
+        if offset:
+            pointer = self.fresh(f"getelementptr {element}, ptr {pointer}, i64 {offset}")
         step, width = strides[self.vector_axis], self.width
         align = 4 if element == "float" else 1
         if width == 1:
@@ -270,6 +284,8 @@ class Emitter:
                 return self.fresh(
                     f"icmp ne {kind} {self.load(instr.which, indices, 'i8')}, {self.constant(0, 'i8')}"
                 )
+            case "load_of_four":
+                return self.load_of_four(instr.which, indices, int(instr.value))
             case "const":
                 return self.constant(instr.value, "float")
             case "scale":

@@ -34,6 +34,10 @@ class Pass:
         """The elements of a float32 or bool array; every array of a pass has the same rank."""
         return self.code.load(array)
 
+    def load_of_four(self, array: Array, offset: int) -> int:
+        """The elements `offset` float32 after those of an array that takes each fourth along an axis."""
+        return self.code.add("load_of_four", which=self.code.which(array), value=offset)
+
     def add(self, code: str, *sources: int, value: float = 0.0) -> int:
         """One instruction on earlier values, rounded as `fuse.py` says."""
         return self.code.add(code, *sources, value=value)

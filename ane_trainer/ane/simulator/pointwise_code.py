@@ -42,9 +42,16 @@ class Code:
 
     def load(self, array: NDArray[Any]) -> int:
         """Append a load of an array's elements."""
-        self.arrays.append(array)
         kind = "load_bool" if array.dtype == np.bool_ else "load"
-        return self.add(kind, which=len(self.arrays) - 1)
+        return self.add(kind, which=self.which(array))
+
+    def which(self, array: NDArray[Any]) -> int:
+        """The number of an array among those of the group."""
+        for number, known in enumerate(self.arrays):
+            if known is array:
+                return number
+        self.arrays.append(array)
+        return len(self.arrays) - 1
 
     def lookup(self, source: int, table: F32) -> int:
         """Append a gather from `table`, float32[65536] indexed by fp16 pattern."""

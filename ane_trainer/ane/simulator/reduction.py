@@ -75,9 +75,10 @@ def _by_fours(ctx: Context, kind: str, x: Array, over: tuple[int, ...], out: Arr
     totals, steps = [], []
     for views in _fours(x, max(over)):
         work, total = Pass(ctx), total_for(x, over)
-        value = work.load(views[0])
-        for view in views[1:]:
-            value = work.add("add", value, work.load(view))
+        apart = x.strides[max(over)] // x.itemsize
+        value = work.load_of_four(views[0], 0)
+        for place in range(1, len(views)):
+            value = work.add("add", value, work.load_of_four(views[0], place * apart))
         steps.append(work.fold("sum", value, total))
         totals.append(total.reshape(out.shape))
     count = x.size / out.size if kind == "reduce_mean" else 1

@@ -204,3 +204,17 @@ def test_depthwise_convolution_follows_the_law_of_the_accumulator(seed, wild, si
         first = None if start is None else start[o]
         want = mac_matmul_reference(columns, weight[o].reshape(-1, 1), first)
         assert np.array_equal(out[:, o].reshape(-1, 1).view(np.uint32), want.view(np.uint32))
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+def test_totals_do_not_depend_on_threads(axes):
+    x = decode(np.random.default_rng(0).standard_normal((301, 407)).astype(np.float16))
+    results = []
+    for threads in (1, 2):
+        for view in (x, np.asfortranarray(x)):
+            total, work = total_for(view, axes), Pass(make_context("m4", threads=threads))
+            work.fold("sum_square", work.load(view), total)()
+            results.append(total)
+    assert np.allclose(results[0], np.square(x.astype(np.float64)).sum(axis=axes, keepdims=True), rtol=1e-14)
+    assert np.array_equal(results[0], results[2])
+    assert np.array_equal(results[1], results[3])
