@@ -41,6 +41,7 @@ LINES: dict[str, float] = {
     "ane.stages": 4,
     "ane.capture": 5,
     "ane.lower": 5,
+    "ane.catalog": 5.5,
     "ane.legalize": 5,
     "ane.compile": 5,
     "ane.coreai": 5,

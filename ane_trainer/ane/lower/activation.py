@@ -98,8 +98,10 @@ def gelu_backward(ctx: Context, g: Operand, x: Operand, *, approximate: str = "n
 
 @lowering("silu.default")
 def silu(ctx: Context, x: Operand) -> Operand:
-    """`silu(x) -> mul(x, sigmoid(x))`: the engine's silu table is 10 % off at 0.05 and has the wrong sign at
-    0.001; the sigmoid keeps a thousandth, and the backward needs it anyway
+    """`silu(x) -> mul(x, sigmoid(x))`
+
+    The engine's silu table is 10 % off at 0.05 and has the wrong sign at 0.001; the sigmoid keeps a thousandth,
+    and the backward needs it anyway.
     """
     return ctx.mul(x, ctx.unary("sigmoid", x))
 
