@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ane_trainer.ane.errors import Finding, UnsupportedModel
+
 
 class HostOptimizer:
-    """Runs `optimizer` on gradients by parameter name. `flops` are those of the last update, counted."""
+    """Runs `optimizer` on gradients by parameter name. `flops` are those of the last update, counted.
+
+    Raises: UnsupportedModel for optimizers that need a closure.
+    """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            reason = (
+                "calls the model itself (its step needs a closure), which one program a step cannot serve."
+            )
+            fix = 'Use another optimizer, or torch.compile(model, backend="ane") with your own loop.'
+            finding = Finding("optimizer", type(optimizer).__name__, reason, fix)
+            raise UnsupportedModel("The optimizer cannot run:", [finding])
         self._optimizer = optimizer
         self._parameters = dict(model.named_parameters())
         self.flops = 0

@@ -225,6 +225,11 @@ def test_engine_only_is_refused_without_a_rule() -> None:
         run(lambda p: Lion(p), 1, optimizer_on="engine")
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="LBFGS.*closure"):
+        run(lambda p: torch.optim.LBFGS(p), 1)
+
+
 def test_the_hosts_state_is_saved_and_restored() -> None:
     data = batches(6)
     model = mlp()
