@@ -16,7 +16,8 @@ def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + LINE_BYTES, np.uint8)
     first = -room.__array_interface__["data"][0] % LINE_BYTES
-    return room[first : first + size].view(dtype).reshape(shape)
+    array: NDArray[Any] = room[first : first + size].view(dtype).reshape(shape)
+    return array
 
 
 def zeros(shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
