@@ -20,11 +20,11 @@ class Classifier(lightning.LightningModule):
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         self.network = torch.compile(network, backend="ane", options={"chip": "m4", "fidelity": "fast"})
 
-    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         """The loss of one batch."""
         return F.cross_entropy(self.network(batch[0]), batch[1])
 
-    def test_step(self, batch: list[torch.Tensor], _: int) -> None:
+    def test_step(self, batch: list[torch.Tensor], index: int) -> None:
         """Logs the accuracy."""
         found = self.network(batch[0]).argmax(1)
         self.log("accuracy", (found == batch[1]).float().mean())

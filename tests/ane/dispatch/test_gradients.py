@@ -226,7 +226,7 @@ def test_engine_only_is_refused_without_a_rule() -> None:
 
 
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="LBFGS.*closure"):
+    with pytest.raises(UnsupportedModel, match=r"LBFGS.*closure"):
         run(lambda p: torch.optim.LBFGS(p), 1)
 
 
