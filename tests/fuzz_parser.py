@@ -1,4 +1,3 @@
-
 """Feeds the MIL parser mutated texts: whatever comes in, it gives a Program or a ProgramError, and soon.
 
     python -m tests.fuzz_parser --inputs 1000000 --seed 0     # or --seconds 60

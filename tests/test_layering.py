@@ -49,7 +49,6 @@ LINES: dict[str, float] = {
     "ane.dispatch": 7,
     "ane.export": 8,
     "ane.dynamo": 8,
-    "ane.export": 8,
     "interop": 8,
     "ane": 8.5,
     "utils": 8.6,

@@ -96,7 +96,10 @@ def reduction(rng: Rng, kind: str) -> Drawn:
     keep = bool(rng.integers(2))
     want = _REDUCTIONS[kind](wide(x), tuple(axes), keep).numpy()
     loose = (1.5, 0.01) if "log" in kind else (2.5, 0.0) if "l2" in kind else (0.51, 0.0)
-    if kind in ("reduce_sum", "reduce_mean"):  # three roundings of partial sums, each half a unit of at most |x| summed
+    if kind in (
+        "reduce_sum",
+        "reduce_mean",
+    ):  # three roundings of partial sums, each half a unit of at most |x| summed
         size = np.abs(wide(x).numpy())
         worst = size.sum(tuple(axes)).max() if kind == "reduce_sum" else size.mean(tuple(axes)).max()
         loose = (0.51, float(3 * 2.0**-11 * worst))
