@@ -23,6 +23,9 @@ from tests.models.zoo import CASES
 
 STEPS = 20
 SEED = 5
+#: Least bound with exact fidelity: the accumulator rounds every product to 2^-16, which the WaveNet's small weight
+#: gradients (256 positions, 16 channels) feel: 0.045 on M1.
+EXACT_BOUND = 0.06
 #: A buffer may be off by this share of its own largest entry, or of 1 where that is smaller.
 BUFFER_BOUND = 0.02
 
@@ -58,8 +61,10 @@ def train(name: str, chip: str, fidelity: str) -> None:
     now = {n: p.detach() for n, p in model.named_parameters()}
     error = sum(float((now[n] - before[n] - d).norm() ** 2) for n, d in changes.items()) ** 0.5
     size = sum(float(d.norm() ** 2) for d in changes.values()) ** 0.5
-    assert error <= case.bound * size, f"the update is off by {error / size:.4f}"
-    assert all(torch.equal(now[n], before[n].half().float()) or n in changes for n in now)
+    bound = case.bound if fidelity == "fast" else max(case.bound, EXACT_BOUND)
+    assert error <= bound * size, f"the update is off by {error / size:.4f}"
+    for n in now.keys() - changes.keys():  # frozen: unchanged but for the rounding to fp16
+        torch.testing.assert_close(now[n], before[n], rtol=2.0**-11, atol=2.0**-25)
     for (n, mine), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
         if mine.is_floating_point():
             largest = max(1.0, float(theirs.abs().max()))
