@@ -9,6 +9,7 @@ import pytest
 
 from ane_trainer.ane.devices import aneforge_runtime
 from ane_trainer.ane.devices.aneforge_runtime import loaded_programs
+from ane_trainer.interop.aneforge import uninstall
 from tests.standin.library import Engine, build
 
 
@@ -21,6 +22,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     runtime = pytest.importorskip("aneforge._runtime")
     circuit = pytest.importorskip("aneforge._circuit")
+    uninstall()  # other tests of this process may have put the simulator in the library's place
     monkeypatch.setenv("ANEFORGE_DYLIB", str(library))
     monkeypatch.setattr(runtime._lib, "_lib", None)
     monkeypatch.setattr(aneforge_runtime, "_refused", {})

@@ -62,7 +62,8 @@ def test_equals_pytorch_in_double_precision(kind: str, seed: int) -> None:
     }
     for got, want in zip(computed(kind, drawn), drawn.want, strict=True):
         assert got.dtype in (np.float64, np.int64, np.bool_)
-        np.testing.assert_allclose(got, want, rtol=1e-3 if loose else 1e-9, atol=1e-12)
+        # Differences that nearly cancel (a normalised element near the mean) keep the parameter's absolute error.
+        np.testing.assert_allclose(got, want, rtol=1e-3 if loose else 1e-9, atol=1e-5 if loose else 1e-12)
 
 
 def one(kind: str, **params: object) -> tuple[Program, tuple[np.ndarray, ...]]:
