@@ -11,6 +11,21 @@ from numpy.typing import NDArray
 from ane_trainer.ane.simulator import jit
 from ane_trainer.ane.simulator.fp16 import encode
 
+#: IR that turns the float32 bits `%bits` of a decoded value into `%sign` and `%magnitude` of its fp16 pattern.
+SIGN_AND_MAGNITUDE = """
+          %high = lshr i32 %bits, 16
+          %sign = and i32 %high, 32768
+          %size = and i32 %bits, 2147483647
+          %kept = lshr i32 %size, 13
+          %normal = sub i32 %kept, 114688
+          %value = bitcast i32 %size to float
+          %scaled = fmul float %value, 0x4170000000000000
+          %small = icmp ult i32 %size, 947912704
+          %clipped = select i1 %small, float %scaled, float 0.0
+          %subnormal = fptoui float %clipped to i32
+          %magnitude = select i1 %small, i32 %subnormal, i32 %normal
+"""
+
 
 def decode_into(half: NDArray[np.float16], out: NDArray[np.float32]) -> None:
     """Decode contiguous float16 patterns into contiguous float32 storage of the same size."""
@@ -48,17 +63,7 @@ def _encoder() -> Callable[..., None]:
         body:
           %at = getelementptr i32, ptr %from, i64 %i
           %bits = load i32, ptr %at, align 4
-          %high = lshr i32 %bits, 16
-          %sign = and i32 %high, 32768
-          %size = and i32 %bits, 2147483647
-          %kept = lshr i32 %size, 13
-          %normal = sub i32 %kept, 114688
-          %value = bitcast i32 %size to float
-          %scaled = fmul float %value, 0x4170000000000000
-          %small = icmp ult i32 %size, 947912704
-          %clipped = select i1 %small, float %scaled, float 0.0
-          %subnormal = fptoui float %clipped to i32
-          %magnitude = select i1 %small, i32 %subnormal, i32 %normal
+          SIGN_AND_MAGNITUDE
           %field = and i32 %magnitude, 32767
           %placed = shl i32 %field, 13
           %tiny = bitcast i32 %placed to float
@@ -76,7 +81,7 @@ def _encoder() -> Callable[..., None]:
           store i32 %bad, ptr %wrong
           ret void
         }
-        """,
+        """.replace("SIGN_AND_MAGNITUDE", SIGN_AND_MAGNITUDE),
         ["encode"],
     )["encode"]
 

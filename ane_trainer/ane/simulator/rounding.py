@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator import jit
 from ane_trainer.ane.simulator.fp16 import F32, round_half_away
+from ane_trainer.ane.simulator.half import SIGN_AND_MAGNITUDE
 from ane_trainer.ane.simulator.tables import evaluate, lookup
 
 _FEW = 1 << 10
@@ -92,17 +93,7 @@ _GATHER = """
         body:
           %at = getelementptr i32, ptr %data, i64 %i
           %bits = load i32, ptr %at
-          %high = lshr i32 %bits, 16
-          %sign = and i32 %high, 32768
-          %size = and i32 %bits, 2147483647
-          %kept = lshr i32 %size, 13
-          %normal = sub i32 %kept, 114688
-          %value = bitcast i32 %size to float
-          %scaled = fmul float %value, 0x4170000000000000
-          %small = icmp ult i32 %size, 947912704
-          %clipped = select i1 %small, float %scaled, float 0.0
-          %subnormal = fptoui float %clipped to i32
-          %magnitude = select i1 %small, i32 %subnormal, i32 %normal
+          SIGN_AND_MAGNITUDE
           %pattern = or i32 %magnitude, %sign
           %index = zext i32 %pattern to i64
           %entry_at = getelementptr float, ptr %table, i64 %index
@@ -114,7 +105,7 @@ _GATHER = """
         done:
           ret void
         }
-        """
+        """.replace("SIGN_AND_MAGNITUDE", SIGN_AND_MAGNITUDE)
 
 
 def round64_text() -> str:
