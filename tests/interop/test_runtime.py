@@ -10,7 +10,7 @@ from typing import Any
 import aneforge as af
 import numpy as np
 import pytest
-from aneforge import _compile, _runtime, _targets
+from aneforge import _circuit, _compile, _runtime, _targets
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.interop.aneforge import install, installed, uninstall
@@ -304,6 +304,16 @@ def test_uninstall_gives_back_the_original() -> None:
     uninstall()
     install("m5")
     np.testing.assert_array_equal(run(lambda x: x.relu(), X), np.maximum(X, 0))
+
+
+def test_a_refused_program_leaves_no_pause_behind() -> None:
+    """ANEForge paces what follows a failed compile; Apple's service never saw this one."""
+    uninstall()
+    before = _circuit._last_failure_ts
+    install("m5")
+    _circuit.note_compile_result(False)
+    uninstall()
+    assert _circuit._last_failure_ts == before
 
 
 def test_programs_outlive_a_change_of_chip() -> None:

@@ -63,7 +63,9 @@ def put_in(library: SimulatedLibrary) -> Installation:
     if chip.generation_number - 12 not in families:
         done.replace(families, chip.generation_number - 12, max(families.values()))
     # The pause after a failed compile protects Apple's compiler service; there is none here.
+    # Nor may a program that the simulator refused make the real service wait after it.
     done.replace(circuit, "_sleep", lambda seconds: None)
+    done.replace(circuit, "_last_failure_ts", None)
     for module, name in ((bridges, "ensure_invoker"), (worker, "_ensure_worker_built")):
         done.replace(module, name, refuse_bridge)
     _replace_imported(done, "ensure_invoker", refuse_bridge)
