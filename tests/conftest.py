@@ -6,7 +6,8 @@ import sys
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
+# The same examples each time, so that a change is judged by what it changed; `make fuzz` draws new ones.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("default")
 

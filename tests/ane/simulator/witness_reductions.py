@@ -103,6 +103,10 @@ def reduction(rng: Rng, kind: str) -> Drawn:
         size = np.abs(wide(x).numpy())
         worst = size.sum(tuple(axes)).max() if kind == "reduce_sum" else size.mean(tuple(axes)).max()
         loose = (0.51, float(3 * 2.0**-11 * worst))
+    if kind == "reduce_l2_norm":  # each square is a multiple of 2^-24, which counts where all are small
+        terms = wide(x).numel() / want.size
+        least = float(np.abs(want).min())
+        loose = (2.5, min(terms * 2.0**-26 / least if least else 1.0, float(np.sqrt(terms * 2.0**-25))))
     exact = kind in ("reduce_max", "reduce_min")
     params = {"axes": [a - rank if rng.integers(2) else a for a in axes], "keep_dims": keep}
     return Drawn({"x": x}, params, (want,), *((0.0, 0.0) if exact else loose))
