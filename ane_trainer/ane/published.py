@@ -2,24 +2,24 @@
 
 Inputs are the seeded ones of ANEForge's benchmarks (bench/device_saturation_sweep.py,
 device_bandwidth_roofline.py, numeric_cliffs.py); figures are those of its result files for each chip. Table
-errors: M6 data/06_numerics/f3_lut_m6.txt. A relative error is |engine - reference| / |reference| in the L2
-norm.
+errors: M6 data/06_numerics/f3_lut_m6.txt and lut_ulp_m6.txt. A relative error is |engine - reference| /
+|reference| in the L2 norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 
 from ane_trainer.ane.mil import Value
 from ane_trainer.ane.opset import Builder
-from ane_trainer.ane.simulator.fp16 import decode
-from ane_trainer.ane.simulator.tables import evaluate
 from ane_trainer.ane.vectors import dispatch, gemm_error, matmul_cliff, sum_of_integers, width_slice
 from ane_trainer.ane.weights import from_array
 
@@ -43,12 +43,10 @@ class Figure:
     seconds: float = 1.0
 
     def simulated(self, chip: str) -> str:
-        """The simulator's number with as many digits as the published one."""
-        value = self.measure(chip)
-        if "e" in self.published:
-            return f"{value:.{len(self.published.split('e')[0].split('.')[1])}e}"
-        digits = len(self.published.replace(".", "").lstrip("0"))
-        return f"{value:.{digits}g}" if "." in self.published else f"{value:g}"
+        """The simulator's number with as many decimals as the published one."""
+        mantissa, _, exponent = self.published.partition("e")
+        decimals = len(mantissa.partition(".")[2])
+        return f"{self.measure(chip):.{decimals}{'e' if exponent else 'f'}}"
 
 
 def relative(got: ArrayLike, want: ArrayLike) -> float:
@@ -143,15 +141,34 @@ _ARCHETYPES: dict[str, tuple[Callable[[Builder, Value], Value], Callable[[F32], 
 }
 
 
-def _table_error(kind: str, exact: Callable[[Any], Any], low: float, high: float) -> Callable[[str], float]:
-    """Largest absolute error over the published sweep's fp16 inputs."""
+def table_sweep(kind: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The published sweep of a table: its fp16 inputs, the simulated results and the exact ones, as float64."""
+    exact, low, high, _, _ = TABLE_SWEEPS[kind]
+    points = np.geomspace(low, high, 1 << 19) if low > 0 else np.linspace(low, high, 1 << 19)
+    x = np.unique(points.astype(np.float16))
+    op, parameters = ("gelu", {"mode": "TANH_APPROXIMATION"}) if kind == "gelu_tanh" else (kind, {})
+    got = dispatch(lambda b, value: b.op(op, x=value, **parameters), x, "m6")
+    wide = x.astype(np.float64)
+    return wide, got.astype(np.float64), exact(torch.from_numpy(wide)).numpy()
+
+
+def _table_error(kind: str) -> Callable[[str], float]:
+    """Largest absolute error over the published sweep."""
 
     def measure(chip: str) -> float:
-        points = np.geomspace(low, high, 1 << 19) if low > 0 else np.linspace(low, high, 1 << 19)
-        x = np.unique(points.astype(np.float16))
-        wide = torch.from_numpy(x.astype(np.float64))
-        got = evaluate(kind, decode(x)).astype(np.float64)
-        return float(np.abs(got - exact(wide).numpy()).max())
+        _, got, exact = table_sweep(kind)
+        return float(np.abs(got - exact).max())
+
+    return measure
+
+
+def _table_ulps(kind: str) -> Callable[[str], float]:
+    """Largest error over the published sweep, in fp16's spacing at the exact value."""
+
+    def measure(chip: str) -> float:
+        _, got, exact = table_sweep(kind)
+        exponent = np.floor(np.log2(np.maximum(np.abs(exact), 2.0**-14)))
+        return float((np.abs(got - exact) / np.exp2(exponent - 10)).max())
 
     return measure
 
@@ -206,19 +223,22 @@ _ROOFLINES = (
     ("layer_norm", 256, ("m5-pro",), "0.000671227", _ORDER),
 )
 
-#: table, exact function, range of the published sweep, published largest absolute error
-_TABLES: tuple[tuple[str, Callable[[Any], Any], float, float, str], ...] = (
-    ("sigmoid", torch.sigmoid, -12, 12, "3.355e-03"),
-    ("tanh", torch.tanh, -6, 6, "1.613e-03"),
-    ("gelu", torch.nn.functional.gelu, -8, 8, "6.159e-03"),
-    ("silu", torch.nn.functional.silu, -12, 12, "1.491e-02"),
-    ("exp", torch.exp, -12, 10, "1.008e+02"),
-    ("log", torch.log, 2**-10, 1000, "6.638e-03"),
-    ("sqrt", torch.sqrt, 2**-10, 1000, "1.810e-02"),
-    ("rsqrt", torch.rsqrt, 2**-6, 1000, "8.139e-03"),
-    ("erf", torch.erf, -4, 4, "8.642e-04"),
-    ("sin", torch.sin, -8, 8, "6.329e-04"),
-)
+#: table, exact function, range of the published sweep, published largest error: absolute, and in units in the
+#: last place. The sweep of inverse has MIL's default epsilon, 1e-4.
+TABLE_SWEEPS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float, float, str, str]] = {
+    "sigmoid": (torch.sigmoid, -12, 12, "3.355e-03", "810.8"),
+    "tanh": (torch.tanh, -6, 6, "1.613e-03", "11.0"),
+    "gelu": (F.gelu, -8, 8, "6.159e-03", "12632.0"),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), -8, 8, "6.158e-03", "12632.0"),
+    "silu": (F.silu, -12, 12, "1.491e-02", "28560.0"),
+    "exp": (torch.exp, -12, 10, "1.008e+02", "9.1"),
+    "log": (torch.log, 2**-10, 1000, "6.638e-03", "91.0"),
+    "sqrt": (torch.sqrt, 2**-10, 1000, "1.810e-02", "1.2"),
+    "rsqrt": (torch.rsqrt, 2**-6, 1000, "8.139e-03", "2.1"),
+    "inverse": (torch.reciprocal, 2**-6, 1000, "4.375e-01", "13.5"),
+    "erf": (torch.erf, -4, 4, "8.642e-04", "3.0"),
+    "sin": (torch.sin, -8, 8, "6.329e-04", "45.3"),
+}
 
 
 def _gemm(n: int) -> Callable[[str], float]:
@@ -245,12 +265,13 @@ def _figures() -> Iterator[Figure]:
     name = "width-offset slice: largest value kept"
     yield Figure(name, SIX[:3], "4094", _slice_limit, _CLIFFS)
     yield Figure(name, SIX[3:], "inf", _slice_limit, _CLIFFS)
-    for kind, exact, low, high, digits in _TABLES:
-        name = f"{kind} over {low:g} ... {high:g}: largest absolute error"
-        yield Figure(name, ("m6",), digits, _table_error(kind, exact, low, high), _M6_TABLES)
+    for kind, (_, low, high, digits, ulps) in TABLE_SWEEPS.items():
+        name = f"{kind} over {low:g} ... {high:g}: largest"
+        yield Figure(f"{name} absolute error", ("m6",), digits, _table_error(kind), f"{_M6}f3_lut_m6.txt")
+        yield Figure(f"{name} error in fp16 units", ("m6",), ulps, _table_ulps(kind), f"{_M6}lut_ulp_m6.txt")
 
 
-_M6_TABLES = "M6 data/06_numerics/f3_lut_m6.txt"
+_M6 = "M6 data/06_numerics/"
 
 #: Every published number that the simulator can be held against.
 FIGURES: tuple[Figure, ...] = tuple(_figures())

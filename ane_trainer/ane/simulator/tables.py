@@ -1,12 +1,13 @@
 """The engine's 33-knot activation tables: knots, range reduction and the order of roundings.
 
 A table maps its (reduced) input affinely onto 32 segments and evaluates `anchor + fraction * delta`, where
-`anchor` is the segment's knot nearer to zero input, `delta` the difference of its two knots rounded to fp16,
-the product is rounded to fp16, and so is the sum. This order was found by trying over a hundred against the
-figures published for M6 (M6 data/06_numerics/f3_lut_m6.txt and lut_ulp_m6.txt: largest errors, and where the
-error is least). Of those tried it alone gives all figures of tanh, gelu, exp, log, sqrt and rsqrt; rounding
-the fraction to 11 bits as well makes no difference to them. "Exact" below means that, an aggregate over each
-sweep of some 18,000 inputs: the results point by point are not in the sources used. That a
+`anchor` is the segment's knot nearer to zero input (sin: the knot that a growing angle passes first), `delta`
+the difference of its two knots; fraction, delta, product and sum are each rounded to fp16. This order was found
+by trying over a hundred against the figures published for M6 (M6 data/06_numerics/f3_lut_m6.txt and
+lut_ulp_m6.txt: largest errors, where the error is least, and how often). Of those tried it alone gives all
+figures of tanh, gelu, exp, log, sqrt, rsqrt, inverse and sin; sin alone tells that the fraction is rounded.
+"Exact" below means that, an aggregate over each sweep of some 18,000 inputs: the results point by point are
+not in the sources used. That a
 table holds 33 knots and 32 rounded deltas is said of M1 too (ANE guide chapter 26). Knots, domains and range
 reductions: M6 notes/numerics.md, read from compiled programs.
 
@@ -74,12 +75,12 @@ class Table:
         return np.clip((reduced - self.low) * (32.0 / (self.high - self.low)), 0.0, 32.0)
 
     def interpolate(self, position: F64, negative: NDArray[np.bool_] | bool = False) -> F64:
-        """The table at `position`, a decoded fp16 value; `negative` inputs take the right knot as anchor."""
+        """The table at `position`, a decoded fp16 value; where `negative`, the right knot is the anchor."""
         values = np.asarray(self.knots, dtype=np.float64)
         left = np.clip(np.floor(position).astype(np.int64), 0, 31)
         right = np.clip(np.ceil(position).astype(np.int64), 1, 32)
-        from_left = _rounded((position - left) * _rounded(values[left + 1] - values[left]))
-        from_right = _rounded((right - position) * _rounded(values[right] - values[right - 1]))
+        from_left = _rounded(_rounded(position - left) * _rounded(values[left + 1] - values[left]))
+        from_right = _rounded(_rounded(right - position) * _rounded(values[right] - values[right - 1]))
         return _rounded(np.where(negative, values[right] - from_right, values[left] + from_left))
 
 
@@ -133,13 +134,12 @@ TABLES: dict[str, Table] = {
             reduction="mantissa pair",
         ),
         Table(
-            "inverse", _samples(lambda x: 1 / x, 0.5, 1), 0.5, 1, "bounded",
-            f"{_M6} (measured with epsilon 1e-4: maxima agree, 14 of 20 zero crossings)",
-            "1 unit in the last place", symmetry="odd", reduction="mantissa",
+            "inverse", _samples(lambda x: 1 / x, 0.5, 1), 0.5, 1, "exact",
+            f"{_M6} (measured with MIL's default epsilon)", symmetry="odd", reduction="mantissa",
         ),
         Table(
-            "sin", _samples(np.sin, 0, np.pi / 2), 0, np.pi / 2, "bounded",
-            f"{_M6}; the reduction to a quarter wave is assumed exact", "5e-5 absolute within one period",
+            "sin", _samples(np.sin, 0, np.pi / 2), 0, np.pi / 2, "exact",
+            f"{_M6}, within -8..8; beyond, the reduction to a quarter wave is assumed exact",
             symmetry="odd", reduction="quarter wave",
         ),
     )
@@ -217,7 +217,8 @@ def _quarter_wave(x: F64) -> F64:
     turn = np.mod(x, 2 * np.pi)
     half = np.mod(turn, np.pi)
     table = TABLES["sin"]
-    y = table.interpolate(table.position(np.where(half > np.pi / 2, np.pi - half, half)))
+    falling = half > np.pi / 2
+    y = table.interpolate(table.position(np.where(falling, np.pi - half, half)), falling)
     return np.where(turn >= np.pi, -y, y)
 
 

@@ -1,92 +1,90 @@
-"""tables.py against published figures: hardware vectors, error maxima, zero crossings, edge values."""
+"""tables.py against published figures: hardware vectors, minima of the error, edge values; maxima: test_fidelity.py."""
 
 import csv
-from collections.abc import Callable
-from math import erf, floor, log10
+from math import floor, log10
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ane_trainer.ane.published import table_sweep
 from ane_trainer.ane.simulator.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.tables import FUNCTIONS, TABLES, evaluate, lookup, real_div
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_vectors.csv"
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
-erf_of = np.vectorize(erf, otypes=[np.float64])
 
-
-def gelu_of(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + erf_of(x / np.sqrt(2)))
-
-
-def gelu_tanh_of(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-# name: exact function, input range of the published sweep, max |error|, max error in units in the last place.
-# M6 data/06_numerics/f3_lut_m6.txt and lut_ulp_m6.txt; sin's figure of 45.3 (at -pi) is not reached.
-Published = tuple[Callable[[np.ndarray], np.ndarray], float, float, str, str | None]
-PUBLISHED: dict[str, Published] = {
-    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), -12, 12, "3.355e-03", "810.8"),
-    "tanh": (np.tanh, -6, 6, "1.613e-03", "11.0"),
-    "gelu": (gelu_of, -8, 8, "6.159e-03", "12632.0"),
-    "gelu_tanh": (gelu_tanh_of, -8, 8, "6.158e-03", "12632.0"),
-    "silu": (lambda x: x / (1 + np.exp(-x)), -12, 12, "1.491e-02", "28560.0"),
-    "exp": (np.exp, -12, 10, "1.008e+02", "9.1"),
-    "log": (np.log, 2**-10, 1000, "6.638e-03", "91.0"),
-    "sqrt": (np.sqrt, 2**-10, 1000, "1.810e-02", "1.2"),
-    "rsqrt": (lambda x: 1 / np.sqrt(x), 2**-6, 1000, "8.139e-03", "2.1"),
-    "inverse": (lambda x: 1 / x, 2**-6, 1000, "4.375e-01", "13.5"),
-    "erf": (erf_of, -4, 4, "8.642e-04", "3.0"),
-    "sin": (np.sin, -8, 8, "6.329e-04", None),
+# name: how many minima of the error the same sweep found, and the first twenty. Missing: erf, whose first three lie
+# where the table has ended, and silu, of whose 172 minima 168 come out (its knots are reconstructed).
+MINIMA: dict[str, tuple[int, str]] = {
+    "sigmoid": (
+        380,
+        "-9.5078 -7.9922 -7.5039 -7.0039 -6.5039 -6.0039 -5.5039 -5.0039 -4.5039 -3.998 -3.502 -3.002 -2.5 -1.998"
+        " -1.501 -0.9985 -0.5059 -0.4963 -0.49 -0.4797",
+    ),
+    "tanh": (
+        206,
+        "-3.9902 -3.8125 -3.6094 -3.4648 -3.3535 -3.2617 -3.1855 -3.1191 -3.0586 -3.0059 -2.959 -2.916 -2.875"
+        " -2.8379 -2.8047 -2.7734 -2.7422 -2.7109 -2.6836 -2.6582",
+    ),
+    "gelu": (
+        147,
+        "-3.8652 -3.5508 -3.4434 -3.3125 -3.207 -3.0664 -2.9512 -2.8086 -2.7031 -2.5586 -2.4531 -2.3008 -2.2031"
+        " -2.0566 -1.9443 -1.7988 -1.6943 -1.6455 -1.627 -1.6104",
+    ),
+    "gelu_tanh": (
+        553,
+        "-7.9648 -7.9609 -7.957 -7.9531 -7.9492 -7.9453 -7.9414 -7.9375 -7.9336 -7.9297 -7.9258 -7.9219 -7.918"
+        " -7.9141 -7.9102 -7.9062 -7.9023 -7.8984 -7.8945 -7.8906",
+    ),
+    "exp": (
+        882,
+        "-11.9141 -11.75 -11.6641 -11.4688 -11.2422 -11.0078 -10.9062 -10.7109 -10.4375 -9.8281 -9.4531 -9.3516"
+        " -9.0469 -8.625 -8.2344 -7.9609 -7.8906 -7.8359 -7.7227 -7.6523",
+    ),
+    "log": (
+        895,
+        "0.001 0.0011 0.0011 0.0011 0.0012 0.0012 0.0012 0.0012 0.0012 0.0013 0.0013 0.0013 0.0014 0.0014 0.0015"
+        " 0.0015 0.0015 0.0016 0.0016 0.0016",
+    ),
+    "sqrt": (
+        866,
+        "0.001 0.0011 0.0011 0.0011 0.0011 0.0011 0.0012 0.0012 0.0012 0.0012 0.0012 0.0012 0.0013 0.0013 0.0013"
+        " 0.0013 0.0013 0.0014 0.0014 0.0014",
+    ),
+    "rsqrt": (
+        610,
+        "0.016 0.0164 0.0166 0.0176 0.018 0.0184 0.0187 0.0193 0.0195 0.0205 0.0215 0.0217 0.0223 0.0226 0.0229"
+        " 0.0234 0.0238 0.024 0.0244 0.0253",
+    ),
+    "inverse": (
+        633,
+        "0.0286 0.029 0.0299 0.0301 0.0303 0.0311 0.0315 0.0328 0.0334 0.0346 0.0354 0.0374 0.0383 0.0395 0.0407"
+        " 0.0416 0.0422 0.0432 0.0444 0.0454",
+    ),
+    "sin": (
+        561,
+        "-7.8984 -7.8477 -7.8086 -7.75 -7.707 -7.6016 -7.3242 -7.2227 -6.8828 -6.8281 -6.7773 -6.6289 -6.5352"
+        " -6.4766 -6.3008 -6.2344 -6.1875 -5.9805 -5.9414 -5.8008",
+    ),
 }
 
-CROSSINGS = {
-    "sigmoid": [-9.5078, -7.9922, -7.5039, -7.0039, -6.5039, -6.0039, -5.5039, -5.0039, -4.5039, -3.998],
-    "tanh": [-3.9902, -3.8125, -3.6094, -3.4648, -3.3535, -3.2617, -3.1855, -3.1191, -3.0586, -3.0059],
-    "gelu": [-3.8652, -3.5508, -3.4434, -3.3125, -3.207, -3.0664, -2.9512, -2.8086, -2.7031, -2.5586],
-    "silu": [-9.5859, -8.3438, -7.7148, -7.1055, -6.8711, -6.6133, -6.4141, -6.1289, -5.8945, -5.6133],
-    "exp": [-11.9141, -11.75, -11.6641, -11.4688, -11.2422, -11.0078, -10.9062, -10.7109, -10.4375, -9.8281],
-    "log": [0.001, 0.0011, 0.0011, 0.0011, 0.0012, 0.0012, 0.0012, 0.0012, 0.0012, 0.0013],
-    "sqrt": [0.001, 0.0011, 0.0011, 0.0011, 0.0011, 0.0011, 0.0012, 0.0012, 0.0012, 0.0012],
-    "rsqrt": [0.016, 0.0164, 0.0166, 0.0176, 0.018, 0.0184, 0.0187, 0.0193, 0.0195, 0.0205],
-}
 
+@pytest.mark.parametrize("name", MINIMA)
+def test_published_minima_of_the_error_come_out(name: str) -> None:
+    """The publisher's detector: minima of |error| smoothed over nine points, below 0.3 of its maximum.
 
-def sweep(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The published sweep's inputs, the engine's results and the exact values.
-
-    The published inverse was measured with MIL's default epsilon, 1e-4.
+    Where the error is the same on both sides (about 0), fp64's rounding says whether that is one minimum or two.
     """
-    exact, low, high, _, _ = PUBLISHED[name]
-    points = np.geomspace(low, high, 1 << 19) if low > 0 else np.linspace(low, high, 1 << 19)
-    x = np.unique(points.astype(np.float16).astype(np.float32))
-    operand = round_half_away(x + np.float32(np.float16(1e-4))) if name == "inverse" else x
-    wide = x.astype(np.float64)
-    return wide, evaluate(name.removesuffix("_tanh"), operand).astype(np.float64), exact(wide)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_error_maxima_come_out_to_the_digit(name: str) -> None:
-    _, ours, exact = sweep(name)
-    error = np.abs(ours - exact)
-    magnitude = np.abs(exact)
-    ulp = 2.0 ** (np.maximum(np.floor(np.log2(np.where(magnitude > 0, magnitude, 2.0**-24))), -14) - 10)
-    assert f"{error.max():.3e}" == PUBLISHED[name][3]
-    if PUBLISHED[name][4] is not None:
-        assert f"{(error / ulp).max():.1f}" == PUBLISHED[name][4]
-
-
-@pytest.mark.parametrize("name", CROSSINGS)
-def test_first_ten_published_minima_of_the_error_come_out(name: str) -> None:
-    """The publisher's detector: minima of |error| smoothed over nine points, below 0.3 of its maximum."""
-    x, ours, exact = sweep(name)
+    x, ours, exact = table_sweep(name)
     smooth = np.convolve(np.abs(ours - exact), np.ones(9) / 9, mode="same")
-    windows = np.lib.stride_tricks.sliding_window_view(smooth, 19).min(axis=1)
+    least = np.lib.stride_tricks.sliding_window_view(smooth, 19).min(axis=1)
     middle = np.arange(9, len(x) - 9)
-    found = x[middle[(smooth[middle] == windows) & (smooth[middle] < 0.3 * smooth.max())]]
-    assert np.round(found[:10], 4).tolist() == CROSSINGS[name]
+    low = smooth[middle] < 0.3 * smooth.max()
+    found = x[middle[low & (smooth[middle] == least)]]
+    count, first = MINIMA[name]
+    assert len(found) <= count <= np.count_nonzero(low & (smooth[middle] <= least + 1e-15))
+    assert np.round(found[:20], 4).tolist() == [float(value) for value in first.split()]
 
 
 def golden_rows() -> list[tuple[str, str, str]]:
