@@ -184,7 +184,7 @@ def _slice_limit(chip: str) -> float:
     return max(float(v) for v in range(4088, 4100, 2) if np.isfinite(width_slice(v)(chip).item()))
 
 
-_ORDER = "the order of the engine's partial sums is unknown; the simulator rounds once"
+_ORDER = "the order of the engine's partial sums is unknown; the simulator takes four terms in fp16, then goes wide"
 _WINOGRAD = "the chip computes this by Winograd, whose rounding is unknown; the simulator convolves directly"
 
 _CLIFFS = "ANEForge numeric_cliffs"
