@@ -184,7 +184,8 @@ def _slice_limit(chip: str) -> float:
     return max(float(v) for v in range(4088, 4100, 2) if np.isfinite(width_slice(v)(chip).item()))
 
 
-_ORDER = "the order of the engine's partial sums is unknown; the simulator takes four terms in fp16, then goes wide"
+_UNKNOWN = "the order of the engine's partial sums is unknown; the simulator "
+_FOURS, _ORDER = f"{_UNKNOWN}takes four terms in fp16, then goes wide", f"{_UNKNOWN}rounds once"
 _WINOGRAD = "the chip computes this by Winograd, whose rounding is unknown; the simulator convolves directly"
 
 _CLIFFS = "ANEForge numeric_cliffs"
@@ -213,9 +214,9 @@ _ROOFLINES = (
     ("gelu", 2048, ("m4", "m5-pro"), "0.00239986", ""),
     ("gelu", 256, ("m1", "m1-max"), "0.00239913", ""),
     ("gelu", 2048, ("m1", "m1-max"), "0.00240107", ""),
-    ("reduce_sum", 64, ("m5-pro",), "0.000759227", _ORDER),
-    ("reduce_sum", 256, ("m5-pro",), "0.000819289", _ORDER),
-    ("reduce_sum", 256, ("m1", "m1-max"), "0.000722422", _ORDER),
+    ("reduce_sum", 64, ("m5-pro",), "0.000759227", _FOURS),
+    ("reduce_sum", 256, ("m5-pro",), "0.000819289", _FOURS),
+    ("reduce_sum", 256, ("m1", "m1-max"), "0.000722422", _FOURS),
     ("softmax", 64, ("m5-pro",), "0.00104537", _ORDER),
     ("softmax", 256, ("m4", "m5-pro"), "0.00103026", _ORDER),
     ("softmax", 256, ("m1", "m1-max"), "0.00102407", _ORDER),
