@@ -23,10 +23,11 @@ _AXES = ("width", "height", "channels")
 
 @dataclass(frozen=True)
 class Target:
-    """The chip and path that a program is checked for."""
+    """The chip and path that a program is checked for; `constant` names the values that no input reaches."""
 
     chip: Chip
     path: str
+    constant: frozenset[str] = frozenset()
 
     def limit(self, name: str) -> Limit | None:
         return limit(self.chip, name, self.path)
@@ -68,7 +69,17 @@ def legalize(lowered: Lowered, chip: str, path: str = "e5rt") -> Legalized:
 
 def refusals(function: Function, target: Target) -> list[Finding]:
     """Every reason why the chip refuses the function as it is, in program order."""
+    target = replace(target, constant=_constant(function))
     return [*_inputs(function, target), *_ops(function, target), *_program(function, target)]
+
+
+def _constant(function: Function) -> frozenset[str]:
+    """Values made of constants only, such as a weight that `constexpr_*` decodes."""
+    known: set[str] = set()
+    for op in function.ops:
+        if all(value.name in known for value in op.operands()):
+            known.update(result.name for result in op.results)
+    return frozenset(known)
 
 
 def _where(op: Op) -> str:
@@ -165,7 +176,8 @@ def _conv(op: Op, target: Target) -> Iterator[tuple[str, str]]:
         bound = target.exceeds(f"conv_kernel_{name}", extent)
         if bound:
             yield f"needs a kernel {name} of {bound}; got {extent} in {weight}.", "Stack smaller kernels."
-    if isinstance(op.arg("weight"), Value):
+    kernel = op.arg("weight")
+    if isinstance(kernel, Value) and kernel.name not in target.constant:
         bound = target.exceeds("conv_dynamic_weight_batch", x.shape[0])
         if bound:
             yield (

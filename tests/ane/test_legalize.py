@@ -12,6 +12,7 @@ from ane_trainer.ane.legalize import legalize
 from ane_trainer.ane.mil import Function, Program, TensorType, Value
 from ane_trainer.ane.opset import Builder
 from ane_trainer.ane.stages import Legalized, Lowered
+from ane_trainer.ane.weights import from_array
 from tests.ane.reference import evaluate
 
 Build = Callable[[Builder], Value]
@@ -108,6 +109,22 @@ LIMITS: dict[str, tuple[str, Build, Build, str]] = {
     ),
     "refused_op": ("m1", relu(3), lambda b: b.op("cos", x=x(b, 3)), "the engine refuses this op"),
 }
+
+
+def test_a_decoded_weight_is_constant() -> None:
+    """More than one image is for weights that no input reaches, whatever ops make them."""
+
+    def build(b: Builder) -> Value:
+        weight = b.op(
+            "constexpr_affine_dequantize",
+            quantized_data=from_array(np.ones((1, 1, 3, 3), np.int8)),
+            scale=from_array(np.ones(1, np.float16)),
+            zero_point=from_array(np.zeros(1, np.int8)),
+            axis=0,
+        )
+        return b.op("conv", x=x(b, 2, 1, 4, 4), weight=b.op("add", x=weight, y=0.0))
+
+    assert legalize(program(build), "m5").lowered.program.main.ops[-1].kind == "conv"
 
 
 @pytest.mark.parametrize("name", LIMITS)

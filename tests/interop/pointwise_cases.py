@@ -117,11 +117,10 @@ BINARY = [
     ),
     Case(
         "prelu rank 3",
-        lambda x: x.prelu(np.full(5, 0.25, np.float32)),
+        lambda x: x.prelu(ALPHA),
         (values(2, 5, 7),),
-        lambda x: np.where(x > 0, x, x / 4),
-        0,
-        0,
+        lambda x: np.where(x > 0, x, ALPHA[:, None] * x),
+        1e-3,
     ),
 ]
 

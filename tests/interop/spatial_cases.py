@@ -68,6 +68,18 @@ CONVOLUTIONS = [
         8e-2,
         {"compress": "int8"},
     ),
+    *(
+        Case(
+            f"conv {name}, batch",
+            lambda x: af.conv(x, W, pad=1),
+            (values(3, 4, 7, 7),),
+            lambda x: F.conv2d(t(x), t(W), padding=1),
+            2e-2,
+            8e-2,
+            {"compress": name},
+        )
+        for name in ("int8", "blockwise")
+    ),
     Case(
         "conv sparse",
         lambda x: af.conv(x, W * (W > 0.2)),

@@ -132,9 +132,21 @@ _SCALES = (tensor("scale"), tensor("offset", "int8", required=False))
 
 @rule("constexpr_blockwise_shift_scale", tensor("data", "int8"), *_SCALES)
 def blockwise_shift_scale(call: Call) -> tuple[TensorType, ...]:
-    """(data - offset) * scale, each scale for a block of data."""
-    _check_blocks(call, call.type("data"), call.type("data").dtype)
-    return (TensorType(call.type("scale").dtype, call.type("data").shape),)
+    """(data - offset) * scale, each scale for a block of data.
+
+    A scale of rank 2 goes with the rows of data as a matrix [axis 0, all others]: ANEForge 0.4.0 writes it for
+    convolutions too ("data has the weight's shape and scale is [OUT, nblocks]", developer/compile-pipeline),
+    which coremltools refuses.
+    """
+    data, scale = call.type("data"), call.type("scale")
+    rows = data if data.rank < 3 or scale.rank != 2 else TensorType(data.dtype, as_rows(data.shape))
+    _check_blocks(call, rows, data.dtype)
+    return (TensorType(scale.dtype, data.shape),)
+
+
+def as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape as a matrix: the first axis, and all others."""
+    return shape[0], math.prod(shape[1:])
 
 
 @rule(

@@ -58,15 +58,14 @@ def unary_alpha_beta(call: Call) -> tuple[TensorType, ...]:
 
 @rule("prelu", tensor("x"), const("alpha", "fp16"))
 def prelu(call: Call) -> tuple[TensorType, ...]:
-    """alpha has one slope per channel (axis 1)."""
+    """alpha has one slope per channel (axis 1).
+
+    coremltools asks for equal slopes at ranks 3 and 5. ANEForge 0.4.0 (`Tensor.prelu`) hands the engine's own
+    compiler any slopes from rank 3 on, so that text with them is read.
+    """
     x, alpha = call.type("x"), call.type("alpha")
     if not 3 <= x.rank <= 5 or alpha.shape != (x.shape[1],):
         raise call.refuse(f"alpha needs one number per channel of a rank 3 to 5 input; got {alpha} for {x}")
-    values = call.const("alpha")
-    if x.rank != 4 and isinstance(values, tuple) and len(set(values)) > 1:
-        raise call.refuse(
-            f"alpha needs equal numbers for an input of rank {x.rank}; only rank 4 takes others"
-        )
     return (x,)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.opset.compression import as_rows
 from ane_trainer.ane.semantics.registry import Array, along, constant, half_away, meaning
 
 
@@ -49,7 +50,9 @@ def _spread(values: Array, mask: Array) -> Array:
 
 
 def _shifted(data: Array, scale: Array, offset: Array | None) -> Array:
-    """(data - offset) * scale, each scale for a block of data."""
+    """(data - offset) * scale, each scale for a block of data; of rank 2, for a block of its rows."""
+    if scale.ndim == 2 < data.ndim:
+        return _shifted(data.reshape(as_rows(data.shape)), scale, offset).reshape(data.shape)
     for axis, (full, count) in enumerate(zip(data.shape, scale.shape, strict=True)):
         scale = np.repeat(scale, full // count, axis)
         offset = None if offset is None else np.repeat(offset, full // count, axis)

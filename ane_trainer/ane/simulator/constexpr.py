@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil import TensorType
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.opset.compression import as_rows
 from ane_trainer.ane.simulator.constants import constant
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
@@ -61,7 +62,10 @@ def _blocks(values: Array, shape: tuple[int, ...]) -> NDArray[np.float64]:
 
 
 def _shifted(data: Array, shape: tuple[int, ...], scale: Array, offset: Array | None) -> NDArray[np.float64]:
-    """(data - offset) * scale over the full shape."""
+    """(data - offset) * scale over the full shape; scales of rank 2 go with the rows of data as a matrix."""
+    if scale.ndim == 2 < data.ndim:
+        rows = as_rows(shape)
+        return _shifted(data.reshape(rows), rows, scale, offset).reshape(shape)
     wide = data.astype(np.float64) - (0.0 if offset is None else _blocks(offset, shape))
     return np.asarray(wide * _blocks(scale, shape))
 

@@ -30,6 +30,13 @@ STRICTER = [
     case("slice_by_size", x=T(4), begin=[3], size=[2]),
 ]
 
+#: Calls that ANEForge hands the engine's own compiler and coremltools refuses.
+LAXER = [
+    case("prelu", x=T(2, 4, 3), alpha=C(4)),
+    case("prelu", x=T(2, 4, 3, 2, 2), alpha=C(4)),
+    case("constexpr_blockwise_shift_scale", data=C(4, 6, 3, 3, dtype="int8"), scale=C(4, 2)),
+]
+
 #: MIL text has these; coremltools builds programs without them.
 TEXT_ONLY = {"const", "write_state"}
 
@@ -64,6 +71,15 @@ def test_same_types_and_refusals(call: Case) -> None:
 def test_ours_is_stricter_where_a_call_means_nothing(call: Case) -> None:
     assert not isinstance(coreml_types(call.kind, arguments(call)), str)
     assert isinstance(ours(call), str)
+
+
+@pytest.mark.parametrize("call", LAXER, ids=str)
+def test_ours_reads_what_aneforge_writes(call: Case) -> None:
+    assert isinstance(coreml_types(call.kind, arguments(call)), str)
+    mine = ours(call)
+    assert not isinstance(mine, str), mine
+    (first, *_) = arguments(call).values()
+    assert mine[0].shape == first.type.shape  # type: ignore[union-attr]
 
 
 def test_every_op_has_a_case_that_both_accept() -> None:

@@ -74,6 +74,15 @@ def test_affine(seed: int) -> None:
     assert close(got, old.constexpr_affine_dequantize.decompress(data, zero, scale, 0))
 
 
+def test_blockwise_scales_of_rows_of_a_convolution() -> None:
+    """As ANEForge writes them: scale [OUT, blocks] for a weight [OUT, IN, kH, kW]."""
+    rng = np.random.default_rng(0)
+    data, scale = rng.integers(-128, 128, (4, 2, 3, 3)).astype(np.int8), half(rng, 4, 3)
+    (got,) = decoded("constexpr_blockwise_shift_scale", data=from_array(data), scale=from_array(scale))
+    want = data.reshape(4, 3, 6) * scale[:, :, None].astype(np.float64)
+    assert close(got, want.reshape(data.shape))
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds)
 def test_blockwise(seed: int) -> None:
