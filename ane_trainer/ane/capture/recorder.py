@@ -22,7 +22,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ane_trainer.ane.capture import sources
-from ane_trainer.ane.capture.views import undo
+from ane_trainer.ane.capture.overloads import is_composite, is_view, out_argument, pure_form, written_argument
+from ane_trainer.ane.capture.views import in_memory_order, undo
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten
@@ -86,14 +87,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = _written(func)
+        out = out_argument(func)
+        if out is not None and out in kwargs:
+            return self._write_out(func, out, args, kwargs)
+        written = written_argument(func)
         if written is not None:
             return self._write(func, written, args, kwargs)
         decomposition = self._table.get(func)
         if decomposition is not None:
             with self:
                 return decomposition(*args, **kwargs)
-        if _composite(func):
+        if func is aten.as_strided.default:
+            return self._show_memory(func, args, kwargs)
+        if is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -102,16 +108,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- one operation
 
+    def _show_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`as_strided`, noted with its tensor's axes in the order of memory and the offset from its first element."""
+        base = args[0]
+        if not base.is_contiguous():
+            with self:
+                return func(in_memory_order(base), *args[1:], **kwargs)
+        size, stride, offset = (*args[1:], *kwargs.values(), None)[:3]
+        offset = base.storage_offset() if offset is None else offset
+        result = func(base, size, stride, offset)
+        return self._note(func, (base, size, stride, offset - base.storage_offset()), {}, result)
+
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `func` and note it."""
-        result = func(*args, **kwargs)
+        return self._note(func, args, kwargs, func(*args, **kwargs))
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """Note that `func` gave `result`."""
         if not _has_tensors(result):
             return self._value(func, args, kwargs, result)
         slots: list[Slot] = []
         node_args, node_kwargs = self._nodes(args, slots), self._nodes(kwargs, slots)
         node = self._call(func, node_args, node_kwargs)
         known = all(slot.known for slot in slots)
-        base = slots[0] if slots and _is_view(func) else None
+        base = slots[0] if slots and is_view(func) else None
         if isinstance(result, torch.Tensor):
             node.meta["val"] = _meta(result)
             self._attach(result, node, known, _view(base, func, args, kwargs, node))
@@ -135,9 +155,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnsupportedModel("The step depends on values that are not known beforehand:", [finding])
         return result
 
+    def _write_out(self, func: Any, out: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """`f(x, out=t)`: `t` becomes what `f(x)` gives, and takes its shape where it has another."""
+        target: torch.Tensor = kwargs[out]
+        with self:
+            value = pure_form(func)(*args, **{k: v for k, v in kwargs.items() if k != out})
+        if target.shape != value.shape:
+            target.resize_(value.shape)
+            self._attach(target, self._read(self._slot(torch.empty_like(value))), known=True)
+        with self:
+            return target.copy_(value)
+
     def _write(self, func: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """An operation that changes argument `index` in place: compute the new value, then put it there."""
-        pure = None if func is aten.copy_.default else _functional(func)
+        pure = None if func is aten.copy_.default else pure_form(func)
         target: torch.Tensor = args[index]
         with self:
             if pure is None:
@@ -256,45 +287,3 @@ def _has_tensors(result: Any) -> bool:
     if isinstance(result, (list, tuple)):
         return any(isinstance(item, torch.Tensor) for item in result)
     return isinstance(result, torch.Tensor)
-
-
-_ALIASES: dict[Any, tuple[int | None, bool, bool]] = {}
-
-
-def _facts(func: Any) -> tuple[int | None, bool, bool]:
-    """(index of the argument written to, is it a view, is it made of others by torch itself)."""
-    facts = _ALIASES.get(func)
-    if facts is None:
-        arguments = func._schema.arguments
-        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-        view = bool(arguments) and arguments[0].alias_info is not None and not written
-        composite = func._can_decompose()
-        facts = _ALIASES[func] = (written[0] if written else None, view, composite)
-    return facts
-
-
-def _written(func: Any) -> int | None:
-    return _facts(func)[0]
-
-
-def _is_view(func: Any) -> bool:
-    return _facts(func)[1]
-
-
-def _composite(func: Any) -> bool:
-    return _facts(func)[2]
-
-
-def _functional(func: Any) -> Any:
-    """The operation that computes what the in-place one writes: `aten.add_.Tensor` -> `aten.add.Tensor`."""
-    namespace, name = func._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    if name == "zero_":
-        return lambda x: torch.zeros_like(x)
-    if name == "fill_":
-        return lambda x, value: torch.zeros_like(x) + value
-    if not name.endswith("_") or packet is None:
-        place = sources.current() or str(func)
-        finding = Finding(place, str(func), "changes tensors in place in a way without a pure form.", "Use its out-of-place form.")  # fmt: skip  # noqa: E501
-        raise UnsupportedModel("The step changes tensors in a way that cannot be captured:", [finding])
-    return packet  # it finds the overload by itself: `pow_.Scalar` is `pow.Tensor_Scalar`, not `pow.Scalar`

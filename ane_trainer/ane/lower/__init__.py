@@ -14,6 +14,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     joining,
     loss,
     normalization,
+    picking,
     pointwise,
     pooling,
     predicates,

@@ -34,6 +34,8 @@ _RANDOM = (
     "rrelu_with_noise",
     "poisson",
 )
+#: Their results have as many elements as the data says.
+_DATA_SHAPED = ("masked_select", "nonzero", "unique", "bincount")
 _RULE_ON_CONSTANTS = ("aten.view.default", "aten._unsafe_view.default")
 
 
@@ -194,6 +196,11 @@ def _no_rule(name: str) -> tuple[str, str]:
         return (
             "draws random numbers inside the step, which the engine cannot repeat from a seed.",
             "Use nn.Dropout, or draw the numbers outside and pass them as an input.",
+        )
+    if any(word in name for word in _DATA_SHAPED):
+        return (
+            "gives a shape that depends on data.",
+            "Keep the shape: torch.where, masked_fill, or a product with the mask.",
         )
     return "has no lowering rule.", "Use another op, or register a rule with ane_trainer.ane.lower.lowering."
 

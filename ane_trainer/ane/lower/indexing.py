@@ -6,11 +6,10 @@ Indices are fp16 numbers in the program, exact up to 2048: that bounds the axis 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
-from ane_trainer.ane.lower.context import Context, Operand, broadcast_shape, is_bool, shape_of
+from ane_trainer.ane.lower.context import Context, Operand, shape_of
 from ane_trainer.ane.lower.integers import EXACT_INTEGERS, coded, most_rows
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.lower.slicing import take
@@ -123,61 +122,6 @@ def index_select(ctx: Context, x: Operand, dim: int, index: Operand) -> Operand:
     lead, n, rest = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
     picked = ctx.matmul(matrix, ctx.reshape(x, (lead, n, rest)))
     return ctx.reshape(picked, ctx.shape)
-
-
-@lowering("index.Tensor _unsafe_index.Tensor")
-def index_(ctx: Context, x: Operand, indices: Sequence[Operand | None]) -> Operand:
-    """`index(x, [None, i]) -> ` as `index_select`, the index's shape in its place
-
-    Several neighbouring indices: `y = matmul(onehot(i), x)`, then
-    `matmul(reshape(onehot(j), [M, 1, n]), reshape(y, [M, n, rest]))`; all constant `-> ` slices and `concat`
-    """
-    first, given, shape = neighbours(ctx, x, indices)
-    count = math.prod(shape)
-    lead = shape_of(x)[:first]
-    if not any(isinstance(i, Value) for i in given):
-        return _index_constant(ctx, x, first, given)
-    if len(given) > 1 and math.prod(lead) != 1:
-        raise ctx.refuse("needs several indices to be on the first axes.", "Move these axes to the front.")
-    sizes = shape_of(x)[first : first + len(given)]
-    matrix = flat_one_hot(ctx, ctx.reshape(given[0], (count,)), sizes[0])
-    y = ctx.matmul(matrix, ctx.reshape(x, (math.prod(lead), sizes[0], -1)))
-    for index, size in zip(given[1:], sizes[1:], strict=True):
-        row = ctx.reshape(flat_one_hot(ctx, ctx.reshape(index, (count,)), size), (count, 1, size))
-        y = ctx.matmul(row, ctx.reshape(y, (count, size, -1)))
-    return ctx.reshape(y, ctx.shape)
-
-
-def neighbours(
-    ctx: Context, x: Operand, indices: Sequence[Operand | None]
-) -> tuple[int, list[Operand], tuple[int, ...]]:
-    """(first indexed axis, the indices broadcast to one shape, that shape); gaps and masks are refused."""
-    given = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if any(is_bool(i) and isinstance(i, Value) for _, i in given):
-        raise ctx.refuse("needs indices; a mask gives a shape that depends on data.", "Use torch.where.")
-    if any(is_bool(i) for _, i in given) or [d for d, _ in given] != list(
-        range(given[0][0], given[0][0] + len(given))
-    ):
-        raise ctx.refuse(
-            "needs index tensors on neighbouring axes.", "Use gather, or index one axis at a time."
-        )
-    shape = broadcast_shape(*(shape_of(i) for _, i in given))
-    spread: list[Operand] = []
-    for d, i in given:
-        if isinstance(i, torch.Tensor):
-            i = i % shape_of(x)[d]
-        spread.append(ctx.broadcast(i, shape))
-    return given[0][0], spread, shape
-
-
-def _index_constant(ctx: Context, x: Operand, first: int, given: Sequence[Operand]) -> Operand:
-    """Constant indices: the indexed axes are flattened and taken from by one index."""
-    shape = shape_of(x)
-    inner = shape[first : first + len(given)]
-    parts = tuple(torch.as_tensor(i) for i in given)
-    flat_index = torch.arange(math.prod(inner)).reshape(inner)[parts].reshape(-1)
-    flat = ctx.reshape(x, (*shape[:first], math.prod(inner), *shape[first + len(given) :]))
-    return ctx.reshape(take(ctx, flat, first, flat_index), ctx.shape)
 
 
 @lowering("gather.default")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, Shape, as_tensor, is_bool, shape_of
-from ane_trainer.ane.lower.indexing import flat_one_hot, move_axis_back, neighbours, one_hot
+from ane_trainer.ane.lower.indexing import flat_one_hot, move_axis_back, one_hot
 from ane_trainer.ane.lower.integers import EXACT_INTEGERS
+from ane_trainer.ane.lower.picking import picks
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.mil import Value
 
@@ -75,7 +76,7 @@ def index_put(
 ) -> Operand:
     """`index_put(x, [i], v, accumulate=True) -> add(x, matmul(onehot(i), v, transpose_x=True))`
 
-    Several neighbouring indices: their one-hot rows are multiplied out first. Without accumulate
+    Several indices: their one-hot rows are multiplied out first. Without accumulate
     `-> select(hit, placed, x)`. A boolean mask and one number `-> select(mask, v, x)`.
     """
     mask = indices[0]
@@ -83,22 +84,24 @@ def index_put(
         shape = shape_of(x)
         full = ctx.reshape(mask, (*shape_of(mask), *(1 for _ in shape[len(shape_of(mask)) :])))
         return ctx.where(full, ctx.broadcast(values, shape), x)
-    first, given, where = neighbours(ctx, x, indices)
-    shape = shape_of(x)
-    count, lead = math.prod(where), math.prod(shape[:first])
-    sizes, rest = shape[first : first + len(given)], shape[first + len(given) :]
-    full = ctx.broadcast(ctx.number(values), (*shape[:first], *where, *rest))
-    rows = [flat_one_hot(ctx, ctx.reshape(i, (count,)), n) for i, n in zip(given, sizes, strict=True)]
+    p = picks(ctx, x, indices)
+    shape, first = shape_of(p.x), p.first
+    count, lead = math.prod(p.where), math.prod(shape[:first])
+    rest = shape[first + len(p.given) :]
+    full = ctx.broadcast(ctx.number(values), (*shape[:first], *p.where, *rest))
+    rows = [flat_one_hot(ctx, ctx.reshape(i, (count,)), n) for i, n in zip(p.given, p.sizes, strict=True)]
     matrix = _multiplied_out(ctx, rows)
     if not accumulate:
         matrix = _only_last(ctx, matrix)
     source = ctx.reshape(full, (lead, count, math.prod(rest)))
-    placed = ctx.reshape(ctx.matmul(matrix, source, tx=True), shape)
+    result = ctx.reshape(ctx.matmul(matrix, source, tx=True), shape)
     if accumulate:
-        return ctx.add(x, placed)
-    hit = ctx.reduce("max", matrix, [0]) if isinstance(matrix, Value) else as_tensor(matrix).amax(0)
-    hit = ctx.broadcast(ctx.reshape(hit, (*sizes, *(1 for _ in rest))), shape)
-    return ctx.where(ctx.boolean_of_01(hit), placed, x)
+        result = ctx.add(p.x, result)
+    else:
+        hit = ctx.reduce("max", matrix, [0]) if isinstance(matrix, Value) else as_tensor(matrix).amax(0)
+        hit = ctx.broadcast(ctx.reshape(hit, (*p.sizes, *(1 for _ in rest))), shape)
+        result = ctx.where(ctx.boolean_of_01(hit), result, p.x)
+    return ctx.transpose(result, [p.order.index(i) for i in range(len(shape))])
 
 
 def _multiplied_out(ctx: Context, rows: Sequence[Operand]) -> Operand:
