@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,23 +14,102 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator import fold, fuse, jit
 from ane_trainer.ane.simulator.loops import element_strides, nest
+from ane_trainer.ane.simulator.team import Stage, Team, addresses
 
 Array = NDArray[Any]
 Step = Callable[[], None]
 
-#: Elements below which one thread is faster than two (hand-over costs about 20 us).
-PARALLEL_ELEMENTS = 1 << 16
+#: Elements below which one thread is as fast as two (hand-over costs a few us).
+PARALLEL_ELEMENTS = 1 << 15
+
+#: Elements that a chain of loops takes at a time: what one leaves is in the cache when the next reads it.
+BLOCK_ELEMENTS = 1 << 13
 
 #: Registers' worth of lanes that one round of a loop works on: two independent chains hide the latency of the
 #: roundings (Adam's update of 200,000 parameters with AVX-512: 566 us with one, 408 us with two; bench/ops.py
 #: has the update as a row).
 INTERLEAVE = 2
 
-_compiled: dict[str, Callable[..., None]] = {}
-
-
+_compiled: dict[str, int] = {}  # addresses of compiled functions
 _waiting: dict[str, int] = {}  # bodies asked for and not compiled yet, with their lanes
 _lock = threading.Lock()
+
+
+@dataclass(eq=False)
+class Loop:
+    """A step: one loop bound to its arrays, split over the outermost axis when there is enough to do.
+
+    `outer` is the outermost extent, `axes` the axes of the shape that it runs over, `elements` all there is to do.
+    """
+
+    body: str
+    memory: Sequence[Array]
+    outer: int
+    axes: tuple[int, ...]
+    elements: int
+    threads: int
+    unit: int = 1
+    _team: Team | None = None
+    _arguments: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._arguments = addresses(*(array.ctypes.data for array in self.memory))
+
+    def __call__(self) -> None:
+        if self._team is None:
+            ranges = _ranges(self.outer, self.elements, self.threads, self.unit)
+            self._team = Team([self.stage()], ranges, self.threads)
+        self._team.run()
+
+    def stage(self, scale: int = 1) -> Stage:
+        """The loop as part of a chain."""
+        if self.body not in _compiled:
+            _compile_waiting()
+        return Stage(_compiled[self.body], ctypes.addressof(self._arguments), scale)
+
+    def read_from(self, address: int) -> None:
+        """Let the first array be what lies at an address."""
+        self._arguments[0] = address
+
+
+class Chain:
+    """Loops one after the other as one step, block by block along the outermost axes that they share."""
+
+    def __init__(self, loops: Sequence[Loop]) -> None:
+        self.loops = loops
+        self._team: Team | None = None
+
+    def __call__(self) -> None:
+        if self._team is None:
+            self._team = self._bind()
+        self._team.run()
+
+    def _bind(self) -> Team:
+        first = min(self.loops, key=lambda loop: len(loop.axes))
+        elements, threads = max(loop.elements for loop in self.loops), first.threads
+        block = max(1, BLOCK_ELEMENTS * first.outer // elements)
+        ranges = _ranges(first.outer, elements, threads)
+        return Team([loop.stage(loop.outer // first.outer) for loop in self.loops], ranges, threads, block)
+
+
+def chain(*steps: Loop) -> Step:
+    """The steps in order; as one where the outermost axes of one are the first of all others."""
+    shared = min((step.axes for step in steps), key=len)
+    if shared and all(step.axes[: len(shared)] == shared for step in steps):
+        return Chain(steps)
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+def _ranges(outer: int, elements: int, threads: int, unit: int = 1) -> list[tuple[int, int]]:
+    """About equal parts of the outermost axis, each but the last a multiple of `unit`."""
+    parts = threads if elements >= PARALLEL_ELEMENTS else 1
+    bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]
+    return [(a, b) for a, b in pairwise(bounds) if a < b]
 
 
 class Loops:
@@ -42,14 +122,14 @@ class Loops:
 
     def add(
         self, group: fuse.Group, arrays: Sequence[Array], tables: Sequence[Array], targets: Sequence[Array]
-    ) -> Step:
+    ) -> Loop:
         """The step that runs `group` over arrays broadcast to the targets' shape."""
         shape = targets[0].shape
         loops = nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)])
         width = _lanes(loops.extents[-1])
         body = fuse.emit("FUNCTION", group, loops, width)
-        _want(body, width)
-        return _step(body, [*arrays, *tables, *targets], loops.extents, self.threads)
+        memory, unit = [*arrays, *tables, *targets], 64 if len(loops.extents) == 1 else 1
+        return self._loop(body, width, memory, loops.extents[0], loops.outer, targets[0].size, unit)
 
     def fold(
         self,
@@ -58,33 +138,40 @@ class Loops:
         tables: Sequence[Array],
         targets: Sequence[Array],
         folds: Sequence[tuple[str, int, Array]],
-    ) -> Step:
+    ) -> Loop:
         """The step that runs `group` and gathers (name of the fold, position, total) on the way.
 
-        A total (float64 for sums, else float32) has extent 1 along the axes that it reduces.
+        A total (its type as `fold.py` says) has extent 1 along the axes that it reduces.
         """
         shape = np.broadcast_shapes(*(a.shape for a in (*arrays, *targets)))
         totals = [total for _, _, total in folds]
         axes = [a for a, (n, kept) in enumerate(zip(shape, totals[0].shape, strict=True)) if kept != n]
         strides = [element_strides(a, shape) for a in (*arrays, *targets, *totals)]
         where = fold.layout(shape, axes, strides)
-        extent = where.nest.extents[where.kept - 1 if where.columns else -1]
-        width = _lanes(extent)
+        width = _lanes(where.nest.extents[where.kept - 1 if where.columns else -1])
         work = fold.Folds(group, tuple((kind, position) for kind, position, _ in folds))
         body = fold.emit("FUNCTION", work, where, width)
-        _want(body, width)
-        memory = [*arrays, *tables, *targets, *totals]
-        kept = where.nest.extents[: where.kept]
-        return _step(body, memory, kept, self.threads, int(np.prod(shape)), whole_lines=where.columns)
+        memory, unit = [*arrays, *tables, *targets, *totals], 64 if where.kept == 1 and where.columns else 1
+        outer = where.nest.extents[0]
+        return self._loop(body, width, memory, outer, where.nest.outer, int(np.prod(shape)), unit)
+
+    def _loop(
+        self,
+        body: str,
+        width: int,
+        memory: list[Array],
+        outer: int,
+        axes: tuple[int, ...],
+        elements: int,
+        unit: int,
+    ) -> Loop:
+        if body not in _compiled:
+            _waiting[body] = width
+        return Loop(body, memory, outer, axes, elements, self.threads, unit)
 
     def finish(self) -> None:
         """Compile every loop that waits."""
         _compile_waiting()
-
-
-def _want(body: str, width: int) -> None:
-    if body not in _compiled:
-        _waiting[body] = width
 
 
 def _compile_waiting() -> None:
@@ -99,7 +186,7 @@ def _compile_waiting() -> None:
             text += body.replace("@FUNCTION", f"@{name}", 1)
         functions = jit.compile_ir(text, names, vectorize=False)
         for name, (body, _) in zip(names, missing, strict=True):
-            _compiled[body] = functions[name]
+            _compiled[body] = jit.address(functions[name])
             del _waiting[body]
 
 
@@ -109,35 +196,6 @@ def _lanes(extent: int) -> int:
     return min(widest, 1 << (extent.bit_length() - 1))
 
 
-def _step(
-    body: str,
-    memory: Sequence[Array],
-    extents: tuple[int, ...],
-    threads: int,
-    total: int | None = None,
-    *,
-    whole_lines: bool = True,
-) -> partial[None]:
-    """A step that runs a loop, split over the outermost axis when there is enough to do; keeps `memory`."""
-    outer, total = extents[0], int(np.prod(extents)) if total is None else total
-    parts = threads if total >= PARALLEL_ELEMENTS else 1
-    unit = 64 if len(extents) == 1 and whole_lines else 1
-    bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]
-    pointers = [array.ctypes.data for array in memory]
-    pieces = [(*pointers, a, b) for a, b in pairwise(bounds) if a < b]
-    return partial(_run, body, pieces, threads, memory)
-
-
-def _run(body: str, pieces: Sequence[tuple[int, ...]], threads: int, memory: Sequence[Array]) -> None:
-    """Call the compiled loop on its pieces; `memory`, which they point into, lives as long as the step."""
-    if body not in _compiled:
-        _compile_waiting()
-    if len(pieces) == 1:
-        _compiled[body](*pieces[0])
-    else:
-        jit.run_parallel(_compiled[body], pieces, threads)
-
-
 def round_in_place(array: Array, threads: int) -> Step:
     """Turns raw fp32 accumulator values into engine results, where they are: overflow, then rounding."""
     return Loops(threads).add(_MAC_ROUND, [array], [], [array])
@@ -145,13 +203,12 @@ def round_in_place(array: Array, threads: int) -> Step:
 
 def round_into(out: Array, threads: int) -> Callable[[int], None]:
     """`finish(address)` rounds as many raw fp32 accumulator values as `out` (contiguous) holds from there to it."""
-    body = fuse.emit("FUNCTION", _MAC_ROUND, nest((out.size,), [(1,), (1,)]), _lanes(out.size))
-    _want(body, _lanes(out.size))
-    step = _step(body, [out, out], (out.size,), threads)
-    pieces, to = step.args[1], out.ctypes.data
+    flat = out.reshape(-1)
+    loop = Loops(threads).add(_MAC_ROUND, [flat], [], [flat])
 
     def finish(address: int) -> None:
-        _run(body, [(address, to, first, last) for _, _, first, last in pieces], threads, [out])
+        loop.read_from(address)
+        loop()
 
     return finish
 

@@ -53,11 +53,12 @@ def layout(shape: tuple[int, ...], axes: Sequence[int], strides: Sequence[tuple[
     if not kept:
         parts[0] = Nest((1,), tuple((0,) for _ in strides))
     both = tuple(a + b for a, b in zip(parts[0].strides, parts[1].strides, strict=True))
-    return Layout(Nest(parts[0].extents + parts[1].extents, both), len(parts[0].extents), columns)
+    outer = tuple(kept[i] for i in parts[0].outer)
+    return Layout(Nest(parts[0].extents + parts[1].extents, both, outer), len(parts[0].extents), columns)
 
 
 def emit(name: str, work: Folds, where: Layout, width: int) -> str:
-    """LLVM IR of `void name(arrays..., tables..., outputs..., totals..., i64 begin, i64 end)`."""
+    """LLVM IR of a loop whose arguments are the addresses of arrays, tables, outputs and totals."""
     return _FoldEmitter(name, work, where, width).function()
 
 
@@ -81,8 +82,7 @@ class _FoldEmitter(Emitter):
 
     def function(self) -> str:
         counts = self.group.num_arrays + self.group.num_tables + len(self.group.stores) + len(self.folds)
-        arguments = ", ".join(f"ptr %p{i}" for i in range(counts))
-        self.lines.append(f"define void @{self.name}({arguments}, i64 %begin, i64 %end) {{\nentry:")
+        self.head(counts)
         for width in widths(self.vector_width):
             for number, (kind, _) in enumerate(self.folds):
                 self.lines.append(f"  %s{number}_{width} = alloca {_kind(kind, width)}")

@@ -77,6 +77,11 @@ def compile_ir(
         return {name: kind(engine.get_function_address(name)) for name, kind in prototypes.items()}
 
 
+def address(function: Any) -> int:
+    """Where the code of a compiled (or a library's) function lies."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def assembly(ir_text: str, *, vectorize: bool = True) -> str:
     """The machine code that `compile_ir` would make of a module, as assembly text (to look at kernels)."""
     with _lock:

@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Nest:
-    """A loop nest: `extents` from outermost to innermost, and per array its element strides in that order."""
+    """A loop nest: `extents` from outermost to innermost, and per array its element strides in that order.
+
+    `outer` lists the axes that the outermost loop runs over.
+    """
 
     extents: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
+    outer: tuple[int, ...] = ()
 
 
 def element_strides(array: NDArray[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -37,14 +41,16 @@ def nest(shape: tuple[int, ...], strides: Sequence[tuple[int, ...]]) -> Nest:
         return Nest((1,), tuple((1,) for _ in strides))
     extents = [shape[kept[0]]]
     merged = [[s[kept[0]]] for s in strides]
+    outer = kept[:1]
     for axis in kept[1:]:
         extent = shape[axis]
         if all(m[-1] == s[axis] * extent for m, s in zip(merged, strides, strict=True)):
             extents[-1] *= extent
+            outer += [axis] * (len(extents) == 1)
             for m, s in zip(merged, strides, strict=True):
                 m[-1] = s[axis]
         else:
             extents.append(extent)
             for m, s in zip(merged, strides, strict=True):
                 m.append(s[axis])
-    return Nest(tuple(extents), tuple(map(tuple, merged)))
+    return Nest(tuple(extents), tuple(map(tuple, merged)), tuple(outer))

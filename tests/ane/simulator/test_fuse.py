@@ -1,11 +1,13 @@
 """Fused loops compute, bit for bit, what the NumPy definitions compute, for any strides, widths and tails."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.simulator import fuse, jit, loops
+from ane_trainer.ane.simulator import fuse, jit, loops, team
 from ane_trainer.ane.simulator.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.fuse import Group, Instr
 from ane_trainer.ane.simulator.half import decode_into, encoded
@@ -23,7 +25,8 @@ def run_group(code, arrays, stores, tables=(), width=None):
         "f", Group(tuple(code), len(arrays), len(tables), stores), nest, width
     )
     function = jit.compile_ir(text, ["f"])["f"]
-    function(*[a.ctypes.data for a in (*arrays, *tables, *outputs)], 0, nest.extents[0])
+    arguments = team.addresses(*[a.ctypes.data for a in (*arrays, *tables, *outputs)])
+    function(ctypes.addressof(arguments), 0, nest.extents[0])
     return outputs
 
 
@@ -102,7 +105,8 @@ def test_in_place_is_safe():
     nest = loops.nest(x.shape, [(1,), (1,)])
     code = (Instr("load", which=0), Instr("mul", (0, 0)))
     text = fuse.declarations(16) + fuse.emit("f", Group(code, 1, 0, (1,)), nest, 16)
-    jit.compile_ir(text, ["f"])["f"](x.ctypes.data, x.ctypes.data, 0, x.size)
+    arguments = team.addresses(x.ctypes.data, x.ctypes.data)
+    jit.compile_ir(text, ["f"])["f"](ctypes.addressof(arguments), 0, x.size)
     assert same_bits(x, round_half_away(before * before))
 
 
