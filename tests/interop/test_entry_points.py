@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import aneforge as af
 
+KEPT = []
 mac = sys.platform == "darwin" and platform.machine() == "arm64"
 pytestmark = pytest.mark.skipif(not mac, reason="needs a Mac")
 library = Path(af.__file__).parent / "_lib" / "libane_e5rt_dispatch.dylib"
@@ -43,9 +44,35 @@ def test_runs():
     assert net(np.ones((1, 3))).sum() == 6
 
 
+def test_asks_its_mac():
+    def says(*command):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert says("sysctl", "-n", "machdep.cpu.brand_string") == "Apple M2"
+    assert says("sw_vers", "-productVersion") == platform.mac_ver()[0]
+    assert "BuildVersion" in says("sw_vers")
+    assert os.path.exists("/System/Library/PrivateFrameworks/Espresso.framework")
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_each_test_has_its_own_room_for_programs(part):
+    for _ in range(60):
+        KEPT.append(af.compile(af.input((1, 2)) * 2.0, _check_precision=False))
+
+
+def test_opens_the_library():
+    import ctypes
+    from aneforge import _runtime
+
+    library = ctypes.CDLL(str(_runtime._find_dylib()))
+    assert library.ane_e5rt_program_get_op_count(KEPT[0]._prog._handle) == 1
+    assert not hasattr(library, "ane_e5rt_program_nothing")
+
+
 def test_child():
     code = (
-        "import aneforge as af, numpy as np; "
+        "import aneforge as af, numpy as np, sys; "
+        "assert sys.platform == 'darwin'; "
         "net = af.compile(af.input((1, 3)) * 2.0, _check_precision=False); "
         "print(net(np.ones((1, 3))).sum())"
     )
@@ -80,9 +107,9 @@ def test_the_plugin_shows_a_mac_and_runs_the_tests(tmp_path: Path) -> None:
     (tmp_path / "test_device.py").write_text(TESTS)
     plugin = ["-m", "pytest", "-p", "ane_trainer.interop.aneforge.pytest_plugin", "--ane-chip", "m2"]
     done = python(tmp_path, *plugin)
-    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert "7 passed" in done.stdout, done.stdout + done.stderr
     assert "simulated M2 (exact); test files see a Mac" in done.stdout
-    assert "2 skipped" in python(tmp_path, *plugin, "--no-ane-mac").stdout
+    assert "7 skipped" in python(tmp_path, *plugin, "--no-ane-mac").stdout
 
 
 def test_only_files_that_belong_are_shown_a_mac(tmp_path: Path) -> None:

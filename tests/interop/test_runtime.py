@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,67 @@ def test_raw_rc_codes(counter: Any) -> None:
         library.ane_e5rt_program_input_buffer(handle, port, ctypes.byref(address), ctypes.byref(nbytes)) == 0
     )
     assert (nbytes.value, address.value % 64) == (32, 0)
+
+
+def stream(folder: Path, operations: int) -> tuple[Any, int]:
+    """A program of `operations` doublings in one stream, each fed by the one before, and its handle."""
+    text = TEXT.replace("%s(x = x)", "add(x = x, y = x)")
+    program = compile_text(folder, text, y=(1, 4))
+    library, handle = _runtime._lib, program._handle
+    for index in range(1, operations):
+        path = str(folder / "model.mil").encode()
+        assert library.ane_e5rt_program_add_op(handle, path, b"x", 8, b"y", 8) == index
+        assert library.ane_e5rt_program_share_buffer(handle, index - 1, b"y", index, b"x") == 0
+    return program, handle
+
+
+def test_streams_of_operations(tmp_path: Path) -> None:
+    program, handle = stream(tmp_path, 5)
+    library, words = _runtime._lib, np.zeros(4, np.uint16)
+    assert library.ane_e5rt_program_get_op_count(handle) == 5
+    assert library.ane_e5rt_program_chain_ops(handle, 0, 4, b"edge") == 0
+    assert library.ane_e5rt_program_chain_ops(handle, 0, 5, b"edge") == -1
+    program.set_input("x", np.ones((1, 4), np.float16))
+    assert library.ane_e5rt_program_execute_multi(handle) == 0
+    assert library.ane_e5rt_program_chain_ops(handle, 0, 4, b"edge") == -1  # it has run
+    pointer = words.ctypes.data_as(ctypes.POINTER(ctypes.c_uint16))
+    assert library.ane_e5rt_program_get_output_fp16_op(handle, 4, b"y", pointer, 4) == 0
+    np.testing.assert_array_equal(words.view(np.float16), 32)
+    assert library.ane_e5rt_program_add_op(handle, b"/missing.mil", b"x", 8, b"y", 8) == -1
+
+
+def test_asynchronous_runs_are_counted_and_waited_for_once(tmp_path: Path) -> None:
+    program, handle = stream(tmp_path, 2)
+    library, before, after = _runtime._lib, ctypes.c_uint64(7), ctypes.c_uint64(7)
+    assert library.ane_e5rt_program_wait_for_completion(handle) == -2
+    assert library.ane_e5rt_program_get_final_event_signaled(handle, before, after) == -1
+    program.execute()  # a synchronous run does not count
+    assert library.ane_e5rt_program_wait_for_completion(handle) == -2
+    for earlier in range(2):
+        assert library.ane_e5rt_program_execute_async(handle) == 0
+        assert library.ane_e5rt_program_wait_for_completion(handle) == 0
+        assert library.ane_e5rt_program_wait_for_completion(handle) == -2
+        arguments = (ctypes.byref(before), ctypes.byref(after))
+        assert library.ane_e5rt_program_get_final_event_signaled(handle, *arguments) == 0
+        assert (before.value, after.value) == (earlier, earlier + 1)
+    assert library.ane_e5rt_program_get_event_last_signaled(handle, 0, ctypes.byref(after)) == 0
+    assert after.value == 2
+    assert library.ane_e5rt_program_get_chain_event_last_signaled(handle, 2, ctypes.byref(after)) == -1
+    block = library.ane_e5rt_make_completion_block(ctypes.CFUNCTYPE(None)(lambda: None), None)
+    assert block
+    assert library.ane_e5rt_make_completion_block(None, None) is None
+    library.ane_e5rt_free_completion_block(block)
+
+
+def test_threads_share_a_program() -> None:
+    w = values(32, 32, seed=3)
+    net = af.compile((af.input((8, 32)) @ w).softmax(-1))
+    x = values(8, 32)
+    want = net(x)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(net, [x] * 40):
+            np.testing.assert_array_equal(got, want)
+    net.release()
 
 
 def test_uint8_images() -> None:

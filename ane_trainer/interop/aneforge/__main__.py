@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install
 from ane_trainer.interop.aneforge.children import hand_on
 from ane_trainer.interop.aneforge.disguise import disguise
+from ane_trainer.interop.aneforge.host import brand
+from ane_trainer.interop.aneforge.tools import provide
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AneTrainerError as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
-    hand_on(given.chip, given.fidelity)
     folder = f"{script.resolve().parent}{os.sep}"
+    hand_on(given.chip, given.fidelity, [folder] if given.mac else [])
     if given.mac:
         disguise(lambda file: os.path.realpath(file).startswith(folder))
+        atexit.register(provide(brand(get_chip(given.chip))).undo)
     sys.argv = [given.script, *given.args]
     sys.path.insert(0, folder.rstrip(os.sep))
     runpy.run_path(str(script), run_name="__main__")

@@ -1,7 +1,8 @@
 """Hands the simulator on to Python processes that a script or a test starts.
 
 A child imports `startup/sitecustomize.py` (its folder leads the child's module path), which waits for
-`import aneforge` and then installs the same chip and fidelity.
+`import aneforge` and then installs the same chip and fidelity. Code of the folders that are shown a Mac is shown
+one there too, and so is a script given by `-c`.
 """
 
 from __future__ import annotations
@@ -9,26 +10,33 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ane_trainer.interop.aneforge import install
+from ane_trainer.interop.aneforge.disguise import NO_FILE, disguise
 from ane_trainer.interop.aneforge.host import Installation
 
-#: Carries `chip fidelity` from the process that was told to its children; not meant to be set by hand.
+#: Carries chip, fidelity and folders, each in a line, from the process that was told to its children; not
+#: meant to be set by hand.
 _HANDED_ON = "ANE_TRAINER_ANEFORGE_CHILD"
 
 
-def hand_on(chip: str, fidelity: str) -> Installation:
-    """From here on child processes run ANEForge on the simulator; `undo` of the result ends that."""
+def hand_on(chip: str, fidelity: str, folders_shown: Sequence[str] = ()) -> Installation:
+    """From here on child processes run ANEForge on the simulator; `undo` of the result ends that.
+
+    Code below `folders_shown` is shown a Mac there, as in this process.
+    """
     here = Path(__file__).resolve()
     folders = [str(here.with_name("startup")), str(here.parents[3])]
     if before := os.environ.get("PYTHONPATH"):
         folders.append(before)
     done = Installation(None)
-    for name, value in ((_HANDED_ON, f"{chip} {fidelity}"), ("PYTHONPATH", os.pathsep.join(folders))):
+    told = "\n".join([chip, fidelity, *folders_shown])
+    for name, value in ((_HANDED_ON, told), ("PYTHONPATH", os.pathsep.join(folders))):
         done.replace(os.environ, name, value)
     return done
 
@@ -36,7 +44,11 @@ def hand_on(chip: str, fidelity: str) -> Installation:
 def take_over() -> None:
     """In a child process: install when ANEForge is imported."""
     if handed := os.environ.get(_HANDED_ON):
-        sys.meta_path.insert(0, _Waiting(*handed.split()))
+        chip, fidelity, *shown = handed.split("\n")
+        sys.meta_path.insert(0, _Waiting(chip, fidelity))
+        if shown:
+            inside = tuple(shown)
+            disguise(lambda file: file == NO_FILE or os.path.realpath(file).startswith(inside))
 
 
 class _Waiting:

@@ -2,7 +2,8 @@
 
 Only code whose file `belongs` says yes to sees it; every other module of the process keeps the truth
 (Torch, for example, picks file names by platform). Covered are `sys.platform`, the functions of `platform`,
-`os.uname`, and whether ANEForge's macOS library exists. Nothing here changes what a program computes.
+`os.uname`, and whether ANEForge's macOS library and Apple's private frameworks exist. Nothing here changes
+what a program computes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ane_trainer.interop.aneforge.host import Installation
+from ane_trainer.interop.aneforge.host import LIBRARY_NAME, Installation
 
 MACOS = "26.5"
 """The macOS that is shown (the one ANEForge 0.4.0 was verified on)."""
 
-_DYLIB = "libane_e5rt_dispatch.dylib"
+_FRAMEWORKS = "/System/Library/PrivateFrameworks/"
+
+#: What `belongs` is asked about a main module that has no file (`python -c`).
+NO_FILE = "<string>"
 
 _PLATFORM = {
     "system": "Darwin",
@@ -52,18 +56,13 @@ def disguise(belongs: Callable[[str], bool]) -> Installation:
     shown = MacSys()
 
     def asks() -> bool:
-        file = sys._getframe(2).f_globals.get("__file__")
-        return isinstance(file, str) and belongs(file)
+        return _asking(sys._getframe(2).f_globals, belongs)
 
     real_import = builtins.__import__
 
     def import_(name: str, globals: Any = None, *rest: Any) -> Any:
         module = real_import(name, globals, *rest)
-        if name == "sys" and globals is not None:
-            file = globals.get("__file__")
-            if isinstance(file, str) and belongs(file):
-                return shown
-        return module
+        return shown if name == "sys" and globals is not None and _asking(globals, belongs) else module
 
     done.replace(builtins, "__import__", import_)
     for name, answer in _PLATFORM.items():
@@ -74,6 +73,12 @@ def disguise(belongs: Callable[[str], bool]) -> Installation:
     for owner, name in ((os.path, "exists"), (os.path, "isfile"), (Path, "exists"), (Path, "is_file")):
         done.replace(owner, name, _with_library(getattr(owner, name)))
     return done
+
+
+def _asking(module: dict[str, Any], belongs: Callable[[str], bool]) -> bool:
+    """Whether a module, given by its globals, is one that is shown a Mac."""
+    file = module.get("__file__", NO_FILE if module.get("__name__") == "__main__" else None)
+    return isinstance(file, str) and belongs(file)
 
 
 def _answer(
@@ -100,9 +105,12 @@ def _mac_os_uname(real: Callable[..., Any]) -> Any:
 
 
 def _with_library(real: Callable[..., bool]) -> Callable[..., bool]:
-    """`exists` that finds ANEForge's library wherever it is looked for."""
+    """`exists` that finds ANEForge's library wherever it is looked for, and every private framework."""
 
     def exists(path: Any, *arguments: Any, **options: Any) -> bool:
-        return str(path).endswith(_DYLIB) or real(path, *arguments, **options)
+        shown = str(path)
+        return (
+            shown.endswith(LIBRARY_NAME) or shown.startswith(_FRAMEWORKS) or real(path, *arguments, **options)
+        )
 
     return exists

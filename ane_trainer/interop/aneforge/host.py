@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,8 +15,8 @@ from ane_trainer.ane.chips import Chip
 from ane_trainer.ane.errors import MissingDependency
 from ane_trainer.interop.aneforge.library import SimulatedLibrary
 
-LIBRARY_FILE = Path(__file__).with_name("library.py")
-"""Named where ANEForge asks for the path of its library."""
+LIBRARY_NAME = "libane_e5rt_dispatch.dylib"
+"""File name of the library that ANEForge builds on a Mac."""
 
 _MISSING = object()
 
@@ -25,6 +27,7 @@ class Installation:
 
     library: SimulatedLibrary | None
     _before: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    _at_end: list[Callable[[], None]] = field(default_factory=list)
 
     def replace(self, owner: Any, name: Any, value: Any) -> None:
         """Set an attribute (or a dictionary's entry) and remember what it was."""
@@ -34,6 +37,10 @@ class Installation:
         else:
             self._before.append((owner, name, owner.__dict__.get(name, _MISSING)))
             setattr(owner, name, value)
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Have something done after everything is put back."""
+        self._at_end.append(action)
 
     def undo(self) -> None:
         """Put everything back, last change first."""
@@ -45,6 +52,8 @@ class Installation:
             else:
                 setattr(owner, name, value)
         self._before.clear()
+        while self._at_end:
+            self._at_end.pop()()
 
 
 def put_in(library: SimulatedLibrary) -> Installation:
@@ -56,8 +65,9 @@ def put_in(library: SimulatedLibrary) -> Installation:
     chip = library.context.chip
     done = Installation(library)
     done.replace(runtime._Dylib, "_ensure", lambda self: library)
-    done.replace(runtime, "_find_dylib", lambda: LIBRARY_FILE)
-    done.replace(build, "build_dylib", lambda out_path=None, *, quiet=False: LIBRARY_FILE)
+    packaged = Path(str(build.__file__)).parent / "_lib" / LIBRARY_NAME
+    done.replace(build, "build_dylib", lambda out_path=None, *, quiet=False: Path(out_path or packaged))
+    done.replace(ctypes.CDLL, "__init__", _opening(ctypes.CDLL.__init__, library))
     done.replace(targets, "_cpu_brand", lru_cache(maxsize=1)(lambda: brand(chip)))
     families = targets._BRAND_FAMILY
     if chip.generation_number - 12 not in families:
@@ -72,6 +82,23 @@ def put_in(library: SimulatedLibrary) -> Installation:
     compiler = importlib.import_module("aneforge._compile")
     done.replace(compiler, "_compile_segmented", _refuse_segments(compiler))
     return done
+
+
+def _opening(real: Callable[..., None], library: SimulatedLibrary) -> Callable[..., None]:
+    """`ctypes.CDLL(path)`, which opens ANEForge's library by its name as the simulated one."""
+
+    def init(self: Any, name: Any, *arguments: Any, **options: Any) -> None:
+        if name is None or Path(os.fsdecode(name)).name != LIBRARY_NAME:
+            real(self, name, *arguments, **options)
+            return
+        self._name, self._handle, self._FuncPtr = os.fsdecode(name), 0, _no_symbol
+        vars(self).update(library.functions())
+
+    return init
+
+
+def _no_symbol(which: tuple[str, Any]) -> NoReturn:
+    raise AttributeError(f"{LIBRARY_NAME}: symbol not found: {which[0]}")
 
 
 def brand(chip: Chip) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -41,12 +42,30 @@ class SimulatedLibrary:
     #: Loaded programs by handle, and the handles to come.
     loaded: ClassVar[dict[int, LoadedProgram]] = {}
     _handles: ClassVar[Iterator[int]] = count(0x10000, 0x10)
+    _blocks: ClassVar[dict[int, tuple[Any, Any]]] = {}
+    _lane: ClassVar[threading.RLock] = threading.RLock()
+
+    #: Operations that were loaded before the process whose limit counts began (see `start_counting`).
+    _uncounted: ClassVar[int] = 0
 
     def __init__(self, chip: str, fidelity: str = "exact", threads: int | None = None) -> None:
         self.context: Context = make_context(chip, fidelity, threads)
         for name in dir(type(self)):
             if name.startswith("_c_"):
                 setattr(self, f"ane_e5rt_{name[3:]}", partial(getattr(self, name)))
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """The functions of the C interface by their names."""
+        return {name: value for name, value in vars(self).items() if name.startswith("ane_e5rt_")}
+
+    @classmethod
+    def start_counting(cls) -> None:
+        """From here on the limit of loaded programs counts as in a new process."""
+        cls._uncounted = cls._loaded_operations()
+
+    @classmethod
+    def _loaded_operations(cls) -> int:
+        return sum(len(program.operations) for program in cls.loaded.values())
 
     # -- compile and release --------------------------------------------------------------------------
 
@@ -72,7 +91,7 @@ class SimulatedLibrary:
                 f"device mask: needs the engine ({ANE_MASK:#x}); got {mask:#x}. Nothing else is simulated."
             )
         room = limit(self.context.chip, "loaded_programs")
-        if room is not None and sum(len(p.operations) for p in self.loaded.values()) >= room.value:
+        if room is not None and self._loaded_operations() - self._uncounted >= room.value:
             raise UsageError(
                 f"programs: needs at most {room.value:g} loaded in a process ({room.evidence.source}). "
                 "Release one."
@@ -154,11 +173,71 @@ class SimulatedLibrary:
         return self._with(program, run)
 
     _c_program_execute_multi = _c_program_execute
-    _c_program_execute_async = _c_program_execute
+
+    def _c_program_execute_async(self, program: Any) -> int:
+        """Run all operations; the simulator's runs end before they return. The events count the run."""
+
+        def run(loaded: LoadedProgram) -> int:
+            loaded.execute_async()
+            return 0
+
+        return self._with(program, run)
 
     def _c_program_wait_for_completion(self, program: Any) -> int:
-        """0 after a run (the simulator's runs end before they return), -2 before the first."""
-        return self._with(program, lambda loaded: 0 if loaded.committed else _NEVER_SUBMITTED)
+        """0 for a run that `execute_async` began, once; -2 when there is none to wait for."""
+        loaded = self.loaded.get(_number(program))
+        if loaded is None or not loaded.submitted:
+            return _NEVER_SUBMITTED
+        loaded.submitted = False
+        return 0
+
+    # -- events: they count runs of execute_async, as on macOS (e5rt reference, section 5) ---------------
+
+    def _c_program_chain_ops(self, program: Any, source: Any, target: Any, name: Any) -> int:
+        """`target` waits for `source`; operations of a stream run in order anyway."""
+
+        def chain(loaded: LoadedProgram) -> int:
+            loaded.chain(_number(source), _number(target))
+            return 0
+
+        return self._with(program, chain)
+
+    def _c_program_get_chain_event_last_signaled(self, program: Any, index: Any, value: Any) -> int:
+        """How many runs of `execute_async` operation `index` has ended."""
+
+        def read(loaded: LoadedProgram) -> int:
+            if value is None:
+                return _FAILED
+            _store(value, loaded.operation(_number(index)).signaled)
+            return 0
+
+        return self._with(program, read)
+
+    _c_program_get_event_last_signaled = _c_program_get_chain_event_last_signaled
+
+    def _c_program_get_final_event_signaled(self, program: Any, before: Any, after: Any) -> int:
+        """The last operation's count, before the latest `execute_async` and now; -1 before any run."""
+
+        def read(loaded: LoadedProgram) -> int:
+            if not loaded.committed:
+                return _FAILED
+            _store(before, loaded.signaled_before)
+            _store(after, loaded.operations[-1].signaled)
+            return 0
+
+        return self._with(program, read)
+
+    def _c_make_completion_block(self, callback: Any, context: Any) -> int | None:
+        """A handle of a callback that nobody calls: there is no queue to hand it to. None for no callback."""
+        if not callback:
+            return None
+        block = next(self._handles)
+        self._blocks[block] = (callback, context)
+        return block
+
+    def _c_free_completion_block(self, block: Any) -> None:
+        """Forget a callback."""
+        self._blocks.pop(_number(block), None)
 
     def _c_program_get_op_count(self, program: Any) -> int:
         loaded = self.loaded.get(_number(program))
@@ -187,9 +266,12 @@ class SimulatedLibrary:
         return _FAILED if result is None else result
 
     def _guarded(self, action: Callable[[], _Result]) -> _Result | None:
-        """The action's result; None, with the reason on stderr, when it is refused."""
+        """The action's result; None, with the reason on stderr, when it is refused. One at a time, as on the
+        engine's single lane (ANEForge: concurrency does not amortize a dispatch).
+        """
         try:
-            return action()
+            with self._lane:
+                return action()
         except (AneTrainerError, OSError, UnicodeDecodeError) as fault:
             print(f"ane_trainer simulator ({self.context.chip.title}): {fault}", file=sys.stderr)
             return None

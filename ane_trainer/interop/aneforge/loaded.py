@@ -32,7 +32,10 @@ class BoundPort:
 
 @dataclass(eq=False)
 class Operation:
-    """One compiled program of a stream. The plan is made at the first run, when sharing is settled."""
+    """One compiled program of a stream. The plan is made at the first run, when sharing is settled.
+
+    `signaled` is the count of its completion event.
+    """
 
     function: Function
     context: Context
@@ -40,6 +43,7 @@ class Operation:
     outputs: dict[str, BoundPort]
     plan: Plan | None = field(default=None, repr=False)
     resident: dict[str, str] = field(default_factory=dict)
+    signaled: int = 0
 
     def run(self) -> None:
         """Read the inputs that changed, execute, leave the results in the output buffers."""
@@ -112,18 +116,42 @@ def border_bytes(type_: TensorType) -> int:
 
 @dataclass(eq=False)
 class LoadedProgram:
-    """A stream of operations, as one handle of the library names it. `committed` after the first execute."""
+    """A stream of operations, as one handle of the library names it. `committed` after the first execute.
+
+    `submitted`: an asynchronous run that nobody has waited for; `signaled_before`: the last operation's event
+    before it.
+    """
 
     operations: list[Operation]
     cache_dir: str
     device_mask: int
     committed: bool = False
+    submitted: bool = False
+    signaled_before: int = 0
 
     def execute(self) -> None:
         """Run all operations in order."""
         self.committed = True
         for operation in self.operations:
             operation.run()
+
+    def execute_async(self) -> None:
+        """Run all operations in order and count the run on their events."""
+        self.signaled_before = self.operations[-1].signaled
+        self.execute()
+        for operation in self.operations:
+            operation.signaled += 1
+        self.submitted = True
+
+    def chain(self, source: int, target: int) -> None:
+        """Check that the order of two operations may still be set.
+
+        Raises: SimulationError when the program has run already, or an operation does not exist.
+        """
+        if self.committed:
+            raise SimulationError("chain_ops: needs a program that has not run; it has.", code="SIM106")
+        self.operation(source)
+        self.operation(target)
 
     def share(self, source: tuple[int, str], target: tuple[int, str]) -> None:
         """Bind an input port to the buffer of an output port; later writes to either are the same memory.
@@ -142,12 +170,16 @@ class LoadedProgram:
             )
         bound.buffer, bound.nbytes, bound.seen = out.buffer, out.nbytes, -1
 
+    def operation(self, index: int) -> Operation:
+        """The operation `index` of the stream."""
+        if not 0 <= index < len(self.operations):
+            count = len(self.operations)
+            raise SimulationError(f"operation: needs an index below {count}; got {index}.", code="SIM102")
+        return self.operations[index]
+
     def find(self, kind: str, operation: int, name: str) -> BoundPort:
         """The port `name` of an operation; `kind` is inputs or outputs."""
-        if not 0 <= operation < len(self.operations):
-            count = len(self.operations)
-            raise SimulationError(f"operation: needs an index below {count}; got {operation}.", code="SIM102")
-        ports: dict[str, BoundPort] = getattr(self.operations[operation], kind)
+        ports: dict[str, BoundPort] = getattr(self.operation(operation), kind)
         if name not in ports:
             raise SimulationError(f"no {kind[:-1]} port: {name}", code="SIM102")
         return ports[name]

@@ -17,11 +17,14 @@ from typing import Any
 
 import pytest
 
+from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install, installed, uninstall
 from ane_trainer.interop.aneforge.children import hand_on
 from ane_trainer.interop.aneforge.disguise import MacSys, disguise
-from ane_trainer.interop.aneforge.host import Installation
+from ane_trainer.interop.aneforge.host import Installation, brand
+from ane_trainer.interop.aneforge.library import SimulatedLibrary
+from ane_trainer.interop.aneforge.tools import provide
 
 _active: list[Installation] = []
 
@@ -49,10 +52,21 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         install(given.ane_chip, given.ane_fidelity)
     except AneTrainerError as fault:
         raise pytest.UsageError(str(fault)) from fault
-    _active.append(hand_on(given.ane_chip, given.ane_fidelity))
+    folders: list[Path] = []
     if given.ane_mac:
         folders = [early_config.rootpath, *(_folder(argument) for argument in given.file_or_dir)]
-        _active.append(disguise(_belongs([folder.resolve() for folder in folders])))
+        folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+        _active.append(disguise(_belongs(folders)))
+        _active.append(provide(brand(get_chip(given.ane_chip))))
+    _active.append(hand_on(given.ane_chip, given.ane_fidelity, [f"{folder}{os.sep}" for folder in folders]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Each test has the room of a process of its own for loaded programs: on a Mac, ANEForge's suite is run
+    with a process a test (its docs, development), because programs pile up in a long one.
+    """
+    SimulatedLibrary.start_counting()
 
 
 def pytest_unconfigure() -> None:
