@@ -62,7 +62,7 @@ _GENERATIONS: dict[str, dict[str, tuple[object, str]]] = {
         "native_sin_cos": (True, "measured: ANEForge vocabulary sweep"),
         "native_topk_sort": (True, "measured: ANEForge vocabulary sweep"),
         "native_random": (True, "decompiled: ANE guide app. A"),
-        "winograd": (True, "presumed: published 3x3 conv errors of M5 do not fit the direct form"),
+        "winograd": (True, "measured: published 3x3 conv errors of M5 Pro fit F(2, 3) along the width"),
         "reduction_transpose_threshold": (384, "decompiled: ANE guide ch. 4"),
     },
     "A18": {

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,25 +59,39 @@ def relative(got: ArrayLike, want: ArrayLike) -> float:
 SIX = ("m1", "m1-max", "m2-pro", "m4", "m5", "m5-pro")
 _SWEEP = "ANEForge device_saturation_sweep"
 _ROOF = "ANEForge device_bandwidth_roofline"
+_COMPARE = "ANEForge device_compare_wattcomplete"
 
 
-def _conv_error(channels: int, batch: int) -> Callable[[str], float]:
-    """3x3 convolution of 64x64 images, He-normal weights, seed 1; error of the first image."""
+def _conv_error(size: int, batch: int, channels: tuple[int, ...], relu: bool) -> Callable[[str], float]:
+    """3x3 convolutions, He-normal weights, seed 1, one after the other: error of the first image.
+
+    `channels` are those of the images and of each result; `relu` follows each convolution.
+    """
 
     def measure(chip: str) -> float:
         rng = np.random.default_rng(1)
-        x = rng.standard_normal((batch, channels, 64, 64)).astype(np.float32)[:1]
-        w = rng.standard_normal((channels, channels, 3, 3)).astype(np.float32) * np.sqrt(2.0 / (channels * 9))
-        weight = from_array(w.astype(np.float16))
+        x = rng.standard_normal((batch, channels[0], size, size)).astype(np.float32)[:1]
+        weights = [_he_normal(rng, *pair) for pair in pairwise(channels)]
 
-        def make(b: Builder, v: Value) -> Value:
-            return b.op("conv", x=v, weight=weight, pad_type="custom", pad=[1, 1, 1, 1])
+        def make(b: Builder, value: Value) -> Value:
+            for w in weights:
+                weight = from_array(w.astype(np.float16))
+                value = b.op("conv", x=value, weight=weight, pad_type="custom", pad=[1, 1, 1, 1])
+                value = b.op("relu", x=value) if relu else value
+            return value
 
         got = dispatch(make, x.astype(np.float16), chip)
-        want = torch.conv2d(torch.from_numpy(x).double(), torch.from_numpy(w).double(), padding=1)
+        want = torch.from_numpy(x).double()
+        for w in weights:
+            want = torch.conv2d(want, torch.from_numpy(w).double(), padding=1)
+            want = want.relu() if relu else want
         return relative(got, want.numpy())
 
     return measure
+
+
+def _he_normal(rng: np.random.Generator, inputs: int, outputs: int) -> NDArray[Any]:
+    return rng.standard_normal((outputs, inputs, 3, 3)).astype(np.float32) * np.sqrt(2.0 / (inputs * 9))
 
 
 #: The row counts that ANEForge's roofline draws one after the other from one generator.
@@ -186,21 +201,30 @@ def _slice_limit(chip: str) -> float:
 
 _UNKNOWN = "the order of the engine's partial sums is unknown; the simulator "
 _FOURS, _ORDER = f"{_UNKNOWN}takes four terms in fp16, then goes wide", f"{_UNKNOWN}rounds once"
-_WINOGRAD = "the chip computes this by Winograd, whose rounding is unknown; the simulator convolves directly"
 
 _CLIFFS = "ANEForge numeric_cliffs"
 
 _GEMM = {512: "0.002578", 1024: "0.00552835", 2048: "0.0121319", 4096: "0.0272376", 8192: "0.0616381"}
 
-#: channels, batch drawn, chips, published, remark
+#: channels, batch drawn, chips, published
 _CONVOLUTIONS = (
-    (64, 16, ("m4",), "0.000367135", ""),
-    (128, 16, ("m4",), "0.000373511", ""),
-    (256, 8, ("m4",), "0.000390346", ""),
-    (128, 8, ("m1", "m1-max"), "0.000375204", ""),
-    (512, 2, ("m1", "m1-max"), "0.000419058", ""),
-    (64, 16, ("m5-pro",), "0.000513417", _WINOGRAD),
-    (256, 8, ("m5-pro",), "0.000532035", _WINOGRAD),
+    (64, 16, ("m4",), "0.000367135"),
+    (128, 16, ("m4",), "0.000373511"),
+    (256, 8, ("m4",), "0.000390346"),
+    (128, 8, ("m1", "m1-max"), "0.000375204"),
+    (512, 2, ("m1", "m1-max"), "0.000419058"),
+    (64, 16, ("m5-pro",), "0.000513417"),
+    (128, 16, ("m5-pro",), "0.00052178"),
+    (256, 8, ("m5-pro",), "0.000532035"),
+    (512, 4, ("m5-pro",), "0.000554226"),
+)
+
+#: channels of image and results, chips, published (ANEForge device_compare_wattcomplete)
+_STACKS = (
+    ((16, 64), ("m1-max", "m4"), "0.000366366"),
+    ((16, 64), ("m5-pro",), "0.000510249"),
+    ((64, *[256] * 16), ("m1-max", "m4"), "0.0014397"),
+    ((64, *[256] * 16), ("m5-pro",), "0.00334322"),
 )
 
 #: op, rows, chips, published, remark
@@ -254,9 +278,14 @@ def _figures() -> Iterator[Figure]:
     for n, digits in _GEMM.items():
         name = f"matmul [N, N] @ [N, N], N = {n}: relative error"
         yield Figure(name, SIX, digits, _gemm(n), _SWEEP, seconds=(n / 1024) ** 2)
-    for channels, batch, chips, digits, note in _CONVOLUTIONS:
+    for channels, batch, chips, digits in _CONVOLUTIONS:
         name = f"conv 3x3, {channels} channels, 64x64: relative error"
-        yield Figure(name, chips, digits, _conv_error(channels, batch), _SWEEP, note, channels / 32)
+        measure = _conv_error(64, batch, (channels, channels), relu=False)
+        yield Figure(name, chips, digits, measure, _SWEEP, seconds=channels / 32)
+    for widths, chips, digits in _STACKS:
+        name = f"{len(widths) - 1} x (conv 3x3, relu), {widths[-1]} channels, 32x32: relative error"
+        measure = _conv_error(32, 1, widths, relu=True)
+        yield Figure(name, chips, digits, measure, _COMPARE, seconds=len(widths))
     for kind, rows, chips, digits, note in _ROOFLINES:
         name = f"{kind} of [{rows}, 4096]: relative error"
         yield Figure(name, chips, digits, _roofline(kind, rows), _ROOF, note)

@@ -1,8 +1,8 @@
 """Convolution on the multiply-accumulate unit: windows gathered into columns, then matrix products.
 
 Exact: the weight `[Cout, K]` times columns `[K, positions]` of each sample (K = channels x kernel,
-ascending), in Q15.16 (`mac.py`). Fast: the machine's fp32 convolution, with the same overflow and output
-rounding.
+ascending), in Q15.16 (`mac.py`); on chips that do so, 3x3 kernels by `winograd.py`'s operands. Fast: the
+machine's fp32 convolution, with the same overflow and output rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
+from ane_trainer.ane.simulator import winograd
 from ane_trainer.ane.simulator.buffers import zeros
 from ane_trainer.ane.simulator.compiled import round_in_place, round_into
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
@@ -29,7 +30,7 @@ from ane_trainer.ane.simulator.registry import Context, kernel, writes
 Array = NDArray[Any]
 Step = Callable[[], None]
 
-WINOGRAD = "3x3 stride-1 on M5 and M6: assumed (the chip uses Winograd there, its rounding is unknown)"
+WINOGRAD = "3x3 stride-1 on M5 and M6: by Winograd; which shapes take it, and M6's rounding, are assumed"
 
 _COLUMN_BYTES = 8 << 20  # of gathered columns at a time: they stay in the last-level cache
 _FEW_POSITIONS = 192  # below this a sample alone fills the multiply-accumulate kernel's tiles badly
@@ -54,7 +55,7 @@ def geometry(call: Call, x: Array, weight: Array) -> Geometry:
     return Geometry(strides, dilations, padding, call.integer("groups"))
 
 
-@kernel("conv", "exact", EVIDENCE + "; published 3x3 errors on M1, M1 Max, M4 reproduce", WINOGRAD)
+@kernel("conv", "exact", EVIDENCE + "; published 3x3 errors on M1, M1 Max, M4, M5 Pro reproduce", WINOGRAD)
 def conv(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
     """See `conv_into`."""
     out = np.empty(call.op.infer(call)[0].shape, np.float32)
@@ -70,7 +71,34 @@ def conv_into(
     start.
     """
     bias = None if bias is None else np.ascontiguousarray(bias).reshape(-1)
-    return convolve_into(ctx, geometry(call, x, weight), x, weight, bias, outputs[0])
+    shape = geometry(call, x, weight)
+    if not ctx.fast and winograd.eligible(
+        ctx.chip, weight.shape[2:], shape.strides, shape.dilations, shape.groups
+    ):
+        return _by_winograd(ctx, shape, x, weight, bias, outputs[0])
+    return convolve_into(ctx, shape, x, weight, bias, outputs[0])
+
+
+def _by_winograd(
+    ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array
+) -> Step:
+    """Each pair of neighbouring columns of `out` as two convolutions of transformed operands."""
+    padded, pad = _padded(x, shape.padding)
+    *operands, spread = winograd.columns(padded, out.shape[3])
+    *kernels, transform = winograd.filters(weight)
+    plain = Geometry((1, 1), (1, 1), ((0, 0), (0, 0)), 1)
+    halves = [np.empty((*out.shape[:3], operand.shape[3]), np.float32) for operand in operands]
+    products = [
+        convolve_into(ctx, plain, operand, kernel, bias, half)
+        for operand, kernel, half in zip(operands, kernels, halves, strict=True)
+    ]
+    left, right = out[..., 0::2], out[..., 1::2]
+
+    def join() -> None:
+        np.copyto(left, halves[0])
+        np.copyto(right, halves[1][..., : right.shape[3]])
+
+    return in_turn(pad or (lambda: None), spread, transform, *products, join)
 
 
 def convolve_into(
