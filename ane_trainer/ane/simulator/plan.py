@@ -20,6 +20,7 @@ from ane_trainer.ane.opset import Call, bind
 from ane_trainer.ane.simulator import fused_entry
 from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
 from ane_trainer.ane.simulator.buffers import empty, zeros
+from ane_trainer.ane.simulator.encoded import encoded_products, with_encoding
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.host import host_function, runs_on_host
 from ane_trainer.ane.simulator.integer import bind_integer, integer_operands
@@ -98,6 +99,7 @@ class _Binder:
         self.next_input = dict(aliases)
         self.entries = schedule(function)
         self.integer = integer_operands(function, context.chip.generation_number)
+        self.encoded = encoded_products(function)
         self.buffers: dict[str, Array] = {}
         self.base: dict[str, str] = {}  # view -> the value whose memory it shows
         self.steps: list[Step] = []
@@ -168,7 +170,10 @@ class _Binder:
         for value in op.results:
             outputs.append(zeros(value.type.shape, storage_dtype(value.type)))
             self.buffers[value.name], self.base[value.name] = outputs[-1], value.name
-        step = self._integer_step(op, outputs) or _kernel_step(op, self.context, self._operands(op), outputs)
+        operands = self._operands(op)
+        step = self._integer_step(op, outputs) or _kernel_step(op, self.context, operands, outputs)
+        if op.name in self.encoded:
+            step = with_encoding(op, step, operands[0], operands[1], outputs[0])
         if constant:
             step()
         else:

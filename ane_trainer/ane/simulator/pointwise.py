@@ -134,11 +134,13 @@ def _run_ceil(ctx: Context, call: Call, x: F32) -> F32:
 
 @kernel(
     "round", "bounded",
-    "ANEForge emitter (M5): half away from zero; wrong from 1024 on, in a way that no source tells",
-    "exact below 1024; unknown from there",
+    "ANEForge emitter (M5): half away from zero; from 1024 on the 0.5 is added in fp16: 1024 gives 1025, -2047 "
+    "-2048",
+    "exact below 1024; three numbers known from there",
 )  # fmt: skip
 def _run_round_nearest(ctx: Context, call: Call, x: F32) -> F32:
-    return round_half_away(np.copysign(np.floor(np.abs(x) + np.float32(0.5)), x))
+    more = np.abs(x) + np.float32(0.5)
+    return round_half_away(np.copysign(np.floor(np.where(more < 1024, more, round_half_away(more))), x))
 
 
 # --- tables ---
@@ -174,11 +176,21 @@ def _run_gelu(ctx: Context, call: Call, x: F32) -> F32:
 
 
 def _softplus(x: F32) -> F32:
-    """log(1 + exp x): exp is inf from 11.094 on and log(inf) is 0, as ANEForge and the ANE guide report."""
-    return evaluate("log", round_half_away(_ONE + evaluate("exp", x)))
+    """log(1 + exp x), where exp is inf from 32768 on and log(inf) is 0.
+
+    Measured on M5 (ANEForge issue 113): 10 at 10, 0 at 11, although exp(11) is within fp16. The limit between them
+    is assumed to be that of the multiply-accumulate unit.
+    """
+    power = evaluate("exp", x)
+    return evaluate("log", round_half_away(_ONE + np.where(power < 32768, power, np.float32(INF))))
 
 
-@kernel("softplus", "assumed", _SWEEP + "0.00078; ANE guide chapter 3 (M1): softplus(inf) = 0; composed")
+@kernel(
+    "softplus",
+    "assumed",
+    _SWEEP
+    + "0.00078; ANE guide chapter 3 (M1): softplus(inf) = 0; ANEForge issue 113 (M5): 0 at 11; composed",
+)
 def _run_softplus(ctx: Context, call: Call, x: F32) -> F32:
     return _softplus(x)
 
