@@ -1,0 +1,75 @@
+"""`embedding_bag` as a look-up and a sum over each bag: a constant shape of bags, or one that offsets give."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ane_trainer.ane.errors import Finding, UnsupportedModel
+
+#: Stands for no row in the maximum over a bag.
+_LOWEST = -65504.0
+
+
+def embedding_bag(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """`F.embedding_bag`: rows [N, D] looked up, then summed, averaged or maximized over each bag [B, D].
+
+    A bag without rows is 0. The gradient is dense.
+    """
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    counted = torch.ones_like(input, dtype=rows.dtype)
+    if padding_idx is not None:
+        counted = (input != padding_idx % weight.shape[0]).to(rows.dtype)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.reshape(input.shape).unsqueeze(-1)
+    if input.dim() == 2:
+        return _of_rectangle(rows, counted, mode, padding_idx is not None)
+    if offsets is None:
+        raise UnsupportedModel(
+            "The step needs:", [Finding("embedding_bag", "embedding_bag", "needs offsets.")]
+        )
+    return _by_offsets(rows, counted, offsets, mode, include_last_offset)
+
+
+def _of_rectangle(rows: torch.Tensor, counted: torch.Tensor, mode: str, padded: bool) -> torch.Tensor:
+    """Bags of one length: rows [B, L, D], counted [B, L]."""
+    if mode == "max":
+        return _largest(rows, counted, 1) if padded else rows.amax(1)
+    total = (rows * counted.unsqueeze(-1)).sum(1) if padded else rows.sum(1)
+    if mode == "sum":
+        return total
+    return total / counted.sum(1, keepdim=True).clamp(min=1.0) if padded else rows.mean(1)
+
+
+def _by_offsets(
+    rows: torch.Tensor, counted: torch.Tensor, offsets: torch.Tensor, mode: str, last: bool
+) -> torch.Tensor:
+    """Bags that begin at `offsets`: a matrix [B, N] of which rows [N, D] belong to which bag."""
+    places = torch.arange(rows.shape[0], device=rows.device)
+    begins = offsets[:-1] if last else offsets
+    ends = offsets[1:] if last else torch.cat([offsets[1:], offsets.new_full((1,), rows.shape[0])])
+    inside = (places >= begins.unsqueeze(1)) & (places < ends.unsqueeze(1))
+    member = inside.to(rows.dtype) * counted
+    if mode == "max":
+        bags = rows.unsqueeze(0).expand(member.shape[0], *rows.shape)
+        return _largest(bags, member, 1)
+    total = member @ rows
+    return total if mode == "sum" else total / member.sum(1, keepdim=True).clamp(min=1.0)
+
+
+def _largest(rows: torch.Tensor, counted: torch.Tensor, axis: int) -> torch.Tensor:
+    """The maximum over the counted rows, 0 where there are none."""
+    kept = torch.where(counted.unsqueeze(-1) > 0, rows, _LOWEST).amax(axis)
+    return torch.where(counted.amax(axis).unsqueeze(-1) > 0, kept, 0.0)
