@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.decompositions import decomposition_table
 from ane_trainer.ane.capture.rehearsal import call_model, copies
 from ane_trainer.ane.capture.slots import float_buffers, identifier, unique
@@ -22,8 +22,7 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
     batch = batch_ports(example, "x")
     state = [Port(identifier(n), tuple(t.shape) or (1,), "state", n) for n, t in tensors.items()]
     ports = unique([*batch, *state])
-    spec = pytree.tree_structure(example)
-    leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    structure, leaves = Structure.of(example), tensors_of(example)
     ports = ports[len(batch) :] + ports[: len(batch)]
     inputs = {
         p.name: (t.detach().float() if t.is_floating_point() else t).reshape(p.shape)
@@ -32,10 +31,10 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
     outputs: list[Port] = []
 
     def run_forward(*values: torch.Tensor) -> list[torch.Tensor]:
-        x = pytree.tree_unflatten(list(values[len(state) :]), spec)
+        x = structure.filled(values[len(state) :])
         named = {n: v.reshape(t.shape) for (n, t), v in zip(tensors.items(), values, strict=False)}
         with torch.no_grad(), watch_modules(model) as stack, SourceMode(stack.here):
-            results = pytree.tree_leaves(call_model(model, {**copies(model), **named}, x))
+            results = tensors_of(call_model(model, {**copies(model), **named}, x))
         several = len(results) > 1
         names = [f"output_{i}" if several else "output" for i in range(len(results))]
         outputs[:] = [

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.decompositions import decomposition_table
 from ane_trainer.ane.capture.gradients import Treatment, accumulate, clip_norm, clip_values
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
@@ -64,7 +65,7 @@ class _Plan:
     rule: Rule
     parameters: tuple[Parameter, ...]
     buffers: tuple[str, ...]
-    batch_spec: Any
+    structure: Structure
     state: tuple[Port, ...]
     batch: tuple[Port, ...]
     masks: tuple[Port, ...]
@@ -161,7 +162,7 @@ def _plan(
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
     count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
     return _Plan(
-        model, loss, loss_text, optimizer, rule, parameters, tuple(buffers), pytree.tree_structure(example),
+        model, loss, loss_text, optimizer, rule, parameters, tuple(buffers), Structure.of(example),
         tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]), tuple(ports[count[1] : count[2]]),
         tuple(ports[: count[0]]), treatment,
     )  # fmt: skip
@@ -181,8 +182,7 @@ def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
     values = {p.name: p.tensor.detach().float() for p in plan.parameters}
     values |= {name: b.float() for name, b in float_buffers(plan.model).items()}
     inputs = {p.name: values.get(p.target, torch.ones(p.shape)).reshape(p.shape).clone() for p in plan.state}
-    leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
-    for port, leaf in zip(plan.batch, leaves, strict=True):
+    for port, leaf in zip(plan.batch, tensors_of(example), strict=True):
         inputs[port.name] = (leaf.float() if leaf.is_floating_point() else leaf).reshape(port.shape)
     inputs |= {p.name: torch.ones(p.shape) for p in (*plan.masks, *plan.scalars)}
     return inputs
@@ -227,7 +227,7 @@ def _differentiate(plan: _Plan, named: Tensors, state: Tensors) -> tuple[torch.T
     trained = {p.name: values[p.name].detach().requires_grad_() for p in plan.parameters if p.trained}
     shapes = {name: b.shape for name, b in float_buffers(plan.model).items()}
     buffers = {name: state[name].reshape(shapes[name]).clone() for name in plan.buffers}
-    x, y = pytree.tree_unflatten(_leaves(plan, named), plan.batch_spec)
+    x, y = plan.structure.filled([named[p.name] for p in plan.batch])
     masks = [named[p.name] for p in plan.masks]
     with torch.enable_grad(), watch_modules(plan.model) as stack:
         describe = stack.here
@@ -244,10 +244,6 @@ def _differentiate(plan: _Plan, named: Tensors, state: Tensors) -> tuple[torch.T
 def _loss_place(name: str) -> str:
     line = user_line()
     return f"loss {name} ({line})" if line else f"loss {name}"
-
-
-def _leaves(plan: _Plan, named: Tensors) -> list[Any]:
-    return [named[p.name] for p in plan.batch]
 
 
 def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> list[Tensors]:

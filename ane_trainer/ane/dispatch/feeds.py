@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils import _pytree as pytree
 
+from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.lower.integers import coded, most_rows
@@ -34,14 +35,23 @@ RANGES = {
 }
 
 
+#: Numbers from here down are additive masks, not data: they stand for minus infinity.
+_LEAST_SCORE = -1e6
+
+
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the batch: its place in the user's structure, its port (None: not used) and shape."""
+    """One tensor of the batch: its place in the user's structure, its port (None: not used) and shape.
+
+    `wide`: integers above 2048 are sent as codes. `mask`: numbers below all that a score can be (minus infinity,
+    -1e9) are sent as minus infinity.
+    """
 
     place: str
     port: str | None
     shape: tuple[int, ...]
     wide: bool = False
+    mask: bool = False
 
 
 class Feeds:
@@ -55,13 +65,12 @@ class Feeds:
         wide = {port.target for port in inputs if port.wide}
         self._parts = []
         for part, name in zip(example, names, strict=True):
-            leaves = [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
             wanted = batch_ports(part, name)
             slots = [
-                Slot(p.target, ports.get(p.target), tuple(t.shape), p.target in wide)
-                for p, t in zip(wanted, leaves, strict=True)
+                Slot(p.target, ports.get(p.target), tuple(t.shape), p.target in wide, _is_mask(t))
+                for p, t in zip(wanted, tensors_of(part), strict=True)
             ]
-            self._parts.append((name, slots))
+            self._parts.append((name, Structure.of(part), slots))
 
     def __call__(self, *batch: Any) -> dict[str, NDArray[Any]]:
         """Arrays of the program's precision by port name.
@@ -70,12 +79,18 @@ class Feeds:
         precision's range, and for integers that it does not hold exactly.
         """
         feeds: dict[str, NDArray[Any]] = {}
-        for (name, slots), part in zip(self._parts, batch, strict=True):
-            leaves = [part] if isinstance(part, torch.Tensor) else _tensors(part)
+        for (name, structure, slots), part in zip(self._parts, batch, strict=True):
+            leaves = [part] if isinstance(part, torch.Tensor) else tensors_of(part)
             if len(leaves) != len(slots):
                 raise DataError(
                     f"{name}: needs {len(slots)} tensors like the example; got {len(leaves)}. "
                     "Pass batches of one structure.",
+                    code="DATA105",
+                )
+            for compiled, given in structure.differing(part) if structure.constants else ():
+                raise DataError(
+                    f"{name}: needs {compiled!r}, which is compiled in as it is no tensor; got {given!r}. Pass it as "
+                    "a tensor, or compile another program for it.",
                     code="DATA105",
                 )
             for slot, leaf in zip(slots, leaves, strict=True):
@@ -86,8 +101,12 @@ class Feeds:
         return feeds
 
 
-def _tensors(part: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
+def _is_mask(tensor: torch.Tensor) -> bool:
+    """Whether the example's tensor holds numbers that stand for minus infinity, and no others beyond fp16."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    low, high = torch.aminmax(tensor.detach())
+    return bool(low <= _LEAST_SCORE) and bool(high <= RANGES["fp16"].largest)
 
 
 def _wrong_shape(slot: Slot, leaf: torch.Tensor) -> DataError:
@@ -103,6 +122,9 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
     leaf = leaf.detach()
     if leaf.numel() and leaf.dtype != torch.bool:
         low, high = torch.aminmax(leaf)
+        if slot.mask:
+            leaf = torch.where(leaf <= _LEAST_SCORE, -math.inf, leaf)
+            low = low.clamp(min=-limits.largest)
         largest = max(-float(low), float(high))  # nan if any entry is
         if leaf.is_floating_point() and not largest <= limits.largest:
             raise _not_representable(slot, leaf, largest, limits)

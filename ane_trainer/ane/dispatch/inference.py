@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture import capture_forward
+from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.rehearsal import call_model, copies
 from ane_trainer.ane.capture.slots import float_buffers
 from ane_trainer.ane.cost import Cost, estimate
@@ -74,7 +74,7 @@ class InferenceProgram:
             torch.from_numpy(results[port.name].astype(np.float32)).reshape(shape)
             for port, shape in zip(self.compiled.outputs, self._shapes, strict=True)
         ]
-        return pytree.tree_unflatten(leaves, self._structure)
+        return self._structure.filled(leaves)
 
     @property
     def program(self) -> Program:
@@ -106,7 +106,7 @@ class InferenceProgram:
                 self._sent[port.name] = tensor._version
 
 
-def _output_of(model: torch.nn.Module, example: Any) -> tuple[Any, list[tuple[int, ...]]]:
+def _output_of(model: torch.nn.Module, example: Any) -> tuple[Structure, list[tuple[int, ...]]]:
     """Structure and shapes of the model's output, from one run in plain PyTorch."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -116,5 +116,4 @@ def _output_of(model: torch.nn.Module, example: Any) -> tuple[Any, list[tuple[in
     finally:
         for module, training in modes.items():
             module.training = training
-    leaves = pytree.tree_leaves(output)
-    return pytree.tree_structure(output), [tuple(leaf.shape) for leaf in leaves]
+    return Structure.of(output), [tuple(leaf.shape) for leaf in tensors_of(output)]

@@ -97,7 +97,7 @@ class EnginePart:
         self.program = compiled.program
         self._session = device.load(compiled, fidelity=options.fidelity, threads=options.threads)
         self._inputs = [
-            (port.name, Slot(port.target, port.name, original.shape))
+            (port.name, Slot(port.target, port.name, original.shape, mask=True))
             for port, original in zip(compiled.inputs, captured.inputs, strict=True)
         ]
         nodes: Any = module.graph.output_node().args[0]
