@@ -2,12 +2,13 @@
 
 The engine's random ops are not reproducible, so each draw in training mode becomes a batch port. Its target
 says what it holds: `dropout/<p>` (0 or 1/(1-p)), `random/normal`, `random/uniform`, `random/exponential`,
-`random/bernoulli:<p>` (1 with probability p).
+`random/bernoulli:<p>` (1 with probability p), `random/integer:<low>:<high>`, `random/permutation`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,13 @@ _DROPOUTS: dict[Callable[..., Any], bool] = {
 }  # fmt: skip
 _LIKE = {torch.randn_like: "normal", torch.rand_like: "uniform"}
 _NEW = {torch.randn: "normal", torch.rand: "uniform"}
+#: Dropouts that keep mean and variance of SELU's outputs; function -> does it drop whole channels
+_ALPHA_DROPOUTS: dict[Callable[..., Any], bool] = {
+    torch.alpha_dropout: False, torch.alpha_dropout_: False, torch.feature_alpha_dropout: True,
+    torch.feature_alpha_dropout_: True, F.alpha_dropout: False, F.feature_alpha_dropout: True,
+}  # fmt: skip
+#: What SELU tends to for large negative inputs, negated (torch's own constant).
+_SELU_FLOOR = 1.7580993408473766
 #: What the target of a port with random numbers begins with.
 PREFIX = ("dropout/", "random/")
 
@@ -57,6 +65,10 @@ class MaskMode(TorchFunctionMode):
         if func in _NEW and "generator" not in kwargs:
             size = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
             return self.draw(tuple(kwargs.get("size", size)), f"random/{_NEW[func]}")
+        if func in _ALPHA_DROPOUTS:
+            return self._alpha_dropout(func, *_arguments(*args, **kwargs))
+        if func in _DRAWS and "generator" not in kwargs:
+            return _DRAWS[func](self, *args, **kwargs)
         if func is torch.normal:
             return self._normal(*args, **kwargs)
         if func is torch.bernoulli:
@@ -90,6 +102,18 @@ class MaskMode(TorchFunctionMode):
         mask = self.draw(shape, f"dropout/{p!r}")
         return x.mul_(mask) if inplace or func is torch.dropout_ else x * mask
 
+    def _alpha_dropout(
+        self, func: Any, x: torch.Tensor, p: float, training: bool, inplace: bool
+    ) -> torch.Tensor:
+        if not training or p == 0.0:
+            return x
+        shape = (*x.shape[:2], *(1,) * (x.dim() - 2)) if _ALPHA_DROPOUTS[func] else tuple(x.shape)
+        mask = self.draw(tuple(shape), f"random/bernoulli:{1.0 - p!r}")
+        gain = 1.0 / math.sqrt((_SELU_FLOOR**2 * p + 1.0) * (1.0 - p))
+        shift = (mask - 1.0) * (_SELU_FLOOR * gain) + _SELU_FLOOR * gain * p
+        result = x * (mask * gain) + shift
+        return x.copy_(result) if inplace or func.__name__.endswith("_") else result
+
     def _normal(self, mean: Any = 0.0, std: Any = 1.0, size: Any = None, **kwargs: Any) -> torch.Tensor:
         shapes = [v.shape for v in (mean, std) if isinstance(v, torch.Tensor)]
         shape = tuple(size) if size is not None else torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
@@ -107,6 +131,11 @@ def draw(target: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
         return torch.empty(shape).bernoulli_(1.0 - p, generator=generator) / (1.0 - p)
     if amount.startswith("bernoulli:"):
         return torch.empty(shape).bernoulli_(float(amount.partition(":")[2]), generator=generator)
+    if amount.startswith("integer:"):
+        low, high = map(int, amount.split(":")[1:])
+        return torch.randint(low, high, shape, generator=generator).float()
+    if amount == "permutation":
+        return torch.randperm(shape[0], generator=generator).float()
     empty = torch.empty(shape)
     if amount == "normal":
         return empty.normal_(generator=generator)
@@ -158,6 +187,37 @@ def _exponential_(mode: MaskMode, x: torch.Tensor, rate: float = 1.0, **kwargs: 
     return mode.draw(tuple(x.shape), "random/exponential") * (1.0 / rate)
 
 
+def _rrelu(
+    mode: MaskMode, x: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
+    inplace: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    slope: Any = (lower + upper) / 2
+    if training:
+        slope = mode.draw(tuple(x.shape), "random/uniform") * (upper - lower) + lower
+    result = torch.where(x >= 0, x, x * slope)
+    return x.copy_(result) if inplace else result
+
+
+def _randint(mode: MaskMode, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`randint(high, size)`, `randint(low, high, size)`"""
+    *bounds, size = args if "size" not in kwargs else (*args, kwargs["size"])
+    low, high = kwargs.get("low", bounds[0] if len(bounds) == 2 else 0), kwargs.get("high", bounds[-1:])
+    high = high[0] if isinstance(high, list) else high
+    result = mode.draw(tuple(size), f"random/integer:{int(low)}:{int(high)}")
+    return result.to(kwargs.get("dtype") or torch.int64)
+
+
+def _randint_like(mode: MaskMode, x: torch.Tensor, *bounds: int, **kwargs: Any) -> torch.Tensor:
+    return _randint(mode, *bounds, tuple(x.shape), dtype=kwargs.get("dtype") or x.dtype)
+
+
+def _randperm(mode: MaskMode, n: int, **kwargs: Any) -> torch.Tensor:
+    return mode.draw((int(n),), "random/permutation").to(kwargs.get("dtype") or torch.int64)
+
+
+_DRAWS: dict[Any, Callable[..., torch.Tensor]] = {
+    F.rrelu: _rrelu, torch.randint: _randint, torch.randint_like: _randint_like, torch.randperm: _randperm,
+}  # fmt: skip
 _IN_PLACE: dict[Any, Callable[..., torch.Tensor]] = {
     torch.Tensor.bernoulli_: _bernoulli_, torch.Tensor.normal_: _normal_, torch.Tensor.uniform_: _uniform_,
     torch.Tensor.exponential_: _exponential_,

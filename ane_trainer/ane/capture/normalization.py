@@ -217,6 +217,25 @@ def var_mean(
     return var, mean if keepdim else mean.reshape(var.shape)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """(`v * g / norm(v)`, the norms), norms over all axes but `dim`."""
+    norms = torch.sqrt(v.square().sum(_others(v, dim), keepdim=True))
+    return v * (g / norms), norms
+
+
+def weight_norm_backward(
+    gradient: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of v and g; the projection on v is taken of the direction `v / norm`, which fp16 holds."""
+    direction = v / norms
+    along = (gradient * direction).sum(_others(v, dim), keepdim=True)
+    return (gradient - direction * along) * (g / norms), along
+
+
+def _others(x: Tensor, dim: int) -> list[int]:
+    return [d for d in range(x.ndim) if dim == -1 or d != dim % x.ndim]
+
+
 def _sum(x: Tensor, dims: list[int]) -> Tensor:
     return x.sum(dims) if dims else x
 
@@ -230,6 +249,8 @@ NORMALIZATIONS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm_backward.default: native_layer_norm_backward,
     aten.native_group_norm.default: native_group_norm,
     aten.native_group_norm_backward.default: native_group_norm_backward,
+    aten._weight_norm_interface.default: weight_norm,
+    aten._weight_norm_interface_backward.default: weight_norm_backward,
     aten.var_mean.correction: var_mean,
     aten.var.correction: lambda x, dim=None, **options: var_mean(x, dim, **options)[0],
 }

@@ -5,9 +5,11 @@ Also the two places where the user's code is called, which `sources` knows by th
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,12 +68,48 @@ def rehearse(
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
-    """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments."""
-    args = tuple(x) if isinstance(x, (tuple, list)) else (x,)
-    args, keywords = ((), dict(x)) if isinstance(x, dict) else (args, {})
+    """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments.
+
+    A tuple or list that the model takes only as a whole is one argument.
+    """
+    args, keywords = ((), dict(x)) if isinstance(x, dict) else (_positional(model, x), {})
     keywords |= training_argument(model)
+    places = _everywhere(model, tensors)
     with variables_as(model, tensors):
-        return torch.func.functional_call(model, dict(tensors), args, keywords, tie_weights=True)
+        return torch.func.functional_call(model, places, args, keywords, tie_weights=False)
+
+
+def _positional(model: torch.nn.Module, x: Any) -> tuple[Any, ...]:
+    if not isinstance(x, (tuple, list)):
+        return (x,)
+    signature = inspect.signature(model.forward)
+    return tuple(x) if _binds(signature, tuple(x)) or not _binds(signature, (x,)) else (x,)
+
+
+def _binds(signature: inspect.Signature, args: tuple[Any, ...]) -> bool:
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
+
+
+def _everywhere(model: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """`tensors` under one name for each place of the model that holds the tensor they stand for.
+
+    Tied tensors have several places. A module with two names has its own once: `functional_call` would put the
+    stand-in back for the second name (`self.conv = ...; self.net = Sequential(self.conv, ...)`).
+    """
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    stand_ins = {id(tensor): tensors[name] for name, tensor in named if name in tensors}
+    places = {}
+    for path, module in model.named_modules():
+        for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if id(tensor) in stand_ins:
+                places[f"{path}.{name}" if path else name] = stand_ins[id(tensor)]
+    return places
 
 
 def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
