@@ -319,6 +319,18 @@ def test_compile_checks_for_other_chips(tmp_path: Path) -> None:
     assert _compile.cross_compile_check(af.input((1, 4)).relu(), "h13")
 
 
+def test_transposes_of_long_axes_run_and_other_ops_do_not(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """ANEForge measured a limit of 2^24 - 1 for transposes; all other extents end at 65536."""
+    x = values(3, 65537)
+    np.testing.assert_array_equal(run(lambda t: t.transpose([1, 0]), x), x.T)
+    text = TEXT.replace("[1, 4]", "[1, 65537]") % "relu"
+    (tmp_path / "model.mil").write_text(text)
+    assert _runtime.compile_check(tmp_path / "model.mil", tmp_path) == -1
+    assert "65536" in capfd.readouterr().err
+
+
 def test_sine_is_decomposed_where_the_chip_has_none() -> None:
     x = values(2, 20, low=-3, high=3)
     native = run(lambda t: t.sin(), x)

@@ -19,6 +19,10 @@ _RUNS_ANYWAY = {
     "constexpr_blockwise_shift_scale": "folds to fp16 before A15 (ANEForge _targets.native_streams)",
 }
 
+#: Largest extent of a transposed tensor, by the first engine generation that has it (ANEForge 0.4.0
+#: `_targets._LIMITS`, measured on A14 and A16): far beyond what tables of single tensors give.
+_TRANSPOSED = {16: 2**24 - 1, 13: 2**23 - 1}
+
 #: Dtypes that a port may have on e5rt (ANEForge runtime; bool only inside programs).
 _PORT_DTYPES = ("fp16", "uint8", "int8")
 
@@ -59,11 +63,24 @@ def check(program: Program, chip: Chip) -> None:
     if not function.ops:
         raise ProgramError("program: needs at least one operation; got none.", code="MIL101")
     target = Target(chip, "e5rt")
-    found = [f for f in refusals(function, target) if f.op not in _RUNS_ANYWAY]
+    wide = _transposed(function, chip)
+    found = [f for f in refusals(function, target) if f.op not in _RUNS_ANYWAY and f.where not in wide]
     found += [*_ports(function), *_kernels(function)]
     if found:
         summary = f"program: needs what {chip.title} accepts (e5rt); got {len(found)} refusals."
         raise UnsupportedModel(summary, found, code="ANE302")
+
+
+def _transposed(function: Function, chip: Chip) -> frozenset[str]:
+    """Where findings about extents do not count: transposes, and the inputs that they read."""
+    most = next(value for first, value in _TRANSPOSED.items() if chip.generation_number >= first)
+    inputs = {value.name for value in function.inputs}
+    places = set()
+    for op in function.ops:
+        if op.kind == "transpose" and max(op.result.type.shape, default=1) <= most:
+            places.add(op.source or f"op {op.name}")
+            places.update(f"input {value.name}" for value in op.operands() if value.name in inputs)
+    return frozenset(places)
 
 
 def _ports(function: Function) -> Iterator[Finding]:
