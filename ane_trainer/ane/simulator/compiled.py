@@ -25,6 +25,9 @@ PARALLEL_ELEMENTS = 1 << 15
 #: Elements that a chain of loops takes at a time: what one leaves is in the cache when the next reads it.
 BLOCK_ELEMENTS = 1 << 13
 
+#: Neighbours that one thread takes at least.
+LINE = 32
+
 #: Registers' worth of lanes that one round of a loop works on: two independent chains hide the latency of the
 #: roundings (Adam's update of 200,000 parameters with AVX-512: 566 us with one, 408 us with two; bench/ops.py
 #: has the update as a row).
@@ -92,11 +95,12 @@ class Chain:
         return Team([loop.stage(loop.outer // first.outer) for loop in self.loops], ranges, threads, block)
 
 
-def chain(*steps: Loop) -> Step:
-    """The steps in order; as one where the outermost axes of one are the first of all others."""
-    shared = min((step.axes for step in steps), key=len)
-    if shared and all(step.axes[: len(shared)] == shared for step in steps):
-        return Chain(steps)
+def chain(*steps: Step) -> Step:
+    """The steps in order; as one where all are loops and the outermost axes of one are the first of the others."""
+    loops = [step for step in steps if isinstance(step, Loop)]
+    shared = min((loop.axes for loop in loops), key=len, default=())
+    if shared and len(loops) == len(steps) and all(loop.axes[: len(shared)] == shared for loop in loops):
+        return Chain(loops)
 
     def run() -> None:
         for step in steps:
@@ -128,7 +132,7 @@ class Loops:
         loops = nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)])
         width = _lanes(loops.extents[-1])
         body = fuse.emit("FUNCTION", group, loops, width)
-        memory, unit = [*arrays, *tables, *targets], 64 if len(loops.extents) == 1 else 1
+        memory, unit = [*arrays, *tables, *targets], LINE if len(loops.extents) == 1 else 1
         return self._loop(body, width, memory, loops.extents[0], loops.outer, targets[0].size, unit)
 
     def fold(
@@ -141,7 +145,7 @@ class Loops:
     ) -> Loop:
         """The step that runs `group` and gathers (name of the fold, position, total) on the way.
 
-        A total (its type as `fold.py` says) has extent 1 along the axes that it reduces.
+        A total (float64 or float32, see `fold.py`) has extent 1 along the axes that it reduces.
         """
         shape = np.broadcast_shapes(*(a.shape for a in (*arrays, *targets)))
         totals = [total for _, _, total in folds]
@@ -149,9 +153,12 @@ class Loops:
         strides = [element_strides(a, shape) for a in (*arrays, *targets, *totals)]
         where = fold.layout(shape, axes, strides)
         width = _lanes(where.nest.extents[where.kept - 1 if where.columns else -1])
-        work = fold.Folds(group, tuple((kind, position) for kind, position, _ in folds))
+        kinds = [k + "32" if k.startswith("sum") and t.dtype == np.float32 else k for k, _, t in folds]
+        work = fold.Folds(
+            group, tuple((k, position) for k, (_, position, _) in zip(kinds, folds, strict=True))
+        )
         body = fold.emit("FUNCTION", work, where, width)
-        memory, unit = [*arrays, *tables, *targets, *totals], 64 if where.kept == 1 and where.columns else 1
+        memory, unit = [*arrays, *tables, *targets, *totals], LINE if where.kept == 1 and where.columns else 1
         outer = where.nest.extents[0]
         return self._loop(body, width, memory, outer, where.nest.outer, int(np.prod(shape)), unit)
 

@@ -26,6 +26,11 @@ def half(call: Call, name: str) -> np.float32:
     return np.float32(round_half_away(call.number(name)))
 
 
+def bias(call: Call, name: str) -> np.float32:
+    """A number as an activation's bias: a multiple of 2^-16 (half away)."""
+    return np.float32(np.floor(call.number(name) * 65536.0 + 0.5) / 65536.0)
+
+
 def per_channel(call: Call, name: str, rank: int) -> Array | None:
     """A constant `[C]` as decoded fp16, shaped to broadcast along axis 1 of a tensor of `rank`."""
     values = constant(call, name)

@@ -1,8 +1,8 @@
 """Reductions as LLVM loops: pointwise code (see `fuse.py`) whose values are summed or compared on the way.
 
 Sums run in float64 and are handed out unrounded: a sum of decoded fp16 numbers is exact there while it stays
-below 2^29, far above where results saturate, so the order of its terms does not matter. Extremes run in
-float32. One result is always the work of one thread.
+below 2^29, far above where results saturate, so the order of its terms does not matter. Where the total is
+float32 (fast mode), sums run in float32; so do extremes. One result is always the work of one thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ane_trainer.ane.simulator.fuse import Emitter, Group, widths
 from ane_trainer.ane.simulator.loops import Nest, nest
 
 #: What can be gathered from values: their sum, the sum of their squares (unrounded), their extremes.
-FOLDS = ("sum", "sum_square", "max", "min")
+FOLDS = ("sum", "sum_square", "sum32", "sum_square32", "max", "min")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ def declarations(*most: int) -> str:
     """The intrinsics that emitted functions call besides those of `fuse.declarations`."""
     lines = []
     for w in sorted({w for m in most for w in widths(m)} - {1}):
-        lines.append(f"declare double @llvm.vector.reduce.fadd.v{w}f64(double, <{w} x double>)")
+        lines += [
+            f"declare {t} @llvm.vector.reduce.fadd.v{w}f{bits}({t}, <{w} x {t}>)"
+            for t, bits in (("float", 32), ("double", 64))
+        ]
         lines += [f"declare float @llvm.vector.reduce.{op}.v{w}f32(<{w} x float>)" for op in ("fmax", "fmin")]
     return "\n".join(lines) + "\n"
 
@@ -152,8 +155,10 @@ class _FoldEmitter(Emitter):
         if kind in ("max", "min"):
             return value
         f = _kind("max", self.width)
-        square = self.fresh(f"fmul {f} {value}, {value}") if kind == "sum_square" else value
-        return self.fresh(f"fpext {f} {square} to {_kind(kind, self.width)}")
+        square = self.fresh(f"fmul {f} {value}, {value}") if kind.startswith("sum_square") else value
+        return (
+            square if kind.endswith("32") else self.fresh(f"fpext {f} {square} to {_kind(kind, self.width)}")
+        )
 
     def join(self, kind: str, old: str, new: str, width: int) -> str:
         t = _kind(kind, width)
@@ -167,7 +172,8 @@ class _FoldEmitter(Emitter):
         t = _kind(kind, w)
         if kind in ("max", "min"):
             return self.fresh(f"call nnan float @llvm.vector.reduce.f{kind}.v{w}f32({t} {lanes})")
-        return self.fresh(f"call reassoc double @llvm.vector.reduce.fadd.v{w}f64(double 0.0, {t} {lanes})")
+        e, suffix = _kind(kind, 1), "f32" if kind.endswith("32") else "f64"
+        return self.fresh(f"call reassoc {e} @llvm.vector.reduce.fadd.v{w}{suffix}({e} 0.0, {t} {lanes})")
 
     def put(self, number: int, value: str, indices: list[str], width: int) -> None:
         """Store a total, or a vector of totals, at its place."""
@@ -189,5 +195,5 @@ class _FoldEmitter(Emitter):
 
 def _kind(kind: str, width: int) -> str:
     """The LLVM type of an accumulator."""
-    element = "float" if kind in ("max", "min") else "double"
+    element = "float" if kind in ("max", "min") or kind.endswith("32") else "double"
     return element if width == 1 else f"<{width} x {element}>"

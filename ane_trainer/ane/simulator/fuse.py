@@ -19,8 +19,9 @@ from ane_trainer.ane.simulator.loops import Nest
 
 #: Codes of an instruction: name -> number of sources. Float results unless listed in BOOL_CODES.
 CODES = {
-    "load": 0, "load_of_four": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "abs": 1,
-    "affine": 3, "lookup": 1, "mac_round": 1,
+    "load": 0, "load_of_four": 0, "load_wide": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2,
+    "min": 2, "abs": 1,
+    "div": 2, "floor": 1, "ceil": 1, "copysign": 2, "affine": 3, "lookup": 1, "round": 1, "mac_round": 1,
     "fma": 3, "mac_start": 1, "mac_add": 3, "mac_end": 1,
     "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
     "and": 2, "or": 2, "xor": 2, "not": 1, "load_bool": 0,
@@ -84,9 +85,9 @@ def declarations(*most: int) -> str:
         lines.append(
             f"declare {_types(w)[1]} @llvm.umax{_suffix64(w, 'i32')}({_types(w)[1]}, {_types(w)[1]})"
         )
-        for op in ("maxnum", "minnum"):
+        for op in ("maxnum", "minnum", "copysign"):
             lines.append(f"declare {f} @llvm.{op}.{suffix}({f}, {f})")
-        lines.append(f"declare {f} @llvm.fabs.{suffix}({f})")
+        lines += [f"declare {f} @llvm.{op}.{suffix}({f})" for op in ("fabs", "floor", "ceil")]
     return "\n".join(lines) + "\n"
 
 
@@ -226,6 +227,23 @@ class Emitter:
         kind = f"<{lanes} x float>"
         return self.fresh(f"shufflevector {kind} {whole}, {kind} poison, <{self.width} x i32> <{mask}>")
 
+    def load_wide(self, which: int, indices: list[str], count: float) -> str:
+        """A float64 total over `count`, as the float32 next to it towards zero: `round` then rounds it as if it were
+        exact, because it moves outward what ends in a zero bit, and no float32 but a tie itself ends in a tie.
+        """
+        (f, i, _), d = _types(self.width), _double(self.width)
+        total = self.load(which, indices, "double")
+        mean = self.fresh(f"fdiv {d} {total}, {self.constant(count, 'double')}")
+        near = self.fresh(f"fptrunc {d} {mean} to {f}")
+        size, exact = (
+            self.fresh(f"call {d} @llvm.fabs{_suffix64(self.width)}({d} {v})")
+            for v in (self.fresh(f"fpext {f} {near} to {d}"), mean)
+        )
+        beyond = self.fresh(f"fcmp ogt {d} {size}, {exact}")
+        step = self.fresh(f"zext {_truth(self.width)} {beyond} to {i}")
+        bits = self.fresh(f"bitcast {f} {near} to {i}")
+        return self.fresh(f"bitcast {i} {self.fresh(f'sub {i} {bits}, {step}')} to {f}")
+
     def load(self, which: int, indices: list[str], element: str, offset: int = 0) -> str:
         strides = self.nest.strides[which]
         pointer = self.address(which, strides, indices, element)
@@ -287,12 +305,20 @@ class Emitter:
                 )
             case "load_of_four":
                 return self.load_of_four(instr.which, indices, int(instr.value))
+            case "load_wide":
+                return self.load_wide(instr.which, indices, instr.value)
             case "const":
                 return self.constant(instr.value, "float")
             case "scale":
                 return self.saturate(self.fresh(f"fmul {f} {s[0]}, {self.constant(instr.value, 'float')}"))
             case "add" | "sub" | "mul":
                 return self.round(self.fresh(f"f{instr.code} {f} {s[0]}, {s[1]}"))
+            case "floor" | "ceil":
+                return self.saturate(self.fresh(f"call {f} @llvm.{instr.code}.{suffix}({f} {s[0]})"))
+            case "copysign":
+                return self.fresh(f"call {f} @llvm.copysign.{suffix}({f} {s[0]}, {f} {s[1]})")
+            case "div":
+                return self.divide(s[0], s[1])
             case "affine":
                 return self.affine(s[0], s[1], s[2])
             case "max" | "min":
@@ -302,6 +328,8 @@ class Emitter:
                 return self.saturate(self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {s[0]})"))
             case "lookup":
                 return self.lookup(s[0], instr.which)
+            case "round":
+                return self.round(s[0])
             case "mac_round":
                 return self.mac_round(s[0])
             case "fma":
@@ -321,7 +349,7 @@ class Emitter:
                 return self.fresh(f"fcmp {_COMPARE[instr.code]} {f} {s[0]}, {s[1]}")
 
     def constant(self, value: float, element: str) -> str:
-        if element == "float":
+        if element in ("float", "double"):
             text = "0x" + _double_bits(value)
         else:
             text = str(int(value))
@@ -346,12 +374,26 @@ class Emitter:
         return self.saturate(wide)
 
     def saturate(self, x: str) -> str:
-        """No result lies beyond the engine's inf, 65536 (operands may: NaN patterns decode to more)."""
+        """No result lies beyond the engine's inf, 65536 (operands may: NaN patterns decode to more). No NaN occurs."""
         f, _, suffix = _types(self.width)
-        low = self.fresh(f"call {f} @llvm.minnum.{suffix}({f} {x}, {f} {self.constant(65536.0, 'float')})")
-        return self.fresh(
-            f"call {f} @llvm.maxnum.{suffix}({f} {low}, {f} {self.constant(-65536.0, 'float')})"
+        low = self.fresh(
+            f"call nnan {f} @llvm.minnum.{suffix}({f} {x}, {f} {self.constant(65536.0, 'float')})"
         )
+        return self.fresh(
+            f"call nnan {f} @llvm.maxnum.{suffix}({f} {low}, {f} {self.constant(-65536.0, 'float')})"
+        )
+
+    def divide(self, x: str, y: str) -> str:
+        """x / y in float32, rounded; a divisor below 2^-16 counts as that, because its inverse would be inf, and -0
+        as 0.
+        """
+        f, _, suffix = _types(self.width)
+        least = self.constant(2.0**-16, "float")
+        size = self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {y})")
+        size = self.fresh(f"call nnan {f} @llvm.maxnum.{suffix}({f} {size}, {f} {least})")
+        plus = self.fresh(f"fadd {f} {y}, {self.constant(0.0, 'float')}")
+        divisor = self.fresh(f"call {f} @llvm.copysign.{suffix}({f} {size}, {f} {plus})")
+        return self.round(self.fresh(f"fdiv {f} {x}, {divisor}"))
 
     def affine(self, x: str, scale: str, offset: str) -> str:
         """x * scale + offset with one rounding. The product is exact; the sum's float32 rounding matters only

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
-from ane_trainer.ane.simulator.compiled import Step
+from ane_trainer.ane.simulator.compiled import Step, chain
 from ane_trainer.ane.simulator.constants import channel_line, constant, half, per_channel
 from ane_trainer.ane.simulator.fp16 import round_half_away
-from ane_trainer.ane.simulator.passes import Pass, total_for
+from ane_trainer.ane.simulator.passes import Pass, extreme_for, total_for
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.rounding import rounded, table_of
 
@@ -51,24 +51,21 @@ def _normalize_into(
     beta: Array | None,
     out: Array,
 ) -> Step:
-    """`_scaled(_normalized(x))` in three passes: mean; squares of differences; products."""
-    total, mean = total_for(x, over), total_for(x, over, np.float32)
-    count, epsilon, factor = x.size / total.size, half(call, "epsilon"), np.empty_like(mean)
-    summed, squared, last = Pass(ctx), Pass(ctx), Pass(ctx)
-    sum_up = summed.fold("sum", summed.load(x), total)
-    spread = squared.fold("sum_square", squared.add("sub", squared.load(x), squared.load(mean)), total)
+    """`_scaled(_normalized(x))` in five loops: sum; mean; squares of differences; factor; products."""
+    total, mean, factor = total_for(ctx, x, over), extreme_for(x, over), extreme_for(x, over)
+    count = x.size / total.size
+    summed, averaged, squared, rooted, last = (Pass(ctx) for _ in range(5))
+    difference = squared.add("sub", squared.load(x), squared.load(mean))
+    variance = rooted.add("add", rooted.total(total, count), rooted.number(half(call, "epsilon")))
     y = last.add("mul", last.add("sub", last.load(x), last.load(mean)), last.load(factor))
     y = y if gamma is None else last.add("mul", y, last.load(gamma))
-    scale = last.store(y if beta is None else last.add("add", y, last.load(beta)), out)
-
-    def run() -> None:
-        sum_up()
-        mean[...] = rounded(total / count)
-        spread()
-        factor[...] = table_of("rsqrt", rounded(rounded(total / count) + epsilon))
-        scale()
-
-    return run
+    return chain(
+        summed.fold("sum", summed.load(x), total),
+        averaged.store(averaged.total(total, count), mean),
+        squared.fold("sum_square", difference, total),
+        rooted.store(rooted.lookup(variance, "rsqrt"), factor),
+        last.store(y if beta is None else last.add("add", y, last.load(beta)), out),
+    )
 
 
 def _layer_parameters(
@@ -137,18 +134,15 @@ def l2_norm(ctx: Context, call: Call, x: Array) -> Array:
 @writes("l2_norm")
 def l2_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `l2_norm`."""
-    total, epsilon = total_for(x, range(x.ndim - 3, x.ndim)), half(call, "epsilon")
-    root = np.empty(total.shape, np.float32)
-    squared, last = Pass(ctx), Pass(ctx)
-    sum_up = squared.fold("sum_square", squared.load(x), total)
-    scale = last.store(last.add("mul", last.load(x), last.load(root)), outputs[0])
-
-    def run() -> None:
-        sum_up()
-        root[...] = table_of("rsqrt", rounded(rounded(total) + epsilon))
-        scale()
-
-    return run
+    over = range(x.ndim - 3, x.ndim)
+    total, root = total_for(ctx, x, over), extreme_for(x, over)
+    squared, rooted, last = Pass(ctx), Pass(ctx), Pass(ctx)
+    length = rooted.add("add", rooted.total(total), rooted.number(half(call, "epsilon")))
+    return chain(
+        squared.fold("sum_square", squared.load(x), total),
+        rooted.store(rooted.lookup(length, "rsqrt"), root),
+        last.store(last.add("mul", last.load(x), last.load(root)), outputs[0]),
+    )
 
 
 @kernel("local_response_norm", "assumed", _SWEEP + "0.00014; log2 and exp2 tables for the power")

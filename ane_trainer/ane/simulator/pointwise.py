@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
+from ane_trainer.ane.simulator.constants import bias
 from ane_trainer.ane.simulator.fp16 import F32, INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
 from ane_trainer.ane.simulator.tables import TABLES, evaluate, real_div
@@ -73,8 +74,7 @@ def _tabled_epsilon(kind: str, table: str) -> None:
     entry = TABLES[table]
 
     def run(ctx: Context, call: Call, x: F32) -> F32:
-        epsilon = np.float32(np.floor(call.number("epsilon") * 65536.0 + 0.5) / 65536.0)
-        return evaluate(kind, round_half_away(x + epsilon))
+        return evaluate(kind, round_half_away(x + bias(call, "epsilon")))
 
     kernel(kind, entry.fidelity, entry.evidence, entry.bound)(run)
 

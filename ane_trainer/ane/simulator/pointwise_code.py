@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.constants import channel_line
-from ane_trainer.ane.simulator.fp16 import decode
+from ane_trainer.ane.simulator.constants import bias, channel_line
+from ane_trainer.ane.simulator.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.fuse import Instr
 from ane_trainer.ane.simulator.registry import KERNELS, Context
 from ane_trainer.ane.simulator.tables import lookup
@@ -44,6 +45,10 @@ class Code:
         """Append a load of an array's elements."""
         kind = "load_bool" if array.dtype == np.bool_ else "load"
         return self.add(kind, which=self.which(array))
+
+    def number(self, value: float | np.floating[Any]) -> int:
+        """Append a constant, rounded to float32."""
+        return self.add("const", value=float(np.float32(value)))
 
     def which(self, array: NDArray[Any]) -> int:
         """The number of an array among those of the group."""
@@ -78,41 +83,155 @@ def _mul(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("mul", *s)
 
 
-def _real_div(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
-    """x / y is x times the inverse table of y (see `facts`: M6 numerics, inverse x mul)."""
+def _real_div(group: Code, ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+    """x / y is x times the inverse table of y (see `facts`: M6 numerics, inverse x mul); fast: the quotient."""
+    if ctx.fast:
+        return group.add("div", *s)
     return group.add("mul", s[0], group.lookup(s[1], lookup("inverse")))
 
 
+def _floor_div(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    return group.add("floor", _real_div(group, ctx, call, s))
+
+
+def _inverse(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    """The table of x + epsilon; fast: the quotient."""
+    total = group.add("add", s[0], group.number(bias(call, "epsilon")))
+    return group.add("div", group.number(1), total) if ctx.fast else group.lookup(total, lookup("inverse"))
+
+
 def _relu(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
-    zero = group.add("const", value=0.0)
-    return group.add("max", s[0], zero)
+    return group.add("max", s[0], group.number(0))
 
 
-def _batch_norm(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
-    scale, offset = channel_line(call)
-    return group.add("affine", s[0], group.load(scale), group.load(offset))
+def _batch_norm(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    scale, offset = (group.load(line) for line in channel_line(call))
+    if ctx.fast:
+        return group.add("round", group.add("fma", offset, s[0], scale))
+    return group.add("affine", s[0], scale, offset)
 
 
 def _square(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("mul", s[0], s[0])
 
 
+def _sign(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+    zero = group.number(0)
+    below = group.add("select", group.add("lt", s[0], zero), group.number(-1), zero)
+    return group.add("select", group.add("gt", s[0], zero), group.number(1), below)
+
+
+def _round(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+    """Half away from zero: 0.5 added, from 1024 on in fp16, then cut."""
+    more = group.add("fma", group.number(0.5), group.add("abs", s[0]), group.number(1))
+    below = group.add("lt", more, group.number(1024))
+    return group.add(
+        "copysign", group.add("floor", group.add("select", below, more, group.add("round", more))), s[0]
+    )
+
+
+def _pow(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+    """2^(y log2 |x|); negative where x is and y is an odd integer."""
+    size = group.lookup(group.add("mul", s[1], group.lookup(s[0], _log2_of_size())), lookup("exp2"))
+    odd = group.add("eq", group.lookup(s[1], _odd()), group.number(1))
+    negative = group.add("and", group.add("lt", s[0], group.number(0)), odd)
+    return group.add("select", negative, group.add("mul", size, group.number(-1)), size)
+
+
+@cache
+def _log2_of_size() -> F32:
+    return np.asarray(lookup("log2")[np.arange(1 << 16) & 0x7FFF])
+
+
+@cache
+def _odd() -> F32:
+    odd: F32 = (np.mod(decode(np.arange(1 << 16, dtype=np.uint16)), 2) == 1).astype(np.float32)
+    return odd
+
+
+# --- piecewise linear, with parameters ---
+
+
+def _number(group: Code, call: Call, name: str) -> int:
+    """A parameter: one number, or one per channel along axis 1."""
+    values = round_half_away(np.asarray(call.const(name), dtype=np.float64))
+    if values.size == 1:
+        return group.number(float(values.reshape(())))
+    return group.load(values.reshape(-1, *(1,) * (call.type().rank - 2)))
+
+
+def _bound(group: Code, position: int, low: int | None = None, high: int | None = None) -> int:
+    """No less than `low`, then no more than `high`."""
+    position = position if low is None else group.add("max", position, low)
+    return position if high is None else group.add("min", position, high)
+
+
+def _relu6(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+    return _bound(group, s[0], group.number(0), group.number(6))
+
+
+def _clip(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    return _bound(group, s[0], _number(group, call, "alpha"), _number(group, call, "beta"))
+
+
+def _threshold(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    return _bound(group, s[0], _number(group, call, "alpha"))
+
+
+def _chosen(group: Code, condition: int, x: int, y: int) -> int:
+    """x or y, within the engine's range."""
+    return group.add("scale", group.add("select", condition, x, y), value=1.0)
+
+
+def _thresholded_relu(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    return _chosen(group, group.add("ge", s[0], _number(group, call, "alpha")), s[0], group.number(0))
+
+
+def _leaky_relu(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    below = group.add("mul", _number(group, call, "alpha"), s[0])
+    return _chosen(group, group.add("gt", s[0], group.number(0)), s[0], below)
+
+
+def _clamped_relu(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    return _bound(group, _leaky_relu(group, ctx, call, s), high=_number(group, call, "beta"))
+
+
+def _linear(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    scaled = group.add("mul", _number(group, call, "alpha"), s[0])
+    return group.add("add", scaled, _number(group, call, "beta"))
+
+
+def _sigmoid_hard(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    return _bound(group, _linear(group, ctx, call, s), group.number(0), group.number(1))
+
+
+def _softplus_parametric(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    """alpha log(1 + exp(beta x)), every step rounded; exp is inf from 32768 on."""
+    power = group.lookup(group.add("mul", _number(group, call, "beta"), s[0]), lookup("exp"))
+    power = group.add("select", group.add("lt", power, group.number(32768)), power, group.number(65536))
+    logarithm = group.lookup(group.add("add", group.number(1), power), lookup("log"))
+    return group.add("mul", _number(group, call, "alpha"), logarithm)
+
+
 #: MIL op -> how it is written. Ops that are absent but have one tensor operand become a lookup.
 WRITERS: dict[str, Writer] = {
-    "add": _simple("add"), "sub": _simple("sub"), "mul": _mul, "real_div": _real_div,
-    "maximum": _simple("max"), "minimum": _simple("min"), "abs": _simple("abs"), "relu": _relu,
+    "add": _simple("add"), "sub": _simple("sub"), "mul": _mul, "real_div": _real_div, "floor_div": _floor_div,
+    "maximum": _simple("max"), "minimum": _simple("min"), "abs": _simple("abs"), "relu": _relu, "pow": _pow,
     "square": _square, "less": _simple("lt"), "less_equal": _simple("le"), "greater": _simple("gt"),
     "greater_equal": _simple("ge"), "equal": _simple("eq"), "not_equal": _simple("ne"), "select": _simple("select"),
     "logical_and": _simple("and"), "logical_or": _simple("or"), "logical_xor": _simple("xor"),
-    "logical_not": _simple("not"), "batch_norm": _batch_norm,
+    "logical_not": _simple("not"), "batch_norm": _batch_norm, "inverse": _inverse, "sign": _sign,
+    "floor": _simple("floor"), "ceil": _simple("ceil"), "round": _round, "relu6": _relu6,
+    "clip": _clip, "threshold": _threshold, "thresholded_relu": _thresholded_relu, "leaky_relu": _leaky_relu,
+    "prelu": _leaky_relu, "clamped_relu": _clamped_relu, "linear_activation": _linear,
+    "sigmoid_hard": _sigmoid_hard, "softplus_parametric": _softplus_parametric,
 }  # fmt: skip
 
 #: Unary ops, fused as a lookup of their kernel's results. Parameters must be per tensor, not per channel.
 TABLED = frozenset(
     (
-        "sqrt rsqrt inverse exp exp2 log erf tanh sigmoid silu gelu relu6 leaky_relu elu softplus softsign"
-        " sigmoid_hard scaled_tanh linear_activation clamped_relu thresholded_relu threshold clip floor ceil"
-        " round sign sin cos atan"
+        "sqrt rsqrt exp exp2 log erf tanh sigmoid silu gelu elu softplus softsign scaled_tanh sin cos atan"
+        " acos asin atanh cosh sinh tan"
     ).split()
 )
 

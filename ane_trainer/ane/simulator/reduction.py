@@ -9,7 +9,6 @@ Other reductions sum in float64 and round once. Roots and logarithms of sums go 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
-from ane_trainer.ane.simulator.compiled import Step
-from ane_trainer.ane.simulator.passes import Pass, total_for
+from ane_trainer.ane.simulator.compiled import LINE, PARALLEL_ELEMENTS, Step, chain
+from ane_trainer.ane.simulator.passes import Pass, extreme_for, total_for
 from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes
 from ane_trainer.ane.simulator.rounding import rounded, table_of
 
@@ -36,21 +35,36 @@ def _over(call: Call) -> dict[str, Any]:
 
 
 def _folding(ctx: Context, call: Call, x: Array, out: Array) -> Step:
-    """The reduction as one loop over x, and what follows on its totals."""
+    """The reduction as one loop over x, and what follows on its totals as another."""
     kind, over = call.op.kind, _over(call)["axis"]
     if not over:
         over, x = (x.ndim,), x[..., None]
-    if kind in _BY_FOURS:
+    if kind in _BY_FOURS and not ctx.fast:
         return _by_fours(ctx, kind, x, over, out)
-    fold, finish = _FOLDED[kind]
-    total = total_for(x, over, np.float32 if fold in ("max", "min") else np.float64)
-    count, shaped, work = x.size / total.size, total.reshape(out.shape), Pass(ctx)
-    value = work.load(x)
-    gather = work.fold(fold, work.add("abs", value) if kind == "reduce_l1_norm" else value, total)
+    fold, table = _FOLDED[kind]
+    shaped = out.reshape([1 if a in over else n for a, n in enumerate(x.shape)])
+    last, total = Pass(ctx), shaped if fold in ("max", "min") else total_for(ctx, x, over)
+    gather = _gather(ctx, fold, kind == "reduce_l1_norm", x, over, total)
+    if total is shaped:
+        return gather
+    result = last.total(total, x.size / total.size if kind == "reduce_mean" else 1)
+    return chain(gather, last.store(result if table is None else last.lookup(result, table), shaped))
+
+
+def _gather(ctx: Context, fold: str, sizes: bool, x: Array, over: tuple[int, ...], total: Array) -> Step:
+    """One loop over x (`sizes`: over magnitudes); for few totals, a part of x for each thread, which are joined."""
+    work, parts = Pass(ctx), ctx.threads if total.size < 2 * LINE and x.size >= PARALLEL_ELEMENTS else 1
+    if parts == 1 or 0 not in over or x.shape[0] % parts:
+        value = work.load(x)
+        return work.fold(fold, work.add("abs", value) if sizes else value, total)
+    value = work.load(x.reshape(parts, -1, *x.shape[1:]))
+    several = np.empty((parts, *total.shape), total.dtype)
+    gather = work.fold(fold, work.add("abs", value) if sizes else value, several)
+    join = {"max": np.maximum, "min": np.minimum}.get(fold, np.add).reduce
 
     def run() -> None:
         gather()
-        out[...] = finish(shaped, count)
+        join(several, axis=0, out=total)
 
     return run
 
@@ -72,9 +86,10 @@ def _fours(x: Array, axis: int) -> list[list[Array]]:
 
 def _by_fours(ctx: Context, kind: str, x: Array, over: tuple[int, ...], out: Array) -> Step:
     """Sum or mean: one loop over the groups of four, one over what is left, then the look at the totals."""
-    totals, steps = [], []
+    totals: list[Array] = []
+    steps: list[Step] = []
     for views in _fours(x, max(over)):
-        work, total = Pass(ctx), total_for(x, over)
+        work, total = Pass(ctx), total_for(ctx, x, over)
         apart = x.strides[max(over)] // x.itemsize
         value = work.load_of_four(views[0], 0)
         for place in range(1, len(views)):
@@ -105,18 +120,15 @@ def _sum_by_fours(x: Array, over: dict[str, Any]) -> Array:
     return total
 
 
-#: Reductions of one loop: what it gathers, and what becomes of a total of `count` elements.
-_FOLDED: dict[str, tuple[str, Callable[[Array, float], Array]]] = {
-    "reduce_l1_norm": ("sum", lambda total, count: rounded(total)),
-    "reduce_sum_square": ("sum_square", lambda total, count: rounded(total)),
-    "reduce_l2_norm": ("sum_square", lambda total, count: table_of("sqrt", rounded(total))),
-    "reduce_log_sum": ("sum", lambda total, count: table_of("log", rounded(total))),
-    "reduce_max": ("max", lambda total, count: total),
-    "reduce_min": ("min", lambda total, count: total),
-}
+#: Reductions of one loop: what it gathers, and the table that a total then goes through.
+_FOLDED: dict[str, tuple[str, str | None]] = {
+    "reduce_sum": ("sum", None), "reduce_mean": ("sum", None), "reduce_l1_norm": ("sum", None),
+    "reduce_sum_square": ("sum_square", None), "reduce_l2_norm": ("sum_square", "sqrt"),
+    "reduce_log_sum": ("sum", "log"), "reduce_max": ("max", None), "reduce_min": ("min", None),
+}  # fmt: skip
 
 
-@writes(" ".join((*_BY_FOURS, *_FOLDED)))
+@writes(" ".join(_FOLDED))
 def reduce_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
     """Every reduction that one loop and a look at its totals make; int32 and fp32 take their kernels."""
     if call.type().dtype == "fp16":
@@ -222,23 +234,18 @@ def softmax_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> St
 
 
 def softmax_steps(ctx: Context, work: Pass, value: int, axis: int, out: Array) -> Step:
-    """`softmax_over` of a value of a pass in three passes: maximum; exponentials and their sum; product."""
-    total, most = total_for(out, (axis,)), total_for(out, (axis,), np.float32)
-    factor, weights, last = np.empty_like(most), Pass(ctx), Pass(ctx)
+    """`softmax_over` of a value of a pass in four loops: maximum; exponentials and their sum; factor; product."""
+    total, most, factor = total_for(ctx, out, (axis,)), extreme_for(out, (axis,)), extreme_for(out, (axis,))
+    weights, inverted, last = Pass(ctx), Pass(ctx), Pass(ctx)
     plain = work.code.instrs[value].code == "load"
-    find = work.fold("max", value, most, store=None if plain else out)
     source = work.code.arrays[work.code.instrs[value].which] if plain else out
     shifted = weights.add("sub", weights.load(source), weights.load(most))
-    weigh = weights.fold("sum", weights.lookup(shifted, "exp"), total, store=out)
-    scale = last.store(last.add("mul", last.load(out), last.load(factor)), out)
-
-    def run() -> None:
-        find()
-        weigh()
-        factor[...] = table_of("inverse", rounded(total))
-        scale()
-
-    return run
+    return chain(
+        work.fold("max", value, most, store=None if plain else out),
+        weights.fold("sum", weights.lookup(shifted, "exp"), total, store=out),
+        inverted.store(inverted.lookup(inverted.total(total), "inverse"), factor),
+        last.store(last.add("mul", last.load(out), last.load(factor)), out),
+    )
 
 
 @writes("reduce_log_sum_exp")
@@ -247,14 +254,12 @@ def reduce_log_sum_exp_into(ctx: Context, call: Call, outputs: list[Array], x: A
     out, over = outputs[0], _over(call)["axis"]
     if not over:
         over, x = (x.ndim,), x[..., None]
-    total, most, first, second = total_for(x, over), total_for(x, over, np.float32), Pass(ctx), Pass(ctx)
-    find = first.fold("max", first.load(x), most)
+    total, most = total_for(ctx, x, over), extreme_for(x, over)
+    first, second, last = Pass(ctx), Pass(ctx), Pass(ctx)
     shifted = second.add("sub", second.load(x), second.load(most))
-    weigh = second.fold("sum", second.lookup(shifted, "exp"), total)
-
-    def run() -> None:
-        find()
-        weigh()
-        out[...] = rounded(table_of("log", rounded(total)) + most).reshape(out.shape)
-
-    return run
+    logarithm = last.lookup(last.total(total), "log")
+    return chain(
+        first.fold("max", first.load(x), most),
+        second.fold("sum", second.lookup(shifted, "exp"), total),
+        last.store(last.add("add", logarithm, last.load(most)), out.reshape(total.shape)),
+    )

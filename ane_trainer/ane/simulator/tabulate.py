@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 #: Cost of an instruction relative to an addition with its rounding (200,000 elements, AVX-512: add 28 us,
 #: lookup 104 us in cache; rows `add` and `exp` of bench/ops.py measure both).
-_COST = {"add": 1.0, "sub": 1.0, "mul": 1.0, "affine": 2.0, "lookup": 3.5, "mac_round": 1.3}
+_COST = {"add": 1.0, "sub": 1.0, "mul": 1.0, "div": 2.0, "affine": 2.0, "lookup": 3.5, "mac_round": 1.3}
 _CHEAP = 0.2
 
 
@@ -42,6 +42,17 @@ def evaluate(instr: Instr, sources: Sequence[Array], tables: Sequence[Array]) ->
             return round_half_away(s[0] * s[1])
         case "scale":
             return np.clip(s[0] * np.float32(instr.value), -INF, INF)
+        case "floor" | "ceil":
+            return np.clip((np.floor if instr.code == "floor" else np.ceil)(s[0]), -INF, INF)
+        case "copysign":
+            return np.copysign(*s)
+        case "div":
+            divisor = np.copysign(np.maximum(np.abs(s[1]), np.float32(2.0**-16)), s[1] + np.float32(0))
+            return round_half_away(s[0] / divisor)
+        case "round":
+            return round_half_away(s[0])
+        case "fma":
+            return np.asarray(s[0] + s[1] * s[2])
         case "affine":
             return round_half_away(s[0].astype(np.float64) * s[1] + s[2])
         case "max":

@@ -117,7 +117,8 @@ def test_attention_is_its_products_and_a_softmax(mask):
 def test_a_total_over_every_element_and_one_over_none():
     x = decode(np.arange(1, 1 + 3 * 70, dtype=np.float16).reshape(3, 70))
     for axes in ((0, 1), (0,), (1,)):
-        total, work = total_for(x, axes), Pass(make_context("m4", threads=2))
+        ctx = make_context("m4", threads=2)
+        total, work = total_for(ctx, x, axes), Pass(ctx)
         work.fold("sum", work.load(x), total)()
         assert np.array_equal(total, x.sum(axis=axes, keepdims=True, dtype=np.float64)), axes
 
@@ -212,7 +213,8 @@ def test_totals_do_not_depend_on_threads(axes):
     results = []
     for threads in (1, 2):
         for view in (x, np.asfortranarray(x)):
-            total, work = total_for(view, axes), Pass(make_context("m4", threads=threads))
+            ctx = make_context("m4", threads=threads)
+            total, work = total_for(ctx, view, axes), Pass(ctx)
             work.fold("sum_square", work.load(view), total)()
             results.append(total)
     assert np.allclose(results[0], np.square(x.astype(np.float64)).sum(axis=axes, keepdims=True), rtol=1e-14)
