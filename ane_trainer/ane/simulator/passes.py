@@ -48,7 +48,7 @@ class Pass:
         total = self.load(array)
         return self.add("round", total) if count == 1 else self.add("mul", total, self.number(1 / count))
 
-    def number(self, value: float) -> int:
+    def number(self, value: float | np.floating[Any]) -> int:
         """A constant, rounded to float32."""
         return self.code.number(value)
 
