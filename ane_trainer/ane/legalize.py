@@ -1,8 +1,9 @@
 """Legalize: check a lowered program op by op against what a chip accepts; collect every refusal.
 
 The limits come from `chips.py` (the strictest claim that applies), so each refusal can name its source.
-What is legal but deserves attention becomes a note. One rewrite is done here because it depends on the chip:
-last-axis slices with an offset, where the chip's crop unit clamps (see `move_width_slices`).
+What is legal but deserves attention becomes a note. Two rewrites are done here because they depend on chip and
+path: last-axis slices with an offset, where the chip's crop unit clamps (see `move_width_slices`), and scalar
+factors that the path's compiler would lose (see `spread_factors`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def legalize(lowered: Lowered, chip: str, path: str = "e5rt") -> Legalized:
     UsageError for an unknown chip or path.
     """
     target = Target(get_chip(chip), path)
-    function = move_width_slices(lowered.program.main, target)
+    function = spread_factors(move_width_slices(lowered.program.main, target), target)
     findings = refusals(function, target)
     if findings:
         count = len(findings)
@@ -341,6 +342,36 @@ def _moved(op: Op, names: set[str]) -> list[Op]:
         Op(op.kind, tuple(sliced), (part,), op.source),
         Op("reshape", (("x", part), ("shape", literal(list(result.shape), "int32"))), op.results, op.source),
     ]
+
+
+def spread_factors(function: Function, target: Target) -> Function:
+    """On e5rt, write a scalar factor of a rounded value in full:
+
+        mul(floor(x), 2.0) -> mul(floor(x), [2.0, ..])
+
+    The compiler folds a scalar factor into the `floor`, `ceil` or `round` before it, whose kernel drops it: the
+    product is lost without a word. A factor of full shape stays (ANEForge issue 112, M5, macOS 26.5).
+    """
+    rounded = {op.result.name for op in function.ops if op.kind in ("floor", "ceil", "round")}
+    if target.path != "e5rt" or not rounded:
+        return function
+    return replace(
+        function, ops=tuple(_spread(op, rounded) if op.kind == "mul" else op for op in function.ops)
+    )
+
+
+def _spread(op: Op, rounded: set[str]) -> Op:
+    """The product with its scalar factor written in full, if its other operand is rounded."""
+    if not any(value.name in rounded for value in op.operands()):
+        return op
+    full = op.result.type
+    args = tuple(
+        (name, Literal(full, arg.data * full.size))
+        if isinstance(arg, Literal) and arg.type.size == 1 and isinstance(arg.data, bytes)
+        else (name, arg)
+        for name, arg in op.args
+    )
+    return replace(op, args=args)
 
 
 def _fresh(name: str, names: set[str]) -> str:

@@ -204,3 +204,20 @@ def test_a_width_slice_of_rank_5_is_noted() -> None:
 def test_operands_beyond_the_working_set_are_noted() -> None:
     assert not legalize(program(relu(1024, 1024)), "m4").notes
     assert any("working set" in note.reason for note in legalize(program(relu(1024, 1025)), "m4").notes)
+
+
+@pytest.mark.parametrize("kind", ["floor", "ceil", "round"])
+def test_scalar_factors_of_rounded_values_are_written_in_full_on_e5rt(kind: str) -> None:
+    def build(b: Builder) -> Value:
+        doubled = b.op("mul", x=b.op(kind, x=x(b, 2, 3)), y=2.0)
+        return b.op("mul", x=doubled, y=3.0)
+
+    def factors(path: str) -> list[tuple[int, ...]]:
+        ops = legalize(program(build), "m5", path).lowered.program.main.ops
+        return [item.type.shape for op in ops for _, item in op.literals()]
+
+    assert factors("e5rt") == [(2, 3), ()]
+    assert factors("coreml") == [(), ()]
+    function = legalize(program(build), "m5").lowered.program.main
+    (result,) = evaluate(function, {"x": np.full((2, 3), 1.5)}).values()
+    assert (result == {"floor": 6, "ceil": 12, "round": 12}[kind]).all()
