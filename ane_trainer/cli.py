@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ane_trainer import conformance, core, doctor, inspection, programs
+from ane_trainer import benchmark, conformance, core, doctor, inspection, programs
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
 from ane_trainer.chip_table import chip_table, chip_values
@@ -237,6 +237,33 @@ def estimate(
         _print_json(found)
     else:
         print(inspection.estimate_text(found))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="As for `check`.", metavar="MODEL")] = "mlp",
+    devices: Annotated[
+        str, typer.Option(help="cpu, mps, sim, coreai, e5rt; always beside cpu.", metavar="NAMES")
+    ] = "cpu,sim",
+    input_shape: Input = "1x28x28",
+    classes: Classes = 10,
+    batch: Batch = 128,
+    optimizer: Optimizer = None,
+    chip: Annotated[str, typer.Option(help="m1 ... m6.", metavar="NAME")] = "m4",
+    fidelity: Annotated[str, typer.Option(help="exact or fast.", metavar="NAME")] = "exact",
+    steps: Annotated[int, typer.Option(help="Timed on each device.")] = 20,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time a model's training step on several devices, in turn, each as a ratio to plain PyTorch."""
+    found = benchmark.compare_devices(
+        model, _integers("--input", input_shape, "x"), classes, batch, optimizer or "adam", devices.split(","),
+        chip=chip, fidelity=fidelity, steps=steps, threads=threads,
+    )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.as_text())
 
 
 @app.command(name="run")

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 import ane_trainer as at
+from ane_trainer.benchmark import in_turn
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
@@ -43,14 +44,6 @@ def eager_step(
     optimizer.step()
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Time of one call: of the processor with one thread, which a busy machine disturbs little, else on the wall."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    step()
-    return clock() - start
-
-
 def use_threads(count: int) -> None:
     """Let PyTorch and the simulator use `count` cores."""
     torch.set_num_threads(count)
@@ -72,12 +65,9 @@ def compare(model_name: str, optimizer_name: str, batch: int, steps: int) -> Non
             model, "cross_entropy", optimizer, example=(x, y), chip="m4", device="sim", fidelity=fidelity
         )
         runs[fidelity] = lambda step=step: step(x, y)  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(steps + 3):
-        for name, run in runs.items():
-            elapsed = seconds(run)
-            if number >= 3:
-                times[name].append(elapsed)
+    # the processor's time with one thread, which a busy machine disturbs little, else that on the wall
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = in_turn(runs, steps, clock)
     print(
         f"{model_name}, {optimizer_name}, batch {batch}, {torch.get_num_threads()} threads, {steps} steps in turn"
     )

@@ -74,6 +74,7 @@ LINES: dict[str, float] = {
     "energy": 9.3,
     "placement": 9.3,
     "chip_table": 9.3,
+    "benchmark": 10,
     "inspection": 10,
     "programs": 10,
     "doctor": 10,
