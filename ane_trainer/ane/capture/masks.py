@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ane_trainer.ane.capture import packed
 from ane_trainer.ane.capture.composites import COMPOSITES, RECURRENT, attention, drops, inside, recurrent
 
 #: function -> does it drop whole channels
@@ -78,6 +79,9 @@ class MaskMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             with self:
                 return attention(*args, **kwargs)
+        if getattr(func, "__name__", "") in RECURRENT and packed.is_packed_call(args):
+            with self:
+                return packed.recurrent(func, *args, **kwargs)
         if getattr(func, "__name__", "") in RECURRENT and drops(*args):
             with self:
                 return recurrent(func, *args, **kwargs)

@@ -19,7 +19,7 @@ from ane_trainer.ane.capture.losses import Loss
 from ane_trainer.ane.capture.masks import Mask, MaskMode
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from ane_trainer.ane.capture.slots import Parameter
-from ane_trainer.ane.capture.substitutes import RewriteMode
+from ane_trainer.ane.capture.substitutes import rewriting
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,7 +56,7 @@ def rehearse(
     values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
     trained = [values[p.name] for p in parameters if p.trained]
     mode = MaskMode()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), RewriteMode(), mode:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(), mode:
         output = call_model(model, {**values, **copies(model)}, example[0])
         value = call_loss(loss, output, example[1])
     if not trained or not value.requires_grad:

@@ -14,7 +14,9 @@ import torch
 from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
+from ane_trainer.ane.capture import logits, packed
 from ane_trainer.ane.capture.bags import embedding_bag
 from ane_trainer.ane.capture.criteria import (
     gaussian_nll,
@@ -23,6 +25,7 @@ from ane_trainer.ane.capture.criteria import (
     multi_margin,
     one_hot,
 )
+from ane_trainer.ane.capture.ctc import ctc_loss
 
 Function = Callable[..., Any]
 
@@ -33,18 +36,47 @@ class RewriteMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return REWRITES.get(func, func)(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        replacement = _PACKED.get(name) or REWRITES.get(func)
+        if replacement is not None:
+            return replacement(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if args and packed.is_rows(args[0]):
+            packed.check_use(name)
+            packed.rows_of(result)
+        return result
 
 
 @contextlib.contextmanager
-def without_value_checks() -> Iterator[None]:
-    """`torch.distributions` does not look at its parameters' and samples' values (programs have no exceptions)."""
+def rewriting() -> Iterator[None]:
+    """`RewriteMode`, and what changes torch otherwise while the block runs.
+
+    `torch.distributions` does not look at its parameters' and samples' values (programs have no exceptions), and
+    checkpointed parts run once: the program recomputes nothing, and their dropouts are drawn once.
+    """
     checks = Distribution._validate_args
     Distribution.set_default_validate_args(False)
+    halves = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+    checkpoint._checkpoint_without_reentrant_generator = _run_once
+    checkpoint.CheckpointFunction = _RunOnce  # type: ignore[misc,assignment]
     try:
-        yield
+        with RewriteMode():
+            yield
     finally:
         Distribution.set_default_validate_args(checks)
+        checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction = halves  # type: ignore[misc]
+
+
+def _run_once(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+class _RunOnce:
+    """Stands for the autograd function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Function, _preserve: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 def _all_true(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,5 +129,7 @@ REWRITES: dict[Function, Function] = {
     F.one_hot: one_hot, torch._is_all_true: _all_true, F.embedding: _embedding, F.embedding_bag: embedding_bag,
     torch.Tensor.__getitem__: _getitem, F.gaussian_nll_loss: gaussian_nll, torch.logcumsumexp: logcumsumexp,
     torch.Tensor.logcumsumexp: logcumsumexp, F.multi_margin_loss: multi_margin,
-    F.multilabel_margin_loss: multi_label_margin,
+    F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, **logits.REWRITES,
 }  # fmt: skip
+#: By name: these have no function object of their own in Python.
+_PACKED: dict[str, Function] = {"_pack_padded_sequence": packed.pack, "_pad_packed_sequence": packed.pad}

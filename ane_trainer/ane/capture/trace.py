@@ -15,7 +15,7 @@ from torch.fx import traceback as fx_traceback
 from ane_trainer.ane.capture.recorder import Recorder
 from ane_trainer.ane.capture.simplify import simplify
 from ane_trainer.ane.capture.sources import set_source, spread_sources
-from ane_trainer.ane.capture.substitutes import RewriteMode, without_value_checks
+from ane_trainer.ane.capture.substitutes import rewriting
 
 Overload = Any
 
@@ -65,8 +65,7 @@ def tracing() -> Iterator[None]:
             fx_traceback.preserve_node_meta(),
             torch.autograd.set_multithreading_enabled(False),
             sdpa_kernel(SDPBackend.MATH),
-            without_value_checks(),
-            RewriteMode(),
+            rewriting(),
         ):
             yield
     finally:

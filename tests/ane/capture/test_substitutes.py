@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from ane_trainer.ane.capture.substitutes import RewriteMode
+from ane_trainer.ane.capture.substitutes import rewriting
+from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.lower.harness import captured, normal
 
 INT = torch.tensor([2, 0, 3, 1, 3, 0])
@@ -18,6 +20,10 @@ TABLE = normal(7, 4)
 BAGS = torch.tensor([[1, 2, 2], [0, 5, 6]])
 LABELS = torch.tensor([[3, 0, -1, 1, 2], [-1, 2, 0, 1, 3], [1, 4, 2, 0, 3]])
 SCORES = normal(3, 5, seed=1)
+FRAMES, COUNTS = normal(7, 3, 5, seed=2), torch.tensor([2, 0, 3])
+distributions: Any = torch.distributions
+TARGETS = torch.tensor([[3, 3, 1], [2, 1, 4], [1, 4, 2]])
+ctc_loss: Any = F.ctc_loss
 
 #: name -> (function of float and integer tensors, tensors)
 CASES: dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]] = {
@@ -56,8 +62,29 @@ CASES: dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]] = {
     "multi margin one": (lambda x, i: F.multi_margin_loss(x[0], i[0], reduction="sum"), [SCORES, INT]),
     "multi label": (lambda x, i: F.multilabel_margin_loss(x, i), [SCORES, LABELS]),
     "multi label one": (lambda x, i: F.multilabel_margin_loss(x[0], i[0], reduction="none"), [SCORES, LABELS]),
-    "normal": (lambda x: torch.distributions.Normal(x, x.exp()).log_prob(x.detach() + 1), [SCORES]),
-    "categorical": (lambda x, i: torch.distributions.Categorical(logits=x).log_prob(i[:3]), [SCORES, INT]),
+    "normal": (lambda x: distributions.Normal(x, x.exp()).log_prob(x.detach() + 1), [SCORES]),
+    "categorical": (lambda x, i: distributions.Categorical(logits=x).log_prob(i[:3]), [SCORES, INT]),
+    "cross entropy of a sigmoid": (
+        lambda x: F.binary_cross_entropy(torch.sigmoid(x).flatten(), (x.detach() > 0).to(x.dtype).flatten()),
+        [SCORES],
+    ),
+    "cross entropy of a changed sigmoid": (
+        lambda x: (
+            F.binary_cross_entropy(torch.sigmoid(x.detach()).mul_(0.5), (x.detach() > 0).to(x.dtype)) * x.sum()
+        ),
+        [SCORES],
+    ),
+    "log of a softmax": (lambda x: x.softmax(1).log() + torch.log(F.softmax(x, dim=0, dtype=x.dtype)), [SCORES]),
+    "log of a sigmoid": (lambda x: torch.log(x.sigmoid()), [SCORES]),
+    "ctc": (lambda x, t, c: ctc_loss(x.log_softmax(2), t, torch.tensor([7, 5, 7]), c), [FRAMES, TARGETS, COUNTS]),
+    "ctc with impossible rows": (
+        lambda x, t, c: ctc_loss(x.log_softmax(2)[:3], t % 4, torch.tensor([3, 3, 3]), c, 4, "none", True),
+        [FRAMES, TARGETS, torch.tensor([3, 1, 3])],
+    ),
+    "ctc of one row": (
+        lambda x, t, c: ctc_loss(x[:, 0].log_softmax(1), t[0, :2], c[:1] + 4, c[:1], reduction="sum"),
+        [FRAMES, TARGETS, COUNTS],
+    ),
 }  # fmt: skip
 
 
@@ -74,7 +101,7 @@ def both(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> 
 def test_the_replacement_is_pytorchs_function(name: str) -> None:
     function, tensors = CASES[name]
     expected = both(function, tensors)
-    with RewriteMode():
+    with rewriting():
         found = both(function, tensors)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -89,8 +116,37 @@ def test_no_value_is_read(name: str) -> None:
 
 def test_a_sparse_embedding_has_a_dense_gradient() -> None:
     layer = nn.Embedding(7, 4, sparse=True)
-    with RewriteMode():
+    with rewriting():
         layer(INT).sum().backward()
     gradient: Any = layer.weight.grad
     assert not gradient.is_sparse
     torch.testing.assert_close(gradient, torch.bincount(INT, minlength=7).float()[:, None].expand(7, 4))
+
+
+def test_a_saturated_sigmoid_keeps_its_loss() -> None:
+    """fp32 rounds sigmoid(20) to 1, whose binary cross entropy with 0 is clamped at 100."""
+    x = torch.full((1,), 20.0)
+    assert float(F.binary_cross_entropy(torch.sigmoid(x), torch.zeros(1))) == 100.0
+    with rewriting():
+        assert float(F.binary_cross_entropy(torch.sigmoid(x), torch.zeros(1))) == 20.0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_parts_run_once(reentrant: bool) -> None:
+    calls: list[int] = []
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x * x
+
+    x = torch.ones(2, requires_grad=True)
+    with rewriting():
+        checkpoint(part, x, use_reentrant=reentrant).sum().backward()
+    assert len(calls) == 1
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0]
+
+
+def test_concatenated_targets_are_refused() -> None:
+    with rewriting(), pytest.raises(UnsupportedModel, match="needs padded targets"):
+        ctc_loss(FRAMES.log_softmax(2), torch.ones(5, dtype=torch.int64), (7, 7, 7), (2, 1, 2))
