@@ -30,6 +30,7 @@ KEPT = (
     aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
     aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d, aten.flip, aten.roll,
     aten.replication_pad1d_backward, aten.replication_pad2d_backward, aten.replication_pad3d_backward,
+    aten.max_unpool2d, aten.max_unpool3d,
 )  # fmt: skip
 
 #: Beyond the core table.

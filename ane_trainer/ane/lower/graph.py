@@ -14,6 +14,7 @@ from torch.fx import Node
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.lower.context import Absent, Context, is_bool, mil_shape
 from ane_trainer.ane.lower.integers import keeps_codes, reads_codes
+from ane_trainer.ane.lower.maxima import Places
 from ane_trainer.ane.lower.passes import run_passes
 from ane_trainer.ane.lower.registry import ACCEPTS_ABSENT, RULES, Refusal
 from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value, literal
@@ -36,6 +37,8 @@ _RANDOM = (
 )
 #: Their results have as many elements as the data says.
 _DATA_SHAPED = ("masked_select", "nonzero", "unique", "bincount")
+_VIEWS = tuple(f"aten.{name}" for name in ("view.default", "_unsafe_view.default", "unsqueeze.default",
+    "squeeze.default", "squeeze.dim", "squeeze.dims"))  # fmt: skip
 _RULE_ON_CONSTANTS = ("aten.view.default", "aten._unsafe_view.default")
 
 
@@ -58,6 +61,9 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
             ctx.operands[node] = operator.attrgetter(node.target)(captured.graph)
         elif node.op == "call_function":
             _lower_node(ctx, node, findings)
+    for node in results:
+        if isinstance(node, Node):
+            ctx.operands[node] = _with_numbers(ctx, ctx.operands[node])
     findings += _absent_outputs(ctx, results)
     findings += _computed_codes(ctx)
     inputs = tuple(replace(port, wide=port.name in ctx.wide) for port in inputs)
@@ -177,6 +183,11 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
         rule = RULES.get(name)
         if rule is None:
             raise Refusal(*_no_rule(name))
+        if arguments and isinstance(arguments[0], Places) and name in _VIEWS:
+            ctx.operands[node] = arguments[0].viewed(ctx.shape)
+            return
+        if name not in ACCEPTS_ABSENT:
+            arguments = _with_numbers(ctx, arguments)
         absent = next((leaf for leaf in _flat(arguments) if isinstance(leaf, Absent)), None)
         if absent is not None and name not in ACCEPTS_ABSENT:
             raise Refusal(absent.reason, absent.fix)
@@ -189,6 +200,16 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
         findings.append(Finding(where(node), name, f"its lowering is refused by a type rule: {error}", ""))
     if node not in ctx.operands:
         ctx.operands[node] = _placeholders(ctx, ctx.meta)
+
+
+def _with_numbers(ctx: Context, argument: Any) -> Any:
+    """Indices of poolings as numbers, where there are few enough."""
+    if isinstance(argument, Places):
+        numbers = argument.numbers(ctx)
+        return argument if numbers is None else numbers
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_with_numbers(ctx, item) for item in argument)
+    return argument
 
 
 def _no_rule(name: str) -> tuple[str, str]:

@@ -9,8 +9,9 @@ import math
 
 import torch
 
-from ane_trainer.ane.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.lower.context import Absent, Context, Operand, shape_of
 from ane_trainer.ane.lower.integers import EXACT_INTEGERS, coded, most_rows
+from ane_trainer.ane.lower.maxima import Places, pick
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.lower.slicing import take
 from ane_trainer.ane.mil import Value
@@ -124,12 +125,17 @@ def index_select(ctx: Context, x: Operand, dim: int, index: Operand) -> Operand:
     return ctx.reshape(picked, ctx.shape)
 
 
-@lowering("gather.default")
-def gather(ctx: Context, x: Operand, dim: int, index: Operand, *, sparse_grad: bool = False) -> Operand:
+@lowering("gather.default", accepts_absent=True)
+def gather(
+    ctx: Context, x: Operand, dim: int, index: Operand | Absent, *, sparse_grad: bool = False
+) -> Operand:
     """`gather(x, d, i) -> reduce_sum(mul(x, onehot(i)))`, an axis of x's length per picked element
 
-    One pick along the axis: `reduce_sum(mul(x, onehot), axes=d)`, no extra axis.
+    One pick along the axis: `reduce_sum(mul(x, onehot), axes=d)`, no extra axis. By a pooling's indices
+    `-> select` of the windows' elements.
     """
+    if isinstance(index, Absent):
+        return _gather_maxima(ctx, x, dim, index)
     shape, picked = shape_of(x), shape_of(index)
     dim %= len(shape)
     for axis, extent in enumerate(picked):
@@ -147,6 +153,18 @@ def gather(ctx: Context, x: Operand, dim: int, index: Operand, *, sparse_grad: b
     product = ctx.matmul(mask, ctx.reshape(moved, (*shape_of(moved), 1)))
     back = ctx.reshape(product, shape_of(product)[:-1])
     return move_axis_back(ctx, back, dim)
+
+
+def _gather_maxima(ctx: Context, x: Operand, dim: int, index: Absent) -> Operand:
+    """The gradient of unpooling: what x `[N, C, places]` has where the pooling found its maxima."""
+    m = index.maxima if isinstance(index, Places) else None
+    shape = shape_of(x)
+    if m is not None and dim % len(shape) == len(shape) - 1 and math.prod(shape) == math.prod(m.shape):
+        return ctx.reshape(pick(ctx, m, ctx.reshape(x, m.shape)), ctx.shape)
+    numbers = index.numbers(ctx) if isinstance(index, Places) else None
+    if numbers is None:
+        raise ctx.refuse(index.reason, index.fix)
+    return gather(ctx, x, dim, numbers)
 
 
 def _gather_mask(ctx: Context, x: Operand, dim: int, index: Operand) -> tuple[Operand, Operand]:

@@ -13,16 +13,12 @@ import torch
 
 from ane_trainer.ane.lower import windows
 from ane_trainer.ane.lower.context import Absent, Context, Operand, Shape, mil_shape, shape_of
+from ane_trainer.ane.lower.maxima import Adaptive, Maxima, Places, Regular, give, highest, maxima, places
 from ane_trainer.ane.lower.registry import lowering
+from ane_trainer.ane.lower.scattering import scatter
 from ane_trainer.ane.lower.slicing import along
 
-#: Stands for minus infinity in a padded border: the least finite fp16.
-LOWEST = -65504.0
-
-_NO_INDICES = Absent(
-    "its indices are not computed on the engine.",
-    "Use the pooled values only; unpooling needs another layer.",
-)
+_NO_INDICES = Absent("its indices are not computed, since nothing seemed to read them.")
 
 
 @dataclass(frozen=True)
@@ -93,42 +89,25 @@ def max_pool_with_indices(
     padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     ceil_mode: bool = False,
-) -> tuple[Operand, Absent]:
+) -> tuple[Operand, Operand | Absent]:
     """`max_pool2d_with_indices(x) -> max_pool(x, pad)`
 
-    Dilated windows, and windows whose gradient is computed too `-> maximum` of shifted slices: the gradient
-    needs the same slices and maxima, and equal ops are merged.
+    Dilated windows, and windows whose gradient or indices are needed too `-> maximum` of shifted slices: these
+    need the same slices and maxima, and equal ops are merged. Indices `-> select` over constants (to 2048).
     """
     shape = mil_shape(ctx.meta[0])
     axes = len(kernel)
     pool = _pool(shape_of(x)[-axes:], shape[-axes:], kernel, stride, padding, dilation)
     batched = _batched(ctx, x, axes)
-    if all(d == 1 for d in pool.dilations) and not _trained(ctx):
+    if all(d == 1 for d in pool.dilations) and not ctx.used(1):
         return ctx.reshape(_native(ctx, "max_pool", batched, pool), shape), _NO_INDICES
-    y = windows.pad_spatial(ctx, windows.to_last(ctx, batched), pool.borders, LOWEST)
-    for i in reversed(range(axes)):
-        y = _maximum(ctx, _taps(ctx, y, i, pool))
-    return ctx.reshape(windows.to_first(ctx, y), shape), _NO_INDICES
+    m = _maxima(ctx, batched, pool)
+    return ctx.reshape(highest(ctx, m), shape), places(m, shape)
 
 
-def _trained(ctx: Context) -> bool:
-    """Whether the node's indices go to a backward op."""
-    assert ctx.node is not None
-    indices = [user for user in ctx.node.users if user.args[1] == 1]
-    return any("backward" in str(reader.target) for item in indices for reader in item.users)
-
-
-def _taps(ctx: Context, x_last: Operand, axis: int, pool: Pool) -> list[Operand]:
-    """The shifted slices of one spatial axis, one per window element."""
-    d, n, s = pool.dilations[axis], pool.outputs[axis], pool.strides[axis]
-    return [windows.tap(ctx, x_last, axis + 1, t * d, n, s) for t in range(pool.kernel[axis])]
-
-
-def _maximum(ctx: Context, parts: Sequence[Operand]) -> Operand:
-    best = parts[0]
-    for part in parts[1:]:
-        best = ctx.binary("maximum", best, part)
-    return best
+def _maxima(ctx: Context, x: Operand, pool: Pool) -> Maxima:
+    numbers = zip(pool.outputs, pool.kernel, pool.strides, pool.dilations, strict=True)
+    return maxima(ctx, x, [Regular(*each) for each in numbers], pool.borders)
 
 
 @lowering(
@@ -146,39 +125,12 @@ def max_pool_backward(
     indices: object,
 ) -> Operand:
     """`max_pool2d_with_indices_backward(g, x) -> ` per axis and tap: `equal, select, sub`, then the taps
-    folded back
-
-    torch's tie rule (the first maximum in row-major order) separates: the first row of the window that holds
-    the maximum, and in that row the first column. So the maxima are taken column-wise, then row-wise, and the
-    gradient goes back the same way; per axis, each tap that equals the maximum takes what is left of g:
-
-        e_t = select(equal(tap_t, best), rest, 0);  rest = sub(rest, e_t);  the last tap takes the rest
+    folded back (`maxima.give`)
     """
     axes = len(kernel)
     pool = _pool(shape_of(x)[-axes:], shape_of(g)[-axes:], kernel, stride, padding, dilation)
-    level = windows.pad_spatial(ctx, windows.to_last(ctx, _batched(ctx, x, axes)), pool.borders, LOWEST)
-    levels = [level]
-    for i in reversed(range(axes)):
-        levels.append(_maximum(ctx, _taps(ctx, levels[-1], i, pool)))
-    rest = windows.to_last(ctx, _batched(ctx, g, axes))
-    for i in range(axes):
-        best, below = levels[axes - i], levels[axes - i - 1]
-        parts = _first_ties(ctx, _taps(ctx, below, i, pool), best, rest)
-        rest = windows.fold_axis(
-            ctx, parts, i + 1, pool.strides[i], pool.dilations[i], shape_of(below)[i + 1]
-        )
-    crop = [(-before, -after) for before, after in pool.borders]
-    return ctx.reshape(windows.to_first(ctx, windows.pad_spatial(ctx, rest, crop)), ctx.shape)
-
-
-def _first_ties(ctx: Context, taps: Sequence[Operand], best: Operand, g: Operand) -> list[Operand]:
-    """g given to the first tap that equals `best`."""
-    parts = []
-    for tap in taps[:-1]:
-        part = ctx.where(ctx.binary("equal", tap, best), g, 0.0)
-        g = ctx.sub(g, part)
-        parts.append(part)
-    return [*parts, g]
+    m = _maxima(ctx, _batched(ctx, x, axes), pool)
+    return ctx.reshape(give(ctx, m, _batched(ctx, g, axes)), ctx.shape)
 
 
 @lowering("avg_pool1d.default avg_pool2d.default avg_pool3d.default")
@@ -302,27 +254,67 @@ def adaptive_avg_pool_backward(ctx: Context, g: Operand, x: Operand) -> Operand:
 
 
 @lowering("adaptive_max_pool2d.default adaptive_max_pool3d.default")
-def adaptive_max_pool(ctx: Context, x: Operand, output_size: Sequence[int]) -> tuple[Operand, Absent]:
-    """`adaptive_max_pool2d(x) -> max_pool(x)`; sizes must divide"""
+def adaptive_max_pool(
+    ctx: Context, x: Operand, output_size: Sequence[int]
+) -> tuple[Operand, Operand | Absent]:
+    """`adaptive_max_pool2d(x) -> max_pool(x)` where sizes divide, else `maximum` of the windows' elements,
+    taken by constant indices
+    """
     shape = mil_shape(ctx.meta[0])
     axes = len(output_size)
-    kernel = _adaptive_kernel(ctx, shape_of(x)[-axes:], shape[-axes:])
-    pool = _pool(shape_of(x)[-axes:], shape[-axes:], kernel, kernel, (0,))
-    return ctx.reshape(_native(ctx, "max_pool", _batched(ctx, x, axes), pool), shape), _NO_INDICES
+    inputs, outputs = shape_of(x)[-axes:], shape[-axes:]
+    batched = _batched(ctx, x, axes)
+    if _divides(inputs, outputs) and not ctx.used(1):
+        kernel = [n // m for n, m in zip(inputs, outputs, strict=True)]
+        pool = _pool(inputs, outputs, kernel, kernel, (0,))
+        return ctx.reshape(_native(ctx, "max_pool", batched, pool), shape), _NO_INDICES
+    m = _adaptive_maxima(ctx, batched, outputs)
+    return ctx.reshape(highest(ctx, m), shape), places(m, shape)
+
+
+def _adaptive_maxima(ctx: Context, x: Operand, outputs: Shape) -> Maxima:
+    inputs = shape_of(x)[-len(outputs) :]
+    layout: list[Regular | Adaptive] = [
+        Adaptive(n, m) if n % m else Regular(m, n // m, n // m) for n, m in zip(inputs, outputs, strict=True)
+    ]
+    return maxima(ctx, x, layout, [(0, 0)] * len(outputs))
 
 
 @lowering("adaptive_max_pool2d_backward.default adaptive_max_pool3d_backward.default", accepts_absent=True)
 def adaptive_max_pool_backward(ctx: Context, g: Operand, x: Operand, indices: object) -> Operand:
-    """`adaptive_max_pool2d_backward(g, x) -> ` as `max_pool2d_with_indices_backward`"""
+    """`adaptive_max_pool2d_backward(g, x) -> ` as `max_pool2d_with_indices_backward`; windows of several
+    lengths are folded back by one `matmul` per axis
+    """
     axes = 2 if ctx.node is None or "2d" in str(ctx.node.target) else 3
-    kernel = _adaptive_kernel(ctx, shape_of(x)[-axes:], shape_of(g)[-axes:])
-    return max_pool_backward(ctx, g, x, kernel, kernel, (0,), (1,), False, indices)
+    m = _adaptive_maxima(ctx, _batched(ctx, x, axes), shape_of(g)[-axes:])
+    return ctx.reshape(give(ctx, m, _batched(ctx, g, axes)), ctx.shape)
 
 
-def _adaptive_kernel(ctx: Context, inputs: Shape, outputs: Shape) -> list[int]:
-    if any(n % m for n, m in zip(inputs, outputs, strict=True)):
+@lowering("max_unpool2d.default max_unpool3d.default", accepts_absent=True)
+def max_unpool(
+    ctx: Context, x: Operand, indices: Operand | Absent, output_size: Sequence[int], *_: object
+) -> Operand:
+    """`max_unpool2d(x, i) -> ` as the pooling's gradient: each value at its window's first maximum
+
+    Windows that overlap, or another size than was pooled, `-> ` as `scatter` with the indices' numbers.
+    """
+    axes = len(output_size)
+    m = indices.maxima if isinstance(indices, Places) else None
+    if m is not None and m.shape[2:] == tuple(output_size) and all(a.apart for a in m.axes):
+        return ctx.reshape(give(ctx, m, _batched(ctx, x, axes)), ctx.shape)
+    number = indices.numbers(ctx) if isinstance(indices, Places) else indices
+    if number is None or isinstance(number, Absent):
         raise ctx.refuse(
-            f"needs an output size that divides the input size; got {outputs} from {inputs}.",
-            "Choose a divisor.",
+            "needs windows that do not overlap and the size that was pooled, or at most 2048 places.",
+            "Pass output_size=x.size() of the tensor before the pooling.",
         )
-    return [n // m for n, m in zip(inputs, outputs, strict=True)]
+    lead, places_ = ctx.shape[:-axes], math.prod(output_size)
+    flat = (*lead, math.prod(shape_of(x)[-axes:]))
+    return ctx.reshape(
+        scatter(ctx, torch.zeros(*lead, places_), -1, ctx.reshape(number, flat), ctx.reshape(x, flat)),
+        ctx.shape,
+    )
+
+
+def _divides(inputs: Shape, outputs: Shape) -> bool:
+    return all(n % m == 0 for n, m in zip(inputs, outputs, strict=True))
