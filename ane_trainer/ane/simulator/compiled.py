@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator import fold, fuse, jit
-from ane_trainer.ane.simulator.loops import element_strides, nest
+from ane_trainer.ane.simulator.loops import element_strides, in_strips, nest
 from ane_trainer.ane.simulator.team import Stage, Team, addresses
 
 Array = NDArray[Any]
 Step = Callable[[], None]
 
 #: Elements below which one thread is as fast as two (hand-over costs a few us).
-PARALLEL_ELEMENTS = 1 << 15
+PARALLEL_ELEMENTS = 1 << 16
 
 #: Elements that a chain of loops takes at a time: what one leaves is in the cache when the next reads it.
 BLOCK_ELEMENTS = 1 << 13
@@ -101,12 +102,7 @@ def chain(*steps: Step) -> Step:
     shared = min((loop.axes for loop in loops), key=len, default=())
     if shared and len(loops) == len(steps) and all(loop.axes[: len(shared)] == shared for loop in loops):
         return Chain(loops)
-
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run
+    return in_turn(*steps)
 
 
 def _ranges(outer: int, elements: int, threads: int, unit: int = 1) -> list[tuple[int, int]]:
@@ -129,7 +125,7 @@ class Loops:
     ) -> Loop:
         """The step that runs `group` over arrays broadcast to the targets' shape."""
         shape = targets[0].shape
-        loops = nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)])
+        loops = in_strips(nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)]))
         width = _lanes(loops.extents[-1])
         body = fuse.emit("FUNCTION", group, loops, width)
         memory, unit = [*arrays, *tables, *targets], LINE if len(loops.extents) == 1 else 1
@@ -224,14 +220,26 @@ _MAC_ROUND = fuse.Group((fuse.Instr("load", which=0), fuse.Instr("mac_round", (0
 
 
 def copies(pairs: Sequence[tuple[Array, Array]], threads: int) -> Step:
-    """Copies each source to its target (float32, same shape, any strides)."""
+    """Copies each source to its target (same dtype; the source broadcasts); numbers of four bytes as loops."""
+    if any(target.itemsize != 4 for target, _ in pairs):
+        return in_turn(*(partial(np.copyto, target, source) for target, source in pairs))
     group = fuse.Group((fuse.Instr("load", which=0),), 1, 0, (0,))
     loops = Loops(threads)
-    steps = [loops.add(group, [source], [], [target]) for target, source in pairs]
-    loops.finish()
+    steps = [
+        loops.add(group, [source.view(np.float32)], [], [target.view(np.float32)])
+        for target, source in pairs
+        if target.size
+    ]
+    return in_turn(*steps)
 
-    def step() -> None:
-        for copy in steps:
-            copy()
 
-    return step
+def in_turn(*steps: Step) -> Step:
+    """The steps one after the other."""
+    if len(steps) == 1:
+        return steps[0]
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run

@@ -7,7 +7,7 @@ machine's fp32 convolution, with the same overflow and output rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator import winograd
-from ane_trainer.ane.simulator.buffers import zeros
-from ane_trainer.ane.simulator.compiled import round_in_place, round_into
+from ane_trainer.ane.simulator.buffers import empty
+from ane_trainer.ane.simulator.compiled import copies, in_turn, round_in_place, round_into
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
 from ane_trainer.ane.simulator.depthwise import depthwise
 from ane_trainer.ane.simulator.mac import mac_bind
-from ane_trainer.ane.simulator.passes import in_turn
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]
@@ -83,7 +82,7 @@ def _by_winograd(
     ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array
 ) -> Step:
     """Each pair of neighbouring columns of `out` as two convolutions of transformed operands."""
-    padded, pad = _padded(x, shape.padding)
+    padded, pad = with_padding(ctx, x, shape.padding)
     *operands, spread = winograd.columns(padded, out.shape[3])
     *kernels, transform = winograd.filters(weight)
     plain = Geometry((1, 1), (1, 1), ((0, 0), (0, 0)), 1)
@@ -106,14 +105,14 @@ def convolve_into(
 ) -> Step:
     """A step that convolves what x then holds into `out`."""
     if shape.groups == x.shape[1] > 1:
-        padded, fill = _padded(x, shape.padding)
+        padded, fill = with_padding(ctx, x, shape.padding)
         taps = windows(padded, weight.shape[2:], shape.strides, shape.dilations)
         step = depthwise(ctx, taps, weight, bias, out)
         if step is not None:
             return step if fill is None else in_turn(fill, step)
     if ctx.fast:
         return _fast(ctx, shape, x, weight, bias, out)
-    padded, fill = _padded(x, shape.padding)
+    padded, fill = with_padding(ctx, x, shape.padding)
     taps = windows(padded, weight.shape[2:], shape.strides, shape.dilations)
     filters, refilter = _matrix(weight)
     steps = [fill, refilter]
@@ -132,15 +131,17 @@ def convolve_into(
     return run
 
 
-def _padded(x: Array, padding: tuple[tuple[int, int], ...]) -> tuple[Array, Step | None]:
-    """x with zeros around, and the step that brings in what x holds; x itself where there is no padding."""
+def with_padding(
+    ctx: Context, x: Array, padding: Sequence[tuple[int, int]], fill: float = 0.0
+) -> tuple[Array, Step | None]:
+    """x with `fill` around, and the step that brings in what x holds; x itself where there is no padding."""
     if not any(map(any, padding)):
         return x, None
     extents = [n + before + after for n, (before, after) in zip(x.shape[2:], padding, strict=True)]
-    padded = zeros((*x.shape[:2], *extents), np.float32)
+    room = empty((*x.shape[:2], *extents))
+    room[...] = fill
     places = [slice(b, b + n) for n, (b, _) in zip(x.shape[2:], padding, strict=True)]
-    inside = padded[(slice(None), slice(None), *places)]
-    return padded, lambda: np.copyto(inside, x)
+    return room, copies([(room[(slice(None), slice(None), *places)], x)], ctx.threads)
 
 
 def _matrix(weight: Array) -> tuple[Array, Step | None]:
@@ -204,7 +205,7 @@ def _fast(ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | 
     """The machine's convolution, which pads by itself where both sides get the same."""
     padding, fill = tuple(before for before, _ in shape.padding), None
     if any(before != after for before, after in shape.padding):
-        padding, (x, fill) = (0,) * len(padding), _padded(x, shape.padding)
+        padding, (x, fill) = (0,) * len(padding), with_padding(ctx, x, shape.padding)
     tx, tw, tb = as_tensor(x), as_tensor(weight), None if bias is None else as_tensor(bias)
     function = (torch.conv1d, torch.conv2d, torch.conv3d)[x.ndim - 3]
     finish = finish_into(ctx, out)

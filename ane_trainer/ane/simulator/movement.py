@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.compiled import copies
+from ane_trainer.ane.simulator.compiled import Step, copies
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
+from ane_trainer.ane.simulator.passes import Pass
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 
@@ -26,6 +26,14 @@ def moved(ctx: Context, call: Call, x: Array) -> Array:
     return views[0] if views is not None else view_of(call, np.ascontiguousarray(x))[0]  # type: ignore[index]
 
 
+@writes("transpose reshape expand_dims squeeze")
+def moved_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `moved`."""
+    if call.op.kind == "transpose":
+        return copies([(outputs[0], x.transpose(call.integers("perm")))], ctx.threads)
+    return copies([(outputs[0].reshape(x.shape), x)], ctx.threads)
+
+
 @kernel("concat", "exact", MOVES)
 def concat(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
     """The values one after the other along `axis`, or interleaved."""
@@ -36,9 +44,7 @@ def concat(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
 
 
 @writes("concat")
-def concat_into(
-    ctx: Context, call: Call, outputs: list[Array], values: tuple[Array, ...]
-) -> Callable[[], None]:
+def concat_into(ctx: Context, call: Call, outputs: list[Array], values: tuple[Array, ...]) -> Step:
     """Each value is copied to its place; interleaved, the elements along `axis` alternate."""
     out, axis = outputs[0], call.integer("axis") % outputs[0].ndim
     places, start = [], 0
@@ -51,14 +57,7 @@ def concat_into(
             start += value.shape[axis]
         places.append((out[tuple(where)], value))
 
-    if out.dtype == np.float32:
-        return copies(places, ctx.threads)
-
-    def step() -> None:
-        for place, value in places:
-            np.copyto(place, value)
-
-    return step
+    return copies(places, ctx.threads)
 
 
 @kernel("tile", "exact", MOVES)
@@ -67,24 +66,65 @@ def tile(ctx: Context, call: Call, x: Array) -> Array:
     return np.tile(x, call.integers("reps"))
 
 
+@writes("tile")
+def tile_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """x copied to each of the `reps` places along each axis."""
+    apart = [n for pair in zip(call.integers("reps"), x.shape, strict=True) for n in pair]
+    spread = x.reshape([n for extent in x.shape for n in (1, extent)])
+    return copies([(outputs[0].reshape(apart), np.broadcast_to(spread, apart))], ctx.threads)
+
+
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge"}
 
 
 @kernel("pad", "exact", MOVES)
 def pad(ctx: Context, call: Call, x: Array) -> Array:
     """x with constant, reflected or replicated elements around it."""
-    amounts = call.integers("pad")
-    pairs = [(0, 0)] * (x.ndim - len(amounts) // 2)
-    pairs += [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
-    mode = call.text("mode")
+    pairs, mode = _amounts(call, x.ndim), call.text("mode")
     if mode == "constant":
-        fill = (
-            round_half_away(call.number("constant_val"))
-            if x.dtype == np.float32
-            else call.number("constant_val")
-        )
-        return np.pad(x, pairs, constant_values=fill)
+        return np.pad(x, pairs, constant_values=_filling(call, x))
     return np.pad(x, pairs, mode=_PAD_MODES[mode])  # type: ignore[call-overload, no-any-return]
+
+
+@writes("pad")
+def pad_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """x copied to the middle; constant elements around it are written now, others copied from there axis by axis."""
+    out, amounts, mode = outputs[0], _amounts(call, x.ndim), call.text("mode")
+    middle = [slice(b, b + n) for n, (b, _) in zip(x.shape, amounts, strict=True)]
+    pairs = [(out[tuple(middle)], x)]
+    if mode == "constant":
+        out[...] = _filling(call, x)
+        return copies(pairs, ctx.threads)
+    for axis, ((before, after), extent) in enumerate(zip(amounts, x.shape, strict=True)):
+        done = (*(slice(None),) * axis,)
+        for place, source in _edges(mode, before, after, extent):
+            pairs.append(
+                (out[(*done, place, *middle[axis + 1 :])], out[(*done, source, *middle[axis + 1 :])])
+            )
+    return copies([pair for pair in pairs if pair[0].size], ctx.threads)
+
+
+def _amounts(call: Call, rank: int) -> list[tuple[int, int]]:
+    """(before, after) of each axis; the parameter covers the last ones."""
+    amounts = call.integers("pad")
+    return [(0, 0)] * (rank - len(amounts) // 2) + list(zip(amounts[::2], amounts[1::2], strict=True))
+
+
+def _filling(call: Call, x: Array) -> Any:
+    value = call.number("constant_val")
+    return round_half_away(value) if x.dtype == np.float32 else value
+
+
+def _edges(mode: str, before: int, after: int, extent: int) -> list[tuple[slice, slice]]:
+    """Along one axis of the padded tensor: where the elements before and after go, and where they come from."""
+    last = before + extent - 1
+    if mode == "replicate":
+        sources = slice(before, before + 1), slice(last, last + 1)
+    else:
+        sources = slice(2 * before, before, -1), slice(last - 1, last - 1 - after, -1)
+        if last - 1 - after < 0:
+            sources = sources[0], slice(last - 1, None, -1)
+    return list(zip((slice(0, before), slice(last + 1, last + 1 + after)), sources, strict=True))
 
 
 @kernel(
@@ -96,6 +136,29 @@ def sliced(ctx: Context, call: Call, x: Array) -> Array:
     """A slice; one that starts inside the last axis goes through the crop unit, which clamps before A16."""
     (result,) = view_of(call, x) or ()
     return through_crop_unit(ctx, result) if offset_on_last_axis(call) else np.asarray(result)
+
+
+@writes("slice_by_size slice_by_index")
+def sliced_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `sliced`."""
+    (result,) = view_of(call, x) or ()
+    return (crop_into if offset_on_last_axis(call) else copy_into)(ctx, result, outputs[0])
+
+
+def copy_into(ctx: Context, x: Array, out: Array) -> Step:
+    """`out` = x."""
+    return copies([(out, x)], ctx.threads)
+
+
+def crop_into(ctx: Context, x: Array, out: Array) -> Step:
+    """See `through_crop_unit`."""
+    clamp = ctx.chip.width_slice_clamp
+    if clamp is None or x.dtype != np.float32:
+        return copy_into(ctx, x, out)
+    work = Pass(ctx)
+    value = work.load(x)
+    beyond = work.add("gt", work.add("abs", value), work.number(clamp))
+    return work.store(work.add("select", beyond, work.add("copysign", work.number(INF), value), value), out)
 
 
 def through_crop_unit(ctx: Context, x: Array) -> Array:

@@ -10,14 +10,14 @@ chain(step, inverse)                            # both, block by block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.buffers import empty
-from ane_trainer.ane.simulator.compiled import Loop, Loops, Step
+from ane_trainer.ane.simulator.compiled import Loop, Loops
 from ane_trainer.ane.simulator.fuse import Group
 from ane_trainer.ane.simulator.pointwise_code import Code
 from ane_trainer.ane.simulator.registry import Context
@@ -89,13 +89,3 @@ def extreme_for(x: Array, axes: Sequence[int]) -> Array:
 
 def _reduced(x: Array, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-
-
-def in_turn(*steps: Callable[[], None]) -> Step:
-    """The steps one after the other."""
-
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run

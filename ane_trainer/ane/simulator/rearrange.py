@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
+from ane_trainer.ane.simulator.compiled import Step, copies, in_turn
 from ane_trainer.ane.simulator.fp16 import round_half_away
-from ane_trainer.ane.simulator.movement import MOVES, through_crop_unit
-from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.movement import MOVES, copy_into, crop_into, through_crop_unit
+from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.views import split_slices
 
 Array = NDArray[Any]
@@ -34,16 +35,40 @@ def split(ctx: Context, call: Call, x: Array) -> tuple[Array, ...]:
     return tuple(parts)
 
 
+@writes("split")
+def split_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `split`."""
+    along, steps = call.integer("axis") % x.ndim, []
+    for where, out in zip(split_slices(call), outputs, strict=True):
+        offset = along == x.ndim - 1 and where[along].start != 0
+        steps.append((crop_into if offset else copy_into)(ctx, x[where], out))
+    return in_turn(*steps)
+
+
 @kernel("stack", "exact", MOVES)
 def stack(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
     """The values along a new axis."""
     return np.stack(values, axis=call.integer("axis"))
 
 
+@writes("stack")
+def stack_into(ctx: Context, call: Call, outputs: list[Array], values: tuple[Array, ...]) -> Step:
+    """See `stack`."""
+    return copies(
+        list(zip(np.moveaxis(outputs[0], call.integer("axis"), 0), values, strict=True)), ctx.threads
+    )
+
+
 @kernel("reverse", "exact", MOVES)
 def reverse(ctx: Context, call: Call, x: Array) -> Array:
     """x backwards along `axes` (all when absent)."""
     return np.flip(x, axes(call, "axes", x.ndim))
+
+
+@writes("reverse")
+def reverse_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `reverse`."""
+    return copy_into(ctx, reverse(ctx, call, x), outputs[0])
 
 
 @kernel("flatten2d", "exact", MOVES)
@@ -66,40 +91,47 @@ def crop(ctx: Context, call: Call, x: Array) -> Array:
     return through_crop_unit(ctx, kept) if left else kept
 
 
-@kernel("depth_to_space", "exact", MOVES)
-def depth_to_space(ctx: Context, call: Call, x: Array) -> Array:
-    """x `[N, b*b*C, H, W]`, the block's row and column slowest, -> `[N, C, H*b, W*b]`."""
+@writes("crop")
+def crop_op_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `crop`."""
+    (top, bottom), (left, right) = call.integers("crop_height"), call.integers("crop_width")
+    kept = x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+    return (crop_into if left else copy_into)(ctx, kept, outputs[0])
+
+
+@kernel("depth_to_space space_to_depth pixel_shuffle pixel_unshuffle", "exact", MOVES)
+def shuffled(ctx: Context, call: Call, x: Array) -> Array:
+    """Blocks of b x b moved between depth and space, see `_blocks`."""
+    return _blocks(call, x).reshape(call.op.infer(call)[0].shape)
+
+
+@writes("depth_to_space space_to_depth pixel_shuffle pixel_unshuffle")
+def shuffled_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `shuffled`."""
+    blocks = _blocks(call, x)
+    return copy_into(ctx, blocks, outputs[0].reshape(blocks.shape))
+
+
+def _blocks(call: Call, x: Array) -> Array:
+    """x `[N, C, H, W]` cut into blocks, in the order of the result: a view of six axes.
+
+    depth_to_space: `[N, b*b*C', H, W]`, the block's row and column slowest, to `[N, C', H*b, W*b]`;
+    pixel_shuffle (PyTorch's order): the channel slowest; space_to_depth and pixel_unshuffle: their inverses.
+    """
     n, c, h, w = x.shape
-    b = call.integer("block_size")
-    blocks = x.reshape(n, b, b, c // (b * b), h, w).transpose(0, 3, 4, 1, 5, 2)
-    return blocks.reshape(n, c // (b * b), h * b, w * b)
-
-
-@kernel("space_to_depth", "exact", MOVES)
-def space_to_depth(ctx: Context, call: Call, x: Array) -> Array:
-    """The inverse of `depth_to_space`."""
-    n, c, h, w = x.shape
-    b = call.integer("block_size")
-    blocks = x.reshape(n, c, h // b, b, w // b, b).transpose(0, 3, 5, 1, 2, 4)
-    return blocks.reshape(n, c * b * b, h // b, w // b)
-
-
-@kernel("pixel_shuffle", "exact", MOVES)
-def pixel_shuffle(ctx: Context, call: Call, x: Array) -> Array:
-    """x `[N, C*b*b, H, W]`, the channel slowest (PyTorch's order), -> `[N, C, H*b, W*b]`."""
-    n, c, h, w = x.shape
-    b = call.integer("upscale_factor")
-    blocks = x.reshape(n, c // (b * b), b, b, h, w).transpose(0, 1, 4, 2, 5, 3)
-    return blocks.reshape(n, c // (b * b), h * b, w * b)
-
-
-@kernel("pixel_unshuffle", "exact", MOVES)
-def pixel_unshuffle(ctx: Context, call: Call, x: Array) -> Array:
-    """The inverse of `pixel_shuffle`."""
-    n, c, h, w = x.shape
-    b = call.integer("downscale_factor")
-    blocks = x.reshape(n, c, h // b, b, w // b, b).transpose(0, 1, 3, 5, 2, 4)
-    return blocks.reshape(n, c * b * b, h // b, w // b)
+    match call.op.kind:
+        case "depth_to_space":
+            b = call.integer("block_size")
+            return x.reshape(n, b, b, c // (b * b), h, w).transpose(0, 3, 4, 1, 5, 2)
+        case "pixel_shuffle":
+            b = call.integer("upscale_factor")
+            return x.reshape(n, c // (b * b), b, b, h, w).transpose(0, 1, 4, 2, 5, 3)
+        case "space_to_depth":
+            b = call.integer("block_size")
+            return x.reshape(n, c, h // b, b, w // b, b).transpose(0, 3, 5, 1, 2, 4)
+        case _:
+            b = call.integer("downscale_factor")
+            return x.reshape(n, c, h // b, b, w // b, b).transpose(0, 1, 3, 5, 2, 4)
 
 
 @kernel("space_to_batch", "exact", MOVES)
