@@ -91,7 +91,8 @@ def _conv_error(size: int, batch: int, channels: tuple[int, ...], relu: bool) ->
 
 
 def _he_normal(rng: np.random.Generator, inputs: int, outputs: int) -> NDArray[Any]:
-    return rng.standard_normal((outputs, inputs, 3, 3)).astype(np.float32) * np.sqrt(2.0 / (inputs * 9))
+    drawn = rng.standard_normal((outputs, inputs, 3, 3)).astype(np.float32)
+    return np.asarray(drawn * np.sqrt(2.0 / (inputs * 9)))
 
 
 #: The row counts that ANEForge's roofline draws one after the other from one generator.
@@ -199,6 +200,31 @@ def _slice_limit(chip: str) -> float:
     return max(float(v) for v in range(4088, 4100, 2) if np.isfinite(width_slice(v)(chip).item()))
 
 
+def _stored_product(b: Builder, x: Value) -> Value:
+    """x [1, 1] times a weight of 1 / 64 that is stored as int8."""
+    weight = b.op(
+        "constexpr_affine_dequantize",
+        quantized_data=from_array(np.ones((1, 1), np.int8)),
+        scale=from_array(np.full(1, 1 / 64, np.float16)),
+        zero_point=from_array(np.zeros(1, np.int8)),
+        axis=0,
+    )
+    return b.op("matmul", x=x, y=weight, transpose_x=False, transpose_y=True)
+
+
+def _int8_limit(chip: str) -> float:
+    """Largest value of 4088 ... 4098 that a product with an int8 weight keeps."""
+    values = [float(v) for v in range(4088, 4100, 2)]
+    return max(
+        v for v in values if np.isfinite(dispatch(_stored_product, np.full((1, 1), v, np.float16), chip))
+    )
+
+
+def _one(kind: str, x: float) -> Callable[[str], float]:
+    """The result of an op without parameters for one number."""
+    return lambda chip: float(dispatch(lambda b, v: b.op(kind, x=v), np.array([x], np.float16), chip).item())
+
+
 _UNKNOWN = "the order of the engine's partial sums is unknown; the simulator "
 _FOURS, _ORDER = f"{_UNKNOWN}takes four terms in fp16, then goes wide", f"{_UNKNOWN}rounds once"
 
@@ -248,6 +274,10 @@ _ROOFLINES = (
     ("layer_norm", 256, ("m5-pro",), "0.000671227", _ORDER),
 )
 
+#: Single results on M5: number, result.
+_SOFTPLUS = {5: "5.008", 10: "10.0", 11: "0", 12: "0", 88: "0", 1000: "0"}
+_ROUND = {1024: "1025", 1025: "1026", -2047: "-2048"}
+
 #: table, exact function, range of the published sweep, published largest error: absolute, and in units in the
 #: last place. The sweep of inverse has MIL's default epsilon, 1e-4.
 TABLE_SWEEPS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float, float, str, str]] = {
@@ -295,6 +325,12 @@ def _figures() -> Iterator[Figure]:
     name = "width-offset slice: largest value kept"
     yield Figure(name, SIX[:3], "4094", _slice_limit, _CLIFFS)
     yield Figure(name, SIX[3:], "inf", _slice_limit, _CLIFFS)
+    name = "matmul with int8 weights: largest activation kept"
+    yield Figure(name, ("m1-max", "m2-pro", "m5-pro"), "4094", _int8_limit, "ANEForge issue 153")
+    for x, digits in _SOFTPLUS.items():
+        yield Figure(f"softplus({x})", ("m5",), digits, _one("softplus", x), "ANEForge issue 113")
+    for x, digits in _ROUND.items():
+        yield Figure(f"round({x})", ("m5",), digits, _one("round", x), "ANEForge 0.4.0 _compile._e_round")
     for kind, (_, low, high, digits, ulps) in TABLE_SWEEPS.items():
         name = f"{kind} over {low:g} ... {high:g}: largest"
         yield Figure(f"{name} absolute error", ("m6",), digits, _table_error(kind), f"{_M6}f3_lut_m6.txt")
