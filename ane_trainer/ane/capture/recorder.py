@@ -150,7 +150,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             finding = Finding(
                 sources.current() or str(func), str(func),
                 "reads a tensor's value during the step, to decide what to do next.",
-                "Use torch.where or arithmetic instead of if, float() or item() on tensors of the step.",
+                "Use torch.where or arithmetic instead of if, float() or item() on tensors of the step. "
+                "Run the model once before if only its first call does this.",
             )  # fmt: skip
             raise UnsupportedModel("The step depends on values that are not known beforehand:", [finding])
         return result

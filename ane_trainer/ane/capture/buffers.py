@@ -1,0 +1,124 @@
+"""What a forward changes besides giving its result: buffers in place or by assignment, counters, cumulative averages.
+
+Float buffers are state of the engine. Integers are not: fp16 counts to 2048 only. So the host counts, and sends a
+counter's value as a scalar where the step reads it. Batch norms with `momentum=None` average over all batches: the
+host sends the weight of the newest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ane_trainer.ane.capture.slots import float_buffers
+from ane_trainer.ane.errors import Finding, UnsupportedModel
+
+Tensors = dict[str, torch.Tensor]
+
+#: What the targets of the host's scalars begin with: a counter's value, a batch norm's weight of the newest batch.
+COUNTER, AVERAGE = "counter/", "average/"
+_COUNT = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class BufferChanges:
+    """`counters`: what a step adds to each integer buffer that it changes. `averaged`: paths of the batch norms."""
+
+    counters: Mapping[str, int] = field(default_factory=dict)
+    averaged: tuple[str, ...] = ()
+
+    def scalars(self) -> list[str]:
+        """Targets of the host's scalars."""
+        return [*(COUNTER + name for name in self.counters), *(AVERAGE + path for path in self.averaged)]
+
+    def stand_ins(self, model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Tensors:
+        """The counters by name, made of the host's scalars (by target)."""
+        buffers = dict(model.named_buffers())
+        return {n: values[COUNTER + n].reshape(buffers[n].shape).to(buffers[n].dtype) for n in self.counters}
+
+    def averages(self, old: Tensors, newest: Tensors, values: Mapping[str, torch.Tensor]) -> Tensors:
+        """Running statistics with the newest batch's in them: old + (newest - old) * weight."""
+        names = [(f"{path}.{n}", path) for path in self.averaged for n in ("running_mean", "running_var")]
+        return {n: old[n] + (newest[n] - old[n]) * values[AVERAGE + path] for n, path in names}
+
+    def host_values(self, model: torch.nn.Module, steps: int) -> dict[str, float]:
+        """The scalars of the step after `steps` that the module's counters do not include yet."""
+        buffers = dict(model.named_buffers())
+        now = {n: int(buffers[n]) + each * steps for n, each in self.counters.items()}
+        weights = {p: (self.counters[f"{p}.{_COUNT}"], now[f"{p}.{_COUNT}"]) for p in self.averaged}
+        values = {COUNTER + n: float(value) for n, value in now.items()}
+        return values | {AVERAGE + p: each / (count + each) for p, (each, count) in weights.items()}
+
+    @torch.no_grad()
+    def count(self, model: torch.nn.Module, steps: int) -> None:
+        """Bring the module's counters up to date."""
+        buffers = dict(model.named_buffers())
+        for name, each in self.counters.items():
+            if buffers[name].dtype == torch.bool:
+                buffers[name].fill_(each > 0)
+            else:
+                buffers[name] += each * steps
+
+
+@contextlib.contextmanager
+def forwarded(model: torch.nn.Module) -> Iterator[Tensors]:
+    """A dictionary that holds the model's buffers as they are after a forward."""
+    final: Tensors = {}
+    handle = model.register_forward_hook(lambda *_: final.update(model.named_buffers()))
+    try:
+        yield final
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def newest_statistics(model: torch.nn.Module, changes: BufferChanges) -> Iterator[None]:
+    """Batch norms that average over all batches give the newest batch's statistics."""
+    modules = [model.get_submodule(path) for path in changes.averaged]
+    for module in modules:
+        module.momentum = 1.0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.momentum = None  # type: ignore[assignment]
+
+
+def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> BufferChanges:
+    """What a rehearsed forward changed: `final` are the buffers after it, the model's own are as before.
+
+    Raises: UnsupportedModel listing the buffers that neither the engine nor the host keeps.
+    """
+    kept, counters, findings = float_buffers(model), {}, []
+    for name, buffer in model.named_buffers():
+        after = final.get(name, buffer)
+        if after.shape == buffer.shape and (name in kept or torch.equal(after, buffer)):
+            continue
+        if after.shape == buffer.shape and buffer.numel() == 1 and not buffer.is_floating_point():
+            counters[name] = int(after) - int(buffer)
+        else:
+            findings.append(_finding(name, buffer, after))
+    if findings:
+        raise UnsupportedModel("The forward changes buffers that are not kept from step to step:", findings)
+    averaged = [
+        path
+        for path, module in model.named_modules()
+        if f"{path}.{_COUNT}" in counters and getattr(module, "momentum", 0.0) is None
+    ]
+    return BufferChanges(counters, tuple(averaged))
+
+
+def _finding(name: str, buffer: torch.Tensor, after: torch.Tensor) -> Finding:
+    if after.shape != buffer.shape:
+        reason = f"changes its shape in the forward, from {tuple(buffer.shape)} to {tuple(after.shape)}."
+        return Finding(name, "buffer", reason, "Register it in the shape that it will have.")
+    if buffer.is_floating_point():
+        return Finding(
+            name, "buffer", "is changed by the forward, but not saved with the model (persistent=False).",
+            "Register it with persistent=True.",
+        )  # fmt: skip
+    reason = f"holds {buffer.numel()} integers that the forward changes."
+    return Finding(name, "buffer", reason, "Keep them as a float buffer (exact up to 2048).")
