@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.derivatives import DERIVATIVES
 from ane_trainer.ane.capture.normalization import NORMALIZATIONS
 
 aten = torch.ops.aten
@@ -56,4 +57,4 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **get_decompositions(added)}
     kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}  # type: ignore[no-untyped-call]
     table = {op: function for op, function in table.items() if op not in kept}
-    return table | NORMALIZATIONS
+    return table | NORMALIZATIONS | DERIVATIVES

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.flows import gradients_and_flow
 from ane_trainer.ane.capture.keras_variables import keras_state, training_argument, variables_as
 from ane_trainer.ane.capture.losses import Loss
 from ane_trainer.ane.capture.masks import Mask, MaskMode
@@ -27,6 +29,10 @@ Tensors = dict[str, torch.Tensor]
 CALIBRATED_GRADIENT = 2048.0
 CALIBRATED_UNIT_PEAK = 16.0
 LARGEST_UNIT = 2.0**14
+#: Where the loss scale keeps gradients on their way: a quarter of fp16's range, since other batches have larger ones.
+FLOW_BOUND = 2.0**14
+#: The most that the loss scale is lowered for them: below, the accumulator's step of 2^-16 shows in the gradients.
+LARGEST_CONCESSION = 64.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,17 @@ class Rehearsal:
 
     masks: tuple[Mask, ...]
     peaks: Mapping[str, float]
+    flow: float = 0.0
 
     def loss_scale(self) -> float:
-        """A power of two that brings the largest gradient near CALIBRATED_GRADIENT."""
+        """A power of two that brings the largest gradient near CALIBRATED_GRADIENT, and none out of fp16."""
         peak = max(self.peaks.values(), default=0.0)
-        return _power_of_two(CALIBRATED_GRADIENT, peak, SMALLEST_SCALE, LARGEST_SCALE)
+        wanted = _power_of_two(CALIBRATED_GRADIENT, peak, SMALLEST_SCALE, LARGEST_SCALE)
+        return max(min(wanted, self.ceiling()), wanted / LARGEST_CONCESSION, SMALLEST_SCALE)
+
+    def ceiling(self) -> float:
+        """The loss scale up to which the gradients between the operations stay within FLOW_BOUND."""
+        return _power_of_two(FLOW_BOUND, self.flow, SMALLEST_SCALE, LARGEST_SCALE, LARGEST_SCALE)
 
     def unit(self, name: str) -> float:
         """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK."""
@@ -61,10 +73,10 @@ def rehearse(
         value = call_loss(loss, output, example[1])
     if not trained or not value.requires_grad:
         return Rehearsal(tuple(mode.noted), {})
-    gradients = torch.autograd.grad(value.float(), trained, allow_unused=True)
+    gradients, flow = gradients_and_flow(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
     peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
-    return Rehearsal(tuple(mode.noted), peaks)
+    return Rehearsal(tuple(mode.noted), peaks, flow)
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
@@ -123,7 +135,9 @@ def copies(model: torch.nn.Module) -> Tensors:
     return {name: buffer.detach().clone() for name, buffer in buffers.items()}
 
 
-def _power_of_two(wanted: float, peak: float, lowest: float, highest: float) -> float:
+def _power_of_two(
+    wanted: float, peak: float, lowest: float, highest: float, otherwise: float = 1024.0
+) -> float:
     if not peak > 0.0 or not math.isfinite(peak):
-        return min(max(1024.0, lowest), highest)
+        return min(max(otherwise, lowest), highest)
     return min(max(2.0 ** math.floor(math.log2(wanted / peak)), lowest), highest)

@@ -30,16 +30,21 @@ def gradients_fit(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def next_scale(
-    scale: torch.Tensor, inverse: torch.Tensor, good: torch.Tensor, ok: torch.Tensor
+    scale: torch.Tensor,
+    inverse: torch.Tensor,
+    good: torch.Tensor,
+    ok: torch.Tensor,
+    ceiling: float = LARGEST_SCALE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss_scale, 1 / loss_scale, good_steps) after a step; powers of two throughout, so all is exact.
 
-    A bad step halves the scale; GROWTH_INTERVAL good ones in a row double it; it stays within its bounds.
+    A bad step halves the scale; GROWTH_INTERVAL good ones in a row double it; it stays from SMALLEST_SCALE to
+    `ceiling`, a power of two.
     """
     good = (good + 1.0) * ok
     grow = (good >= GROWTH_INTERVAL).to(torch.float32)
     factor = (ok * 0.5 + 0.5) * (grow + 1.0)
     inverse_factor = (2.0 - ok) * (1.0 - grow * 0.5)
-    new_scale = torch.clamp(scale * factor, SMALLEST_SCALE, LARGEST_SCALE)
-    new_inverse = torch.clamp(inverse * inverse_factor, 1.0 / LARGEST_SCALE, 1.0 / SMALLEST_SCALE)
+    new_scale = torch.clamp(scale * factor, SMALLEST_SCALE, ceiling)
+    new_inverse = torch.clamp(inverse * inverse_factor, 1.0 / ceiling, 1.0 / SMALLEST_SCALE)
     return new_scale, new_inverse, good * (1.0 - grow)

@@ -17,7 +17,7 @@ from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.masks import MaskMode
 from ane_trainer.ane.capture.rehearsal import Rehearsal, call_loss, call_model, copies, rehearse
 from ane_trainer.ane.capture.scalars import port_name, scalar_values
-from ane_trainer.ane.capture.scaling import SCALING, gradients_fit, next_scale
+from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, gradients_fit, next_scale
 from ane_trainer.ane.capture.slots import (
     SCALING_STATE,
     Parameter,
@@ -43,6 +43,8 @@ Tensors = dict[str, torch.Tensor]
 
 #: Suffix of the targets of results that are gradients.
 GRADIENT = "gradient"
+#: Key of the largest loss scale among the units.
+CEILING = "step/largest_scale"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class _Plan:
     scalars: tuple[Port, ...]
     treatment: Treatment
     floor: float = ROOT_FLOORS["fp16"]
+    ceiling: float = LARGEST_SCALE
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -101,11 +104,12 @@ def capture_training(
     parameters = tuple(_with_unit(p, rule, rehearsal, units or {}) for p in found)
     subject = model, loss_function, loss_name(loss), optimizer, rule, parameters
     plan = _plan(*subject, example, rehearsal, treatment)
-    plan = dataclasses.replace(plan, floor=ROOT_FLOORS[precision])
+    scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
+    ceiling = (units or {}).get(CEILING, max(scale, rehearsal.ceiling()))
+    plan = dataclasses.replace(plan, floor=ROOT_FLOORS[precision], ceiling=ceiling)
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
-    scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
-    chosen = {p.name: p.unit for p in parameters if p.trained}
+    chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
     return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen)
 
 
@@ -208,7 +212,7 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
                 new_state |= _update(plan, p, gradients[p.name], state, gated[p.group or 0])
         set_source("loss scaling")
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
-        following = next_scale(scale, inverse, good, ok)
+        following = next_scale(scale, inverse, good, ok, plan.ceiling)
         new_state |= {SCALING + n: v for n, v in zip(SCALING_STATE, following, strict=True)}
         changed = [p for p in plan.state if p.target in new_state]
         outputs[:] = [Port(name, (1,), "result", name) for name in ("loss", "applied")]

@@ -37,7 +37,8 @@ def test_a_skipped_step_changes_nothing_but_the_scale(kind: type[torch.optim.Opt
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1, **options)
     x, y = torch.randn(3, 4), torch.randn(3, 2)
-    step = FxStep(capture_training(model, "mse", optimizer, (x, y)), model, optimizer, scale=32768.0)
+    captured = capture_training(model, "mse", optimizer, (x, y), loss_scale=32768.0)
+    step = FxStep(captured, model, optimizer)
     assert step.step({"x": x * 1e-3, "y": y * 1e-3})[1] == 1.0  # moments are not zero any more
     before = {target: value.clone() for target, value in step.state.items()}
     assert step.step({"x": x * 100, "y": y})[1] == 0.0
