@@ -120,6 +120,7 @@ def test_only_files_that_belong_are_shown_a_mac(tmp_path: Path) -> None:
     try:
         exec(code, shown)
         exec(code, other)
+        assert __import__("os.path", fromlist=("join",)) is os.path
     finally:
         done.undo()
     assert shown["seen"] == ("darwin", "arm64", "Darwin")

@@ -60,8 +60,8 @@ def disguise(belongs: Callable[[str], bool]) -> Installation:
 
     real_import = builtins.__import__
 
-    def import_(name: str, globals: Any = None, *rest: Any) -> Any:
-        module = real_import(name, globals, *rest)
+    def import_(name: str, globals: Any = None, *rest: Any, **options: Any) -> Any:
+        module = real_import(name, globals, *rest, **options)
         return shown if name == "sys" and globals is not None and _asking(globals, belongs) else module
 
     done.replace(builtins, "__import__", import_)
