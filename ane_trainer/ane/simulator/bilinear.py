@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator import jit
+from ane_trainer.ane.simulator.compiled import Step, divided
 from ane_trainer.ane.simulator.ir import Function
 from ane_trainer.ane.simulator.rounding import round64_text
+from ane_trainer.ane.simulator.team import Stage, Team, addresses
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]
 
-_ALONE = 1 << 16
-"""Results below which one thread is faster than two."""
+_NAMES = ("low", "high", "low_part", "high_part")
 
 
 class Lines:
@@ -31,66 +31,73 @@ class Lines:
         self.low_part = 1 - self.high_part
 
     def addresses(self) -> tuple[int, ...]:
-        return tuple(a.ctypes.data for a in (self.low, self.high, self.low_part, self.high_part))
+        return tuple(getattr(self, name).ctypes.data for name in _NAMES)
 
 
-def interpolate_into(x: Array, rows: F64, columns: F64, out: Array, threads: int) -> None:
-    """out `[..., H', W']` from contiguous x `[..., H, W]` at positions on both axes."""
+def interpolation(x: Array, rows: F64, columns: F64, out: Array, threads: int) -> Step:
+    """The step that fills out `[..., H', W']` from x `[..., H, W]`, both contiguous, at positions on both axes."""
     down, across = Lines(rows, x.shape[-2]), Lines(columns, x.shape[-1])
     images = x.size // (x.shape[-1] * x.shape[-2])
-    parts = min(threads, images) if out.size >= _ALONE else 1
-    room = np.empty((parts, x.shape[-1] + out.shape[-1]), np.float64)
+    room = np.empty((images, x.shape[-1] + out.shape[-1]), np.float64)
     sizes = (x.shape[-2], x.shape[-1], out.shape[-2], out.shape[-1])
-    pieces = [
-        (
-            x.ctypes.data,
-            out.ctypes.data,
-            line.ctypes.data,
-            *sizes,
-            *down.addresses(),
-            *across.addresses(),
-            a,
-            b,
-        )
-        for line, (a, b) in zip(room, pairwise(images * i // parts for i in range(parts + 1)), strict=True)
-    ]
-    jit.run_parallel(_loop(), pieces, threads)
+    pointers = (array.ctypes.data for array in (x, out, room))
+    arguments = addresses(*pointers, *sizes, *down.addresses(), *across.addresses())
+    stage = Stage(jit.address(_loop()), ctypes.addressof(arguments))
+    team = Team([stage], divided(images, out.size, threads), threads)
+    memory = (x, out, room, down, across, arguments)
+
+    def run(_memory: object = memory) -> None:
+        team.run()
+
+    return run
 
 
 @cache
-def _loop() -> Callable[..., None]:
-    names = ("low", "high", "low_part", "high_part")
-    pointers = ["x", "out", "room"], [f"{axis}_{name}" for axis in ("down", "across") for name in names]
-    sizes = ("height", "width", "rows", "columns")
-    f = Function(
-        "interpolate",
-        [("ptr", n) for n in pointers[0]] + [("i64", n) for n in sizes] + [("ptr", n) for n in pointers[1]]
-        + [("i64", "first"), ("i64", "last")],
-    )  # fmt: skip
-    line = f.element("double", "%room", "%width")
-    with f.loop("%first", "%last") as image, f.loop("0", "%rows") as i:
-        lines, parts = [], []
+def _loop() -> Any:
+    f = Function("interpolate", [("ptr", "arguments"), ("i64", "first"), ("i64", "last")])
+
+    def argument(kind: str, number: int) -> str:
+        return f.load(kind, f.element("i64", "%arguments", str(number)), 8)
+
+    x, out, room = (argument("ptr", i) for i in range(3))
+    height, width, rows, columns = (argument("i64", 3 + i) for i in range(4))
+    down = {name: argument("ptr", 7 + i) for i, name in enumerate(_NAMES)}
+    across = {name: argument("ptr", 11 + i) for i, name in enumerate(_NAMES)}
+
+    def mix(index: str, lines: dict[str, str], value: Any) -> str:
+        """The two neighbours, weighted."""
+        terms = []
         for side in ("low", "high"):
-            row = f.load("i64", f.element("i64", f"%down_{side}", i), 8)
-            lines.append(f.element("float", "%x", f.mul(f.add(f.mul(image, "%height"), row), "%width")))
-            parts.append(f.load("double", f.element("double", f"%down_{side}_part", i), 8))
-        with f.loop("0", "%width") as j:
-            terms = []
-            for at, part in zip(lines, parts, strict=True):
-                value = f.op(f"fpext float {f.load('float', f.element('float', at, j))} to double")
-                terms.append(f.op(f"fmul double {value}, {part}"))
-            f.store("double", f.op(f"fadd double {terms[0]}, {terms[1]}"), f.element("double", "%room", j), 8)
-        with f.loop("0", "%columns") as j:
-            terms = []
-            for side in ("low", "high"):
-                column = f.load("i64", f.element("i64", f"%across_{side}", j), 8)
-                value = f.load("double", f.element("double", "%room", column), 8)
-                part = f.load("double", f.element("double", f"%across_{side}_part", j), 8)
-                terms.append(f.op(f"fmul double {value}, {part}"))
-            f.store("double", f.op(f"fadd double {terms[0]}, {terms[1]}"), f.element("double", line, j), 8)
-        to = f.element("float", "%out", f.mul(f.add(f.mul(image, "%rows"), i), "%columns"))
-        f.do(f"call void @round64(ptr {line}, ptr {to}, i64 %columns)")
-    text = f.text().replace(
-        "ptr %x, ptr %out, ptr %room", "ptr noalias %x, ptr noalias %out, ptr noalias %room"
-    )
-    return jit.compile_ir(round64_text() + text, ["interpolate"])["interpolate"]
+            place = f.load("i64", f.element("i64", lines[side], index), 8)
+            part = f.load("double", f.element("double", lines[f"{side}_part"], index), 8)
+            terms.append(f.op(f"fmul double {value(side, place)}, {part}"))
+        return f.op(f"fadd double {terms[0]}, {terms[1]}")
+
+    with f.loop("%first", "%last") as image:
+        room_of = f.element("double", room, f.mul(image, f.add(width, columns)))
+        line = f.element("double", room_of, width)
+        with f.loop("0", rows) as i:
+            _rows_between(f, x, f.mul(image, height), width, i, down, room_of)
+            with f.loop("0", columns) as j:
+                mixed = mix(j, across, lambda _, at: f.load("double", f.element("double", room_of, at), 8))
+                f.store("double", mixed, f.element("double", line, j), 8)
+            to = f.element("float", out, f.mul(f.add(f.mul(image, rows), i), columns))
+            f.do(f"call void @round64(ptr {line}, ptr {to}, i64 {columns})")
+    return jit.compile_ir(round64_text() + f.text(), ["interpolate"])["interpolate"]
+
+
+def _rows_between(
+    f: Function, x: str, above: str, width: str, i: str, down: dict[str, str], room: str
+) -> None:
+    """`room` = the two rows about result row i, weighted."""
+    lines, parts = [], []
+    for side in ("low", "high"):
+        row = f.load("i64", f.element("i64", down[side], i), 8)
+        lines.append(f.element("float", x, f.mul(f.add(above, row), width)))
+        parts.append(f.load("double", f.element("double", down[f"{side}_part"], i), 8))
+    with f.loop("0", width) as j:
+        terms = []
+        for at, part in zip(lines, parts, strict=True):
+            value = f.op(f"fpext float {f.load('float', f.element('float', at, j))} to double")
+            terms.append(f.op(f"fmul double {value}, {part}"))
+        f.store("double", f.op(f"fadd double {terms[0]}, {terms[1]}"), f.element("double", room, j), 8)

@@ -61,7 +61,7 @@ class Loop:
 
     def __call__(self) -> None:
         if self._team is None:
-            ranges = _ranges(self.outer, self.elements, self.threads, self.unit)
+            ranges = divided(self.outer, self.elements, self.threads, self.unit)
             self._team = Team([self.stage()], ranges, self.threads)
         self._team.run()
 
@@ -92,7 +92,7 @@ class Chain:
         first = min(self.loops, key=lambda loop: len(loop.axes))
         elements, threads = max(loop.elements for loop in self.loops), first.threads
         block = max(1, BLOCK_ELEMENTS * first.outer // elements)
-        ranges = _ranges(first.outer, elements, threads)
+        ranges = divided(first.outer, elements, threads)
         return Team([loop.stage(loop.outer // first.outer) for loop in self.loops], ranges, threads, block)
 
 
@@ -105,7 +105,7 @@ def chain(*steps: Step) -> Step:
     return in_turn(*steps)
 
 
-def _ranges(outer: int, elements: int, threads: int, unit: int = 1) -> list[tuple[int, int]]:
+def divided(outer: int, elements: int, threads: int, unit: int = 1) -> list[tuple[int, int]]:
     """About equal parts of the outermost axis, each but the last a multiple of `unit`."""
     parts = threads if elements >= PARALLEL_ELEMENTS else 1
     bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]

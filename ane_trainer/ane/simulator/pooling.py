@@ -1,7 +1,7 @@
 """Pooling on the pointwise unit, over explicitly padded images.
 
-Maxima come from the machine's pooling (no arithmetic, so no bit can differ). Averages and l2 sums are formed
-wide and rounded once; in fast mode the wide sum is fp32.
+Averages and l2 sums are formed wide and rounded once; in fast mode the wide sum of an average is fp32. In a plan,
+windows of few elements are one loop over the results, larger ones a fold over a view of every window.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
+from ane_trainer.ane.simulator.buffers import empty
+from ane_trainer.ane.simulator.compiled import Step, in_turn
+from ane_trainer.ane.simulator.convolution import windows, with_padding
 from ane_trainer.ane.simulator.fp16 import INF
-from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.passes import Pass
+from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.rounding import rounded, table_of
 
 Array = NDArray[Any]
@@ -72,7 +76,46 @@ def max_pool(ctx: Context, call: Call, x: Array) -> Array:
     function = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[len(sizes) - 1]
     result = function(torch.from_numpy(np.ascontiguousarray(padded)), sizes, strides).numpy()
     counts = call.op.infer(call)[0].shape[2:]
-    return np.asarray(np.minimum(result[(slice(None), slice(None), *(slice(n) for n in counts))], INF))
+    return np.asarray(np.clip(result[(slice(None), slice(None), *(slice(n) for n in counts))], -INF, INF))
+
+
+MOST_TAPS = 32
+"""Elements of a window that one loop takes side by side: each is an array of the loop."""
+
+
+@writes("max_pool")
+def max_pool_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `max_pool`."""
+    view, fill = _windows(ctx, call, x, -float(INF))
+    work, out = Pass(ctx), outputs[0]
+    if np.prod(view.shape[out.ndim :]) > MOST_TAPS:
+        largest = work.fold("max", work.add("scale", work.load(view), value=1.0), _spread(out, view))
+        return in_turn(*fill, largest)
+    taps = [work.load(tap) for tap in _side_by_side(view)]
+    value = work.add("scale", taps[0], value=1.0)
+    for tap in taps[1:]:
+        value = work.add("max", value, tap)
+    return in_turn(*fill, work.store(value, out))
+
+
+def _windows(ctx: Context, call: Call, x: Array, fill: float) -> tuple[Array, list[Step]]:
+    """A view `[N, C, *out, *kernel]` of every window of the padded image, and the step that pads it."""
+    sizes, strides, pads = _padding(call, x)
+    padded, step = with_padding(ctx, x, pads, fill)
+    view = windows(padded, sizes, strides, (1,) * len(sizes))
+    counts = call.op.infer(call)[0].shape[2:]
+    return view[(slice(None), slice(None), *(slice(n) for n in counts))], [] if step is None else [step]
+
+
+def _side_by_side(view: Array) -> list[Array]:
+    """For each place in a window an array of the shape of the results."""
+    kernel = view.shape[2 + (view.ndim - 2) // 2 :]
+    return [view[(..., *place)] for place in np.ndindex(kernel)]
+
+
+def _spread(out: Array, view: Array) -> Array:
+    """The results as totals of a fold over the windows."""
+    return out.reshape(*out.shape, *(1,) * (view.ndim - out.ndim))
 
 
 @kernel(
@@ -80,20 +123,28 @@ def max_pool(ctx: Context, call: Call, x: Array) -> Array:
 )
 def avg_pool(ctx: Context, call: Call, x: Array) -> Array:
     """The sum over the window times 1, divided by its size, or by the elements inside the image."""
-    if ctx.fast:
-        sizes, strides, pads = _padding(call, x)
-        padded = torch.from_numpy(np.ascontiguousarray(_padded(x, pads, 0.0)))
-        function = (
-            torch.nn.functional.avg_pool1d,
-            torch.nn.functional.avg_pool2d,
-            torch.nn.functional.avg_pool3d,
-        )[len(sizes) - 1]
-        mean = function(padded, sizes, strides).numpy()
-        mean = mean[(slice(None), slice(None), *(slice(n) for n in call.op.infer(call)[0].shape[2:]))]
-        if not call.flag("exclude_padding_from_average"):
-            return rounded(mean)
-        return rounded(mean * (np.float32(np.prod(sizes)) / _divisors(call, x)))
     return rounded(_wide_sum(_taps(call, x)) / _divisors(call, x))
+
+
+@writes("avg_pool")
+def avg_pool_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `avg_pool`."""
+    out, divisors = outputs[0], _divisors(call, x)
+    view, fill = _windows(ctx, call, x, 0.0)
+    count, work, last = float(divisors.flat[0]), Pass(ctx), Pass(ctx)
+    same, few = bool((divisors == count).all()), np.prod(view.shape[out.ndim :]) <= MOST_TAPS
+    if same and not few:
+        total = empty(out.shape, np.float32 if ctx.fast else np.float64)
+        sums = work.fold("sum", work.load(view), _spread(total, view))
+        return in_turn(*fill, sums, last.store(last.total(total, count), out))
+    if not ctx.fast or not few:
+        return lambda: np.copyto(out, avg_pool(ctx, call, x))
+    taps = [work.load(tap) for tap in _side_by_side(view)]
+    value, one = taps[0], work.number(1)
+    for tap in taps[1:]:
+        value = work.add("fma", value, tap, one)
+    part = work.number(1 / count) if same else work.load((1 / divisors)[None, None])
+    return in_turn(*fill, work.store(work.add("mul", value, part), out))
 
 
 def _wide_sum(views: list[Array]) -> NDArray[np.float64]:

@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.bilinear import interpolate_into
+from ane_trainer.ane.simulator.bilinear import interpolation
 from ane_trainer.ane.simulator.buffers import empty
+from ane_trainer.ane.simulator.compiled import Step, copies, in_turn
 from ane_trainer.ane.simulator.fp16 import round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.nearest import picking
+from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes
 from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
@@ -53,13 +55,8 @@ def _along(x: F64, axis: int, at: F64) -> F64:
     return np.asarray(np.take(x, low, axis) * (1 - part) + np.take(x, high, axis) * part)
 
 
-def _linear(x: Array, places: dict[int, F64], threads: int) -> Array:
+def _linear(x: Array, places: dict[int, F64]) -> Array:
     """Interpolation along several axes in double precision, one rounding."""
-    if {axis % x.ndim for axis in places} == {x.ndim - 2, x.ndim - 1} and x.dtype == np.float32:
-        rows, columns = (next(at for a, at in places.items() if a % x.ndim == x.ndim - n) for n in (2, 1))
-        out = empty((*x.shape[:-2], len(rows), len(columns)))
-        interpolate_into(np.ascontiguousarray(x), rows, columns, out, threads)
-        return out
     wide = x.astype(np.float64)
     for axis, at in places.items():
         wide = _along(wide, axis, at)
@@ -70,12 +67,12 @@ def _nearest(x: Array, places: dict[int, Array]) -> Array:
     for axis, index in sorted(
         places.items(), reverse=True
     ):  # the last axis first: rows are copied whole then
-        x = np.take(x, np.clip(index.astype(np.int64), 0, x.shape[axis] - 1), axis)
+        x = np.take(x, _on_axis(index, x.shape[axis]), axis)
     return x
 
 
-def _result_extents(call: Call) -> tuple[int, int]:
-    return call.op.infer(call)[0].shape[-2:]  # type: ignore[return-value]
+def _on_axis(index: Array, extent: int) -> Array:
+    return np.clip(index.astype(np.int64), 0, extent - 1)
 
 
 @kernel(
@@ -85,38 +82,65 @@ def _result_extents(call: Call) -> tuple[int, int]:
 )
 def nearest(ctx: Context, call: Call, x: Array) -> Array:
     """Each result takes the element at floor(i * extent / new extent) of its row and column."""
-    extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
-    return _nearest(x, {axis: np.arange(new) * old // new for axis, old, new in extents})
+    return _nearest(x, _places(call, x))
 
 
-@kernel("upsample_bilinear", "assumed", _RUNS)
-def upsample_bilinear(ctx: Context, call: Call, x: Array) -> Array:
-    """align_corners: ends on ends; else half_pixel_centers (absent: the opposite of align_corners)."""
-    aligned = call.flag("align_corners")
-    centred = call.flag("half_pixel_centers") if call.has("half_pixel_centers") else not aligned
-    mode = "STRICT_ALIGN_CORNERS" if aligned else "UNALIGN_CORNERS" if centred else "DEFAULT"
-    extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
-    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents}, ctx.threads)
+@kernel("upsample_bilinear resize_bilinear", "assumed", _RUNS)
+def bilinear(ctx: Context, call: Call, x: Array) -> Array:
+    """Height and width interpolated at positions by `sampling_mode`.
 
-
-@kernel("resize_bilinear", "assumed", _RUNS)
-def resize_bilinear(ctx: Context, call: Call, x: Array) -> Array:
-    """Height and width to the target sizes, positions by `sampling_mode`."""
-    mode = call.text("sampling_mode")
-    extents = zip((-2, -1), x.shape[-2:], _result_extents(call), strict=True)
-    return _linear(x, {axis: positions(mode, old, new) for axis, old, new in extents}, ctx.threads)
+    Of an upsampling with align_corners the ends lie on ends; else half_pixel_centers says (absent: the opposite of
+    align_corners).
+    """
+    return _linear(x, _places(call, x))
 
 
 @kernel("resize", "assumed", _RUNS)
 def resize(ctx: Context, call: Call, x: Array) -> Array:
     """The last `resized_dims` axes, LINEAR or NEAREST_NEIGHBOR (the element nearest below the position)."""
-    (type_,) = call.op.infer(call)
-    mode = call.text("sampling_mode")
-    changed = range(x.ndim - call.integer("resized_dims"), x.ndim)
-    places = {a: positions(mode, x.shape[a], type_.shape[a]) for a in changed if x.shape[a] != type_.shape[a]}
-    if call.text("interpolation_mode") == "NEAREST_NEIGHBOR":
-        return _nearest(x, {a: _nearest_index(mode, at) for a, at in places.items()})
-    return _linear(x, places, ctx.threads)
+    return (_nearest if _picks(call) else _linear)(x, _places(call, x))
+
+
+@writes("upsample_nearest_neighbor resize_nearest_neighbor upsample_bilinear resize_bilinear resize")
+def resized_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """Where height and width change, a compiled loop over images; any other axes take the kernel."""
+    out, places, picks = outputs[0], _places(call, x), _picks(call)
+    if out.dtype != np.float32 or x.ndim < 2 or any(axis < x.ndim - 2 for axis in places):
+        kernel_of = KERNELS[call.op.kind].run
+        return lambda: np.copyto(out, kernel_of(ctx, call, x))
+    every = [np.arange(x.shape[axis], dtype=np.float64) for axis in (-2, -1)]
+    rows, columns = (places.get(x.ndim - 2 + i, every[i]) for i in range(2))
+    room = x if x.flags.c_contiguous else empty(x.shape)
+    fill = [] if room is x else [copies([(room, x)], ctx.threads)]
+    if picks:
+        rows, columns = (_on_axis(at, n) for at, n in zip((rows, columns), x.shape[-2:], strict=True))
+    return in_turn(*fill, (picking if picks else interpolation)(room, rows, columns, out, ctx.threads))
+
+
+def _picks(call: Call) -> bool:
+    """Elements are taken, not mixed."""
+    kind = call.op.kind
+    return "nearest" in kind or (kind == "resize" and call.text("interpolation_mode") == "NEAREST_NEIGHBOR")
+
+
+def _places(call: Call, x: Array) -> dict[int, Array]:
+    """Axis -> where the results lie on it (indices where elements are taken), for the axes that change."""
+    kind, shape = call.op.kind, call.op.infer(call)[0].shape
+    changed = range(x.ndim - (call.integer("resized_dims") if kind == "resize" else 2), x.ndim)
+    sizes = {a: (x.shape[a], shape[a]) for a in changed if kind != "resize" or x.shape[a] != shape[a]}
+    if "nearest" in kind:
+        return {a: np.arange(new) * old // new for a, (old, new) in sizes.items()}
+    mode = _mode(call)
+    places = {a: positions(mode, old, new) for a, (old, new) in sizes.items()}
+    return {a: _nearest_index(mode, at) for a, at in places.items()} if _picks(call) else places
+
+
+def _mode(call: Call) -> str:
+    if call.op.kind != "upsample_bilinear":
+        return call.text("sampling_mode")
+    aligned = call.flag("align_corners")
+    centred = call.flag("half_pixel_centers") if call.has("half_pixel_centers") else not aligned
+    return "STRICT_ALIGN_CORNERS" if aligned else "UNALIGN_CORNERS" if centred else "DEFAULT"
 
 
 def _nearest_index(mode: str, at: F64) -> Array:

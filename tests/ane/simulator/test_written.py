@@ -137,7 +137,7 @@ def test_interpolation_along_both_axes_is_that_along_one_and_the_other(x, height
         part = (at - low)[:, None] if axis == -2 else at - low
         wide = np.take(wide, low, axis) * (1 - part) + np.take(wide, high, axis) * part
     out = np.empty(wide.shape, np.float32)
-    bilinear.interpolate_into(np.ascontiguousarray(x), places[-2], places[-1], out, threads)
+    bilinear.interpolation(np.ascontiguousarray(x), places[-2], places[-1], out, threads)()
     assert np.array_equal(round_half_away(wide), out)
 
 
