@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.ane.capture.scalars import scalar_values
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.export import ExportReport, Signature, export_inference, export_step
@@ -84,7 +83,7 @@ def _about(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str,
         "version": __version__,
         "applied_steps": step.applied_steps,
         "optimizer": {"name": type(optimizer).__name__, **{k: v for k, v in settings.items() if _plain(v)}},
-        "next_scalars": scalar_values(optimizer, step.applied_steps + 1),
+        "next_scalars": step.scalars(),
         "ports": {
             port.name: {"role": port.role, "target": port.target, "scale": port.scale}
             for port in step.compiled.inputs

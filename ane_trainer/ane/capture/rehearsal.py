@@ -37,11 +37,12 @@ LARGEST_CONCESSION = 64.0
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one plain PyTorch step on the example shows: dropout masks, and each gradient's largest entry."""
+    """What one plain PyTorch step on the example shows: dropout masks, gradients and the largest entry of each."""
 
     masks: tuple[Mask, ...]
     peaks: Mapping[str, float]
     flow: float = 0.0
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def loss_scale(self) -> float:
         """A power of two that brings the largest gradient near CALIBRATED_GRADIENT, and none out of fp16."""
@@ -75,8 +76,9 @@ def rehearse(
         return Rehearsal(tuple(mode.noted), {})
     gradients, flow = gradients_and_flow(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
-    peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
-    return Rehearsal(tuple(mode.noted), peaks, flow)
+    found = {n: g.detach() for n, g in zip(names, gradients, strict=True) if g is not None}
+    peaks = {n: float(g.abs().amax()) for n, g in found.items()}
+    return Rehearsal(tuple(mode.noted), peaks, flow, found)
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
+from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
 from ane_trainer.ane.capture.decompositions import decomposition_table
 from ane_trainer.ane.capture.gradients import Treatment, accumulate, clip_norm, clip_values
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
@@ -36,7 +37,8 @@ from ane_trainer.ane.capture.sources import (
     watch_modules,
 )
 from ane_trainer.ane.capture.trace import trace
-from ane_trainer.ane.capture.updates import LINEAR_UNIT, ROOT_FLOORS, Rule, rule_for, two_term_add
+from ane_trainer.ane.capture.updates import LINEAR_UNIT, ROOT_FLOORS, Rule, find_rule, rule_for, two_term_add
+from ane_trainer.ane.capture.user_plan import UserPlan, find_user_plan, user_ports, user_update
 from ane_trainer.ane.stages import Alias, Captured, Port
 
 Tensors = dict[str, torch.Tensor]
@@ -49,11 +51,16 @@ CEILING = "step/largest_scale"
 
 @dataclass(frozen=True)
 class StepCapture:
-    """A captured step, the loss scale to start from and the gradient units (parameter -> power of two)."""
+    """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
+
+    `user` is the plan of an optimizer that has no rule but whose `step` was followed.
+    """
 
     captured: Captured
     loss_scale: float
     units: Mapping[str, float]
+    user: UserPlan | None = None
+    changes: BufferChanges = field(default_factory=BufferChanges)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,9 @@ class _Plan:
     masks: tuple[Port, ...]
     scalars: tuple[Port, ...]
     treatment: Treatment
-    floor: float = ROOT_FLOORS["fp16"]
+    floor: float
+    user: UserPlan | None
+    changes: BufferChanges
     ceiling: float = LARGEST_SCALE
 
     @property
@@ -90,27 +99,34 @@ def capture_training(
     units: Mapping[str, float] | None = None,
     precision: str = "fp16",
     treatment: Treatment | None = None,
+    choices: Sequence[int] | None = None,
 ) -> StepCapture:
     """Capture forward, loss, backward and update of one step; see `capture_step`.
 
-    `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen.
-    `precision` is what the program will be lowered to, "fp16" or "fp32".
+    `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen. So are
+    `choices`, those of a user's optimizer. `precision` is what the program will be lowered to, "fp16" or "fp32".
+
+    Raises: NotOnEngine for an optimizer that has no rule and cannot be followed.
     """
     treatment = treatment or Treatment()
-    rule = rule_for(optimizer, treatment.on_host)
+    followed = not treatment.on_host and find_rule(optimizer) is None
+    rule = rule_for(optimizer, treatment.on_host or followed)
     loss_function = get_loss(loss)
     found = find_parameters(model, optimizer)
-    rehearsal = rehearse(model, loss_function, found, example)
+    with forwarded(model) as final:
+        rehearsal = rehearse(model, loss_function, found, example)
+    changes = find_changes(model, final)
     parameters = tuple(_with_unit(p, rule, rehearsal, units or {}) for p in found)
     subject = model, loss_function, loss_name(loss), optimizer, rule, parameters
-    plan = _plan(*subject, example, rehearsal, treatment)
+    floor = ROOT_FLOORS[precision]
+    user = find_user_plan(optimizer, parameters, rehearsal, floor, choices) if followed else None
+    plan = _plan(*subject, example, rehearsal, treatment, floor, user, changes)
     scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
-    ceiling = (units or {}).get(CEILING, max(scale, rehearsal.ceiling()))
-    plan = dataclasses.replace(plan, floor=ROOT_FLOORS[precision], ceiling=ceiling)
+    plan = dataclasses.replace(plan, ceiling=(units or {}).get(CEILING, max(scale, rehearsal.ceiling())))
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
-    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen)
+    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen, user, changes)
 
 
 def batch_ports(example: Any, prefix: str) -> list[Port]:
@@ -151,24 +167,34 @@ def _plan(
     example: tuple[Any, Any],
     rehearsal: Rehearsal,
     treatment: Treatment,
+    floor: float,
+    user: UserPlan | None,
+    changes: BufferChanges,
 ) -> _Plan:
     groups = optimizer.param_groups
     state: list[Port] = []
     for p in parameters:
         state += parameter_ports(p, rule, None if p.group is None else groups[p.group], treatment)
+    names: list[str] = []
+    if user is not None:
+        state += user_ports(user)
+        names += [port.name for port in user.ports]
     buffers = float_buffers(model)
     state += [Port(identifier(n), tuple(b.shape) or (1,), "state", n) for n, b in buffers.items()]
     state += scaling_ports(treatment)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
-    names = [*scalar_values(optimizer, 1, treatment.on_host), *treatment.scalars(last=True)]
-    scalars = [Port(name, (1,), "scalar", name) for name in names]
+    names += [
+        *scalar_values(optimizer, 1, treatment.on_host or user is not None),
+        *treatment.scalars(last=True), *changes.scalars(),
+    ]
+    scalars = [Port(identifier(name), (1,), "scalar", name) for name in names]
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
     count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
     return _Plan(
         model, loss, loss_text, optimizer, rule, parameters, tuple(buffers), Structure.of(example),
         tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]), tuple(ports[count[1] : count[2]]),
-        tuple(ports[: count[0]]), treatment,
+        tuple(ports[: count[0]]), treatment, floor, user, changes,
     )  # fmt: skip
 
 
@@ -206,8 +232,11 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
         new_state: Tensors = {**buffers, **changes}
         gate = fits * named["last"] if plan.treatment.accumulate > 1 else fits
         gated = _gated_scalars(plan, named, gate)
+        if plan.user is not None:
+            set_source(f"optimizer {type(plan.optimizer).__name__}")
+            new_state |= user_update(plan.user, state, gradients, named, gate)
         for p in plan.parameters:
-            if p.name in scaled and not plan.treatment.on_host:
+            if p.name in scaled and not plan.treatment.on_host and plan.user is None:
                 set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
                 new_state |= _update(plan, p, gradients[p.name], state, gated[p.group or 0])
         set_source("loss scaling")
@@ -233,10 +262,15 @@ def _differentiate(plan: _Plan, named: Tensors, state: Tensors) -> tuple[torch.T
     buffers = {name: state[name].reshape(shapes[name]).clone() for name in plan.buffers}
     x, y = plan.structure.filled([named[p.name] for p in plan.batch])
     masks = [named[p.name] for p in plan.masks]
+    sent = {p.target: named[p.name] for p in plan.scalars}
+    others = copies(plan.model) | plan.changes.stand_ins(plan.model, sent)
     with torch.enable_grad(), watch_modules(plan.model) as stack:
         describe = stack.here
         with MaskMode(masks), SourceMode(lambda: describe()):
-            output = call_model(plan.model, {**copies(plan.model), **values, **trained, **buffers}, x)
+            with newest_statistics(plan.model, plan.changes), forwarded(plan.model) as final:
+                output = call_model(plan.model, {**others, **values, **trained, **buffers}, x)
+            buffers |= {n: final[n].detach().reshape(shapes[n]) for n in buffers if n in final}
+            buffers |= plan.changes.averages(state, buffers, sent)
             describe = lambda: _loss_place(plan.loss_text)  # noqa: E731
             value = call_loss(plan.loss, output, y)
         follow_backward(value)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ane_trainer.ane.capture.buffers import BufferChanges
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.capture.slots import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.updates import RESIDUAL, Rule, rule_for
@@ -32,6 +33,7 @@ class Mirror:
         optimizer: torch.optim.Optimizer,
         precision: str = "fp16",
         on_host: bool = False,
+        changes: BufferChanges = BufferChanges(),  # noqa: B008  (immutable)
     ) -> None:
         self._range = RANGES[precision]
         self._session, self._optimizer = session, optimizer
@@ -42,8 +44,7 @@ class Mirror:
         self._tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
         # parameters that a step does not change keep their bits: frozen ones, and all if the host updates them
         self._changing = {p.name for p in self._trained} | set(float_buffers(model))
-        counters = [getattr(m, "num_batches_tracked", None) for m in model.modules() if m.training]
-        self._counters = [counter for counter in counters if isinstance(counter, torch.Tensor)]
+        self._model, self._changes = model, changes
         self._versions: dict[str, int] = {}
 
     # Weights and buffers
@@ -53,8 +54,7 @@ class Mirror:
         """Engine -> module, for everything that a step changes; `steps` ran since the last time."""
         for name in self._changing:
             self._combine(name, self._tensors[name])
-        for counter in self._counters:
-            counter += steps
+        self._changes.count(self._model, steps)
         self._note_versions()
 
     @torch.no_grad()
@@ -102,6 +102,18 @@ class Mirror:
                 value = torch.zeros_like(parameter.tensor) if value is None else value / bias
                 self._split(f"{parameter.name}/{slot.name}", value.float())
         return count
+
+    def pull(self, target: str, out: torch.Tensor, factor: float = 1.0) -> None:
+        """Engine -> `out`: one state in the user's units, times `factor`."""
+        self._combine(target, out, factor)
+
+    def push(self, target: str, value: torch.Tensor) -> None:
+        """One state in the user's units -> engine."""
+        self._split(target, value)
+
+    def note(self) -> None:
+        """The tensors are as they were at the last copy, whatever their versions say."""
+        self._note_versions()
 
     # Loss scaling
 
