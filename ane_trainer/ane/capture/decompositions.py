@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture import experts
 from ane_trainer.ane.capture.derivatives import DERIVATIVES
 from ane_trainer.ane.capture.normalization import NORMALIZATIONS
 
@@ -48,9 +49,13 @@ ADDED = (
 )  # fmt: skip
 
 
-@functools.cache
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
-    """The table for `make_fx`: overload -> function in terms of other ops. Do not change the result."""
+    """The table for `make_fx`: overload -> function in terms of other ops."""
+    return _own_table() | experts.decompositions()
+
+
+@functools.cache
+def _own_table() -> dict[Any, Callable[..., Any]]:
     from torch._decomp import core_aten_decompositions, get_decompositions
 
     added = [packet for packet in ADDED if isinstance(packet, torch._ops.OpOverloadPacket)]

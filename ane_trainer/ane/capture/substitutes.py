@@ -26,6 +26,7 @@ from ane_trainer.ane.capture.criteria import (
     one_hot,
 )
 from ane_trainer.ane.capture.ctc import ctc_loss
+from ane_trainer.ane.capture.experts import histc
 
 Function = Callable[..., Any]
 
@@ -129,7 +130,7 @@ REWRITES: dict[Function, Function] = {
     F.one_hot: one_hot, torch._is_all_true: _all_true, F.embedding: _embedding, F.embedding_bag: embedding_bag,
     torch.Tensor.__getitem__: _getitem, F.gaussian_nll_loss: gaussian_nll, torch.logcumsumexp: logcumsumexp,
     torch.Tensor.logcumsumexp: logcumsumexp, F.multi_margin_loss: multi_margin,
-    F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, **logits.REWRITES,
+    F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, torch.histc: histc, **logits.REWRITES,
 }  # fmt: skip
 #: By name: these have no function object of their own in Python.
 _PACKED: dict[str, Function] = {"_pack_padded_sequence": packed.pack, "_pad_packed_sequence": packed.pad}

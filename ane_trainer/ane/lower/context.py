@@ -158,6 +158,8 @@ class Context:
         if not isinstance(x, Value) and not isinstance(y, Value):
             return _FOLD[kind](as_tensor(self.number(x)), as_tensor(self.number(y)))  # type: ignore[arg-type]
         full = broadcast_shape(shape_of(x), shape_of(y))
+        if kind in literals.KEEPS_EPSILON and self.dtype == "fp16":
+            x, y = literals.keep_epsilon(x), literals.keep_epsilon(y)
         result = self.emit(kind, x=self._arithmetic(x), y=self._arithmetic(y))
         return result if result.type.shape == full else self.broadcast(result, full)
 
@@ -337,6 +339,7 @@ class Context:
         return self._move(x, move, lambda t: t[fold_slice])
 
     def concat(self, xs: Sequence[Operand], axis: int) -> Operand:
+        xs = [x for x in xs if 0 not in shape_of(x)] or xs[:1]
         if len(xs) == 1:
             return xs[0]
         if not any(isinstance(x, Value) for x in xs):

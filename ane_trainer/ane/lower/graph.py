@@ -175,6 +175,9 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
         ctx.operands[node] = source[0][source[1]]
         return
     name = str(node.target)
+    if isinstance(ctx.meta, torch.Tensor) and 0 in ctx.meta.shape:  # nothing to compute; `cat` leaves it out
+        ctx.operands[node] = torch.zeros(tuple(ctx.meta.shape), dtype=ctx.meta.dtype)
+        return
     try:
         if _foldable(node, arguments, keywords):
             assert callable(node.target)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -12,6 +15,25 @@ _MAX_FP16 = 65504.0
 
 #: Elements from which on a constant filled with one number is built by `tile` instead of stored.
 STORED_FILL_ELEMENTS = 16384
+
+
+#: fp16's smallest number.
+SMALLEST = 2.0**-24
+#: Ops in which a constant below it is an epsilon: it stands for "not zero", so it must not become zero.
+KEEPS_EPSILON = frozenset(("add", "sub", "maximum"))
+
+
+def keep_epsilon(x: Any) -> Any:
+    """A constant operand with its numbers below half of SMALLEST, which fp16 rounds to zero, at +-SMALLEST.
+
+    `x / (norm(x) + 1e-8)` is 0 for x = 0 in fp32 and stays so; with an epsilon of 0 it would be 0 / 0.
+    """
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return math.copysign(SMALLEST, x) if 0 < abs(x) <= SMALLEST / 2 else x
+    if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
+        return x
+    tiny = (x != 0) & (x.abs() <= SMALLEST / 2)
+    return torch.where(tiny, torch.sign(x) * SMALLEST, x) if bool(tiny.any()) else x
 
 
 def encode(array: np.ndarray, dtype: str) -> Literal:

@@ -11,6 +11,9 @@ from ane_trainer.ane.lower.context import Context, Operand, as_tensor
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.mil import Value
 
+#: An epsilon under a logarithm below this is not left to fp16, which has 16 steps up to it.
+LEAST_EPSILON = 2.0**-20
+
 
 @lowering("add.Tensor add.Scalar")
 def add(ctx: Context, x: Operand, y: Operand, alpha: float = 1) -> Operand:
@@ -119,8 +122,32 @@ def expm1(ctx: Context, x: Operand) -> Operand:
 
 @lowering("log.default")
 def log(ctx: Context, x: Operand) -> Operand:
-    """`log(x) -> log(x, epsilon=0)`"""
-    return ctx.unary("log", x, epsilon=ctx.scalar(0.0))
+    """`log(x) -> log(x, epsilon=0)`; `log(x + 1e-9) -> maximum(log(x, epsilon=0), log(1e-9))`
+
+    The same for `clamp(x, min=1e-9)`: fp16 does not hold the sum, but the logarithm; they differ by log 2 at most, at
+    x = epsilon.
+    """
+    inner, epsilon = _epsilon(ctx)
+    if epsilon is None:
+        return ctx.unary("log", x, epsilon=ctx.scalar(0.0))
+    return ctx.binary("maximum", ctx.unary("log", inner, epsilon=ctx.scalar(0.0)), math.log(epsilon))
+
+
+def _epsilon(ctx: Context) -> tuple[Operand, float | None]:
+    """(x, epsilon) if the node's argument is x plus, or x clamped to, an epsilon too small for fp16."""
+    source = ctx.node.args[0] if ctx.node is not None and ctx.node.args else None
+    if ctx.dtype != "fp16" or not isinstance(source, torch.fx.Node) or len(source.args) < 2:
+        return 0.0, None
+    name = str(source.target).partition(".")[2]
+    number = source.args[1]
+    plain = name in ("add.Tensor", "add.Scalar", "clamp_min.default") or (
+        name == "clamp.default" and (len(source.args) < 3 or source.args[2] is None)
+    )
+    if not plain or not isinstance(number, (int, float)) or not 0 < number < LEAST_EPSILON:
+        return 0.0, None
+    assert isinstance(source.args[0], torch.fx.Node)
+    inner = ctx.operands[source.args[0]]
+    return (inner, float(number)) if isinstance(inner, Value) else (0.0, None)
 
 
 @lowering("log2.default")
