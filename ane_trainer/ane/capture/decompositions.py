@@ -16,6 +16,7 @@ import torch
 from ane_trainer.ane.capture import experts
 from ane_trainer.ane.capture.derivatives import DERIVATIVES
 from ane_trainer.ane.capture.normalization import NORMALIZATIONS
+from ane_trainer.ane.capture.sampling import SAMPLING
 
 aten = torch.ops.aten
 
@@ -62,4 +63,4 @@ def _own_table() -> dict[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **get_decompositions(added)}
     kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}  # type: ignore[no-untyped-call]
     table = {op: function for op, function in table.items() if op not in kept}
-    return table | NORMALIZATIONS | DERIVATIVES
+    return table | NORMALIZATIONS | DERIVATIVES | SAMPLING

@@ -96,7 +96,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         decomposition = self._table.get(func)
         if decomposition is not None:
             with self:
-                return decomposition(*args, **kwargs)
+                result = decomposition(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if func is aten.as_strided.default:
             return self._show_memory(func, args, kwargs)
         if is_composite(func):

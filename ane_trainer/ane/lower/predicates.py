@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ane_trainer.ane.lower.context import Context, Operand
+from ane_trainer.ane.lower.context import Context, Operand, as_tensor
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.mil import Value
 
@@ -21,8 +21,24 @@ _COMPARISONS = {
 def _comparison(kind: str) -> None:
     @lowering(f"{kind}.Tensor {kind}.Scalar")
     def rule(ctx: Context, x: Operand, y: Operand) -> Operand:
-        """`gt(x, y) -> greater(x, y)` and so on"""
+        """`gt(x, y) -> greater(x, y)` and so on; a constant that fp16 lacks is rounded so that the answer stays"""
+        up, down = ("ge", "lt"), ("gt", "le")
+        if ctx.dtype == "fp16" and kind in up + down:
+            x = x if isinstance(x, Value) else _directed(x, upward=kind in down)
+            y = y if isinstance(y, Value) else _directed(y, upward=kind in up)
         return ctx.binary(_COMPARISONS[kind], x, y)
+
+
+def _directed(constant: torch.Tensor | float, *, upward: bool) -> torch.Tensor:
+    """The least fp16 number that is not below the constant, or the largest that is not above it.
+
+    `x > 0.9999` is `x > 0.9995` for fp16 numbers x: as 1.0, to which it rounds, it would never hold.
+    """
+    exact = as_tensor(constant).double()
+    nearest = exact.half()
+    bound = torch.tensor(torch.inf if upward else -torch.inf, dtype=torch.float16)
+    wrong = nearest.double() < exact if upward else nearest.double() > exact
+    return torch.where(wrong, torch.nextafter(nearest, bound), nearest).double()
 
 
 for _kind in _COMPARISONS:

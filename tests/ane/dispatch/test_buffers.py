@@ -1,0 +1,111 @@
+"""Buffers that the forward changes follow PyTorch's: assigned, counted, averaged over all batches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ane_trainer as at
+from ane_trainer.ane.errors import UnsupportedModel
+
+
+class Tracking(nn.Module):
+    """A running mean by assignment, a schedule over a step counter, a flag, batch norms of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.cumulative, self.twice = nn.BatchNorm1d(6, momentum=None), nn.BatchNorm1d(6)
+        self.stateless = nn.BatchNorm1d(3, affine=False, track_running_stats=False)
+        self.register_buffer("mean", torch.ones(6))
+        self.register_buffer("largest", torch.zeros(()))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("seen", torch.tensor(False))
+        self.register_buffer("samples", torch.tensor([7], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(F.relu(self.twice(self.cumulative(self.first(x)))))
+        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        self.largest.copy_(torch.maximum(self.largest, x.detach().amax()))
+        self.seen.fill_(True)
+        self.samples += x.shape[0]
+        x = (x - self.mean) * torch.exp(-self.steps.float() / 4)
+        self.steps += 1
+        return self.stateless(self.second(x))
+
+
+def test_buffers_follow_torchs() -> None:
+    torch.manual_seed(0)
+    model = Tracking()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.02) for m in (model, twin)]
+    x, y = torch.randn(8, 5), torch.randint(0, 3, (8,))
+    step = at.compile_step(model, "cross_entropy", optimizers[0], (x, y), fidelity="fast")
+    assert model.cumulative.momentum is None
+    for _ in range(4):
+        x = torch.randn(8, 5) * 2 + 1
+        loss = step(x, y)
+        expected = F.cross_entropy(twin(x), y)
+        optimizers[1].zero_grad()
+        expected.backward()
+        optimizers[1].step()
+        assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-2)
+    for (name, mine), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(
+            mine, theirs, rtol=5e-3, atol=5e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_counters_wait_for_lazy_synchronization() -> None:
+    torch.manual_seed(0)
+    model = Tracking()
+    x, y = torch.randn(8, 5), torch.randint(0, 3, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    step = at.compile_step(model, "cross_entropy", optimizer, (x, y), fidelity="fast", sync="lazy")
+    for _ in range(3):
+        step(x, y)
+    assert int(model.steps) == 0
+    step.sync()
+    assert (int(model.steps), int(model.samples), int(model.twice.num_batches_tracked)) == (3, 31, 6)
+
+
+class Unkept(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 2), kind
+        self.register_buffer("state", torch.zeros(3), persistent=False)
+        self.register_buffer("histogram", torch.zeros(4, dtype=torch.long))
+        self.register_buffer("ready", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "state":
+            self.state = x.detach().mean(0)
+        if self.kind == "histogram":
+            self.histogram += 1
+        if self.kind == "ready" and self.ready.item() == 0:
+            self.ready.fill_(1)
+        return self.layer(x + self.state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("state", r"state: buffer: is changed .* Register it with persistent=True"),
+        ("histogram", r"histogram: buffer: holds 4 integers"),
+        ("ready", r"reads a tensor's value .* Run the model once before"),
+    ],
+)
+def test_what_is_not_kept_is_refused(kind: str, message: str) -> None:
+    model = Unkept(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(4, 3), torch.zeros(4, 2)
+    with pytest.raises(UnsupportedModel, match=message):
+        at.compile_step(model, "mse", optimizer, (x, y), fidelity="fast")
+    if kind == "ready":
+        model(x)  # the first call has set the flag
+        at.compile_step(model, "mse", optimizer, (x, y), fidelity="fast")
