@@ -20,6 +20,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     predicates,
     reduction,
     scattering,
+    segments,
     slicing,
     sorting,
     strided,

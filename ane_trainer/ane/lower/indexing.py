@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from ane_trainer.ane.lower import pairs
 from ane_trainer.ane.lower.context import Absent, Context, Operand, shape_of
 from ane_trainer.ane.lower.integers import EXACT_INTEGERS, coded, most_rows
 from ane_trainer.ane.lower.maxima import Places, pick
@@ -28,6 +29,10 @@ def one_hot(ctx: Context, index: Operand, classes: int, axis: int, *, skip: int 
 
     `select(equal(reshape(index, [.., 1, ..]), classes), 1, 0)`
     """
+    if isinstance(index, Value) and index in ctx.high:
+        if not ctx_index_shape(ctx, index):
+            raise ctx.refuse("needs an index of rank 1 or more for so many rows.", "Use index.reshape(1).")
+        return pairs.one_hot(ctx, index, _pair_numbers(classes, skip), axis)
     shape = ctx_index_shape(ctx, index)
     spread = ctx.reshape(index, (*shape[:axis], 1, *shape[axis:]))
     numbers = _numbers(ctx, index, classes, skip)
@@ -53,6 +58,14 @@ def _numbers(ctx: Context, index: Operand, rows: int, skip: int | None) -> torch
         numbers = coded(numbers)
     if skip is not None and 0 <= skip < rows:
         numbers[skip] = _NEVER
+    return numbers
+
+
+def _pair_numbers(rows: int, skip: int | None) -> torch.Tensor:
+    """The number of each row; -1 for the one that nothing matches."""
+    numbers = torch.arange(rows, dtype=torch.float64)
+    if skip is not None and 0 <= skip < rows:
+        numbers[skip] = -1.0
     return numbers
 
 
@@ -85,9 +98,13 @@ def embedding(
     """`embedding(w, i) -> mul(matmul(select(equal(i, rows), 64, 0), w), 1/64)`: [M, V] @ [V, D]
 
     The accumulator's step is 2^-16 (M6 notes/numerics.md), which would cut the last bits of weights below
-    2^-6. With 64 in the one-hot the look-up is exact for 2^-12 <= |w| < 512.
+    2^-6. With 64 in the one-hot the look-up is exact for 2^-12 <= |w| < 512. An index in two numbers looks 1024
+    rows up at a time, see `pairs.look_up`.
     """
     flat = ctx.reshape(index, (math.prod(shape_of(index)),))
+    if isinstance(flat, Value) and flat in ctx.high:
+        looked_up = pairs.look_up(ctx, weight, flat, LOOKUP_SCALE)
+        return ctx.reshape(ctx.mul(looked_up, 1.0 / LOOKUP_SCALE), ctx.shape)
     picks = flat_one_hot(ctx, flat, shape_of(weight)[0], on=LOOKUP_SCALE)
     return ctx.reshape(ctx.mul(ctx.matmul(picks, weight), 1.0 / LOOKUP_SCALE), ctx.shape)
 
@@ -102,11 +119,15 @@ def embedding_backward(
     count = math.prod(shape_of(index))
     flat = ctx.reshape(index, (count,))
     gradient = ctx.reshape(g, (count, shape_of(g)[-1]))
+    if isinstance(flat, Value) and flat in ctx.high:
+        return pairs.add_up(ctx, gradient, flat, rows, padding_idx)
     return ctx.matmul(flat_one_hot(ctx, flat, rows, skip=padding_idx), gradient, tx=True)
 
 
 def flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = None, on: float = 1.0) -> Operand:
     """`[M]` -> `[M, rows]` of `on` and 0; row `skip` matches nothing."""
+    if isinstance(flat, Value) and flat in ctx.high:
+        return ctx.mul(pairs.one_hot(ctx, flat, _pair_numbers(rows, skip), 1), on)
     column = ctx.reshape(flat, (shape_of(flat)[0], 1))
     numbers = _numbers(ctx, flat, rows, skip)
     return ctx.where(ctx.binary("equal", column, numbers.reshape(1, rows)), on, 0.0)
@@ -131,8 +152,9 @@ def gather(
 ) -> Operand:
     """`gather(x, d, i) -> reduce_sum(mul(x, onehot(i)))`, an axis of x's length per picked element
 
-    One pick along the axis: `reduce_sum(mul(x, onehot), axes=d)`, no extra axis. By a pooling's indices
-    `-> select` of the windows' elements.
+    One pick along the axis: `reduce_sum(mul(x, onehot), axes=d)`, no extra axis. Whole lines, by an index that is
+    expanded along the axes behind d: `matmul(onehot(i), x)`. By a pooling's indices `-> select` of the windows'
+    elements.
     """
     if isinstance(index, Absent):
         return _gather_maxima(ctx, x, dim, index)
@@ -149,6 +171,11 @@ def gather(
             else flat_one_hot(ctx, index, shape[dim])
         )
         return ctx.reshape(ctx.sum(ctx.mul(x, ctx.reshape(mask, shape_of(x))), [dim], keep=True), ctx.shape)
+    lines = one_per_line(ctx, dim)
+    if lines is not None:
+        flat = (math.prod(picked[:dim]), picked[dim])
+        mask = one_hot(ctx, ctx.reshape(lines, flat), shape[dim], 2)
+        return ctx.reshape(ctx.matmul(mask, ctx.reshape(x, (flat[0], shape[dim], -1))), ctx.shape)
     mask, moved = _gather_mask(ctx, x, dim, index)
     product = ctx.matmul(mask, ctx.reshape(moved, (*shape_of(moved), 1)))
     back = ctx.reshape(product, shape_of(product)[:-1])
@@ -165,6 +192,25 @@ def _gather_maxima(ctx: Context, x: Operand, dim: int, index: Absent) -> Operand
     if numbers is None:
         raise ctx.refuse(index.reason, index.fix)
     return gather(ctx, x, dim, numbers)
+
+
+def one_per_line(ctx: Context, dim: int) -> Operand | None:
+    """The index of the present node (its third argument) up to axis `dim`, if the axes behind only repeat it."""
+    assert ctx.node is not None
+    index = ctx.node.args[2]
+    if not isinstance(index, torch.fx.Node) or str(index.target) not in (
+        "aten.expand.default",
+        "aten.repeat.default",
+    ):
+        return None
+    source, full = index.args[0], tuple(index.meta["val"].shape)
+    assert isinstance(source, torch.fx.Node)
+    given = tuple(source.meta["val"].shape)
+    given = (1,) * (len(full) - len(given)) + given
+    dim %= len(full)
+    if dim == len(full) - 1 or given[: dim + 1] != full[: dim + 1] or math.prod(given[dim + 1 :]) != 1:
+        return None
+    return ctx.reshape(ctx.operands[source], full[: dim + 1])
 
 
 def _gather_mask(ctx: Context, x: Operand, dim: int, index: Operand) -> tuple[Operand, Operand]:

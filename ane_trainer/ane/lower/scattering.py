@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, Shape, as_tensor, is_bool, shape_of
-from ane_trainer.ane.lower.indexing import flat_one_hot, move_axis_back, one_hot
+from ane_trainer.ane.lower.indexing import flat_one_hot, move_axis_back, one_hot, one_per_line
 from ane_trainer.ane.lower.integers import EXACT_INTEGERS
 from ane_trainer.ane.lower.picking import picks
 from ane_trainer.ane.lower.registry import lowering
@@ -20,10 +20,10 @@ from ane_trainer.ane.mil import Value
 @lowering("scatter_add.default")
 def scatter_add(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand) -> Operand:
     """`scatter_add(x, d, i, s) -> add(x, matmul(onehot(i), s, transpose_x=True))` with axis d last"""
-    return ctx.add(x, _scattered(ctx, shape_of(x), dim, index, source))
+    return ctx.add(x, scattered(ctx, shape_of(x), dim, index, source))
 
 
-def _scattered(
+def scattered(
     ctx: Context, shape: Shape, dim: int, index: Operand, source: Operand, *, last_wins: bool = False
 ) -> Operand:
     """Zeros of `shape` with the source added at the indices."""
@@ -32,6 +32,9 @@ def _scattered(
     for axis, extent in enumerate(shape_of(index)):
         if extent != shape_of(source)[axis]:
             source = ctx.slice(source, axis, 0, extent)
+    lines = None if last_wins else one_per_line(ctx, dim)
+    if lines is not None:
+        return _scattered_lines(ctx, shape, dim, lines, source)
     order = [a for a in range(rank) if a != dim] + [dim]
     where, values = ctx.transpose(index, order), ctx.transpose(source, order)
     if last_wins:
@@ -41,6 +44,16 @@ def _scattered(
     mask = one_hot(ctx, ctx.reshape(where, (rows, picks)), shape[dim], 2)
     total = ctx.matmul(mask, ctx.reshape(values, (rows, picks, 1)), tx=True)
     total = move_axis_back(ctx, ctx.reshape(total, (*lead, shape[dim])), dim)
+    return ctx.pad(total, [(0, n - have) for n, have in zip(shape, shape_of(total), strict=True)])
+
+
+def _scattered_lines(ctx: Context, shape: Shape, dim: int, index: Operand, source: Operand) -> Operand:
+    """Whole lines added at their places: `matmul(onehot(i), s, transpose_x=True)`, index `[*lead, picks]`."""
+    *lead, picks = shape_of(index)
+    flat = (math.prod(lead), picks)
+    mask = one_hot(ctx, ctx.reshape(index, flat), shape[dim], 2)
+    total = ctx.matmul(mask, ctx.reshape(source, (*flat, -1)), tx=True)
+    total = ctx.reshape(total, (*lead, shape[dim], *shape_of(source)[dim + 1 :]))
     return ctx.pad(total, [(0, n - have) for n, have in zip(shape, shape_of(total), strict=True)])
 
 
@@ -64,10 +77,10 @@ def scatter(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand)
     """`scatter(x, d, i, s) -> select(hit, scattered s, x)`"""
     number = not isinstance(source, (Value, torch.Tensor)) or not shape_of(source)
     shape = shape_of(x)
-    hits = ctx.boolean(_scattered(ctx, shape, dim, index, torch.ones(shape_of(index))))
+    hits = ctx.boolean(scattered(ctx, shape, dim, index, torch.ones(shape_of(index))))
     if number:
         return ctx.where(hits, source, x)
-    return ctx.where(hits, _scattered(ctx, shape, dim, index, source, last_wins=True), x)
+    return ctx.where(hits, scattered(ctx, shape, dim, index, source, last_wins=True), x)
 
 
 @lowering("index_put.default _unsafe_index_put.default")
