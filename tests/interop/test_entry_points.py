@@ -76,8 +76,11 @@ def test_child():
         "net = af.compile(af.input((1, 3)) * 2.0, _check_precision=False); "
         "print(net(np.ones((1, 3))).sum())"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "6.0", done.stderr
+    for env in (None, {**os.environ, "PYTHONPATH": "elsewhere"}):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env
+        )
+        assert done.stdout.strip() == "6.0", done.stderr
 """
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -28,17 +29,32 @@ _HANDED_ON = "ANE_TRAINER_ANEFORGE_CHILD"
 def hand_on(chip: str, fidelity: str, folders_shown: Sequence[str] = ()) -> Installation:
     """From here on child processes run ANEForge on the simulator; `undo` of the result ends that.
 
-    Code below `folders_shown` is shown a Mac there, as in this process.
+    Code below `folders_shown` is shown a Mac there, as in this process. A child whose environment is put
+    together by hand (`env=`) gets what it needs as well.
     """
     here = Path(__file__).resolve()
     folders = [str(here.with_name("startup")), str(here.parents[3])]
-    if before := os.environ.get("PYTHONPATH"):
-        folders.append(before)
-    done = Installation(None)
     told = "\n".join([chip, fidelity, *folders_shown])
-    for name, value in ((_HANDED_ON, told), ("PYTHONPATH", os.pathsep.join(folders))):
+    done = Installation(None)
+    for name, value in _needed(os.environ, told, folders).items():
         done.replace(os.environ, name, value)
+    start: Any = subprocess.Popen.__init__
+
+    def init(self: Any, *arguments: Any, env: Mapping[str, str] | None = None, **options: Any) -> None:
+        start(self, *arguments, env=env and {**env, **_needed(env, told, folders)}, **options)
+
+    done.replace(subprocess.Popen, "__init__", init)
     return done
+
+
+def _needed(environment: Mapping[str, str], told: str, folders: list[str]) -> dict[str, str]:
+    """The variables of an environment that make a child take over."""
+    path = environment.get("PYTHONPATH", "")
+    present = path.split(os.pathsep)[: len(folders)] == folders
+    return {
+        _HANDED_ON: told,
+        "PYTHONPATH": path if present else os.pathsep.join([*folders, *filter(None, [path])]),
+    }
 
 
 def take_over() -> None:

@@ -143,7 +143,7 @@ def _modules() -> tuple[Any, ...]:
             "aneforge: needs ANEForge 0.4.x; it is not installed. Type: pip install 'ane_trainer[e5rt]'."
         ) from fault
     version = str(getattr(package, "__version__", ""))
-    if not version.startswith("0.4."):
+    if not version.startswith(("0.4.", "0+unknown")):  # the latter: a checkout that was never built
         raise MissingDependency(
             f"aneforge: needs version 0.4.x; got {version or 'unknown'}. "
             "Type: pip install 'aneforge>=0.4,<0.5'."
