@@ -119,6 +119,8 @@ def _arithmetic() -> list[Case]:
         Case("real_div by columns", (ROWS, (64, 128, 1)), op("real_div"), torch.div),
         Case("pow", (ROWS, ROWS), lambda b, x, y: b.op("pow", x=b.op("abs", x=x), y=y), lambda x, y: x.abs() ** y),
         where,
+        Case("greater", (ROWS, ROWS), op("greater"), torch.gt),
+        Case("floor_div", (ROWS, ROWS), op("floor_div"), torch.floor_divide),
     ]  # fmt: skip
 
 
@@ -126,18 +128,20 @@ def _activations() -> list[Case]:
     kinds: dict[str, Eager] = {
         "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "silu": F.silu, "exp": torch.exp,
         "erf": torch.erf, "abs": torch.abs, "square": torch.square, "sign": torch.sign, "floor": torch.floor,
-        "softplus": F.softplus, "sin": torch.sin, "relu6": F.relu6,
+        "softplus": F.softplus, "sin": torch.sin, "relu6": F.relu6, "ceil": torch.ceil, "round": torch.round,
     }  # fmt: skip
     return [
         *(Case(kind, (ROWS,), op(kind), eager) for kind, eager in kinds.items()),
         Case("gelu", (ROWS,), op("gelu", mode="EXACT"), F.gelu),
         Case("gelu tanh", (ROWS,), op("gelu", mode="TANH_APPROXIMATION"), lambda x: F.gelu(x, approximate="tanh")),
         Case("leaky_relu", (ROWS,), op("leaky_relu", alpha=0.01), F.leaky_relu),
+        Case("inverse", (ROWS,), op("inverse", epsilon=1e-4), torch.reciprocal),
         Case("elu", (ROWS,), op("elu", alpha=1.0), F.elu),
         Case("clip", (ROWS,), op("clip", alpha=-0.1, beta=0.1), lambda x: x.clamp(-0.1, 0.1)),
         Case("sqrt", (ROWS,), lambda b, x: b.op("sqrt", x=b.op("abs", x=x)), lambda x: x.abs().sqrt()),
         Case("rsqrt", (ROWS,), lambda b, x: b.op("rsqrt", x=b.op("abs", x=x)), lambda x: x.abs().rsqrt()),
         Case("log", (ROWS,), lambda b, x: b.op("log", x=b.op("abs", x=x)), lambda x: x.abs().log()),
+        Case("sigmoid_hard", (ROWS,), op("sigmoid_hard", alpha=0.2, beta=0.5), F.hardsigmoid),
         Case("prelu", (IMAGE,), op("prelu", alpha=[0.1] * 32), lambda x: F.prelu(x, CHANNELS)),
     ]  # fmt: skip
 
@@ -187,6 +191,7 @@ def _reductions() -> list[Case]:
         Case("reduce_argmax -1", (ROWS,), op("reduce_argmax", axis=-1), lambda x: x.argmax(-1)),
         Case("reduce_argmax 1", (ROWS,), op("reduce_argmax", axis=1), lambda x: x.argmax(1)),
         Case("cumsum", (ROWS,), op("cumsum", axis=-1), lambda x: x.cumsum(-1)),
+        Case("argsort", (ROWS,), op("argsort", axis=-1), lambda x: x.argsort(-1, True)),
         Case("topk 8", (ROWS,), lambda b, x: b.multi("topk", x=x, k=8, axis=-1), lambda x: x.topk(8)),
     ]
 

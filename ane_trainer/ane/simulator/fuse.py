@@ -58,6 +58,20 @@ class Group:
     stores: tuple[int, ...]
 
 
+def within(code: Sequence[Instr]) -> list[bool]:
+    """Which values are known to lie within the engine's range; loaded NaN patterns decode to more."""
+    known: list[bool] = []
+    for instr in code:
+        if instr.code in ("select", "copysign"):
+            chosen = instr.sources[1:] if instr.code == "select" else instr.sources[:1]
+            known.append(all(known[s] for s in chosen))
+        elif instr.code == "const":
+            known.append(abs(instr.value) <= 65536.0)
+        else:
+            known.append(not instr.code.startswith(("load", "fma", "mac_start", "mac_add")))
+    return known
+
+
 def emit(name: str, group: Group, nest: Nest, width: int) -> str:
     """LLVM IR of `void name(ptr arguments, i64 begin, i64 end)`: the arguments are the addresses of arrays, tables
     and outputs, the bounds those of the outermost loop. `nest.strides` covers the arrays and then the outputs.
@@ -113,7 +127,7 @@ class Emitter:
         self.name, self.group, self.nest, self.vector_width = name, group, nest, width
         self.lines: list[str] = []
         self.counter = 0
-        self.width = width
+        self.width, self.within = width, within(group.code)
         self.vector_axis = len(nest.extents) - 1  # lanes are neighbours along this axis
 
     def fresh(self, text: str) -> str:
@@ -295,6 +309,7 @@ class Emitter:
         f, _, suffix = _types(self.width)
         truth = "i1" if self.width == 1 else f"<{self.width} x i1>"
         s = [values[i] for i in instr.sources]
+        limit = _as_it_is if all(self.within[i] for i in instr.sources) else self.saturate
         match instr.code:
             case "load":
                 return self.load(instr.which, indices, "float")
@@ -314,7 +329,7 @@ class Emitter:
             case "add" | "sub" | "mul":
                 return self.round(self.fresh(f"f{instr.code} {f} {s[0]}, {s[1]}"))
             case "floor" | "ceil":
-                return self.saturate(self.fresh(f"call {f} @llvm.{instr.code}.{suffix}({f} {s[0]})"))
+                return limit(self.fresh(f"call {f} @llvm.{instr.code}.{suffix}({f} {s[0]})"))
             case "copysign":
                 return self.fresh(f"call {f} @llvm.copysign.{suffix}({f} {s[0]}, {f} {s[1]})")
             case "div":
@@ -323,9 +338,9 @@ class Emitter:
                 return self.affine(s[0], s[1], s[2])
             case "max" | "min":
                 first = self.fresh(f"fcmp {'ogt' if instr.code == 'max' else 'olt'} {f} {s[0]}, {s[1]}")
-                return self.saturate(self.fresh(f"select {truth} {first}, {f} {s[0]}, {f} {s[1]}"))
+                return limit(self.fresh(f"select {truth} {first}, {f} {s[0]}, {f} {s[1]}"))
             case "abs":
-                return self.saturate(self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {s[0]})"))
+                return limit(self.fresh(f"call {f} @llvm.fabs.{suffix}({f} {s[0]})"))
             case "lookup":
                 return self.lookup(s[0], instr.which)
             case "round":
@@ -453,6 +468,10 @@ class Emitter:
             index = self.fresh(f"extractelement {_types(self.width)[1]} {index}, i32 {lane}")
         pointer = self.fresh(f"getelementptr float, ptr {base}, i64 {self.fresh(f'zext i32 {index} to i64')}")
         return self.fresh(f"load float, ptr {pointer}, align 4")
+
+
+def _as_it_is(value: str) -> str:
+    return value
 
 
 def _truth(width: int) -> str:

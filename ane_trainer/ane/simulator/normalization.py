@@ -57,15 +57,31 @@ def _normalize_into(
     summed, averaged, squared, rooted, last = (Pass(ctx) for _ in range(5))
     difference = squared.add("sub", squared.load(x), squared.load(mean))
     variance = rooted.add("add", rooted.total(total, count), rooted.number(half(call, "epsilon")))
-    y = last.add("mul", last.add("sub", last.load(x), last.load(mean)), last.load(factor))
-    y = y if gamma is None else last.add("mul", y, last.load(gamma))
+    lines = [None if v is None else last.load(v) for v in (gamma, beta)]
+    scaled = _scaling_at_once if ctx.fast else _scaling
+    y = scaled(last, last.load(x), last.load(mean), last.load(factor), *lines)
     return chain(
         summed.fold("sum", summed.load(x), total),
         averaged.store(averaged.total(total, count), mean),
         squared.fold("sum_square", difference, total),
         rooted.store(rooted.lookup(variance, "rsqrt"), factor),
-        last.store(y if beta is None else last.add("add", y, last.load(beta)), out),
+        last.store(y, out),
     )
+
+
+def _scaling(work: Pass, x: int, mean: int, factor: int, gamma: int | None, beta: int | None) -> int:
+    """(x - mean) * factor * gamma + beta, every step rounded."""
+    y = work.add("mul", work.add("sub", x, mean), factor)
+    y = y if gamma is None else work.add("mul", y, gamma)
+    return y if beta is None else work.add("add", y, beta)
+
+
+def _scaling_at_once(work: Pass, x: int, mean: int, factor: int, gamma: int | None, beta: int | None) -> int:
+    """The same in float32, rounded once."""
+    zero = work.number(-0.0)
+    y = work.add("fma", x, mean, work.number(-1))
+    scale = factor if gamma is None else work.add("fma", zero, factor, gamma)
+    return work.add("round", work.add("fma", zero if beta is None else beta, y, scale))
 
 
 def _layer_parameters(

@@ -96,8 +96,10 @@ def _floor_div(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int
 
 def _inverse(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
     """The table of x + epsilon; fast: the quotient."""
-    total = group.add("add", s[0], group.number(bias(call, "epsilon")))
-    return group.add("div", group.number(1), total) if ctx.fast else group.lookup(total, lookup("inverse"))
+    epsilon, one = group.number(bias(call, "epsilon")), group.number(1)
+    if ctx.fast:
+        return group.add("div", one, group.add("fma", epsilon, s[0], one))
+    return group.lookup(group.add("add", s[0], epsilon), lookup("inverse"))
 
 
 def _relu(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
@@ -122,12 +124,14 @@ def _sign(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
 
 
 def _round(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
-    """Half away from zero: 0.5 added, from 1024 on in fp16, then cut."""
-    more = group.add("fma", group.number(0.5), group.add("abs", s[0]), group.number(1))
-    below = group.add("lt", more, group.number(1024))
-    return group.add(
-        "copysign", group.add("floor", group.add("select", below, more, group.add("round", more))), s[0]
+    """Half away from zero. 0.5 added in fp16 from 1024 on is 1 up to 2048, then nothing."""
+    one = group.number(1)
+    size = group.add("copysign", s[0], one)
+    odd = group.add(
+        "and", group.add("ge", size, group.number(1024)), group.add("lt", size, group.number(2048))
     )
+    more = group.add("fma", group.add("select", odd, one, group.number(0.5)), size, one)
+    return group.add("copysign", group.add("floor", more), s[0])
 
 
 def _pow(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
@@ -196,9 +200,12 @@ def _clamped_relu(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> 
     return _bound(group, _leaky_relu(group, ctx, call, s), high=_number(group, call, "beta"))
 
 
-def _linear(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
-    scaled = group.add("mul", _number(group, call, "alpha"), s[0])
-    return group.add("add", scaled, _number(group, call, "beta"))
+def _linear(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+    """alpha x + beta, the product rounded; fast: only the sum."""
+    alpha, beta = _number(group, call, "alpha"), _number(group, call, "beta")
+    if ctx.fast:
+        return group.add("round", group.add("fma", beta, alpha, s[0]))
+    return group.add("add", group.add("mul", alpha, s[0]), beta)
 
 
 def _sigmoid_hard(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:

@@ -9,14 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
 from ane_trainer.ane.simulator.compiled import Step, copies, in_turn
+from ane_trainer.ane.simulator.contraction import as_tensor
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.movement import MOVES, copy_into, crop_into, through_crop_unit
+from ane_trainer.ane.simulator.passes import Pass
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
+from ane_trainer.ane.simulator.rounding import rounded
 from ane_trainer.ane.simulator.views import split_slices
 
 Array = NDArray[Any]
@@ -197,3 +201,18 @@ def cumsum(ctx: Context, call: Call, x: Array) -> Array:
         total = total - wide
     total = np.flip(total, axis) if call.flag("reverse") else total
     return round_half_away(total) if x.dtype == np.float32 else total
+
+
+@writes("cumsum")
+def cumsum_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+    """See `cumsum`; in fast mode the running sum is handed out as fp32."""
+    out, axis = outputs[0], call.integer("axis")
+    if x.dtype != np.float32 or call.flag("reverse") or call.flag("exclusive"):
+        return lambda: np.copyto(out, cumsum(ctx, call, x))
+    source, target = as_tensor(x), torch.from_numpy(out)
+    if ctx.fast:
+        work = Pass(ctx)
+        return in_turn(
+            lambda: torch.cumsum(source, axis, out=target), work.store(work.add("round", work.load(out)), out)
+        )
+    return lambda: np.copyto(out, rounded(torch.cumsum(source, axis, dtype=torch.float64).numpy()))

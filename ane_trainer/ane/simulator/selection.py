@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.movement import index_slices
 from ane_trainer.ane.simulator.border import storage_dtype
+from ane_trainer.ane.simulator.compiled import Step
+from ane_trainer.ane.simulator.contraction import as_tensor
 from ane_trainer.ane.simulator.fp16 import round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]
 
@@ -41,6 +44,21 @@ def gather(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
     for at in np.ndindex(x.shape[:batch]):
         out[at] = np.take(x[at], found[at], axis=axis - batch)
     return out
+
+
+@writes("gather")
+def gather_into(ctx: Context, call: Call, outputs: list[Array], x: Array, indices: Array) -> Step:
+    """See `gather`; without batch axes PyTorch picks, on its threads."""
+    out, axis = outputs[0], call.integer("axis") % x.ndim
+    if call.integer("batch_dims") or x.dtype not in (np.float32, np.int32):
+        return lambda: np.copyto(out, gather(ctx, call, x, indices))
+    source, target = as_tensor(x), torch.from_numpy(out.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]))
+
+    def run() -> None:
+        found = torch.from_numpy(_inside(indices, x.shape[axis]).reshape(-1))
+        torch.index_select(source, axis, found, out=target)
+
+    return run
 
 
 @kernel("gather_along_axis", "exact", _MOVED)
@@ -144,9 +162,23 @@ def non_zero(ctx: Context, call: Call, x: Array) -> Array:
 
 
 def _order(x: Array, axis: int, ascending: bool) -> Array:
-    """Positions in sorted order; equal values in the order of their positions."""
-    wide = x.astype(np.float64 if x.dtype == np.float32 else np.int64)
+    """Positions in sorted order; equal values keep theirs."""
+    if x.dtype == np.float32:
+        return torch.sort(as_tensor(x), dim=axis, descending=not ascending, stable=True).indices.numpy()
+    wide = x.astype(np.int64)
     return np.argsort(wide if ascending else -wide, axis=axis, kind="stable")
+
+
+def _first(x: Array, axis: int, count: int, ascending: bool) -> Array:
+    """The first `count` positions of `_order`, by keys that hold the value and, below it, the position."""
+    if x.dtype != np.float32 or 4 * count > x.shape[axis]:
+        return np.take(_order(x, axis, ascending), range(count), axis=axis)
+    bits = (x + np.float32(0)).view(np.int32)  # -0 equals 0
+    rank = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    last = x.shape[axis] - 1
+    place = np.arange(last, -1, -1).reshape(-1, *(1,) * (x.ndim - 1 - axis))
+    keys = ((~rank if ascending else rank).astype(np.int64) << 32) | place
+    return last - (torch.topk(torch.from_numpy(keys), count, axis).values.numpy() & 0xFFFFFFFF)
 
 
 @kernel("argsort", "exact", _MOVED + "; the order of equal values is assumed")
@@ -159,7 +191,7 @@ def argsort(ctx: Context, call: Call, x: Array) -> Array:
 def topk(ctx: Context, call: Call, x: Array) -> Array | tuple[Array, Array]:
     """The k largest (smallest when ascending) in order, and their indices."""
     axis = call.integer("axis") % x.ndim
-    order = np.take(_order(x, axis, call.flag("ascending")), range(call.integer("k")), axis=axis)
+    order = _first(x, axis, call.integer("k"), call.flag("ascending"))
     values = np.take_along_axis(x, order, axis)
     return (values, order) if call.flag("return_indices") else values
 
