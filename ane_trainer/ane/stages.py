@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 ROLES = ("state", "batch", "scalar", "result")
 
 
+#: Integers that one fp16 number cannot tell apart travel as a remainder and a quotient by this (`lower.pairs`).
+PAIR = 1024
+
+
 @dataclass(frozen=True)
 class Port:
     """One input or output of a step, by name.

@@ -15,7 +15,8 @@ from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.lower.integers import coded, most_rows
-from ane_trainer.ane.stages import Port
+from ane_trainer.ane.lower.pairs import HIGH, MOST_ROWS
+from ane_trainer.ane.stages import PAIR, Port
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Slot:
     """One tensor of the batch: its place in the user's structure, its port (None: not used) and shape.
 
     `wide`: integers above 2048 are sent as codes. `mask`: numbers below all that a score can be (minus infinity,
-    -1e9) are sent as minus infinity.
+    -1e9) are sent as minus infinity. `high`: the port of the integers' quotients, if they travel as pairs.
     """
 
     place: str
@@ -52,6 +53,7 @@ class Slot:
     shape: tuple[int, ...]
     wide: bool = False
     mask: bool = False
+    high: str | None = None
 
 
 class Feeds:
@@ -67,7 +69,14 @@ class Feeds:
         for part, name in zip(example, names, strict=True):
             wanted = batch_ports(part, name)
             slots = [
-                Slot(p.target, ports.get(p.target), tuple(t.shape), p.target in wide, _is_mask(t))
+                Slot(
+                    p.target,
+                    ports.get(p.target),
+                    tuple(t.shape),
+                    p.target in wide,
+                    _is_mask(t),
+                    ports.get(f"{p.target}{HIGH}"),
+                )
                 for p, t in zip(wanted, tensors_of(part), strict=True)
             ]
             self._parts.append((name, Structure.of(part), slots))
@@ -96,7 +105,9 @@ class Feeds:
             for slot, leaf in zip(slots, leaves, strict=True):
                 if tuple(leaf.shape) != slot.shape:
                     raise _wrong_shape(slot, leaf)
-                if slot.port is not None:
+                if slot.high is not None:
+                    feeds |= to_pair(slot, leaf, self._range)
+                elif slot.port is not None:
                     feeds[slot.port] = to_float(slot, leaf, self._range)
         return feeds
 
@@ -139,6 +150,20 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
             )
     array: NDArray[Any] = leaf.to("cpu", limits.dtype).contiguous().numpy()
     return array.reshape(slot.shape or (1,))
+
+
+def to_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, NDArray[Any]]:
+    """Integers as remainders and quotients by port."""
+    low, high = torch.aminmax(leaf)
+    if int(high) >= MOST_ROWS or int(low) < -MOST_ROWS:
+        raise DataError(
+            f"{slot.place}: needs integers below {MOST_ROWS}; got {int(high)}. Use a smaller vocabulary.",
+            code="DATA107",
+        )
+    assert slot.port is not None
+    assert slot.high is not None
+    parts = {slot.port: leaf % PAIR, slot.high: torch.div(leaf, PAIR, rounding_mode="floor")}
+    return {name: to_float(slot, part, limits) for name, part in parts.items()}
 
 
 def _not_representable(slot: Slot, leaf: torch.Tensor, largest: float, limits: Range) -> DataError:

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ane_trainer.ane.capture.slots import identifier, unique
 from ane_trainer.ane.counting import flops
 from ane_trainer.ane.devices import choose_precision, get_device
-from ane_trainer.ane.dispatch.feeds import RANGES, Slot, to_float
+from ane_trainer.ane.dispatch.feeds import RANGES, Slot, to_float, to_pair
 from ane_trainer.ane.dispatch.prepare import prepare
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
+from ane_trainer.ane.lower.pairs import HIGH
 from ane_trainer.ane.stages import Captured, Port
 
 
@@ -96,9 +97,10 @@ class EnginePart:
         compiled = prepare(captured, options.chip, options.path, self._range.name)
         self.program = compiled.program
         self._session = device.load(compiled, fidelity=options.fidelity, threads=options.threads)
+        quotients = {port.target: port.name for port in compiled.inputs}
         self._inputs = [
-            (port.name, Slot(port.target, port.name, original.shape, mask=True))
-            for port, original in zip(compiled.inputs, captured.inputs, strict=True)
+            Slot(p.target, p.name, original.shape, p.wide, mask=True, high=quotients.get(f"{p.target}{HIGH}"))
+            for p, original in zip(compiled.inputs, captured.inputs, strict=False)
         ]
         nodes: Any = module.graph.output_node().args[0]
         self._outputs = [
@@ -106,9 +108,12 @@ class EnginePart:
         ]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        feeds = {
-            name: self._array(value, slot) for (name, slot), value in zip(self._inputs, inputs, strict=True)
-        }
+        feeds: dict[str, NDArray[Any]] = {}
+        for slot, value in zip(self._inputs, inputs, strict=True):
+            if slot.high is not None:
+                feeds |= to_pair(slot, value, self._range)
+            elif slot.port is not None:
+                feeds[slot.port] = self._array(value, slot)
         results = self._session.run(feeds)
         return [torch.from_numpy(np.array(results[n])).reshape(shape) for n, shape in self._outputs]
 

@@ -20,6 +20,7 @@ from ane_trainer.ane.lower import literals
 from ane_trainer.ane.lower.registry import Refusal
 from ane_trainer.ane.mil import Literal, TensorType, Value
 from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.stages import PAIR
 
 #: Axes of a tensor on the engine (ANE guide ch. 4).
 LARGEST_RANK = 5
@@ -84,6 +85,8 @@ class Context:
     _numbers: dict[Value, Value] = field(default_factory=dict)
     #: Integers of batch ports, unchanged so far: value -> names of the ports.
     integers: dict[Value, frozenset[str]] = field(default_factory=dict)
+    #: Integers in two numbers (`pairs.py`): remainder -> quotient.
+    high: dict[Value, Value] = field(default_factory=dict)
     #: Ports whose integers above 2048 are sent as codes (`integers.py`), and ports that arithmetic reads.
     wide: set[str] = field(default_factory=set)
     computed: dict[str, Node] = field(default_factory=dict)
@@ -251,7 +254,10 @@ class Context:
             inner = self.number(x)
             assert isinstance(inner, Value)
             return self.boolean_of_01(move(inner))
-        return move(x)
+        result = move(x)
+        if x in self.high and result not in self.high:
+            self.high[result] = move(self.high[x])
+        return result
 
     def reshape(self, x: Operand, shape: Shape) -> Operand:
         shape = tuple(shape) or (1,)
@@ -347,6 +353,8 @@ class Context:
         axis %= len(shape_of(xs[0]))
         if any(is_bool(x) for x in xs):
             return self.boolean_of_01(self.concat([self.number(x) for x in xs], axis))
+        if self.is_pair(*xs):
+            return self.of_halves(lambda *parts: self.concat(parts, axis), *xs)
         ready = tuple(
             x if isinstance(x, Value) else literals.of_tensor(torch.as_tensor(x), self.dtype) for x in xs
         )
@@ -367,6 +375,9 @@ class Context:
             return x
         flat = tuple(n for pair in pairs[first:] for n in pair)
         fold = tuple(n for pair in reversed(pairs) for n in pair)
+        if self.is_pair(x) and value != 0:
+            border = torch.nn.functional.pad(torch.zeros(shape_of(x)), fold, value=1.0)
+            return self.where(border.bool(), value, self.pad(x, pairs))
         constant = self.scalar(value)
         return self._move(
             x,
@@ -411,6 +422,8 @@ class Context:
         constant cond:  where(c, x, v) -> mul(x, c) + v (1 - c), or minimum(x, {+inf | v}) for v = -inf
         """
         full = broadcast_shape(shape_of(cond), shape_of(a), shape_of(b))
+        if self.is_pair(a, b):
+            return self.of_halves(lambda x, y: self.where(cond, x, y), a, b)
         if not isinstance(cond, Value):
             return self.broadcast(self._where_constant(as_tensor(self.boolean(cond)), a, b), full)  # type: ignore[arg-type]
         a, b = self.number(a), self.number(b)
@@ -449,6 +462,30 @@ class Context:
             kept = self.mul(a, cond.double())
             return kept if not bool(other.any()) else self.add(kept, torch.where(cond, 0.0, other))
         return self.add(self.mul(a, cond.double()), self.mul(b, (~cond).double()))
+
+    # -- integers in two numbers ----------------------------------------------------------------------
+
+    def is_pair(self, *xs: Operand) -> bool:
+        """Whether one of them is the remainder of a pair (see `pairs.py`)."""
+        return bool(self.high) and any(isinstance(x, Value) and x in self.high for x in xs)
+
+    def of_halves(self, function: Callable[..., Operand], *xs: Operand) -> Value:
+        """`function` of the remainders and of the quotients, as a pair."""
+        lows = [x if isinstance(x, Value) else torch.as_tensor(x).double() % PAIR for x in xs]
+        highs = [
+            self.high.get(x, torch.zeros(x.type.shape).double())
+            if isinstance(x, Value)
+            else torch.floor(torch.as_tensor(x).double() / PAIR)
+            for x in xs
+        ]
+        with_high = dict(self.high)
+        self.high.clear()
+        low, high = function(*lows), function(*highs)
+        self.high |= with_high
+        assert isinstance(low, Value)
+        assert isinstance(high, Value)
+        self.high[low] = high
+        return low
 
     # -- refusing -----------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
+from ane_trainer.ane.lower import pairs
 from ane_trainer.ane.lower.context import Absent, Context, is_bool, mil_shape
 from ane_trainer.ane.lower.integers import keeps_codes, reads_codes
 from ane_trainer.ane.lower.maxima import Places
@@ -51,7 +52,7 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     Raises: UnsupportedModel (ANE301) with one finding per op that has no rule or that its rule refuses.
     """
     ctx = Context(Builder(), dtype)
-    inputs = _declare_inputs(ctx, captured)
+    inputs, quotients = _declare_inputs(ctx, captured)
     findings: list[Finding] = []
     results: Sequence[Any] = ()
     for node in captured.graph.graph.nodes:
@@ -82,7 +83,7 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     )
     renamed = {port.name: new.name for port, new in zip(captured.inputs, inputs, strict=True)}
     aliases = tuple(Alias(names[a.output], renamed[a.input]) for a in captured.aliases)
-    return Lowered(Program((function,)), inputs, outputs, aliases)
+    return Lowered(Program((function,)), (*inputs, *quotients), outputs, aliases)
 
 
 def _absent_outputs(ctx: Context, results: Sequence[Any]) -> list[Finding]:
@@ -95,10 +96,11 @@ def _computed_codes(ctx: Context) -> list[Finding]:
     """Ports that would have to send codes, and whose integers something computes with."""
     reason = "computes with integers that also look up a table of more than 2048 rows."
     fix = "Pass them as two inputs, one for the table and one for the arithmetic."
+    twofold = {value.name for value in ctx.high}
     return [
         Finding(where(node), str(node.target), reason, fix)
         for port, node in ctx.computed.items()
-        if port in ctx.wide
+        if port in ctx.wide or port in twofold
     ]
 
 
@@ -113,9 +115,9 @@ def _follow_integers(ctx: Context, node: Node, arguments: Any) -> None:
     constants = [leaf for leaf in leaves if not isinstance(leaf, Value)]
     results = [r for r in _flat(ctx.operands[node]) if isinstance(r, Value)]
     whole = [m for m in _flat(node.meta["val"]) if isinstance(m, torch.Tensor) and _integral(m.dtype)]
-    if keeps_codes(name, constants, bool(whole)):
+    if any(r in ctx.high for r in results) or keeps_codes(name, constants, bool(whole)):
         ctx.integers |= dict.fromkeys(results, ports)
-    elif not reads_codes(name, constants):
+    elif not reads_codes(name, constants) and not (name == "gather" and ctx.is_pair(*leaves)):
         for port in ports:
             ctx.computed.setdefault(port, node)
 
@@ -129,7 +131,10 @@ def where(node: Node) -> str:
     return str(node.meta.get("ane_source") or f"node {node.name}")
 
 
-def _declare_inputs(ctx: Context, captured: Captured) -> tuple[Port, ...]:
+def _declare_inputs(ctx: Context, captured: Captured) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """The captured ports, and those that hold the quotients of integers in two numbers."""
+    paired = pairs.paired_inputs(captured, ctx.dtype)
+    quotients = []
     placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
     ports = []
     for node, port in zip(placeholders, captured.inputs, strict=True):
@@ -139,7 +144,9 @@ def _declare_inputs(ctx: Context, captured: Captured) -> tuple[Port, ...]:
         if port.role == "batch" and _integral(tensor.dtype):
             ctx.integers[value] = frozenset([value.name])
         ports.append(replace(port, name=value.name, shape=value.type.shape))
-    return tuple(ports)
+        if node in paired:
+            quotients.append(pairs.declare(ctx, value, ports[-1]))
+    return tuple(ports), tuple(quotients)
 
 
 def _output_names(inputs: Sequence[Port], outputs: Sequence[Port]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ane_trainer.ane.lower import pairs
 from ane_trainer.ane.lower.context import Context, Operand, as_tensor
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.mil import Value
@@ -26,6 +27,10 @@ def _comparison(kind: str) -> None:
         if ctx.dtype == "fp16" and kind in up + down:
             x = x if isinstance(x, Value) else _directed(x, upward=kind in down)
             y = y if isinstance(y, Value) else _directed(y, upward=kind in up)
+        if ctx.is_pair(x, y) and kind in ("eq", "ne"):
+            same = pairs.equal(ctx, x, y)
+            if same is not None:
+                return same if kind == "eq" else logical_not(ctx, same)
         return ctx.binary(_COMPARISONS[kind], x, y)
 
 
