@@ -221,7 +221,6 @@ def _samples() -> list[Case]:
         {"scale_factor_height": 2, "scale_factor_width": 2},
         {"target_size_height": 84, "target_size_width": 84},
     )
-    corners = {"scale_factor": 2, "mode": "bilinear", "align_corners": True}
     return [
         Case("upsample_nearest x2", (IMAGE,), op("upsample_nearest_neighbor", **up),
              lambda x: F.interpolate(x, scale_factor=2, mode="nearest")),
@@ -230,7 +229,7 @@ def _samples() -> list[Case]:
         Case("upsample_bilinear x2", (IMAGE,), op("upsample_bilinear", align_corners=False, **up),
              lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
         Case("upsample_bilinear corners", (IMAGE,), op("upsample_bilinear", align_corners=True, **up),
-             lambda x: F.interpolate(x, **corners)),
+             lambda x: F.interpolate(x, None, 2, "bilinear", True)),
         Case("resize_bilinear 84", (IMAGE,), op("resize_bilinear", sampling_mode="UNALIGN_CORNERS", **size),
              lambda x: F.interpolate(x, (84, 84), mode="bilinear")),
         Case("pixel_shuffle", (IMAGE,), op("pixel_shuffle", upscale_factor=2), lambda x: F.pixel_shuffle(x, 2)),

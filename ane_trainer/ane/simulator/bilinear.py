@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator import jit
-from ane_trainer.ane.simulator.compiled import Step, divided
+from ane_trainer.ane.simulator.compiled import Step
 from ane_trainer.ane.simulator.ir import Function
 from ane_trainer.ane.simulator.rounding import round64_text
-from ane_trainer.ane.simulator.team import Stage, Team, addresses
+from ane_trainer.ane.simulator.team import Stage, Team, addresses, divided
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]

@@ -33,7 +33,7 @@ def storage_dtype(type_: TensorType) -> Any:
         raise SimulationError(f"simulator: needs a tensor dtype; got {type_.dtype}.", code="SIM105") from None
 
 
-def from_border(array: Array, type_: TensorType, out: Array) -> None:
+def from_border(array: Array, type_: TensorType, out: Array, threads: int = 1) -> None:
     """Write a border array into simulator storage.
 
     fp16 takes float16 patterns; other floats are cast to float16 first (ties to even, as a host converts).
@@ -43,7 +43,7 @@ def from_border(array: Array, type_: TensorType, out: Array) -> None:
         return
     half = np.ascontiguousarray(array if array.dtype == np.float16 else _to_half(array))
     if out.flags.c_contiguous and out.dtype == np.float32:
-        decode_into(half, out)
+        decode_into(half, out, threads)
     else:
         out[...] = decode(half)
 
@@ -53,9 +53,9 @@ def _to_half(array: Array) -> NDArray[np.float16]:
         return array.astype(np.float16)
 
 
-def to_border(array: Array, type_: TensorType) -> Array:
+def to_border(array: Array, type_: TensorType, threads: int = 1) -> Array:
     """A copy of simulator storage as the caller sees it: float16 patterns for fp16."""
-    return encoded(array) if type_.dtype == "fp16" else array.copy()
+    return encoded(array, threads) if type_.dtype == "fp16" else array.copy()
 
 
 def literal_array(literal: Literal) -> Array:

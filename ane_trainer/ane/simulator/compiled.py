@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,10 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator import fold, fuse, jit
 from ane_trainer.ane.simulator.loops import element_strides, in_strips, nest
-from ane_trainer.ane.simulator.team import Stage, Team, addresses
+from ane_trainer.ane.simulator.team import Stage, Team, addresses, divided
 
 Array = NDArray[Any]
 Step = Callable[[], None]
-
-#: Elements below which one thread is as fast as two (hand-over costs a few us).
-PARALLEL_ELEMENTS = 1 << 16
 
 #: Elements that a chain of loops takes at a time: what one leaves is in the cache when the next reads it.
 BLOCK_ELEMENTS = 1 << 13
@@ -103,13 +99,6 @@ def chain(*steps: Step) -> Step:
     if shared and len(loops) == len(steps) and all(loop.axes[: len(shared)] == shared for loop in loops):
         return Chain(loops)
     return in_turn(*steps)
-
-
-def divided(outer: int, elements: int, threads: int, unit: int = 1) -> list[tuple[int, int]]:
-    """About equal parts of the outermost axis, each but the last a multiple of `unit`."""
-    parts = threads if elements >= PARALLEL_ELEMENTS else 1
-    bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]
-    return [(a, b) for a, b in pairwise(bounds) if a < b]
 
 
 class Loops:

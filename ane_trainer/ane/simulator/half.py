@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator import jit
 from ane_trainer.ane.simulator.fp16 import encode
+from ane_trainer.ane.simulator.team import Stage, Team, addresses, divided
 
 #: IR that turns the float32 bits `%bits` of a decoded value into `%sign` and `%magnitude` of its fp16 pattern.
 SIGN_AND_MAGNITUDE = """
@@ -27,18 +29,24 @@ SIGN_AND_MAGNITUDE = """
 """
 
 
-def decode_into(half: NDArray[np.float16], out: NDArray[np.float32]) -> None:
+def decode_into(half: NDArray[np.float16], out: NDArray[np.float32], threads: int = 1) -> None:
     """Decode contiguous float16 patterns into contiguous float32 storage of the same size."""
-    _decoder()(half.ctypes.data, out.ctypes.data, half.size)
+    _share(_decoder(), half.size, threads, half, out)
 
 
-def encoded(decoded: NDArray[np.float32]) -> NDArray[np.float16]:
+def encoded(decoded: NDArray[np.float32], threads: int = 1) -> NDArray[np.float16]:
     """The fp16 patterns of a decoded array; `ValueError` for a value that no pattern decodes to."""
-    if decoded.size < _FEW or not decoded.flags.c_contiguous:
+    if decoded.size < _FEW:
         return encode(decoded)
     patterns, wrong = np.empty(decoded.shape, np.float16), np.zeros(1, np.int32)
-    _encoder()(decoded.ctypes.data, patterns.ctypes.data, decoded.size, wrong.ctypes.data)
+    _share(_encoder(), decoded.size, threads, np.ascontiguousarray(decoded), patterns, wrong)
     return encode(decoded) if wrong[0] else patterns  # the slow form names the value
+
+
+def _share(loop: int, count: int, threads: int, *arrays: NDArray[Any]) -> None:
+    arguments = addresses(*(array.ctypes.data for array in arrays))
+    shares = divided(count, count, threads)
+    Team([Stage(loop, ctypes.addressof(arguments))], shares, threads).run()
 
 
 _FEW = 1 << 9
@@ -46,19 +54,23 @@ _FEW = 1 << 9
 
 
 @cache
-def _encoder() -> Callable[..., None]:
+def _encoder() -> int:
     """Exponent and fraction move down by 13 bits; subnormals count multiples of 2^-24. What decodes back to other
     bits is wrong.
     """
-    return jit.compile_ir(
-        """
-        define void @encode(ptr noalias %from, ptr noalias %out, i64 %count, ptr noalias %wrong) {
+    text = """
+        define void @encode(ptr %arguments, i64 %first, i64 %last) {
         entry:
+          %from = load ptr, ptr %arguments, align 8
+          %second = getelementptr ptr, ptr %arguments, i64 1
+          %out = load ptr, ptr %second, align 8
+          %third = getelementptr ptr, ptr %arguments, i64 2
+          %wrong = load ptr, ptr %third, align 8
           br label %head
         head:
-          %i = phi i64 [ 0, %entry ], [ %next, %body ]
+          %i = phi i64 [ %first, %entry ], [ %next, %body ]
           %bad = phi i32 [ 0, %entry ], [ %still, %body ]
-          %more = icmp slt i64 %i, %count
+          %more = icmp slt i64 %i, %last
           br i1 %more, label %body, label %done
         body:
           %at = getelementptr i32, ptr %from, i64 %i
@@ -78,25 +90,31 @@ def _encoder() -> Callable[..., None]:
           %next = add i64 %i, 1
           br label %head
         done:
-          store i32 %bad, ptr %wrong
+          %any = icmp ne i32 %bad, 0
+          br i1 %any, label %tell, label %end
+        tell:
+          store i32 1, ptr %wrong
+          br label %end
+        end:
           ret void
         }
-        """.replace("SIGN_AND_MAGNITUDE", SIGN_AND_MAGNITUDE),
-        ["encode"],
-    )["encode"]
+        """.replace("SIGN_AND_MAGNITUDE", SIGN_AND_MAGNITUDE)
+    return jit.address(jit.compile_ir(text, ["encode"])["encode"])
 
 
 @cache
-def _decoder() -> Callable[..., None]:
+def _decoder() -> int:
     """Exponent and fraction move up by 13 bits; a product by 2^112 moves the bias, in every exponent field."""
-    return jit.compile_ir(
-        """
-        define void @decode(ptr noalias %half, ptr noalias %out, i64 %count) {
+    text = """
+        define void @decode(ptr %arguments, i64 %first, i64 %last) {
         entry:
+          %half = load ptr, ptr %arguments, align 8
+          %second = getelementptr ptr, ptr %arguments, i64 1
+          %out = load ptr, ptr %second, align 8
           br label %head
         head:
-          %i = phi i64 [ 0, %entry ], [ %next, %body ]
-          %more = icmp slt i64 %i, %count
+          %i = phi i64 [ %first, %entry ], [ %next, %body ]
+          %more = icmp slt i64 %i, %last
           br i1 %more, label %body, label %done
         body:
           %from = getelementptr i16, ptr %half, i64 %i
@@ -117,6 +135,5 @@ def _decoder() -> Callable[..., None]:
         done:
           ret void
         }
-        """,
-        ["decode"],
-    )["decode"]
+        """
+    return jit.address(jit.compile_ir(text, ["decode"])["decode"])

@@ -62,7 +62,10 @@ class Plan:
                 )
         for step in self.steps:
             step()
-        return {value.name: to_border(self.buffers[value.name], value.type) for value in self.results}
+        threads = self.context.threads
+        return {
+            value.name: to_border(self.buffers[value.name], value.type, threads) for value in self.results
+        }
 
     def write(self, name: str, array: Array) -> None:
         """Set an input from a border array: float16 for fp16 (bit patterns count), bool, int or float32."""
@@ -74,7 +77,7 @@ class Plan:
             raise SimulationError(
                 f"write {name}: needs the shape {value.type.shape}; got {tuple(array.shape)}.", code="SIM103"
             )
-        from_border(np.asarray(array), value.type, self.buffers[name])
+        from_border(np.asarray(array), value.type, self.buffers[name], self.context.threads)
 
     def read(self, name: str) -> Array:
         """A copy of an input's present value (the state, for resident inputs) as a border array."""

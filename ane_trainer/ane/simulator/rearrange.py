@@ -212,7 +212,11 @@ def cumsum_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Ste
     source, target = as_tensor(x), torch.from_numpy(out)
     if ctx.fast:
         work = Pass(ctx)
-        return in_turn(
-            lambda: torch.cumsum(source, axis, out=target), work.store(work.add("round", work.load(out)), out)
-        )
+        finish = work.store(work.add("round", work.load(out)), out)
+
+        def run() -> None:
+            torch.cumsum(source, axis, out=target)
+            finish()
+
+        return run
     return lambda: np.copyto(out, rounded(torch.cumsum(source, axis, dtype=torch.float64).numpy()))

@@ -178,7 +178,7 @@ def _first(x: Array, axis: int, count: int, ascending: bool) -> Array:
     last = x.shape[axis] - 1
     place = np.arange(last, -1, -1).reshape(-1, *(1,) * (x.ndim - 1 - axis))
     keys = ((~rank if ascending else rank).astype(np.int64) << 32) | place
-    return last - (torch.topk(torch.from_numpy(keys), count, axis).values.numpy() & 0xFFFFFFFF)
+    return np.asarray(last - (torch.topk(torch.from_numpy(keys), count, axis).values.numpy() & 0xFFFFFFFF))
 
 
 @kernel("argsort", "exact", _MOVED + "; the order of equal values is assumed")

@@ -14,10 +14,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from ane_trainer.ane.simulator import jit
 from ane_trainer.ane.simulator.ir import Function
+
+#: Elements below which one thread is as fast as two (hand-over costs a few us).
+PARALLEL_ELEMENTS = 1 << 16
 
 _FIELDS = 3  # of a job before its stages: number of ranges, items per block, number of stages
 
@@ -54,6 +58,13 @@ class Team:
         else:
             pieces = [(self._address, i, self._threads) for i in range(self._threads)]
             jit.run_parallel(entry.some, pieces, self._threads)
+
+
+def divided(outer: int, elements: int, threads: int, unit: int = 1) -> list[tuple[int, int]]:
+    """About equal parts of the outermost axis, each but the last a multiple of `unit`."""
+    parts = threads if elements >= PARALLEL_ELEMENTS else 1
+    bounds = [min(outer, -(-outer * i // (parts * unit)) * unit) for i in range(parts + 1)]
+    return [(a, b) for a, b in pairwise(bounds) if a < b]
 
 
 def addresses(*values: int) -> Any:
