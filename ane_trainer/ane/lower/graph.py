@@ -115,9 +115,10 @@ def _follow_integers(ctx: Context, node: Node, arguments: Any) -> None:
     constants = [leaf for leaf in leaves if not isinstance(leaf, Value)]
     results = [r for r in _flat(ctx.operands[node]) if isinstance(r, Value)]
     whole = [m for m in _flat(node.meta["val"]) if isinstance(m, torch.Tensor) and _integral(m.dtype)]
-    if any(r in ctx.high for r in results) or keeps_codes(name, constants, bool(whole)):
+    paired = bool(whole) and any(r in ctx.high for r in results)
+    if paired or keeps_codes(name, constants, bool(whole)):
         ctx.integers |= dict.fromkeys(results, ports)
-    elif not reads_codes(name, constants) and not (name == "gather" and ctx.is_pair(*leaves)):
+    elif not reads_codes(name, constants) and not (name in ("gather", "eq", "ne") and ctx.is_pair(*leaves)):
         for port in ports:
             ctx.computed.setdefault(port, node)
 

@@ -21,6 +21,8 @@ from ane_trainer.ane.stages import PAIR, Captured, Port
 
 #: The largest number of rows that a pair tells apart.
 MOST_ROWS = PAIR * EXACT_INTEGERS
+#: What the target of the quotients' port ends with.
+HIGH = "#high"
 _SUMS = ("add", "sub")
 
 
@@ -103,12 +105,21 @@ def one_hot(ctx: Context, index: Value, numbers: torch.Tensor, axis: int) -> Ope
     return ctx.mul(*hits)
 
 
+def check_rows(ctx: Context, rows: int) -> None:
+    """Refuses tables with more rows than pairs tell apart."""
+    if rows > MOST_ROWS:
+        raise ctx.refuse(
+            f"needs a table of at most {MOST_ROWS} rows; got {rows}.", "Use a smaller vocabulary."
+        )
+
+
 def look_up(ctx: Context, table: Operand, flat: Value, scale: float) -> Operand:
     """Rows of a table [V, D] by a pair [M], times `scale`: 1024 rows at a time.
 
     `add over blocks(mul(matmul(onehot(low), table[block]), equal(high, block)))`
     """
-    rows, count = shape_of(table)[0], shape_of(flat)[0]
+    rows = shape_of(table)[0]
+    check_rows(ctx, rows)
     total: Operand = 0.0
     picks = _low_one_hot(ctx, flat, scale)
     for number, start in enumerate(range(0, rows, PAIR)):
@@ -116,7 +127,6 @@ def look_up(ctx: Context, table: Operand, flat: Value, scale: float) -> Operand:
         own = ctx.slice(picks, 1, 0, shape_of(block)[0])
         part = ctx.mul(ctx.matmul(own, block), _in_block(ctx, flat, number))
         total = part if number == 0 else ctx.add(total, part)
-    assert shape_of(total)[0] == count
     return total
 
 
@@ -196,7 +206,3 @@ def _integral_result(node: Node) -> bool:
     if isinstance(value, (list, tuple)):
         value = value[0]
     return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
-
-
-#: What the target of the quotients' port ends with.
-HIGH = "#high"

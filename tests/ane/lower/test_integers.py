@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import ane_trainer as at
 from ane_trainer.ane.errors import DataError, UnsupportedModel
 from ane_trainer.ane.lower.integers import coded, most_rows
+from ane_trainer.ane.lower.pairs import MOST_ROWS
 from tests.ane.lower.harness import lowered
 
 
@@ -64,10 +65,13 @@ def test_arithmetic_on_such_integers_is_refused_and_small_comparisons_are_not() 
 
 
 def test_the_longest_table() -> None:
-    rows, ids = most_rows("fp16"), torch.zeros(4, dtype=torch.long)
-    lowered(lambda w, i: F.embedding(i, w), [torch.zeros(rows, 2), ids], "fp16")
-    with pytest.raises(UnsupportedModel, match=f"at most {rows} rows"):
-        lowered(lambda w, i: F.embedding(i, w), [torch.zeros(rows + 1, 2), ids], "fp16")
+    """With codes up to `most_rows`; longer ones take two numbers for an integer (`test_pairs.py`)."""
+    ids = torch.zeros(4, dtype=torch.long)
+    for rows, ports in ((most_rows("fp16"), 2), (most_rows("fp16") + 1, 3)):
+        program = lowered(lambda w, i: F.embedding(i, w), [torch.zeros(rows, 2), ids], "fp16")
+        assert len(program.inputs) == ports
+    with pytest.raises(UnsupportedModel, match=f"at most {MOST_ROWS} rows"):
+        lowered(lambda w, i: F.embedding(i, w), [torch.zeros(MOST_ROWS + 1, 1), ids], "fp16")
 
 
 def test_data_beyond_the_codes_are_refused() -> None:
