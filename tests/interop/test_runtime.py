@@ -407,3 +407,19 @@ def test_unknown_chips_are_refused_and_change_nothing() -> None:
     with pytest.raises(UsageError, match="chip"):
         install("m99")
     assert installed() is before
+
+
+def test_graphs_of_thousands_of_ops() -> None:
+    """One chain of one variable, one of two, one of products."""
+    x, z = af.input((2, 8)), af.input((2, 8))
+    one, two, three = x, x, x
+    w = np.eye(8, dtype=np.float32)
+    for _ in range(500):
+        one, two, three = (one * 0.5).relu().adds(0.25), two * x + z, (three @ w).relu()
+    model = _compile.compile_multi([one, two, three])
+    half = np.full((2, 8), 0.5)
+    first, second, third = model(half, half).values()
+    model.release()
+    assert (first == 0.5).all()
+    np.testing.assert_allclose(second, 1, rtol=1e-3)
+    assert (third == 0.5).all()

@@ -133,21 +133,43 @@ def _worthwhile(group: Group, chains: list[_Chain]) -> set[int]:
 
 
 class _Values:
-    """Results of one-variable chains over every pattern, computed once each."""
+    """Results of one-variable chains over every pattern: kept for the ends of chains, others while they are needed."""
 
     def __init__(self, group: Group, tables: Sequence[Array]) -> None:
         self.group, self.tables = group, tables
         self.known: dict[int, Array] = {}
 
     def of(self, position: int) -> Array:
-        if position not in self.known:
-            instr = self.group.code[position]
-            if instr.code == "load":
-                self.known[position] = decode(np.arange(1 << 16, dtype=np.uint16))
-            else:
-                sources = [self.of(s) for s in instr.sources]
-                self.known[position] = np.broadcast_to(evaluate(instr, sources, self.tables), (1 << 16,))
+        """The value at a position; a chain may have thousands of instructions before it."""
+        order = self._missing(position)
+        last = {source: p for p in order for source in self.group.code[p].sources}
+        values: dict[int, Array] = {}
+        for p in order:
+            values[p] = self._value(p, values)
+            for source in self.group.code[p].sources:
+                if last[source] == p:
+                    values.pop(source, None)
+        if order:
+            self.known[position] = values[position]
         return self.known[position]
+
+    def _value(self, position: int, values: dict[int, Array]) -> Array:
+        instr = self.group.code[position]
+        if instr.code == "load":
+            return decode(np.arange(1 << 16, dtype=np.uint16))
+        sources = [self.known[s] if s in self.known else values[s] for s in instr.sources]
+        return np.broadcast_to(evaluate(instr, sources, self.tables), (1 << 16,))
+
+    def _missing(self, position: int) -> list[int]:
+        """What has to be worked out for a position, sources first."""
+        found: set[int] = set()
+        left = [position]
+        while left:
+            p = left.pop()
+            if p not in self.known and p not in found:
+                found.add(p)
+                left += self.group.code[p].sources
+        return sorted(found)
 
 
 def _without_dead(group: Group, tables: list[Array]) -> tuple[Group, list[Array]]:
