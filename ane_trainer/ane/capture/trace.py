@@ -16,6 +16,7 @@ from ane_trainer.ane.capture.recorder import Recorder
 from ane_trainer.ane.capture.simplify import simplify
 from ane_trainer.ane.capture.sources import set_source, spread_sources
 from ane_trainer.ane.capture.substitutes import rewriting
+from ane_trainer.ane.capture.unknown import refusal
 
 Overload = Any
 
@@ -28,6 +29,7 @@ def trace(
     """Trace `function(*inputs.values())` into a graph without mutations or dead nodes.
 
     `function` may run autograd and may change its own intermediates in place, but not its inputs.
+    Raises: UnsupportedModel for all places that decide by values which are not known beforehand.
     Placeholders are called like the inputs. Nodes carry `meta["ane_source"]` where `sources` knows it.
     """
     recorder = Recorder(decompositions)
@@ -36,8 +38,15 @@ def trace(
         recorder.placeholder(name, value)
     set_source(None)
     with tracing():
-        with recorder:
-            results = function(*values)
+        try:
+            with recorder:
+                results = function(*values)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if recorder.findings:  # it went on with what it must not use
+                raise refusal(recorder.findings) from error
+            raise
+        if recorder.findings:
+            raise refusal(recorder.findings)
         graph_module = recorder.finish(results)
     set_source(None)
     simplify(graph_module.graph)

@@ -99,3 +99,35 @@ def test_branching_on_a_value_is_refused_and_on_a_constant_allowed() -> None:
         trace(lambda x: [x if x.sum() > 0 else -x], {"x": torch.ones(3)}, decomposition_table())
     graph = trace(lambda x: [x * float(torch.arange(4).sum())], {"x": torch.ones(3)}, decomposition_table())
     assert torch.equal(graph(torch.ones(3))[0], torch.full((3,), 6.0))
+
+
+def test_all_values_that_are_read_are_reported_together() -> None:
+    def function(x: torch.Tensor, mask_0: torch.Tensor) -> list[torch.Tensor]:
+        if x.sum() > 0:
+            x = x * 2
+        if mask_0 < 0.1:
+            x = x + 1
+        return [x[torch.nonzero(x)[:, 0]].sum() + float(x.max())]
+
+    inputs = {"x": torch.ones(3), "mask_0": torch.zeros(())}
+    with pytest.raises(UnsupportedModel) as caught:
+        trace(function, inputs, decomposition_table())
+    reasons = [finding.reason for finding in caught.value.findings]
+    assert [reason.split()[0] for reason in reasons] == ["reads", "decides", "gives"]
+    assert "LayerDrop" in reasons[1]
+
+
+def test_an_error_after_a_value_was_read_names_the_value() -> None:
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        if x.sum() > 0:
+            raise ValueError("the example is not what the model takes")
+        return [x]
+
+    with pytest.raises(UnsupportedModel, match="reads a tensor's value"):
+        trace(function, {"x": torch.ones(3)}, decomposition_table())
+    with pytest.raises(ValueError, match="of another kind"):
+        trace(_raising, {"x": torch.ones(3)}, decomposition_table())
+
+
+def _raising(x: torch.Tensor) -> list[torch.Tensor]:
+    raise ValueError("of another kind")
