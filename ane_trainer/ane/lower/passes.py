@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ane_trainer.ane.lower.layout import sink_transposes
+from ane_trainer.ane.lower.ranks import merge_axes
 from ane_trainer.ane.lower.rewriting import BROADCASTING, Rewriter, int_list, integers
 from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
 
@@ -16,7 +17,7 @@ from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, l
 def run_passes(function: Function) -> Function:
     """All passes in order."""
     steps = (dead_code, share, algebra, sink_tiles, transposes, sink_transposes, transposes, matmul_flags)
-    for step in (*steps, share, transposes, share, dead_code):
+    for step in (*steps, merge_axes, share, transposes, share, dead_code):
         function = step(function)
     return function
 
