@@ -188,9 +188,11 @@ def _lanes(extent: int) -> int:
     return min(widest, 1 << (extent.bit_length() - 1))
 
 
-def round_in_place(array: Array, threads: int) -> Step:
-    """Turns raw fp32 accumulator values into engine results, where they are: overflow, then rounding."""
-    return Loops(threads).add(_MAC_ROUND, [array], [], [array])
+def round_in_place(array: Array, threads: int, bias: Array | None = None) -> Step:
+    """Turns raw fp32 accumulator values into engine results, where they are: bias, overflow, then rounding."""
+    if bias is None:
+        return Loops(threads).add(_MAC_ROUND, [array], [], [array])
+    return Loops(threads).add(_MAC_ROUND_BIAS, [array, bias], [], [array])
 
 
 def round_into(out: Array, threads: int) -> Callable[[int], None]:
@@ -206,6 +208,19 @@ def round_into(out: Array, threads: int) -> Callable[[int], None]:
 
 
 _MAC_ROUND = fuse.Group((fuse.Instr("load", which=0), fuse.Instr("mac_round", (0,))), 1, 0, (1,))
+
+_MAC_ROUND_BIAS = fuse.Group(
+    (
+        fuse.Instr("load", which=0),
+        fuse.Instr("load", which=1),
+        fuse.Instr("const", value=1.0),
+        fuse.Instr("fma", (1, 0, 2)),
+        fuse.Instr("mac_round", (3,)),
+    ),
+    2,
+    0,
+    (4,),
+)
 
 
 def copies(pairs: Sequence[tuple[Array, Array]], threads: int) -> Step:

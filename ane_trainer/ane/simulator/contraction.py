@@ -84,13 +84,10 @@ def product_into(ctx: Context, a: Array, b: Array, bias: Array | None, out: Arra
 
 def _fast(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
     ta, tb, to = as_tensor(a), as_tensor(b), torch.from_numpy(out)
-    tbias = None if bias is None else as_tensor(bias)
-    finish = round_in_place(out, ctx.threads)
+    finish = round_in_place(out, ctx.threads, bias)
 
     def step() -> None:
         torch.matmul(ta, tb, out=to)
-        if tbias is not None:
-            to.add_(tbias)
         finish()
 
     return step

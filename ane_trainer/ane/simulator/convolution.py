@@ -21,7 +21,7 @@ from ane_trainer.ane.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator import winograd
 from ane_trainer.ane.simulator.buffers import empty
 from ane_trainer.ane.simulator.compiled import copies, in_turn, round_in_place, round_into
-from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
+from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor, product_into
 from ane_trainer.ane.simulator.depthwise import depthwise
 from ane_trainer.ane.simulator.mac import mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
@@ -202,7 +202,16 @@ def _joined_steps(ctx: Context, source: Array, filters: Array, start: Array | No
 
 
 def _fast(ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array) -> Step:
-    """The machine's convolution, which pads by itself where both sides get the same."""
+    """The machine's convolution, which pads by itself where both sides get the same; 1 x 1 kernels as a product."""
+    if (
+        weight.size == weight.shape[0] * x.shape[1]
+        and set(shape.strides) == {1}
+        and not any(map(any, shape.padding))
+    ):
+        flat = [v.reshape(*v.shape[:2], -1) for v in (x, out)]
+        if all(np.may_share_memory(f, v) for f, v in zip(flat, (x, out), strict=True)):
+            start = None if bias is None else bias[:, None]
+            return product_into(ctx, weight.reshape(weight.shape[:2]), flat[0], start, flat[1])
     padding, fill = tuple(before for before, _ in shape.padding), None
     if any(before != after for before, after in shape.padding):
         padding, (x, fill) = (0,) * len(padding), with_padding(ctx, x, shape.padding)
