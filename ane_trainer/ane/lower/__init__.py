@@ -9,6 +9,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     constants,
     contraction,
     convolution,
+    gamma,
     indexing,
     interpolation,
     joining,
@@ -24,6 +25,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     slicing,
     sorting,
     strided,
+    triangular,
     views,
 )
 from ane_trainer.ane.lower.graph import lower
