@@ -10,6 +10,7 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     contraction,
     convolution,
     gamma,
+    gamma,
     indexing,
     interpolation,
     joining,

@@ -176,10 +176,10 @@ def gather(
         flat = (math.prod(picked[:dim]), picked[dim])
         mask = one_hot(ctx, ctx.reshape(lines, flat), shape[dim], 2)
         return ctx.reshape(ctx.matmul(mask, ctx.reshape(x, (flat[0], shape[dim], -1))), ctx.shape)
-    mask, moved = _gather_mask(ctx, x, dim, index)
-    product = ctx.matmul(mask, ctx.reshape(moved, (*shape_of(moved), 1)))
-    back = ctx.reshape(product, shape_of(product)[:-1])
-    return move_axis_back(ctx, back, dim)
+    mask, lines = _gather_mask(ctx, x, dim, index)
+    product = ctx.matmul(mask, lines)
+    order = (*(n for axis, n in enumerate(picked) if axis != dim), picked[dim])
+    return move_axis_back(ctx, ctx.reshape(product, order), dim)
 
 
 def _gather_maxima(ctx: Context, x: Operand, dim: int, index: Absent) -> Operand:
@@ -214,11 +214,14 @@ def one_per_line(ctx: Context, dim: int) -> Operand | None:
 
 
 def _gather_mask(ctx: Context, x: Operand, dim: int, index: Operand) -> tuple[Operand, Operand]:
-    """One-hot `[rest, picks, n]` and x as `[rest, n]` with axis `dim` last."""
+    """One-hot `[rest, picks, n]` and x as `[rest, n, 1]`, all axes but `dim` merged."""
     rank = len(shape_of(x))
     order = [a for a in range(rank) if a != dim] + [dim]
     moved, where = ctx.transpose(x, order), ctx.transpose(index, order)
-    return one_hot(ctx, where, shape_of(moved)[-1], rank), moved
+    (*lead, n), picks = shape_of(moved), shape_of(where)[-1]
+    rows = math.prod(lead)
+    mask = one_hot(ctx, ctx.reshape(where, (rows, picks)), n, 2)
+    return mask, ctx.reshape(moved, (rows, n, 1))
 
 
 def move_axis_back(ctx: Context, x: Operand, dim: int) -> Operand:
