@@ -115,6 +115,13 @@ def test_the_plugin_shows_a_mac_and_runs_the_tests(tmp_path: Path) -> None:
     assert "7 skipped" in python(tmp_path, *plugin, "--no-ane-mac").stdout
 
 
+def test_a_conftest_may_name_the_plugin(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["ane_trainer.interop.aneforge.pytest_plugin"]')
+    (tmp_path / "test_device.py").write_text(TESTS)
+    done = python(tmp_path, "-m", "pytest", "-k", "test_runs")
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_only_files_that_belong_are_shown_a_mac(tmp_path: Path) -> None:
     code = "import sys, os, platform\nseen = sys.platform, platform.machine(), os.uname().sysname"
     shown, other = {"__file__": str(tmp_path / "a.py")}, {"__file__": "/elsewhere/b.py"}

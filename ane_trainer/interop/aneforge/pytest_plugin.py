@@ -8,6 +8,7 @@ on to them (`children.py`).
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import sysconfig
@@ -47,14 +48,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Before any conftest is read: they may already ask for an engine."""
-    given = early_config.known_args_namespace
+    _begin(early_config, early_config.known_args_namespace)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where a conftest names the plugin, it is loaded later; that conftest has then seen this machine."""
+    if not _active:
+        _begin(config, config.option)
+
+
+def _begin(config: pytest.Config, given: argparse.Namespace) -> None:
+    """Put the simulator in, and the disguise on."""
     try:
         install(given.ane_chip, given.ane_fidelity)
     except AneTrainerError as fault:
         raise pytest.UsageError(str(fault)) from fault
     folders: list[Path] = []
     if given.ane_mac:
-        folders = [early_config.rootpath, *(_folder(argument) for argument in given.file_or_dir)]
+        folders = [config.rootpath, *(_folder(argument) for argument in given.file_or_dir)]
         folders = list(dict.fromkeys(folder.resolve() for folder in folders))
         _active.append(disguise(_belongs(folders)))
         _active.append(provide(brand(get_chip(given.ane_chip))))
