@@ -403,7 +403,9 @@ class Trainer:
         self.report.compiled(engine.program_facts(self.step, self.optimizer), self.seconds_compile)
         place = engine.placement_of(self.step, self.device)
         if place.get("optimizer_on") == "host":
-            self.report.note("optimizer", f"{type(self.optimizer).__name__} runs on the host, PyTorch fp32")
+            reason = f": it {place['optimizer_reason']}" if place.get("optimizer_reason") else ""
+            name = type(self.optimizer).__name__
+            self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
         return self.seconds_compile
 
     def _infer(self, x: Any, size: int | None = None) -> torch.Tensor:

@@ -304,3 +304,34 @@ class Normalized(Optimizer):
                 if p.grad is not None:
                     p.add_(p.grad, alpha=-group["lr"])
                     p.div_(p.norm())
+
+
+class Careless(Optimizer):
+    """Shrinks every parameter it has, also those without a gradient."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.99)
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
+class Named(Optimizer):
+    """Momentum whose state has a name that the engine uses itself."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    kept = self.state[p].setdefault("residual", torch.zeros_like(p))
+                    kept.mul_(0.9).add_(p.grad)
+                    p.sub_(kept, alpha=group["lr"])

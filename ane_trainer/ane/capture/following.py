@@ -168,6 +168,9 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(args):
             if tensor.untyped_storage()._cdata in self._storages:
                 raise NotFollowed("uses a view of a parameter or state that was made outside of its step")
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        if writes and any(t.numel() > 1 for t in _tensors(args[:1])):
+            raise NotFollowed(f"changes a tensor that is not in its state ({name})")
         result = func(*args, **kwargs)
         value = _fill_of(name, args, kwargs)
         large = isinstance(result, torch.Tensor) and result.numel() > 1 and result.is_floating_point()
@@ -207,6 +210,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if cell is None:  # a number's tensor takes up something moving
             cell = _Cell(self, self._atom(target))
             setattr(target, _CELL, cell)
+        if cell.atom[0] == "foreign":
+            self._atom(target)
         if cell.base is not None:  # its base may not be read any more
             self._atom(target)
             cell.base.torn, cell.base = True, None
@@ -288,6 +293,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotFollowed(
                 "changes a part or another view of a tensor in place and reads the tensor later"
             )
+        if cell.atom[0] == "foreign":
+            raise NotFollowed("works on a parameter without a gradient")
         return cell.atom
 
     def _number(self, tensor: torch.Tensor) -> Atom:

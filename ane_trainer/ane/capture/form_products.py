@@ -96,7 +96,7 @@ def divide(w: Workshop, shape: Any, self: Any, other: Any, rounding_mode: Any = 
     factor = fixed(b)
     if factor is not None:
         return spread(scaled(a, co.over(UNIT, factor)), shape)
-    y, cy = w.single(b)
+    y, cy = w.single(w.raised(b))
     y = w.centered(y)
     below = torch.clamp(y.tensor, min=w.floor) if y.positive and w.floor else y.tensor
     if (top := fixed(a)) is not None:
@@ -151,7 +151,14 @@ def square_root(w: Workshop, shape: Any, self: Any) -> Form:
         atom, coefficient = w.atom(form), UNIT
     atom = w.centered(atom, multiple=2)
     tensor = torch.sqrt(atom.tensor)
-    made = Atom(tensor, atom.exponent // 2, w.peak(tensor, atom.peak / 2), True, states=atom.states)
+    made = Atom(
+        tensor,
+        atom.exponent // 2,
+        w.peak(tensor, atom.peak / 2),
+        True,
+        states=atom.states,
+        least=atom.least / 2,
+    )
     return of(made, root_of(coefficient), shape)
 
 
@@ -191,5 +198,6 @@ def _fraction(w: Workshop, shape: Any, form: Form, wanted: float) -> Form:
     atom = w.centered(atom, multiple=share.denominator)
     tensor = torch.pow(atom.tensor, wanted)
     exponent = atom.exponent * share.numerator // share.denominator
-    made = Atom(tensor, exponent, w.peak(tensor, atom.peak * wanted), True, states=atom.states)
+    least = atom.least * wanted
+    made = Atom(tensor, exponent, w.peak(tensor, atom.peak * wanted), True, states=atom.states, least=least)
     return of(made, co.power(coefficient, wanted), shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -32,6 +32,8 @@ from ane_trainer.ane.capture.following import NotFollowed
 TARGET = 6
 #: Range of log2 of a largest entry that is left as it is.
 COMFORT = (-1.0, 10.0)
+#: log2 of the smallest fp16 number.
+LEAST = -24.0
 #: Range of log2 of a port's largest value over the sampled steps.
 _PORT = (-8.0, 10.0)
 
@@ -42,7 +44,8 @@ class Atom:
 
     `positive`: no entry is negative. `peak`: log2 of the largest entry, as sampled. `states`: the slots it hangs
     on. The numbers meant are also `factor` times larger (a state that is kept as a mean). `root`: it is a weight
-    or a state as it was before the step; `chosen`: its entries were picked from two others.
+    or a state as it was before the step; `chosen`: its entries were picked from two others. `least`: log2 of the
+    smallest entry that is not 0 for want of range: the root of the smallest fp16 number is 2^-12.
     """
 
     tensor: torch.Tensor
@@ -54,6 +57,7 @@ class Atom:
     factor: Coefficient = UNIT
     root: bool = False
     chosen: bool = False
+    least: float = LEAST
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +262,10 @@ class Workshop:
         if shift == 0:
             return atom
         tensor = shifted(atom.tensor, shift)
-        return Atom(tensor, atom.exponent + shift, atom.peak + shift, atom.positive, states=atom.states)
+        return Atom(
+            tensor, atom.exponent + shift, atom.peak + shift, atom.positive, states=atom.states,
+            least=max(LEAST, atom.least + shift),
+        )  # fmt: skip
 
     def peak(self, tensor: torch.Tensor, otherwise: float) -> float:
         """log2 of the largest entry of a sampled tensor; `otherwise` if it is all 0."""
@@ -268,6 +275,24 @@ class Workshop:
     def _shift(self, atom: Atom, target: int, multiple: int) -> float:
         shift = 0 if COMFORT[0] <= atom.peak <= COMFORT[1] else round(finite(target - atom.peak))
         return shift - (atom.exponent + shift) % multiple
+
+    def raised(self, form: Form) -> Form:
+        """The form with roots no smaller than those of the smallest fp16 number: what is divided by them stays small.
+
+        Of a form that cannot be negative, in programs with a `floor` under what is divided by.
+        """
+        if not self.floor or not self.positive(form):
+            return form
+        return Form({self._raised(a): c for a, c in form.terms.items()}, form.shape, form.constant)
+
+    def _raised(self, atom: Atom) -> Atom:
+        if atom.least <= LEAST:
+            return atom
+        made = self._made.get(atom)
+        if made is None:
+            tensor = torch.clamp(atom.tensor, min=2.0**atom.least)
+            made = self._made[atom] = replace(atom, tensor=tensor, least=LEAST)
+        return made
 
     def _port_exponent(self, coefficient: Coefficient, exponent: int) -> float:
         bound = self.bound(coefficient)

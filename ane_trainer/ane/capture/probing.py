@@ -130,6 +130,12 @@ def _follow(
 ) -> Trace:
     """Follow one step. `slots` are the moving tensors of the state; new ones are added, all stay in the state."""
     follower = Follower(model)
+    own = {id(p) for p in parameters}
+    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    kept_gradients = [p.grad for p in others]
+    for i, parameter in enumerate(others):
+        parameter.grad = None
+        follower.mark(parameter, ("foreign", i))
     gradients = [torch.empty_like(p) for p in parameters]
     states = [(i, k, t) for i, k, t in moving_state(optimizer, parameters) if (i, k) in slots]
     for i, parameter in enumerate(parameters):
@@ -157,7 +163,9 @@ def _follow(
     finally:
         for parameter in parameters:
             parameter.grad = None
-        unmark([*parameters, *(t for _, _, t in states), *slots.values()])
+        for parameter, gradient in zip(others, kept_gradients, strict=True):
+            parameter.grad = gradient
+        unmark([*parameters, *others, *(t for _, _, t in states), *slots.values()])
     return trace
 
 

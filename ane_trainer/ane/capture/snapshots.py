@@ -28,6 +28,8 @@ def check_attributes(optimizer: torch.optim.Optimizer) -> None:
     for key, value in optimizer.state.items():
         if not isinstance(key, torch.Tensor) or not isinstance(value, dict):
             raise NotFollowed(f"keeps state that belongs to no parameter ({key!r})", place=False)
+        if not all(isinstance(name, str) for name in value):
+            raise NotFollowed("names its state by other things than texts", place=False)
 
 
 class Snapshot:

@@ -186,7 +186,8 @@ def _plan(
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
     names += [
         *scalar_values(optimizer, 1, treatment.on_host or user is not None),
-        *treatment.scalars(last=True), *changes.scalars(),
+        *treatment.scalars(last=True),
+        *changes.scalars(),
     ]
     scalars = [Port(identifier(name), (1,), "scalar", name) for name in names]
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])

@@ -58,7 +58,7 @@ def find_user_plan(
 
 def slot_target(plan: UserPlan, which: SlotId) -> str:
     """The target of a state's port."""
-    return f"{plan.names[which[0]]}/{which[1]}"
+    return f"{plan.names[which[0]]}/state.{which[1]}"
 
 
 def user_ports(plan: UserPlan) -> list[Port]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.forms import TARGET
-from ane_trainer.ane.capture.keeping import Kappas
+from ane_trainer.ane.capture.keeping import FIRST, Kappas
 from ane_trainer.ane.capture.probing import moving_state
 from ane_trainer.ane.capture.scalars import LARGEST
 from ane_trainer.ane.capture.snapshots import Snapshot
@@ -63,8 +63,9 @@ class FollowedOptimizer:
         self._before = None
 
     def waiting(self) -> dict[str, float]:
-        """Port name -> value for a batch that only adds to the gradients; the values do not matter."""
-        return self._values
+        """Port name -> value for a batch that only adds to the gradients: only that it is not the first matters."""
+        ports = self._plan.ports
+        return {**self._values, **{p.name: 0.0 for p in ports if p.coefficient == FIRST}}
 
     def ahead(self, steps: int) -> dict[str, float]:
         """Port name -> value of the update that comes `steps` after the next one; nothing changes."""

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
+_GROUP = "group/"
+
 
 class HostOptimizer:
     """Runs `optimizer` on gradients by parameter name. `flops` are those of the last update, counted.
@@ -31,6 +33,7 @@ class HostOptimizer:
             raise UnsupportedModel("The optimizer cannot run:", [finding])
         self._optimizer = optimizer
         self._parameters = dict(model.named_parameters())
+        self._start = [_counts(group) for group in optimizer.param_groups]
         self.flops = 0
 
     def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
@@ -48,7 +51,10 @@ class HostOptimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state by `<number>/<key>`; other things than tensors and numbers are left out."""
+        """The optimizer's state by `<number>/<key>`; other things than tensors and numbers are left out.
+
+        So are settings of groups, but not the integers that its steps count there.
+        """
         found = {}
         for number, entries in self._optimizer.state_dict()["state"].items():
             for key, value in entries.items():
@@ -56,17 +62,29 @@ class HostOptimizer:
                     found[f"{number}/{key}"] = value.clone()
                 elif isinstance(value, (int, float)):
                     found[f"{number}/{key}/number"] = torch.tensor(value, dtype=torch.float64)
+        for number, (group, start) in enumerate(zip(self._optimizer.param_groups, self._start, strict=True)):
+            for key, value in _counts(group).items():
+                if value != start.get(key):
+                    found[f"{_GROUP}{number}/{key}"] = torch.tensor(value, dtype=torch.float64)
         return found
 
     def set_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state` returned."""
         states: dict[int, dict[str, Any]] = {}
         for name, value in tensors.items():
+            if name.startswith(_GROUP):
+                place, key = name.removeprefix(_GROUP).split("/", 1)
+                self._optimizer.param_groups[int(place)][key] = int(value)
+                continue
             number, key, *kind = name.split("/")
             states.setdefault(int(number), {})[key] = _number(float(value)) if kind else value.clone()
         if states:
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _counts(group: Mapping[str, Any]) -> dict[str, int]:
+    return {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
 
 
 def _number(value: float) -> int | float:

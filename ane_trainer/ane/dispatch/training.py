@@ -314,6 +314,8 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The engine's whole state, exactly, with counters and the state of the dropout masks' generator."""
+        if self._mirror.changed():  # by the host's optimizer, say
+            self._mirror.push_weights(changed_only=True)
         counters = torch.tensor([self.steps, self.applied_steps, self.skipped_steps])
         units = {_UNIT + name: torch.tensor(unit) for name, unit in self._units.items()}
         if self._host is not None:
@@ -330,12 +332,16 @@ class TrainingStep:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state_dict`, bit for bit; a state in other units compiles the program anew."""
         units, kept = _units(state), _chosen(state)
-        if (kept is None) == (self._followed is not None):
+        was_on_host = kept is None and self._followed is not None
+        if was_on_host:
+            self._host_reason = "is continued where it was when its state was saved"
+            self._take_to_host()
+        elif kept is not None and self._followed is None:
             raise UsageError(
-                "state: needs a step with the optimizer where it was when the state was saved; it was on the "
-                f"{'host' if kept is None else 'engine'}. Compile the step with optimizer_on for that."
+                "state: needs the optimizer on the engine, as it was when the state was saved; it is on the "
+                'host. Compile the step with optimizer_on="engine" to see why.'
             )
-        if units != self._units or (kept is not None and kept != self._choices):
+        if was_on_host or units != self._units or (kept is not None and kept != self._choices):
             self._session.close()
             self._build("auto", units, kept)
         self._mirror.set_state(state)

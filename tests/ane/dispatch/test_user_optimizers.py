@@ -178,22 +178,25 @@ def test_a_learning_rate_that_starts_at_zero() -> None:
     assert distance(model, twin, start) < 0.15
 
 
-def test_accumulation_and_clipping_come_before_it() -> None:
+@pytest.mark.parametrize("name", ["adam", "adan", "lars", "schedule-free"])
+def test_accumulation_and_clipping_come_before_it(name: str) -> None:
     model = mlp()
-    twin, start, data = copy.deepcopy(model), copy.deepcopy(model), batches(9)
-    make: Make = lambda m: user.HandAdam(m.parameters(), eps=1e-2)  # noqa: E731
-    step = compiled(model, make(model), accumulate=3, clip_grad_norm=0.5)
+    twin, start, data = copy.deepcopy(model), copy.deepcopy(model), batches(12)
+    own, reference = (SMOOTH[name](m) for m in (model, twin))
+    for optimizer in (own, reference):  # so that first steps do not hang on the signs of gradients near 0
+        if "eps" in optimizer.param_groups[0]:
+            optimizer.param_groups[0]["eps"] = 1e-2
+    step = compiled(model, own, accumulate=3, clip_grad_norm=0.5)
     for x, y in data:
         step(x, y)
     step.sync()
-    reference = make(twin)
     for number, (x, y) in enumerate(data, 1):
         (F.cross_entropy(twin(x), y) / 3).backward()
         if number % 3 == 0:
             nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
             reference.step()
             reference.zero_grad()
-    assert (step.applied_steps, step.optimizer_on) == (3, "engine")
+    assert (step.applied_steps, step.optimizer_on) == (4, "engine")
     assert distance(model, twin, start) < 0.01
 
 
@@ -278,6 +281,45 @@ def test_an_optimizer_with_a_past_goes_on() -> None:
         other(x, y)
     other.sync()
     assert distance(fresh, twin, start) < 0.005
+
+
+def test_parameters_without_a_gradient_are_left_alone() -> None:
+    """Frozen ones, and ones that the loss does not reach; an optimizer that changes them is not followed."""
+    for make, place in ((user.Foreach, "engine"), (user.Careless, "host")):
+        model = mlp()
+        model[0].weight.requires_grad_(False)
+        model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+        before = model[0].weight.clone(), model.unused.detach().clone()
+        x, y = batches(1)[0]
+        step = compile_step(model, "cross_entropy", make(model.parameters()), (x, y), fidelity="fast")
+        assert torch.equal(model[0].weight, before[0])
+        assert torch.equal(model.unused, before[1])
+        assert step.optimizer_on == place
+        step(x, y)
+        assert torch.equal(model[0].weight, before[0]) is (place == "engine")
+
+
+def test_names_of_state_do_not_clash_with_the_engines() -> None:
+    error, step = compare(lambda m: user.Named(m.parameters()), 6)
+    assert step.optimizer_on == "engine"
+    assert error < 0.005
+
+
+def test_a_state_saved_on_the_host_goes_on_there() -> None:
+    data, model = batches(6), mlp()
+    step = compiled(model, user.Adan(model.parameters()), optimizer_on="host")
+    for x, y in data[:3]:
+        step(x, y)
+    kept, other = step.state_dict(), copy.deepcopy(model)
+    for x, y in data[3:]:
+        step(x, y)
+    again = compiled(other, user.Adan(other.parameters()), state=kept)
+    assert again.optimizer_on == "host"
+    assert "was saved" in again.placement()["optimizer_reason"]
+    for x, y in data[3:]:
+        again(x, y)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 REFUSED: list[tuple[Make, str]] = [
