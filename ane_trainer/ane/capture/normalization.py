@@ -95,6 +95,13 @@ def native_batch_norm(
     return y, mean, rstd
 
 
+def native_batch_norm_without_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `batch_norm`, of the batch's own statistics only (instance norm under torch.compile)."""
+    return batch_norm(x, weight, bias, None, None, training, momentum, eps)[:3]
+
+
 def native_batch_norm_backward(
     g: Tensor,
     x: Tensor,
@@ -244,6 +251,7 @@ NORMALIZATIONS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm.default: native_batch_norm,
     aten._native_batch_norm_legit.default: native_batch_norm,
     aten._native_batch_norm_legit_functional.default: batch_norm,
+    aten._native_batch_norm_legit.no_stats: native_batch_norm_without_statistics,
     aten.native_batch_norm_backward.default: native_batch_norm_backward,
     aten.native_layer_norm.default: native_layer_norm,
     aten.native_layer_norm_backward.default: native_layer_norm_backward,

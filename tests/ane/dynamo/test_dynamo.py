@@ -169,6 +169,23 @@ def test_the_backend_is_known_without_an_entry_point(first: str) -> None:
     assert done.stdout.strip() == "True"
 
 
+def test_the_entry_point_alone_is_enough() -> None:
+    """An installed package, not imported by the user's script."""
+    code = (
+        "import torch, importlib.metadata as m\n"
+        "from torch._dynamo.backends import registry\n"
+        "registry._discover_entrypoint_backends()\n"
+        "registry._BACKENDS['ane'] = m.EntryPoint('ane', 'ane_trainer.ane.dynamo:ane', 'torch_dynamo_backends')\n"
+        "model, x = torch.nn.Linear(3, 2), torch.ones(1, 3)\n"
+        "print(torch.allclose(torch.compile(model, backend='ane')(x), model(x), atol=1e-2))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "True"
+
+
 def test_importing_the_package_does_not_import_dynamo() -> None:
     code = "import sys, ane_trainer\nprint('torch._dynamo' in sys.modules)"
     done = subprocess.run(
