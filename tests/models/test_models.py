@@ -19,8 +19,9 @@ import ane_trainer as at
 from ane_trainer.ane.capture.losses import get_loss
 from ane_trainer.ane.capture.masks import drawn_by
 from ane_trainer.ane.capture.rehearsal import call_model
-from tests.models.zoo import CASES
+from tests.models import further, zoo
 
+CASES = zoo.CASES | further.CASES
 STEPS = 20
 SEED = 5
 #: Least bound with exact fidelity: the accumulator rounds every product to 2^-16, which the WaveNet's small weight

@@ -32,6 +32,10 @@ _LOOKUPS = (
 #: Nodes that only ask which integer it is.
 LOOKUPS = frozenset(_LOOKUPS.split())
 _COMPARISONS = frozenset(["eq", "ne"])
+#: Nodes that take no more than a shape of them.
+_SHAPES = frozenset(
+    "full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
+)
 
 
 @functools.cache
@@ -62,8 +66,8 @@ def keeps_codes(name: str, constants: Iterable[object], to_integers: bool) -> bo
 
 
 def reads_codes(name: str, constants: Iterable[object]) -> bool:
-    """Whether a node only looks up or compares, so that codes do as well as integers."""
-    return name in LOOKUPS or (name in _COMPARISONS and _small(constants))
+    """Whether a node only looks up or compares (or takes the shape), so that codes do as well as integers."""
+    return name in LOOKUPS or name in _SHAPES or (name in _COMPARISONS and _small(constants))
 
 
 def _small(constants: Iterable[object]) -> bool:

@@ -81,3 +81,8 @@ def test_data_beyond_the_codes_are_refused() -> None:
     step(ids, y)
     with pytest.raises(DataError, match="needs integers up to"):
         step(torch.tensor([[1, most_rows("fp16")]]), y)
+
+
+def test_a_tensor_of_the_same_shape_is_no_arithmetic() -> None:
+    table, ids = torch.zeros(3000, 2), torch.zeros(4, dtype=torch.long)
+    lowered(lambda w, i: F.embedding(i, w) + torch.ones_like(i).unsqueeze(1), [table, ids], "fp16")
