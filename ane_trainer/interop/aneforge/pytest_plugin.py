@@ -9,6 +9,7 @@ on to them (`children.py`).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -43,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="show the test files a Mac (default)",
     )
     group.addoption("--no-ane-mac", action="store_false", dest="ane_mac", help="show them this machine")
+    if importlib.util.find_spec("pytest_forked") is None:
+        group.addoption("--forked", action="store_true", help="taken for pytest-forked, and not needed here")
 
 
 @pytest.hookimpl(tryfirst=True)
