@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.substitutes import REWRITES
 from ane_trainer.ane.chips import op_status
 from ane_trainer.ane.lower import RULES
 from ane_trainer.ane.simulator import KERNELS
@@ -43,6 +44,16 @@ These become operations of the table before the lowering sees them, forward and 
 """
 
 
+_REPLACED = """\
+## Replaced
+
+Functions of torch whose own code reads values, makes shapes of them, or loses what fp16 could hold. A function
+with the same value and gradient runs in their place (`capture/substitutes.py`). Packed sequences
+(`pack_padded_sequence` and recurrent layers on them), checkpoints, and the mixtures of experts of `transformers`
+are taken as well.
+"""
+
+
 def document() -> str:
     """The page as Markdown."""
     return "\n".join(_lines()).rstrip() + "\n"
@@ -57,6 +68,16 @@ def _lines() -> Iterator[str]:
     yield ""
     yield _DECOMPOSED
     yield ", ".join(f"`{name}`" for name in sorted(_taken_apart()))
+    yield ""
+    yield _REPLACED
+    yield ", ".join(f"`{name}`" for name in sorted({_function_name(f) for f in REWRITES}))
+
+
+def _function_name(function: Any) -> str:
+    """`embedding_bag`, `Tensor.__getitem__`."""
+    owner = getattr(function, "__objclass__", None)
+    name = str(function.__name__)
+    return f"Tensor.{name}" if owner is not None else name
 
 
 def _rows() -> Iterator[tuple[str, ...]]:
