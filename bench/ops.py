@@ -1,6 +1,7 @@
 """Time of each op on the simulator next to the same op in PyTorch fp32 eager, measured in turn in one process.
 
     python -m bench.ops [WORD ...] [--seconds 0.12] [--threads 2] [--border] [--above 1.5]
+    python -m bench.ops --distance [WORD ...]       how far fast mode's results lie from exact mode's
 
 The least of repeated calls, both sides with as many threads: of one, its processor time, which a busy machine
 disturbs little; of more, time on the wall. `--border` counts the conversions of inputs and results between fp16
@@ -14,9 +15,11 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ane_trainer.ane.mil import Function, TensorType
 from ane_trainer.ane.opset import Builder
@@ -24,6 +27,7 @@ from ane_trainer.ane.simulator import Plan, make_context, prepare
 from bench.cases import Case, cases
 
 Run = Callable[[], object]
+Array = NDArray[Any]
 
 TURN_S = 0.005
 """A call is repeated as long before it is another's turn: PyTorch's threads keep a core busy when they have ended."""
@@ -60,15 +64,19 @@ def least_of_turn(run: Run, clock: Callable[[], float]) -> float:
     return least
 
 
+def plans_of(case: Case, threads: int, scale: float) -> tuple[dict[str, Plan], dict[str, Array]]:
+    """The row in exact and in fast mode, and normal inputs of that deviation."""
+    rng, function = np.random.default_rng(0), function_of(case)
+    feeds = {v.name: (scale * rng.standard_normal(v.type.shape)).astype(np.float16) for v in function.inputs}
+    return {f: prepare(function, make_context("m4", f, threads=threads)) for f in ("exact", "fast")}, feeds
+
+
 def runs_of(case: Case, threads: int, border: bool) -> dict[str, Run]:
     """The row as three calls: exact, fast, eager."""
-    rng, function = np.random.default_rng(0), function_of(case)
-    arrays = [(0.25 * rng.standard_normal(shape)).astype(np.float16) for shape in case.shapes]
-    tensors = [torch.from_numpy(array.astype(np.float32)) for array in arrays]
-    feeds = {value.name: array for value, array in zip(function.inputs, arrays, strict=True)}
+    plans, feeds = plans_of(case, threads, 0.25)
+    tensors = [torch.from_numpy(array.astype(np.float32)) for array in feeds.values()]
     runs: dict[str, Run] = {}
-    for fidelity in ("exact", "fast"):
-        plan = prepare(function, make_context("m4", fidelity, threads=threads))
+    for fidelity, plan in plans.items():
         plan.run(feeds)
         runs[fidelity] = partial(plan.run, feeds) if border else partial(_steps, plan)
     runs["eager"] = lambda: case.eager(*tensors)
@@ -80,8 +88,27 @@ def _steps(plan: Plan) -> None:
         step()
 
 
+def distances(words: list[str]) -> None:
+    """Print, for normal inputs of deviation 1, the distance between the modes where it is not zero."""
+    print(f"{'fast against exact':32}{'rms relative':>14}{'largest':>12}{'same bits':>12}")
+    for case in chosen(words):
+        plans, feeds = plans_of(case, 1, 1.0)
+        (exact, fast) = (next(iter(plan.run(feeds).values())).astype(np.float64) for plan in plans.values())
+        finite = np.isfinite(exact) & np.isfinite(fast)
+        apart, size = np.where(finite, fast, 0) - np.where(finite, exact, 0), np.where(finite, exact, 0)
+        if apart.any():
+            rms = np.sqrt(np.square(apart).mean() / np.square(size).mean())
+            same = np.mean(exact == fast)
+            print(f"{case.name:32}{rms:14.2g}{np.abs(apart).max():12.2g}{same:12.1%}", flush=True)
+
+
+def chosen(words: list[str]) -> list[Case]:
+    """The rows whose names hold any of the words (none: every row)."""
+    return [case for case in cases() if not words or any(word in case.name for word in words)]
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,21 +117,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--border", action="store_true")
     parser.add_argument("--above", type=float, default=0.0)
+    parser.add_argument("--distance", action="store_true")
     options = parser.parse_args()
+    if options.distance:
+        return distances(options.words)
     table(options.words, options.seconds, options.threads, options.border, options.above)
 
 
 def table(words: list[str], seconds: float, threads: int, border: bool = False, above: float = 0.0) -> None:
-    """Measure and print the rows whose names hold any of the words (none: every row)."""
+    """Measure and print the `chosen` rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     title = f"microseconds, {threads} thread{'s' * (threads > 1)}"
     print(f"{title:32}{'exact':>10}{'fast':>10}{'eager':>10}   exact / fast to eager")
     with torch.no_grad():
-        for case in cases():
-            if words and not any(word in case.name for word in words):
-                continue
+        for case in chosen(words):
             us = {
                 name: 1e6 * t for name, t in least_of(runs_of(case, threads, border), seconds, clock).items()
             }

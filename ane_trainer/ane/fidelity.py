@@ -30,8 +30,10 @@ How close each op of the simulator is to the engine, and what that is known from
 rounds in between is not published. A relative error in the evidence is the engine's own distance from exact
 arithmetic in one published run, which the simulator's should resemble.
 
-Exact mode (`fidelity="exact"`) is meant throughout. In fast mode matmul, linear, conv and average pooling
-accumulate in the machine's fp32, with the engine's overflow and output rounding.
+Exact mode (`fidelity="exact"`) is meant throughout. In fast mode matmul, linear, conv, average pooling, reductions
+and the sums within norms and softmax accumulate in the machine's fp32; real_div, floor_div and inverse divide in fp32;
+batch_norm, linear_activation, sigmoid_hard and the last step of a layer_norm or instance_norm round once. Results are
+rounded and overflow as the engine's. How far that is from exact mode, op by op: [simulator.md](simulator.md#fast-mode).
 """
 
 _PATHS = """\

@@ -238,7 +238,12 @@ def finish_into(ctx: Context, out: Array) -> Callable[[torch.Tensor], None]:
 
         return finish
     read = round_into(out, ctx.threads)
-    return lambda raw: read(raw.contiguous().data_ptr())
+
+    def take(raw: torch.Tensor) -> None:
+        whole = raw.contiguous()  # alive until it has been read
+        read(whole.data_ptr())
+
+    return take
 
 
 def windows(x: Array, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]) -> Array:

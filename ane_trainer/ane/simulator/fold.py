@@ -111,16 +111,25 @@ class _FoldEmitter(Emitter):
 
     def row(self, indices: list[str], block: str) -> str:
         """One result: vectors along the last reduced axis, their lanes joined at the end."""
-        for width in widths(self.vector_width):
+        used = self.used_widths()
+        for width in {*used, 1}:
             self.start(width)
         block = self.reduced(self.where.kept, indices, block)
         for number, (kind, _) in enumerate(self.folds):
             total = self.held(number, kind, 1)
-            for width in widths(self.vector_width)[:-1]:
+            for width in used:
                 lanes = self.held(number, kind, width)
                 total = self.join(kind, total, self.across(kind, lanes, width), 1)
             self.put(number, total, indices, 1)
         return block
+
+    def used_widths(self) -> list[int]:
+        """The vectors that a row is cut into, see `static_strips`."""
+        rest, used = self.nest.extents[-1], []
+        for width in widths(self.vector_width)[:-1]:
+            used += [width] * (rest >= width)
+            rest %= width
+        return used
 
     def reduced(self, depth: int, indices: list[str], came_from: str) -> str:
         """The loops over reduced axes."""

@@ -4,7 +4,7 @@ A `Group` is straight-line code over broadcast arrays. Values in registers are d
 add, sub and mul round half away from zero to 11 bits after every op, exactly like `round_half_away`; every
 other function of one variable is a gather from its table of 65,536 results, so it cannot differ from the
 NumPy definition it was built from. `scale` multiplies by a power of two of at least 1, which rounds nothing.
-`fma` (acc + x * w, raw float32) and `mac_...` are steps of a multiply-accumulate (`mac_lane.py`).
+`product` and `fma` (acc + x * w) are raw float32; `mac_...` are steps of a multiply-accumulate (`mac_lane.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CODES = {
     "load": 0, "load_of_four": 0, "load_wide": 0, "const": 0, "scale": 1, "add": 2, "sub": 2, "mul": 2, "max": 2,
     "min": 2, "abs": 1,
     "div": 2, "floor": 1, "ceil": 1, "copysign": 2, "affine": 3, "lookup": 1, "round": 1, "mac_round": 1,
-    "fma": 3, "mac_start": 1, "mac_add": 3, "mac_end": 1,
+    "product": 2, "fma": 3, "mac_start": 1, "mac_add": 3, "mac_end": 1,
     "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "select": 3,
     "and": 2, "or": 2, "xor": 2, "not": 1, "load_bool": 0,
 }  # fmt: skip
@@ -68,7 +68,7 @@ def within(code: Sequence[Instr]) -> list[bool]:
         elif instr.code == "const":
             known.append(abs(instr.value) <= 65536.0)
         else:
-            known.append(not instr.code.startswith(("load", "fma", "mac_start", "mac_add")))
+            known.append(not instr.code.startswith(("load", "product", "fma", "mac_start", "mac_add")))
     return known
 
 
@@ -347,6 +347,8 @@ class Emitter:
                 return self.round(s[0])
             case "mac_round":
                 return self.mac_round(s[0])
+            case "product":
+                return self.fresh(f"fmul {f} {s[0]}, {s[1]}")
             case "fma":
                 return self.fresh(f"fadd {f} {s[0]}, {self.fresh(f'fmul {f} {s[1]}, {s[2]}')}")
             case "mac_start" | "mac_add" | "mac_end":

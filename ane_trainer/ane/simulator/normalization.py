@@ -78,10 +78,11 @@ def _scaling(work: Pass, x: int, mean: int, factor: int, gamma: int | None, beta
 
 def _scaling_at_once(work: Pass, x: int, mean: int, factor: int, gamma: int | None, beta: int | None) -> int:
     """The same in float32, rounded once."""
-    zero = work.number(-0.0)
     y = work.add("fma", x, mean, work.number(-1))
-    scale = factor if gamma is None else work.add("fma", zero, factor, gamma)
-    return work.add("round", work.add("fma", zero if beta is None else beta, y, scale))
+    scale = factor if gamma is None else work.add("product", factor, gamma)
+    return work.add(
+        "round", work.add("product", y, scale) if beta is None else work.add("fma", beta, y, scale)
+    )
 
 
 def _layer_parameters(

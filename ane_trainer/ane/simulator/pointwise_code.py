@@ -182,18 +182,15 @@ def _threshold(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> in
     return _bound(group, s[0], _number(group, call, "alpha"))
 
 
-def _chosen(group: Code, condition: int, x: int, y: int) -> int:
-    """x or y, within the engine's range."""
-    return group.add("scale", group.add("select", condition, x, y), value=1.0)
-
-
 def _thresholded_relu(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
-    return _chosen(group, group.add("ge", s[0], _number(group, call, "alpha")), s[0], group.number(0))
+    passes = group.add("ge", s[0], _number(group, call, "alpha"))
+    return group.add("round", group.add("select", passes, s[0], group.number(0)))
 
 
 def _leaky_relu(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
-    below = group.add("mul", _number(group, call, "alpha"), s[0])
-    return _chosen(group, group.add("gt", s[0], group.number(0)), s[0], below)
+    """x or alpha x, rounded; x is itself when rounded, and no more than inf."""
+    below = group.add("product", _number(group, call, "alpha"), s[0])
+    return group.add("round", group.add("select", group.add("gt", s[0], group.number(0)), s[0], below))
 
 
 def _clamped_relu(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:

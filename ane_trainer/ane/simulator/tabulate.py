@@ -51,6 +51,8 @@ def evaluate(instr: Instr, sources: Sequence[Array], tables: Sequence[Array]) ->
             return round_half_away(s[0] / divisor)
         case "round":
             return round_half_away(s[0])
+        case "product":
+            return np.asarray(s[0] * s[1])
         case "fma":
             return np.asarray(s[0] + s[1] * s[2])
         case "affine":
