@@ -74,7 +74,7 @@ def ctc(log_probs: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
 class FastText(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.EmbeddingBag(20_000, 8, sparse=True)
+        self.words = nn.EmbeddingBag(16_000, 8, sparse=True)
         self.head = nn.Linear(8, 4)
 
     def forward(self, text: Tensor, offsets: Tensor) -> Tensor:

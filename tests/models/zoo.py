@@ -17,7 +17,8 @@ from tests.models import networks as n
 class Case:
     """`build()` -> (model, x, y). `exact`: small enough for exact fidelity. `quick`: runs in every CI run.
 
-    `bound`: of the relative error of the first update; see `test_models.py`.
+    `bound`: of the relative error of the first update; see `test_models.py`. `long`: has axes above 16384, which
+    chips before A16 refuse.
     """
 
     build: Callable[[], tuple[nn.Module, Any, Any]]
@@ -26,6 +27,7 @@ class Case:
     bound: float = 0.02
     exact: bool = False
     quick: bool = False
+    long: bool = False
 
 
 def images(model: nn.Module, size: int = 32, channels: int = 3, batch: int = 4) -> tuple[nn.Module, Any, Any]:

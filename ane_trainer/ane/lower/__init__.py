@@ -10,7 +10,6 @@ from ane_trainer.ane.lower import (  # noqa: F401  (importing a family registers
     contraction,
     convolution,
     gamma,
-    gamma,
     indexing,
     interpolation,
     joining,
