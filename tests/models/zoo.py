@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.models import networks as n
+from tests.models import vision as v
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,23 @@ def policy() -> tuple[nn.Module, Any, Any]:
     return n.Policy(), torch.randn(16, 4), target
 
 
+def two_views(model: nn.Module, target: Tensor) -> tuple[nn.Module, Any, Any]:
+    return model, (torch.randn(6, 3, 4, 4), torch.randn(6, 3, 4, 4)), target
+
+
+def edges() -> tuple[nn.Module, Any, Any]:
+    x = torch.randn(20, 6), torch.randint(0, 20, (2, 40)), torch.arange(20) // 5
+    return v.EdgeNetwork(), x, torch.randint(0, 3, (4,))
+
+
+def simclr() -> tuple[nn.Module, Any, Any]:
+    return v.SimClr(), (torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)), torch.zeros(1)
+
+
+def critic(norm: Any) -> tuple[nn.Module, Any, Any]:
+    return v.Critic(norm), (torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8)), torch.zeros(1)
+
+
 CASES: dict[str, Case] = {
     "resnet18": Case(lambda: images(n.resnet18(), 64, batch=8), bound=0.4),
     "mobilenet_v2": Case(lambda: images(n.mobile(nn.ReLU6, None, 3)), bound=0.1),
@@ -180,4 +198,23 @@ CASES: dict[str, Case] = {
     ),
     "gcn": Case(lambda: (n.Gcn(), torch.randn(24, 10), torch.randint(0, 4, (24,))), exact=True, quick=True),
     "policy": Case(policy, n.ppo_loss, exact=True),
+    "segnet": Case(lambda: (v.SegNet(), torch.randn(2, 3, 13, 12), torch.randint(0, 4, (2, 13, 12))), quick=True),
+    "pyramid_pooling": Case(lambda: images(v.PyramidPooling(), 26), exact=True),
+    # slopes of a noise image at places that fp16 rounds to 1/250 of a pixel
+    "spatial_transformer": Case(lambda: images(v.SpatialTransformer(), 12, 1), bound=0.2),
+    "edge_network": Case(edges, exact=True),
+    "simclr": Case(simclr, lambda output, _: F.cross_entropy(*output), bound=0.03),
+    "barlow_twins": Case(lambda: two_views(v.BarlowTwins(), torch.zeros(1)), lambda output, _: output, bound=0.06),
+    "momentum": Case(lambda: two_views(v.Momentum(), torch.zeros(6, dtype=torch.long)), bound=0.06, quick=True),
+    "wgan_gp": Case(lambda: critic(nn.utils.parametrizations.spectral_norm), v.wasserstein, lr=1e-3),
+    "wgan_gp_old_norm": Case(lambda: critic(nn.utils.spectral_norm), v.wasserstein, lr=1e-3),
+    "tcn": Case(lambda: (v.Tcn(), torch.randn(4, 2, 16), torch.randint(0, 4, (4,))), exact=True),
+    "masked_autoencoder": Case(
+        lambda: (v.MaskedAutoencoder(), torch.randn(4, 3, 16, 16), torch.zeros(1)), lambda output, _: output
+    ),
+    "real_nvp": Case(
+        lambda: (v.RealNvp(), torch.randn(16, 2), torch.zeros(1)), lambda output, _: -output.mean(), exact=True
+    ),
+    "styled": Case(lambda: (v.Styled(), torch.randn(4, 6), torch.randn(4, 1, 6, 6)), "mse", quick=True),
+    "v_net": Case(lambda: (v.VNet(), torch.randn(2, 1, 8, 8, 8), torch.randint(0, 2, (2, 8, 8, 8))), v.dice),
 }  # fmt: skip

@@ -99,7 +99,14 @@ class EnginePart:
         self._session = device.load(compiled, fidelity=options.fidelity, threads=options.threads)
         quotients = {port.target: port.name for port in compiled.inputs}
         self._inputs = [
-            Slot(p.target, p.name, original.shape, p.wide, mask=True, high=quotients.get(f"{p.target}{HIGH}"))
+            Slot(
+                p.target,
+                p.name,
+                original.shape if len(original.shape) <= len(p.shape) else p.shape,
+                p.wide,
+                mask=True,
+                high=quotients.get(f"{p.target}{HIGH}"),
+            )
             for p, original in zip(compiled.inputs, captured.inputs, strict=False)
         ]
         nodes: Any = module.graph.output_node().args[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch.fx import Node
 
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.lower import pairs
-from ane_trainer.ane.lower.context import Absent, Context, is_bool, mil_shape
+from ane_trainer.ane.lower.context import LARGEST_RANK, Absent, Context, Shape, is_bool, mil_shape
 from ane_trainer.ane.lower.integers import keeps_codes, reads_codes
 from ane_trainer.ane.lower.maxima import Places
 from ane_trainer.ane.lower.passes import run_passes
@@ -140,8 +141,11 @@ def _declare_inputs(ctx: Context, captured: Captured) -> tuple[tuple[Port, ...],
     ports = []
     for node, port in zip(placeholders, captured.inputs, strict=True):
         tensor = node.meta["val"]
-        value = ctx.builder.input(_identifier(port.name), TensorType(ctx.dtype, mil_shape(tensor)))
-        ctx.operands[node] = ctx.boolean_of_01(value) if tensor.dtype == torch.bool else value
+        value = ctx.builder.input(
+            _identifier(port.name), TensorType(ctx.dtype, _at_border(mil_shape(tensor)))
+        )
+        whole = ctx.reshape(value, mil_shape(tensor))
+        ctx.operands[node] = ctx.boolean_of_01(whole) if tensor.dtype == torch.bool else whole
         if port.role == "batch" and _integral(tensor.dtype):
             ctx.integers[value] = frozenset([value.name])
         ports.append(replace(port, name=value.name, shape=value.type.shape))
@@ -300,7 +304,13 @@ def _as_output(ctx: Context, operand: Any) -> Value:
         operand = operand.double()
     result = ctx.value(ctx.number(operand))
     assert not is_bool(result)
-    return result
+    return ctx.value(ctx.reshape(result, _at_border(result.type.shape)))
+
+
+def _at_border(shape: Shape) -> Shape:
+    """A port's shape: the axes in front that the engine has not are merged into one."""
+    front = len(shape) - LARGEST_RANK + 1
+    return (math.prod(shape[:front]), *shape[front:]) if front > 1 else shape
 
 
 def _name_outputs(function: Function, names: Sequence[str]) -> Function:
