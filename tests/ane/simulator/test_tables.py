@@ -15,7 +15,8 @@ GOLDEN = Path(__file__).parents[2] / "data" / "golden_vectors.csv"
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
 
 # name: how many minima of the error the same sweep found, and the first twenty. Missing: erf, whose first three lie
-# where the table has ended, and silu, of whose 172 minima 168 come out (its knots are reconstructed).
+# where the table has ended; silu, of whose 172 minima 168 come out (its knots are reconstructed); and gelu_tanh, most
+# of whose 553 lie beyond -4, where both sides are almost 0 and the last bits of fp64 decide.
 MINIMA: dict[str, tuple[int, str]] = {
     "sigmoid": (
         380,
@@ -31,11 +32,6 @@ MINIMA: dict[str, tuple[int, str]] = {
         147,
         "-3.8652 -3.5508 -3.4434 -3.3125 -3.207 -3.0664 -2.9512 -2.8086 -2.7031 -2.5586 -2.4531 -2.3008 -2.2031"
         " -2.0566 -1.9443 -1.7988 -1.6943 -1.6455 -1.627 -1.6104",
-    ),
-    "gelu_tanh": (
-        553,
-        "-7.9648 -7.9609 -7.957 -7.9531 -7.9492 -7.9453 -7.9414 -7.9375 -7.9336 -7.9297 -7.9258 -7.9219 -7.918"
-        " -7.9141 -7.9102 -7.9062 -7.9023 -7.8984 -7.8945 -7.8906",
     ),
     "exp": (
         882,
