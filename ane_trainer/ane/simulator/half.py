@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -43,10 +44,13 @@ def encoded(decoded: NDArray[np.float32], threads: int = 1) -> NDArray[np.float1
     return encode(decoded) if wrong[0] else patterns  # the slow form names the value
 
 
-def _share(loop: int, count: int, threads: int, *arrays: NDArray[Any]) -> None:
-    arguments = addresses(*(array.ctypes.data for array in arrays))
-    shares = divided(count, count, threads)
-    Team([Stage(loop, ctypes.addressof(arguments))], shares, threads).run()
+def _share(loop: Callable[..., None], count: int, threads: int, *arrays: NDArray[Any]) -> None:
+    arguments = addresses(*(array.__array_interface__["data"][0] for array in arrays))
+    shares, place = divided(count, count, threads), ctypes.addressof(arguments)
+    if len(shares) == 1:
+        loop(place, 0, count)
+    elif shares:
+        Team([Stage(jit.address(loop), place)], shares, threads).run()
 
 
 _FEW = 1 << 9
@@ -54,9 +58,9 @@ _FEW = 1 << 9
 
 
 @cache
-def _encoder() -> int:
-    """Exponent and fraction move down by 13 bits; subnormals count multiples of 2^-24. What decodes back to other
-    bits is wrong.
+def _encoder() -> Callable[..., None]:
+    """A product by 2^-112 moves the exponent's bias, in the subnormals too; bits 13 on are the pattern but for the
+    sign. What decodes back to other bits is wrong.
     """
     text = """
         define void @encode(ptr %arguments, i64 %first, i64 %last) {
@@ -73,17 +77,22 @@ def _encoder() -> int:
           %more = icmp slt i64 %i, %last
           br i1 %more, label %body, label %done
         body:
-          %at = getelementptr i32, ptr %from, i64 %i
-          %bits = load i32, ptr %at, align 4
-          SIGN_AND_MAGNITUDE
-          %field = and i32 %magnitude, 32767
-          %placed = shl i32 %field, 13
+          %at = getelementptr float, ptr %from, i64 %i
+          %x = load float, ptr %at, align 4
+          %moved = fmul float %x, 0x38F0000000000000
+          %bits = bitcast float %moved to i32
+          %shifted = lshr i32 %bits, 13
+          %size = and i32 %shifted, 32767
+          %high = lshr i32 %bits, 16
+          %sign = and i32 %high, 32768
+          %pattern = or i32 %size, %sign
+          %placed = and i32 %bits, -1879056384
           %tiny = bitcast i32 %placed to float
           %back = fmul float %tiny, 0x46F0000000000000
           %again = bitcast float %back to i32
-          %differs = xor i32 %again, %size
+          %given = bitcast float %x to i32
+          %differs = xor i32 %again, %given
           %still = or i32 %bad, %differs
-          %pattern = or i32 %field, %sign
           %narrow = trunc i32 %pattern to i16
           %to = getelementptr i16, ptr %out, i64 %i
           store i16 %narrow, ptr %to, align 2
@@ -98,12 +107,12 @@ def _encoder() -> int:
         end:
           ret void
         }
-        """.replace("SIGN_AND_MAGNITUDE", SIGN_AND_MAGNITUDE)
-    return jit.address(jit.compile_ir(text, ["encode"])["encode"])
+        """
+    return jit.compile_ir(text, ["encode"])["encode"]
 
 
 @cache
-def _decoder() -> int:
+def _decoder() -> Callable[..., None]:
     """Exponent and fraction move up by 13 bits; a product by 2^112 moves the bias, in every exponent field."""
     text = """
         define void @decode(ptr %arguments, i64 %first, i64 %last) {
@@ -136,4 +145,4 @@ def _decoder() -> int:
           ret void
         }
         """
-    return jit.address(jit.compile_ir(text, ["decode"])["decode"])
+    return jit.compile_ir(text, ["decode"])["decode"]
