@@ -37,8 +37,10 @@ def embedding_bag(
     if input.dim() == 2:
         return _of_rectangle(rows, counted, mode, padding_idx is not None)
     if offsets is None:
+        fix = "Give offsets, or indices [bags, length]."
         raise UnsupportedModel(
-            "The step needs:", [Finding("embedding_bag", "embedding_bag", "needs offsets.")]
+            "The step needs:",
+            [Finding("embedding_bag", "embedding_bag", "has one row of indices and no offsets.", fix)],
         )
     return _by_offsets(rows, counted, offsets, mode, include_last_offset)
 
