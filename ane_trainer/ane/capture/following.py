@@ -242,7 +242,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bound = self._bound(func, args, kwargs)
         number = len(self.trace.events)
         known = self._model[number] if number < len(self._model) else None
-        if known is not None and known.name == name:
+        if known is not None and (known.name, known.args) == (name, tuple(bound.items())):
             shape, dtype = known.shape, known.dtype
         else:
             function = func if out is None else getattr(aten, name)

@@ -204,8 +204,13 @@ def _probe(
     slots = _loaded_slots(optimizer, parameters)
     fresh = not any(True for _ in moving_state(optimizer, parameters))
 
+    models: dict[bool, Trace] = {}  # by whether the state is there: shapes need not be found twice
+
     def run() -> Trace:
-        return _follow(optimizer, parameters, slots)
+        there = any(True for _ in moving_state(optimizer, parameters))
+        trace = _follow(optimizer, parameters, slots, models.get(there))
+        models.setdefault(there, trace)
+        return trace
 
     def again() -> None:
         slots.clear()

@@ -18,9 +18,9 @@ from ane_trainer.ane.capture.keeping import FIRST, Kappas
 from ane_trainer.ane.capture.probing import moving_state
 from ane_trainer.ane.capture.scalars import LARGEST
 from ane_trainer.ane.capture.snapshots import Snapshot
-from ane_trainer.ane.capture.user_plan import UserPlan, slot_target
+from ane_trainer.ane.capture.user_plan import NotOnEngine, UserPlan, slot_target
 from ane_trainer.ane.dispatch.mirror import Mirror
-from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
 
 _KAPPA, _NUMBER = "kappa/", "number/"
 
@@ -168,6 +168,16 @@ class FollowedOptimizer:
             moves = any(value is t for t in self._plan.user.tensors.values())
             return f"tensor{value.ndim}" if value.numel() == 1 and not moves else None
         return type(value).__name__ if isinstance(value, (bool, int, float)) else None
+
+
+def host_reason(error: UnsupportedModel) -> str:
+    """Why a user's optimizer cannot be on the engine; empty if not it, or not it alone, was refused."""
+    if isinstance(error, NotOnEngine):
+        return error.reason
+    about = [finding for finding in error.findings if finding.where.startswith("optimizer ")]
+    if len(about) < len(error.findings) or not about:
+        return ""
+    return f"does what the engine refuses: {about[0].op} {about[0].reason.rstrip('.')}"
 
 
 #: How the numbers come back.

@@ -21,16 +21,15 @@ from ane_trainer.ane.capture.planning import choices
 from ane_trainer.ane.capture.scalars import check_structure, scalar_values, structure
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, SMALLEST_SCALE
 from ane_trainer.ane.capture.step import GRADIENT
-from ane_trainer.ane.capture.user_plan import NotOnEngine
 from ane_trainer.ane.cost import Cost, estimate
 from ane_trainer.ane.counting import flops
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
-from ane_trainer.ane.dispatch.followed import FollowedOptimizer
+from ane_trainer.ane.dispatch.followed import FollowedOptimizer, host_reason
 from ane_trainer.ane.dispatch.hosted import HostOptimizer
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.prepare import prepare
-from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.ane.mil import Program
 
 SYNC_MODES = ("always", "lazy")
@@ -153,10 +152,11 @@ class TrainingStep:
         units = units if state is None else _units(state)
         try:
             self._build(loss_scale, units, kept)
-        except NotOnEngine as error:
-            if engine_only:
+        except UnsupportedModel as error:
+            reason = host_reason(error)
+            if engine_only or not reason:
                 raise
-            self._host_reason = error.reason
+            self._host_reason = reason
             self._take_to_host()
             self._build(loss_scale, units)
 

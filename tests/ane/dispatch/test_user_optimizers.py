@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ane_trainer import Trainer, compile_step
 from ane_trainer.ane.dispatch import TrainingStep
-from ane_trainer.ane.errors import UnsupportedModel
+from ane_trainer.ane.dispatch.followed import host_reason
+from ane_trainer.ane.errors import Finding, UnsupportedModel
 from tests.ane import user_optimizers as user
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -349,6 +350,13 @@ def test_what_cannot_run_there_runs_on_the_host_and_says_why(make: Make, reason:
     other = mlp()
     with pytest.raises(UnsupportedModel, match=reason):
         compiled(other, make(other), optimizer_on="engine")
+
+
+def test_what_only_the_update_is_refused_for_is_a_reason_for_the_host() -> None:
+    update = Finding("optimizer Mine", "sort", "is not there.", "Leave it out.")
+    layer = Finding("net.fc (net.py:3)", "sort", "is not there.", "Leave it out.")
+    assert host_reason(UnsupportedModel("No:", [update])) == "does what the engine refuses: sort is not there"
+    assert host_reason(UnsupportedModel("No:", [update, layer])) == ""
 
 
 def test_a_closure_is_refused_everywhere() -> None:
