@@ -100,6 +100,43 @@ def batch_size_of(x: Any) -> int:
     return len(tensors_of(x)[0])
 
 
+def is_batch_first(x: Any) -> bool:
+    """Whether all tensors of a batch part have the examples as their first dimension."""
+    count = batch_size_of(x)
+    return all(t.dim() and len(t) == count for t in tensors_of(x))
+
+
+def split_rows(x: Any, size: int) -> list[Any]:
+    """Parts of at most `size` examples; a part whose tensors have other first dimensions stays whole."""
+    count = batch_size_of(x)
+    if not is_batch_first(x):
+        return [x]
+
+    def part(start: int) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda t: t[start : start + size], x)
+
+    return [part(start) for start in range(0, count, size)]
+
+
+def first_rows(output: Any, count: int, rows: int) -> Any:
+    """An output of `rows` examples, of which the first `count` are wanted."""
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: t[:count] if t.dim() and len(t) == rows else t, output
+    )
+
+
+def joined(outputs: list[Any]) -> Any:
+    """The outputs of consecutive parts as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    leaves, specs = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
+    merged = [
+        torch.cat(parts) if isinstance(parts[0], torch.Tensor) and parts[0].dim() else parts[0]
+        for parts in zip(*leaves, strict=True)
+    ]
+    return pytree.tree_unflatten(merged, specs[0])
+
+
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors of a batch part: a tensor, or a tuple, list or dict of tensors."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -159,15 +159,19 @@ class Trainer:
             raise _empty("evaluate")
         return Metrics(loss.mean, correct / loss.count if counted else None, loss.count)
 
-    def predict(self, x: ArrayLike | torch.Tensor) -> torch.Tensor:
-        """The model's output [N, ...] for examples x [N, ...], as float32."""
+    def predict(self, x: ArrayLike | torch.Tensor | tuple[Any, ...] | dict[str, Any]) -> Any:
+        """The model's output for examples x [N, ...], as float32: [N, ...], or such tensors in its structure.
+
+        A tuple or dict of tensors is what the model takes several of; a list is an array.
+        """
         self._sync()
-        examples = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
-        if not len(examples):
+        examples = x if isinstance(x, (torch.Tensor, tuple, dict)) else torch.from_numpy(np.asarray(x))
+        if not loop.batch_size_of(examples):
             raise _empty("predict")
-        size = loop.batch_size_of(self._example[0]) if self._example else min(len(examples), 128)
+        count = loop.batch_size_of(examples)
+        size = loop.batch_size_of(self._example[0]) if self._example else min(count, 128)
         with loop.located("predict"):
-            return torch.cat([self._infer(part, size) for part in torch.split(examples, size)])
+            return loop.joined([self._infer(part, size) for part in loop.split_rows(examples, size)])
 
     def announce(self) -> None:
         """Report, once, which device was chosen and why."""
@@ -408,19 +412,23 @@ class Trainer:
             self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
         return self.seconds_compile
 
-    def _infer(self, x: Any, size: int | None = None) -> torch.Tensor:
+    def _infer(self, x: Any, size: int | None = None) -> Any:
         """The forward program's output for x, compiled for `size` rows or more; spare rows repeat."""
         count = loop.batch_size_of(x)
-        compiled = self._forwards.setdefault(tuple((t.shape[1:], t.dtype) for t in loop.tensors_of(x)), {})
+        together = loop.is_batch_first(x)
+        compiled = self._forwards.setdefault(
+            tuple((t.shape[together:], t.dtype) for t in loop.tensors_of(x)), {}
+        )
         wished = max(count, loop.batch_size_of(self._example[0])) if self._example else count
         rows = size or min((known for known in compiled if known >= count), default=wished)
-        padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x)
+        if not together:
+            rows = count
+        padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x) if together else x
         if rows not in compiled:
             compiled[rows] = engine.compile_inference(
                 self.model, padded, self.device, self.threads, self.gradients.fallback
             )
-        output: torch.Tensor = compiled[rows](padded)
-        return output[:count]
+        return loop.first_rows(compiled[rows](padded), count, rows)
 
     def _sync(self) -> None:
         if self.step is not None:
