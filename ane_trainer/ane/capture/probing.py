@@ -147,26 +147,36 @@ def _follow(
     try:
         with following(follower):
             optimizer.step()
-        trace = follower.trace
-        for i, parameter in enumerate(parameters):
-            trace.weights[i] = follower.value(parameter) or ()
-        for i, key, tensor in list(moving_state(optimizer, parameters)):
-            atom = follower.value(tensor)
-            if atom is None:
-                continue
-            trace.slots[i, key] = atom
-            trace.shapes[i, key] = tuple(tensor.shape)
-            kept = slots.get((i, key))
-            if kept is None:
-                kept = slots[i, key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-            optimizer.state[parameters[i]][key] = kept
+        _note_ends(follower, optimizer, parameters, slots)
     finally:
         for parameter in parameters:
             parameter.grad = None
         for parameter, gradient in zip(others, kept_gradients, strict=True):
             parameter.grad = gradient
         unmark([*parameters, *others, *(t for _, _, t in states), *slots.values()])
-    return trace
+    return follower.trace
+
+
+def _note_ends(
+    follower: Follower,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.Tensor],
+    slots: dict[tuple[int, str], torch.Tensor],
+) -> None:
+    """Put the final values of weights and states into the trace, and the kept tensors into the state."""
+    trace = follower.trace
+    for i, parameter in enumerate(parameters):
+        trace.weights[i] = follower.value(parameter) or ()
+    for i, key, tensor in list(moving_state(optimizer, parameters)):
+        atom = follower.value(tensor)
+        if atom is None:
+            continue
+        trace.slots[i, key] = atom
+        trace.shapes[i, key] = tuple(tensor.shape)
+        kept = slots.get((i, key))
+        if kept is None:
+            kept = slots[i, key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        optimizer.state[parameters[i]][key] = kept
 
 
 def probe(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> UserStep:
@@ -223,16 +233,15 @@ def _probe(
     before = Snapshot(optimizer, slots)
     rows = [run() for _ in range(_STEPS_IN_A_ROW)]
     counting = before.changed()
-    for number_, trace in enumerate(rows):
-        if not trace.same_form(rows[0]):
-            raise NotFollowed(f"does other operations in step {number_ + 1 + fresh} than before", place=False)
+    other = next((i for i, trace in enumerate(rows) if not trace.same_form(rows[0])), None)
+    if other is not None:
+        raise NotFollowed(f"does other operations in step {other + 1 + fresh} than before", place=False)
     jumped = _jumps(optimizer, parameters, slots, rows[0])
-    start.restore()
-    if fresh:
-        slots.clear()
-    prospects = _prospects(optimizer, run, again if fresh else start.restore, first, rows[0])
-    changed_first, changed = _changes(optimizer, run, again if fresh else start.restore, first, rows[0])
-    _check_repeatable(run, again if fresh else start.restore, first or rows[0])
+    back = again if fresh else start.restore
+    back()
+    prospects = _prospects(optimizer, run, back, first, rows[0])
+    changed_first, changed = _changes(optimizer, run, back, first, rows[0])
+    _check_repeatable(run, back, first or rows[0])
     steady = [*rows, *jumped, *prospects, *changed]
     counts = (len(rows) if fresh else 0, len(rows) + len(jumped) + len(prospects))
     firsts = [] if first is None else [first, *changed_first]
