@@ -280,10 +280,10 @@ def test_deep_and_long_texts_are_refused_quickly(bulk: str) -> None:
         f"program(1.3) {{ func main<ios18>() {{ {bulk}",
         wrap(f"tensor<fp16, [1, 4]> y = relu(x = {bulk}"),
     ):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(ProgramError):
             parse_program(text)
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
 
 def test_numbers_do_not_ask_for_memory() -> None:
@@ -305,9 +305,9 @@ def test_time_is_linear_in_length() -> None:
             f'tensor<fp16, [1, 4]> a{i} = relu(x = x)[name = string("a{i}")];' for i in range(count)
         )
         text = wrap(lines, outputs="a0")
-        start = time.perf_counter()
+        start = time.process_time()
         parse_program(text)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(100)
     assert seconds(8000) < 8 * 4 * max(seconds(1000), 0.01)
