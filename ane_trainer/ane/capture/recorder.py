@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ane_trainer.ane.capture import sources
+from ane_trainer.ane.capture import complexes, sources
 from ane_trainer.ane.capture.overloads import is_composite, is_view, out_argument, pure_form, written_argument
 from ane_trainer.ane.capture.unknown import finding
 from ane_trainer.ane.capture.views import in_memory_order, undo
@@ -89,6 +89,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if complexes.takes(func, args):
+            with self:
+                return complexes.compute(func, args, kwargs)
         out = out_argument(func)
         if out is not None and out in kwargs:
             return self._write_out(func, out, args, kwargs)
