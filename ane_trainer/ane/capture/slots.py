@@ -44,7 +44,7 @@ class Parameter:
 def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Parameter]:
     """All parameters of `model`, tied ones once, with their optimizer group.
 
-    Raises: UnsupportedModel listing the optimizer's parameters that are not the model's.
+    Raises: UnsupportedModel for complex parameters, and for parameters of the optimizer that are not the model's.
     """
     groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     parameters = dict(model.named_parameters())
@@ -54,6 +54,14 @@ def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         for name, tensor in parameters.items()
         if name not in buffers
     ]
+    complexes = [name for name, tensor in parameters.items() if tensor.is_complex()]
+    if complexes:
+        reason, fix = (
+            "is complex.",
+            "Keep it as a real parameter [..., 2] and use torch.view_as_complex on it.",
+        )
+        findings = [Finding(name, "parameter", reason, fix) for name in complexes]
+        raise UnsupportedModel("The parameters must be real:", findings)
     strangers = set(groups) - {id(tensor) for tensor in parameters.values()}
     if strangers:
         reason = f"holds {len(strangers)} tensors that are not parameters of {type(model).__name__}."

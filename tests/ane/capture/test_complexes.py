@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ane_trainer.ane.capture.slots import find_parameters
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.lower.harness import captured, check, gradients, normal
 
@@ -55,3 +56,9 @@ def test_pairs_compute_what_complex_numbers_do(name: str) -> None:
 def test_other_operations_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="has no rule for complex numbers"):
         captured(lambda x: torch.fft.rfft(x).tan().real, [torch.ones(2, 6)])
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))})
+    with pytest.raises(UnsupportedModel, match="w: parameter: is complex"):
+        find_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
