@@ -37,7 +37,8 @@ def finding(func: Any, nodes: list[Node]) -> Finding | None:
         )  # fmt: skip
     return Finding(
         place, str(func), "reads a tensor's value during the step, to decide what to do next.",
-        "Use torch.where or arithmetic instead of if, float() or item() on tensors of the step.",
+        "Use torch.where or arithmetic instead of if, float() or item() on tensors of the step. "
+        "Run the model once before if only its first call does this.",
     )  # fmt: skip
 
 
