@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from ane_trainer.ane.simulator import KERNELS, pointwise_code, pooling, reduction, tables
+from ane_trainer.ane.simulator import KERNELS, pooling, reduction, tables
 from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.loops import pointwise_code
 from ane_trainer.ane.simulator.registry import WRITES
 from ane_trainer.interop.aneforge import install
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.substitutes import REWRITES
+from ane_trainer.ane.capture.functions.substitutes import REWRITES
 from ane_trainer.ane.chips import op_status
 from ane_trainer.ane.lower import RULES
 from ane_trainer.ane.simulator import KERNELS
@@ -48,7 +48,7 @@ _REPLACED = """\
 ## Replaced
 
 Functions of torch whose own code reads values, makes shapes of them, or loses what fp16 could hold. A function
-with the same value and gradient runs in their place (`capture/substitutes.py`). Packed sequences
+with the same value and gradient runs in their place (`capture/functions/substitutes.py`). Packed sequences
 (`pack_padded_sequence` and recurrent layers on them), checkpoints, and the mixtures of experts of `transformers`
 are taken as well.
 """

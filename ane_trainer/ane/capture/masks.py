@@ -17,8 +17,15 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ane_trainer.ane.capture import packed
-from ane_trainer.ane.capture.composites import COMPOSITES, RECURRENT, attention, drops, inside, recurrent
+from ane_trainer.ane.capture.functions import packed
+from ane_trainer.ane.capture.functions.composites import (
+    COMPOSITES,
+    RECURRENT,
+    attention,
+    drops,
+    inside,
+    recurrent,
+)
 
 #: function -> does it drop whole channels
 _DROPOUTS: dict[Callable[..., Any], bool] = {

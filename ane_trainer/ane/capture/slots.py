@@ -12,8 +12,8 @@ import torch
 
 from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
 from ane_trainer.ane.capture.keras_variables import keras_state
-from ane_trainer.ane.capture.rules import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.capture.scaling import FITS, SCALING
+from ane_trainer.ane.capture.torch_optimizer.rules import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Port
 

@@ -36,9 +36,16 @@ from ane_trainer.ane.capture.sources import (
     user_line,
     watch_modules,
 )
+from ane_trainer.ane.capture.torch_optimizer.updates import (
+    LINEAR_UNIT,
+    ROOT_FLOORS,
+    Rule,
+    find_rule,
+    rule_for,
+    two_term_add,
+)
 from ane_trainer.ane.capture.trace import trace
-from ane_trainer.ane.capture.updates import LINEAR_UNIT, ROOT_FLOORS, Rule, find_rule, rule_for, two_term_add
-from ane_trainer.ane.capture.user_plan import UserPlan, find_user_plan, user_ports, user_update
+from ane_trainer.ane.capture.user_optimizer.plan import UserPlan, find_user_plan, user_ports, user_update
 from ane_trainer.ane.stages import Alias, Captured, Port
 
 Tensors = dict[str, torch.Tensor]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.fx import traceback as fx_traceback
 
+from ane_trainer.ane.capture.functions.substitutes import rewriting
 from ane_trainer.ane.capture.recorder import Recorder
 from ane_trainer.ane.capture.simplify import simplify
 from ane_trainer.ane.capture.sources import set_source, spread_sources
-from ane_trainer.ane.capture.substitutes import rewriting
 from ane_trainer.ane.capture.unknown import refusal
 
 Overload = Any

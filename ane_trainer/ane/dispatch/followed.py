@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.forms import TARGET
-from ane_trainer.ane.capture.keeping import FIRST, Kappas
-from ane_trainer.ane.capture.probing import moving_state
 from ane_trainer.ane.capture.scalars import LARGEST
-from ane_trainer.ane.capture.snapshots import Snapshot
-from ane_trainer.ane.capture.user_plan import NotOnEngine, UserPlan, slot_target
+from ane_trainer.ane.capture.user_optimizer.forms import TARGET
+from ane_trainer.ane.capture.user_optimizer.keeping import FIRST, Kappas
+from ane_trainer.ane.capture.user_optimizer.plan import NotOnEngine, UserPlan, slot_target
+from ane_trainer.ane.capture.user_optimizer.probing import moving_state
+from ane_trainer.ane.capture.user_optimizer.snapshots import Snapshot
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
-from ane_trainer.ane.capture.following import NotFollowed, Outgrown
 from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
 from ane_trainer.ane.capture.masks import PREFIX, draw
-from ane_trainer.ane.capture.planning import choices
 from ane_trainer.ane.capture.scalars import check_structure, scalar_values, structure
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, SMALLEST_SCALE
 from ane_trainer.ane.capture.step import GRADIENT
+from ane_trainer.ane.capture.user_optimizer.following import NotFollowed, Outgrown
+from ane_trainer.ane.capture.user_optimizer.planning import choices
 from ane_trainer.ane.cost import Cost, estimate
 from ane_trainer.ane.counting import flops
 from ane_trainer.ane.devices import choose_precision, get_device

@@ -35,7 +35,9 @@ def register(backend: Backend) -> None:
 
 def _add_to_dynamo(registry: ModuleType, backend: Backend) -> None:
     name = backend.__name__
-    if registry._BACKENDS.get(name) is not None:  # the entry point is known: Dynamo loads and registers it itself
+    if (
+        registry._BACKENDS.get(name) is not None
+    ):  # the entry point is known: Dynamo loads and registers it itself
         return
     if name not in registry._COMPILER_FNS:
         registry.register_backend(compiler_fn=backend, name=name)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator import jit
-from ane_trainer.ane.simulator.compiled import Step
-from ane_trainer.ane.simulator.ir import Function
-from ane_trainer.ane.simulator.rounding import round64_text
-from ane_trainer.ane.simulator.team import Stage, Team, addresses, divided
+from ane_trainer.ane.simulator.loops import jit
+from ane_trainer.ane.simulator.loops.compiled import Step
+from ane_trainer.ane.simulator.loops.ir import Function
+from ane_trainer.ane.simulator.loops.rounding import round64_text
+from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]

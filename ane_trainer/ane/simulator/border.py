@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil import Literal, TensorType
 from ane_trainer.ane.simulator.fp16 import decode
-from ane_trainer.ane.simulator.half import decode_into, encoded
+from ane_trainer.ane.simulator.loops.half import decode_into, encoded
 
 Array = NDArray[Any]
 

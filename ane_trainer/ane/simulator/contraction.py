@@ -1,6 +1,6 @@
 """matmul and linear on the multiply-accumulate unit.
 
-Exact: every product rounded half away to 2^-16 and summed in Q15.16 (`mac.py`). Fast: the machine's fp32
+Exact: every product rounded half away to 2^-16 and summed in Q15.16 (`mac/`). Fast: the machine's fp32
 matrix product, with the same overflow at 32768 and the same output rounding.
 Evidence: M6 notes/numerics.md (H11, H12) for the law; ANEForge's published GEMM errors on M1, M1 Max, M2
 Pro, M4, M5, M5 Pro reproduce to 12 digits (tests/ane/simulator/test_contraction.py).
@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.compiled import round_in_place
-from ane_trainer.ane.simulator.mac import mac_bind
+from ane_trainer.ane.simulator.loops.compiled import round_in_place
+from ane_trainer.ane.simulator.mac.product import mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]

@@ -1,7 +1,7 @@
 """Convolution on the multiply-accumulate unit: windows gathered into columns, then matrix products.
 
 Exact: the weight `[Cout, K]` times columns `[K, positions]` of each sample (K = channels x kernel,
-ascending), in Q15.16 (`mac.py`); on chips that do so, 3x3 kernels by `winograd.py`'s operands. Fast: the
+ascending), in Q15.16 (`mac/`); on chips that do so, 3x3 kernels by `winograd.py`'s operands. Fast: the
 machine's fp32 convolution, with the same overflow and output rounding.
 """
 
@@ -20,10 +20,10 @@ from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator import winograd
 from ane_trainer.ane.simulator.buffers import empty
-from ane_trainer.ane.simulator.compiled import copies, in_turn, round_in_place, round_into
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor, product_into
 from ane_trainer.ane.simulator.depthwise import depthwise
-from ane_trainer.ane.simulator.mac import mac_bind
+from ane_trainer.ane.simulator.loops.compiled import copies, in_turn, round_in_place, round_into
+from ane_trainer.ane.simulator.mac.product import mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator.passes import Pass
+from ane_trainer.ane.simulator.loops.passes import Pass
 from ane_trainer.ane.simulator.registry import Context
 
 Array = NDArray[Any]

@@ -18,8 +18,8 @@ from ane_trainer.ane.mil import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.opset import bind
 from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.convolution import Geometry, geometry, windows
+from ane_trainer.ane.simulator.loops.rounding import rounded
 from ane_trainer.ane.simulator.quantized import INT32_LIMIT, integer_product
-from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
-from ane_trainer.ane.simulator.compiled import Step, copies
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
-from ane_trainer.ane.simulator.passes import Pass
+from ane_trainer.ane.simulator.loops.compiled import Step, copies
+from ane_trainer.ane.simulator.loops.passes import Pass
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator import jit
-from ane_trainer.ane.simulator.compiled import Step
-from ane_trainer.ane.simulator.ir import Function
-from ane_trainer.ane.simulator.team import Stage, Team, addresses, divided
+from ane_trainer.ane.simulator.loops import jit
+from ane_trainer.ane.simulator.loops.compiled import Step
+from ane_trainer.ane.simulator.loops.ir import Function
+from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
 
 Array = NDArray[Any]
 

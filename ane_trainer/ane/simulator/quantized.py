@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.simulator.constants import constant
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
+from ane_trainer.ane.simulator.loops.rounding import rounded
 from ane_trainer.ane.simulator.registry import Context, kernel
-from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.opset.shapes import axes
-from ane_trainer.ane.simulator.compiled import Step, copies, in_turn
 from ane_trainer.ane.simulator.contraction import as_tensor
 from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn
+from ane_trainer.ane.simulator.loops.passes import Pass
+from ane_trainer.ane.simulator.loops.rounding import rounded
 from ane_trainer.ane.simulator.movement import MOVES, copy_into, crop_into, through_crop_unit
-from ane_trainer.ane.simulator.passes import Pass
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
-from ane_trainer.ane.simulator.rounding import rounded
 from ane_trainer.ane.simulator.views import split_slices
 
 Array = NDArray[Any]

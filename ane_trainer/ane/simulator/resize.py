@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from ane_trainer.ane.opset import Call
 from ane_trainer.ane.simulator.bilinear import interpolation
 from ane_trainer.ane.simulator.buffers import empty
-from ane_trainer.ane.simulator.compiled import Step, copies, in_turn
 from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn
+from ane_trainer.ane.simulator.loops.rounding import rounded
 from ane_trainer.ane.simulator.nearest import picking
 from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes
-from ane_trainer.ane.simulator.rounding import rounded
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]

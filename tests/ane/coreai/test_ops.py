@@ -131,7 +131,11 @@ def test_every_op_that_the_lowering_emits_is_translated() -> None:
     from ane_trainer.ane.opset import known_ops
 
     words = {word for file in source.glob("*.py") for word in file.read_text().split('"')[1::2]}
-    emitted = {kind for kind in known_ops() if kind in words} - {"shape", "l2_norm", "gather"}  # names of aten ops, too
+    emitted = {kind for kind in known_ops() if kind in words} - {
+        "shape",
+        "l2_norm",
+        "gather",
+    }  # names of aten ops, too
     assert emitted <= set(RULES)
 
 

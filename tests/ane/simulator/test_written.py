@@ -9,8 +9,8 @@ from ane_trainer.ane.mil import TensorType
 from ane_trainer.ane.opset import Builder, bind
 from ane_trainer.ane.simulator import KERNELS, bilinear, convolution, make_context, prepare, resize
 from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
-from ane_trainer.ane.simulator.mac_reference import mac_matmul_reference
-from ane_trainer.ane.simulator.passes import Pass, total_for
+from ane_trainer.ane.simulator.loops.passes import Pass, total_for
+from ane_trainer.ane.simulator.mac.reference import mac_matmul_reference
 from ane_trainer.ane.simulator.registry import WRITES
 
 REDUCTIONS = [kind for kind in WRITES if kind.startswith("reduce_")]

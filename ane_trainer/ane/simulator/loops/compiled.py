@@ -1,0 +1,249 @@
+"""Compiled loops: groups of instructions bound to arrays, many loops in one LLVM module."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.simulator.loops import fold, fuse, jit
+from ane_trainer.ane.simulator.loops.geometry import element_strides, in_strips, nest
+from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
+
+Array = NDArray[Any]
+Step = Callable[[], None]
+
+#: Elements that a chain of loops takes at a time: what one leaves is in the cache when the next reads it.
+BLOCK_ELEMENTS = 1 << 13
+
+#: Neighbours that one thread takes at least.
+LINE = 32
+
+#: Registers' worth of lanes that one round of a loop works on: two independent chains hide the latency of the
+#: roundings (Adam's update of 200,000 parameters with AVX-512: 566 us with one, 408 us with two; bench/ops.py
+#: has the update as a row).
+INTERLEAVE = 2
+
+_compiled: dict[str, int] = {}  # addresses of compiled functions
+_waiting: dict[str, int] = {}  # bodies asked for and not compiled yet, with their lanes
+_lock = threading.Lock()
+
+
+@dataclass(eq=False)
+class Loop:
+    """A step: one loop bound to its arrays, split over the outermost axis when there is enough to do.
+
+    `outer` is the outermost extent, `axes` the axes of the shape that it runs over, `elements` all there is to do.
+    """
+
+    body: str
+    memory: Sequence[Array]
+    outer: int
+    axes: tuple[int, ...]
+    elements: int
+    threads: int
+    unit: int = 1
+    _team: Team | None = None
+    _arguments: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._arguments = addresses(*(array.ctypes.data for array in self.memory))
+
+    def __call__(self) -> None:
+        if self._team is None:
+            ranges = divided(self.outer, self.elements, self.threads, self.unit)
+            self._team = Team([self.stage()], ranges, self.threads)
+        self._team.run()
+
+    def stage(self, scale: int = 1) -> Stage:
+        """The loop as part of a chain."""
+        if self.body not in _compiled:
+            _compile_waiting()
+        return Stage(_compiled[self.body], ctypes.addressof(self._arguments), scale)
+
+    def read_from(self, address: int) -> None:
+        """Let the first array be what lies at an address."""
+        self._arguments[0] = address
+
+
+class Chain:
+    """Loops one after the other as one step, block by block along the outermost axes that they share."""
+
+    def __init__(self, loops: Sequence[Loop]) -> None:
+        self.loops = loops
+        self._team: Team | None = None
+
+    def __call__(self) -> None:
+        if self._team is None:
+            self._team = self._bind()
+        self._team.run()
+
+    def _bind(self) -> Team:
+        first = min(self.loops, key=lambda loop: len(loop.axes))
+        elements, threads = max(loop.elements for loop in self.loops), first.threads
+        block = max(1, BLOCK_ELEMENTS * first.outer // elements)
+        ranges = divided(first.outer, elements, threads)
+        return Team([loop.stage(loop.outer // first.outer) for loop in self.loops], ranges, threads, block)
+
+
+def chain(*steps: Step) -> Step:
+    """The steps in order; as one where all are loops and the outermost axes of one are the first of the others."""
+    loops = [step for step in steps if isinstance(step, Loop)]
+    shared = min((loop.axes for loop in loops), key=len, default=())
+    if shared and len(loops) == len(steps) and all(loop.axes[: len(shared)] == shared for loop in loops):
+        return Chain(loops)
+    return in_turn(*steps)
+
+
+class Loops:
+    """Makes steps of loops. They are compiled together, by `finish` or when the first of them runs; equal
+    loops are compiled once in a process.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def add(
+        self, group: fuse.Group, arrays: Sequence[Array], tables: Sequence[Array], targets: Sequence[Array]
+    ) -> Loop:
+        """The step that runs `group` over arrays broadcast to the targets' shape."""
+        shape = targets[0].shape
+        loops = in_strips(nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)]))
+        width = _lanes(loops.extents[-1])
+        body = fuse.emit("FUNCTION", group, loops, width)
+        memory, unit = [*arrays, *tables, *targets], LINE if len(loops.extents) == 1 else 1
+        return self._loop(body, width, memory, loops.extents[0], loops.outer, targets[0].size, unit)
+
+    def fold(
+        self,
+        group: fuse.Group,
+        arrays: Sequence[Array],
+        tables: Sequence[Array],
+        targets: Sequence[Array],
+        folds: Sequence[tuple[str, int, Array]],
+    ) -> Loop:
+        """The step that runs `group` and gathers (name of the fold, position, total) on the way.
+
+        A total (float64 or float32, see `fold.py`) has extent 1 along the axes that it reduces.
+        """
+        shape = np.broadcast_shapes(*(a.shape for a in (*arrays, *targets)))
+        totals = [total for _, _, total in folds]
+        axes = [a for a, (n, kept) in enumerate(zip(shape, totals[0].shape, strict=True)) if kept != n]
+        strides = [element_strides(a, shape) for a in (*arrays, *targets, *totals)]
+        where = fold.layout(shape, axes, strides)
+        width = _lanes(where.nest.extents[where.kept - 1 if where.columns else -1])
+        kinds = [k + "32" if k.startswith("sum") and t.dtype == np.float32 else k for k, _, t in folds]
+        work = fold.Folds(
+            group, tuple((k, position) for k, (_, position, _) in zip(kinds, folds, strict=True))
+        )
+        body = fold.emit("FUNCTION", work, where, width)
+        memory, unit = [*arrays, *tables, *targets, *totals], LINE if where.kept == 1 and where.columns else 1
+        outer = where.nest.extents[0]
+        return self._loop(body, width, memory, outer, where.nest.outer, int(np.prod(shape)), unit)
+
+    def _loop(
+        self,
+        body: str,
+        width: int,
+        memory: list[Array],
+        outer: int,
+        axes: tuple[int, ...],
+        elements: int,
+        unit: int,
+    ) -> Loop:
+        if body not in _compiled:
+            _waiting[body] = width
+        return Loop(body, memory, outer, axes, elements, self.threads, unit)
+
+    def finish(self) -> None:
+        """Compile every loop that waits."""
+        _compile_waiting()
+
+
+def _compile_waiting() -> None:
+    with _lock:
+        missing = list(_waiting.items())
+        if not missing:
+            return
+        widths = {width for _, width in missing}
+        text = fuse.declarations(*widths) + fold.declarations(*widths)
+        names = [f"loop{i}" for i in range(len(missing))]
+        for name, (body, _) in zip(names, missing, strict=True):
+            text += body.replace("@FUNCTION", f"@{name}", 1)
+        functions = jit.compile_ir(text, names, vectorize=False)
+        for name, (body, _) in zip(names, missing, strict=True):
+            _compiled[body] = jit.address(functions[name])
+            del _waiting[body]
+
+
+def _lanes(extent: int) -> int:
+    """Lanes of one round: two registers' worth, or fewer (a power of two) where the inner loop is shorter."""
+    widest: int = INTERLEAVE * jit.host_vector_width()
+    return min(widest, 1 << (extent.bit_length() - 1))
+
+
+def round_in_place(array: Array, threads: int, bias: Array | None = None) -> Step:
+    """Turns raw fp32 accumulator values into engine results, where they are: bias, overflow, then rounding."""
+    if bias is None:
+        return Loops(threads).add(_MAC_ROUND, [array], [], [array])
+    return Loops(threads).add(_MAC_ROUND_BIAS, [array, bias], [], [array])
+
+
+def round_into(out: Array, threads: int) -> Callable[[int], None]:
+    """`finish(address)` rounds as many raw fp32 accumulator values as `out` (contiguous) holds from there to it."""
+    flat = out.reshape(-1)
+    loop = Loops(threads).add(_MAC_ROUND, [flat], [], [flat])
+
+    def finish(address: int) -> None:
+        loop.read_from(address)
+        loop()
+
+    return finish
+
+
+_MAC_ROUND = fuse.Group((fuse.Instr("load", which=0), fuse.Instr("mac_round", (0,))), 1, 0, (1,))
+
+_MAC_ROUND_BIAS = fuse.Group(
+    (
+        fuse.Instr("load", which=0),
+        fuse.Instr("load", which=1),
+        fuse.Instr("const", value=1.0),
+        fuse.Instr("fma", (1, 0, 2)),
+        fuse.Instr("mac_round", (3,)),
+    ),
+    2,
+    0,
+    (4,),
+)
+
+
+def copies(pairs: Sequence[tuple[Array, Array]], threads: int) -> Step:
+    """Copies each source to its target (same dtype; the source broadcasts); numbers of four bytes as loops."""
+    if any(target.itemsize != 4 for target, _ in pairs):
+        return in_turn(*(partial(np.copyto, target, source) for target, source in pairs))
+    group = fuse.Group((fuse.Instr("load", which=0),), 1, 0, (0,))
+    loops = Loops(threads)
+    steps = [
+        loops.add(group, [source.view(np.float32)], [], [target.view(np.float32)])
+        for target, source in pairs
+        if target.size
+    ]
+    return in_turn(*steps)
+
+
+def in_turn(*steps: Step) -> Step:
+    """The steps one after the other."""
+    if len(steps) == 1:
+        return steps[0]
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
