@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from ane_trainer.ane.dynamo.report import GraphBreakWarning
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Odd(nn.Module):

@@ -1,6 +1,6 @@
 """Unmodified training loops under `torch.compile(backend="ane")` against the same loops in plain PyTorch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,14 +10,6 @@ from torch.nn import functional as F
 
 from ane_trainer.ane import dynamo
 from ane_trainer.models import build_model
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def cnn() -> nn.Module:

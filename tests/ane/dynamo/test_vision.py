@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ane_trainer.ane import dynamo
-
 OPTIONS = {"chip": "m4", "device": "sim", "fidelity": "fast"}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Odd(nn.Module):
