@@ -22,8 +22,8 @@ from ane_trainer.ane.compile import cache_folder
 from ane_trainer.ane.devices import DEVICE_NAMES, get_device
 from ane_trainer.ane.devices.aneforge_runtime import on_apple_silicon
 from ane_trainer.ane.errors import AneTrainerError
-from ane_trainer.ane.mil import Program, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType
 from ane_trainer.conformance.engines import as_compiled
 from ane_trainer.data import default_root
 from ane_trainer.datasets import dataset_rows

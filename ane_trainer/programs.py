@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.chips import PATHS
 from ane_trainer.ane.errors import SimulationError, UsageError
-from ane_trainer.ane.loading import load_program
-from ane_trainer.ane.mil import Function, Value
+from ane_trainer.ane.mil.loading import load_program
+from ane_trainer.ane.mil.program import Function, Value
 from ane_trainer.ane.profiling import (
     Distance,
     OpProfile,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ane_trainer.ane.mil import Function, Literal, Op, Program, TensorType, Value, literal
+from ane_trainer.ane.mil.program import Function, Literal, Op, Program, TensorType, Value, literal
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cost_workloads import Row, distil, load, program
 
 from ane_trainer.ane import cost
 from ane_trainer.ane.chips import get_chip
-from ane_trainer.ane.mil import Program
+from ane_trainer.ane.mil.program import Program
 
 DATA = Path(cost.__file__).parent / "data"
 SOURCE = "ANEForge 0.4.0 published results"

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Function, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, TensorType
 from ane_trainer.ane.simulator import Plan, make_context, prepare
 from bench.cases import Case, cases
 

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.mil import Function, Program, TensorType
-from ane_trainer.ane.opset import Builder
-from ane_trainer.ane.parser import parse_program
-from ane_trainer.ane.text import print_program
-from ane_trainer.ane.weights import from_array
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, Program, TensorType
+from ane_trainer.ane.mil.text.parser import parse_program
+from ane_trainer.ane.mil.text.printer import print_program
+from ane_trainer.ane.mil.weights import from_array
 
 Sample = tuple[str, bytes]
 

@@ -2,7 +2,7 @@
 
 from ane_trainer.ane import dynamo
 from ane_trainer.ane.cost import estimate
-from ane_trainer.ane.loading import load_program
+from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.profiling import compare, profile
 from ane_trainer.ane.simulator import simulate
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import platformdirs
 
+from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.ane.stages import Compiled, Legalized
-from ane_trainer.ane.text import print_program
 
 TEXT_FILE = "model.mil"
 WEIGHTS_FILE = "weights.bin"

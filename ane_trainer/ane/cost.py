@@ -22,7 +22,7 @@ from importlib import resources
 
 from ane_trainer.ane.chips import Chip, get_chip, op_status
 from ane_trainer.ane.counting import FREE, MACS, MOVES, NORMS, constant, flops, macs, shape_of
-from ane_trainer.ane.mil import Function, Op, Program
+from ane_trainer.ane.mil.program import Function, Op, Program
 
 __all__ = ["Cost", "OpCost", "Rates", "estimate", "flops", "macs", "rates"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ane_trainer.ane.mil import Literal, Op, Value
+from ane_trainer.ane.mil.program import Literal, Op, Value
 
 
 def _kinds(text: str) -> frozenset[str]:

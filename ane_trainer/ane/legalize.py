@@ -14,8 +14,8 @@ from typing import Any
 
 from ane_trainer.ane.chips import Chip, Limit, get_chip, limit, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, Program, TensorType, Value, literal
-from ane_trainer.ane.opset import Call, bind
+from ane_trainer.ane.mil.opset import Call, bind
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, TensorType, Value, literal
 from ane_trainer.ane.stages import Legalized, Lowered
 
 #: Limits of an extent by its position from the right: width, height, channels, then depth or batch.

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane import semantics
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.mil import Function, Op, Program
+from ane_trainer.ane.mil import semantics
+from ane_trainer.ane.mil.program import Function, Op, Program
 from ane_trainer.ane.simulator import KERNELS, Plan, make_context, prepare, refusal
 from ane_trainer.ane.simulator.schedule import live_ops
 from ane_trainer.ane.simulator.states import without_states

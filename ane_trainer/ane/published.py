@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 
-from ane_trainer.ane.mil import Value
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Value
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.vectors import dispatch, gemm_error, matmul_cliff, sum_of_integers, width_slice
-from ane_trainer.ane.weights import from_array
 
 F32 = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ane_trainer.ane.errors import Finding
-from ane_trainer.ane.mil import Program
+from ane_trainer.ane.mil.program import Program
 
 if TYPE_CHECKING:
     import torch

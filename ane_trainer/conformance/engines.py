@@ -16,7 +16,7 @@ from ane_trainer.ane.devices import get_device
 from ane_trainer.ane.dispatch import compile_step
 from ane_trainer.ane.errors import UnsupportedModel
 from ane_trainer.ane.legalize import Target, refusals
-from ane_trainer.ane.mil import Program
+from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.stages import Compiled, Legalized, Lowered, Port
 
 Outputs = dict[str, NDArray[Any]]

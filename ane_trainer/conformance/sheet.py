@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Literal, Program, TensorType, Value
-from ane_trainer.ane.opset import Builder
-from ane_trainer.ane.weights import from_array
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Literal, Program, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array
 
 Half = NDArray[np.float16]
 Build = Callable[["Sheet"], Value | tuple[Value, ...]]

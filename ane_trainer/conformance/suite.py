@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ane_trainer.ane.mil import Value, literal
-from ane_trainer.ane.weights import from_array
+from ane_trainer.ane.mil.program import Value, literal
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.conformance.sheet import Build, Case, Sheet
 
 VERSION = 1

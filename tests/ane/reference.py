@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ane_trainer.ane import semantics
-from ane_trainer.ane.mil import Function, Literal, Op
+from ane_trainer.ane.mil import semantics
+from ane_trainer.ane.mil.program import Function, Literal, Op
 
 _NUMERIC = frozenset(
     "add sub mul real_div maximum minimum pow equal not_equal greater greater_equal less less_equal tile".split()

@@ -8,7 +8,7 @@ import platformdirs
 import pytest
 
 from ane_trainer.ane.compile import TEXT_FILE, WEIGHTS_FILE, cache_folder, compile_program
-from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
+from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Legalized, Lowered
 
 

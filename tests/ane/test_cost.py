@@ -14,8 +14,8 @@ from ane_trainer.ane import cost
 from ane_trainer.ane.chips import get_chip, known_chips
 from ane_trainer.ane.cost import estimate, flops, macs
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.mil import Function, Literal, Op, Program, TensorType, Value, literal
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, Literal, Op, Program, TensorType, Value, literal
 
 
 def weight(*shape: int) -> Literal:

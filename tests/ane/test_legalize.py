@@ -9,10 +9,10 @@ import pytest
 
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.ane.legalize import legalize
-from ane_trainer.ane.mil import Function, Program, TensorType, Value
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, Program, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Legalized, Lowered
-from ane_trainer.ane.weights import from_array
 from tests.ane.reference import evaluate
 
 Build = Callable[[Builder], Value]
@@ -40,7 +40,7 @@ def matmul(m: int, k: int, n: int, *lead: int) -> Build:
 
 
 def conv(shape: tuple[int, ...], weight: tuple[int, ...], *, constant: bool = True) -> Build:
-    from ane_trainer.ane.mil import Literal
+    from ane_trainer.ane.mil.program import Literal
 
     def build(b: Builder) -> Value:
         kernel: object = x(b, *weight, name="w")

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ane_trainer.ane.coreml_proto import coreml_messages, program_from_proto, program_to_proto
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.loading import load_program
-from ane_trainer.ane.mil import Function, Literal, Program, TensorType, literal
-from ane_trainer.ane.opset import Builder
-from ane_trainer.ane.text import print_program
-from ane_trainer.ane.weights import from_array, to_array
+from ane_trainer.ane.mil.coreml_proto import coreml_messages, program_from_proto, program_to_proto
+from ane_trainer.ane.mil.loading import load_program
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, Literal, Program, TensorType, literal
+from ane_trainer.ane.mil.text.printer import print_program
+from ane_trainer.ane.mil.weights import from_array, to_array
 from tests.ane.test_parser import programs
 
 WEIGHT = (np.arange(24, dtype=np.float32) / 8).astype(np.float16).reshape(8, 3)

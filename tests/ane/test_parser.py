@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.mil import DTYPE_BYTES, Literal, Program, TensorType, Value, literal
-from ane_trainer.ane.opset import Builder
-from ane_trainer.ane.parser import parse_program
-from ane_trainer.ane.text import print_program
-from ane_trainer.ane.weights import BlobWriter, from_array, integer_range
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import DTYPE_BYTES, Literal, Program, TensorType, Value, literal
+from ane_trainer.ane.mil.text.parser import parse_program
+from ane_trainer.ane.mil.text.printer import print_program
+from ane_trainer.ane.mil.weights import BlobWriter, from_array, integer_range
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 names = st.text(string.ascii_letters + "_", min_size=1, max_size=6)

@@ -9,10 +9,10 @@ import pytest
 
 from ane_trainer.ane import compare, profile, simulate
 from ane_trainer.ane.errors import ProgramError, SimulationError, UnsupportedModel
-from ane_trainer.ane.mil import Program, TensorType, literal
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType, literal
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.profiling import Distance, OpProfile, Profile, distance
-from ane_trainer.ane.weights import from_array
 from tests.ane.semantics.test_semantics import program_of
 from tests.ane.simulator.witness import OPS
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.mil import Literal, Program, TensorType, literal
-from ane_trainer.ane.opset import Builder
-from ane_trainer.ane.text import goes_to_blob, literal_text, number_text, print_program, quote
-from ane_trainer.ane.weights import from_array
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Literal, Program, TensorType, literal
+from ane_trainer.ane.mil.text.printer import goes_to_blob, literal_text, number_text, print_program, quote
+from ane_trainer.ane.mil.weights import from_array
 
 LINEAR = """\
 program(1.3)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ane_trainer.ane.mil import Arg, Function, Op, Program, TensorType, Value, literal
-from ane_trainer.ane.opset import Builder
-from ane_trainer.ane.parser import parse_program
-from ane_trainer.ane.text import print_program
-from ane_trainer.ane.weights import from_array
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Arg, Function, Op, Program, TensorType, Value, literal
+from ane_trainer.ane.mil.text.parser import parse_program
+from ane_trainer.ane.mil.text.printer import print_program
+from ane_trainer.ane.mil.weights import from_array
 
 af = pytest.importorskip("aneforge")
 from aneforge import _compile as emitter  # noqa: E402

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.mil import TensorType, literal
-from ane_trainer.ane.weights import (
+from ane_trainer.ane.mil.program import TensorType, literal
+from ane_trainer.ane.mil.weights import (
     BLOB_CODES,
     SUB_BYTE_BITS,
     BlobWriter,

@@ -15,7 +15,7 @@ import pytest
 
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import AneTrainerError
-from ane_trainer.ane.mil import Function, Op, Value
+from ane_trainer.ane.mil.program import Function, Op, Value
 from ane_trainer.ane.simulator import Plan, make_context, prepare
 from ane_trainer.interop.aneforge.reading import check, read_program
 

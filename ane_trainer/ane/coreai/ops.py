@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import Finding, UnsupportedModel
-from ane_trainer.ane.mil import Function, Literal, Op, TensorType
-from ane_trainer.ane.opset import Call, bind
-from ane_trainer.ane.opset.movement import index_slices
-from ane_trainer.ane.opset.shapes import axes, axis, spatial_padding
-from ane_trainer.ane.weights import to_array
+from ane_trainer.ane.mil.opset import Call, bind
+from ane_trainer.ane.mil.opset.movement import index_slices
+from ane_trainer.ane.mil.opset.shapes import axes, axis, spatial_padding
+from ane_trainer.ane.mil.program import Function, Literal, Op, TensorType
+from ane_trainer.ane.mil.weights import to_array
 
 #: MIL dtypes as NumPy's, which is how Core AI names element types.
 NUMPY: Mapping[str, type[np.generic]] = {

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.coreai.ops import NUMPY, constant, constant_of, refuse_unknown, translate
-from ane_trainer.ane.mil import Function, Literal, Value
+from ane_trainer.ane.mil.program import Function, Literal, Value
 from ane_trainer.ane.stages import Lowered, Port
 
 MAIN = "main"

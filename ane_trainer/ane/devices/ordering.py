@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ane_trainer.ane.mil import Function, Op
+from ane_trainer.ane.mil.program import Function, Op
 from ane_trainer.ane.simulator.schedule import VIEWS
 from ane_trainer.ane.stages import Alias
 

@@ -15,7 +15,7 @@ from ane_trainer.ane.cost import Cost, estimate
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
 from ane_trainer.ane.dispatch.prepare import prepare
-from ane_trainer.ane.mil import Program
+from ane_trainer.ane.mil.program import Program
 
 
 def compile_forward(

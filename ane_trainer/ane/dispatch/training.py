@@ -30,7 +30,7 @@ from ane_trainer.ane.dispatch.hosted import HostOptimizer
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.prepare import prepare
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
-from ane_trainer.ane.mil import Program
+from ane_trainer.ane.mil.program import Program
 
 SYNC_MODES = ("always", "lazy")
 _UNIT = "unit/"

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value
-from ane_trainer.ane.weights import from_array, to_array
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array, to_array
 
 #: Kinds of weights and their largest magnitude as an integer.
 LEVELS = {"int8": 127, "int4": 7}

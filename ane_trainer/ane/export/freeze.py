@@ -12,9 +12,9 @@ from torch import nn
 
 from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.lower import lower
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, Program, Value, literal
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, Value, literal
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Captured, Lowered
-from ane_trainer.ane.weights import from_array
 
 #: The largest pixel value of an image input.
 PIXEL_MAX = 255.0

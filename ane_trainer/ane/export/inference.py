@@ -20,8 +20,8 @@ from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.ane.export.compress import compress
 from ane_trainer.ane.export.freeze import Deployed, Signature, freeze, single_precision_border
 from ane_trainer.ane.export.package import Description, write_package
-from ane_trainer.ane.loading import load_program
-from ane_trainer.ane.mil import Program
+from ane_trainer.ane.mil.loading import load_program
+from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.simulator import make_context, prepare
 
 Runner = Callable[[NDArray[Any]], NDArray[Any]]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ane_trainer.ane.coreml_proto import coreml_messages, program_to_proto
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.mil import Function, Program, Value
+from ane_trainer.ane.mil.coreml_proto import coreml_messages, program_to_proto
+from ane_trainer.ane.mil.program import Function, Program, Value
 
 SPECIFICATION_VERSION = 9
 LABEL = "classLabel"

@@ -20,11 +20,11 @@ from ane_trainer.ane.coreai import INITIAL_STATE, MAIN, open_asset, save_asset
 from ane_trainer.ane.export.freeze import bind_inputs, map_values
 from ane_trainer.ane.export.package import Description, write_package
 from ane_trainer.ane.export.report import largest_difference
-from ane_trainer.ane.loading import load_program
-from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
+from ane_trainer.ane.mil.loading import load_program
+from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import make_context, prepare
 from ane_trainer.ane.stages import Lowered
-from ane_trainer.ane.weights import from_array
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from ane_trainer.ane.lower import literals
 from ane_trainer.ane.lower.registry import Refusal
-from ane_trainer.ane.mil import Literal, TensorType, Value
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Literal, TensorType, Value
 from ane_trainer.ane.stages import PAIR
 
 #: Axes of a tensor on the engine (ANE guide ch. 4).

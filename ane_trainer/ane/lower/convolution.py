@@ -21,7 +21,7 @@ from ane_trainer.ane.lower import windows
 from ane_trainer.ane.lower.context import Context, Operand, Shape, shape_of
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.lower.slicing import zero_insert
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 
 @dataclass(frozen=True)

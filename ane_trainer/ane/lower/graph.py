@@ -19,8 +19,8 @@ from ane_trainer.ane.lower.integers import keeps_codes, reads_codes
 from ane_trainer.ane.lower.maxima import Places
 from ane_trainer.ane.lower.passes import run_passes
 from ane_trainer.ane.lower.registry import ACCEPTS_ABSENT, RULES, Refusal
-from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value, literal
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value, literal
 from ane_trainer.ane.stages import Alias, Captured, Lowered, Port
 
 _UNFOLDABLE = (torch.Tag.nondeterministic_seeded,)

@@ -15,7 +15,7 @@ from ane_trainer.ane.lower.integers import EXACT_INTEGERS, coded, most_rows
 from ane_trainer.ane.lower.maxima import Places, pick
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.lower.slicing import take
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 #: What a one-hot row of a weight look-up holds instead of 1; a power of two.
 LOOKUP_SCALE = 64.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ane_trainer.ane.lower.rewriting import BROADCASTING, Rewriter, int_list, integers
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value, literal
 
 _UNARY = frozenset(
     {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ane_trainer.ane.mil import Literal, TensorType
+from ane_trainer.ane.mil.program import Literal, TensorType
 
 _NUMPY = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64}
 _MAX_FP16 = 65504.0

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ane_trainer.ane.lower.context import Context, Operand, shape_of
 from ane_trainer.ane.lower.integers import EXACT_INTEGERS, MOVES, most_rows
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 from ane_trainer.ane.stages import PAIR, Captured, Port
 
 #: The largest number of rows that a pair tells apart.

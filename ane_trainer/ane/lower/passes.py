@@ -11,7 +11,7 @@ from dataclasses import replace
 from ane_trainer.ane.lower.layout import sink_transposes
 from ane_trainer.ane.lower.ranks import merge_axes
 from ane_trainer.ane.lower.rewriting import BROADCASTING, Rewriter, int_list, integers
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value, literal
 
 
 def run_passes(function: Function) -> Function:

@@ -12,7 +12,7 @@ from ane_trainer.ane.lower.context import Context, Operand, broadcast_shape, is_
 from ane_trainer.ane.lower.indexing import flat_one_hot
 from ane_trainer.ane.lower.registry import lowering
 from ane_trainer.ane.lower.slicing import take
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from ane_trainer.ane.lower import pairs
 from ane_trainer.ane.lower.context import Context, Operand, as_tensor
 from ane_trainer.ane.lower.registry import lowering
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 #: An epsilon under a logarithm below this is not left to fp16, which has 16 steps up to it.
 LEAST_EPSILON = 2.0**-20

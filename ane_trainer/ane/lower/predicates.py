@@ -7,7 +7,7 @@ import torch
 from ane_trainer.ane.lower import pairs
 from ane_trainer.ane.lower.context import Context, Operand, as_tensor
 from ane_trainer.ane.lower.registry import lowering
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 _COMPARISONS = {
     "eq": "equal",

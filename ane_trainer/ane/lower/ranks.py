@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ane_trainer.ane.lower.rewriting import BROADCASTING, Rewriter, int_list, integers
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value
 
 #: Axes of a tensor on the engine (ANE guide ch. 4).
 MOST = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value, literal
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value, literal
 
 #: Ops whose two operands broadcast against each other.
 BROADCASTING = frozenset(

@@ -14,7 +14,7 @@ from ane_trainer.ane.lower.indexing import flat_one_hot, move_axis_back, one_hot
 from ane_trainer.ane.lower.integers import EXACT_INTEGERS
 from ane_trainer.ane.lower.picking import picks
 from ane_trainer.ane.lower.registry import lowering
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 
 @lowering("scatter_add.default")

@@ -10,7 +10,7 @@ import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, shape_of
 from ane_trainer.ane.lower.registry import lowering
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 
 def _range(extent: int, start: int | None, end: int | None, step: int) -> tuple[int, int]:

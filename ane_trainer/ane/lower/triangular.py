@@ -6,7 +6,7 @@ import torch
 
 from ane_trainer.ane.lower.context import Context, Operand, as_tensor, shape_of
 from ane_trainer.ane.lower.registry import lowering
-from ane_trainer.ane.mil import Value
+from ane_trainer.ane.mil.program import Value
 
 #: Rows up to which a system is solved by substitution: three ops each.
 MOST_ROWS = 64

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.mil import Program
+from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.simulator import (
     attention,
     constexpr,

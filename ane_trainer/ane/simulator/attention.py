@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
+from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.simulator.buffers import empty
 from ane_trainer.ane.simulator.contraction import product_into
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Literal
-from ane_trainer.ane.opset import Call
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.program import Literal
 from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.fp16 import round_half_away
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import TensorType
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.compression import as_rows
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.compression import as_rows
+from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator.constants import constant
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
+from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.simulator.loops.compiled import round_in_place
 from ane_trainer.ane.simulator.mac.product import mac_bind
 from ane_trainer.ane.simulator.registry import Context, kernel, writes

@@ -16,8 +16,8 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.shapes import spatial_padding
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator import winograd
 from ane_trainer.ane.simulator.buffers import empty
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor, product_into

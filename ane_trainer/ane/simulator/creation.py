@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ane_trainer.ane.mil import TensorType
-from ane_trainer.ane.opset import Call
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator.border import storage_dtype
 from ane_trainer.ane.simulator.constants import constant
 from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Function, Op, Value
-from ane_trainer.ane.opset import bind
+from ane_trainer.ane.mil.opset import bind
+from ane_trainer.ane.mil.program import Function, Op, Value
 from ane_trainer.ane.simulator.fp16 import INF
 
 Array = NDArray[Any]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Op
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.shapes import axes
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.shapes import axes
+from ane_trainer.ane.mil.program import Op
 
 Array = NDArray[Any]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, Value
-from ane_trainer.ane.opset import bind
+from ane_trainer.ane.mil.opset import bind
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.convolution import Geometry, geometry, windows
 from ane_trainer.ane.simulator.loops.rounding import rounded

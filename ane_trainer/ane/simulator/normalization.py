@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.shapes import axes
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.simulator.constants import channel_line, constant, half, per_channel
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.loops.compiled import Step, chain

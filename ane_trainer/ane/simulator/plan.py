@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, Value
-from ane_trainer.ane.opset import Call, bind
+from ane_trainer.ane.mil.opset import Call, bind
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
 from ane_trainer.ane.simulator.buffers import empty, zeros
 from ane_trainer.ane.simulator.encoded import encoded_products, with_encoding

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.shapes import spatial_padding
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.buffers import empty
 from ane_trainer.ane.simulator.convolution import windows, with_padding
 from ane_trainer.ane.simulator.fp16 import INF

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
+from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.simulator.constants import constant
 from ane_trainer.ane.simulator.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.loops.rounding import rounded

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.shapes import axes
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.simulator.contraction import as_tensor
 from ane_trainer.ane.simulator.fp16 import round_half_away
 from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.shapes import axes
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.simulator.loops.compiled import LINE, Step, chain
 from ane_trainer.ane.simulator.loops.passes import Pass, extreme_for, total_for
 from ane_trainer.ane.simulator.loops.rounding import rounded, table_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ane_trainer.ane.chips import Chip, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel
-from ane_trainer.ane.mil import Function, Op, Value
+from ane_trainer.ane.mil.program import Function, Op, Value
 
 #: Core ML spells one op as three in the published sweep.
 _GELU = {

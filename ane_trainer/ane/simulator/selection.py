@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.movement import index_slices
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.movement import index_slices
 from ane_trainer.ane.simulator.border import storage_dtype
 from ane_trainer.ane.simulator.contraction import as_tensor
 from ane_trainer.ane.simulator.fp16 import round_half_away

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ane_trainer.ane.mil import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value
 
 _STATE_OPS = ("read_state", "write_state", "coreml_update_state")
 

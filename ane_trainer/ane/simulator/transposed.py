@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.shapes import spatial_padding
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.buffers import zeros
 from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
 from ane_trainer.ane.simulator.convolution import Geometry, convolve_into, finish_into

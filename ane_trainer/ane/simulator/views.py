@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
-from ane_trainer.ane.opset.movement import index_slices
+from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.opset.movement import index_slices
 
 Array = NDArray[Any]
 

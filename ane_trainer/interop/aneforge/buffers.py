@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import TensorType
+from ane_trainer.ane.mil.program import TensorType
 
 _ALIGNMENT_BYTES = 64
 """ANEForge's library rounds every buffer up to a multiple of 64 bytes, and to at least 64."""

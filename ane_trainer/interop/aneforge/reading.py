@@ -8,8 +8,8 @@ from pathlib import Path
 from ane_trainer.ane.chips import Chip
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.legalize import Target, refusals
-from ane_trainer.ane.mil import Function, Program, Value
-from ane_trainer.ane.parser import parse_program
+from ane_trainer.ane.mil.program import Function, Program, Value
+from ane_trainer.ane.mil.text.parser import parse_program
 from ane_trainer.ane.simulator import KERNELS
 from ane_trainer.ane.simulator.schedule import VIEWS
 

@@ -14,10 +14,10 @@ pytest.importorskip("coreai")
 from ane_trainer.ane.coreai import open_asset, save_asset
 from ane_trainer.ane.coreai.ops import RULES
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
-from ane_trainer.ane.mil import Program, TensorType, Value
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Lowered, Port
-from ane_trainer.ane.weights import from_array
 from tests.ane.reference import evaluate
 
 SHAPES = {
@@ -128,7 +128,7 @@ def test_translation(name: str, tmp_path: Path) -> None:
 
 def test_every_op_that_the_lowering_emits_is_translated() -> None:
     source = Path(__file__).parents[3] / "ane_trainer" / "ane" / "lower"
-    from ane_trainer.ane.opset import known_ops
+    from ane_trainer.ane.mil.opset import known_ops
 
     words = {word for file in source.glob("*.py") for word in file.read_text().split('"')[1::2]}
     emitted = {kind for kind in known_ops() if kind in words} - {

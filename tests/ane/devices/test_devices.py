@@ -10,7 +10,7 @@ import pytest
 from ane_trainer.ane import devices
 from ane_trainer.ane.devices import get_device
 from ane_trainer.ane.errors import EnvironmentFault, SimulationError, UsageError
-from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
+from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
 
 

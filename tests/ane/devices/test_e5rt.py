@@ -18,9 +18,9 @@ from ane_trainer.ane.devices.e5rt import E5RT, E5RTSession
 from ane_trainer.ane.devices.ordering import ordered
 from ane_trainer.ane.dispatch import TrainingStep, compile_forward, compile_step
 from ane_trainer.ane.errors import EnvironmentFault, ProgramError, SimulationError, UsageError
-from ane_trainer.ane.mil import Function, Op, Program, TensorType, Value
+from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
-from ane_trainer.ane.weights import from_array
 from ane_trainer.cli import run_command
 from ane_trainer.conformance.engines import make_training
 from ane_trainer.engine import choose_device

@@ -20,7 +20,7 @@ from ane_trainer.ane.export.compress import LEVELS, compress, quantize
 from ane_trainer.ane.export.freeze import freeze, to_input
 from ane_trainer.ane.export.inference import need
 from ane_trainer.ane.export.step import changing, replay_mlpackage
-from ane_trainer.ane.loading import load_program
+from ane_trainer.ane.mil.loading import load_program
 
 CLASSES = ("zero", "one", "two", "three")
 PIXELS = Signature((1, 8, 8), normalise=(0.4, 0.25), class_names=CLASSES)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ane_trainer.ane.mil import Literal, TensorType, Value, literal
-from ane_trainer.ane.weights import from_array
+from ane_trainer.ane.mil.program import Literal, TensorType, Value, literal
+from ane_trainer.ane.mil.weights import from_array
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.mil import Arg, TensorType
-from ane_trainer.ane.opset import infer, known_ops, op_def
-from ane_trainer.ane.opset.builder import argument
+from ane_trainer.ane.mil.opset import infer, known_ops, op_def
+from ane_trainer.ane.mil.opset.builder import argument
+from ane_trainer.ane.mil.program import Arg, TensorType
 
 pytest.importorskip("coremltools")
 from tests.ane.opset.cases import CASES, REDUCE, C, Case, T, case

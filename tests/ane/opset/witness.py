@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ane_trainer.ane.mil import Arg, Literal, TensorType, Value
-from ane_trainer.ane.weights import to_array
+from ane_trainer.ane.mil.program import Arg, Literal, TensorType, Value
+from ane_trainer.ane.mil.weights import to_array
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

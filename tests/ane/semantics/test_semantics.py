@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import SimulationError
-from ane_trainer.ane.mil import Literal, Program, TensorType, Value
-from ane_trainer.ane.opset import Builder, known_ops
-from ane_trainer.ane.parser import parse_program
-from ane_trainer.ane.semantics import MEANINGS, WITHOUT_MEANING, evaluate, trace
+from ane_trainer.ane.mil.opset import Builder, known_ops
+from ane_trainer.ane.mil.program import Literal, Program, TensorType, Value
+from ane_trainer.ane.mil.semantics import MEANINGS, WITHOUT_MEANING, evaluate, trace
+from ane_trainer.ane.mil.text.parser import parse_program
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import simulate
-from ane_trainer.ane.weights import from_array
 from tests.ane.simulator import test_ops_fp64 as witnesses
 from tests.ane.simulator.witness import OPS, Drawn
 

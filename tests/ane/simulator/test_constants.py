@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ane_trainer.ane.mil import Program, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import simulate
 from ane_trainer.ane.simulator.fp16 import encode, round_half_away
-from ane_trainer.ane.weights import from_array
 
 
 def made(kind: str, **params: object) -> np.ndarray:

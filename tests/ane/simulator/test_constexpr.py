@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.mil import Literal, Program, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Literal, Program, TensorType
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import make_context, prepare, simulate
-from ane_trainer.ane.weights import from_array
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ane_trainer.ane.mil import Function, TensorType, Value
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import make_context, prepare
-from ane_trainer.ane.weights import from_array
 
 WEIGHT = np.array([[1, 0, -2], [1, 3, 0]], np.int8)  # [K, N], a scale for each row
 

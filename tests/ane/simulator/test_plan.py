@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import SimulationError
-from ane_trainer.ane.mil import Function, Literal, TensorType, Value
-from ane_trainer.ane.opset import Builder, bind
+from ane_trainer.ane.mil.opset import Builder, bind
+from ane_trainer.ane.mil.program import Function, Literal, TensorType, Value
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
 from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.fp16 import decode, encode

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.mil import Program, TensorType, Value
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType, Value
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import simulate
 from ane_trainer.ane.simulator.fp16 import encode, round_half_away
 from ane_trainer.ane.simulator.integer import integer_operands
-from ane_trainer.ane.weights import from_array
 
 
 def program(

@@ -7,11 +7,11 @@ import pytest
 
 from ane_trainer.ane.chips import get_chip
 from ane_trainer.ane.errors import UnsupportedModel
-from ane_trainer.ane.mil import Program, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import make_context, prepare, simulate
 from ane_trainer.ane.simulator.refusal import refused_ops
-from ane_trainer.ane.weights import from_array
 
 
 def program(kind: str, source: str = "fp16", **params: object) -> Program:

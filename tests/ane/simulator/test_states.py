@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ane_trainer.ane.mil import Function, Op, TensorType, Value
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, Op, TensorType, Value
 from ane_trainer.ane.simulator import make_context, prepare
 from ane_trainer.ane.simulator.states import without_states
 

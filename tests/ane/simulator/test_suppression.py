@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.mil import Program, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType
 from ane_trainer.ane.simulator import simulate
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Program, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import simulate
-from ane_trainer.ane.weights import from_array
 
 Array = NDArray[Any]
 

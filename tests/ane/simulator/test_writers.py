@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ane_trainer.ane.mil import TensorType
-from ane_trainer.ane.opset import Builder, bind
+from ane_trainer.ane.mil.opset import Builder, bind
+from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
 from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
 

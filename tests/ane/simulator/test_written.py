@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.mil import TensorType
-from ane_trainer.ane.opset import Builder, bind
+from ane_trainer.ane.mil.opset import Builder, bind
+from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator import KERNELS, bilinear, convolution, make_context, prepare, resize
 from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
 from ane_trainer.ane.simulator.loops.passes import Pass, total_for

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ane_trainer.ane.mil import Program, TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Program, TensorType
+from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import simulate
-from ane_trainer.ane.weights import from_array
 
 Rng = np.random.Generator
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil import Arg, Literal, Op, Value
-from ane_trainer.ane.opset import bind
+from ane_trainer.ane.mil.opset import bind
+from ane_trainer.ane.mil.program import Arg, Literal, Op, Value
 from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.loops import fuse
 from ane_trainer.ane.simulator.loops.compiled import Loops

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.opset import Call
+from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.simulator.constants import bias, channel_line
 from ane_trainer.ane.simulator.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.loops.fuse import Instr

@@ -1,0 +1,1 @@
+"""What a program is: values, op set, text, weights, files, and meaning in double precision."""

@@ -1,0 +1,23 @@
+"""MIL's operations: parameters and type rules, one module per family; `infer` is the way in."""
+
+from ane_trainer.ane.mil.opset import (
+    compression,
+    contraction,
+    creation,
+    elementwise,
+    indexing,
+    movement,
+    normalization,
+    pooling,
+    rearrange,
+    reduction,
+    resizing,
+)
+from ane_trainer.ane.mil.opset.builder import Builder
+from ane_trainer.ane.mil.opset.registry import Call, OpDef, Param, bind, infer, known_ops, op_def
+
+__all__ = [
+    "Builder", "Call", "OpDef", "Param", "bind", "compression", "contraction", "creation", "elementwise",
+    "indexing", "infer", "known_ops", "movement", "normalization", "op_def", "pooling", "rearrange",
+    "reduction", "resizing",
+]  # fmt: skip
