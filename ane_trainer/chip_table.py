@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ane_trainer.ane.chips import CHIPS, Chip, known_limits, limit
+from ane_trainer.ane.chips.lookup import CHIPS, Chip, known_limits, limit
 
 #: Column -> what a chip shows in it.
 _COLUMNS: dict[str, Callable[[Chip], str]] = {

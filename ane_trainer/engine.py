@@ -11,7 +11,7 @@ from torch import nn
 
 from ane_trainer.ane.capture import get_loss
 from ane_trainer.ane.capture.gradients import Treatment
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.errors import UnsupportedModel, UsageError

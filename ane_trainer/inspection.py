@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ane_trainer import engine
-from ane_trainer.ane import cost as costs
-from ane_trainer.ane.chips import get_chip, op_status
+from ane_trainer.ane.chips import cost as costs
+from ane_trainer.ane.chips.lookup import get_chip, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
 from ane_trainer.config import make_config
 from ane_trainer.models import build_model

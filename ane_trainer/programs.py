@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.chips import PATHS
+from ane_trainer.ane.chips.lookup import PATHS
 from ane_trainer.ane.errors import SimulationError, UsageError
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.mil.program import Function, Value

@@ -22,8 +22,8 @@ from statistics import median
 
 from cost_workloads import Row, distil, load, program
 
-from ane_trainer.ane import cost
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips import cost
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.mil.program import Program
 
 DATA = Path(cost.__file__).parent / "data"

@@ -1,7 +1,7 @@
 """The Neural Engine: programs, legality, simulator, cost model, devices."""
 
 from ane_trainer.ane import dynamo
-from ane_trainer.ane.cost import estimate
+from ane_trainer.ane.chips.cost import estimate
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.profiling import compare, profile
 from ane_trainer.ane.simulator import simulate

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from ane_trainer.ane.chips import op_status
+from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.evidence import stored_rows
 from ane_trainer.ane.published import FIGURES, Figure
 from ane_trainer.ane.simulator import KERNELS, WITHOUT_KERNEL

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ane_trainer.ane.chips import Chip, Limit, get_chip, limit, op_status
+from ane_trainer.ane.chips.lookup import Chip, Limit, get_chip, limit, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.mil.opset import Call, bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, TensorType, Value, literal

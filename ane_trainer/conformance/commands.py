@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.evidence import Row
 from ane_trainer.conformance.engines import DeviceEngine

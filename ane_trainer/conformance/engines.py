@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.compile import compile_program
 from ane_trainer.ane.devices import get_device
 from ane_trainer.ane.dispatch import compile_step

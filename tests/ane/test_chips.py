@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ane_trainer.ane import chips
-from ane_trainer.ane.chips import CHIPS, LIMITS, get_chip, known_chips, limit, limits, op_status
+from ane_trainer.ane.chips import lookup as chips
+from ane_trainer.ane.chips.lookup import CHIPS, LIMITS, get_chip, known_chips, limit, limits, op_status
 from ane_trainer.ane.errors import UsageError
 
 #: Peak TFLOP/s of one engine in the published chip table (16 x 256 x 2 x fmax), M6 has two.

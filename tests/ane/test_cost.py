@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ane_trainer.ane import cost
-from ane_trainer.ane.chips import get_chip, known_chips
-from ane_trainer.ane.cost import estimate, flops, macs
+from ane_trainer.ane.chips import cost
+from ane_trainer.ane.chips.cost import estimate, flops, macs
+from ane_trainer.ane.chips.lookup import get_chip, known_chips
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Function, Literal, Op, Program, TensorType, Value, literal

@@ -15,7 +15,7 @@ import pytest
 
 from ane_trainer import conformance
 from ane_trainer.ane import fidelity
-from ane_trainer.ane.chips import op_status
+from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.evidence import read_rows, stored_rows
 from ane_trainer.ane.simulator import KERNELS

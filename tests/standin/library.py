@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.ane.mil.program import Function, Op, Value
 from ane_trainer.ane.simulator import Plan, make_context, prepare

@@ -21,8 +21,8 @@ from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, SMALLEST_SCA
 from ane_trainer.ane.capture.step import GRADIENT
 from ane_trainer.ane.capture.user_optimizer.following import NotFollowed, Outgrown
 from ane_trainer.ane.capture.user_optimizer.planning import choices
-from ane_trainer.ane.cost import Cost, estimate
-from ane_trainer.ane.counting import flops
+from ane_trainer.ane.chips.cost import Cost, estimate
+from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
 from ane_trainer.ane.dispatch.followed import FollowedOptimizer, host_reason

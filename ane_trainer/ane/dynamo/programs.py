@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ane_trainer.ane.capture.slots import identifier, unique
-from ane_trainer.ane.counting import flops
+from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, to_float, to_pair
 from ane_trainer.ane.dispatch.prepare import prepare

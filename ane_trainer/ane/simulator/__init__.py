@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.simulator import (

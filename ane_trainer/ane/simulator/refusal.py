@@ -6,7 +6,7 @@ folds (an op without a runtime operand) is not held against a program.
 
 from __future__ import annotations
 
-from ane_trainer.ane.chips import Chip, op_status
+from ane_trainer.ane.chips.lookup import Chip, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.mil.program import Function, Op, Value
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ane_trainer.ane.chips import Chip
+from ane_trainer.ane.chips.lookup import Chip
 
 FIDELITIES = ("exact", "bounded", "assumed")
 

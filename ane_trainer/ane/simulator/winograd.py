@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.chips import Chip
+from ane_trainer.ane.chips.lookup import Chip
 from ane_trainer.ane.simulator.fp16 import round_half_away
 
 Array = NDArray[Any]

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ane_trainer.ane.chips import Chip
+from ane_trainer.ane.chips.lookup import Chip
 from ane_trainer.ane.errors import MissingDependency
 from ane_trainer.interop.aneforge.library import SimulatedLibrary
 

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ane_trainer.ane.chips import Chip, get_chip, limit
+from ane_trainer.ane.chips.lookup import Chip, get_chip, limit
 from ane_trainer.ane.errors import AneTrainerError, UsageError
 from ane_trainer.ane.simulator import Context, make_context
 from ane_trainer.interop.aneforge.loaded import LoadedProgram, Operation, PortSpec, bind_operation

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install, installed, uninstall
 from ane_trainer.interop.aneforge.children import hand_on

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ane_trainer.ane.chips import Chip
+from ane_trainer.ane.chips.lookup import Chip
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.legalize import Target, refusals
 from ane_trainer.ane.mil.program import Function, Program, Value

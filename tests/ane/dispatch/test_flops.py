@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ane_trainer as at
-from ane_trainer.ane.counting import macs
+from ane_trainer.ane.chips.counting import macs
 
 
 def eager_matrix_flops(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> int:

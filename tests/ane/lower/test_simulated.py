@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.legalize import legalize
 from ane_trainer.ane.simulator.plan import prepare
 from ane_trainer.ane.simulator.registry import Context

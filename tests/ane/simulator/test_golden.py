@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ane_trainer.ane.chips import get_chip
+from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.vectors import (
     DIGITS,
     PROGRAMS,

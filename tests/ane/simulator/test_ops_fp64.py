@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.chips import known_ops as swept_ops
-from ane_trainer.ane.chips import op_status
+from ane_trainer.ane.chips.lookup import known_ops as swept_ops
+from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.mil.opset import known_ops
 from ane_trainer.ane.simulator import KERNELS, WITHOUT_KERNEL
 from tests.ane.simulator import (

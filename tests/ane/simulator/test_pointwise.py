@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.chips import op_status
+from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.mil.opset import Builder, bind, known_ops
 from ane_trainer.ane.mil.program import TensorType, Value, literal
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare

@@ -20,7 +20,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, cast
 
-from ane_trainer.ane.chip_data import CHIP_ROWS, LIMIT_ROWS
+from ane_trainer.ane.chips.table import CHIP_ROWS, LIMIT_ROWS
 from ane_trainer.ane.errors import UsageError
 
 Bound = Literal["max", "min", "multiple"]

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from ane_trainer.ane.chips import Chip, get_chip, op_status
-from ane_trainer.ane.counting import FREE, MACS, MOVES, NORMS, constant, flops, macs, shape_of
+from ane_trainer.ane.chips.counting import FREE, MACS, MOVES, NORMS, constant, flops, macs, shape_of
+from ane_trainer.ane.chips.lookup import Chip, get_chip, op_status
 from ane_trainer.ane.mil.program import Function, Op, Program
 
 __all__ = ["Cost", "OpCost", "Rates", "estimate", "flops", "macs", "rates"]
