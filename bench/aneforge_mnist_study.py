@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from ane_trainer.ane.simulator import KERNELS, pooling, reduction, tables
-from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator import KERNELS
+from ane_trainer.ane.simulator.kernels import pooling, reduction, tables
 from ane_trainer.ane.simulator.loops import pointwise_code
+from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import WRITES
 from ane_trainer.interop.aneforge import install
 

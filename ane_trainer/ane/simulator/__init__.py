@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Program
-from ane_trainer.ane.simulator import (
+from ane_trainer.ane.simulator import refusal
+from ane_trainer.ane.simulator.kernels import (
     attention,
     constexpr,
     contraction,
@@ -24,7 +25,6 @@ from ane_trainer.ane.simulator import (
     quantized,
     rearrange,
     reduction,
-    refusal,
     resize,
     selection,
     transcendental,

@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.opset import Call, bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
-from ane_trainer.ane.simulator.border import from_border, literal_array, storage_dtype, to_border
-from ane_trainer.ane.simulator.buffers import empty, zeros
-from ane_trainer.ane.simulator.encoded import encoded_products, with_encoding
-from ane_trainer.ane.simulator.fp16 import round_half_away
-from ane_trainer.ane.simulator.host import host_function, runs_on_host
-from ane_trainer.ane.simulator.integer import bind_integer, integer_operands
+from ane_trainer.ane.simulator.kernels.encoded import encoded_products, with_encoding
+from ane_trainer.ane.simulator.kernels.host import host_function, runs_on_host
+from ane_trainer.ane.simulator.kernels.integer import bind_integer, integer_operands
+from ane_trainer.ane.simulator.kernels.views import offset_on_last_axis, view_of
 from ane_trainer.ane.simulator.loops import fused_entry
+from ane_trainer.ane.simulator.memory.border import from_border, literal_array, storage_dtype, to_border
+from ane_trainer.ane.simulator.memory.buffers import empty, zeros
+from ane_trainer.ane.simulator.memory.fp16 import round_half_away
+from ane_trainer.ane.simulator.memory.states import without_states
 from ane_trainer.ane.simulator.registry import KERNELS, WRITES, Context, Kernel
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
-from ane_trainer.ane.simulator.states import without_states
-from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 
 Array = NDArray[Any]
 Step = Callable[[], None]

@@ -9,7 +9,7 @@ from functools import partial
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.program import Function, TensorType, Value
 from ane_trainer.ane.simulator import Context, Plan, prepare
-from ane_trainer.ane.simulator.border import to_border
+from ane_trainer.ane.simulator.memory.border import to_border
 from ane_trainer.interop.aneforge.buffers import BORDER_DTYPES, Buffer
 from ane_trainer.interop.aneforge.reading import port
 

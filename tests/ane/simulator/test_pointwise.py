@@ -15,7 +15,7 @@ from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.mil.opset import Builder, bind, known_ops
 from ane_trainer.ane.mil.program import TensorType, Value, literal
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
+from ane_trainer.ane.simulator.memory.fp16 import decode, encode, round_half_away
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_vectors.csv"
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)

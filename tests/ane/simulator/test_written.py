@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from ane_trainer.ane.mil.opset import Builder, bind
 from ane_trainer.ane.mil.program import TensorType
-from ane_trainer.ane.simulator import KERNELS, bilinear, convolution, make_context, prepare, resize
-from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
+from ane_trainer.ane.simulator import KERNELS, make_context, prepare
+from ane_trainer.ane.simulator.kernels import bilinear, convolution, resize
 from ane_trainer.ane.simulator.loops.passes import Pass, total_for
 from ane_trainer.ane.simulator.mac.reference import mac_matmul_reference
+from ane_trainer.ane.simulator.memory.fp16 import decode, encode, round_half_away
 from ane_trainer.ane.simulator.registry import WRITES
 
 REDUCTIONS = [kind for kind in WRITES if kind.startswith("reduce_")]

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Arg, Literal, Op, Value
-from ane_trainer.ane.simulator.border import literal_array
 from ane_trainer.ane.simulator.loops import fuse
 from ane_trainer.ane.simulator.loops.compiled import Loops
 from ane_trainer.ane.simulator.loops.pointwise_code import Code, write
 from ane_trainer.ane.simulator.loops.tabulate import tabulate
+from ane_trainer.ane.simulator.memory.border import literal_array
 from ane_trainer.ane.simulator.registry import Context
 
 Array = NDArray[Any]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator.fp16 import encode
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
+from ane_trainer.ane.simulator.memory.fp16 import encode
 
 #: IR that turns the float32 bits `%bits` of a decoded value into `%sign` and `%magnitude` of its fp16 pattern.
 SIGN_AND_MAGNITUDE = """

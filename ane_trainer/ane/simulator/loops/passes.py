@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator.buffers import empty
+from ane_trainer.ane.simulator.kernels.tables import lookup
 from ane_trainer.ane.simulator.loops.compiled import Loop, Loops
 from ane_trainer.ane.simulator.loops.fuse import Group
 from ane_trainer.ane.simulator.loops.pointwise_code import Code
+from ane_trainer.ane.simulator.memory.buffers import empty
 from ane_trainer.ane.simulator.registry import Context
-from ane_trainer.ane.simulator.tables import lookup
 
 Array = NDArray[Any]
 

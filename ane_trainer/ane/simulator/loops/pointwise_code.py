@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.constants import bias, channel_line
-from ane_trainer.ane.simulator.fp16 import decode, round_half_away
+from ane_trainer.ane.simulator.kernels.tables import lookup
 from ane_trainer.ane.simulator.loops.fuse import Instr
+from ane_trainer.ane.simulator.memory.constants import bias, channel_line
+from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.registry import KERNELS, Context
-from ane_trainer.ane.simulator.tables import lookup
 
 F32 = NDArray[np.float32]
 

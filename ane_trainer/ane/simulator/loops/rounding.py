@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator.fp16 import F32, round_half_away
+from ane_trainer.ane.simulator.kernels.tables import evaluate, lookup
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.half import SIGN_AND_MAGNITUDE
-from ane_trainer.ane.simulator.tables import evaluate, lookup
+from ane_trainer.ane.simulator.memory.fp16 import F32, round_half_away
 
 _FEW = 1 << 10
 """Numbers below which a call costs more than it brings."""

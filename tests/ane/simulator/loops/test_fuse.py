@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.simulator.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.loops import fuse, jit, team
 from ane_trainer.ane.simulator.loops import geometry as loops
 from ane_trainer.ane.simulator.loops.fuse import Group, Instr
 from ane_trainer.ane.simulator.loops.half import decode_into, encoded
+from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
 
 PATTERNS = decode(np.arange(1 << 16, dtype=np.uint16))
 

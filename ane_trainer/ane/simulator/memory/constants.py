@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.program import Literal
-from ane_trainer.ane.simulator.border import literal_array
-from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.memory.border import literal_array
+from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 
 Array = NDArray[Any]
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.chips.lookup import Chip
-from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 
 Array = NDArray[Any]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Function, Op, Value
-from ane_trainer.ane.simulator.fp16 import INF
+from ane_trainer.ane.simulator.memory.fp16 import INF
 
 Array = NDArray[Any]
 Step = Callable[[], None]

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.constants import bias
-from ane_trainer.ane.simulator.fp16 import F32, INF, round_half_away
+from ane_trainer.ane.simulator.kernels.tables import TABLES, evaluate, real_div
+from ane_trainer.ane.simulator.memory.constants import bias
+from ane_trainer.ane.simulator.memory.fp16 import F32, INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
-from ane_trainer.ane.simulator.tables import TABLES, evaluate, real_div
 
 Bool = NDArray[np.bool_]
 

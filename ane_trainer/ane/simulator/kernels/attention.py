@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.buffers import empty
-from ane_trainer.ane.simulator.contraction import product_into
-from ane_trainer.ane.simulator.fp16 import INF, round_half_away
+from ane_trainer.ane.simulator.kernels.contraction import product_into
+from ane_trainer.ane.simulator.kernels.reduction import softmax_steps
 from ane_trainer.ane.simulator.loops.compiled import Step, in_turn
 from ane_trainer.ane.simulator.loops.passes import Pass
-from ane_trainer.ane.simulator.reduction import softmax_steps
+from ane_trainer.ane.simulator.memory.buffers import empty
+from ane_trainer.ane.simulator.memory.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]

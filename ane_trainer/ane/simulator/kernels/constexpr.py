@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.compression import as_rows
 from ane_trainer.ane.mil.program import TensorType
-from ane_trainer.ane.simulator.constants import constant
-from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.memory.constants import constant
+from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
 
 Array = NDArray[Any]

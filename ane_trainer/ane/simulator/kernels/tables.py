@@ -24,8 +24,8 @@ from math import erf, inf
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ane_trainer.ane.simulator import knots
-from ane_trainer.ane.simulator.fp16 import F32, INF, decode, encode, round_half_away
+from ane_trainer.ane.simulator.kernels import knots
+from ane_trainer.ane.simulator.memory.fp16 import F32, INF, decode, encode, round_half_away
 
 F64 = NDArray[np.float64]
 

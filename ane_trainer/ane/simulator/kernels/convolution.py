@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
-from ane_trainer.ane.simulator import winograd
-from ane_trainer.ane.simulator.buffers import empty
-from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor, product_into
-from ane_trainer.ane.simulator.depthwise import depthwise
+from ane_trainer.ane.simulator.kernels import winograd
+from ane_trainer.ane.simulator.kernels.contraction import EVIDENCE, as_tensor, product_into
+from ane_trainer.ane.simulator.kernels.depthwise import depthwise
 from ane_trainer.ane.simulator.loops.compiled import copies, in_turn, round_in_place, round_into
 from ane_trainer.ane.simulator.mac.product import mac_bind
+from ane_trainer.ane.simulator.memory.buffers import empty
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]

@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.program import TensorType
-from ane_trainer.ane.simulator.border import storage_dtype
-from ane_trainer.ane.simulator.constants import constant
-from ane_trainer.ane.simulator.fp16 import decode, encode, round_half_away
+from ane_trainer.ane.simulator.memory.border import storage_dtype
+from ane_trainer.ane.simulator.memory.constants import constant
+from ane_trainer.ane.simulator.memory.fp16 import decode, encode, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
 
 Array = NDArray[Any]

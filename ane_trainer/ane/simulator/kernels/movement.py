@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.fp16 import INF, round_half_away
+from ane_trainer.ane.simulator.kernels.views import offset_on_last_axis, view_of
 from ane_trainer.ane.simulator.loops.compiled import Step, copies
 from ane_trainer.ane.simulator.loops.passes import Pass
+from ane_trainer.ane.simulator.memory.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
-from ane_trainer.ane.simulator.views import offset_on_last_axis, view_of
 
 Array = NDArray[Any]
 

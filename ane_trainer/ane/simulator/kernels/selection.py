@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
-from ane_trainer.ane.simulator.border import storage_dtype
-from ane_trainer.ane.simulator.contraction import as_tensor
-from ane_trainer.ane.simulator.fp16 import round_half_away
+from ane_trainer.ane.simulator.kernels.contraction import as_tensor
 from ane_trainer.ane.simulator.loops.compiled import Step
+from ane_trainer.ane.simulator.memory.border import storage_dtype
+from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
-from ane_trainer.ane.simulator.buffers import zeros
-from ane_trainer.ane.simulator.contraction import EVIDENCE, as_tensor
-from ane_trainer.ane.simulator.convolution import Geometry, convolve_into, finish_into
+from ane_trainer.ane.simulator.kernels.contraction import EVIDENCE, as_tensor
+from ane_trainer.ane.simulator.kernels.convolution import Geometry, convolve_into, finish_into
 from ane_trainer.ane.simulator.loops.compiled import in_turn
+from ane_trainer.ane.simulator.memory.buffers import zeros
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 
 Array = NDArray[Any]

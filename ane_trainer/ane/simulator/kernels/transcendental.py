@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.fp16 import F32, round_half_away
+from ane_trainer.ane.simulator.memory.fp16 import F32, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel
 
 F64 = NDArray[np.float64]

@@ -1,0 +1,1 @@
+"""What each MIL op computes on the engine, by family."""

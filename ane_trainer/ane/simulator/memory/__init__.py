@@ -1,0 +1,1 @@
+"""Values in memory: fp16 bit patterns, the border, buffers, constants, states."""
