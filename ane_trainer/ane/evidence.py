@@ -33,7 +33,7 @@ class Row:
 
 def stored_rows() -> tuple[Row, ...]:
     """The rows that the package carries."""
-    return read_rows(Path(str(resources.files("ane_trainer.ane") / "data" / "conformance.csv")))
+    return read_rows(Path(str(resources.files("ane_trainer.ane.verify") / "conformance.csv")))
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:

@@ -193,7 +193,7 @@ def test_more_work_never_costs_less(m: int, k: int, n: int, chip: str) -> None:
 
 
 def test_every_rate_and_calibration_row_has_a_source() -> None:
-    data = resources.files("ane_trainer.ane") / "data"
+    data = resources.files("ane_trainer.ane.chips")
     for name in ("cost_rates.csv", "cost_calibration.csv"):
         rows = list(csv.DictReader((data / name).read_text(encoding="utf-8").splitlines()))
         assert rows

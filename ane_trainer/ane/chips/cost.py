@@ -138,7 +138,7 @@ def rates(chip_name: str) -> Rates:
 
 @cache
 def _rates_table() -> dict[str, Rates]:
-    text = resources.files("ane_trainer.ane").joinpath("data/cost_rates.csv").read_text(encoding="utf-8")
+    text = resources.files("ane_trainer.ane.chips").joinpath("cost_rates.csv").read_text(encoding="utf-8")
     values: dict[str, dict[str, float | str]] = {}
     for row in csv.DictReader(text.splitlines()):
         held = values.setdefault(row["chip"], {})

@@ -265,7 +265,7 @@ _OpTable = dict[str, list[_OpRow]]
 def _op_rows() -> dict[str, tuple[_OpTable, _OpTable]]:
     """Per path: rows by full op text, and rows of forms by their op's plain name."""
     tables: dict[str, tuple[_OpTable, _OpTable]] = {}
-    text = resources.files("ane_trainer.ane").joinpath("data/op_support.csv").read_text(encoding="utf-8")
+    text = resources.files("ane_trainer.ane.chips").joinpath("op_support.csv").read_text(encoding="utf-8")
     for record in csv.DictReader(text.splitlines()):
         row = _OpRow(**cast(Any, record))
         plain, forms = tables.setdefault(row.path, ({}, {}))
