@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ane_trainer.ane import dynamo
+from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.capture.gradients import Treatment
-from ane_trainer.ane.capture.rehearsal import call_model
 from ane_trainer.ane.dynamo import ProgramRecord
 from ane_trainer.reference import CpuStep
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.capture.gradients import Treatment
-from ane_trainer.ane.capture.rehearsal import call_model
 from ane_trainer.ane.errors import DataError
 
 

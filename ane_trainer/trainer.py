@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ane_trainer import energy, engine, loop
+from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.capture.losses import get_loss, loss_name
-from ane_trainer.ane.capture.rehearsal import call_model
 from ane_trainer.ane.errors import (
     CheckpointError,
     DataError,

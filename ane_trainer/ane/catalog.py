@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.functions.substitutes import REWRITES
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.rewrites.substitutes import REWRITES
 from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.lower import RULES
 from ane_trainer.ane.simulator import KERNELS

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import ane_trainer as at
+from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.capture.losses import get_loss
-from ane_trainer.ane.capture.masks import drawn_by
-from ane_trainer.ane.capture.rehearsal import call_model
+from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.models import further, zoo
 

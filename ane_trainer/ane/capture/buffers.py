@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ane_trainer.ane.capture.slots import float_buffers
+from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 Tensors = dict[str, torch.Tensor]

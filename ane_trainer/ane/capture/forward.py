@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
-from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.rehearsal import call_model, copies
-from ane_trainer.ane.capture.slots import float_buffers, identifier, unique
-from ane_trainer.ane.capture.sources import SourceMode, watch_modules
+from ane_trainer.ane.capture.calibrate import call_model, copies
+from ane_trainer.ane.capture.ports import float_buffers, identifier, unique
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.step import batch_ports, finish
-from ane_trainer.ane.capture.trace import trace
+from ane_trainer.ane.capture.trace.sources import SourceMode, watch_modules
+from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.stages import Captured, Port
 
 

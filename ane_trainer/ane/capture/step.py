@@ -12,14 +12,19 @@ from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
-from ane_trainer.ane.capture.decompositions import decomposition_table
+from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, rehearse
 from ane_trainer.ane.capture.gradients import Treatment, accumulate, clip_norm, clip_values
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
-from ane_trainer.ane.capture.masks import MaskMode
-from ane_trainer.ane.capture.rehearsal import Rehearsal, call_loss, call_model, copies, rehearse
-from ane_trainer.ane.capture.scalars import port_name, scalar_values
-from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, gradients_fit, next_scale
-from ane_trainer.ane.capture.slots import (
+from ane_trainer.ane.capture.optimizers.scalars import port_name, scalar_values
+from ane_trainer.ane.capture.optimizers.updates import (
+    LINEAR_UNIT,
+    ROOT_FLOORS,
+    Rule,
+    find_rule,
+    rule_for,
+    two_term_add,
+)
+from ane_trainer.ane.capture.ports import (
     SCALING_STATE,
     Parameter,
     find_parameters,
@@ -29,22 +34,17 @@ from ane_trainer.ane.capture.slots import (
     scaling_ports,
     unique,
 )
-from ane_trainer.ane.capture.sources import (
+from ane_trainer.ane.capture.randomness import MaskMode
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, gradients_fit, next_scale
+from ane_trainer.ane.capture.trace.sources import (
     SourceMode,
     follow_backward,
     set_source,
     user_line,
     watch_modules,
 )
-from ane_trainer.ane.capture.torch_optimizer.updates import (
-    LINEAR_UNIT,
-    ROOT_FLOORS,
-    Rule,
-    find_rule,
-    rule_for,
-    two_term_add,
-)
-from ane_trainer.ane.capture.trace import trace
+from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.capture.user_optimizer.plan import UserPlan, find_user_plan, user_ports, user_update
 from ane_trainer.ane.stages import Alias, Captured, Port
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.scalars import LARGEST
+from ane_trainer.ane.capture.optimizers.scalars import LARGEST
 from ane_trainer.ane.capture.user_optimizer.forms import TARGET
 from ane_trainer.ane.capture.user_optimizer.keeping import FIRST, Kappas
 from ane_trainer.ane.capture.user_optimizer.plan import NotOnEngine, UserPlan, slot_target

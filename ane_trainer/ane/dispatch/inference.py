@@ -9,8 +9,8 @@ import torch
 
 from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.batches import Structure, tensors_of
-from ane_trainer.ane.capture.rehearsal import call_model, copies
-from ane_trainer.ane.capture.slots import float_buffers
+from ane_trainer.ane.capture.calibrate import call_model, copies
+from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.buffers import BufferChanges
+from ane_trainer.ane.capture.optimizers.updates import RESIDUAL, Rule, rule_for
+from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.scaling import FITS, SCALING
-from ane_trainer.ane.capture.slots import Parameter, find_parameters, float_buffers
-from ane_trainer.ane.capture.torch_optimizer.updates import RESIDUAL, Rule, rule_for
 from ane_trainer.ane.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
 from ane_trainer.ane.stages import Port

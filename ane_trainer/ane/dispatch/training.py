@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
 from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
-from ane_trainer.ane.capture.masks import PREFIX, draw
-from ane_trainer.ane.capture.scalars import check_structure, scalar_values, structure
+from ane_trainer.ane.capture.optimizers.scalars import check_structure, scalar_values, structure
+from ane_trainer.ane.capture.randomness import PREFIX, draw
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, SMALLEST_SCALE
 from ane_trainer.ane.capture.step import GRADIENT
 from ane_trainer.ane.capture.user_optimizer.following import NotFollowed, Outgrown

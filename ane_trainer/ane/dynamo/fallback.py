@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.flop_counter import flop_registry
 
-from ane_trainer.ane.capture.sources import META_KEY
+from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.errors import Finding, UnsupportedModel

@@ -15,8 +15,8 @@ from torch._functorch.partitioners import default_partition
 from torch._higher_order_ops.effects import with_effects
 from torch.fx import Graph, GraphModule, Node
 
-from ane_trainer.ane.capture.simplify import simplify
-from ane_trainer.ane.capture.sources import META_KEY
+from ane_trainer.ane.capture.trace.simplify import simplify
+from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.lower.registry import ACCEPTS_ABSENT
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ane_trainer.ane.capture.slots import identifier, unique
+from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, to_float, to_pair

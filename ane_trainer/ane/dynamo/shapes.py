@@ -16,8 +16,8 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.trace import tracing
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.trace.tracer import tracing
 from ane_trainer.ane.dynamo.gradient import backward_function
 from ane_trainer.ane.dynamo.graphs import partition
 from ane_trainer.ane.dynamo.kinship import same_but_for_sizes, sizes_only

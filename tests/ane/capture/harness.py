@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture import StepCapture
-from ane_trainer.ane.capture.scalars import scalar_values
+from ane_trainer.ane.capture.optimizers.scalars import scalar_values
 from ane_trainer.ane.stages import Captured
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
-from ane_trainer.ane.capture.masks import MaskMode, drawn_by
+from ane_trainer.ane.capture.randomness import MaskMode, drawn_by
 
 
 class Noisy(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.trace import trace
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.errors import UnsupportedModel
 
 Tensor = torch.Tensor

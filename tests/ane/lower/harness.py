@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.trace import trace
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.lower import lower
 from ane_trainer.ane.stages import Captured, Lowered, Port
 from tests.ane.reference import evaluate

@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ane_trainer.ane.capture.sources import user_line
+from ane_trainer.ane.capture.trace.sources import user_line
 
 aten = torch.ops.aten
 _CELL = "_ane_cell"

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ane_trainer.ane.capture.rehearsal import Rehearsal
-from ane_trainer.ane.capture.slots import Parameter, identifier
-from ane_trainer.ane.capture.torch_optimizer.rules import RESIDUAL
-from ane_trainer.ane.capture.torch_optimizer.updates import RULES
+from ane_trainer.ane.capture.calibrate import Rehearsal
+from ane_trainer.ane.capture.optimizers.rules import RESIDUAL
+from ane_trainer.ane.capture.optimizers.updates import RULES
+from ane_trainer.ane.capture.ports import Parameter, identifier
 from ane_trainer.ane.capture.user_optimizer.following import NotFollowed
 from ane_trainer.ane.capture.user_optimizer.forms import ScalarPort
 from ane_trainer.ane.capture.user_optimizer.keeping import SlotId

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ane_trainer.ane.capture.torch_optimizer.rules import RESIDUAL_SCALE
+from ane_trainer.ane.capture.optimizers.rules import RESIDUAL_SCALE
 from ane_trainer.ane.capture.user_optimizer import coefficients as co
 from ane_trainer.ane.capture.user_optimizer.coefficients import Coefficient, Environment
 from ane_trainer.ane.capture.user_optimizer.following import NotFollowed, Outgrown

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ane_trainer.ane.capture.torch_optimizer.rules import RESIDUAL_SCALE
+from ane_trainer.ane.capture.optimizers.rules import RESIDUAL_SCALE
 from ane_trainer.ane.capture.user_optimizer.following import NotFollowed
 from ane_trainer.ane.capture.user_optimizer.forms import ScalarPort
 from ane_trainer.ane.capture.user_optimizer.keeping import Kappas, Pair, SlotId

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ane_trainer.ane.capture.torch_optimizer.rules import RESIDUAL_SCALE, SQUARE_RESIDUAL_SCALE, two_term_add
+from ane_trainer.ane.capture.optimizers.rules import RESIDUAL_SCALE, SQUARE_RESIDUAL_SCALE, two_term_add
 from ane_trainer.ane.capture.user_optimizer import coefficients as co
 from ane_trainer.ane.capture.user_optimizer.coefficients import NOUGHT, UNIT, Coefficient, number
 from ane_trainer.ane.capture.user_optimizer.following import Atom as Name

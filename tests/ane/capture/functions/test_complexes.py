@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ane_trainer.ane.capture.slots import find_parameters
+from ane_trainer.ane.capture.ports import find_parameters
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.lower.harness import captured, check, gradients, normal
 

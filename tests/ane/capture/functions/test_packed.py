@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ane_trainer.ane.capture.functions.substitutes import rewriting
-from ane_trainer.ane.capture.masks import MaskMode
+from ane_trainer.ane.capture.randomness import MaskMode
+from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.lower.harness import lowered, normal
 from tests.ane.lower.harness import run as execute

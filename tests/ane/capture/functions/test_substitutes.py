@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ane_trainer.ane.capture.functions.substitutes import rewriting
+from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.lower.harness import captured, normal
 

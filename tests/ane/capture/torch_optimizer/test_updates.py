@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ane_trainer.ane.capture import capture_training
-from ane_trainer.ane.capture.scalars import check_structure, scalar_values, structure
-from ane_trainer.ane.capture.torch_optimizer.updates import RESIDUAL_SCALE, rule_for, two_term_add
+from ane_trainer.ane.capture.optimizers.scalars import check_structure, scalar_values, structure
+from ane_trainer.ane.capture.optimizers.updates import RESIDUAL_SCALE, rule_for, two_term_add
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from tests.ane.capture.harness import FxStep, torch_step
 

@@ -21,11 +21,17 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ane_trainer.ane.capture import sources
-from ane_trainer.ane.capture.functions import complexes
-from ane_trainer.ane.capture.overloads import is_composite, is_view, out_argument, pure_form, written_argument
-from ane_trainer.ane.capture.unknown import finding
-from ane_trainer.ane.capture.views import in_memory_order, undo
+from ane_trainer.ane.capture.rewrites import complexes
+from ane_trainer.ane.capture.trace import sources
+from ane_trainer.ane.capture.trace.overloads import (
+    is_composite,
+    is_view,
+    out_argument,
+    pure_form,
+    written_argument,
+)
+from ane_trainer.ane.capture.trace.unknown import finding
+from ane_trainer.ane.capture.trace.views import in_memory_order, undo
 from ane_trainer.ane.errors import Finding
 
 aten = torch.ops.aten

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
-from ane_trainer.ane.capture.keras_variables import keras_state
+from ane_trainer.ane.capture.optimizers.rules import RESIDUAL, RESIDUAL_SCALE, Rule
+from ane_trainer.ane.capture.rewrites.keras_variables import keras_state
 from ane_trainer.ane.capture.scaling import FITS, SCALING
-from ane_trainer.ane.capture.torch_optimizer.rules import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Port
 

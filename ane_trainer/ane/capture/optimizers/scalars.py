@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.torch_optimizer.updates import Rule, rule_for
+from ane_trainer.ane.capture.optimizers.updates import Rule, rule_for
 from ane_trainer.ane.errors import UsageError
 
 LARGEST = 65504.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.torch_optimizer.rules import (
+from ane_trainer.ane.capture.optimizers.rules import (
     EPSILON_SCALE,
     RESIDUAL_SCALE,
     SQUARE_RESIDUAL_SCALE,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture import sources
+from ane_trainer.ane.capture.trace import sources
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten

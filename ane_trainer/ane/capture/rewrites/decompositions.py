@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.functions import experts
-from ane_trainer.ane.capture.functions.derivatives import DERIVATIVES
-from ane_trainer.ane.capture.functions.normalization import NORMALIZATIONS
-from ane_trainer.ane.capture.functions.sampling import SAMPLING
+from ane_trainer.ane.capture.rewrites import experts
+from ane_trainer.ane.capture.rewrites.derivatives import DERIVATIVES
+from ane_trainer.ane.capture.rewrites.normalization import NORMALIZATIONS
+from ane_trainer.ane.capture.rewrites.sampling import SAMPLING
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.torch_optimizer.averages import ADADELTA, ADAGRAD, RMSPROP
-from ane_trainer.ane.capture.torch_optimizer.moments import ADAMAX, NADAM, RADAM
-from ane_trainer.ane.capture.torch_optimizer.rules import (
+from ane_trainer.ane.capture.optimizers.averages import ADADELTA, ADAGRAD, RMSPROP
+from ane_trainer.ane.capture.optimizers.moments import ADAMAX, NADAM, RADAM
+from ane_trainer.ane.capture.optimizers.rules import (
     EPSILON_SCALE,
     LINEAR_UNIT,
     RESIDUAL,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ane_trainer.ane.capture import sources
+from ane_trainer.ane.capture.trace import sources
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.torch_optimizer.rules import (
+from ane_trainer.ane.capture.optimizers.rules import (
     EPSILON_SCALE,
     RESIDUAL,
     RESIDUAL_SCALE,

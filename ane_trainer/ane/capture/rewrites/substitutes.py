@@ -16,17 +16,17 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from ane_trainer.ane.capture.functions import logits, packed
-from ane_trainer.ane.capture.functions.bags import embedding_bag
-from ane_trainer.ane.capture.functions.criteria import (
+from ane_trainer.ane.capture.rewrites import logits, packed
+from ane_trainer.ane.capture.rewrites.bags import embedding_bag
+from ane_trainer.ane.capture.rewrites.criteria import (
     gaussian_nll,
     logcumsumexp,
     multi_label_margin,
     multi_margin,
     one_hot,
 )
-from ane_trainer.ane.capture.functions.ctc import ctc_loss
-from ane_trainer.ane.capture.functions.experts import histc
+from ane_trainer.ane.capture.rewrites.ctc import ctc_loss
+from ane_trainer.ane.capture.rewrites.experts import histc
 
 Function = Callable[..., Any]
 

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ane_trainer.ane.capture.functions import packed
-from ane_trainer.ane.capture.functions.composites import (
+from ane_trainer.ane.capture.rewrites import packed
+from ane_trainer.ane.capture.rewrites.composites import (
     COMPOSITES,
     RECURRENT,
     attention,

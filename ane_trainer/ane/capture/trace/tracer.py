@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.fx import traceback as fx_traceback
 
-from ane_trainer.ane.capture.functions.substitutes import rewriting
-from ane_trainer.ane.capture.recorder import Recorder
-from ane_trainer.ane.capture.simplify import simplify
-from ane_trainer.ane.capture.sources import set_source, spread_sources
-from ane_trainer.ane.capture.unknown import refusal
+from ane_trainer.ane.capture.rewrites.substitutes import rewriting
+from ane_trainer.ane.capture.trace.recorder import Recorder
+from ane_trainer.ane.capture.trace.simplify import simplify
+from ane_trainer.ane.capture.trace.sources import set_source, spread_sources
+from ane_trainer.ane.capture.trace.unknown import refusal
 
 Overload = Any
 

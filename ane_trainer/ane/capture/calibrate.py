@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.decompositions import decomposition_table
-from ane_trainer.ane.capture.flows import gradients_and_flow
-from ane_trainer.ane.capture.functions.substitutes import rewriting
-from ane_trainer.ane.capture.keras_variables import keras_state, training_argument, variables_as
+from ane_trainer.ane.capture.intermediates import gradients_and_flow
 from ane_trainer.ane.capture.losses import Loss
-from ane_trainer.ane.capture.masks import Mask, MaskMode
+from ane_trainer.ane.capture.ports import Parameter
+from ane_trainer.ane.capture.randomness import Mask, MaskMode
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.rewrites.keras_variables import keras_state, training_argument, variables_as
+from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
-from ane_trainer.ane.capture.slots import Parameter
 
 Tensors = dict[str, torch.Tensor]
 

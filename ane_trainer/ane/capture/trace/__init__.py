@@ -1,0 +1,1 @@
+"""From Python functions over tensors to functional FX graphs of ATen ops."""
