@@ -18,7 +18,7 @@ import torch
 from ane_trainer import conformance, energy
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip, known_chips
-from ane_trainer.ane.compile import cache_folder
+from ane_trainer.ane.compiler.emit import cache_folder
 from ane_trainer.ane.devices import DEVICE_NAMES, get_device
 from ane_trainer.ane.devices.aneforge_runtime import on_apple_silicon
 from ane_trainer.ane.errors import AneTrainerError

@@ -18,9 +18,9 @@ from torch import nn
 
 import ane_trainer as at
 from ane_trainer.ane.capture import capture_training
-from ane_trainer.ane.compile import compile_program
-from ane_trainer.ane.legalize import legalize
-from ane_trainer.ane.lower import lower
+from ane_trainer.ane.compiler.emit import compile_program
+from ane_trainer.ane.compiler.legalize import legalize
+from ane_trainer.ane.compiler.lower import lower
 
 STAGES = ("capture", "lower", "legalize", "compile")
 

@@ -16,7 +16,7 @@ from typing import Any
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.rewrites.substitutes import REWRITES
 from ane_trainer.ane.chips.lookup import op_status
-from ane_trainer.ane.lower import RULES
+from ane_trainer.ane.compiler.lower import RULES
 from ane_trainer.ane.simulator import KERNELS
 
 #: One chip of each generation that people train on.

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.compile import compile_program
+from ane_trainer.ane.compiler.emit import compile_program
+from ane_trainer.ane.compiler.legalize import Target, refusals
 from ane_trainer.ane.devices import get_device
 from ane_trainer.ane.dispatch import compile_step
 from ane_trainer.ane.errors import UnsupportedModel
-from ane_trainer.ane.legalize import Target, refusals
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.stages import Compiled, Legalized, Lowered, Port
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ane_trainer.ane.catalog import document
-from ane_trainer.ane.lower import RULES
+from ane_trainer.ane.compiler.lower import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "ops.md").read_text(encoding="utf-8")
 

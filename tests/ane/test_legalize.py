@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
-from ane_trainer.ane.legalize import legalize
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Function, Program, TensorType, Value
 from ane_trainer.ane.mil.weights import from_array

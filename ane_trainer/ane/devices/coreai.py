@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.coreai import (
+from ane_trainer.ane.compiler.coreai import (
     MAIN,
     LoadedAsset,
     make_state,

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
+from ane_trainer.ane.compiler.lower.indices.integers import coded, most_rows
+from ane_trainer.ane.compiler.lower.indices.pairs import HIGH, MOST_ROWS
 from ane_trainer.ane.errors import DataError
-from ane_trainer.ane.lower.integers import coded, most_rows
-from ane_trainer.ane.lower.pairs import HIGH, MOST_ROWS
 from ane_trainer.ane.stages import PAIR, Port
 
 

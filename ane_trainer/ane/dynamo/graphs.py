@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY
-from ane_trainer.ane.lower.registry import ACCEPTS_ABSENT
+from ane_trainer.ane.compiler.lower.registry import ACCEPTS_ABSENT
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ane_trainer.ane.capture import capture_forward
-from ane_trainer.ane.lower import lower
+from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, Value, literal
 from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Captured, Lowered

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ane_trainer.ane.coreai import open_asset, save_asset
+from ane_trainer.ane.compiler.coreai import open_asset, save_asset
 from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.ane.export.compress import compress
 from ane_trainer.ane.export.freeze import Deployed, Signature, freeze, single_precision_border

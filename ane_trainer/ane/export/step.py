@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.coreai import INITIAL_STATE, MAIN, open_asset, save_asset
+from ane_trainer.ane.compiler.coreai import INITIAL_STATE, MAIN, open_asset, save_asset
 from ane_trainer.ane.export.freeze import bind_inputs, map_values
 from ane_trainer.ane.export.package import Description, write_package
 from ane_trainer.ane.export.report import largest_difference

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ane_trainer.ane.chips.lookup import Chip
+from ane_trainer.ane.compiler.legalize import Target, refusals
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
-from ane_trainer.ane.legalize import Target, refusals
 from ane_trainer.ane.mil.program import Function, Program, Value
 from ane_trainer.ane.mil.text.parser import parse_program
 from ane_trainer.ane.simulator import KERNELS

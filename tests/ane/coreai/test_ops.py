@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("coreai")
 
-from ane_trainer.ane.coreai import open_asset, save_asset
-from ane_trainer.ane.coreai.ops import RULES
+from ane_trainer.ane.compiler.coreai import open_asset, save_asset
+from ane_trainer.ane.compiler.coreai.ops import RULES
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Program, TensorType, Value

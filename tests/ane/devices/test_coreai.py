@@ -16,7 +16,7 @@ from torch import nn
 
 pytest.importorskip("coreai")
 
-from ane_trainer.ane.coreai import open_asset, save_asset
+from ane_trainer.ane.compiler.coreai import open_asset, save_asset
 from ane_trainer.ane.devices import get_device
 from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.errors import SimulationError, UsageError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ane_trainer.ane.compile import compile_program
+from ane_trainer.ane.compiler.emit import compile_program
 from ane_trainer.ane.devices import aneforge_runtime, get_device
 from ane_trainer.ane.devices.e5rt import E5RT, E5RTSession
 from ane_trainer.ane.devices.ordering import ordered

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.tracer import trace
-from ane_trainer.ane.lower import lower
+from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.stages import Captured, Lowered, Port
 from tests.ane.reference import evaluate
 

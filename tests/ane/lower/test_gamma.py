@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ane_trainer.ane.lower import lower
+from ane_trainer.ane.compiler.lower import lower
 from tests.ane.lower.harness import captured, check, gradients, lowered, normal, run
 
 POSITIVE = torch.tensor([0.05, 0.3, 0.99, 1.0, 1.5, 2.0, 3.7, 7.99, 8.0, 8.01, 25.0, 300.0]).double()

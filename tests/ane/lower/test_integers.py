@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
+from ane_trainer.ane.compiler.lower.indices.integers import coded, most_rows
+from ane_trainer.ane.compiler.lower.indices.pairs import MOST_ROWS
 from ane_trainer.ane.errors import DataError, UnsupportedModel
-from ane_trainer.ane.lower.integers import coded, most_rows
-from ane_trainer.ane.lower.pairs import MOST_ROWS
 from tests.ane.lower.harness import lowered
 
 

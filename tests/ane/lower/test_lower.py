@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ane_trainer.ane.capture import capture_step
+from ane_trainer.ane.compiler.lower import RULES, lower
 from ane_trainer.ane.errors import UnsupportedModel
-from ane_trainer.ane.lower import RULES, lower
 from ane_trainer.ane.mil.program import Literal
 from ane_trainer.ane.stages import Alias, Captured, Port
 from tests.ane.lower.harness import captured, check, gradients, lowered, normal

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ane_trainer.ane.lower.ranks import MOST
+from ane_trainer.ane.compiler.lower.passes.ranks import MOST
 from tests.ane.lower.harness import check, gradients, normal
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.legalize import legalize
+from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.simulator.plan import prepare
 from ane_trainer.ane.simulator.registry import Context
 from tests.ane.lower.harness import gradients, lowered, normal

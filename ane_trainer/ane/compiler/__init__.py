@@ -1,0 +1,1 @@
+"""From a captured graph to a program that a chip accepts, printed and cached."""

@@ -1,0 +1,149 @@
+"""A MIL program as a Core AI program: state as mutable inputs, and its start values as a second function.
+
+Core AI's state is memory that the caller owns and passes with every call. A training step therefore becomes
+two functions of one asset: `main` (batch, scalars; state is updated in place) and `initial_state`, whose
+outputs are the values that the state starts from, under the states' names.
+
+The program is written through the public authoring API, op by op: the same MIL program that the simulator
+runs is what Core AI runs, without a second capture through torch.export (whose converter refuses the ops of
+backward passes). Source of the state's form: coreai-torch 0.4.3, which marks a mutable buffer by the argument
+attribute `MutableBuffers.buffer_mutation`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.compiler.coreai.ops import NUMPY, constant, constant_of, refuse_unknown, translate
+from ane_trainer.ane.mil.program import Function, Literal, Value
+from ane_trainer.ane.stages import Lowered, Port
+
+MAIN = "main"
+INITIAL_STATE = "initial_state"
+#: Suffix of a trained parameter's second term in a port's target: `fc.weight/residual`.
+_RESIDUAL = "/residual"
+_SCALING = "step/"
+
+
+def build_program(lowered: Lowered, initial: Mapping[str, NDArray[Any]] | None = None) -> Any:
+    """A `coreai.authoring.AIProgram` of a lowered step or forward pass.
+
+    `initial` holds arrays by state port; with it the program has the function `initial_state` as well.
+    Raises: UnsupportedModel (ANE305) for ops without a translation.
+    """
+    from coreai import authoring as api
+
+    function = lowered.program.main
+    refuse_unknown(function)
+    module = api.Module.create()
+    with module:
+        _add_main(api, lowered, function)
+        if initial:
+            types = {value.name: value.type for value in function.inputs}
+            arrays = {name: np.asarray(a, NUMPY[types[name].dtype]) for name, a in initial.items()}
+            _add_constants(api, arrays)
+    return api.AIProgram(module)
+
+
+def program_dtype(function: Function) -> str:
+    """The float type that a function computes in: `fp32` or `fp16`."""
+    return "fp32" if any(value.type.dtype == "fp32" for value in function.inputs) else "fp16"
+
+
+def _add_main(api: Any, lowered: Lowered, function: Function) -> None:
+    written = {alias.output: alias.input for alias in lowered.aliases}
+    guarded = _guarded(lowered.inputs)
+
+    def body(*arguments: Any) -> tuple[Any, ...]:
+        known: dict[Value | Literal, Any] = dict(zip(function.inputs, arguments, strict=True))
+        for op in function.ops:
+            known[op.result] = translate(api, op, lambda item: _operand(known, item))
+        values = {v.name: _operand(known, v) for v in function.outputs}
+        applied = values.get("applied")
+        before = {v.name: known[v] for v in function.inputs}
+        for output, state in written.items():
+            if applied is not None and state in guarded:
+                values[output] = _unless_skipped(api, applied, values[output], before[state])
+        return tuple(values[v.name] for v in function.outputs)
+
+    graph = _graph(api, MAIN, body, function.inputs, function.outputs)
+    _mark_state(graph, {state: output for output, state in written.items()})
+
+
+def _guarded(ports: Iterable[Port]) -> set[str]:
+    """State that a skipped step must leave alone: trained parameters and the optimizer's tensors."""
+    state = {p.target: p.name for p in ports if p.role == "state"}
+    trained = {t.removesuffix(_RESIDUAL) for t in state if t.endswith(_RESIDUAL)}
+    return {
+        name
+        for target, name in state.items()
+        if target in trained or ("/" in target and not target.startswith(_SCALING))
+    }
+
+
+def _unless_skipped(api: Any, applied: Any, new: Any, old: Any) -> Any:
+    """The old value on a skipped step. The engine needs no such guard: it has no NaN, so 0 * inf is 0."""
+    happened = api.broadcasting_greater(applied, np.zeros((), NUMPY[_dtype_of(applied)]))
+    return api.broadcasting_where(happened, new, old)
+
+
+def _dtype_of(value: Any) -> str:
+    return "fp32" if "f32" in str(value.type) or "float32" in str(value.type) else "fp16"
+
+
+def _operand(known: dict[Value | Literal, Any], item: Value | Literal) -> Any:
+    """The translated value of an argument; a constant is made once."""
+    if item not in known and isinstance(item, Literal):
+        known[item] = constant(item)
+    return known[item]
+
+
+def _add_constants(api: Any, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def body() -> tuple[Any, ...]:
+        return tuple(map(constant_of, arrays.values()))
+
+    specs = [api.TensorSpec(a.shape, a.dtype.type, name=name) for name, a in arrays.items()]
+    _decorate(api, INITIAL_STATE, body, {}, specs)
+
+
+def _graph(api: Any, name: str, body: Any, inputs: Sequence[Value], outputs: Sequence[Value]) -> Any:
+    def spec(value: Value) -> Any:
+        return api.TensorSpec(value.type.shape, NUMPY[value.type.dtype], name=value.name)
+
+    return _decorate(api, name, body, {v.name: spec(v) for v in inputs}, [spec(v) for v in outputs])
+
+
+def _decorate(api: Any, name: str, body: Any, inputs: Mapping[str, Any], outputs: Sequence[Any]) -> Any:
+    """Give `body` the annotated signature that `coreai.authoring.graph` reads, and build the graph."""
+
+    def function(*arguments: Any) -> tuple[Any, ...]:
+        return tuple(body(*arguments))
+
+    from coreai.authoring.operation import Value as CoreAIValue
+
+    kinds = {key: Annotated[CoreAIValue, spec] for key, spec in inputs.items()}
+    result = tuple[tuple(Annotated[CoreAIValue, spec] for spec in outputs)]  # type: ignore[misc, valid-type]
+    parameters = [inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD) for key in kinds]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {**kinds, "return": result}
+    return api.graph(function, provided_name=name)
+
+
+def _mark_state(graph: Any, written: Mapping[str, str]) -> None:
+    """Make arguments mutable: state name -> the output that is written back into it."""
+    from coreai._compiler.ir import ArrayAttr, DictAttr, StringAttr
+
+    operation = graph._callable  # the authoring facade has no public way to declare state (1.0.0b3)
+    attributes = []
+    for argument in operation.arg_attrs:
+        entries = {named.name: named.attr for named in argument}
+        name = entries["coreai.name"].value
+        if name in written:
+            entries["MutableBuffers.buffer_mutation"] = StringAttr.get(written[name])
+        attributes.append(DictAttr.get(entries))
+    operation.arg_attrs = ArrayAttr.get(attributes)

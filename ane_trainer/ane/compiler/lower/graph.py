@@ -1,0 +1,356 @@
+"""The walk over the FX graph: inputs, constants, rules, refusals, outputs."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ane_trainer.ane.compiler.lower.context import LARGEST_RANK, Absent, Context, Shape, is_bool, mil_shape
+from ane_trainer.ane.compiler.lower.indices import pairs
+from ane_trainer.ane.compiler.lower.indices.integers import keeps_codes, reads_codes
+from ane_trainer.ane.compiler.lower.passes.pipeline import run_passes
+from ane_trainer.ane.compiler.lower.registry import ACCEPTS_ABSENT, RULES, Refusal
+from ane_trainer.ane.compiler.lower.rules.maxima import Places
+from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value, literal
+from ane_trainer.ane.stages import Alias, Captured, Lowered, Port
+
+_UNFOLDABLE = (torch.Tag.nondeterministic_seeded,)
+
+#: torch refuses these on constants whose strides a rule before them changed; the rules reshape.
+_RANDOM = (
+    "rand",
+    "bernoulli",
+    "dropout",
+    "multinomial",
+    "normal",
+    "uniform",
+    "exponential",
+    "rrelu_with_noise",
+    "poisson",
+)
+#: Their results have as many elements as the data says.
+_DATA_SHAPED = ("masked_select", "nonzero", "unique", "bincount")
+_VIEWS = tuple(f"aten.{name}" for name in ("view.default", "_unsafe_view.default", "unsqueeze.default",
+    "squeeze.default", "squeeze.dim", "squeeze.dims"))  # fmt: skip
+_RULE_ON_CONSTANTS = ("aten.view.default", "aten._unsafe_view.default")
+
+
+def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
+    """The captured step as one MIL program.
+
+    `dtype` is the program's float type: fp16 for the engine; fp32 and fp64 exist to tell a wrong rule from a
+    rounding error.
+
+    Raises: UnsupportedModel (ANE301) with one finding per op that has no rule or that its rule refuses.
+    """
+    ctx = Context(Builder(), dtype)
+    inputs, quotients = _declare_inputs(ctx, captured)
+    findings: list[Finding] = []
+    results: Sequence[Any] = ()
+    for node in captured.graph.graph.nodes:
+        if node.op == "output":
+            results = _flat(node.args[0])
+        elif node.op == "get_attr":
+            ctx.operands[node] = operator.attrgetter(node.target)(captured.graph)
+        elif node.op == "call_function":
+            _lower_node(ctx, node, findings)
+    for node in results:
+        if isinstance(node, Node):
+            ctx.operands[node] = _with_numbers(ctx, ctx.operands[node])
+    findings += _absent_outputs(ctx, results)
+    findings += _computed_codes(ctx)
+    inputs = tuple(replace(port, wide=port.name in ctx.wide) for port in inputs)
+    if findings:
+        count = len(findings)
+        verb = "has" if count == 1 else "have"
+        summary = f"model: needs ops that have a lowering rule; got {count} that {verb} none."
+        raise UnsupportedModel(summary, findings, code="ANE301")
+    names = _output_names(inputs, captured.outputs)
+    values = tuple(_as_output(ctx, ctx.operands[r] if isinstance(r, Node) else r) for r in results)
+    function = run_passes(ctx.builder.finish(values))
+    function = _name_outputs(function, [names[port.name] for port in captured.outputs])
+    outputs = tuple(
+        replace(port, name=names[port.name], shape=v.type.shape)
+        for port, v in zip(captured.outputs, values, strict=True)
+    )
+    renamed = {port.name: new.name for port, new in zip(captured.inputs, inputs, strict=True)}
+    aliases = tuple(Alias(names[a.output], renamed[a.input]) for a in captured.aliases)
+    return Lowered(Program((function,)), (*inputs, *quotients), outputs, aliases)
+
+
+def _absent_outputs(ctx: Context, results: Sequence[Any]) -> list[Finding]:
+    """Results that a rule left out and the graph returns."""
+    found = [(r, ctx.operands[r]) for r in results if isinstance(r, Node)]
+    return [Finding(where(r), str(r.target), o.reason, o.fix) for r, o in found if isinstance(o, Absent)]
+
+
+def _computed_codes(ctx: Context) -> list[Finding]:
+    """Ports that would have to send codes, and whose integers something computes with."""
+    reason = "computes with integers that also look up a table of more than 2048 rows."
+    fix = "Pass them as two inputs, one for the table and one for the arithmetic."
+    twofold = {value.name for value in ctx.high}
+    return [
+        Finding(where(node), str(node.target), reason, fix)
+        for port, node in ctx.computed.items()
+        if port in ctx.wide or port in twofold
+    ]
+
+
+def _follow_integers(ctx: Context, node: Node, arguments: Any) -> None:
+    """Note whether the node hands a port's integers on, looks them up, or computes with them."""
+    leaves = _flat(arguments)
+    ports = frozenset().union(*(ctx.integers.get(v, frozenset()) for v in leaves if isinstance(v, Value)))
+    if not ports:
+        return
+    packet = getattr(node.target, "overloadpacket", None)
+    name = getattr(packet, "__name__", "getitem")
+    constants = [leaf for leaf in leaves if not isinstance(leaf, Value)]
+    results = [r for r in _flat(ctx.operands[node]) if isinstance(r, Value)]
+    whole = [m for m in _flat(node.meta["val"]) if isinstance(m, torch.Tensor) and _integral(m.dtype)]
+    paired = bool(whole) and any(r in ctx.high for r in results)
+    if paired or keeps_codes(name, constants, bool(whole)):
+        ctx.integers |= dict.fromkeys(results, ports)
+    elif not reads_codes(name, constants) and not (name in ("gather", "eq", "ne") and ctx.is_pair(*leaves)):
+        for port in ports:
+            ctx.computed.setdefault(port, node)
+
+
+def _integral(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+def where(node: Node) -> str:
+    """The place to name in a message: the user's module and line as capture recorded it, else the node."""
+    return str(node.meta.get("ane_source") or f"node {node.name}")
+
+
+def _declare_inputs(ctx: Context, captured: Captured) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """The captured ports, and those that hold the quotients of integers in two numbers."""
+    paired = pairs.paired_inputs(captured, ctx.dtype)
+    quotients = []
+    placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
+    ports = []
+    for node, port in zip(placeholders, captured.inputs, strict=True):
+        tensor = node.meta["val"]
+        value = ctx.builder.input(
+            _identifier(port.name), TensorType(ctx.dtype, _at_border(mil_shape(tensor)))
+        )
+        whole = ctx.reshape(value, mil_shape(tensor))
+        ctx.operands[node] = ctx.boolean_of_01(whole) if tensor.dtype == torch.bool else whole
+        if port.role == "batch" and _integral(tensor.dtype):
+            ctx.integers[value] = frozenset([value.name])
+        ports.append(replace(port, name=value.name, shape=value.type.shape))
+        if node in paired:
+            quotients.append(pairs.declare(ctx, value, ports[-1]))
+    return tuple(ports), tuple(quotients)
+
+
+def _output_names(inputs: Sequence[Port], outputs: Sequence[Port]) -> dict[str, str]:
+    """MIL names of the outputs, none of which is an input's."""
+    taken, names = {port.name for port in inputs}, {}
+    for port in outputs:
+        name = _identifier(port.name)
+        while name in taken:
+            name += "_out"
+        taken.add(name)
+        names[port.name] = name
+    return names
+
+
+def _identifier(name: str) -> str:
+    clean = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return clean if clean[:1].isalpha() or clean[:1] == "_" else f"v_{clean}"
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _flat(item)]
+    return [value]
+
+
+def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
+    """Compute one node's operand, or add a finding and a placeholder so that the walk goes on."""
+    ctx.node, ctx.builder.source = node, node.meta.get("ane_source")
+    arguments = torch.fx.node.map_arg(node.args, lambda n: ctx.operands[n])
+    keywords = torch.fx.node.map_arg(node.kwargs, lambda n: ctx.operands[n])
+    if node.target is operator.getitem:
+        source: Any = arguments
+        ctx.operands[node] = source[0][source[1]]
+        return
+    name = str(node.target)
+    if isinstance(ctx.meta, torch.Tensor) and 0 in ctx.meta.shape:  # nothing to compute; `cat` leaves it out
+        ctx.operands[node] = torch.zeros(tuple(ctx.meta.shape), dtype=ctx.meta.dtype)
+        return
+    try:
+        if _foldable(node, arguments, keywords):
+            assert callable(node.target)
+            ctx.operands[node] = _on_cpu(node.target, arguments, keywords)
+            return
+        rule = RULES.get(name)
+        if rule is None:
+            raise Refusal(*_no_rule(name))
+        if arguments and isinstance(arguments[0], Places) and name in _VIEWS:
+            ctx.operands[node] = arguments[0].viewed(ctx.shape)
+            return
+        if name not in ACCEPTS_ABSENT:
+            arguments = _with_numbers(ctx, arguments)
+        absent = next((leaf for leaf in _flat(arguments) if isinstance(leaf, Absent)), None)
+        if absent is not None and name not in ACCEPTS_ABSENT:
+            raise Refusal(absent.reason, absent.fix)
+        _check_static(ctx)
+        ctx.operands[node] = _checked(ctx, rule(ctx, *arguments, **_without_placement(keywords)))
+        _follow_integers(ctx, node, arguments)
+    except Refusal as refusal:
+        findings.append(Finding(where(node), name, refusal.reason, refusal.fix))
+    except ProgramError as error:
+        findings.append(Finding(where(node), name, f"its lowering is refused by a type rule: {error}", ""))
+    if node not in ctx.operands:
+        ctx.operands[node] = _placeholders(ctx, ctx.meta)
+
+
+def _with_numbers(ctx: Context, argument: Any) -> Any:
+    """Indices of poolings as numbers, where there are few enough."""
+    if isinstance(argument, Places):
+        numbers = argument.numbers(ctx)
+        return argument if numbers is None else numbers
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_with_numbers(ctx, item) for item in argument)
+    return argument
+
+
+def _no_rule(name: str) -> tuple[str, str]:
+    if any(word in name for word in _RANDOM):
+        return (
+            "draws random numbers inside the step, which the engine cannot repeat from a seed.",
+            "Use nn.Dropout, or draw the numbers outside and pass them as an input.",
+        )
+    if any(word in name for word in _DATA_SHAPED):
+        return (
+            "gives a shape that depends on data.",
+            "Keep the shape: torch.where, masked_fill, or a product with the mask.",
+        )
+    return (
+        "has no lowering rule.",
+        "Use another op, or register a rule with ane_trainer.ane.compiler.lower.lowering.",
+    )
+
+
+def _foldable(node: Node, arguments: Any, keywords: Any) -> bool:
+    if str(node.target) in _RULE_ON_CONSTANTS:
+        return False
+    leaves = _flat(arguments) + _flat(list(keywords.values()))
+    tags = getattr(node.target, "tags", ())
+    return not any(isinstance(leaf, (Value, Absent)) for leaf in leaves) and not any(
+        t in tags for t in _UNFOLDABLE
+    )
+
+
+def _on_cpu(target: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+    if "device" in keywords:
+        keywords = {**keywords, "device": torch.device("cpu")}
+    return target(*arguments, **keywords)
+
+
+def _without_placement(keywords: Any) -> dict[str, Any]:
+    return {
+        k: v
+        for k, v in keywords.items()
+        if k not in ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+    }
+
+
+def _check_static(ctx: Context) -> None:
+    for tensor in _flat(ctx.meta):
+        shape = getattr(tensor, "shape", ())
+        if not all(isinstance(n, int) for n in shape):
+            raise ctx.refuse(f"needs static shapes; got {tuple(shape)}.", "Compile once per batch size.")
+        if 0 in shape:
+            raise ctx.refuse(f"needs non-empty tensors; got {tuple(shape)}.", "Remove the empty tensor.")
+
+
+def _checked(ctx: Context, result: Any) -> Any:
+    """The rule's result, its shapes and kinds compared with what torch computes."""
+    if isinstance(result, (tuple, list)):
+        return [_checked_one(ctx, r, m) for r, m in zip(result, ctx.meta, strict=True)]
+    return _checked_one(ctx, result, ctx.meta)
+
+
+def _checked_one(ctx: Context, result: Any, meta: Any) -> Any:
+    if not isinstance(result, Value):
+        return result
+    if result.type.shape != mil_shape(meta):
+        raise ProgramError(
+            f"{ctx.node}: needs the shape {mil_shape(meta)}; got {result.type.shape}.", code="MIL103"
+        )
+    return ctx.boolean(result) if meta.dtype == torch.bool else ctx.number(result)
+
+
+def _placeholders(ctx: Context, meta: Any) -> Any:
+    if isinstance(meta, (tuple, list)):
+        return [_placeholders(ctx, m) for m in meta]
+    return ctx.placeholder(meta) if isinstance(meta, torch.Tensor) else meta
+
+
+def _as_output(ctx: Context, operand: Any) -> Value:
+    """A numeric value: booleans leave as 1 and 0, constants as `const`."""
+    ctx.builder.source = None
+    if isinstance(operand, torch.Tensor):
+        operand = operand.double()
+    result = ctx.value(ctx.number(operand))
+    assert not is_bool(result)
+    return ctx.value(ctx.reshape(result, _at_border(result.type.shape)))
+
+
+def _at_border(shape: Shape) -> Shape:
+    """A port's shape: the axes in front that the engine has not are merged into one."""
+    front = len(shape) - LARGEST_RANK + 1
+    return (math.prod(shape[:front]), *shape[front:]) if front > 1 else shape
+
+
+def _name_outputs(function: Function, names: Sequence[str]) -> Function:
+    """Give the outputs their port names.
+
+    An output that is an input, or that is given twice, becomes `mul(x, 1)`: programs that pass an input
+    through crash the engine's compiler (ANEForge `_compile`), and each port needs a value of its own.
+    """
+    new: dict[Value, Value] = {}
+    extra: list[Op] = []
+    outputs: list[Value] = []
+    for value, name in zip(function.outputs, names, strict=True):
+        renamed = Value(name, value.type)
+        if value in function.inputs or value in new:
+            one = literal(1.0, value.type.dtype)
+            extra.append(Op("mul", (("x", value), ("y", one)), (renamed,)))
+        else:
+            new[value] = renamed
+        outputs.append(renamed)
+    used = {v.name for v in outputs}
+    for op in function.ops:
+        for result in op.results:
+            if result not in new and result.name in used:
+                new[result] = Value(f"{result.name}_inner", result.type)
+    return _substitute(replace(function, ops=(*function.ops, *extra), outputs=tuple(outputs)), new)
+
+
+def _substitute(function: Function, new: dict[Value, Value]) -> Function:
+    def swap(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(swap(item) for item in argument)
+        return new.get(argument, argument) if isinstance(argument, Value) else argument
+
+    ops = tuple(
+        replace(
+            op, args=tuple((k, swap(a)) for k, a in op.args), results=tuple(new.get(r, r) for r in op.results)
+        )
+        for op in function.ops
+    )
+    return replace(function, ops=ops)

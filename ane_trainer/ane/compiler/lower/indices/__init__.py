@@ -1,0 +1,1 @@
+"""Integers beyond what fp16 holds exactly: index encodings."""

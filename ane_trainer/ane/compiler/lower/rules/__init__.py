@@ -1,0 +1,1 @@
+"""Lowering rules by family: `aten -> MIL`, one function per ATen overload."""

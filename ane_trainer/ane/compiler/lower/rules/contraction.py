@@ -1,0 +1,99 @@
+"""Matrix products. Transposed operands become matmul's flags in `passes.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.compiler.lower.registry import lowering
+
+
+@lowering("mm.default bmm.default")
+def mm(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`mm(x, y) -> matmul(x, y)`"""
+    return ctx.matmul(x, y)
+
+
+@lowering("matmul.default")
+def matmul(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`matmul(x, y) -> matmul(x, y)`; a vector becomes a matrix with one row or column"""
+    left, right = shape_of(x), shape_of(y)
+    x = ctx.reshape(x, (1, *left)) if len(left) == 1 else x
+    y = ctx.reshape(y, (*right, 1)) if len(right) == 1 else y
+    return ctx.reshape(ctx.matmul(x, y), ctx.shape)
+
+
+@lowering("mv.default")
+def mv(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`mv(x, y) -> reshape(matmul(x, reshape(y, [K, 1])), [M])`"""
+    return matmul(ctx, x, y)
+
+
+@lowering("dot.default vdot.default")
+def dot(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`dot(x, y) -> reduce_sum(mul(x, y))`"""
+    return ctx.sum(ctx.mul(x, y))
+
+
+@lowering("addmm.default baddbmm.default")
+def addmm(
+    ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1
+) -> Operand:
+    """`addmm(b, x, y) -> add(matmul(x, y), b)`, with alpha and beta as `mul`"""
+    product = ctx.matmul(x, y)
+    if alpha != 1:
+        product = ctx.mul(product, alpha)
+    if beta == 0:
+        return product
+    return ctx.add(product, bias if beta == 1 else ctx.mul(bias, beta))
+
+
+@lowering("addmv.default")
+def addmv(
+    ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1
+) -> Operand:
+    """`addmv(b, x, y) -> add(reshape(matmul(x, reshape(y, [K, 1])), [M]), b)`"""
+    column = ctx.reshape(y, (*shape_of(y), 1))
+    product = ctx.mul(ctx.reshape(ctx.matmul(x, column), shape_of(x)[:1]), alpha)
+    return ctx.add(product, ctx.mul(bias, beta)) if beta else product
+
+
+@lowering("linear.default")
+def linear(ctx: Context, x: Operand, weight: Operand, bias: Operand | None = None) -> Operand:
+    """`linear(x, w, b) -> add(matmul(x, w, transpose_y=True), b)`; the weight is a runtime value"""
+    flat = ctx.reshape(x, (1, *shape_of(x))) if len(shape_of(x)) == 1 else x
+    product = ctx.reshape(ctx.matmul(flat, weight, ty=True), ctx.shape)
+    return product if bias is None else ctx.add(product, bias)
+
+
+@lowering("ger.default outer.default")
+def outer(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`outer(x, y) -> mul(reshape(x, [M, 1]), y)`"""
+    return ctx.mul(ctx.reshape(x, (*shape_of(x), 1)), y)
+
+
+@lowering("_trilinear.default")
+def trilinear(
+    ctx: Context, a: Operand, b: Operand, c: Operand, expand_a: Sequence[int], expand_b: Sequence[int],
+    expand_c: Sequence[int], sum_dims: Sequence[int], unroll_dim: int = 1,
+) -> Operand:  # fmt: skip
+    """`_trilinear(a, b, c) -> reduce_sum(mul(mul(a, b), c), axes)`, each with its missing axes of extent 1"""
+    for_all = [_with_axes(ctx, x, axes) for x, axes in ((a, expand_a), (b, expand_b), (c, expand_c))]
+    product = ctx.mul(ctx.mul(for_all[0], for_all[1]), for_all[2])
+    return ctx.reshape(ctx.sum(product, list(sum_dims)) if sum_dims else product, ctx.shape)
+
+
+def _with_axes(ctx: Context, x: Operand, axes: Sequence[int]) -> Operand:
+    shape = list(shape_of(x))
+    for axis in sorted(axes):
+        shape.insert(axis, 1)
+    return ctx.reshape(x, tuple(shape))
+
+
+@lowering("addbmm.default")
+def addbmm(
+    ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1
+) -> Operand:
+    """`addbmm(b, x, y) -> add(reduce_sum(matmul(x, y), axes=0), b)`, with alpha and beta as `mul`"""
+    product = ctx.mul(ctx.sum(ctx.matmul(x, y), [0]), alpha)
+    return ctx.add(product, ctx.mul(bias, beta)) if beta else product

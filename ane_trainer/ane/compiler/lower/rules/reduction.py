@@ -1,0 +1,285 @@
+"""Reductions over axes: sums, means, extrema, moments, norms, cumulative sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.compiler.lower.registry import lowering
+from ane_trainer.ane.compiler.lower.rules.slicing import along
+
+Axes = Sequence[int] | int | None
+
+
+def axes_of(dim: Axes) -> list[int] | None:
+    """A `dim` argument as a list; None for all axes."""
+    if dim is None:
+        return None
+    return [dim] if isinstance(dim, int) else list(dim) or None
+
+
+def count(shape: Sequence[int], dim: Axes) -> int:
+    """Number of elements that one result gathers."""
+    axes = axes_of(dim)
+    return math.prod(shape) if axes is None else math.prod(shape[a] for a in axes)
+
+
+@lowering("sum.default sum.dim_IntList")
+def sum_(ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+    """`sum(x, d) -> reduce_sum(x, axes=d)`"""
+    return ctx.reshape(ctx.sum(x, axes_of(dim), keep=keepdim), ctx.shape)
+
+
+@lowering("mean.default mean.dim")
+def mean(ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+    """`mean(x, d) -> reduce_mean(x, axes=d)`"""
+    return ctx.reshape(ctx.mean(x, axes_of(dim), keep=keepdim), ctx.shape)
+
+
+@lowering("amax.default")
+def amax(ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False) -> Operand:
+    """`amax(x, d) -> reduce_max(x, axes=d)`"""
+    return ctx.reshape(ctx.reduce("max", x, axes_of(dim), keep=keepdim), ctx.shape)
+
+
+@lowering("max.default")
+def max_all(ctx: Context, x: Operand) -> Operand:
+    """`max(x) -> reduce_max(x)`"""
+    return ctx.reduce("max", x, None)
+
+
+@lowering("amin.default")
+def amin(ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False) -> Operand:
+    """`amin(x, d) -> reduce_min(x, axes=d)`"""
+    return ctx.reshape(ctx.reduce("min", x, axes_of(dim), keep=keepdim), ctx.shape)
+
+
+@lowering("min.default")
+def min_all(ctx: Context, x: Operand) -> Operand:
+    """`min(x) -> reduce_min(x)`"""
+    return ctx.reduce("min", x, None)
+
+
+def first_index(ctx: Context, x: Operand, best: Operand, dim: int) -> Operand:
+    """The first index along `dim` at which x equals `best`, axis kept.
+
+    `reduce_min(select(equal(x, best), arange, n))`: no `reduce_argmax` on the engine (ANEForge sweep, M5).
+    """
+    shape = shape_of(x)
+    n = shape[dim]
+    if n > 2048:
+        raise ctx.refuse(
+            f"needs an axis of at most 2048, the integers fp16 holds; got {n}.", "Split the axis."
+        )
+    index = torch.arange(n, dtype=torch.float64).reshape(
+        [n if i == dim % len(shape) else 1 for i in range(len(shape))]
+    )
+    candidates = ctx.where(ctx.binary("equal", x, best), index, float(n))
+    return ctx.reduce("min", candidates, [dim], keep=True)
+
+
+@lowering("max.dim")
+def max_dim(ctx: Context, x: Operand, dim: int, keepdim: bool = False) -> tuple[Operand, Operand]:
+    """`max(x, d) -> reduce_max(x), first_index(x, max)`"""
+    return _extremum(ctx, "max", x, dim)
+
+
+@lowering("min.dim")
+def min_dim(ctx: Context, x: Operand, dim: int, keepdim: bool = False) -> tuple[Operand, Operand]:
+    """`min(x, d) -> reduce_min(x), first_index(x, min)`"""
+    return _extremum(ctx, "min", x, dim)
+
+
+def _extremum(ctx: Context, kind: str, x: Operand, dim: int) -> tuple[Operand, Operand]:
+    shape = tuple(int(n) for n in ctx.meta[0].shape) or (1,)
+    best = ctx.reduce(kind, x, [dim], keep=True)
+    index = first_index(ctx, x, best, dim) if ctx.used(1) else torch.zeros(shape)
+    return ctx.reshape(best, shape), ctx.reshape(index, shape)
+
+
+@lowering("argmax.default")
+def argmax(ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = False) -> Operand:
+    """`argmax(x, d) -> reduce_min(select(equal(x, reduce_max(x)), arange, n))`"""
+    return _arg(ctx, "max", x, dim)
+
+
+@lowering("argmin.default")
+def argmin(ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = False) -> Operand:
+    """`argmin(x, d) -> reduce_min(select(equal(x, reduce_min(x)), arange, n))`"""
+    return _arg(ctx, "min", x, dim)
+
+
+def _arg(ctx: Context, kind: str, x: Operand, dim: int | None) -> Operand:
+    if dim is None:
+        x, dim = ctx.reshape(x, (math.prod(shape_of(x)),)), 0
+    best = ctx.reduce(kind, x, [dim], keep=True)
+    return ctx.reshape(first_index(ctx, x, best, dim), ctx.shape)
+
+
+def moments(ctx: Context, x: Operand, axes: list[int] | None, correction: float) -> tuple[Operand, Operand]:
+    """Variance and mean with the axes kept: `d = x - mean(x)`, `mean(d d) * n / (n - correction)`."""
+    average = ctx.mean(x, axes, keep=True)
+    spread = ctx.mean(ctx.square(ctx.sub(x, average)), axes, keep=True)
+    n = count(shape_of(x), axes)
+    factor = n / (n - correction) if n > correction else math.inf
+    return (spread if factor == 1 else ctx.mul(spread, factor)), average
+
+
+@lowering("var.default var.dim var.correction")
+def var(
+    ctx: Context,
+    x: Operand,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> Operand:
+    """`var(x, d) -> reduce_mean(mul(d, d))` with `d = sub(x, reduce_mean(x))`, times n / (n - correction)"""
+    axes, amount = _moment_arguments(dim, unbiased, correction)
+    return ctx.reshape(moments(ctx, x, axes, amount)[0], ctx.shape)
+
+
+@lowering("std.default std.dim std.correction")
+def std(
+    ctx: Context,
+    x: Operand,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> Operand:
+    """`std(x, d) -> sqrt(var(x, d))`"""
+    axes, amount = _moment_arguments(dim, unbiased, correction)
+    return ctx.reshape(ctx.unary("sqrt", moments(ctx, x, axes, amount)[0]), ctx.shape)
+
+
+@lowering("var_mean.default var_mean.dim var_mean.correction")
+def var_mean(
+    ctx: Context,
+    x: Operand,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> tuple[Operand, Operand]:
+    """`var_mean(x, d) -> ` as `var`, and `reduce_mean(x)`"""
+    axes, amount = _moment_arguments(dim, unbiased, correction)
+    variance, average = moments(ctx, x, axes, amount)
+    shape = tuple(int(n) for n in ctx.meta[0].shape) or (1,)
+    return ctx.reshape(variance, shape), ctx.reshape(average, shape)
+
+
+def _moment_arguments(dim: Any, unbiased: Any, correction: Any) -> tuple[list[int] | None, float]:
+    """Axes and correction from the three overloads' arguments."""
+    if isinstance(dim, bool):  # var.default(x, unbiased)
+        dim, unbiased = None, dim
+    if correction is None:
+        correction = 1.0 if unbiased is None or unbiased else 0.0
+    return axes_of(dim), float(correction)
+
+
+@lowering("linalg_vector_norm.default norm.ScalarOpt_dim norm.Scalar")
+def vector_norm(
+    ctx: Context, x: Operand, order: float = 2, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
+) -> Operand:
+    """`vector_norm(x, p, d)`: 2 `-> reduce_l2_norm`, 1 `-> reduce_l1_norm`, inf `-> reduce_max(abs(x))`, 0
+    counts
+    """
+    axes = axes_of(dim)
+    if order == 2:
+        y = ctx.reduce("l2_norm", x, axes, keep=keepdim)
+    elif order == 1:
+        y = ctx.reduce("l1_norm", x, axes, keep=keepdim)
+    elif math.isinf(order):
+        y = ctx.reduce("max" if order > 0 else "min", ctx.unary("abs", x), axes, keep=keepdim)
+    elif order == 0:
+        y = ctx.sum(ctx.binary("not_equal", x, 0.0), axes, keep=keepdim)
+    else:
+        powers = ctx.sum(ctx.binary("pow", ctx.unary("abs", x), float(order)), axes, keep=keepdim)
+        y = ctx.binary("pow", powers, 1.0 / order)
+    return ctx.reshape(y, ctx.shape)
+
+
+@lowering("logsumexp.default")
+def logsumexp(ctx: Context, x: Operand, dim: Axes, keepdim: bool = False) -> Operand:
+    """`logsumexp(x, d) -> add(log(reduce_sum(exp(sub(x, m)))), m)`, m = reduce_max(x)"""
+    axes = axes_of(dim)
+    top = ctx.reduce("max", x, axes, keep=True)
+    total = ctx.sum(ctx.unary("exp", ctx.sub(x, top)), axes, keep=True)
+    return ctx.reshape(ctx.add(ctx.unary("log", total, epsilon=ctx.scalar(0.0)), top), ctx.shape)
+
+
+@lowering("prod.default prod.dim_int")
+def prod(
+    ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None
+) -> Operand:
+    """`prod(x, d) -> mul` of halves of the axis, log2(n) times (no `reduce_prod` on the engine)"""
+    if dim is None:
+        x, dim = ctx.reshape(x, (math.prod(shape_of(x)), 1)), 0
+    x = ctx.number(x)
+    n = shape_of(x)[dim]
+    while n > 1:
+        half = n // 2
+        product = ctx.mul(ctx.slice(x, dim, 0, half), ctx.slice(x, dim, half, 2 * half))
+        x = ctx.concat([product, ctx.slice(x, dim, 2 * half, n)], dim) if n % 2 else product
+        n = shape_of(x)[dim]
+    return ctx.reshape(x, ctx.shape)
+
+
+@lowering("cumsum.default")
+def cumsum(ctx: Context, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
+    """`cumsum(x, d) -> matmul` with a constant triangle of ones (no `cumsum` on the engine)"""
+    if ctx.node is not None and not ctx.node.args[0].meta["val"].shape:  # type: ignore[union-attr]
+        return x
+    n = shape_of(x)[dim]
+    return along(ctx, x, dim, torch.ones(n, n, dtype=torch.float64).tril())
+
+
+@lowering("cumprod.default")
+def cumprod(ctx: Context, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
+    """`cumprod(x, d) -> mul(x, pad(x shifted by 1, 2, 4, ..., with ones))`, log2(n) times"""
+    shape, shift = shape_of(x), 1
+    while shift < shape[dim]:
+        behind = ctx.pad_axis(ctx.slice(x, dim, 0, shape[dim] - shift), dim, shift, 0, 1.0)
+        x, shift = ctx.mul(x, behind), 2 * shift
+    return x
+
+
+@lowering("dist.default")
+def dist(ctx: Context, x: Operand, y: Operand, p: float = 2) -> Operand:
+    """`dist(x, y, p) -> ` the vector norm of `sub(x, y)`"""
+    return vector_norm(ctx, ctx.sub(x, y), p)
+
+
+@lowering("_cdist_forward.default")
+def cdist(ctx: Context, x: Operand, y: Operand, p: float, compute_mode: int | None) -> Operand:
+    """`cdist(x, y, p) -> ` norms of `sub(reshape(x, [.., M, 1, K]), reshape(y, [.., 1, N, K]))`"""
+    a, b = shape_of(x), shape_of(y)
+    rows = ctx.reshape(x, (*a[:-1], 1, a[-1]))
+    return vector_norm(ctx, ctx.sub(rows, ctx.reshape(y, (*b[:-2], 1, *b[-2:]))), p, -1)
+
+
+@lowering("_cdist_backward.default")
+def cdist_backward(ctx: Context, g: Operand, x: Operand, y: Operand, p: float, distance: Operand) -> Operand:
+    """`_cdist_backward(g, x, y, 2) -> reduce_sum(mul(sub(x, y), g / d))` over y's rows; 0 where d = 0"""
+    if p not in (1, 2):
+        raise ctx.refuse(f"needs p of 1 or 2 for the gradient; got {p}.", "Use another norm.")
+    a, b = shape_of(x), shape_of(y)
+    rows = ctx.reshape(x, (*a[:-1], 1, a[-1]))
+    apart = ctx.sub(rows, ctx.reshape(y, (*b[:-2], 1, *b[-2:])))
+    direction: Operand = apart
+    slope = g
+    if p == 1:
+        direction = ctx.unary("sign", apart)
+    else:
+        near = ctx.binary("equal", distance, 0.0)
+        slope = ctx.where(near, 0.0, ctx.div(g, ctx.where(near, 1.0, distance)))
+    product = ctx.mul(direction, ctx.reshape(slope, (*shape_of(slope), 1)))
+    return ctx.reshape(ctx.sum(product, [-2]), ctx.shape)

@@ -1,0 +1,259 @@
+"""Parts of tensors and their gradients: slices, selections, splits, pads, flips, rolls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.compiler.lower.registry import lowering
+from ane_trainer.ane.mil.program import Value
+
+
+def _range(extent: int, start: int | None, end: int | None, step: int) -> tuple[int, int]:
+    """A slice's start and stop in `[0, extent]`."""
+    begin, stop, _ = slice(start, end, step).indices(extent)
+    return begin, max(begin, stop)
+
+
+@lowering("slice.Tensor slice_copy.Tensor")
+def slice_(
+    ctx: Context, x: Operand, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Operand:
+    """`slice(x, d, a, b) -> slice_by_size(x)`; with a step `-> slice_by_index(x)`"""
+    begin, stop = _range(shape_of(x)[dim], start, end, step)
+    return ctx.slice(x, dim, begin, stop, step)
+
+
+@lowering("select.int select_copy.int")
+def select(ctx: Context, x: Operand, dim: int, index: int) -> Operand:
+    """`select(x, d, i) -> reshape(slice_by_size(x))`"""
+    index %= shape_of(x)[dim]
+    return ctx.reshape(ctx.slice(x, dim, index, index + 1), ctx.shape)
+
+
+@lowering("narrow.default narrow_copy.default")
+def narrow(ctx: Context, x: Operand, dim: int, start: int, length: int) -> Operand:
+    """`narrow(x, d, a, n) -> slice_by_size(x)`"""
+    start %= shape_of(x)[dim]
+    return ctx.slice(x, dim, start, start + length)
+
+
+def spread(ctx: Context, g: Operand, axis: int, extent: int, start: int, step: int) -> Operand:
+    """Put `g` at `start, start + step, ...` of an axis of zeros: the gradient of a strided slice.
+
+    step 1: `pad(g)`; else `reshape [.., n, 1, ..] -> pad [.., n, step, ..] -> reshape [.., n step, ..] ->
+    pad`
+    """
+    shape = shape_of(g)
+    axis %= len(shape)
+    g = zero_insert(ctx, g, axis, step)
+    length = shape_of(g)[axis]  # with the zeros behind the last element, which may be cropped again
+    return ctx.pad_axis(g, axis, start, extent - start - length)
+
+
+def zero_insert(ctx: Context, g: Operand, axis: int, step: int) -> Operand:
+    """`step - 1` zeros behind each element of an axis (also behind the last)."""
+    if step == 1:
+        return g
+    shape = shape_of(g)
+    lead, rest = shape[:axis], shape[axis + 1 :]
+    if len(shape) > 4:  # rank 5 is the engine's last: merge the other axes
+        merged = ctx.reshape(g, (math.prod(lead), shape[axis], math.prod(rest)))
+        return ctx.reshape(zero_insert(ctx, merged, 1, step), (*lead, shape[axis] * step, *rest))
+    padded = ctx.pad_axis(ctx.reshape(g, (*lead, shape[axis], 1, *rest)), axis + 1, 0, step - 1)
+    return ctx.reshape(padded, (*lead, shape[axis] * step, *rest))
+
+
+@lowering("slice_backward.default")
+def slice_backward(
+    ctx: Context, g: Operand, sizes: Sequence[int], dim: int, start: int, end: int, step: int
+) -> Operand:
+    """`slice_backward(g, ...) -> pad(g)`, zeros inserted first for a step"""
+    begin, _ = _range(sizes[dim], start, end, step)
+    return spread(ctx, g, dim % len(sizes), sizes[dim], begin, step)
+
+
+@lowering("select_backward.default")
+def select_backward(ctx: Context, g: Operand, sizes: Sequence[int], dim: int, index: int) -> Operand:
+    """`select_backward(g, ...) -> pad(reshape(g))`"""
+    dim %= len(sizes)
+    kept = ctx.reshape(g, tuple(1 if i == dim else n for i, n in enumerate(sizes)))
+    return spread(ctx, kept, dim, sizes[dim], index % sizes[dim], 1)
+
+
+@lowering("slice_scatter.default")
+def slice_scatter(
+    ctx: Context,
+    x: Operand,
+    source: Operand,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Operand:
+    """`slice_scatter(x, s) -> concat(x before, s, x behind)`; with a step `-> x * kept + spread(s)`"""
+    extent = shape_of(x)[dim]
+    begin, stop = _range(extent, start, end, step)
+    if step == 1:
+        parts = [ctx.slice(x, dim, 0, begin)] if begin else []
+        parts.append(source)
+        parts += [ctx.slice(x, dim, stop, extent)] if stop < extent else []
+        return ctx.concat(parts, dim)
+    kept = torch.ones(extent)
+    kept[begin:stop:step] = 0
+    rank = len(shape_of(x))
+    kept = kept.reshape([extent if i == dim % rank else 1 for i in range(rank)])
+    return ctx.add(ctx.mul(x, kept), spread(ctx, source, dim % rank, extent, begin, step))
+
+
+@lowering("select_scatter.default")
+def select_scatter(ctx: Context, x: Operand, source: Operand, dim: int, index: int) -> Operand:
+    """`select_scatter(x, s, d, i) -> concat(x before, s, x behind)`"""
+    shape = shape_of(x)
+    dim, index = dim % len(shape), index % shape[dim]
+    kept = ctx.reshape(source, tuple(1 if i == dim else n for i, n in enumerate(shape)))
+    return slice_scatter(ctx, x, kept, dim, index, index + 1)
+
+
+@lowering(
+    "split.Tensor split_with_sizes.default split_with_sizes_copy.default unsafe_split.Tensor chunk.default"
+)
+def split(ctx: Context, x: Operand, sizes: int | Sequence[int], dim: int = 0) -> list[Operand]:
+    """`split(x, n, d) -> slice_by_size(x)` for each part"""
+    parts, start = [], 0
+    for meta in ctx.meta:
+        stop = start + int(meta.shape[dim])
+        parts.append(ctx.slice(x, dim, start, stop))
+        start = stop
+    return parts
+
+
+@lowering("unbind.int unbind_copy.int")
+def unbind(ctx: Context, x: Operand, dim: int = 0) -> list[Operand]:
+    """`unbind(x, d) -> reshape(slice_by_size(x))` for each part"""
+    shape = shape_of(x)
+    rest = tuple(n for i, n in enumerate(shape) if i != dim % len(shape))
+    return [ctx.reshape(ctx.slice(x, dim, i, i + 1), rest) for i in range(shape[dim])]
+
+
+@lowering("constant_pad_nd.default pad.default")
+def constant_pad(ctx: Context, x: Operand, pad: Sequence[int], *options: Any, **_: Any) -> Operand:
+    """`constant_pad_nd(x, p, v) -> pad(x, p, constant_val=v)`; negative pads are slices"""
+    value = float(options[-1]) if options and isinstance(options[-1], (int, float)) else 0.0
+    rank = len(shape_of(x))
+    pairs = [(0, 0)] * rank
+    for i in range(len(pad) // 2):
+        pairs[rank - 1 - i] = (pad[2 * i], pad[2 * i + 1])
+    return ctx.pad(x, pairs, value)
+
+
+@lowering("flip.default")
+def flip(ctx: Context, x: Operand, dims: Sequence[int]) -> Operand:
+    """`flip(x, d) -> concat` of single slices in reverse; axes longer than 16 `-> matmul` with a
+    permutation
+    """
+    for dim in dims:
+        order = torch.arange(shape_of(x)[dim] - 1, -1, -1)
+        x = take(ctx, x, dim, order)
+    return x
+
+
+@lowering("roll.default")
+def roll(ctx: Context, x: Operand, shifts: Sequence[int], dims: Sequence[int] = ()) -> Operand:
+    """`roll(x, s, d) -> concat(slice_by_size(x, tail), slice_by_size(x, head))`"""
+    if not dims:
+        shape = shape_of(x)
+        return ctx.reshape(roll(ctx, ctx.reshape(x, (-1,)), shifts, [0]), shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        extent = shape_of(x)[dim]
+        cut = (extent - shift) % extent
+        if cut:
+            x = ctx.concat([ctx.slice(x, dim, cut, extent), ctx.slice(x, dim, 0, cut)], dim)
+    return x
+
+
+#: Runs of consecutive indices up to which `take` slices and concatenates; beyond, it multiplies by one-hot.
+SLICED_RUNS = 16
+
+
+def take(ctx: Context, x: Operand, dim: int, index: torch.Tensor) -> Operand:
+    """`x` at the constant indices of one axis, as slices and `concat`, or as a product with a one-hot
+    constant.
+
+    The product keeps x to a multiple of 2^-16 (the accumulator's step) below 32768 (its range): exact from
+    2^-6 on.
+    """
+    shape = shape_of(x)
+    dim %= len(shape)
+    if not isinstance(x, Value):
+        return torch.as_tensor(x).index_select(dim, index)
+    wanted = [int(i) % shape[dim] for i in index]
+    runs = _runs(wanted)
+    if len(runs) <= SLICED_RUNS:
+        return ctx.concat([ctx.slice(x, dim, a, b) for a, b in runs], dim)
+    chosen = torch.nn.functional.one_hot(torch.tensor(wanted), shape[dim]).double()
+    return along(ctx, x, dim, chosen)
+
+
+def _runs(index: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for i in index:
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs
+
+
+def along(ctx: Context, x: Operand, dim: int, matrix: torch.Tensor) -> Operand:
+    """A constant linear map `[m, n]` applied along one axis of extent n.
+
+    last axis: `matmul(x, matrix, transpose_y)`; second last: `matmul(matrix, x)`; others are transposed
+    there.
+    """
+    shape = shape_of(x)
+    rank, dim = len(shape), dim % len(shape)
+    x = ctx.number(x)
+    if rank == 1:
+        column = ctx.matmul(ctx.reshape(x, (1, *shape)), matrix, ty=True)
+        return ctx.reshape(column, (matrix.shape[0],))
+    if dim == rank - 1:
+        flat = ctx.reshape(x, (-1, *shape[-2:])) if rank > 4 else x
+        return ctx.reshape(ctx.matmul(flat, matrix, ty=True), (*shape[:-1], matrix.shape[0]))
+    before, after = shape[:dim], shape[dim + 1 :]
+    lead = 1
+    for n in before:
+        lead *= n
+    flat = ctx.reshape(x, (lead, shape[dim], -1))
+    return ctx.reshape(ctx.matmul(matrix, flat), (*before, matrix.shape[0], *after))
+
+
+@lowering("unfold.default unfold_copy.default")
+def unfold(ctx: Context, x: Operand, dim: int, size: int, step: int) -> Operand:
+    """`unfold(x, d, n, s) -> concat` of n shifted slices on a new last axis"""
+    shape = shape_of(x)
+    dim %= len(shape)
+    count = (shape[dim] - size) // step + 1
+    parts = [ctx.slice(x, dim, t, t + (count - 1) * step + 1, step) for t in range(size)]
+    return ctx.reshape(ctx.concat([ctx.reshape(part, (*shape_of(part), 1)) for part in parts], -1), ctx.shape)
+
+
+@lowering("unfold_backward.default")
+def unfold_backward(
+    ctx: Context, g: Operand, sizes: Sequence[int], dim: int, size: int, step: int
+) -> Operand:
+    """`unfold_backward(g) -> add(pad(slice(g)))`: each tap back at its place, zeros inserted for a step"""
+    if not sizes:
+        return ctx.reshape(g, ctx.shape)
+    dim %= len(sizes)
+    total: Operand = torch.zeros(tuple(sizes))
+    for t in range(size):
+        part = ctx.reshape(ctx.slice(g, -1, t, t + 1), shape_of(g)[:-1])
+        part = ctx.slice(zero_insert(ctx, part, dim, step), dim, 0, (shape_of(part)[dim] - 1) * step + 1)
+        placed = ctx.pad_axis(part, dim, t, sizes[dim] - t - shape_of(part)[dim])
+        total = placed if t == 0 else ctx.add(total, placed)
+    return total

@@ -1,0 +1,95 @@
+"""Sorting by counting: the rank of an element is how many come before it, and one-hot ranks put it
+in its place.
+
+`n x n` comparisons per line of n elements: for the short axes of models (top-k of classes or experts). The
+engine's own sort and topk are A14 and later, and topk refuses k of 3 and 4 (ANEForge capabilities).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.compiler.lower.indices.integers import EXACT_INTEGERS
+from ane_trainer.ane.compiler.lower.registry import lowering
+from ane_trainer.ane.compiler.lower.rules.indexing import move_axis_back
+
+_Pair = tuple[Operand, Operand]
+
+
+def _ordered(
+    ctx: Context, x: Operand, dim: int, *, descending: bool, take: tuple[int, int] | None = None
+) -> _Pair:
+    """Values and indices along `dim` in order (of equal elements the first comes first), places `take` only.
+
+    `rank_i = reduce_sum(x_j before x_i)`; `value_k = reduce_sum(select(equal(rank, k), x, 0))`
+    """
+    shape = shape_of(x)
+    n, dim = shape[dim], dim % len(shape)
+    if n > EXACT_INTEGERS:
+        raise ctx.refuse(f"needs an axis of at most {EXACT_INTEGERS} elements; got {n}.", "Sort on the host.")
+    order = [a for a in range(len(shape)) if a != dim] + [dim]
+    moved = ctx.transpose(x, order)
+    lead = shape_of(moved)[:-1]
+    rows = 1
+    for extent in lead:
+        rows *= extent
+    own, other = ctx.reshape(moved, (rows, n, 1)), ctx.reshape(moved, (rows, 1, n))
+    before = ctx.number(ctx.binary("greater" if descending else "less", other, own))
+    tied = ctx.mul(ctx.number(ctx.binary("equal", other, own)), torch.ones(n, n).tril(-1))
+    rank = ctx.sum(ctx.add(before, tied), [-1])  # [rows, n]
+    start, stop = take or (0, n)
+    places = torch.arange(start, stop, dtype=torch.float64).reshape(1, -1, 1)
+    hit = ctx.binary("equal", ctx.reshape(rank, (rows, 1, n)), places)  # [rows, places, n]
+    results = []
+    for source in (other, torch.arange(n, dtype=torch.float64).reshape(1, 1, n)):
+        chosen = ctx.sum(ctx.where(hit, source, 0.0), [-1])
+        results.append(move_axis_back(ctx, ctx.reshape(chosen, (*lead, stop - start)), dim))
+    return results[0], results[1]
+
+
+@lowering("sort.default")
+def sort(ctx: Context, x: Operand, dim: int = -1, descending: bool = False) -> _Pair:
+    """`sort(x, d) -> ` comparisons, `reduce_sum`, one-hot `select` (see `_ordered`)"""
+    return _ordered(ctx, x, dim, descending=descending)
+
+
+@lowering("sort.stable")
+def sort_stable(
+    ctx: Context, x: Operand, *, stable: Any = None, dim: int = -1, descending: bool = False
+) -> _Pair:
+    """`sort(x, d, stable) -> ` as `sort`, which is stable"""
+    return _ordered(ctx, x, dim, descending=descending)
+
+
+@lowering("topk.default")
+def topk(ctx: Context, x: Operand, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> _Pair:
+    """`topk(x, k, d) -> ` as `sort`, the first k places"""
+    return _ordered(ctx, x, dim, descending=largest, take=(0, k))
+
+
+@lowering("kthvalue.default")
+def kthvalue(ctx: Context, x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> _Pair:
+    """`kthvalue(x, k, d) -> ` as `sort`, place k - 1"""
+    return _one(ctx, x, dim, k - 1)
+
+
+@lowering("median.dim")
+def median(ctx: Context, x: Operand, dim: int = -1, keepdim: bool = False) -> _Pair:
+    """`median(x, d) -> ` as `sort`, place (n - 1) / 2"""
+    return _one(ctx, x, dim, (shape_of(x)[dim] - 1) // 2)
+
+
+def _one(ctx: Context, x: Operand, dim: int, place: int) -> _Pair:
+    values, indices = _ordered(ctx, x, dim, descending=False, take=(place, place + 1))
+    shape = tuple(ctx.meta[0].shape) or (1,)
+    return ctx.reshape(values, shape), ctx.reshape(indices, shape)
+
+
+@lowering("median.default")
+def median_of_all(ctx: Context, x: Operand) -> Operand:
+    """`median(x) -> ` as `sort` of all elements, place (n - 1) / 2"""
+    n = torch.Size(shape_of(x)).numel()
+    return _ordered(ctx, ctx.reshape(x, (n,)), 0, descending=False, take=((n - 1) // 2, (n - 1) // 2 + 1))[0]
