@@ -1,1 +1,26 @@
-"""Lowering rules by family: `aten -> MIL`, one function per ATen overload."""
+"""Lowering rules by family: `aten -> MIL`, one function per ATen overload. Importing a module registers its rules."""
+
+from ane_trainer.ane.compiler.lower.rules import (  # noqa: F401
+    activation,
+    constants,
+    contraction,
+    convolution,
+    gamma,
+    indexing,
+    interpolation,
+    joining,
+    loss,
+    normalization,
+    picking,
+    pointwise,
+    pooling,
+    predicates,
+    reduction,
+    scattering,
+    segments,
+    slicing,
+    sorting,
+    strided,
+    triangular,
+    views,
+)
