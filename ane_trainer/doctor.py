@@ -19,15 +19,15 @@ from ane_trainer import conformance, energy
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip, known_chips
 from ane_trainer.ane.compiler.emit import cache_folder
-from ane_trainer.ane.devices import DEVICE_NAMES, get_device
-from ane_trainer.ane.devices.aneforge_runtime import on_apple_silicon
+from ane_trainer.ane.dispatch.devices import DEVICE_NAMES, get_device
+from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
+from ane_trainer.ane.dispatch.devices.machine import describe, known_chip, version
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Program, TensorType
 from ane_trainer.conformance.engines import as_compiled
 from ane_trainer.data import default_root
 from ane_trainer.datasets import dataset_rows
-from ane_trainer.machine import describe, known_chip, version
 from ane_trainer.report import Reporter
 from ane_trainer.trainer import Trainer
 from ane_trainer.utils import atomic_write

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ane_trainer.ane.devices.aneforge_runtime import on_apple_silicon
+from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
 
 EXTRA = 'pip install "ane_trainer[energy]"'
 

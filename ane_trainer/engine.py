@@ -12,11 +12,11 @@ from torch import nn
 from ane_trainer.ane.capture import get_loss
 from ane_trainer.ane.capture.gradients import Treatment
 from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch import compile_forward, compile_step
+from ane_trainer.ane.dispatch.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch.devices.machine import known_chip
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.fallback import FallbackStep, Partitioned
-from ane_trainer.machine import known_chip
 from ane_trainer.reference import CpuForward, CpuStep
 from ane_trainer.utils import did_you_mean
 

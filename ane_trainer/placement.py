@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ane_trainer.ane.devices.aneforge_runtime import on_apple_silicon
+from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
 from ane_trainer.ane.errors import UsageError
 
 EXTRA = 'pip install "ane_trainer[coreml]"'

@@ -17,7 +17,8 @@ from ane_trainer.ane.chips.lookup import PATHS
 from ane_trainer.ane.errors import SimulationError, UsageError
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.mil.program import Function, Value
-from ane_trainer.ane.profiling import (
+from ane_trainer.ane.simulator import make_context, prepare, refusal
+from ane_trainer.ane.verify.profiling import (
     Distance,
     OpProfile,
     OutputError,
@@ -26,7 +27,6 @@ from ane_trainer.ane.profiling import (
     function_of,
     profile,
 )
-from ane_trainer.ane.simulator import make_context, prepare, refusal
 from ane_trainer.checkpoint import unwritable
 from ane_trainer.utils import atomic_write
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from ane_trainer.ane.chips.lookup import op_status
-from ane_trainer.ane.evidence import stored_rows
-from ane_trainer.ane.published import FIGURES, Figure
 from ane_trainer.ane.simulator import KERNELS, WITHOUT_KERNEL
+from ane_trainer.ane.verify.evidence import stored_rows
+from ane_trainer.ane.verify.published import FIGURES, Figure
 
 #: Figures that take longer than this are measured on one of their chips only.
 SLOW_SECONDS = 2.5

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ane_trainer.ane.errors import DataError
-from ane_trainer.ane.evidence import Row, read_rows, write_rows
+from ane_trainer.ane.verify.evidence import Row, read_rows, write_rows
 
 #: Devices that reach an engine; a report of any other says nothing about a chip.
 ENGINES = ("e5rt", "e5rt-pingpong", "coreai")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ane_trainer.ane.fidelity import SLOW_SECONDS, document, figure_row, measured
-from ane_trainer.ane.published import FIGURES, Figure
 from ane_trainer.ane.simulator import KERNELS
+from ane_trainer.ane.verify.published import FIGURES, Figure
 
 BOOK = (Path(__file__).parents[2] / "docs" / "fidelity.md").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from ane_trainer.ane.errors import ProgramError, SimulationError, UnsupportedMod
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Program, TensorType, literal
 from ane_trainer.ane.mil.weights import from_array
-from ane_trainer.ane.profiling import Distance, OpProfile, Profile, distance
+from ane_trainer.ane.verify.profiling import Distance, OpProfile, Profile, distance
 from tests.ane.semantics.test_semantics import program_of
 from tests.ane.simulator.witness import OPS
 

@@ -17,8 +17,8 @@ from ane_trainer import conformance
 from ane_trainer.ane import fidelity
 from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.errors import DataError, UsageError
-from ane_trainer.ane.evidence import read_rows, stored_rows
 from ane_trainer.ane.simulator import KERNELS
+from ane_trainer.ane.verify.evidence import read_rows, stored_rows
 from ane_trainer.cli import run_command
 from ane_trainer.conformance import DeviceEngine, evidence, examine
 from ane_trainer.conformance.compare import difference

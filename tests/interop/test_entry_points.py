@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ane_trainer.interop.aneforge.disguise import disguise
+from ane_trainer.interop.aneforge.fake_platform import disguise
 
 ROOT = Path(__file__).resolve().parents[2]
 

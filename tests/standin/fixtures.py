@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ane_trainer.ane.devices import aneforge_runtime
-from ane_trainer.ane.devices.aneforge_runtime import loaded_programs
+from ane_trainer.ane.dispatch.devices import aneforge_runtime
+from ane_trainer.ane.dispatch.devices.aneforge_runtime import loaded_programs
 from ane_trainer.interop.aneforge import uninstall
 from tests.standin.library import Engine, build
 

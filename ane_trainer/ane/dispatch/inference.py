@@ -13,7 +13,7 @@ from ane_trainer.ane.capture.calibrate import call_model, copies
 from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
 from ane_trainer.ane.mil.program import Program
 

@@ -17,7 +17,7 @@ from ane_trainer.ane.capture.buffers import BufferChanges
 from ane_trainer.ane.capture.optimizers.updates import RESIDUAL, Rule, rule_for
 from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.scaling import FITS, SCALING
-from ane_trainer.ane.devices import Session
+from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
 from ane_trainer.ane.stages import Port
 

@@ -24,10 +24,10 @@ from ane_trainer.ane.capture.user_optimizer.planning import choices
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
 from ane_trainer.ane.dispatch.followed import FollowedOptimizer, host_reason
-from ane_trainer.ane.dispatch.hosted import HostOptimizer
+from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.ane.mil.program import Program

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.compiler.lower import lower
-from ane_trainer.ane.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Captured, Port

@@ -16,7 +16,7 @@ from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.compiler.lower.indices.pairs import HIGH
-from ane_trainer.ane.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, to_float, to_pair
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph

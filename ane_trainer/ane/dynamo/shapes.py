@@ -19,8 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.tracer import tracing
 from ane_trainer.ane.dynamo.gradient import backward_function
+from ane_trainer.ane.dynamo.graph_match import same_but_for_sizes, sizes_only
 from ane_trainer.ane.dynamo.graphs import partition
-from ane_trainer.ane.dynamo.kinship import same_but_for_sizes, sizes_only
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import forward_function
 from ane_trainer.ane.errors import UsageError

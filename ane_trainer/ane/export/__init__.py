@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ane_trainer.ane.devices import get_device
+from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.export import inference, step
 from ane_trainer.ane.export.freeze import Deployed, Signature, to_input

@@ -14,7 +14,7 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install
 from ane_trainer.interop.aneforge.children import hand_on
-from ane_trainer.interop.aneforge.disguise import disguise
+from ane_trainer.interop.aneforge.fake_platform import disguise
 from ane_trainer.interop.aneforge.host import brand
 from ane_trainer.interop.aneforge.tools import provide
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ane_trainer.interop.aneforge import install
-from ane_trainer.interop.aneforge.disguise import NO_FILE, disguise
+from ane_trainer.interop.aneforge.fake_platform import NO_FILE, disguise
 from ane_trainer.interop.aneforge.host import Installation
 
 #: Carries chip, fidelity and folders, each in a line, from the process that was told to its children; not

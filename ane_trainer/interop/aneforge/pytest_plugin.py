@@ -23,7 +23,7 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install, installed, uninstall
 from ane_trainer.interop.aneforge.children import hand_on
-from ane_trainer.interop.aneforge.disguise import MacSys, disguise
+from ane_trainer.interop.aneforge.fake_platform import MacSys, disguise
 from ane_trainer.interop.aneforge.host import Installation, brand
 from ane_trainer.interop.aneforge.library import SimulatedLibrary
 from ane_trainer.interop.aneforge.tools import provide

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ane_trainer.interop.aneforge.disguise import MACOS
+from ane_trainer.interop.aneforge.fake_platform import MACOS
 from ane_trainer.interop.aneforge.host import Installation
 
 _BUILD = "25F71"

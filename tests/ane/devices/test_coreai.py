@@ -17,8 +17,8 @@ from torch import nn
 pytest.importorskip("coreai")
 
 from ane_trainer.ane.compiler.coreai import open_asset, save_asset
-from ane_trainer.ane.devices import get_device
 from ane_trainer.ane.dispatch import compile_forward, compile_step
+from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import SimulationError, UsageError
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ane_trainer.ane import devices
-from ane_trainer.ane.devices import get_device
+from ane_trainer.ane.dispatch import devices
+from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import EnvironmentFault, SimulationError, UsageError
 from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port

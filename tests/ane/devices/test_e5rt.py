@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ane_trainer.ane.compiler.emit import compile_program
-from ane_trainer.ane.devices import aneforge_runtime, get_device
-from ane_trainer.ane.devices.e5rt import E5RT, E5RTSession
-from ane_trainer.ane.devices.ordering import ordered
 from ane_trainer.ane.dispatch import TrainingStep, compile_forward, compile_step
+from ane_trainer.ane.dispatch.devices import aneforge_runtime, get_device
+from ane_trainer.ane.dispatch.devices.e5rt import E5RT, E5RTSession
+from ane_trainer.ane.dispatch.devices.ordering import ordered
 from ane_trainer.ane.errors import EnvironmentFault, ProgramError, SimulationError, UsageError
 from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.mil.weights import from_array
@@ -124,7 +124,9 @@ def test_states_swap_whatever_the_engine_writes_first(engine: Engine, device: st
 def test_sharing_what_is_read_later_would_be_wrong(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hazard is real: the same program with every state shared loses one of the two."""
     engine.eager = True
-    monkeypatch.setattr("ane_trainer.ane.devices.e5rt.ordered", lambda function, aliases: frozenset(aliases))
+    monkeypatch.setattr(
+        "ane_trainer.ane.dispatch.devices.e5rt.ordered", lambda function, aliases: frozenset(aliases)
+    )
     session = load(swap())
     session.write("a", half(1, 2))
     session.write("b", half(3, 4))
@@ -153,7 +155,9 @@ def test_training_does_not_depend_on_the_engines_schedule(
         own_losses, own_state = tiny_training(device)
         assert own_losses == losses
         assert same(state, own_state), device
-    monkeypatch.setattr("ane_trainer.ane.devices.e5rt.ordered", lambda function, aliases: frozenset(aliases))
+    monkeypatch.setattr(
+        "ane_trainer.ane.dispatch.devices.e5rt.ordered", lambda function, aliases: frozenset(aliases)
+    )
     assert not same(state, tiny_training("e5rt")[1])
 
 

@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 
 from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.vectors import (
-    DIGITS,
-    PROGRAMS,
-    Run,
-    matmul_cliff,
-    sum_of_integers,
-    width_slice,
-)
+from ane_trainer.ane.verify.vectors import DIGITS, PROGRAMS, Run, matmul_cliff, sum_of_integers, width_slice
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_vectors.csv"
 ROWS = list(csv.DictReader(GOLDEN.read_text(encoding="utf-8").splitlines()))

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ane_trainer.ane.published import table_sweep
 from ane_trainer.ane.simulator.kernels.tables import FUNCTIONS, TABLES, evaluate, lookup, real_div
 from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
+from ane_trainer.ane.verify.published import table_sweep
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_vectors.csv"
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.devices.aneforge_runtime import on_apple_silicon
+from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
 from ane_trainer.ane.errors import UsageError
 
 #: Distributions whose versions are told.

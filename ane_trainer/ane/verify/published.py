@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Value
 from ane_trainer.ane.mil.weights import from_array
-from ane_trainer.ane.vectors import dispatch, gemm_error, matmul_cliff, sum_of_integers, width_slice
+from ane_trainer.ane.verify.vectors import dispatch, gemm_error, matmul_cliff, sum_of_integers, width_slice
 
 F32 = NDArray[np.float32]
 

@@ -6,10 +6,10 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ane_trainer.ane.devices.coreai import CoreAI
-from ane_trainer.ane.devices.e5rt import E5RT
-from ane_trainer.ane.devices.protocol import Device, Session
-from ane_trainer.ane.devices.sim import Simulator
+from ane_trainer.ane.dispatch.devices.coreai import CoreAI
+from ane_trainer.ane.dispatch.devices.e5rt import E5RT
+from ane_trainer.ane.dispatch.devices.protocol import Device, Session
+from ane_trainer.ane.dispatch.devices.sim import Simulator
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
 
 __all__ = ["DEVICE_NAMES", "Choice", "Device", "Session", "choose_precision", "get_device", "register"]

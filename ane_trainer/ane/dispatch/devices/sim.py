@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.devices.protocol import F16
+from ane_trainer.ane.dispatch.devices.protocol import F16
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.simulator import Plan, make_context, prepare
 from ane_trainer.ane.stages import Compiled

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.devices.aneforge_runtime import (
+from ane_trainer.ane.dispatch.devices.aneforge_runtime import (
     LoadedProgram,
     given_library,
     load_program,
     missing,
     on_apple_silicon,
 )
-from ane_trainer.ane.devices.ordering import ordered
-from ane_trainer.ane.devices.protocol import F16
+from ane_trainer.ane.dispatch.devices.ordering import ordered
+from ane_trainer.ane.dispatch.devices.protocol import F16
 from ane_trainer.ane.errors import EnvironmentFault, SimulationError, UsageError
 from ane_trainer.ane.stages import Alias, Compiled
 

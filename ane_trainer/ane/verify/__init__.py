@@ -1,0 +1,1 @@
+"""The simulator against double precision and against published numbers."""
