@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ane_trainer import engine
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
-from ane_trainer.config import TrainConfig, make_config
 from ane_trainer.models import build_model
-from ane_trainer.optimizers import make_optimizer
+from ane_trainer.training import engine
+from ane_trainer.training.config import TrainConfig, make_config
+from ane_trainer.training.optimizers import make_optimizer
 from ane_trainer.utils import seeded
 
 BASELINE = "cpu"

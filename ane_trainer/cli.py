@@ -18,11 +18,11 @@ from ane_trainer import benchmark, conformance, core, doctor, inspection, progra
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
 from ane_trainer.chip_table import chip_table, chip_values
-from ane_trainer.config import TrainConfig, make_config, read_config_file
 from ane_trainer.datasets import dataset_rows, fetch_dataset
 from ane_trainer.placement import place_package
-from ane_trainer.report import ConsoleReporter, error_json, headline, summary
-from ane_trainer.runs import finite
+from ane_trainer.training.config import TrainConfig, make_config, read_config_file
+from ane_trainer.training.report import ConsoleReporter, error_json, headline, summary
+from ane_trainer.training.runs import finite
 from ane_trainer.utils import setup_logging
 
 app = typer.Typer(

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ane_trainer import engine
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import DataError, Interrupted, UsageError
 from ane_trainer.ane.export import DEFAULT_NAMES, ExportReport, format_of
-from ane_trainer.config import TrainConfig, make_config
 from ane_trainer.data import Batches, find_dataset, load_dataset
 from ane_trainer.models import build_model
-from ane_trainer.optimizers import make_optimizer
-from ane_trainer.report import ConsoleReporter, Reporter
-from ane_trainer.results import Epoch, Result
-from ane_trainer.runs import RunFolder, create_run, open_run
-from ane_trainer.trainer import Trainer
+from ane_trainer.training import engine
+from ane_trainer.training.config import TrainConfig, make_config
+from ane_trainer.training.optimizers import make_optimizer
+from ane_trainer.training.report import ConsoleReporter, Reporter
+from ane_trainer.training.results import Epoch, Result
+from ane_trainer.training.runs import RunFolder, create_run, open_run
+from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import format_count
 
 __all__ = ["Trainer", "evaluate_run", "export_run", "predict_run", "resume_training", "run_training"]

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer._data.digits import load_digits
-from ane_trainer._data.fetch import default_root, fetch_files
-from ane_trainer._data.idx import parse_idx
-from ane_trainer._data.table import DATASETS, DatasetInfo
 from ane_trainer.ane.errors import DataError
+from ane_trainer.training.datasets.digits import load_digits
+from ane_trainer.training.datasets.fetch import default_root, fetch_files
+from ane_trainer.training.datasets.idx import parse_idx
+from ane_trainer.training.datasets.table import DATASETS, DatasetInfo
 from ane_trainer.utils import did_you_mean
 
 __all__ = ["DATASETS", "Batches", "DatasetInfo", "default_root", "find_dataset", "load_dataset"]

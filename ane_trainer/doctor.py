@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ane_trainer import conformance, energy
+from ane_trainer import conformance
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip, known_chips
 from ane_trainer.ane.compiler.emit import cache_folder
@@ -28,8 +28,9 @@ from ane_trainer.ane.mil.program import Program, TensorType
 from ane_trainer.conformance.engines import as_compiled
 from ane_trainer.data import default_root
 from ane_trainer.datasets import dataset_rows
-from ane_trainer.report import Reporter
-from ane_trainer.trainer import Trainer
+from ane_trainer.training import energy
+from ane_trainer.training.report import Reporter
+from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import atomic_write
 
 Status = Literal["ok", "info", "miss", "warn", "fail"]

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ane_trainer import engine
 from ane_trainer.ane.chips import cost as costs
 from ane_trainer.ane.chips.lookup import get_chip, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
-from ane_trainer.config import make_config
 from ane_trainer.models import build_model
-from ane_trainer.optimizers import make_optimizer
+from ane_trainer.training import engine
+from ane_trainer.training.config import make_config
+from ane_trainer.training.optimizers import make_optimizer
 from ane_trainer.utils import format_count
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ane_trainer._models.torch_nets import ACTIVATIONS, VisionTransformer, cnn, mlp
-from ane_trainer._models.user import build_user_model, load_model_class
 from ane_trainer.ane.errors import UsageError
+from ane_trainer.training.networks.torch_nets import ACTIVATIONS, VisionTransformer, cnn, mlp
+from ane_trainer.training.networks.user import build_user_model, load_model_class
 from ane_trainer.utils import did_you_mean, seeded
 
 __all__ = ["ACTIVATIONS", "FRAMEWORKS", "MODELS", "build_model", "load_model_class"]
@@ -57,7 +57,7 @@ def build_model(
                 name, {"in_shape": tuple(in_shape), "num_classes": num_classes}, arguments
             )
         if name.endswith(".keras"):
-            from ane_trainer._models.keras_nets import load_keras_model  # Keras is optional
+            from ane_trainer.training.networks.keras_nets import load_keras_model
 
             return load_keras_model(name)
         if name not in MODELS:
@@ -68,7 +68,7 @@ def build_model(
         arguments = _as_sizes(name, {"num_classes": num_classes, "in_shape": tuple(in_shape), **arguments})
         arguments.setdefault("activation", default_activation)
         if framework == "keras":
-            from ane_trainer._models.keras_nets import build_keras_model  # Keras is optional
+            from ane_trainer.training.networks.keras_nets import build_keras_model
 
             builder = partial(build_keras_model, name, seed=seed)
         return builder(**arguments)

@@ -27,7 +27,7 @@ from ane_trainer.ane.verify.profiling import (
     function_of,
     profile,
 )
-from ane_trainer.checkpoint import unwritable
+from ane_trainer.training.checkpoint import unwritable
 from ane_trainer.utils import atomic_write
 
 Array = NDArray[Any]

@@ -20,14 +20,14 @@ from ane_trainer.ane.errors import (
     Interrupted,
     UsageError,
 )
-from ane_trainer.config import TrainConfig, load_config, make_config
 from ane_trainer.core import evaluate_run, predict_run, resume_training, run_training
 from ane_trainer.data import load_dataset
 from ane_trainer.models import build_model
-from ane_trainer.report import Reporter
-from ane_trainer.results import Epoch
-from ane_trainer.runs import RunFolder
-from ane_trainer.trainer import MAX_BAD_STEPS, Trainer
+from ane_trainer.training.config import TrainConfig, load_config, make_config
+from ane_trainer.training.report import Reporter
+from ane_trainer.training.results import Epoch
+from ane_trainer.training.runs import RunFolder
+from ane_trainer.training.trainer import MAX_BAD_STEPS, Trainer
 
 DEVICES = ("sim", "cpu")
 

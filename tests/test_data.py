@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer._data.fetch import fetch_files
-from ane_trainer._data.table import DATASETS, MNIST, DatasetInfo
 from ane_trainer.ane.errors import DataError
 from ane_trainer.data import Batches, find_dataset, load_dataset
+from ane_trainer.training.datasets.fetch import fetch_files
+from ane_trainer.training.datasets.table import DATASETS, MNIST, DatasetInfo
 
 TINY = DatasetInfo("tiny", "", (1, 2, 2), ("a", "b", "c"), 255, 0.5, 0.25)
 

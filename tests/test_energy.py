@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import ane_trainer as at
-from ane_trainer import energy, placement
+from ane_trainer import placement
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.cli import run_command
-from ane_trainer.report import Reporter, summary
+from ane_trainer.training import energy
+from ane_trainer.training.report import Reporter, summary
 
 BATCHES = [(torch.rand(4, 6), torch.tensor([0, 1, 0, 1]))] * 3
 

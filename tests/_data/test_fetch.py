@@ -13,11 +13,11 @@ import time
 import numpy as np
 import pytest
 
-from ane_trainer._data import local, mirrors
-from ane_trainer._data.fetch import Fetched, fetch_files, sources_for
-from ane_trainer._data.idx import build_idx, parse_idx
-from ane_trainer._data.table import FASHION_MNIST, MNIST, DatasetInfo, IdxFile, SourceFailed
 from ane_trainer.ane.errors import DataError
+from ane_trainer.training.datasets import local, mirrors
+from ane_trainer.training.datasets.fetch import Fetched, fetch_files, sources_for
+from ane_trainer.training.datasets.idx import build_idx, parse_idx
+from ane_trainer.training.datasets.table import FASHION_MNIST, MNIST, DatasetInfo, IdxFile, SourceFailed
 
 NAMES = [file.name for file in MNIST.files]
 CONTENT = {

@@ -23,9 +23,9 @@ from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
 from ane_trainer.cli import run_command
 from ane_trainer.conformance.engines import make_training
-from ane_trainer.engine import choose_device
-from ane_trainer.report import Reporter
-from ane_trainer.trainer import Trainer
+from ane_trainer.training.engine import choose_device
+from ane_trainer.training.report import Reporter
+from ane_trainer.training.trainer import Trainer
 from tests.standin.library import Engine, needs_compiler
 
 DEVICES = ("e5rt", "e5rt-pingpong")
@@ -491,7 +491,7 @@ def test_on_the_engine_both_ways_to_keep_state_agree() -> None:
 
 def test_the_program_is_for_this_macs_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(E5RT, "unavailable", lambda self: None)
-    monkeypatch.setattr("ane_trainer.engine.known_chip", lambda: "m1")
+    monkeypatch.setattr("ane_trainer.training.engine.known_chip", lambda: "m1")
     chosen = choose_device("e5rt", "m4", "exact")
     assert chosen.chip == "m1"
     assert "this Mac's chip instead of M4" in chosen.headline

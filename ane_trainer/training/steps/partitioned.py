@@ -16,7 +16,7 @@ from ane_trainer.ane import dynamo
 from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.capture.gradients import Treatment
 from ane_trainer.ane.dynamo import ProgramRecord
-from ane_trainer.reference import CpuStep
+from ane_trainer.training.steps.cpu import CpuStep
 
 
 class Partitioned:

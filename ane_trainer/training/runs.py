@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.errors import CheckpointError
-from ane_trainer.checkpoint import CHECKPOINT, Checkpoint, read_tensors, unwritable, write_tensors
-from ane_trainer.config import TrainConfig, load_config
+from ane_trainer.training.checkpoint import CHECKPOINT, Checkpoint, read_tensors, unwritable, write_tensors
+from ane_trainer.training.config import TrainConfig, load_config
 from ane_trainer.utils import atomic_write, atomic_write_json
 
 #: Where runs go when no folder is named.

@@ -16,8 +16,8 @@ from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.devices.machine import known_chip
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
-from ane_trainer.fallback import FallbackStep, Partitioned
-from ane_trainer.reference import CpuForward, CpuStep
+from ane_trainer.training.steps.cpu import CpuForward, CpuStep
+from ane_trainer.training.steps.partitioned import FallbackStep, Partitioned
 from ane_trainer.utils import did_you_mean
 
 FIDELITIES = ("exact", "fast")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ane_trainer._data.idx import build_idx
-from ane_trainer._data.table import DatasetInfo, IdxFile, SourceFailed
+from ane_trainer.training.datasets.idx import build_idx
+from ane_trainer.training.datasets.table import DatasetInfo, IdxFile, SourceFailed
 
 _log = logging.getLogger("ane_trainer.data")
 

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from ane_trainer import energy, engine, loop
 from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.capture.losses import get_loss, loss_name
 from ane_trainer.ane.errors import (
@@ -26,7 +25,8 @@ from ane_trainer.ane.errors import (
     UsageError,
 )
 from ane_trainer.ane.export import ExportReport, format_of
-from ane_trainer.checkpoint import (
+from ane_trainer.training import energy, engine, loop
+from ane_trainer.training.checkpoint import (
     CHECKPOINT,
     Checkpoint,
     describe_optimizer,
@@ -37,10 +37,10 @@ from ane_trainer.checkpoint import (
     write_model,
     write_tensors,
 )
-from ane_trainer.exporting import export_model, export_training
-from ane_trainer.loop import Batch, Progress
-from ane_trainer.report import ConsoleReporter, Reporter
-from ane_trainer.results import Epoch, Metrics, Result
+from ane_trainer.training.exporting import export_model, export_training
+from ane_trainer.training.loop import Batch, Progress
+from ane_trainer.training.report import ConsoleReporter, Reporter
+from ane_trainer.training.results import Epoch, Metrics, Result
 from ane_trainer.utils import RunningMean, count_correct, seeded
 
 Loss = str | Callable[[Any, Any], torch.Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ane_trainer.config import TrainConfig
+from ane_trainer.training.config import TrainConfig
 
 _CLASSES: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,

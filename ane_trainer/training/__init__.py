@@ -1,0 +1,1 @@
+"""The trainer around the compiled step: loop, data, runs, reports."""
