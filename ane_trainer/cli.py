@@ -14,12 +14,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ane_trainer import benchmark, conformance, core, doctor, inspection, programs
+from ane_trainer import core
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError
-from ane_trainer.chip_table import chip_table, chip_values
-from ane_trainer.datasets import dataset_rows, fetch_dataset
-from ane_trainer.placement import place_package
+from ane_trainer.commands import bench as benchmark
+from ane_trainer.commands import conformance, doctor, inspection
+from ane_trainer.commands import run as programs
+from ane_trainer.commands.chips import chip_table, chip_values
+from ane_trainer.commands.data import dataset_rows, fetch_dataset
+from ane_trainer.commands.placement import place_package
 from ane_trainer.training.config import TrainConfig, make_config, read_config_file
 from ane_trainer.training.report import ConsoleReporter, error_json, headline, summary
 from ane_trainer.training.runs import finite

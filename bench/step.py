@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 import ane_trainer as at
-from ane_trainer.benchmark import in_turn
+from ane_trainer.commands.bench import in_turn
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3),

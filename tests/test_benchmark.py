@@ -9,8 +9,8 @@ from itertools import count
 import pytest
 
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
-from ane_trainer.benchmark import compare_devices, in_turn
 from ane_trainer.cli import run_command
+from ane_trainer.commands.bench import compare_devices, in_turn
 
 
 def test_runs_take_turns_and_warm_up_first() -> None:

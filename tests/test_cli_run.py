@@ -12,7 +12,7 @@ import pytest
 
 from ane_trainer.ane import load_program, simulate
 from ane_trainer.cli import run_command
-from ane_trainer.programs import write_arrays
+from ane_trainer.commands.run import write_arrays
 
 MODEL = """program(1.3)
 {

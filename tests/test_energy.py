@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ane_trainer as at
-from ane_trainer import placement
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.cli import run_command
+from ane_trainer.commands import placement
 from ane_trainer.training import energy
 from ane_trainer.training.report import Reporter, summary
 

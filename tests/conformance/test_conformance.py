@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ane_trainer import conformance
 from ane_trainer.ane import fidelity
 from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.simulator import KERNELS
 from ane_trainer.ane.verify.evidence import read_rows, stored_rows
 from ane_trainer.cli import run_command
-from ane_trainer.conformance import DeviceEngine, evidence, examine
-from ane_trainer.conformance.compare import difference
-from ane_trainer.conformance.suite import VERSION, suite
+from ane_trainer.commands import conformance
+from ane_trainer.commands.conformance import DeviceEngine, evidence, examine
+from ane_trainer.commands.conformance.compare import difference
+from ane_trainer.commands.conformance.suite import VERSION, suite
 from tests.standin.library import Engine, needs_compiler
 
 #: Runs of the suite need no more memory and time when one thread computes.

@@ -22,7 +22,7 @@ from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
 from ane_trainer.cli import run_command
-from ane_trainer.conformance.engines import make_training
+from ane_trainer.commands.conformance.engines import make_training
 from ane_trainer.training.engine import choose_device
 from ane_trainer.training.report import Reporter
 from ane_trainer.training.trainer import Trainer

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ane_trainer import conformance
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip, known_chips
 from ane_trainer.ane.compiler.emit import cache_folder
@@ -25,9 +24,10 @@ from ane_trainer.ane.dispatch.devices.machine import describe, known_chip, versi
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Program, TensorType
-from ane_trainer.conformance.engines import as_compiled
+from ane_trainer.commands import conformance
+from ane_trainer.commands.conformance.engines import as_compiled
+from ane_trainer.commands.data import dataset_rows
 from ane_trainer.data import default_root
-from ane_trainer.datasets import dataset_rows
 from ane_trainer.training import energy
 from ane_trainer.training.report import Reporter
 from ane_trainer.training.trainer import Trainer

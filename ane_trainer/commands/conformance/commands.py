@@ -11,9 +11,9 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.dispatch.devices.machine import known_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.verify.evidence import Row
-from ane_trainer.conformance.engines import DeviceEngine
-from ane_trainer.conformance.evidence import add_rows, rows_of
-from ane_trainer.conformance.report import examine, headline, read_report, write_report
+from ane_trainer.commands.conformance.engines import DeviceEngine
+from ane_trainer.commands.conformance.evidence import add_rows, rows_of
+from ane_trainer.commands.conformance.report import examine, headline, read_report, write_report
 from ane_trainer.training.report import Reporter
 
 _SECONDS_BETWEEN_LINES = 5.0

@@ -15,10 +15,10 @@ import numpy as np
 from ane_trainer.ane.dispatch.devices.machine import describe, known_chip
 from ane_trainer.ane.errors import AneTrainerError, DataError, EnvironmentFault, UnsupportedModel
 from ane_trainer.ane.verify.vectors import PROGRAMS
-from ane_trainer.conformance.compare import difference
-from ane_trainer.conformance.engines import MODELS, DeviceEngine, Outputs, as_compiled, check
-from ane_trainer.conformance.sheet import Case, fingerprint
-from ane_trainer.conformance.suite import VERSION, suite
+from ane_trainer.commands.conformance.case import Case, fingerprint
+from ane_trainer.commands.conformance.compare import difference
+from ane_trainer.commands.conformance.engines import MODELS, DeviceEngine, Outputs, as_compiled, check
+from ane_trainer.commands.conformance.suite import VERSION, suite
 from ane_trainer.utils import atomic_write
 
 FORMAT = "ane_trainer conformance 1"

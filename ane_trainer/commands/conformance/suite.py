@@ -13,7 +13,7 @@ import numpy as np
 
 from ane_trainer.ane.mil.program import Value, literal
 from ane_trainer.ane.mil.weights import from_array
-from ane_trainer.conformance.sheet import Build, Case, Sheet
+from ane_trainer.commands.conformance.case import Build, Case, Sheet
 
 VERSION = 1
 

@@ -1,0 +1,1 @@
+"""One module per command of `ane-trainer`, named as it is typed."""
