@@ -382,7 +382,7 @@ def conformance_read(
         return
     print(conformance.rows_as_text(rows))
     if into is not None:
-        print(f"{added} new rows in {into}; then: python -m ane_trainer.ane.fidelity > docs/fidelity.md")
+        print(f"{added} new rows in {into}; then: python -m docs._generate.fidelity > docs/fidelity.md")
 
 
 @data_app.command("list")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ane_trainer.ane.catalog import document
+from docs._generate.ops import document
 from ane_trainer.ane.compiler.lower import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "ops.md").read_text(encoding="utf-8")
 
 
 def test_the_page_is_current() -> None:
-    assert document() == PAGE, "run: python -m ane_trainer.ane.catalog > docs/ops.md"
+    assert document() == PAGE, "run: python -m docs._generate.ops > docs/ops.md"
 
 
 def test_every_overload_is_listed_with_a_form() -> None:

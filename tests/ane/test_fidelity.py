@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ane_trainer.ane.fidelity import SLOW_SECONDS, document, figure_row, measured
+from docs._generate.fidelity import SLOW_SECONDS, document, figure_row, measured
 from ane_trainer.ane.simulator import KERNELS
 from ane_trainer.ane.verify.published import FIGURES, Figure
 
@@ -24,7 +24,7 @@ def printed(figure: Figure) -> str:
 
 
 def test_the_book_is_current_but_for_its_measured_column() -> None:
-    assert document(printed) == BOOK, "run: python -m ane_trainer.ane.fidelity > docs/fidelity.md"
+    assert document(printed) == BOOK, "run: python -m docs._generate.fidelity > docs/fidelity.md"
 
 
 @pytest.mark.parametrize(

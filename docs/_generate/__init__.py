@@ -1,0 +1,1 @@
+"""Generators of pages: `python -m docs._generate.NAME > docs/NAME.md`."""
