@@ -37,7 +37,7 @@ test-slow: $(DEV_STAMP) ## The tests that take minutes: full training runs
 	$(BIN)/python -m pytest -m "slow and not mac" $(ARGS)
 
 fuzz: $(DEV_STAMP) ## A million mutated MIL texts, then the property tests with many more examples
-	$(BIN)/python -m tests.fuzz_parser --inputs 1000000
+	$(BIN)/python -m tests.ane.mil.text.fuzz_parser --inputs 1000000
 	$(BIN)/python -m pytest -n $(JOBS) -m "hypothesis and not mac" --hypothesis-profile=fuzz $(ARGS)
 
 test-mac: $(DEV_STAMP) ## The tests that need the engine of an Apple silicon Mac

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ane.lower.harness import check, gradients, normal
+from tests.ane.compiler.lower.harness import check, gradients, normal
 
 
 @pytest.mark.parametrize("dim", [0, 2])

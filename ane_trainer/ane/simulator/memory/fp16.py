@@ -8,7 +8,7 @@ notes/numerics.md). Decoding maps the 65536 patterns one to one onto float32 val
 Arithmetic on decoded values is one float32 operation and one `round_half_away`. For `+`, `-` and `*`
 this is the correctly rounded result: a product of two 11-bit significands is exact in float32, and a
 float32 sum is inexact only where the smaller operand lies far below half a unit of the larger
-(tests/ane/simulator/test_fp16.py).
+(tests/ane/simulator/memory/test_fp16.py).
 """
 
 from __future__ import annotations

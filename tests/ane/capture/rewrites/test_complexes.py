@@ -1,0 +1,64 @@
+"""Complex numbers and Fourier transforms as pairs of real numbers, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ane_trainer.ane.capture.ports import find_parameters
+from ane_trainer.ane.errors import UnsupportedModel
+from tests.ane.compiler.lower.harness import captured, check, gradients, normal
+
+
+def rotary(x: Tensor, angle: Tensor) -> Tensor:
+    turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * torch.polar(
+        torch.ones_like(angle), angle
+    )
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def kept_frequencies(x: Tensor, weights: Tensor) -> Tensor:
+    """A Fourier layer: the lowest frequencies times weights, the others 0."""
+    found = torch.fft.rfft(x)
+    product = torch.einsum("bk,ko->bo", found[:, :3], torch.view_as_complex(weights))
+    parts = torch.nn.functional.pad(torch.view_as_real(product), (0, 0, 0, found.shape[1] - product.shape[1]))
+    return torch.fft.irfft(torch.view_as_complex(parts), n=x.shape[1])
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "rotary": (rotary, [normal(2, 3, 8), normal(3, 4, seed=1)]),
+    "fft of two axes": (lambda x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real, [normal(2, 4, 6)]),
+    "there and back": (lambda x: torch.fft.irfft(torch.fft.rfft(x) * 2, n=7), [normal(2, 7)]),
+    "normalized": (
+        lambda x: torch.fft.irfft(torch.fft.rfft(x, norm="ortho"), n=8, norm="ortho"),
+        [normal(2, 8)],
+    ),
+    "planes": (lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[-2:]), [normal(2, 4, 6)]),
+    "magnitude": (lambda x: torch.fft.rfft(x).abs(), [normal(2, 6)]),
+    "exponential": (lambda x: torch.exp(torch.view_as_complex(x)).real, [normal(3, 2)]),
+    "quotient": (
+        lambda x, y: torch.view_as_real(torch.view_as_complex(x) / torch.view_as_complex(y)),
+        [normal(3, 2), normal(3, 2, seed=3)],
+    ),
+    "layer": (kept_frequencies, [normal(2, 8), normal(3, 3, 2, seed=1)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_compute_what_complex_numbers_do(name: str) -> None:
+    function, tensors = CASES[name]
+    check(gradients(function), tensors, rtol=1e-4, atol=1e-4)
+
+
+def test_other_operations_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="has no rule for complex numbers"):
+        captured(lambda x: torch.fft.rfft(x).tan().real, [torch.ones(2, 6)])
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))})
+    with pytest.raises(UnsupportedModel, match="w: parameter: is complex"):
+        find_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -1,0 +1,77 @@
+"""The loss scale keeps the gradients between the operations in fp16, at the start and while it grows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ane_trainer.ane.capture.calibrate import FLOW_BOUND, LARGEST_CONCESSION, Rehearsal
+from ane_trainer.ane.capture.intermediates import gradients_and_flow
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.scaling import GROWTH_INTERVAL, LARGEST_SCALE, next_scale
+from ane_trainer.ane.dispatch import compile_step
+from tests.ane.compiler.lower.harness import check, gradients, normal
+
+
+def test_the_flow_is_what_the_loss_scale_multiplies() -> None:
+    x = torch.tensor([3.0, 1.0], requires_grad=True)
+    value = (x / 64).sum() * 512 + (1e6 * x.detach()).sum() * 0  # the constants are no part of it
+    found, flow = gradients_and_flow(value, [x], decomposition_table())
+    assert found[0] is not None
+    assert found[0].tolist() == [8.0, 8.0]
+    assert flow == 512.0
+
+
+def test_the_scale_leaves_room() -> None:
+    assert Rehearsal((), {"w": 1.0}).loss_scale() == 2048.0
+    assert Rehearsal((), {"w": 1.0}, 64.0).loss_scale() == FLOW_BOUND / 64 == 256.0
+    assert Rehearsal((), {"w": 1.0}, 1e6).loss_scale() == 2048.0 / LARGEST_CONCESSION
+    assert Rehearsal((), {"w": 1.0}).ceiling() == LARGEST_SCALE
+
+
+def test_the_scale_grows_to_its_ceiling_only() -> None:
+    one = torch.ones(1)
+    good = one * (GROWTH_INTERVAL - 1)
+    for ceiling, expected in ((64.0, 64.0), (128.0, 128.0), (256.0, 128.0)):
+        scale, inverse, _ = next_scale(one * 64, one / 64, good, one, ceiling)
+        assert float(scale) == expected
+        assert float(inverse) == 1.0 / expected
+
+
+class Distilled(nn.Module):
+    """A student at temperature 8: the gradient passes 64 times its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.student(x)
+        return scores
+
+
+def hinton(output: Tensor, target: Tensor) -> Tensor:
+    soft = F.kl_div(F.log_softmax(output / 8, 1), F.softmax(target / 8, 1), reduction="batchmean")
+    return soft * 64.0 * 4.0
+
+
+def test_a_step_whose_gradients_pass_the_range_of_fp16_is_right() -> None:
+    torch.manual_seed(0)
+    model, x, y = Distilled(), torch.randn(16, 8), 3 * torch.randn(16, 5)
+    twin, before = copy.deepcopy(model), model.student.weight.detach().clone()
+    step = compile_step(model, hinton, torch.optim.SGD(model.parameters(), lr=0.1), (x, y), fidelity="fast")
+    loss = hinton(twin(x), y)
+    (gradient,) = torch.autograd.grad(loss, [twin.student.weight])
+    assert float(step(x, y)) == pytest.approx(float(loss.detach()), rel=5e-3)
+    change = model.student.weight.detach() - before
+    torch.testing.assert_close(change, -0.1 * gradient, rtol=0.02, atol=2e-3)
+
+
+def test_the_gradient_of_softplus_stays_in_range() -> None:
+    """exp(15) is beyond fp16; the gradient there is 1."""
+    program = check(gradients(lambda x: F.softplus(x * 5, beta=0.5)), [normal(6)])
+    assert "exp" not in {op.kind for op in program.program.main.ops}
