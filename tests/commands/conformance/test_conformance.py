@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ane_trainer.ane import fidelity
 from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.simulator import KERNELS
@@ -23,6 +22,7 @@ from ane_trainer.commands import conformance
 from ane_trainer.commands.conformance import DeviceEngine, evidence, examine
 from ane_trainer.commands.conformance.compare import difference
 from ane_trainer.commands.conformance.suite import VERSION, suite
+from docs._generate import fidelity
 from tests.standin.library import Engine, needs_compiler
 
 #: Runs of the suite need no more memory and time when one thread computes.

@@ -130,7 +130,7 @@ def test_every_op_that_the_lowering_emits_is_translated() -> None:
     source = Path(__file__).parents[4] / "ane_trainer" / "ane" / "compiler" / "lower"
     from ane_trainer.ane.mil.opset import known_ops
 
-    words = {word for file in source.glob("*.py") for word in file.read_text().split('"')[1::2]}
+    words = {word for file in source.rglob("*.py") for word in file.read_text().split('"')[1::2]}
     emitted = {kind for kind in known_ops() if kind in words} - {
         "shape",
         "l2_norm",

@@ -14,7 +14,7 @@ from ane_trainer.ane.mil.semantics import MEANINGS, WITHOUT_MEANING, evaluate, t
 from ane_trainer.ane.mil.text.parser import parse_program
 from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import simulate
-from tests.ane.simulator import test_ops_fp64 as witnesses
+from tests.ane.simulator.kernels import test_ops_fp64 as witnesses
 from tests.ane.simulator.kernels.witness import OPS, Drawn
 
 #: Importing the module registers the witnesses of the simulator's kernels.

@@ -11,7 +11,7 @@ from ane_trainer.ane.chips.lookup import known_ops as swept_ops
 from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.mil.opset import known_ops
 from ane_trainer.ane.simulator import KERNELS, WITHOUT_KERNEL
-from tests.ane.simulator import (
+from tests.ane.simulator.kernels import (
     witness_images,
     witness_moves,
     witness_pointwise,
