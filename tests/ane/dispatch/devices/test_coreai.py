@@ -122,7 +122,7 @@ def test_fp16_stays_within_a_band_of_the_simulator(name: str) -> None:
 _CONTINUE = """
 import json, sys
 import numpy as np
-from ane_trainer.ane.coreai import open_asset
+from ane_trainer.ane.compiler.coreai import open_asset
 asset = open_asset(sys.argv[1])
 feeds = np.load(sys.argv[2])
 losses = []

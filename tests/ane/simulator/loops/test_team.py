@@ -99,8 +99,8 @@ def test_a_total_over_a_count_is_rounded_once():
 
 FORKED = """
 import os, numpy as np, torch
-from ane_trainer.ane.mil import TensorType
-from ane_trainer.ane.opset import Builder
+from ane_trainer.ane.mil.program import TensorType
+from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.simulator import make_context, prepare
 b = Builder()
 x = b.input("x", TensorType("fp16", (512, 512)))
