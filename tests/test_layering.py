@@ -48,7 +48,9 @@ def unit_of(module: str) -> str:
             return unit
     if not parts:
         return ""
-    pytest.fail(f"ane_trainer.{module}: not in the table of layers; add it to LEVELS in {Path(__file__).name}")
+    pytest.fail(
+        f"ane_trainer.{module}: not in the table of layers; add it to LEVELS in {Path(__file__).name}"
+    )
 
 
 def module_of(path: Path) -> str:
