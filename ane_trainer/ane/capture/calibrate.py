@@ -9,7 +9,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,12 +37,11 @@ LARGEST_CONCESSION = 64.0
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one plain PyTorch step on the example shows: dropout masks, gradients and the largest entry of each."""
+    """What one plain PyTorch step on the example shows: dropout masks, the largest entry of each gradient."""
 
     masks: tuple[Mask, ...]
     peaks: Mapping[str, float]
     flow: float = 0.0
-    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def loss_scale(self) -> float:
         """A power of two that brings the largest gradient near CALIBRATED_GRADIENT, and none out of fp16."""
@@ -76,9 +75,8 @@ def rehearse(
         return Rehearsal(tuple(mode.noted), {})
     gradients, flow = gradients_and_flow(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
-    found = {n: g.detach() for n, g in zip(names, gradients, strict=True) if g is not None}
-    peaks = {n: float(g.abs().amax()) for n, g in found.items()}
-    return Rehearsal(tuple(mode.noted), peaks, flow, found)
+    peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
+    return Rehearsal(tuple(mode.noted), peaks, flow)
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:

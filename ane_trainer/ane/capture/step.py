@@ -20,7 +20,6 @@ from ane_trainer.ane.capture.optimizers.updates import (
     LINEAR_UNIT,
     ROOT_FLOORS,
     Rule,
-    find_rule,
     rule_for,
     two_term_add,
 )
@@ -45,7 +44,6 @@ from ane_trainer.ane.capture.trace.sources import (
     watch_modules,
 )
 from ane_trainer.ane.capture.trace.tracer import trace
-from ane_trainer.ane.capture.user_optimizer.plan import UserPlan, find_user_plan, user_ports, user_update
 from ane_trainer.ane.stages import Alias, Captured, Port
 
 Tensors = dict[str, torch.Tensor]
@@ -58,15 +56,11 @@ CEILING = "step/largest_scale"
 
 @dataclass(frozen=True)
 class StepCapture:
-    """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
-
-    `user` is the plan of an optimizer that has no rule but whose `step` was followed.
-    """
+    """A captured step, the loss scale to start from and the gradient units (parameter -> power of two)."""
 
     captured: Captured
     loss_scale: float
     units: Mapping[str, float]
-    user: UserPlan | None = None
     changes: BufferChanges = field(default_factory=BufferChanges)
 
 
@@ -88,7 +82,6 @@ class _Plan:
     scalars: tuple[Port, ...]
     treatment: Treatment
     floor: float
-    user: UserPlan | None
     changes: BufferChanges
     ceiling: float = LARGEST_SCALE
 
@@ -106,18 +99,16 @@ def capture_training(
     units: Mapping[str, float] | None = None,
     precision: str = "fp16",
     treatment: Treatment | None = None,
-    choices: Sequence[int] | None = None,
 ) -> StepCapture:
     """Capture forward, loss, backward and update of one step; see `capture_step`.
 
-    `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen. So are
-    `choices`, those of a user's optimizer. `precision` is what the program will be lowered to, "fp16" or "fp32".
+    `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen.
+    `precision` is what the program will be lowered to, "fp16" or "fp32".
 
-    Raises: NotOnEngine for an optimizer that has no rule and cannot be followed.
+    Raises: UnsupportedModel for an optimizer that is to run on the engine and has no rule.
     """
     treatment = treatment or Treatment()
-    followed = not treatment.on_host and find_rule(optimizer) is None
-    rule = rule_for(optimizer, treatment.on_host or followed)
+    rule = rule_for(optimizer, treatment.on_host)
     loss_function = get_loss(loss)
     found = find_parameters(model, optimizer)
     with forwarded(model) as final:
@@ -126,14 +117,13 @@ def capture_training(
     parameters = tuple(_with_unit(p, rule, rehearsal, units or {}) for p in found)
     subject = model, loss_function, loss_name(loss), optimizer, rule, parameters
     floor = ROOT_FLOORS[precision]
-    user = find_user_plan(optimizer, parameters, rehearsal, floor, choices) if followed else None
-    plan = _plan(*subject, example, rehearsal, treatment, floor, user, changes)
+    plan = _plan(*subject, example, rehearsal, treatment, floor, changes)
     scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
     plan = dataclasses.replace(plan, ceiling=(units or {}).get(CEILING, max(scale, rehearsal.ceiling())))
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
-    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen, user, changes)
+    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen, changes)
 
 
 def batch_ports(example: Any, prefix: str) -> list[Port]:
@@ -175,24 +165,19 @@ def _plan(
     rehearsal: Rehearsal,
     treatment: Treatment,
     floor: float,
-    user: UserPlan | None,
     changes: BufferChanges,
 ) -> _Plan:
     groups = optimizer.param_groups
     state: list[Port] = []
     for p in parameters:
         state += parameter_ports(p, rule, None if p.group is None else groups[p.group], treatment)
-    names: list[str] = []
-    if user is not None:
-        state += user_ports(user)
-        names += [port.name for port in user.ports]
     buffers = float_buffers(model)
     state += [Port(identifier(n), tuple(b.shape) or (1,), "state", n) for n, b in buffers.items()]
     state += scaling_ports(treatment)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
-    names += [
-        *scalar_values(optimizer, 1, treatment.on_host or user is not None),
+    names = [
+        *scalar_values(optimizer, 1, treatment.on_host),
         *treatment.scalars(last=True),
         *changes.scalars(),
     ]
@@ -202,7 +187,7 @@ def _plan(
     return _Plan(
         model, loss, loss_text, optimizer, rule, parameters, tuple(buffers), Structure.of(example),
         tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]), tuple(ports[count[1] : count[2]]),
-        tuple(ports[: count[0]]), treatment, floor, user, changes,
+        tuple(ports[: count[0]]), treatment, floor, changes,
     )  # fmt: skip
 
 
@@ -240,11 +225,8 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
         new_state: Tensors = {**buffers, **changes}
         gate = fits * named["last"] if plan.treatment.accumulate > 1 else fits
         gated = _gated_scalars(plan, named, gate)
-        if plan.user is not None:
-            set_source(f"optimizer {type(plan.optimizer).__name__}")
-            new_state |= user_update(plan.user, state, gradients, named, gate)
         for p in plan.parameters:
-            if p.name in scaled and not plan.treatment.on_host and plan.user is None:
+            if p.name in scaled and not plan.treatment.on_host:
                 set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
                 new_state |= _update(plan, p, gradients[p.name], state, gated[p.group or 0])
         set_source("loss scaling")

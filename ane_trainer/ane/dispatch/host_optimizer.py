@@ -17,7 +17,7 @@ _GROUP = "group/"
 
 
 class HostOptimizer:
-    """Runs `optimizer` on gradients by parameter name. `flops` are those of the last update, counted.
+    """Runs `optimizer` on gradients by parameter name. `flops` are those of the first update, counted once.
 
     Raises: UnsupportedModel for optimizers that need a closure.
     """
@@ -43,10 +43,12 @@ class HostOptimizer:
             parameter.grad = (
                 None if gradient is None else gradient.reshape(parameter.shape).to(parameter.dtype)
             )
-        counter = _Counter()
-        with counter:
+        if self.flops:
             self._optimizer.step()
-        self.flops = counter.flops
+        else:
+            with _Counter() as counter:
+                self._optimizer.step()
+            self.flops = counter.flops
         for parameter in self._parameters.values():
             parameter.grad = None
 

@@ -103,18 +103,6 @@ class Mirror:
                 self._split(f"{parameter.name}/{slot.name}", value.float())
         return count
 
-    def pull(self, target: str, out: torch.Tensor, factor: float = 1.0) -> None:
-        """Engine -> `out`: one state in the user's units, times `factor`."""
-        self._combine(target, out, factor)
-
-    def push(self, target: str, value: torch.Tensor) -> None:
-        """One state in the user's units -> engine."""
-        self._split(target, value)
-
-    def note(self) -> None:
-        """The tensors are as they were at the last copy, whatever their versions say."""
-        self._note_versions()
-
     # Loss scaling
 
     def scaling(self, name: str) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,28 +12,25 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
-from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
+from ane_trainer.ane.capture.gradients import Treatment
 from ane_trainer.ane.capture.optimizers.scalars import check_structure, scalar_values, structure
+from ane_trainer.ane.capture.optimizers.updates import RESIDUAL, missing_rule
 from ane_trainer.ane.capture.randomness import PREFIX, draw
-from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, SMALLEST_SCALE
+from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from ane_trainer.ane.capture.step import GRADIENT
-from ane_trainer.ane.capture.user_optimizer.following import NotFollowed, Outgrown
-from ane_trainer.ane.capture.user_optimizer.planning import choices
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
-from ane_trainer.ane.dispatch.followed import FollowedOptimizer, host_reason
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer
 from ane_trainer.ane.dispatch.mirror import Mirror
-from ane_trainer.ane.errors import UnsupportedModel, UsageError
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Program
 
 SYNC_MODES = ("always", "lazy")
 _UNIT = "unit/"
 _OPTIMIZER = "optimizer/"
-_CHOICES = "choices"
 OPTIMIZER_PLACES = ("auto", "engine", "host")
 
 
@@ -74,7 +69,7 @@ def compile_step(
     accumulate  batches whose gradients are averaged before an update: every so many calls the weights move.
     optimizer_on
                 "engine", "host" (fp32 in PyTorch, the gradients are read back each step), or "auto": the
-                engine if it has a rule for the optimizer, or can follow its `step` (docs/pytorch.md).
+                engine if it has a rule for the optimizer and its settings (docs/pytorch.md), else the host.
                 `step.optimizer_on` says which, `placement()` why.
 
     A model in evaluation mode is captured in training mode.
@@ -86,12 +81,14 @@ def compile_step(
         raise UsageError(f"sync: needs always or lazy; got {sync!r}. Choose one of them.")
     _check_scale(loss_scale)
     _check_place(optimizer_on)
-    treatment = Treatment(clip_grad_norm, clip_grad_value, accumulate, optimizer_on == "host")
+    reason = _host_reason(optimizer, optimizer_on, state)
+    treatment = Treatment(clip_grad_norm, clip_grad_value, accumulate, optimizer_on == "host" or bool(reason))
     treatment.check()
     step = TrainingStep(
-        model, loss, optimizer, example, chip, device, fidelity, threads, sync, seed, path, precision, treatment
+        model, loss, optimizer, example, chip, device, fidelity, threads, sync, seed, path, precision, treatment,
+        reason,
     )  # fmt: skip
-    step._build_anywhere(loss_scale, state, engine_only=optimizer_on == "engine")
+    step._build(loss_scale, None if state is None else _units(state))
     if state is not None:
         step.load_state_dict(state)
     return step
@@ -121,6 +118,7 @@ class TrainingStep:
         path: str,
         precision: str = "auto",
         treatment: Treatment | None = None,
+        host_reason: str = "",
     ) -> None:
         self.choice = get_device(device)
         self.precision = choose_precision(self.choice.device, precision)
@@ -132,49 +130,18 @@ class TrainingStep:
         self._masks = torch.Generator().manual_seed(seed)
         self.treatment = treatment or Treatment()
         self._host = HostOptimizer(model, optimizer) if self.treatment.on_host else None
-        self._followed: FollowedOptimizer | None = None
-        self._choices: tuple[int, ...] = ()
-        self._host_reason = ""
+        self._host_reason = host_reason
         self._structure: tuple[Any, ...] = ()
         self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
 
-    def _build_anywhere(
-        self,
-        loss_scale: float | str,
-        state: Mapping[str, torch.Tensor] | None,
-        engine_only: bool,
-        units: Mapping[str, float] | None = None,
-    ) -> None:
-        """`_build`, with the optimizer on the host if the engine cannot run it and `engine_only` is not set."""
-        kept = None if state is None else _chosen(state)
-        units = units if state is None else _units(state)
-        try:
-            self._build(loss_scale, units, kept)
-        except UnsupportedModel as error:
-            reason = host_reason(error)
-            if engine_only or not reason:
-                raise
-            self._host_reason = reason
-            self._take_to_host()
-            self._build(loss_scale, units)
-
-    def _take_to_host(self) -> None:
-        self._followed, self._choices = None, ()
-        self._host = HostOptimizer(self._model, self._optimizer)
-        self.treatment = dataclasses.replace(self.treatment, on_host=True)
-
-    def _build(
-        self, loss_scale: float | str, units: Mapping[str, float] | None, kept: Sequence[int] | None = None
-    ) -> None:
+    def _build(self, loss_scale: float | str, units: Mapping[str, float] | None) -> None:
         """Capture, lower, legalize, compile, load; then push the module's and the optimizer's state."""
         subject = self._model, self._loss, self._optimizer, self._example
-        capture = _capture(*subject, loss_scale, units, self.precision, self.treatment, kept)
+        capture = _capture(*subject, loss_scale, units, self.precision, self.treatment)
         self._units, self._changes = dict(capture.units), capture.changes
-        if capture.user is not None:
-            self._followed, self._choices = FollowedOptimizer(capture.user), choices(capture.user)
-        self._structure = structure(self._optimizer, self._without_rule)
+        self._structure = structure(self._optimizer, self.treatment.on_host)
         self.compiled = prepare(capture.captured, self._chip, self._path, self.precision)
         self.compiles += 1
         self._session = self.choice.device.load(self.compiled, fidelity=self._fidelity, threads=self._threads)
@@ -183,7 +150,7 @@ class TrainingStep:
         self._scalars = [(p.name, p.target) for p in inputs if p.role == "scalar"]
         self._mask_ports = [p for p in inputs if p.target.startswith(PREFIX)]
         self._mirror = Mirror(
-            self._session, inputs, self._model, self._optimizer, self.precision, self._without_rule,
+            self._session, inputs, self._model, self._optimizer, self.precision, self.treatment.on_host,
             capture.changes,
         )  # fmt: skip
         self._gradients = [p for p in self.compiled.outputs if p.target.endswith(f"/{GRADIENT}")]
@@ -196,10 +163,10 @@ class TrainingStep:
         Raises: DataError for a batch of another shape or with values that the precision does not hold;
         UsageError if a setting of the optimizer that is compiled in was changed.
         """
-        check_structure(self._optimizer, self._structure, self._without_rule)
+        check_structure(self._optimizer, self._structure, self.treatment.on_host)
         if self._mirror.changed():
             self._mirror.push_weights(changed_only=True)
-        feeds = self._feed(x, y, self._scalar_values())
+        feeds = self.feeds(x, y)
         results = self._session.run(feeds)
         self.steps += 1
         self._unsynced += 1
@@ -216,8 +183,6 @@ class TrainingStep:
         self.applied_steps += applied
         self.skipped_steps += not applied
         self._stale_moments |= applied
-        if self._followed is not None:
-            self._followed.finish(applied)
         if self._host is not None and applied:
             self._pull_weights()
             self._host.update(
@@ -234,59 +199,19 @@ class TrainingStep:
 
         The scalars are those of the next update, or of one that comes `ahead` steps after it.
         """
-        return self._feed(x, y, self.scalars(ahead))
-
-    def scalars(self, ahead: int = 0) -> dict[str, float]:
-        """Port target -> value of the optimizer's scalars for the next update, or one `ahead` steps after it."""
-        if self._followed is not None:
-            return self._followed.ahead(ahead)
-        return scalar_values(self._optimizer, self.applied_steps + 1 + ahead, self.treatment.on_host)
-
-    def _scalar_values(self) -> dict[str, float]:
-        """The next step's scalars; a user's optimizer advances with them."""
-        if self._followed is not None and self._pending + 1 < self.treatment.accumulate:
-            return self._followed.waiting()
-        if self._followed is not None:
-            try:
-                values = self._followed.advance()
-                self._mirror.note()  # following a step counts as writing to its parameters
-                return values
-            except NotFollowed as error:
-                self._mirror.note()
-                self._build_again("" if isinstance(error, Outgrown) else error.reason)
-                return self._scalar_values()
-        return self.scalars()
-
-    def _build_again(self, reason: str) -> None:
-        """Another program in the middle of a run: scaled for the present numbers, or, for a reason, with the
-        optimizer on the host.
-        """  # fmt: skip
-        self.sync()
-        counters = self.applied_steps, self.steps
-        kept = {
-            k: v for k, v in self._mirror.state().items() if k.startswith(SCALING) or k.endswith(ACCUMULATED)
-        }
-        self._session.close()
-        if reason:
-            self._host_reason = reason
-            self._take_to_host()
-        self._build_anywhere("auto", None, engine_only=False, units=self._units)
-        self._mirror.set_state(kept)
-        self.applied_steps, self.steps = counters
-        if self._host is not None:
-            warnings.warn(
-                f"optimizer {type(self._optimizer).__name__}: runs on the host (PyTorch fp32) from update "
-                f"{self.applied_steps + 1} on; it {self._host_reason}.",
-                stacklevel=5,
-            )
-
-    def _feed(self, x: Any, y: Any, values: Mapping[str, float]) -> dict[str, NDArray[Any]]:
         feeds = self._feeds(x, y)
         feeds |= {p.name: draw(p.target, p.shape, self._masks).numpy() for p in self._mask_ports}
-        sent = {**values, **self.treatment.scalars(last=self._pending + 1 == self.treatment.accumulate)}
+        sent = {
+            **self.scalars(ahead),
+            **self.treatment.scalars(last=self._pending + 1 == self.treatment.accumulate),
+        }
         sent |= self._changes.host_values(self._model, self._unsynced)
         feeds |= {name: np.full(1, sent[target]) for name, target in self._scalars}
         return {name: array.astype(self._float, copy=False) for name, array in feeds.items()}
+
+    def scalars(self, ahead: int = 0) -> dict[str, float]:
+        """Port target -> value of the optimizer's scalars for the next update, or one `ahead` steps after it."""
+        return scalar_values(self._optimizer, self.applied_steps + 1 + ahead, self.treatment.on_host)
 
     def port_state(self) -> dict[str, NDArray[Any]]:
         """A copy of the device's state by port, in the program's precision and units."""
@@ -297,8 +222,6 @@ class TrainingStep:
         self._pull_weights()
         if self._stale_moments:
             self._mirror.pull_moments(self.applied_steps)
-            if self._followed is not None:
-                self._followed.pull(self._mirror)
             self._stale_moments = False
 
     def load(self) -> None:
@@ -308,8 +231,6 @@ class TrainingStep:
         """
         self._mirror.push_weights()
         self.applied_steps = self._mirror.push_moments()
-        if self._followed is not None:
-            self._followed.push(self._mirror)
         self._unsynced, self._stale_moments = 0, False
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -320,9 +241,6 @@ class TrainingStep:
         units = {_UNIT + name: torch.tensor(unit) for name, unit in self._units.items()}
         if self._host is not None:
             units |= {_OPTIMIZER + name: value for name, value in self._host.state().items()}
-        if self._followed is not None:
-            units |= {_OPTIMIZER + name: value for name, value in self._followed.state().items()}
-            units[_CHOICES] = torch.tensor(self._choices, dtype=torch.int32)
         if self.treatment.accumulate > 1:
             units["pending"] = torch.tensor(self._pending)
         return {
@@ -331,27 +249,16 @@ class TrainingStep:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state_dict`, bit for bit; a state in other units compiles the program anew."""
-        units, kept = _units(state), _chosen(state)
-        was_on_host = kept is None and self._followed is not None
-        if was_on_host:
-            self._host_reason = "is continued where it was when its state was saved"
-            self._take_to_host()
-        elif kept is not None and self._followed is None:
-            raise UsageError(
-                "state: needs the optimizer on the engine, as it was when the state was saved; it is on the "
-                'host. Compile the step with optimizer_on="engine" to see why.'
-            )
-        if was_on_host or units != self._units or (kept is not None and kept != self._choices):
+        _check_saved_place(state, self._host is not None)
+        units = _units(state)
+        if units != self._units:
             self._session.close()
-            self._build("auto", units, kept)
+            self._build("auto", units)
         self._mirror.set_state(state)
         self._pending = int(state.get("pending", 0))
         if self._host is not None:
             found = {k.removeprefix(_OPTIMIZER): v for k, v in state.items() if k.startswith(_OPTIMIZER)}
             self._host.set_state(found)
-        if self._followed is not None:
-            found = {k.removeprefix(_OPTIMIZER): v for k, v in state.items() if k.startswith(_OPTIMIZER)}
-            self._followed.set_state(found)
         self.steps, self.applied_steps, self.skipped_steps = map(int, state["counters"])
         self._masks.set_state(state["mask_generator"])
         self._mirror.pull_weights(0)
@@ -368,15 +275,10 @@ class TrainingStep:
         return "host" if self._host is not None else "engine"
 
     @property
-    def _without_rule(self) -> bool:
-        """Whether the optimizer's state and scalars are not those of a rule of ours."""
-        return self._host is not None or self._followed is not None
-
-    @property
     def engine_flop_fraction(self) -> float:
         """Share of the step's floating-point operations in the program; the rest is the host's optimizer.
 
-        On the host they are counted in the last update, and before the first as 10 a parameter (Adam's).
+        On the host they are counted in the first update, and before it as 10 a parameter (Adam's).
         """
         if self._host is None:
             return 1.0
@@ -449,16 +351,13 @@ def _capture(
     units: Mapping[str, float] | None,
     precision: str,
     treatment: Treatment,
-    kept: Sequence[int] | None,
 ) -> StepCapture:
     """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
     modes = {module: module.training for module in model.modules()}
     if not model.training:
         model.train()
     try:
-        return capture_training(
-            model, loss, optimizer, example, loss_scale, units, precision, treatment, kept
-        )
+        return capture_training(model, loss, optimizer, example, loss_scale, units, precision, treatment)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -482,9 +381,30 @@ def _check_scale(scale: float | str) -> None:
         )
 
 
-def _chosen(state: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
-    """The choices of scale of a user's optimizer that runs on the engine."""
-    return tuple(map(int, state[_CHOICES])) if _CHOICES in state else None
+def _host_reason(
+    optimizer: torch.optim.Optimizer, place: str, state: Mapping[str, torch.Tensor] | None
+) -> str:
+    """Why an optimizer that may run anywhere runs on the host; empty if it runs on the engine."""
+    if place != "auto":
+        return ""
+    if state is not None and _saved_on_host(state):
+        return "is continued where it was when its state was saved"
+    return missing_rule(optimizer)
+
+
+def _saved_on_host(state: Mapping[str, torch.Tensor]) -> bool:
+    return any(key.startswith(_OPTIMIZER) for key in state)
+
+
+def _check_saved_place(state: Mapping[str, torch.Tensor], on_host: bool) -> None:
+    """Raises: UsageError for an optimizer's state that was saved in the other place."""
+    saved_on_engine = any(key.endswith(f"/{RESIDUAL}") for key in state)
+    if _saved_on_host(state) if not on_host else saved_on_engine:
+        here, there = ("host", "engine") if on_host else ("engine", "host")
+        raise UsageError(
+            f"state: needs an optimizer on the {here}; got a state saved with it on the {there}. "
+            f'Compile the step with optimizer_on="{there}".'
+        )
 
 
 def _units(state: Mapping[str, torch.Tensor]) -> dict[str, float]:

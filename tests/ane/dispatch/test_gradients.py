@@ -214,12 +214,6 @@ def test_a_known_optimizer_on_the_host_equals_the_engines() -> None:
     assert run(adam, 10, optimizer_on="engine")[1].engine_flop_fraction == 1.0
 
 
-def test_settings_without_a_rule_are_followed() -> None:
-    error, step, _ = run(lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1), 5)
-    assert step.optimizer_on == "engine"
-    assert error < 0.01
-
-
 def test_engine_only_is_refused_without_a_rule() -> None:
     with pytest.raises(UnsupportedModel, match='optimizer_on="host"'):
         run(lambda p: torch.optim.Rprop(p), 1, optimizer_on="engine")

@@ -35,7 +35,7 @@ __all__ = [
     "ROOT_FLOORS",
     "RULES",
     "Rule",
-    "find_rule",
+    "missing_rule",
     "rule_for",
 ]
 __all__ += ["two_term_add"]
@@ -184,10 +184,12 @@ HOST = Rule(
 )
 
 
-def find_rule(optimizer: torch.optim.Optimizer) -> Rule | None:
-    """The rule of an optimizer's class if it covers the settings of all groups, else None."""
+def missing_rule(optimizer: torch.optim.Optimizer) -> str:
+    """What of the optimizer has no rule, as the end of a sentence; empty if the engine can run it."""
     rule = RULES.get(type(optimizer))
-    return rule if rule is not None and all(map(rule.takes, optimizer.param_groups)) else None
+    if rule is None:
+        return "has no update rule for the engine"
+    return "" if all(map(rule.takes, optimizer.param_groups)) else "has no update rule for its settings"
 
 
 def rule_for(optimizer: torch.optim.Optimizer, on_host: bool = False) -> Rule:
@@ -195,11 +197,12 @@ def rule_for(optimizer: torch.optim.Optimizer, on_host: bool = False) -> Rule:
 
     Raises: UnsupportedModel naming the supported classes.
     """
-    rule = HOST if on_host else find_rule(optimizer)
-    if rule is None:
+    if on_host:
+        return HOST
+    reason = missing_rule(optimizer)
+    if reason:
         names = ", ".join(f"torch.optim.{cls.__name__}" for cls in RULES)
-        reason = "has no update rule for the engine, or none for its settings."
         fix = f'Use one of {names}, or optimizer_on="host".'
-        finding = Finding("optimizer", type(optimizer).__name__, reason, fix)
+        finding = Finding("optimizer", type(optimizer).__name__, f"{reason}.", fix)
         raise UnsupportedModel("The optimizer cannot run on the engine:", [finding])
-    return rule
+    return RULES[type(optimizer)]
