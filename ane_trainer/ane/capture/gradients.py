@@ -14,6 +14,7 @@ import torch
 
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.mil.program import MAX_FP16
 
 Tensors = dict[str, torch.Tensor]
 
@@ -40,9 +41,9 @@ class Treatment:
     def check(self) -> None:
         """Raises: UsageError for limits that are not positive or a count below 1."""
         for name, value in (("clip_grad_norm", self.clip_norm), ("clip_grad_value", self.clip_value)):
-            if value is not None and not 0.0 < value <= 65504.0:
+            if value is not None and not 0.0 < value <= MAX_FP16:
                 raise UsageError(
-                    f"{name}: needs a number above 0 and up to 65504; got {value!r}. Choose one."
+                    f"{name}: needs a number above 0 and up to {MAX_FP16:g}; got {value!r}. Choose one."
                 )
         if not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise UsageError(

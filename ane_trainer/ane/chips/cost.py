@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from ane_trainer.ane.chips.counting import FREE, MACS, MOVES, NORMS, constant, flops, macs, shape_of
+from ane_trainer.ane.chips.counting import FREE, MOVES, constant, flops, macs, shape_of
 from ane_trainer.ane.chips.lookup import Chip, get_chip, op_status
+from ane_trainer.ane.mil.opset import family
 from ane_trainer.ane.mil.program import Function, Op, Program
 
 __all__ = ["Cost", "OpCost", "Rates", "estimate", "flops", "macs", "rates"]
@@ -203,22 +204,24 @@ def _compute_us(
     op: Op, chip: Chip, found: Rates, makers: dict[str, Op], uses: Counter[str], outputs: set[str]
 ) -> tuple[float, str]:
     """Time on the unit that does the work, and the unit's name."""
-    if op.kind in FREE or op.kind.startswith("constexpr_") or not op.results:
+    work = family(op.kind)
+    if work in FREE or not op.results:
         return 0.0, "free"
-    if op.kind in MACS:
+    if work == "contraction":
         peak = chip.peak_fp16_flops / 2 * found.mac_efficiency * _mac_rate(op, chip, found)
         return macs(op) / peak * 1e6 + found.task_us, "mac"
     runtime = list(op.operands())
-    if len(runtime) == 1 and op.result.type.shape == runtime[0].type.shape and op.kind not in MOVES:
+    if len(runtime) == 1 and op.result.type.shape == runtime[0].type.shape and work not in MOVES:
         maker = makers.get(runtime[0].name)
         alone = uses[runtime[0].name] == 1 and runtime[0].name not in outputs
-        if maker is not None and maker.kind in MACS and alone and op.kind not in NORMS | {"softmax"}:
+        on_macs = maker is not None and family(maker.kind) == "contraction"
+        if on_macs and alone and work not in ("normalization", "softmax"):
             return 0.0, "fused"  # bias, scale and activation ride on the MAC output stage
     elements = max([v.type.size for v in runtime] + [v.type.size for v in op.results])
     gelem_s = found.pe_gelem_s if len(runtime) < 2 else found.pe_two_input_gelem_s
-    if op.kind == "softmax":
+    if work == "softmax":
         gelem_s = found.softmax_gelem_s
-    elif op.kind in NORMS:
+    elif work == "normalization":
         gelem_s = found.norm_gelem_s
     bytes_off_chip = sum(
         v.type.nbytes for v in runtime if v.name in makers and v.type.nbytes > _ON_CHIP_BYTES
@@ -270,6 +273,6 @@ def _weight_bytes(op: Op, constants: dict[str, int]) -> int:
     own = sum(
         item.type.nbytes for _, item in op.literals() if item.type.dtype not in ("string", "bool", "int32")
     )
-    if op.kind.startswith("constexpr_") or op.kind in FREE:
+    if family(op.kind) in FREE:
         return 0
     return own + sum(constants.get(value.name, 0) for value in op.operands())

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import math
 
+from ane_trainer.ane.mil.opset import family, op_def
 from ane_trainer.ane.mil.program import Literal, Op, Value
 
-
-def _kinds(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-#: Ops that take no time: names, views and constants.
-FREE = _kinds("const reshape expand_dims squeeze identity flatten2d read_state write_state")
-#: Ops that only move data.
-MOVES = _kinds(
-    "transpose concat split stack slice_by_size slice_by_index tile pad reverse crop cast fill fill_like"
-    " select gather depth_to_space space_to_depth pixel_shuffle pixel_unshuffle space_to_batch batch_to_space"
-    " upsample_nearest_neighbor resize_nearest_neighbor range_1d coreml_update_state"
-)
-#: Normalisations.
-NORMS = _kinds("layer_norm instance_norm batch_norm l2_norm local_response_norm")
-#: Ops of the multiply-accumulate array.
-MACS = _kinds("matmul linear conv conv_transpose einsum scaled_dot_product_attention")
-#: Floating-point operations an element of the input; pointwise ops that are not named count 1 an element.
-_FLOPS_PER_ELEMENT = {
-    "softmax": 5, "layer_norm": 8, "instance_norm": 8, "batch_norm": 2, "l2_norm": 3,
-    "local_response_norm": 5, "reduce_l2_norm": 2, "reduce_l1_norm": 2, "reduce_sum_square": 2,
-    "reduce_log_sum_exp": 3,
-}  # fmt: skip
+#: Families of ops that take no time: names, views, constants, and constants that are decoded beforehand.
+FREE = ("view", "constexpr")
+#: Families of ops that only move data.
+MOVES = ("movement", "select")
+#: Families whose work is counted by elements read.
+_READS = ("reduction", "arg_reduction", "softmax", "normalization")
 
 
 def macs(op: Op) -> int:
     """Multiply-accumulates of matmul, linear, conv, conv_transpose, einsum and attention; 0 for other ops."""
-    if op.kind not in MACS:
+    if family(op.kind) != "contraction":
         return 0
     out = op.result.type
     if op.kind == "matmul":
@@ -57,9 +41,10 @@ def flops(op: Op) -> int:
 
     Reductions and pooling count their input or window; normalisations a fixed number an element.
     """
-    if op.kind in FREE or op.kind in MOVES or op.kind.startswith("constexpr_") or not op.results:
+    kind = op_def(op.kind)
+    if kind.family in (*FREE, *MOVES) or not op.results:
         return 0
-    if op.kind in MACS:
+    if kind.family == "contraction":
         bias = op.result.type.size if op.arg("bias") is not None else 0
         attention = (
             5 * math.prod(shape_of(op, "query")[:-1]) * shape_of(op, "key")[-2]
@@ -67,13 +52,12 @@ def flops(op: Op) -> int:
             else 0
         )
         return 2 * macs(op) + bias + attention
-    if op.kind in ("avg_pool", "max_pool", "l2_pool"):
+    if kind.family == "pooling":
         window = constant(op, "kernel_sizes")
         return op.result.type.size * math.prod(window if isinstance(window, tuple) else (1,))
     operands = [value.type.size for value in op.operands()] or [0]
-    reads_input = op.kind.startswith("reduce_") or op.kind in _FLOPS_PER_ELEMENT
-    elements = operands[0] if reads_input else max(value.type.size for value in op.results)
-    return _FLOPS_PER_ELEMENT.get(op.kind, 1) * elements
+    elements = operands[0] if kind.family in _READS else max(value.type.size for value in op.results)
+    return kind.flops * elements
 
 
 def _einsum_macs(op: Op) -> int:

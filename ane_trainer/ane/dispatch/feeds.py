@@ -16,6 +16,7 @@ from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.compiler.lower.indices.integers import coded, most_rows
 from ane_trainer.ane.compiler.lower.indices.pairs import HIGH, MOST_ROWS
 from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.mil.program import MAX_FP16
 from ane_trainer.ane.stages import PAIR, Port
 
 
@@ -31,7 +32,7 @@ class Range:
 
 
 RANGES = {
-    "fp16": Range("fp16", torch.float16, np.float16, 65504.0, 2048),
+    "fp16": Range("fp16", torch.float16, np.float16, MAX_FP16, 2048),
     "fp32": Range("fp32", torch.float32, np.float32, float(np.finfo(np.float32).max), 2**24),
 }
 

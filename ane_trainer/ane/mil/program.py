@@ -29,6 +29,11 @@ _STRUCT_CODE: Mapping[str, str] = {
     "int64": "q", "uint64": "Q",
 }  # fmt: skip
 
+#: Largest finite fp16 number.
+MAX_FP16 = 65504.0
+#: Axes of a tensor on the engine (ANE guide ch. 4).
+MAX_RANK = 5
+
 Scalar = bool | int | float | str
 
 

@@ -14,8 +14,9 @@ import torch
 
 from ane_trainer.ane.capture.optimizers.updates import Rule, rule_for
 from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.mil.program import MAX_FP16
 
-LARGEST = 65504.0
+LARGEST = MAX_FP16
 
 
 def port_name(scalar: str, group: int, groups: int) -> str:

@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from ane_trainer.ane.errors import Finding, UnsupportedModel
+from ane_trainer.ane.mil.program import MAX_FP16
 
 #: Stands for no row in the maximum over a bag.
-_LOWEST = -65504.0
+_LOWEST = -MAX_FP16
 
 
 def embedding_bag(

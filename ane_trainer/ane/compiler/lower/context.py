@@ -19,11 +19,8 @@ from torch.fx import Node
 from ane_trainer.ane.compiler.lower import literals
 from ane_trainer.ane.compiler.lower.registry import Refusal
 from ane_trainer.ane.mil.opset import Builder
-from ane_trainer.ane.mil.program import Literal, TensorType, Value
+from ane_trainer.ane.mil.program import MAX_FP16, MAX_RANK, Literal, TensorType, Value
 from ane_trainer.ane.stages import PAIR
-
-#: Axes of a tensor on the engine (ANE guide ch. 4).
-LARGEST_RANK = 5
 
 Operand = Value | torch.Tensor | bool | int | float
 Shape = tuple[int, ...]
@@ -112,10 +109,10 @@ class Context:
     def use_codes(self, index: Value) -> bool:
         """Let the ports behind `index` send codes; False if it does not come straight from ports."""
         while index not in self.integers:
-            maker = self.builder.maker(index)
-            if maker is None or maker.kind not in ("reshape", "transpose"):
+            producer = self.builder.producer(index)
+            if producer is None or producer.kind not in ("reshape", "transpose"):
                 return False
-            index = next(maker.operands())
+            index = next(producer.operands())
         self.wide |= self.integers[index]
         return True
 
@@ -186,12 +183,12 @@ class Context:
 
         A product is rounded once; `real_div` goes through the inverse table (13.5 ulp at worst, M6
         notes/numerics.md). Exact for powers of two; otherwise the reciprocal's rounding adds half an ulp.
-        A reciprocal that fp16 cannot hold (1/c beyond 65504 or below 2^-24) stays a division.
+        A reciprocal that fp16 cannot hold (1/c beyond MAX_FP16 or below 2^-24) stays a division.
         """
         if not isinstance(y, Value):
             numbers = as_tensor(self.number(y))  # type: ignore[arg-type]
             inverse = 1.0 / numbers
-            if bool(((inverse.abs() <= 65504) & (inverse.abs() >= 2.0**-14)).all()):
+            if bool(((inverse.abs() <= MAX_FP16) & (inverse.abs() >= 2.0**-14)).all()):
                 return self.mul(x, inverse)
         return self.binary("real_div", x, y)
 
@@ -269,7 +266,7 @@ class Context:
         perm = tuple(perm)
         if perm == tuple(range(len(perm))):
             return x
-        if len(perm) > LARGEST_RANK and isinstance(x, Value):
+        if len(perm) > MAX_RANK and isinstance(x, Value):
             return self._transpose_many(x, perm)
         return self._move(x, lambda v: self.emit("transpose", x=v, perm=perm), lambda t: t.permute(perm))
 
@@ -286,7 +283,7 @@ class Context:
                 groups[-1].append(p)
             else:
                 groups.append([p])
-        if len(groups) <= LARGEST_RANK:
+        if len(groups) <= MAX_RANK:
             order = sorted(groups)
             merged = self.reshape(x, tuple(math.prod(shape[p] for p in g) for g in order))
             return self.reshape(self.transpose(merged, [order.index(g) for g in groups]), result)
@@ -457,7 +454,7 @@ class Context:
             cond, a, b = ~cond, b, a
         if not isinstance(b, Value):
             other = as_tensor(b)
-            if bool((other <= -65504).all()):
+            if bool((other <= -MAX_FP16).all()):
                 return self.binary("minimum", a, torch.where(cond, math.inf, other))
             kept = self.mul(a, cond.double())
             return kept if not bool(other.any()) else self.add(kept, torch.where(cond, 0.0, other))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ane_trainer.ane.compiler.lower.context import LARGEST_RANK, Absent, Context, Shape, is_bool, mil_shape
+from ane_trainer.ane.compiler.lower.context import Absent, Context, Shape, is_bool, mil_shape
 from ane_trainer.ane.compiler.lower.indices import pairs
 from ane_trainer.ane.compiler.lower.indices.integers import keeps_codes, reads_codes
 from ane_trainer.ane.compiler.lower.passes.pipeline import run_passes
@@ -20,7 +20,7 @@ from ane_trainer.ane.compiler.lower.registry import ACCEPTS_ABSENT, RULES, Refus
 from ane_trainer.ane.compiler.lower.rules.maxima import Places
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.mil.opset import Builder
-from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value, literal
+from ane_trainer.ane.mil.program import MAX_RANK, Function, Op, Program, TensorType, Value, literal
 from ane_trainer.ane.stages import Alias, Captured, Lowered, Port
 
 _UNFOLDABLE = (torch.Tag.nondeterministic_seeded,)
@@ -312,7 +312,7 @@ def _as_output(ctx: Context, operand: Any) -> Value:
 
 def _at_border(shape: Shape) -> Shape:
     """A port's shape: the axes in front that the engine has not are merged into one."""
-    front = len(shape) - LARGEST_RANK + 1
+    front = len(shape) - MAX_RANK + 1
     return (math.prod(shape[:front]), *shape[front:]) if front > 1 else shape
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ane_trainer.ane.mil.program import Literal, TensorType
+from ane_trainer.ane.mil.program import MAX_FP16, Literal, TensorType
 
 _NUMPY = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64}
-_MAX_FP16 = 65504.0
 
 #: Elements from which on a constant filled with one number is built by `tile` instead of stored.
 STORED_FILL_ELEMENTS = 16384
@@ -42,7 +41,7 @@ def encode(array: np.ndarray, dtype: str) -> Literal:
         return Literal(TensorType("bool", array.shape), array.astype("?").tobytes())
     values = array.astype(np.float64)
     if dtype == "fp16":
-        values = np.where(np.isfinite(values), np.clip(values, -_MAX_FP16, _MAX_FP16), values)
+        values = np.where(np.isfinite(values), np.clip(values, -MAX_FP16, MAX_FP16), values)
     data = values.astype(_NUMPY[dtype]).astype(np.dtype(_NUMPY[dtype]).newbyteorder("<")).tobytes()
     return Literal(TensorType(dtype, array.shape), data)
 

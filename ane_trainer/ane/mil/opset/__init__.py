@@ -14,10 +14,10 @@ from ane_trainer.ane.mil.opset import (
     resizing,
 )
 from ane_trainer.ane.mil.opset.builder import Builder
-from ane_trainer.ane.mil.opset.registry import Call, OpDef, Param, bind, infer, known_ops, op_def
+from ane_trainer.ane.mil.opset.registry import Call, OpDef, Param, bind, family, infer, known_ops, op_def
 
 __all__ = [
     "Builder", "Call", "OpDef", "Param", "bind", "compression", "contraction", "creation", "elementwise",
-    "indexing", "infer", "known_ops", "movement", "normalization", "op_def", "pooling", "rearrange",
+    "family", "indexing", "infer", "known_ops", "movement", "normalization", "op_def", "pooling", "rearrange",
     "reduction", "resizing",
 ]  # fmt: skip

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ane_trainer.ane.mil.opset.domains import DOMAINS
 from ane_trainer.ane.mil.opset.registry import Param, as_arg, infer, op_def
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value
 
 
 def _typed_like_others(kind: str, param: Param, args: Mapping[str, object]) -> Param:
     """`param` with the dtype that a Python number needs there: that of the arguments it must agree with."""
-    domains = DOMAINS.get(kind, {})
+    domains = op_def(kind).domains
     own = domains.get(param.name)
     if own is None:
         return param
@@ -64,8 +63,8 @@ class Builder:
         self._ops.append(Op(kind, tuple(bound.items()), results, self.source))
         return results
 
-    def maker(self, value: Value) -> Op | None:
-        """The op that makes `value`; None for an input."""
+    def producer(self, value: Value) -> Op | None:
+        """The op that produces `value`; None for an input."""
         return next((op for op in reversed(self._ops) if value in op.results), None)
 
     def finish(self, outputs: tuple[Value, ...], *, name: str = "main", opset: str = "ios18") -> Function:

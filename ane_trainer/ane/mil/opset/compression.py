@@ -17,6 +17,8 @@ _INDEX_BITS = {"uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6, "uint
     const("zero_point", "int8"),
     const("scale", "fp16"),
     const("axis"),
+    dtypes="quantized_data:Q zero_point:fp32|int8|uint8 scale:F",
+    family="constexpr",
 )
 def affine_dequantize(call: Call) -> tuple[TensorType, ...]:
     """scale * (quantized_data - zero_point); scale and zero_point are scalars or have the axis' extent."""
@@ -30,7 +32,13 @@ def affine_dequantize(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(scale.dtype, data.shape),)
 
 
-@rule("constexpr_cast", const("source_val", "fp16"), const("output_dtype", "string"))
+@rule(
+    "constexpr_cast",
+    const("source_val", "fp16"),
+    const("output_dtype", "string"),
+    dtypes="source_val:fp16",
+    family="constexpr",
+)
 def constexpr_cast(call: Call) -> tuple[TensorType, ...]:
     """A constant fp16 weight as fp32."""
     if call.text("output_dtype") != "fp32":
@@ -44,6 +52,8 @@ def constexpr_cast(call: Call) -> tuple[TensorType, ...]:
     tensor("lut"),
     const("vector_axis", "int32", None),
     const("shape", "uint32", None),
+    dtypes="indices:P lut:L",
+    family="constexpr",
 )
 def lut_to_dense(call: Call) -> tuple[TensorType, ...]:
     """indices and lut of rank + 2 (iOS 18); with `shape`, packed uint8 indices and a lut vector (iOS 16)."""
@@ -81,6 +91,8 @@ def _looked_up(call: Call, shape: tuple[int, ...], dtype: str) -> tuple[int, ...
     tensor("nonzero_data"),
     tensor("mask", "uint1"),
     const("shape", "uint32", None),
+    dtypes="nonzero_data:W mask:uint1|uint8",
+    family="constexpr",
 )
 def sparse_to_dense(call: Call) -> tuple[TensorType, ...]:
     """A mask of the result's shape (iOS 18); with `shape`, a packed uint8 mask, lowest bit first."""
@@ -118,6 +130,8 @@ def _check_mask(call: Call, data: str, mask: str) -> None:
     tensor("indices_nonzero_data", "uint4"),
     tensor("lut"),
     const("vector_axis", "int32", None),
+    dtypes="indices_mask:uint1 indices_nonzero_data:P lut:L",
+    family="constexpr",
 )
 def lut_to_sparse(call: Call) -> tuple[TensorType, ...]:
     """A mask and the values at its bits, for `constexpr_sparse_to_dense`."""
@@ -130,7 +144,13 @@ def lut_to_sparse(call: Call) -> tuple[TensorType, ...]:
 _SCALES = (tensor("scale"), tensor("offset", "int8", required=False))
 
 
-@rule("constexpr_blockwise_shift_scale", tensor("data", "int8"), *_SCALES)
+@rule(
+    "constexpr_blockwise_shift_scale",
+    tensor("data", "int8"),
+    *_SCALES,
+    dtypes="data:W scale:F offset:W",
+    family="constexpr",
+)
 def blockwise_shift_scale(call: Call) -> tuple[TensorType, ...]:
     """(data - offset) * scale, each scale for a block of data.
 
@@ -154,6 +174,8 @@ def as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
     tensor("data_mask", "uint1"),
     tensor("nonzero_data", "int8"),
     *_SCALES,
+    dtypes="data_mask:uint1 nonzero_data:W scale:F offset:W",
+    family="constexpr",
 )
 def sparse_blockwise_shift_scale(call: Call) -> tuple[TensorType, ...]:
     """As `constexpr_blockwise_shift_scale`, for the values at a mask's bits."""
@@ -185,6 +207,7 @@ def _check_blocks(call: Call, data: TensorType, dtype: str) -> None:
     const("scale", "fp16"),
     const("axis", "int32", None),
     const("output_dtype", "string"),
+    dtypes="input:F.S zero_point:Q scale:F.S",
 )
 def quantize(call: Call) -> tuple[TensorType, ...]:
     """round(input / scale) + zero_point, clipped to int8 or uint8."""
@@ -206,6 +229,7 @@ def quantize(call: Call) -> tuple[TensorType, ...]:
     const("zero_point", "int8", None),
     const("scale", "fp16"),
     const("axis", "int32", None),
+    dtypes="input:Q.S zero_point:Q.S scale:F",
 )
 def dequantize(call: Call) -> tuple[TensorType, ...]:
     """(input - zero_point) * scale."""

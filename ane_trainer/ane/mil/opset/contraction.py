@@ -13,6 +13,8 @@ from ane_trainer.ane.mil.program import TensorType
     tensor("y"),
     const("transpose_x", "bool", False),
     const("transpose_y", "bool", False),
+    dtypes="x:FI y:FI",
+    family="contraction",
 )
 def matmul(call: Call) -> tuple[TensorType, ...]:
     """x `[..., M, K]` (or `[..., K, M]` with transpose_x), y `[..., K, N]`; leading axes broadcast."""
@@ -26,7 +28,14 @@ def matmul(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*broadcast(call, x.shape[:-2], y.shape[:-2]), m, n)),)
 
 
-@rule("linear", tensor("x"), tensor("weight"), tensor("bias", required=False))
+@rule(
+    "linear",
+    tensor("x"),
+    tensor("weight"),
+    tensor("bias", required=False),
+    dtypes="x:FI weight:FI.U bias:FI.U",
+    family="contraction",
+)
 def linear(call: Call) -> tuple[TensorType, ...]:
     """x `[..., K]`, weight `[N, K]`, bias `[N]`; weight is a constant or what a constexpr op gives."""
     x, w = call.type("x"), call.type("weight")
@@ -47,6 +56,8 @@ def linear(call: Call) -> tuple[TensorType, ...]:
     const("pad", "int32", None),
     const("dilations", "int32", None),
     const("groups", "int32", 1),
+    dtypes="x:F weight:F.U bias:F.U",
+    family="contraction",
 )
 def conv(call: Call) -> tuple[TensorType, ...]:
     """x `[N, Cin, *spatial]`, weight `[Cout, Cin/groups, *kernel]`, bias `[Cout]`; 1 to 3 spatial axes."""
@@ -79,6 +90,8 @@ def conv(call: Call) -> tuple[TensorType, ...]:
     const("strides", "int32", None),
     const("dilations", "int32", None),
     const("groups", "int32", 1),
+    dtypes="x:F weight:F.U bias:F.U",
+    family="contraction",
 )
 def conv_transpose(call: Call) -> tuple[TensorType, ...]:
     """x `[N, Cin, *spatial]`, weight `[Cin, Cout/groups, *kernel]`, bias `[Cout]`; pad cuts the result."""
@@ -115,7 +128,7 @@ def _transposed_extents(call: Call, x: TensorType, w: TensorType) -> tuple[int, 
     return tuple(s * (n - 1) + (k - 1) * d + 1 - sum(p) for n, k, s, d, p in rows)
 
 
-@rule("einsum", tensors("values"), const("equation", "string"))
+@rule("einsum", tensors("values"), const("equation", "string"), family="contraction")
 def einsum(call: Call) -> tuple[TensorType, ...]:
     """The two equations that MIL takes: `nchw,nwhu->nchu` and `chw,whu->chu`; n and h broadcast."""
     types = call.types("values")
@@ -142,6 +155,8 @@ def einsum(call: Call) -> tuple[TensorType, ...]:
     tensor("key"),
     tensor("value"),
     tensor("attn_mask", required=False),
+    dtypes="query:F.T key:F.T value:F.T attn_mask:bool|fp16|fp32",
+    family="contraction",
 )
 def attention(call: Call) -> tuple[TensorType, ...]:
     """query `[*B, L, E]`, key `[*B, S, E]`, value `[*B, S, V]`, mask `[..., L or 1, S]` -> `[*B, L, V]`."""

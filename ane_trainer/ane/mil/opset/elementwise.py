@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from ane_trainer.ane.mil.opset.domains import DOMAINS
 from ane_trainer.ane.mil.opset.registry import Call, const, rule, tensor
 from ane_trainer.ane.mil.opset.shapes import broadcast
 from ane_trainer.ane.mil.program import TensorType
 
 
+@rule("abs exp2 sign square", tensor("x"), dtypes="x:FI", family="unary")
 @rule(
-    "abs acos asin atan atanh ceil cos cosh erf exp exp2 floor relu relu6 round sigmoid sign silu sin sinh"
-    " softsign softplus sqrt square tan tanh identity",
+    "acos asin atan atanh ceil cos cosh erf exp floor relu relu6 round sigmoid silu sin sinh softsign"
+    " softplus sqrt tan tanh",
     tensor("x"),
+    dtypes="x:F",
+    family="unary",
 )
+@rule("identity", tensor("x"), family="view")
 def unary(call: Call) -> tuple[TensorType, ...]:
     """One input, whose type the result has."""
     return (call.type("x"),)
 
 
-@rule("rsqrt", tensor("x"), const("epsilon", "fp16", 1e-12))
-@rule("inverse", tensor("x"), const("epsilon", "fp16", 1e-4))
-@rule("log", tensor("x"), const("epsilon", "fp16", 1e-45))
+@rule("rsqrt", tensor("x"), const("epsilon", "fp16", 1e-12), dtypes="x:F epsilon:F", family="unary")
+@rule("inverse", tensor("x"), const("epsilon", "fp16", 1e-4), dtypes="x:F epsilon:F", family="unary")
+@rule("log", tensor("x"), const("epsilon", "fp16", 1e-45), dtypes="x:F epsilon:F", family="unary")
 def unary_epsilon(call: Call) -> tuple[TensorType, ...]:
     """As `unary`; epsilon is added before the function."""
     return (call.type("x"),)
 
 
-@rule("gelu", tensor("x"), const("mode", "string", "EXACT"))
+@rule("gelu", tensor("x"), const("mode", "string", "EXACT"), dtypes="x:F", family="unary")
 def gelu(call: Call) -> tuple[TensorType, ...]:
     """`mode` names one of three formulas."""
     modes = ("EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION")
@@ -35,17 +38,34 @@ def gelu(call: Call) -> tuple[TensorType, ...]:
     return (call.type("x"),)
 
 
-@rule("leaky_relu elu thresholded_relu threshold", tensor("x"), const("alpha", "fp16"))
+@rule(
+    "leaky_relu elu thresholded_relu",
+    tensor("x"),
+    const("alpha", "fp16"),
+    dtypes="x:F alpha:F",
+    family="unary",
+)
+@rule("threshold", tensor("x"), const("alpha", "fp16"), dtypes="x:FI.T alpha:FI.T", family="unary")
 def unary_alpha(call: Call) -> tuple[TensorType, ...]:
     """One input and one number."""
     return (call.type("x"),)
 
 
 @rule(
-    "clip clamped_relu linear_activation scaled_tanh sigmoid_hard",
+    "clip",
     tensor("x"),
     const("alpha", "fp16"),
     const("beta", "fp16"),
+    dtypes="x:F.T alpha:F.T beta:F.T",
+    family="unary",
+)
+@rule(
+    "clamped_relu linear_activation scaled_tanh sigmoid_hard",
+    tensor("x"),
+    const("alpha", "fp16"),
+    const("beta", "fp16"),
+    dtypes="x:F alpha:F.U beta:F.U",
+    family="unary",
 )
 def unary_alpha_beta(call: Call) -> tuple[TensorType, ...]:
     """One input and two numbers; `clip` needs alpha below beta."""
@@ -56,7 +76,7 @@ def unary_alpha_beta(call: Call) -> tuple[TensorType, ...]:
     return (call.type("x"),)
 
 
-@rule("prelu", tensor("x"), const("alpha", "fp16"))
+@rule("prelu", tensor("x"), const("alpha", "fp16"), dtypes="x:F alpha:F")
 def prelu(call: Call) -> tuple[TensorType, ...]:
     """alpha has one slope per channel (axis 1).
 
@@ -69,7 +89,13 @@ def prelu(call: Call) -> tuple[TensorType, ...]:
     return (x,)
 
 
-@rule("softplus_parametric", tensor("x"), const("alpha", "fp16"), const("beta", "fp16"))
+@rule(
+    "softplus_parametric",
+    tensor("x"),
+    const("alpha", "fp16"),
+    const("beta", "fp16"),
+    dtypes="x:F alpha:F.U beta:F.U",
+)
 def softplus_parametric(call: Call) -> tuple[TensorType, ...]:
     """alpha and beta have one number per channel (axis 1)."""
     x, alpha, beta = call.type("x"), call.type("alpha"), call.type("beta")
@@ -78,7 +104,13 @@ def softplus_parametric(call: Call) -> tuple[TensorType, ...]:
     return (x,)
 
 
-@rule("add sub mul real_div floor_div maximum minimum mod pow", tensor("x"), tensor("y"))
+@rule(
+    "add sub mul real_div floor_div maximum minimum mod pow",
+    tensor("x"),
+    tensor("y"),
+    dtypes="x:FI.T y:FI.T",
+    family="binary",
+)
 def binary(call: Call) -> tuple[TensorType, ...]:
     """Two inputs of one dtype that broadcast."""
     x, y = call.type("x"), call.type("y")
@@ -87,25 +119,44 @@ def binary(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, broadcast(call, x.shape, y.shape)),)
 
 
-@rule("equal not_equal greater greater_equal less less_equal", tensor("x"), tensor("y"))
+@rule(
+    "equal not_equal greater greater_equal less less_equal",
+    tensor("x"),
+    tensor("y"),
+    dtypes="x:FI.T y:FI.T",
+    family="binary",
+)
 def comparison(call: Call) -> tuple[TensorType, ...]:
     """As `binary`, with a bool result."""
     return (TensorType("bool", binary(call)[0].shape),)
 
 
-@rule("logical_and logical_or logical_xor", tensor("x", "bool"), tensor("y", "bool"))
+@rule(
+    "logical_and logical_or logical_xor",
+    tensor("x", "bool"),
+    tensor("y", "bool"),
+    dtypes="x:bool y:bool",
+    family="binary",
+)
 def logical(call: Call) -> tuple[TensorType, ...]:
     """As `binary`, on bool."""
     return binary(call)
 
 
-@rule("logical_not", tensor("x", "bool"))
+@rule("logical_not", tensor("x", "bool"), dtypes="x:bool", family="unary")
 def logical_not(call: Call) -> tuple[TensorType, ...]:
     """A bool input keeps its type."""
     return (call.type("x"),)
 
 
-@rule("select", tensor("cond", "bool"), tensor("a"), tensor("b"))
+@rule(
+    "select",
+    tensor("cond", "bool"),
+    tensor("a"),
+    tensor("b"),
+    dtypes="cond:bool a:FIB.T b:FIB.T",
+    family="select",
+)
 def select(call: Call) -> tuple[TensorType, ...]:
     """MIL's `select` does not broadcast a against b beyond scalars; cond, a and b have one shape."""
     cond, a, b = call.type("cond"), call.type("a"), call.type("b")
@@ -116,10 +167,10 @@ def select(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(a.dtype, broadcast(call, cond.shape, a.shape, b.shape)),)
 
 
-@rule("cast", tensor("x"), const("dtype", "string"))
+@rule("cast", tensor("x"), const("dtype", "string"), dtypes="x:ALL", family="movement")
 def cast(call: Call) -> tuple[TensorType, ...]:
     """x's shape with another dtype."""
-    dtype, known = call.text("dtype"), DOMAINS["cast"]["x"].dtypes
+    dtype, known = call.text("dtype"), call.op.domains["x"].dtypes
     if dtype not in known:
         raise call.refuse(f"dtype needs one of {', '.join(known)}; got {dtype!r}")
     return (TensorType(dtype, call.type("x").shape),)

@@ -18,6 +18,8 @@ SCATTER_MODES = ("add", "sub", "mul", "div", "max", "min", "update")
     const("axis", "int32", 0),
     const("batch_dims", "int32", 0),
     _VALIDATE,
+    dtypes="x:FN indices:N",
+    family="movement",
 )
 def gather(call: Call) -> tuple[TensorType, ...]:
     """x.shape[:axis] + indices.shape[batch_dims:] + x.shape[axis+1:]."""
@@ -31,7 +33,14 @@ def gather(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*x.shape[:along], *indices.shape[batch:], *x.shape[along + 1 :])),)
 
 
-@rule("gather_along_axis", tensor("x"), tensor("indices", "int32"), const("axis", "int32", 0), _VALIDATE)
+@rule(
+    "gather_along_axis",
+    tensor("x"),
+    tensor("indices", "int32"),
+    const("axis", "int32", 0),
+    _VALIDATE,
+    dtypes="x:FN indices:N",
+)
 def gather_along_axis(call: Call) -> tuple[TensorType, ...]:
     """indices has x's shape but for the axis, and gives the result's shape."""
     x, indices = call.type("x"), call.type("indices")
@@ -41,7 +50,14 @@ def gather_along_axis(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, indices.shape),)
 
 
-@rule("gather_nd", tensor("x"), tensor("indices", "int32"), const("batch_dims", "int32", 0), _VALIDATE)
+@rule(
+    "gather_nd",
+    tensor("x"),
+    tensor("indices", "int32"),
+    const("batch_dims", "int32", 0),
+    _VALIDATE,
+    dtypes="x:FN indices:N",
+)
 def gather_nd(call: Call) -> tuple[TensorType, ...]:
     """indices `[..., K]` address the K axes after the batch axes."""
     x, indices, batch = call.type("x"), call.type("indices"), call.integer("batch_dims")
@@ -53,7 +69,14 @@ def gather_nd(call: Call) -> tuple[TensorType, ...]:
 _SCATTER = (tensor("data"), tensor("indices", "int32"), tensor("updates"))
 
 
-@rule("scatter", *_SCATTER, const("axis", "int32", 0), const("mode", "string", "add"), _VALIDATE)
+@rule(
+    "scatter",
+    *_SCATTER,
+    const("axis", "int32", 0),
+    const("mode", "string", "add"),
+    _VALIDATE,
+    dtypes="data:FI.T indices:int32 updates:FI.T",
+)
 def scatter(call: Call) -> tuple[TensorType, ...]:
     """updates has the shape that `gather` with these indices would give."""
     data, indices = call.type("data"), call.type("indices")
@@ -63,7 +86,14 @@ def scatter(call: Call) -> tuple[TensorType, ...]:
     return (data,)
 
 
-@rule("scatter_along_axis", *_SCATTER, const("axis", "int32", 0), const("mode", "string", "add"), _VALIDATE)
+@rule(
+    "scatter_along_axis",
+    *_SCATTER,
+    const("axis", "int32", 0),
+    const("mode", "string", "add"),
+    _VALIDATE,
+    dtypes="data:FI.T indices:int32 updates:FI.T",
+)
 def scatter_along_axis(call: Call) -> tuple[TensorType, ...]:
     """indices and updates have data's shape but for the axis."""
     data, indices = call.type("data"), call.type("indices")
@@ -74,7 +104,13 @@ def scatter_along_axis(call: Call) -> tuple[TensorType, ...]:
     return (data,)
 
 
-@rule("scatter_nd", *_SCATTER, const("mode", "string", "add"), _VALIDATE)
+@rule(
+    "scatter_nd",
+    *_SCATTER,
+    const("mode", "string", "add"),
+    _VALIDATE,
+    dtypes="data:FI.T indices:int32 updates:FI.T",
+)
 def scatter_nd(call: Call) -> tuple[TensorType, ...]:
     """updates has the shape that `gather_nd` with these indices would give."""
     data, indices = call.type("data"), call.type("indices")
@@ -116,6 +152,7 @@ def _check_indices(call: Call, extent: int) -> None:
     const("begin_mask", "bool", None),
     const("end_mask", "bool", None),
     const("squeeze_mask", "bool", None),
+    dtypes="x:ALL.T update:ALL.T begin:I.U end:I.U stride:I.U",
 )
 def slice_update(call: Call) -> tuple[TensorType, ...]:
     """x with the slice that `slice_by_index` would take replaced by `update`."""
@@ -134,6 +171,7 @@ def slice_update(call: Call) -> tuple[TensorType, ...]:
     const("axis", "int32", -1),
     const("on_value", "int32", 1),
     const("off_value", "int32", 0),
+    dtypes="indices:int32 on_value:FIB.T off_value:FIB.T",
 )
 def one_hot(call: Call) -> tuple[TensorType, ...]:
     """An axis of `one_hot_vector_size` is added; int32 unless on_value or off_value say otherwise."""
@@ -143,7 +181,7 @@ def one_hot(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(dtype, (*indices.shape[:at], size, *indices.shape[at:])),)
 
 
-@rule("non_zero", tensor("x"))
+@rule("non_zero", tensor("x"), dtypes="x:FIB")
 def non_zero(call: Call) -> tuple[TensorType, ...]:
     """`[number of non-zero elements, rank]`: known only for a constant."""
     if not isinstance(call.args["x"], Literal):
@@ -153,7 +191,7 @@ def non_zero(call: Call) -> tuple[TensorType, ...]:
     return (TensorType("int32", (sum(map(bool, items)), call.type("x").rank)),)
 
 
-@rule("argsort", tensor("x"), const("axis", "int32", -1), const("ascending", "bool", False))
+@rule("argsort", tensor("x"), const("axis", "int32", -1), const("ascending", "bool", False), dtypes="x:FI")
 def argsort(call: Call) -> tuple[TensorType, ...]:
     """int32 positions in x's shape."""
     axis(call, call.integer("axis"), call.type("x").rank)
@@ -169,6 +207,7 @@ def argsort(call: Call) -> tuple[TensorType, ...]:
     const("sort", "bool", True),
     const("return_indices", "bool", True),
     const("output_indices_dtype", "string", None),
+    dtypes="x:FN k:I",
 )
 def topk(call: Call) -> tuple[TensorType, ...]:
     """The k largest (smallest when ascending) along an axis: values, and their indices unless told not to."""
@@ -195,6 +234,7 @@ def topk(call: Call) -> tuple[TensorType, ...]:
     const("score_threshold", "fp16", None),
     const("max_boxes"),
     const("per_class_suppression", "bool", False),
+    dtypes="boxes:F.T scores:F.T iou_threshold:F.T score_threshold:F.T",
 )
 def non_maximum_suppression(call: Call) -> tuple[TensorType, ...]:
     """boxes `[N, B, 4]`, scores `[N, B, K]` with score_threshold (iOS 15), else `[N, 4, B]`, `[N, K, B]`."""

@@ -7,7 +7,7 @@ from ane_trainer.ane.mil.opset.shapes import axes, axis
 from ane_trainer.ane.mil.program import TensorType
 
 
-@rule("reshape", tensor("x"), const("shape"))
+@rule("reshape", tensor("x"), const("shape"), dtypes="x:ALL shape:I", family="view")
 def reshape(call: Call) -> tuple[TensorType, ...]:
     """A 0 in `shape` keeps x's extent, counted from the last axis (iOS 17; iOS 15 counted from the first)."""
     x, shape = call.type("x"), list(call.integers("shape"))
@@ -27,7 +27,7 @@ def reshape(call: Call) -> tuple[TensorType, ...]:
     return (result,)
 
 
-@rule("transpose", tensor("x"), const("perm"))
+@rule("transpose", tensor("x"), const("perm"), dtypes="x:ALL", family="movement")
 def transpose(call: Call) -> tuple[TensorType, ...]:
     """Result axis i is input axis perm[i]."""
     x = call.type("x")
@@ -37,7 +37,7 @@ def transpose(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, tuple(x.shape[p] for p in perm)),)
 
 
-@rule("expand_dims", tensor("x"), const("axes"))
+@rule("expand_dims", tensor("x"), const("axes"), dtypes="x:ALL", family="view")
 def expand_dims(call: Call) -> tuple[TensorType, ...]:
     """Adds axes of extent 1 at the places `axes` of the result."""
     x, given = call.type("x"), call.integers("axes")
@@ -49,7 +49,7 @@ def expand_dims(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, tuple(1 if i in new else next(old) for i in range(rank))),)
 
 
-@rule("squeeze", tensor("x"), const("axes", "int32", None))
+@rule("squeeze", tensor("x"), const("axes", "int32", None), dtypes="x:ALL", family="view")
 def squeeze(call: Call) -> tuple[TensorType, ...]:
     """Drops axes of extent 1; all of them when `axes` is absent."""
     x = call.type("x")
@@ -61,7 +61,14 @@ def squeeze(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, tuple(n for i, n in enumerate(x.shape) if i not in gone)),)
 
 
-@rule("slice_by_size", tensor("x"), const("begin"), const("size"))
+@rule(
+    "slice_by_size",
+    tensor("x"),
+    const("begin"),
+    const("size"),
+    dtypes="x:ALL begin:I.U size:I.U",
+    family="movement",
+)
 def slice_by_size(call: Call) -> tuple[TensorType, ...]:
     """x[begin : begin + size]; size -1 means to the end."""
     x, begin, size = call.type("x"), call.integers("begin"), call.integers("size")
@@ -82,6 +89,8 @@ def slice_by_size(call: Call) -> tuple[TensorType, ...]:
     const("begin_mask", "bool", None),
     const("end_mask", "bool", None),
     const("squeeze_mask", "bool", None),
+    dtypes="x:ALL begin:I.U end:I.U stride:I.U",
+    family="movement",
 )
 def slice_by_index(call: Call) -> tuple[TensorType, ...]:
     """x[begin : end : stride]; a mask means the whole side, squeeze_mask drops the axis."""
@@ -119,7 +128,7 @@ def index_slices(call: Call) -> tuple[tuple[slice, ...], tuple[bool, ...]]:
     return tuple(slices), masks[2]
 
 
-@rule("concat", tensors("values"), const("axis"), const("interleave", "bool", False))
+@rule("concat", tensors("values"), const("axis"), const("interleave", "bool", False), family="movement")
 def concat(call: Call) -> tuple[TensorType, ...]:
     """Joins along an axis; interleave takes one index of each in turn."""
     types = call.types("values")
@@ -140,7 +149,7 @@ def concat(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(first.dtype, (*first.shape[:along], total, *first.shape[along + 1 :])),)
 
 
-@rule("tile", tensor("x"), const("reps"))
+@rule("tile", tensor("x"), const("reps"), dtypes="x:FIB", family="movement")
 def tile(call: Call) -> tuple[TensorType, ...]:
     """Repeats each axis reps times."""
     x, reps = call.type("x"), call.integers("reps")
@@ -150,7 +159,13 @@ def tile(call: Call) -> tuple[TensorType, ...]:
 
 
 @rule(
-    "pad", tensor("x"), const("pad"), const("mode", "string", "constant"), const("constant_val", "fp16", 0.0)
+    "pad",
+    tensor("x"),
+    const("pad"),
+    const("mode", "string", "constant"),
+    const("constant_val", "fp16", 0.0),
+    dtypes="x:F.T constant_val:F.T",
+    family="movement",
 )
 def pad(call: Call) -> tuple[TensorType, ...]:
     """`pad` lists (before, after) for the last `len(pad) / 2` axes."""
@@ -166,7 +181,7 @@ def pad(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, tuple(shape)),)
 
 
-@rule("const", const("val", "fp16"))
+@rule("const", const("val", "fp16"), family="view")
 def constant(call: Call) -> tuple[TensorType, ...]:
     """A constant that is itself a result (a function output); other constants are literals of their users."""
     return (call.type("val"),)

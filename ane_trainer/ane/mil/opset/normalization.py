@@ -15,6 +15,9 @@ from ane_trainer.ane.mil.program import TensorType
     const("gamma", "fp16", None),
     const("beta", "fp16", None),
     const("epsilon", "fp16", 1e-5),
+    dtypes="x:F mean:F.U variance:F.U gamma:F.U beta:F.U epsilon:F.U",
+    family="normalization",
+    flops=2,
 )
 @rule(
     "instance_norm",
@@ -22,6 +25,9 @@ from ane_trainer.ane.mil.program import TensorType
     const("gamma", "fp16", None),
     const("beta", "fp16", None),
     const("epsilon", "fp16", 1e-5),
+    dtypes="x:F gamma:F.U beta:F.U epsilon:F.U",
+    family="normalization",
+    flops=8,
 )
 def per_channel(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C, *spatial]`; mean, variance, gamma and beta `[C]`."""
@@ -41,6 +47,9 @@ def per_channel(call: Call) -> tuple[TensorType, ...]:
     const("gamma", "fp16", None),
     const("beta", "fp16", None),
     const("epsilon", "fp16", 1e-5),
+    dtypes="x:F gamma:F.U beta:F.U epsilon:F.U",
+    family="normalization",
+    flops=8,
 )
 def layer_norm(call: Call) -> tuple[TensorType, ...]:
     """gamma and beta have the extents of the normalised axes, in the order of x's axes."""
@@ -53,7 +62,14 @@ def layer_norm(call: Call) -> tuple[TensorType, ...]:
     return (x,)
 
 
-@rule("l2_norm", tensor("x"), const("epsilon", "fp16", 1e-6))
+@rule(
+    "l2_norm",
+    tensor("x"),
+    const("epsilon", "fp16", 1e-6),
+    dtypes="x:F epsilon:F",
+    family="normalization",
+    flops=3,
+)
 def l2_norm(call: Call) -> tuple[TensorType, ...]:
     """Over the last three axes together."""
     if call.type("x").rank < 3:
@@ -68,6 +84,9 @@ def l2_norm(call: Call) -> tuple[TensorType, ...]:
     const("alpha", "fp16", 1e-4),
     const("beta", "fp16", 0.75),
     const("k", "fp16", 1.0),
+    dtypes="x:F alpha:F.U beta:F.U k:F.U",
+    family="normalization",
+    flops=5,
 )
 def local_response_norm(call: Call) -> tuple[TensorType, ...]:
     """Over `size` neighbouring channels of x `[N, C, *spatial]`."""

@@ -16,8 +16,10 @@ _POOL: tuple[Param, ...] = (
 )
 
 
-@rule("avg_pool", *_POOL, const("exclude_padding_from_average", "bool", False))
-@rule("max_pool l2_pool", *_POOL)
+@rule(
+    "avg_pool", *_POOL, const("exclude_padding_from_average", "bool", False), dtypes="x:F", family="pooling"
+)
+@rule("max_pool l2_pool", *_POOL, dtypes="x:F", family="pooling")
 def pool(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C, *spatial]` with 1 to 3 spatial axes; absent strides are 1 (not the kernel's size)."""
     x = call.type("x")

@@ -18,6 +18,8 @@ MAX_PARTS = 65536
     const("num_splits", "int32", None),
     const("split_sizes", "int32", None),
     const("axis"),
+    dtypes="x:FIB",
+    family="movement",
 )
 def split(call: Call) -> tuple[TensorType, ...]:
     """Equal parts by `num_splits`, or the extents `split_sizes`; one result each."""
@@ -40,7 +42,7 @@ def split(call: Call) -> tuple[TensorType, ...]:
     return tuple(TensorType(x.dtype, (*x.shape[:along], n, *x.shape[along + 1 :])) for n in sizes)
 
 
-@rule("stack", tensors("values"), const("axis"))
+@rule("stack", tensors("values"), const("axis"), family="movement")
 def stack(call: Call) -> tuple[TensorType, ...]:
     """Joins tensors of one type along a new axis."""
     types = call.types("values")
@@ -51,7 +53,7 @@ def stack(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(first.dtype, (*first.shape[:along], len(types), *first.shape[along:])),)
 
 
-@rule("reverse", tensor("x"), const("axes", "int32", None))
+@rule("reverse", tensor("x"), const("axes", "int32", None), dtypes="x:ALL", family="movement")
 def reverse(call: Call) -> tuple[TensorType, ...]:
     """Reverses the given axes, all when absent."""
     axes(call, "axes", call.type("x").rank)
@@ -64,6 +66,7 @@ def reverse(call: Call) -> tuple[TensorType, ...]:
     tensor("lengths"),
     const("seq_axis", "int32", 0),
     const("batch_axis", "int32", 0),
+    dtypes="x:ALL lengths:I",
 )
 def reverse_sequence(call: Call) -> tuple[TensorType, ...]:
     """Reverses the first lengths[i] entries of each sequence."""
@@ -75,8 +78,8 @@ def reverse_sequence(call: Call) -> tuple[TensorType, ...]:
     return (x,)
 
 
-@rule("depth_to_space", tensor("x"), const("block_size"))
-@rule("pixel_shuffle", tensor("x"), const("upscale_factor"))
+@rule("depth_to_space", tensor("x"), const("block_size"), dtypes="x:F", family="movement")
+@rule("pixel_shuffle", tensor("x"), const("upscale_factor"), dtypes="x:F", family="movement")
 def depth_to_space(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C*b*b, H, W]` -> `[N, C, H*b, W*b]`."""
     n, c, h, w = _rank_4(call).shape
@@ -86,8 +89,8 @@ def depth_to_space(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(call.type("x").dtype, (n, c // (b * b), h * b, w * b)),)
 
 
-@rule("space_to_depth", tensor("x"), const("block_size"))
-@rule("pixel_unshuffle", tensor("x"), const("downscale_factor", "uint32"))
+@rule("space_to_depth", tensor("x"), const("block_size"), dtypes="x:F", family="movement")
+@rule("pixel_unshuffle", tensor("x"), const("downscale_factor", "uint32"), dtypes="x:F", family="movement")
 def space_to_depth(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C, H*b, W*b]` -> `[N, C*b*b, H, W]`."""
     n, c, h, w = _rank_4(call).shape
@@ -97,7 +100,7 @@ def space_to_depth(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(call.type("x").dtype, (n, c * b * b, h // b, w // b)),)
 
 
-@rule("space_to_batch", tensor("x"), const("block_shape"), const("paddings"))
+@rule("space_to_batch", tensor("x"), const("block_shape"), const("paddings"), dtypes="x:F", family="movement")
 def space_to_batch(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C, H, W]`, block_shape `[2]`, paddings `[2, 2]` (before, after)."""
     x, block, paddings = _rank_4(call), *_block_and_pairs(call, "paddings")
@@ -108,7 +111,7 @@ def space_to_batch(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (x.shape[0] * math.prod(block), x.shape[1], *spatial)),)
 
 
-@rule("batch_to_space", tensor("x"), const("block_shape"), const("crops"))
+@rule("batch_to_space", tensor("x"), const("block_shape"), const("crops"), dtypes="x:F", family="movement")
 def batch_to_space(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C, H, W]`, block_shape `[2]`, crops `[2, 2]` (before, after)."""
     x, block, crops = _rank_4(call), *_block_and_pairs(call, "crops")
@@ -137,7 +140,7 @@ def _block_and_pairs(call: Call, name: str) -> tuple[tuple[int, ...], tuple[int,
     return block, pairs
 
 
-@rule("flatten2d", tensor("x"), const("axis", "int32", 1))
+@rule("flatten2d", tensor("x"), const("axis", "int32", 1), dtypes="x:FIB", family="view")
 def flatten2d(call: Call) -> tuple[TensorType, ...]:
     """`[prod(shape[:axis]), prod(shape[axis:])]`."""
     x, at = call.type("x"), call.integer("axis")
@@ -146,7 +149,9 @@ def flatten2d(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (math.prod(x.shape[:at]), math.prod(x.shape[at:]))),)
 
 
-@rule("sliding_windows", tensor("x"), const("axis"), const("size"), const("stride", "int32", 1))
+@rule(
+    "sliding_windows", tensor("x"), const("axis"), const("size"), const("stride", "int32", 1), dtypes="x:ALL"
+)
 def sliding_windows(call: Call) -> tuple[TensorType, ...]:
     """The axis becomes two: how many windows, and `size`."""
     x, size, stride = call.type("x"), call.integer("size"), call.integer("stride")
@@ -159,7 +164,7 @@ def sliding_windows(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*x.shape[:along], count, size, *x.shape[along + 1 :])),)
 
 
-@rule("band_part", tensor("x"), const("lower", "int32", -1), const("upper", "int32", -1))
+@rule("band_part", tensor("x"), const("lower", "int32", -1), const("upper", "int32", -1), dtypes="x:FIB")
 def band_part(call: Call) -> tuple[TensorType, ...]:
     """Keeps a band around the diagonal of the last two axes."""
     if call.type("x").rank < 2:
@@ -173,6 +178,7 @@ def band_part(call: Call) -> tuple[TensorType, ...]:
     const("axis", "int32", 0),
     const("exclusive", "bool", False),
     const("reverse", "bool", False),
+    dtypes="x:FI",
 )
 def cumsum(call: Call) -> tuple[TensorType, ...]:
     """Running sum along an axis (from -1)."""
@@ -188,6 +194,7 @@ def cumsum(call: Call) -> tuple[TensorType, ...]:
     tensors("begins"),
     tensors("ends"),
     tensors("end_masks"),
+    dtypes="x:ALL",
 )
 def reshape_like(call: Call) -> tuple[TensorType, ...]:
     """The extents [begin, end) of each reference, one after the other; `end_masks` means to the last."""

@@ -8,11 +8,30 @@ from ane_trainer.ane.mil.program import TensorType
 
 
 @rule(
-    "reduce_sum reduce_mean reduce_max reduce_min reduce_prod reduce_l1_norm reduce_l2_norm reduce_log_sum"
-    " reduce_log_sum_exp reduce_sum_square",
+    "reduce_sum reduce_mean reduce_max reduce_min reduce_prod reduce_log_sum",
     tensor("x"),
     const("axes", "int32", None),
     const("keep_dims", "bool", False),
+    dtypes="x:FI",
+    family="reduction",
+)
+@rule(
+    "reduce_l1_norm reduce_l2_norm reduce_sum_square",
+    tensor("x"),
+    const("axes", "int32", None),
+    const("keep_dims", "bool", False),
+    dtypes="x:FI",
+    family="reduction",
+    flops=2,
+)
+@rule(
+    "reduce_log_sum_exp",
+    tensor("x"),
+    const("axes", "int32", None),
+    const("keep_dims", "bool", False),
+    dtypes="x:FI",
+    family="reduction",
+    flops=3,
 )
 def reduce(call: Call) -> tuple[TensorType, ...]:
     """Reduces the given axes, all when absent."""
@@ -29,6 +48,8 @@ def reduce(call: Call) -> tuple[TensorType, ...]:
     const("axis", "int32", -1),
     const("keep_dims", "bool", False),
     const("output_dtype", "string", "int32"),
+    dtypes="x:FI",
+    family="arg_reduction",
 )
 def reduce_arg(call: Call) -> tuple[TensorType, ...]:
     """Index of the largest or smallest along an axis."""
@@ -41,7 +62,7 @@ def reduce_arg(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(dtype, kept),)
 
 
-@rule("softmax", tensor("x"), const("axis", "int32", -1))
+@rule("softmax", tensor("x"), const("axis", "int32", -1), dtypes="x:F", family="softmax", flops=5)
 def softmax(call: Call) -> tuple[TensorType, ...]:
     """Over one axis; the result has x's type."""
     axis(call, call.integer("axis"), call.type("x").rank)

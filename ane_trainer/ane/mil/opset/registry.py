@@ -1,7 +1,8 @@
-"""The op registry: what parameters each MIL op takes, and how its result types follow from them.
+"""The op registry: what parameters and dtypes each MIL op takes, its family, and how its result types follow.
 
 A type rule is a function `Call -> tuple[TensorType, ...]` registered with `@rule`; it refuses an
-ill-formed operation with a `ProgramError`, so an illegal op cannot be built.
+ill-formed operation with a `ProgramError`, so an illegal op cannot be built. Tables elsewhere that need a group of
+ops (passes, cost model) ask for the family given here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ane_trainer.ane.errors import ProgramError
-from ane_trainer.ane.mil.opset.domains import DOMAINS
 from ane_trainer.ane.mil.program import Arg, Literal, Scalar, TensorType, Value, literal
 
 Default = Scalar | tuple[Scalar, ...] | None
@@ -61,13 +61,57 @@ def state(name: str) -> Param:
     return Param(name, "state")
 
 
+#: Sets of dtypes by the letters that `dtypes` specifications use; dtypes as coremltools 9 has them for iOS 15 to 18.
+_SETS = {
+    "F": "fp16 fp32",
+    "FI": "fp16 fp32 int32",
+    "FIB": "fp16 fp32 int32 bool",
+    "ALL": "fp16 fp32 int8 int16 int32 uint8 uint16 bool",
+    "I": "int8 int16 int32",
+    "N": "int8 int16 int32 uint8 uint16",
+    "FN": "fp16 fp32 int8 int16 int32 uint8 uint16",
+    "Q": "int8 uint8",
+    "W": "fp16 fp32 int4 int8 uint4 uint8",
+    "P": "uint1 uint2 uint3 uint4 uint6 uint8",
+    "L": "fp16 fp32 int8 uint8",
+    "S": "fp32 int32",
+    "U": "int16 int32 uint16 uint32",
+}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The dtypes a parameter takes; parameters of one op with the same `letter` need one dtype."""
+
+    dtypes: tuple[str, ...]
+    letter: str | None = None
+
+
+def _domains(params: tuple[Param, ...], spec: str) -> dict[str, Domain]:
+    """Domains by parameter; a compile-time integer, flag or string that `spec` leaves out has its own dtype."""
+    found = {p.name: Domain((p.dtype,)) for p in params if p.role == "const" and not p.dtype.startswith("fp")}
+    for entry in spec.split():
+        name, rest = entry.split(":")
+        dtypes, _, letter = rest.partition(".")
+        found[name] = Domain(tuple(_SETS.get(dtypes, dtypes.replace("|", " ")).split()), letter or None)
+    return found
+
+
 @dataclass(frozen=True)
 class OpDef:
-    """One MIL op: its parameters and its type rule."""
+    """One MIL op: parameters, type rule, the dtypes that parameters take, and what kind of work it is.
+
+    `family` is "unary" (elementwise on one tensor), "binary" (elementwise, broadcasting), "select", "view" (renames
+    elements, takes no time), "movement", "reduction", "arg_reduction", "softmax", "normalization", "contraction",
+    "pooling", "constexpr", "random" or "". `flops` counts floating-point operations an element.
+    """
 
     kind: str
     params: tuple[Param, ...]
     infer: RuleFunction
+    domains: Mapping[str, Domain]
+    family: str = ""
+    flops: int = 1
 
     def param(self, name: str) -> Param | None:
         return next((p for p in self.params if p.name == name), None)
@@ -146,14 +190,22 @@ class Call:
 _OPS: dict[str, OpDef] = {}
 
 
-def rule(kinds: str, *params: Param) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a type rule for the space-separated op `kinds`, which share `params`."""
+def rule(
+    kinds: str, *params: Param, dtypes: str = "", family: str = "", flops: int = 1
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a type rule for the space-separated op `kinds`, which share parameters and attributes (`OpDef`).
+
+    `dtypes` has entries `parameter:dtypes` or `parameter:dtypes.letter`; parameters of one op with the same letter need
+    the same dtype (the letters are the type variables of coremltools' definitions). A parameter without an entry takes
+    any dtype. Where coremltools took a dtype only in a later version of an op, the later version is meant.
+    """
+    domains = _domains(params, dtypes)
 
     def register(function: RuleFunction) -> RuleFunction:
         for kind in kinds.split():
             if kind in _OPS:
                 raise ValueError(f"type rule for {kind} is registered twice")
-            _OPS[kind] = OpDef(kind, params, function)
+            _OPS[kind] = OpDef(kind, params, function, domains, family, flops)
         return function
 
     return register
@@ -162,6 +214,11 @@ def rule(kinds: str, *params: Param) -> Callable[[RuleFunction], RuleFunction]:
 def known_ops() -> tuple[str, ...]:
     """Every op kind that has a type rule, sorted."""
     return tuple(sorted(_OPS))
+
+
+def family(kind: str) -> str:
+    """The family of an op kind (`OpDef.family`)."""
+    return op_def(kind).family
 
 
 def op_def(kind: str) -> OpDef:
@@ -209,7 +266,7 @@ def _check_role(call: Call, param: Param, argument: Arg) -> None:
 def _check_dtypes(call: Call) -> None:
     """Each argument's dtype is one its parameter takes; parameters that share a type variable agree."""
     bound: dict[str, tuple[str, str]] = {}
-    for name, domain in DOMAINS.get(call.op.kind, {}).items():
+    for name, domain in call.op.domains.items():
         argument = call.args.get(name)
         if argument is None or isinstance(argument, tuple):
             continue

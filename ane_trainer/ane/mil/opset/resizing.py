@@ -35,6 +35,8 @@ def _one_of(call: Call, name: str, allowed: tuple[str, ...]) -> str:
     tensor("x"),
     const("scale_factor_height", "int32", 1),
     const("scale_factor_width", "int32", 1),
+    dtypes="x:F scale_factor_height:S.U scale_factor_width:S.U",
+    family="movement",
 )
 @rule(
     "upsample_bilinear",
@@ -43,6 +45,7 @@ def _one_of(call: Call, name: str, allowed: tuple[str, ...]) -> str:
     const("scale_factor_width", "int32", 1),
     const("align_corners", "bool", True),
     const("half_pixel_centers", "bool", False),
+    dtypes="x:F scale_factor_height:S.U scale_factor_width:S.U",
 )
 def upsample(call: Call) -> tuple[TensorType, ...]:
     """Height and width times a whole or fractional factor, rounded down."""
@@ -52,13 +55,21 @@ def upsample(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*x.shape[:-2], height, width)),)
 
 
-@rule("resize_nearest_neighbor", tensor("x"), const("target_size_height"), const("target_size_width"))
+@rule(
+    "resize_nearest_neighbor",
+    tensor("x"),
+    const("target_size_height"),
+    const("target_size_width"),
+    dtypes="x:F",
+    family="movement",
+)
 @rule(
     "resize_bilinear",
     tensor("x"),
     const("target_size_height", "int32", 1),
     const("target_size_width", "int32", 1),
     const("sampling_mode", "string", "DEFAULT"),
+    dtypes="x:F",
 )
 def resize_to(call: Call) -> tuple[TensorType, ...]:
     """Height and width to the given sizes."""
@@ -76,6 +87,7 @@ def resize_to(call: Call) -> tuple[TensorType, ...]:
     const("resized_dims", "uint32"),
     const("interpolation_mode", "string", "LINEAR"),
     const("sampling_mode", "string", "DEFAULT"),
+    dtypes="x:FI shape:U",
 )
 def resize(call: Call) -> tuple[TensorType, ...]:
     """The last `resized_dims` axes get the last numbers of `shape`; 0 keeps an axis."""
@@ -89,7 +101,7 @@ def resize(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*kept, *new)),)
 
 
-@rule("crop", tensor("x"), const("crop_height"), const("crop_width"))
+@rule("crop", tensor("x"), const("crop_height"), const("crop_width"), dtypes="x:F", family="movement")
 def crop(call: Call) -> tuple[TensorType, ...]:
     """Cuts (top, bottom) and (left, right)."""
     x, rows, columns = _image(call), call.integers("crop_height"), call.integers("crop_width")
@@ -113,6 +125,7 @@ def crop(call: Call) -> tuple[TensorType, ...]:
     const("box_coordinate_mode", "string", "CORNERS_HEIGHT_FIRST"),
     const("sampling_mode", "string", "DEFAULT"),
     const("pad_value", "fp16", 0.0),
+    dtypes="x:F.T boxes:fp16|fp32|uint16 box_indices:int32|uint16 roi:F.T spatial_scale:fp32 pad_value:F.T",
 )
 def crop_resize(call: Call) -> tuple[TensorType, ...]:
     """boxes `[N, 4]` and box_indices `[N]` (iOS 17), or roi `[N, 1, 4 or 5, 1, 1]` (iOS 15)."""
@@ -161,6 +174,7 @@ _SAMPLING = (
     const("output_height"),
     const("output_width"),
     *_SAMPLING,
+    dtypes="x:F.T transform_matrix:F.T padding_value:F.T",
 )
 def affine(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C, H, W]`, transform_matrix `[N or 1, 6]`; bilinear, 0 outside, coordinates from -1 to 1."""
@@ -173,7 +187,13 @@ def affine(call: Call) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*x.shape[:2], call.integer("output_height"), call.integer("output_width"))),)
 
 
-@rule("resample", tensor("x"), tensor("coordinates"), *_SAMPLING)
+@rule(
+    "resample",
+    tensor("x"),
+    tensor("coordinates"),
+    *_SAMPLING,
+    dtypes="x:F.T coordinates:FN padding_value:F.T",
+)
 def resample(call: Call) -> tuple[TensorType, ...]:
     """x `[N, C, H, W]` at coordinates `[N, H', W', 2]`."""
     x, at = _image(call, 4), call.type("coordinates")

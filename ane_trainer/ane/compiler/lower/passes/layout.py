@@ -8,39 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ane_trainer.ane.compiler.lower.passes.rewriting import BROADCASTING, Rewriter, int_list, integers
+from ane_trainer.ane.compiler.lower.passes.rewriting import Rewriter, int_list, integers
+from ane_trainer.ane.mil.opset import family
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value, literal
 
-_UNARY = frozenset(
-    {
-        "abs",
-        "atan",
-        "ceil",
-        "cos",
-        "elu",
-        "erf",
-        "exp",
-        "exp2",
-        "floor",
-        "gelu",
-        "inverse",
-        "leaky_relu",
-        "log",
-        "logical_not",
-        "relu",
-        "relu6",
-        "rsqrt",
-        "sigmoid",
-        "sigmoid_hard",
-        "sign",
-        "silu",
-        "sin",
-        "softplus",
-        "sqrt",
-        "tanh",
-    }
-)
-_REDUCTIONS = frozenset(f"reduce_{kind}" for kind in ("sum", "mean", "max", "min", "l1_norm", "l2_norm"))
+#: Operands by family of ops that do not care in which order the axes are.
+_ALIKE = {"unary": ("x",), "reduction": ("x",), "binary": ("x", "y"), "select": ("cond", "a", "b")}
 
 Perm = tuple[int, ...]
 
@@ -57,8 +30,8 @@ def _visit(rewriter: Rewriter, op: Op) -> None:
     names = _operand_names(op)
     perm = next((p for n in names if (p := _perm(rewriter, op.arg(n))) is not None), None)
     if perm is None:
-        rewriter.keep(op)
-    elif op.kind in _REDUCTIONS:
+        rewriter.append(op)
+    elif family(op.kind) == "reduction":
         _reduce(rewriter, op, perm)
     elif op.kind == "concat":
         _concat(rewriter, op, perm)
@@ -67,28 +40,23 @@ def _visit(rewriter: Rewriter, op: Op) -> None:
 
 
 def _operand_names(op: Op) -> tuple[str, ...]:
-    if op.kind in _UNARY or op.kind in _REDUCTIONS:
-        return ("x",)
-    if op.kind in BROADCASTING:
-        return ("x", "y")
-    if op.kind == "select":
-        return ("cond", "a", "b")
-    return ("values",) if op.kind == "concat" else ()
+    """The operands whose axes the op treats alike; none for an op that a transpose may not pass."""
+    return _ALIKE.get(family(op.kind), ("values",) if op.kind == "concat" else ())
 
 
 def _perm(rewriter: Rewriter, argument: Arg | None) -> Perm | None:
     """The permutation of the transpose that makes an operand (of its first, for several)."""
     first = argument[0] if isinstance(argument, tuple) else argument
-    maker = rewriter.maker(first)
-    return integers(maker.arg("perm")) if maker is not None and maker.kind == "transpose" else None
+    producer = rewriter.producer(first)
+    return integers(producer.arg("perm")) if producer is not None and producer.kind == "transpose" else None
 
 
 def _source(rewriter: Rewriter, argument: Arg | None, perm: Perm) -> Value | None:
     """What is transposed by `perm` to make an operand; None when it is made otherwise."""
-    maker = rewriter.maker(argument)
-    if maker is None or maker.kind != "transpose" or integers(maker.arg("perm")) != perm:
+    producer = rewriter.producer(argument)
+    if producer is None or producer.kind != "transpose" or integers(producer.arg("perm")) != perm:
         return None
-    source = maker.arg("x")
+    source = producer.arg("x")
     return source if isinstance(source, Value) else None
 
 
@@ -105,20 +73,20 @@ def _emit_transposed(rewriter: Rewriter, op: Op, args: dict[str, Arg], perm: Per
     shape = _before(op.result.type.shape, perm)
     inner = rewriter.fresh(TensorType(op.result.type.dtype, shape))
     merged = tuple((key, args.get(key, old)) for key, old in op.args)
-    rewriter.keep(replace(op, args=merged, results=(inner,)))
+    rewriter.append(replace(op, args=merged, results=(inner,)))
     outer = Op("transpose", (("x", inner), ("perm", int_list(perm))), op.results, op.source)
-    rewriter.keep(outer)
+    rewriter.append(outer)
 
 
 def _pointwise(rewriter: Rewriter, op: Op, names: tuple[str, ...], perm: Perm) -> None:
     if len(perm) != op.result.type.rank:
-        rewriter.keep(op)
+        rewriter.append(op)
         return
     plans: list[tuple[str, Value | Literal, Perm]] = []
     for name in names:
         plan = _follow(rewriter, op.arg(name), perm)
         if plan is None:
-            rewriter.keep(op)
+            rewriter.append(op)
             return
         plans.append((name, *plan))
     args: dict[str, Arg] = {}
@@ -126,7 +94,7 @@ def _pointwise(rewriter: Rewriter, op: Op, names: tuple[str, ...], perm: Perm) -
         args[name] = value
         if isinstance(value, Value) and value.type.shape != shape:
             moved = rewriter.fresh(TensorType(value.type.dtype, shape))
-            rewriter.keep(Op("reshape", (("x", value), ("shape", int_list(shape))), (moved,), op.source))
+            rewriter.append(Op("reshape", (("x", value), ("shape", int_list(shape))), (moved,), op.source))
             args[name] = moved
     _emit_transposed(rewriter, op, args, perm)
 
@@ -164,10 +132,10 @@ def _reduce(rewriter: Rewriter, op: Op, perm: Perm) -> None:
         return
     left = [p for i, p in enumerate(perm) if i not in gone]
     if left != sorted(left):
-        rewriter.keep(op)
+        rewriter.append(op)
         return
     merged = {"x": source, "axes": axes}
-    rewriter.keep(replace(op, args=tuple((k, merged.get(k, old)) for k, old in op.args)))
+    rewriter.append(replace(op, args=tuple((k, merged.get(k, old)) for k, old in op.args)))
 
 
 def _concat(rewriter: Rewriter, op: Op, perm: Perm) -> None:
@@ -176,7 +144,7 @@ def _concat(rewriter: Rewriter, op: Op, perm: Perm) -> None:
     assert isinstance(axis, Literal)
     sources = [_source(rewriter, v, perm) for v in values]
     if any(s is None for s in sources):
-        rewriter.keep(op)
+        rewriter.append(op)
         return
     index = axis.to_python()
     assert isinstance(index, int)

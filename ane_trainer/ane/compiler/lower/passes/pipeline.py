@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from ane_trainer.ane.compiler.lower.passes.layout import sink_transposes
 from ane_trainer.ane.compiler.lower.passes.ranks import merge_axes
-from ane_trainer.ane.compiler.lower.passes.rewriting import BROADCASTING, Rewriter, int_list, integers
+from ane_trainer.ane.compiler.lower.passes.rewriting import Rewriter, int_list, integers
+from ane_trainer.ane.mil.opset import family
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value, literal
 
 
@@ -40,10 +41,10 @@ def share(function: Function) -> Function:
     def visit(rewriter: Rewriter, op: Op) -> None:
         first = seen.setdefault((op.kind, op.args), op)
         if first is op:
-            rewriter.keep(op)
+            rewriter.append(op)
             return
         for old, new in zip(op.results, first.results, strict=True):
-            rewriter.forget(old, new)
+            rewriter.replace_uses(old, new)
 
     return Rewriter(function).run(visit)
 
@@ -73,16 +74,16 @@ def algebra(function: Function) -> Function:
             and isinstance(x, Value)
             and x.type == op.result.type
         ):
-            rewriter.forget(op.result, x)
+            rewriter.replace_uses(op.result, x)
             return
-        inner = rewriter.maker(x)
+        inner = rewriter.producer(x)
         outer_factor = _number(y)
         if op.kind == "mul" and outer_factor is not None and inner is not None and inner.kind == "mul":
             merged = _merged_factor(inner, outer_factor)
             if merged is not None:
-                rewriter.keep(replace(op, args=merged))
+                rewriter.append(replace(op, args=merged))
                 return
-        rewriter.keep(op)
+        rewriter.append(op)
 
     return Rewriter(function).run(visit)
 
@@ -109,35 +110,35 @@ def sink_tiles(function: Function) -> Function:
     """
 
     def visit(rewriter: Rewriter, op: Op) -> None:
-        if op.kind not in BROADCASTING:
-            rewriter.keep(op)
+        if family(op.kind) != "binary":
+            rewriter.append(op)
             return
         x, y = dict(op.args)["x"], dict(op.args)["y"]
         small_x, small_y = _untiled(rewriter, x), _untiled(rewriter, y)
         for a, b in ((small_x, small_y), (small_x, y), (x, small_y)):
             if _broadcast(a, b) == op.result.type.shape and (a is not x or b is not y):
-                rewriter.keep(replace(op, args=(("x", a), ("y", b))))
+                rewriter.append(replace(op, args=(("x", a), ("y", b))))
                 return
         tiled = x if small_x is not x else y if small_y is not y else None
         if tiled is not None and (_number(x) is not None or _number(y) is not None):
-            maker = rewriter.maker(tiled)
-            assert maker is not None
-            _sink(rewriter, op, small_x, small_y, maker)
+            producer = rewriter.producer(tiled)
+            assert producer is not None
+            _sink(rewriter, op, small_x, small_y, producer)
             return
-        rewriter.keep(op)
+        rewriter.append(op)
 
     return Rewriter(function).run(visit)
 
 
 def _sink(rewriter: Rewriter, op: Op, x: Arg, y: Arg, tile: Op) -> None:
     if op.result.type.dtype == "bool":  # tile is only known to take numbers
-        rewriter.keep(op)
+        rewriter.append(op)
         return
     small = tile.arg("x")
     assert isinstance(small, Value)
     inner = rewriter.fresh(TensorType(op.result.type.dtype, small.type.shape))
-    rewriter.keep(replace(op, args=(("x", x), ("y", y)), results=(inner,)))
-    rewriter.keep(
+    rewriter.append(replace(op, args=(("x", x), ("y", y)), results=(inner,)))
+    rewriter.append(
         replace(
             tile, args=(("x", inner), *(pair for pair in tile.args if pair[0] != "x")), results=op.results
         )
@@ -146,10 +147,10 @@ def _sink(rewriter: Rewriter, op: Op, x: Arg, y: Arg, tile: Op) -> None:
 
 def _untiled(rewriter: Rewriter, argument: Arg) -> Arg:
     """What a broadcast-like `tile` repeats: only axes of extent 1; else the argument itself."""
-    maker = rewriter.maker(argument)
-    if maker is None or maker.kind != "tile":
+    producer = rewriter.producer(argument)
+    if producer is None or producer.kind != "tile":
         return argument
-    small, reps = maker.arg("x"), maker.arg("reps")
+    small, reps = producer.arg("x"), producer.arg("reps")
     if not isinstance(small, Value) or not isinstance(reps, Literal):
         return argument
     amounts = reps.to_python()
@@ -183,20 +184,20 @@ def transposes(function: Function) -> Function:
         elif op.kind == "reshape":
             _visit_reshape(rewriter, op)
         else:
-            rewriter.keep(op)
+            rewriter.append(op)
 
     return Rewriter(function).run(visit)
 
 
 def _visit_transpose(rewriter: Rewriter, op: Op) -> None:
     x, perm = op.arg("x"), integers(op.arg("perm"))
-    inner = rewriter.maker(x)
+    inner = rewriter.producer(x)
     if inner is not None and inner.kind == "transpose":
         before = integers(inner.arg("perm"))
         x, perm = inner.arg("x"), tuple(before[p] for p in perm)
     assert isinstance(x, Value)
     if perm == tuple(range(len(perm))):
-        rewriter.forget(op.result, x)
+        rewriter.replace_uses(op.result, x)
         return
     moved = [p for p in perm if x.type.shape[p] != 1]
     if moved == sorted(moved):
@@ -204,19 +205,19 @@ def _visit_transpose(rewriter: Rewriter, op: Op) -> None:
             rewriter, replace(op, kind="reshape", args=(("x", x), ("shape", int_list(op.result.type.shape))))
         )
         return
-    rewriter.keep(replace(op, args=(("x", x), ("perm", int_list(perm)))))
+    rewriter.append(replace(op, args=(("x", x), ("perm", int_list(perm)))))
 
 
 def _visit_reshape(rewriter: Rewriter, op: Op) -> None:
     x = op.arg("x")
-    inner = rewriter.maker(x)
+    inner = rewriter.producer(x)
     if inner is not None and inner.kind == "reshape":
         x = inner.arg("x")
     assert isinstance(x, Value)
     if x.type == op.result.type:
-        rewriter.forget(op.result, x)
+        rewriter.replace_uses(op.result, x)
         return
-    rewriter.keep(replace(op, args=(("x", x), ("shape", int_list(op.result.type.shape)))))
+    rewriter.append(replace(op, args=(("x", x), ("shape", int_list(op.result.type.shape)))))
 
 
 def matmul_flags(function: Function) -> Function:
@@ -226,17 +227,17 @@ def matmul_flags(function: Function) -> Function:
 
     def visit(rewriter: Rewriter, op: Op) -> None:
         if op.kind != "matmul":
-            rewriter.keep(op)
+            rewriter.append(op)
             return
         arguments = dict(op.args)
         for name in ("x", "y"):
-            maker = rewriter.maker(arguments[name])
-            if maker is not None and maker.kind == "transpose" and _swaps_last_two(maker):
-                arguments[name] = dict(maker.args)["x"]
+            producer = rewriter.producer(arguments[name])
+            if producer is not None and producer.kind == "transpose" and _swaps_last_two(producer):
+                arguments[name] = dict(producer.args)["x"]
                 flag = arguments[f"transpose_{name}"]
                 assert isinstance(flag, Literal)
                 arguments[f"transpose_{name}"] = literal(not flag.to_python(), "bool")
-        rewriter.keep(replace(op, args=tuple(arguments.items())))
+        rewriter.append(replace(op, args=tuple(arguments.items())))
 
     return Rewriter(function).run(visit)
 

@@ -1,4 +1,4 @@
-"""Tensors of more axes than the engine has: each op on them sees neighbours merged that it treats alike.
+"""Reduce rank above 5 by merging adjacent axes that the op treats identically.
 
 before: `y = mul(x [4,2,1,8,8,8], x)`       after: `y = reshape(mul(reshape(x, [4096]), reshape(x, [4096])))`
 
@@ -13,30 +13,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ane_trainer.ane.compiler.lower.passes.rewriting import BROADCASTING, Rewriter, int_list, integers
-from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.compiler.lower.passes.rewriting import Rewriter, int_list, integers
+from ane_trainer.ane.mil.opset import family
+from ane_trainer.ane.mil.program import MAX_RANK, Arg, Function, Literal, Op, TensorType, Value
 
-#: Axes of a tensor on the engine (ANE guide ch. 4).
-MOST = 5
-
-_POINTWISE = BROADCASTING | frozenset(
-    "abs acos asin atan atanh ceil clip cos cosh elu erf exp exp2 floor gelu inverse leaky_relu log logical_not "
-    "mod relu relu6 round rsqrt select sigmoid sigmoid_hard sign silu sin sinh softplus softsign sqrt square tan "
-    "tanh threshold".split()
-)
 Groups = tuple[tuple[int, ...], ...]
 
 
 def merge_axes(function: Function) -> Function:
-    """`f(x)` of rank above 5 -> `reshape(f(reshape(x)))` with neighbouring axes merged."""
+    """`f(x)` of rank above 5 -> `reshape(f(reshape(x)))` with adjacent axes merged."""
     grouped: dict[Value, tuple[Value, Groups]] = {}
 
     def visit(rewriter: Rewriter, op: Op) -> None:
         tensors = [a for _, a in op.args for a in (a if isinstance(a, tuple) else (a,))]
         ranks = [t.type.rank for t in (*tensors, *op.results) if t.type.dtype not in ("int32", "string")]
-        form = _FORMS.get(op.kind)
-        if max(ranks, default=0) <= MOST or form is None or not form(rewriter, op, grouped):
-            rewriter.keep(op)
+        form = _FORMS.get(op.kind) or _FAMILY_FORMS.get(family(op.kind))
+        if max(ranks, default=0) <= MAX_RANK or form is None or not form(rewriter, op, grouped):
+            rewriter.append(op)
 
     return Rewriter(function).run(visit)
 
@@ -68,17 +61,17 @@ def _as_groups(rewriter: Rewriter, x: Value | Literal, rank: int, groups: Groups
     if x.type == type_:
         return x
     result = rewriter.fresh(type_)
-    rewriter.keep(Op("reshape", (("x", x), ("shape", int_list(shape))), (result,)))
+    rewriter.append(Op("reshape", (("x", x), ("shape", int_list(shape))), (result,)))
     return result
 
 
 def _back(rewriter: Rewriter, op: Op, args: tuple[tuple[str, Arg], ...], shape: tuple[int, ...]) -> Value:
     """The op on merged operands, and its result in the shape that readers expect."""
     inner = rewriter.fresh(TensorType(op.result.type.dtype, shape))
-    rewriter.keep(replace(op, args=args, results=(inner,)))
+    rewriter.append(replace(op, args=args, results=(inner,)))
     if op.result.type.dtype != "bool":
         shape_arg = int_list(op.result.type.shape)
-        rewriter.keep(Op("reshape", (("x", inner), ("shape", shape_arg)), (op.result,)))
+        rewriter.append(Op("reshape", (("x", inner), ("shape", shape_arg)), (op.result,)))
     return inner
 
 
@@ -96,7 +89,7 @@ def _pointwise(rewriter: Rewriter, op: Op, grouped: dict[Value, tuple[Value, Gro
         groups = next(iter(known))
     fits = all(_fits(full, s, groups) for s in spread) and len(known) <= 1
     made = all(a in grouped for a in operands.values() if isinstance(a, Value) and a.type.dtype == "bool")
-    if not fits or not made or len(groups) > MOST:
+    if not fits or not made or len(groups) > MAX_RANK:
         return False
     arguments: list[tuple[str, Arg]] = []
     for key, argument in op.args:
@@ -130,7 +123,7 @@ def _touching(
     operands = argument if isinstance(argument, tuple) else (argument,)
     rank = operands[0].type.rank
     groups = _runs(rank, touched.isdisjoint)
-    if len(groups) > MOST or any(o.type.dtype == "bool" for o in operands):
+    if len(groups) > MAX_RANK or any(o.type.dtype == "bool" for o in operands):
         return False
     arguments: list[tuple[str, Arg]] = []
     for name, value in op.args:
@@ -183,7 +176,7 @@ def _pad(rewriter: Rewriter, op: Op, _: object) -> bool:
     pairs = ((0, 0),) * (rank - len(amounts) // 2) + tuple(zip(amounts[::2], amounts[1::2], strict=True))
     touched = {i for i, pair in enumerate(pairs) if pair != (0, 0)}
     groups = _runs(rank, touched.isdisjoint)
-    if len(groups) > MOST:
+    if len(groups) > MAX_RANK:
         return False
     flat = int_list(n for g in groups for n in (pairs[g[0]] if g[0] in touched else (0, 0)))
     args = tuple((k, flat if k == "pad" else a) for k, a in op.args)
@@ -198,7 +191,7 @@ def _reduce(rewriter: Rewriter, op: Op, _: object) -> bool:
     wide = {i for i, n in enumerate(x.type.shape) if n != 1}  # axes of extent 1 go with any others
     groups = _runs(rank, lambda run: wide.isdisjoint(axes & set(run)) or wide & set(run) <= axes)
     positions = [k for k, g in enumerate(groups) if wide & axes & set(g)]
-    if len(groups) > MOST or not positions:
+    if len(groups) > MAX_RANK or not positions:
         return False
     keep = op.arg("keep_dims")
     assert isinstance(keep, Literal)
@@ -220,8 +213,8 @@ def _const(rewriter: Rewriter, op: Op, _: object) -> bool:
 
 _Form = Callable[[Rewriter, Op, dict[Value, tuple[Value, Groups]]], bool]
 _FORMS: dict[str, _Form] = {
-    **dict.fromkeys(_POINTWISE, _pointwise),
-    **dict.fromkeys([f"reduce_{kind}" for kind in ("sum", "mean", "max", "min", "prod")], _reduce),
-    "slice_by_size": _slice, "slice_by_index": _slice, "tile": _tile, "concat": _concat, "pad": _pad,
-    "const": _const,
+    "slice_by_size": _slice, "slice_by_index": _slice, "tile": _tile, "concat": _concat, "pad": _pad, "const": _const
+}  # fmt: skip
+_FAMILY_FORMS: dict[str, _Form] = {
+    "unary": _pointwise, "binary": _pointwise, "select": _pointwise, "reduction": _reduce
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What program passes are made with: a walk over a function that keeps, replaces or forgets each op."""
+"""The walk that program passes are made with: each op is appended, rewritten, or its uses replaced."""
 
 from __future__ import annotations
 
@@ -7,25 +7,6 @@ from dataclasses import replace
 
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value, literal
 
-#: Ops whose two operands broadcast against each other.
-BROADCASTING = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "real_div",
-        "maximum",
-        "minimum",
-        "pow",
-        "equal",
-        "not_equal",
-        "greater",
-        "greater_equal",
-        "less",
-        "less_equal",
-    ]
-)
-
 
 class Rewriter:
     """Walks a function once; `op` may be replaced by other ops or its result by an earlier value."""
@@ -33,7 +14,7 @@ class Rewriter:
     def __init__(self, function: Function) -> None:
         self.function = function
         self.ops: list[Op] = []
-        self.makers: dict[Value, Op] = {}
+        self.producers: dict[Value, Op] = {}
         self._same: dict[Value, Value] = {}
         self._fresh = 0
         self._names = {r.name for op in function.ops for r in op.results} | {v.name for v in function.inputs}
@@ -44,19 +25,19 @@ class Rewriter:
             return tuple(self._same.get(a, a) if isinstance(a, Value) else a for a in argument)
         return self._same.get(argument, argument) if isinstance(argument, Value) else argument
 
-    def keep(self, op: Op) -> None:
+    def append(self, op: Op) -> None:
         """Append an op."""
         self.ops.append(op)
         for result in op.results:
-            self.makers[result] = op
+            self.producers[result] = op
 
-    def forget(self, old: Value, new: Value) -> None:
+    def replace_uses(self, old: Value, new: Value) -> None:
         """Readers of `old` read `new` from here on."""
         self._same[old] = new
 
-    def maker(self, argument: Arg | None) -> Op | None:
-        """The op that makes a value; None for inputs and literals."""
-        return self.makers.get(argument) if isinstance(argument, Value) else None
+    def producer(self, argument: Arg | None) -> Op | None:
+        """The op that produces a value; None for inputs and literals."""
+        return self.producers.get(argument) if isinstance(argument, Value) else None
 
     def fresh(self, type_: TensorType) -> Value:
         """A new value with a name of its own."""
@@ -68,7 +49,7 @@ class Rewriter:
                 return Value(name, type_)
 
     def run(self, visit: Callable[[Rewriter, Op], None]) -> Function:
-        """`visit` gets every op with its arguments resolved and keeps, replaces or forgets it."""
+        """`visit` gets every op with its arguments resolved and appends, rewrites or replaces it."""
         for op in self.function.ops:
             stale = any(v in self._same for v in op.operands())
             visit(self, replace(op, args=tuple((k, self.resolve(a)) for k, a in op.args)) if stale else op)

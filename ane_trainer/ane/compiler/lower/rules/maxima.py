@@ -17,9 +17,10 @@ from ane_trainer.ane.compiler.lower.context import Absent, Context, Operand, Sha
 from ane_trainer.ane.compiler.lower.indices.integers import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.rules import windows
 from ane_trainer.ane.compiler.lower.rules.slicing import along, take
+from ane_trainer.ane.mil.program import MAX_FP16
 
 #: Stands for minus infinity in a padded border: the least finite fp16.
-LOWEST = -65504.0
+LOWEST = -MAX_FP16
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from ane_trainer.ane.compiler.lower.context import Context, Operand, as_tensor
 from ane_trainer.ane.compiler.lower.indices import pairs
 from ane_trainer.ane.compiler.lower.registry import lowering
-from ane_trainer.ane.mil.program import Value
+from ane_trainer.ane.mil.program import MAX_FP16, Value
 
 _COMPARISONS = {
     "eq": "equal",
@@ -102,13 +102,13 @@ def isnan(ctx: Context, x: Operand) -> Operand:
 @lowering("isinf.default")
 def isinf(ctx: Context, x: Operand) -> Operand:
     """`isinf(x) -> greater(abs(x), 65504)`: inf is read as 65536"""
-    return ctx.binary("greater", ctx.unary("abs", x), 65504.0)
+    return ctx.binary("greater", ctx.unary("abs", x), MAX_FP16)
 
 
 @lowering("isfinite.default")
 def isfinite(ctx: Context, x: Operand) -> Operand:
     """`isfinite(x) -> less_equal(abs(x), 65504)`"""
-    return ctx.binary("less_equal", ctx.unary("abs", x), 65504.0)
+    return ctx.binary("less_equal", ctx.unary("abs", x), MAX_FP16)
 
 
 @lowering("any.default any.dim any.dims")
