@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.compiled import Step
-from ane_trainer.ane.simulator.loops.ir import Function
-from ane_trainer.ane.simulator.loops.rounding import round64_text
+from ane_trainer.ane.simulator.loops.convert import round64
+from ane_trainer.ane.simulator.loops.ir import F32, F64, I64, PTR, Function, Value, module
 from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
 
 Array = NDArray[Any]
-F64 = NDArray[np.float64]
+Doubles = NDArray[np.float64]
 
 _NAMES = ("low", "high", "low_part", "high_part")
 
@@ -24,7 +24,7 @@ _NAMES = ("low", "high", "low_part", "high_part")
 class Lines:
     """Along one axis: between which elements each result lies, and the weights of both."""
 
-    def __init__(self, at: F64, size: int) -> None:
+    def __init__(self, at: Doubles, size: int) -> None:
         self.low = np.floor(at).astype(np.int64)
         self.high = np.minimum(self.low + 1, size - 1)
         self.high_part = np.ascontiguousarray(at - self.low)
@@ -34,7 +34,7 @@ class Lines:
         return tuple(getattr(self, name).ctypes.data for name in _NAMES)
 
 
-def interpolation(x: Array, rows: F64, columns: F64, out: Array, threads: int) -> Step:
+def interpolation(x: Array, rows: Doubles, columns: Doubles, out: Array, threads: int) -> Step:
     """The step that fills out `[..., H', W']` from x `[..., H, W]`, both contiguous, at positions on both axes."""
     down, across = Lines(rows, x.shape[-2]), Lines(columns, x.shape[-1])
     images = x.size // (x.shape[-1] * x.shape[-2])
@@ -54,50 +54,32 @@ def interpolation(x: Array, rows: F64, columns: F64, out: Array, threads: int) -
 
 @cache
 def _loop() -> Any:
-    f = Function("interpolate", [("ptr", "arguments"), ("i64", "first"), ("i64", "last")])
-
-    def argument(kind: str, number: int) -> str:
-        return f.load(kind, f.element("i64", "%arguments", str(number)), 8)
-
-    x, out, room = (argument("ptr", i) for i in range(3))
-    height, width, rows, columns = (argument("i64", 3 + i) for i in range(4))
-    down = {name: argument("ptr", 7 + i) for i, name in enumerate(_NAMES)}
-    across = {name: argument("ptr", 11 + i) for i, name in enumerate(_NAMES)}
-
-    def mix(index: str, lines: dict[str, str], value: Any) -> str:
-        """The two neighbours, weighted."""
-        terms = []
-        for side in ("low", "high"):
-            place = f.load("i64", f.element("i64", lines[side], index), 8)
-            part = f.load("double", f.element("double", lines[f"{side}_part"], index), 8)
-            terms.append(f.op(f"fmul double {value(side, place)}, {part}"))
-        return f.op(f"fadd double {terms[0]}, {terms[1]}")
-
-    with f.loop("%first", "%last") as image:
-        room_of = f.element("double", room, f.mul(image, f.add(width, columns)))
-        line = f.element("double", room_of, width)
-        with f.loop("0", rows) as i:
-            _rows_between(f, x, f.mul(image, height), width, i, down, room_of)
-            with f.loop("0", columns) as j:
-                mixed = mix(j, across, lambda _, at: f.load("double", f.element("double", room_of, at), 8))
-                f.store("double", mixed, f.element("double", line, j), 8)
-            to = f.element("float", out, f.mul(f.add(f.mul(image, rows), i), columns))
-            f.do(f"call void @round64(ptr {line}, ptr {to}, i64 {columns})")
-    return jit.compile_ir(round64_text() + f.text(), ["interpolate"])["interpolate"]
+    f = Function("interpolate", arguments=PTR, first=I64, last=I64)
+    arguments, first, last = f.parameters
+    x, out, room = (arguments.at(i, PTR).load(PTR) for i in range(3))
+    height, width, rows, columns = (arguments.at(3 + i, I64).load(I64) for i in range(4))
+    down, across = (
+        {name: arguments.at(start + i, PTR).load(PTR) for i, name in enumerate(_NAMES)} for start in (7, 11)
+    )
+    with f.loop(first, last) as image:
+        room_of = room.at(image * (width + columns), F64)
+        line = room_of.at(width, F64)
+        with f.loop(0, rows) as i:
+            lines = [x.at((image * height + row) * width, F32) for row, _ in _sides(down, i)]
+            parts = [part for _, part in _sides(down, i)]
+            with f.loop(0, width) as j:
+                above, below = (at.at(j, F32).load(F32).to(F64) for at in lines)
+                room_of.at(j, F64).store(above * parts[0] + below * parts[1])
+            with f.loop(0, columns) as j:
+                left, right = (room_of.at(at, F64).load(F64) * part for at, part in _sides(across, j))
+                line.at(j, F64).store(left + right)
+            f.invoke("round64", line, out.at((image * rows + i) * columns, F32), columns)
+    return jit.compile_ir(module([round64(), f.definition()]), ["interpolate"])["interpolate"]
 
 
-def _rows_between(
-    f: Function, x: str, above: str, width: str, i: str, down: dict[str, str], room: str
-) -> None:
-    """`room` = the two rows about result row i, weighted."""
-    lines, parts = [], []
-    for side in ("low", "high"):
-        row = f.load("i64", f.element("i64", down[side], i), 8)
-        lines.append(f.element("float", x, f.mul(f.add(above, row), width)))
-        parts.append(f.load("double", f.element("double", down[f"{side}_part"], i), 8))
-    with f.loop("0", width) as j:
-        terms = []
-        for at, part in zip(lines, parts, strict=True):
-            value = f.op(f"fpext float {f.load('float', f.element('float', at, j))} to double")
-            terms.append(f.op(f"fmul double {value}, {part}"))
-        f.store("double", f.op(f"fadd double {terms[0]}, {terms[1]}"), f.element("double", room, j), 8)
+def _sides(lines: dict[str, Value], index: Value) -> list[tuple[Value, Value]]:
+    """Where both neighbours of a result lie, and their weights."""
+    return [
+        (lines[side].at(index, I64).load(I64), lines[f"{side}_part"].at(index, F64).load(F64))
+        for side in ("low", "high")
+    ]

@@ -18,7 +18,7 @@ from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.simulator.kernels.convolution import Geometry, geometry, windows
 from ane_trainer.ane.simulator.kernels.quantized import INT32_LIMIT, integer_product
-from ane_trainer.ane.simulator.loops.rounding import rounded
+from ane_trainer.ane.simulator.loops.convert import rounded
 from ane_trainer.ane.simulator.memory.border import literal_array
 
 Array = NDArray[Any]

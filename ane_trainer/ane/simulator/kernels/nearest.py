@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.compiled import Step
-from ane_trainer.ane.simulator.loops.ir import Function
+from ane_trainer.ane.simulator.loops.ir import F32, I32, I64, PTR, Function, module
 from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
 
 Array = NDArray[Any]
@@ -39,29 +39,21 @@ def picking(x: Array, rows: Array, columns: Array, out: Array, threads: int) -> 
 @cache
 def _loop() -> Any:
     """A row that shows the same row as the one before is a copy of it."""
-    f = Function("pick", [("ptr", "arguments"), ("i64", "first"), ("i64", "last")])
-    x, out, across_rows, across_columns = (
-        f.load("ptr", f.element("ptr", "%arguments", str(i)), 8) for i in range(4)
-    )
-    height, width, rows, columns = (
-        f.load("i64", f.element("i64", "%arguments", str(i)), 8) for i in range(4, 8)
-    )
-    with f.loop("%first", "%last") as image:
-        before = f.variable("i64", "-1")
-        with f.loop("0", rows) as i:
-            row = f.load("i64", f.element("i64", across_rows, i), 8)
-            source = f.element("float", x, f.mul(f.add(f.mul(image, height), row), width))
-            target = f.element("float", out, f.mul(f.add(f.mul(image, rows), i), columns))
-            same = f.op(f"icmp eq i64 {row}, {f.load('i64', before, 8)}")
+    f = Function("pick", arguments=PTR, first=I64, last=I64)
+    arguments, first, last = f.parameters
+    x, out, across_rows, across_columns = (arguments.at(i, PTR).load(PTR) for i in range(4))
+    height, width, rows, columns = (arguments.at(i, I64).load(I64) for i in range(4, 8))
+    with f.loop(first, last) as image:
+        before = f.variable(f.constant(I64, -1))
+        with f.loop(0, rows) as i:
+            row = across_rows.at(i, I64).load(I64)
+            source = x.at((image * height + row) * width, F32)
+            target = out.at((image * rows + i) * columns, F32)
+            same = row.compare("eq", before.value)
             with f.when(same):
-                last = f.element("float", target, f.op(f"sub i64 0, {columns}"))
-                f.do(
-                    f"call void @llvm.memcpy.p0.p0.i64(ptr {target}, ptr {last}, i64 {f.mul(columns, '4')}, i1 false)"
-                )
-            with f.when(f.negate(same)), f.loop("0", columns) as j:
-                column = f.load("i64", f.element("i64", across_columns, j), 8)
-                value = f.load("i32", f.element("i32", source, column))
-                f.store("i32", value, f.element("i32", target, j))
-            f.store("i64", row, before, 8)
-    text = "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)\n" + f.text()
-    return jit.compile_ir(text, ["pick"])["pick"]
+                f.copy(target, target.at(f.constant(I64, 0) - columns, F32), columns * 4)
+            with f.when(~same), f.loop(0, columns) as j:
+                column = across_columns.at(j, I64).load(I64)
+                target.at(j, I32).store(source.at(column, I32).load(I32))
+            before.set(row)
+    return jit.compile_ir(module([f.definition()]), ["pick"])["pick"]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.simulator.loops.compiled import Step, chain
+from ane_trainer.ane.simulator.loops.convert import rounded, table_of
 from ane_trainer.ane.simulator.loops.passes import Pass, extreme_for, total_for
-from ane_trainer.ane.simulator.loops.rounding import rounded, table_of
 from ane_trainer.ane.simulator.memory.constants import channel_line, constant, half, per_channel
 from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel, writes

@@ -17,8 +17,8 @@ from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.kernels.convolution import windows, with_padding
 from ane_trainer.ane.simulator.loops.compiled import Step, in_turn
+from ane_trainer.ane.simulator.loops.convert import rounded, table_of
 from ane_trainer.ane.simulator.loops.passes import Pass
-from ane_trainer.ane.simulator.loops.rounding import rounded, table_of
 from ane_trainer.ane.simulator.memory.buffers import empty
 from ane_trainer.ane.simulator.memory.fp16 import INF
 from ane_trainer.ane.simulator.registry import Context, kernel, writes

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.loops.rounding import rounded
+from ane_trainer.ane.simulator.loops.convert import rounded
 from ane_trainer.ane.simulator.memory.constants import constant
 from ane_trainer.ane.simulator.memory.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel

@@ -18,8 +18,8 @@ from ane_trainer.ane.simulator.kernels.contraction import as_tensor
 from ane_trainer.ane.simulator.kernels.movement import MOVES, copy_into, crop_into, through_crop_unit
 from ane_trainer.ane.simulator.kernels.views import split_slices
 from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn
+from ane_trainer.ane.simulator.loops.convert import rounded
 from ane_trainer.ane.simulator.loops.passes import Pass
-from ane_trainer.ane.simulator.loops.rounding import rounded
 from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import Context, kernel, writes
 

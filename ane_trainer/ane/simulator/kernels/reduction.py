@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.simulator.loops.compiled import LINE, Step, chain
+from ane_trainer.ane.simulator.loops.convert import rounded, table_of
 from ane_trainer.ane.simulator.loops.passes import Pass, extreme_for, total_for
-from ane_trainer.ane.simulator.loops.rounding import rounded, table_of
 from ane_trainer.ane.simulator.loops.team import PARALLEL_ELEMENTS
 from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes
 

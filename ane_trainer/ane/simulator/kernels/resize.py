@@ -16,7 +16,7 @@ from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.simulator.kernels.bilinear import interpolation
 from ane_trainer.ane.simulator.kernels.nearest import picking
 from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn
-from ane_trainer.ane.simulator.loops.rounding import rounded
+from ane_trainer.ane.simulator.loops.convert import rounded
 from ane_trainer.ane.simulator.memory.buffers import empty
 from ane_trainer.ane.simulator.memory.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes

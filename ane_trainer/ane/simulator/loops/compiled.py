@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator.loops import fold, fuse, jit
-from ane_trainer.ane.simulator.loops.geometry import element_strides, in_strips, nest
+from ane_trainer.ane.simulator.loops import jit
+from ane_trainer.ane.simulator.loops.emit import fold_loop, pointwise_loop
+from ane_trainer.ane.simulator.loops.geometry import element_strides, in_strips, layout, nest
+from ane_trainer.ane.simulator.loops.group import Folds, Group, Instr
+from ane_trainer.ane.simulator.loops.ir import Definition, module
 from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
 
 Array = NDArray[Any]
@@ -30,8 +33,8 @@ LINE = 32
 #: has the update as a row).
 INTERLEAVE = 2
 
-_compiled: dict[str, int] = {}  # addresses of compiled functions
-_waiting: dict[str, int] = {}  # bodies asked for and not compiled yet, with their lanes
+_compiled: dict[Definition, int] = {}  # addresses of compiled functions
+_waiting: dict[Definition, None] = {}  # those asked for and not compiled yet, in order
 _lock = threading.Lock()
 
 
@@ -42,7 +45,7 @@ class Loop:
     `outer` is the outermost extent, `axes` the axes of the shape that it runs over, `elements` all there is to do.
     """
 
-    body: str
+    body: Definition
     memory: Sequence[Array]
     outer: int
     axes: tuple[int, ...]
@@ -110,19 +113,19 @@ class Loops:
         self.threads = threads
 
     def add(
-        self, group: fuse.Group, arrays: Sequence[Array], tables: Sequence[Array], targets: Sequence[Array]
+        self, group: Group, arrays: Sequence[Array], tables: Sequence[Array], targets: Sequence[Array]
     ) -> Loop:
         """The step that runs `group` over arrays broadcast to the targets' shape."""
         shape = targets[0].shape
         loops = in_strips(nest(shape, [element_strides(a, shape) for a in (*arrays, *targets)]))
         width = _lanes(loops.extents[-1])
-        body = fuse.emit("FUNCTION", group, loops, width)
+        body = pointwise_loop("FUNCTION", group, loops, width)
         memory, unit = [*arrays, *tables, *targets], LINE if len(loops.extents) == 1 else 1
-        return self._loop(body, width, memory, loops.extents[0], loops.outer, targets[0].size, unit)
+        return self._loop(body, memory, loops.extents[0], loops.outer, targets[0].size, unit)
 
     def fold(
         self,
-        group: fuse.Group,
+        group: Group,
         arrays: Sequence[Array],
         tables: Sequence[Array],
         targets: Sequence[Array],
@@ -130,27 +133,24 @@ class Loops:
     ) -> Loop:
         """The step that runs `group` and gathers (name of the fold, position, total) on the way.
 
-        A total (float64 or float32, see `fold.py`) has extent 1 along the axes that it reduces.
+        A total (float64 or float32, see `group.Folds`) has extent 1 along the axes that it reduces.
         """
         shape = np.broadcast_shapes(*(a.shape for a in (*arrays, *targets)))
         totals = [total for _, _, total in folds]
         axes = [a for a, (n, kept) in enumerate(zip(shape, totals[0].shape, strict=True)) if kept != n]
         strides = [element_strides(a, shape) for a in (*arrays, *targets, *totals)]
-        where = fold.layout(shape, axes, strides)
+        where = layout(shape, axes, strides)
         width = _lanes(where.nest.extents[where.kept - 1 if where.columns else -1])
         kinds = [k + "32" if k.startswith("sum") and t.dtype == np.float32 else k for k, _, t in folds]
-        work = fold.Folds(
-            group, tuple((k, position) for k, (_, position, _) in zip(kinds, folds, strict=True))
-        )
-        body = fold.emit("FUNCTION", work, where, width)
+        work = Folds(group, tuple((k, position) for k, (_, position, _) in zip(kinds, folds, strict=True)))
+        body = fold_loop("FUNCTION", work, where, width)
         memory, unit = [*arrays, *tables, *targets, *totals], LINE if where.kept == 1 and where.columns else 1
         outer = where.nest.extents[0]
-        return self._loop(body, width, memory, outer, where.nest.outer, int(np.prod(shape)), unit)
+        return self._loop(body, memory, outer, where.nest.outer, int(np.prod(shape)), unit)
 
     def _loop(
         self,
-        body: str,
-        width: int,
+        body: Definition,
         memory: list[Array],
         outer: int,
         axes: tuple[int, ...],
@@ -158,7 +158,7 @@ class Loops:
         unit: int,
     ) -> Loop:
         if body not in _compiled:
-            _waiting[body] = width
+            _waiting[body] = None
         return Loop(body, memory, outer, axes, elements, self.threads, unit)
 
     def finish(self) -> None:
@@ -168,16 +168,16 @@ class Loops:
 
 def _compile_waiting() -> None:
     with _lock:
-        missing = list(_waiting.items())
+        missing = list(_waiting)
         if not missing:
             return
-        widths = {width for _, width in missing}
-        text = fuse.declarations(*widths) + fold.declarations(*widths)
         names = [f"loop{i}" for i in range(len(missing))]
-        for name, (body, _) in zip(names, missing, strict=True):
-            text += body.replace("@FUNCTION", f"@{name}", 1)
-        functions = jit.compile_ir(text, names, vectorize=False)
-        for name, (body, _) in zip(names, missing, strict=True):
+        named = [
+            replace(body, text=body.text.replace("@FUNCTION", f"@{name}", 1))
+            for name, body in zip(names, missing, strict=True)
+        ]
+        functions = jit.compile_ir(module(named), names, vectorize=False)
+        for name, body in zip(names, missing, strict=True):
             _compiled[body] = jit.address(functions[name])
             del _waiting[body]
 
@@ -207,15 +207,15 @@ def round_into(out: Array, threads: int) -> Callable[[int], None]:
     return finish
 
 
-_MAC_ROUND = fuse.Group((fuse.Instr("load", which=0), fuse.Instr("mac_round", (0,))), 1, 0, (1,))
+_MAC_ROUND = Group((Instr("load", which=0), Instr("mac_round", (0,))), 1, 0, (1,))
 
-_MAC_ROUND_BIAS = fuse.Group(
+_MAC_ROUND_BIAS = Group(
     (
-        fuse.Instr("load", which=0),
-        fuse.Instr("load", which=1),
-        fuse.Instr("const", value=1.0),
-        fuse.Instr("fma", (1, 0, 2)),
-        fuse.Instr("mac_round", (3,)),
+        Instr("load", which=0),
+        Instr("load", which=1),
+        Instr("const", value=1.0),
+        Instr("fma", (1, 0, 2)),
+        Instr("mac_round", (3,)),
     ),
     2,
     0,
@@ -227,7 +227,7 @@ def copies(pairs: Sequence[tuple[Array, Array]], threads: int) -> Step:
     """Copies each source to its target (same dtype; the source broadcasts); numbers of four bytes as loops."""
     if any(target.itemsize != 4 for target, _ in pairs):
         return in_turn(*(partial(np.copyto, target, source) for target, source in pairs))
-    group = fuse.Group((fuse.Instr("load", which=0),), 1, 0, (0,))
+    group = Group((Instr("load", which=0),), 1, 0, (0,))
     loops = Loops(threads)
     steps = [
         loops.add(group, [source.view(np.float32)], [], [target.view(np.float32)])

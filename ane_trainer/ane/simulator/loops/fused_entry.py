@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Arg, Literal, Op, Value
-from ane_trainer.ane.simulator.loops import fuse
 from ane_trainer.ane.simulator.loops.compiled import Loops
-from ane_trainer.ane.simulator.loops.pointwise_code import Code, write
+from ane_trainer.ane.simulator.loops.group import Code, Group
+from ane_trainer.ane.simulator.loops.pointwise_code import write
 from ane_trainer.ane.simulator.loops.tabulate import tabulate
 from ane_trainer.ane.simulator.memory.border import literal_array
 from ane_trainer.ane.simulator.registry import Context
@@ -40,7 +40,7 @@ class Compiler:
 
     def _translate(
         self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
-    ) -> tuple[fuse.Group, list[Array], list[Array]]:
+    ) -> tuple[Group, list[Array], list[Array]]:
         """The fused group, its arrays and its tables."""
         code = Code()
         positions: dict[str, int] = {}
@@ -65,6 +65,6 @@ class Compiler:
             sources = tuple(operand(call.args[name]) for name in tensors if name in call.args)
             positions[op.result.name] = write(code, self.context, call, sources)
         stores = tuple(positions[value.name] for value in outputs)
-        group = fuse.Group(tuple(code.instrs), len(code.arrays), len(code.tables), stores)
+        group = Group(tuple(code.instrs), len(code.arrays), len(code.tables), stores)
         group, tables = tabulate(group, code.tables)
         return group, code.arrays, tables

@@ -26,6 +26,15 @@ class Nest:
     outer: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Loops over kept axes, then over reduced axes; `columns`: the last kept axis runs in vectors."""
+
+    nest: Nest
+    kept: int
+    columns: bool
+
+
 def element_strides(array: NDArray[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of `array` broadcast to `shape`; 0 along broadcast axes."""
     view = np.broadcast_to(array, shape)
@@ -77,3 +86,25 @@ def in_strips(loops: Nest) -> Nest:
 
     extents = arranged(loops.extents, loops.extents[last] // STRIP, STRIP)
     return Nest(extents, tuple(arranged(s, STRIP * s[last], s[last]) for s in loops.strides))
+
+
+def layout(shape: tuple[int, ...], axes: Sequence[int], strides: Sequence[tuple[int, ...]]) -> Layout:
+    """Order the loops so that vectors run along the axis where the first array lies densest.
+
+    `strides` has a row of element strides per array, output and total (0 along the reduced axes of a total).
+    """
+    steps = [abs(step) for step in strides[0]]
+    order = sorted(range(len(shape)), key=lambda axis: -steps[axis])
+    reduced = [a for a in order if a in axes and shape[a] > 1]
+    kept = [a for a in order if a not in axes and shape[a] > 1]
+    parts = [
+        nest(tuple(shape[a] for a in chosen), [tuple(row[a] for a in chosen) for row in strides])
+        for chosen in (kept, reduced)
+    ]
+    dense = [a for a in kept + reduced if steps[a]]
+    columns = bool(kept) and (not reduced or (bool(dense) and min(dense, key=lambda a: steps[a]) in kept))
+    if not kept:
+        parts[0] = Nest((1,), tuple((0,) for _ in strides))
+    both = tuple(a + b for a, b in zip(parts[0].strides, parts[1].strides, strict=True))
+    outer = tuple(kept[i] for i in parts[0].outer)
+    return Layout(Nest(parts[0].extents + parts[1].extents, both, outer), len(parts[0].extents), columns)

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.kernels.tables import lookup
 from ane_trainer.ane.simulator.loops.compiled import Loop, Loops
-from ane_trainer.ane.simulator.loops.fuse import Group
-from ane_trainer.ane.simulator.loops.pointwise_code import Code
+from ane_trainer.ane.simulator.loops.group import Code, Group
 from ane_trainer.ane.simulator.memory.buffers import empty
 from ane_trainer.ane.simulator.registry import Context
 
@@ -27,7 +26,7 @@ Array = NDArray[Any]
 
 
 class Pass:
-    """Pointwise code (see `fuse.py`) over arrays that broadcast together."""
+    """Pointwise code (see `group.py`) over arrays that broadcast together."""
 
     def __init__(self, ctx: Context) -> None:
         self.code = Code()
@@ -53,7 +52,7 @@ class Pass:
         return self.code.number(value)
 
     def add(self, code: str, *sources: int, value: float = 0.0) -> int:
-        """One instruction on earlier values, rounded as `fuse.py` says."""
+        """One instruction on earlier values, rounded as `group.py` says."""
         return self.code.add(code, *sources, value=value)
 
     def lookup(self, source: int, table: str) -> int:
@@ -67,7 +66,7 @@ class Pass:
     def fold(self, kind: str, position: int, total: Array, store: Array | None = None) -> Loop:
         """The step that gathers a value into `total` (extent 1 where it reduces), and writes it if told to.
 
-        `kind` is "sum", "sum_square", "max" or "min" (`fold.py`); totals as `total_for` makes them.
+        `kind` is "sum", "sum_square", "max" or "min" (see `group.Folds`); totals as `total_for` makes them.
         """
         group = self._group(() if store is None else (position,))
         targets = [] if store is None else [store]

@@ -9,62 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.simulator.kernels.tables import lookup
-from ane_trainer.ane.simulator.loops.fuse import Instr
+from ane_trainer.ane.simulator.loops.group import Code
 from ane_trainer.ane.simulator.memory.constants import bias, channel_line
 from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.registry import KERNELS, Context
 
 F32 = NDArray[np.float32]
-
-
-class Code:
-    """A group's instructions under construction; equal constants and lookups are shared."""
-
-    def __init__(self) -> None:
-        self.instrs: list[Instr] = []
-        self.arrays: list[NDArray[Any]] = []
-        self.tables: list[F32] = []
-        self._seen: dict[Instr, int] = {}
-
-    def add(self, code: str, *sources: int, which: int = -1, value: float = 0.0) -> int:
-        """Append an instruction (or find the equal one) and return its position."""
-        instr = Instr(code, sources, which, value)
-        if instr not in self._seen:
-            self._seen[instr] = len(self.instrs)
-            self.instrs.append(instr)
-        return self._seen[instr]
-
-    def load(self, array: NDArray[Any]) -> int:
-        """Append a load of an array's elements."""
-        kind = "load_bool" if array.dtype == np.bool_ else "load"
-        return self.add(kind, which=self.which(array))
-
-    def number(self, value: float | np.floating[Any]) -> int:
-        """Append a constant, rounded to float32."""
-        return self.add("const", value=float(np.float32(value)))
-
-    def which(self, array: NDArray[Any]) -> int:
-        """The number of an array among those of the group."""
-        for number, known in enumerate(self.arrays):
-            if known is array:
-                return number
-        self.arrays.append(array)
-        return len(self.arrays) - 1
-
-    def lookup(self, source: int, table: F32) -> int:
-        """Append a gather from `table`, float32[65536] indexed by fp16 pattern."""
-        for number, known in enumerate(self.tables):
-            if known is table or np.array_equal(known, table):
-                return self.add("lookup", source, which=number)
-        self.tables.append(table)
-        return self.add("lookup", source, which=len(self.tables) - 1)
 
 
 Writer = Callable[[Code, Context, Call, tuple[int, ...]], int]

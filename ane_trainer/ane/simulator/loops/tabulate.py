@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator.loops.fuse import Group, Instr
+from ane_trainer.ane.simulator.loops.group import Group, Instr
 from ane_trainer.ane.simulator.memory.fp16 import INF, decode, encode, round_half_away
 
 Array = NDArray[Any]

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from ane_trainer.ane.simulator.loops import jit
-from ane_trainer.ane.simulator.loops.ir import Function
+from ane_trainer.ane.simulator.loops.ir import I32, I64, PTR, Definition, Function, module
 
 #: Elements below which one thread is as fast as two (hand-over costs a few us).
 PARALLEL_ELEMENTS = 1 << 16
@@ -84,10 +84,9 @@ class _Entry:
 @cache
 def _entry() -> _Entry:
     openmp = _openmp()
-    text = "declare i64 @llvm.smin.i64(i64, i64)\n" + _some()
     if openmp is None:
-        return _Entry(jit.compile_ir(text, ["some"])["some"])
-    functions = jit.compile_ir(text + _share(openmp), ["some", "share"])
+        return _Entry(jit.compile_ir(module([_some()]), ["some"])["some"])
+    functions = jit.compile_ir(module([_some(), _share(openmp)]), ["some", "share"])
     openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     openmp.GOMP_parallel.restype = None
     return _Entry(functions["some"], openmp.GOMP_parallel, jit.address(functions["share"]))
@@ -101,33 +100,32 @@ def _openmp() -> Any:
     return library if hasattr(library, "GOMP_parallel") else None
 
 
-def _some() -> str:
+def _some() -> Definition:
     """Ranges `first`, `first + step`, ...: block by block, and for each block stage by stage."""
-    f = Function("some", [("ptr", "job"), ("i64", "first"), ("i64", "step")])
-    count, block, stages = (f.load("i64", f.element("i64", "%job", str(i)), 8) for i in range(3))
-    ranges = f.element("i64", "%job", f.add(f.mul(stages, "3"), str(_FIELDS)))
-    with f.loop("%first", count, "%step") as i:
-        begin = f.load("i64", f.element("i64", ranges, f.mul(i, "2")), 8)
-        end = f.load("i64", f.element("i64", ranges, f.add(f.mul(i, "2"), "1")), 8)
-        with f.loop(begin, end, block) as low, f.loop("0", stages) as number:
-            high = f.min(f.add(low, block), end)
-            stage = f.element("i64", "%job", f.add(f.mul(number, "3"), str(_FIELDS)))
-            function, arguments = (f.load("ptr", f.element("i64", stage, str(n)), 8) for n in range(2))
-            scale = f.load("i64", f.element("i64", stage, "2"), 8)
-            bounds = f"i64 {f.mul(low, scale)}, i64 {f.mul(high, scale)}"
-            f.do(f"call void {function}(ptr {arguments}, {bounds})")
-    return f.text()
+    f = Function("some", job=PTR, first=I64, step=I64)
+    job, first, step = f.parameters
+    count, block, stages = (job.at(i, I64).load(I64) for i in range(_FIELDS))
+    ranges = job.at(stages * 3 + _FIELDS, I64)
+    with f.loop(first, count, step) as i:
+        begin, end = (ranges.at(i * 2 + side, I64).load(I64) for side in range(2))
+        with f.loop(begin, end, block) as low, f.loop(0, stages) as number:
+            high = (low + block).call("smin", end)
+            stage = job.at(number * 3 + _FIELDS, I64)
+            function, arguments = (stage.at(n, I64).load(PTR) for n in range(2))
+            scale = stage.at(2, I64).load(I64)
+            f.invoke(function, arguments, low * scale, high * scale)
+    return f.definition()
 
 
-def _share(openmp: Any) -> str:
+def _share(openmp: Any) -> Definition:
     """What each thread of a parallel region does: its ranges."""
-    f = Function("share", [("ptr", "job")])
+    f = Function("share", job=PTR)
     numbers = []
     for name in ("omp_get_thread_num", "omp_get_num_threads"):
-        function = f.op(f"inttoptr i64 {jit.address(getattr(openmp, name))} to ptr")
-        numbers.append(f.op(f"sext i32 {f.op(f'call i32 {function}()')} to i64"))
-    f.do(f"call void @some(ptr %job, i64 {numbers[0]}, i64 {numbers[1]})")
-    return f.text()
+        function = f.emit(PTR, f"inttoptr i64 {jit.address(getattr(openmp, name))} to ptr")
+        numbers.append(f.emit(I32, f"call i32 {function.name}()").to(I64))
+    f.invoke("some", f.parameters[0], *numbers)
+    return f.definition()
 
 
 _forked = False

@@ -1,183 +1,246 @@
-"""LLVM IR that packs the operands of the multiply-accumulate into panels and measures them on the way.
+"""What enters and leaves a tile of the multiply-accumulate, as LLVM IR: operands packed into panels and measured on
+the way, biases into accumulators, accumulators into results.
 
-Layouts and the reasons for scale, step and threshold are in `mac_micro`. Source strides are in elements
+Layouts and the reasons for scale, step and threshold are in `micro.py`. Source strides are in elements
 and may be anything (0 and negative too); rows and columns beyond the edge of a matrix are packed as zeros.
+A bias is the accumulator's first value, rounded half away from zero to 2^-16; the result is rounded half
+away from zero to fp16 and is never -0 (M6 notes/numerics.md, H11 for the bias).
 """
 
 from __future__ import annotations
 
-from ane_trainer.ane.simulator.loops.ir import Function, constant, vector_constant
-from ane_trainer.ane.simulator.mac.micro import Tile
+from dataclasses import dataclass
+
+from ane_trainer.ane.simulator.loops.ir import F32, F64, I32, I64, PTR, Definition, Function, Value, Variable
+from ane_trainer.ane.simulator.loops.lanes import half_away
 
 BLOCK_DEPTH = 16  # steps of k copied at a time: source and target lines, pages too, stay near
 
 LARGE_BITS = 0x7F000000  # float32 bits above every decoded value
 
 
-def pack_b(tile: Tile) -> str:
-    """`pack_b(source, stride_k, stride_n, depth, valid, packed, stats, squares)`: up to `columns` columns.
+@dataclass(frozen=True)
+class Tile:
+    """Register block: `rows` x (`vectors` * `lanes`) results; `lanes` float32 per vector register.
+
+    Packed a holds per k `padded_rows` scaled values, then as many thresholds; packed b `columns` values.
+    `masks`: the CPU has mask registers, so a masked multiply-add is one instruction.
+    """
+
+    lanes: int
+    rows: int
+    padded_rows: int
+    vectors: int
+    masks: bool
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result in one tile."""
+        return self.lanes * self.vectors
+
+
+def tile_for(lanes: int) -> Tile:
+    """The register block for vectors of 16 (AVX-512), 8 (AVX2) or 4 (NEON, SSE) float32 lanes."""
+    if lanes == 16:
+        return Tile(16, rows=12, padded_rows=16, vectors=2, masks=True)
+    if lanes == 8:
+        return Tile(8, rows=4, padded_rows=4, vectors=2, masks=False)
+    return Tile(4, rows=4, padded_rows=4, vectors=4, masks=False)
+
+
+def pack_b(tile: Tile) -> Definition:
+    """`pack_b(source, sk, sn, depth, valid, packed, stats, squares)`: up to `columns` columns; strides sk, sn.
 
     Each value is stored one float32 step away from zero (zeros stay). `stats` is two float32: the
     largest magnitude so far and the smallest nonzero magnitude so far. The columns' sums of squares are
     added to the `columns` float32 in `squares`.
     """
-    parameters = [
-        ("ptr", "source"),
-        ("i64", "sk"),
-        ("i64", "sn"),
-        ("i64", "depth"),
-        ("i64", "valid"),
-        ("ptr", "packed"),
-        ("ptr", "stats"),
-        ("ptr", "squares"),
-    ]
-    f = Function("pack_b", parameters, internal=True)
-    lanes, integers, vector = tile.lanes, f"<{tile.lanes} x i32>", f"<{tile.lanes} x float>"
-    contiguous = f.op("icmp eq i64 %sn, 1")
-    full = f.op(f"icmp eq i64 %valid, {tile.columns}")
-    direct = f.op(f"and i1 {contiguous}, {full}")
-    origin = f.op(f"select i1 {direct}, ptr %source, ptr %packed")
-    pitch = f.op(f"select i1 {direct}, i64 %sk, i64 {tile.columns}")
-    with f.when(f.negate(direct)):
-        _copy(f, "%sn", str(tile.columns), full)
-    largest = f.variable(integers, "zeroinitializer")
-    smallest = f.variable(integers, vector_constant("i32", str(LARGE_BITS), lanes))
-    places = [f.element("float", "%squares", str(v * lanes)) for v in range(tile.vectors)]
-    squares = [f.variable(vector, f.load(vector, place)) for place in places]
-    with f.loop("0", "%depth") as k:
-        source = f.element("float", origin, f.mul(k, pitch))
-        target = f.element("float", "%packed", f.mul(k, str(tile.columns)))
-        for v in range(tile.vectors):
-            bits = f.load(integers, f.element("i32", source, str(v * lanes)))
-            size = _magnitude(f, bits, lanes)
-            nonzero = f.op(f"icmp ne {integers} {size}, zeroinitializer")
-            step = f.op(f"zext <{lanes} x i1> {nonzero} to {integers}")
-            f.store(integers, f.op(f"or {integers} {bits}, {step}"), f.element("i32", target, str(v * lanes)))
-            _keep(f, "smax", lanes, largest, size)
-            _add_square(f, vector, squares[v], f.op(f"bitcast {integers} {size} to {vector}"))
-            large = vector_constant("i32", str(LARGE_BITS), lanes)
-            _keep(
-                f,
-                "smin",
-                lanes,
-                smallest,
-                f.op(f"select <{lanes} x i1> {nonzero}, {integers} {size}, {integers} {large}"),
-            )
-    for slot, place in zip(squares, places, strict=True):
-        f.store(vector, f.load(vector, slot, 1), place)
-    _merge(f, "smax", lanes, largest, "%stats")
-    _merge(f, "smin", lanes, smallest, f.element("i32", "%stats", "1"))
-    return f.text()
+    f = Function(
+        "pack_b",
+        internal=True,
+        source=PTR,
+        sk=I64,
+        sn=I64,
+        depth=I64,
+        valid=I64,
+        packed=PTR,
+        stats=PTR,
+        squares=PTR,
+    )
+    source, sk, sn, depth, valid, packed, stats, all_squares = f.parameters
+    lanes, integers = tile.lanes, I32.of(tile.lanes)
+    full = valid.compare("eq", tile.columns)
+    direct = sn.compare("eq", 1) & full
+    origin, pitch = direct.choose(source, packed), direct.choose(sk, tile.columns)
+    with f.when(~direct):
+        _copy(f, (source, sn, sk), packed, tile.columns, depth, valid, full)
+    largest, smallest = f.variable(f.constant(integers, 0)), f.variable(f.constant(integers, LARGE_BITS))
+    places = [all_squares.at(v * lanes, F32) for v in range(tile.vectors)]
+    squares = [f.variable(place.load(F32.of(lanes))) for place in places]
+    with f.loop(0, depth) as k:
+        line, target = origin.at(k * pitch, F32), packed.at(k * tile.columns, F32)
+        for v, square in enumerate(squares):
+            bits = line.at(v * lanes, F32).load(integers)
+            size = bits & 0x7FFFFFFF
+            nonzero = size.compare("ne", 0)
+            target.at(v * lanes, F32).store(bits | nonzero.to(I32))
+            largest.set(largest.value.call("smax", size))
+            _add_square(square, size.bits(F32))
+            smallest.set(smallest.value.call("smin", nonzero.choose(size, LARGE_BITS)))
+    for square, place in zip(squares, places, strict=True):
+        place.store(square.value)
+    for how, total, place in (("smax", largest, stats), ("smin", smallest, stats.at(1, F32))):
+        place.store(total.value.reduce(how).call(how, place.load(I32)))
+    return f.definition()
 
 
-def pack_a(tile: Tile) -> str:
-    """`pack_a(source, stride_m, stride_k, depth, valid, packed, stats, sums)`: up to `rows` rows.
+def pack_a(tile: Tile) -> Definition:
+    """`pack_a(source, sm, sk, depth, valid, packed, stats, sums)`: up to `rows` rows; strides sm, sk.
 
     Per k: values times 2^16, then drop thresholds. `stats` gets two float32: the largest threshold, and
     the largest sum of eight neighbouring magnitudes of a row. The rows' sums of magnitudes, then their sums
     of squares, are added to the 2 * `padded_rows` float32 in `sums`.
     """
-    parameters = [
-        ("ptr", "source"),
-        ("i64", "sn"),
-        ("i64", "sk"),
-        ("i64", "depth"),
-        ("i64", "valid"),
-        ("ptr", "packed"),
-        ("ptr", "stats"),
-        ("ptr", "sums"),
-    ]
-    f = Function("pack_a", parameters, internal=True)
+    f = Function(
+        "pack_a",
+        internal=True,
+        source=PTR,
+        sm=I64,
+        sk=I64,
+        depth=I64,
+        valid=I64,
+        packed=PTR,
+        stats=PTR,
+        sums=PTR,
+    )
+    source, sm, sk, depth, valid, packed, stats, sums = f.parameters
     lanes = tile.padded_rows
-    vector, integers = f"<{lanes} x float>", f"<{lanes} x i32>"
-    full = f.op(f"icmp eq i64 %valid, {tile.rows}")
-    _copy(f, "%sn", str(2 * lanes), full)
-    thresholds = f.variable(integers, "zeroinitializer")
-    eights = f.variable(integers, "zeroinitializer")
-    scale = vector_constant("float", constant(65536.0), lanes)
-    square_place = f.element("float", "%sums", str(lanes))
-    squares = f.variable(vector, f.load(vector, square_place))
-    with f.loop("0", "%depth", "8") as first:
-        group = f.variable(vector, "zeroinitializer")
-        with f.loop(first, f.min(f.add(first, "8"), "%depth")) as k:
-            place = f.element("float", "%packed", f.mul(k, str(2 * lanes)))
-            bits = f.load(integers, place)
-            size = _magnitude(f, bits, lanes)
-            least = threshold_bits(f, size, lanes)
-            value = f.op(f"bitcast {integers} {bits} to {vector}")
-            f.store(vector, f.op(f"fmul {vector} {value}, {scale}"), place)
-            f.store(integers, least, f.element("i32", place, str(lanes)))
-            _keep(f, "smax", lanes, thresholds, least)
-            magnitude = f.op(f"bitcast {integers} {size} to {vector}")
-            f.store(vector, f.op(f"fadd {vector} {f.load(vector, group, 1)}, {magnitude}"), group, 1)
-            _add_square(f, vector, squares, magnitude)
-        total = f.load(vector, group, 1)
-        _keep(f, "smax", lanes, eights, f.op(f"bitcast {vector} {total} to {integers}"))
-        f.store(vector, f.op(f"fadd {vector} {f.load(vector, '%sums')}, {total}"), "%sums")
-    f.store(vector, f.load(vector, squares, 1), square_place)
-    _reduce(f, "smax", lanes, thresholds, "%stats")
-    _reduce(f, "smax", lanes, eights, f.element("i32", "%stats", "1"))
-    return f.text()
+    vector, integers = F32.of(lanes), I32.of(lanes)
+    _copy(f, (source, sm, sk), packed, 2 * lanes, depth, valid, valid.compare("eq", tile.rows))
+    thresholds, eights = (f.variable(f.constant(integers, 0)) for _ in range(2))
+    square_place = sums.at(lanes, F32)
+    squares = f.variable(square_place.load(vector))
+    with f.loop(0, depth, 8) as first:
+        group = f.variable(f.constant(vector, 0.0))
+        with f.loop(first, (first + 8).call("smin", depth)) as k:
+            place = packed.at(k * (2 * lanes), F32)
+            bits = place.load(integers)
+            size = bits & 0x7FFFFFFF
+            least = threshold_bits(size)
+            place.store(bits.bits(F32) * 65536.0)
+            place.at(lanes, I32).store(least)
+            thresholds.set(thresholds.value.call("smax", least))
+            magnitude = size.bits(F32)
+            group.set(group.value + magnitude)
+            _add_square(squares, magnitude)
+        total = group.value
+        eights.set(eights.value.call("smax", total.bits(I32)))
+        sums.store(sums.load(vector) + total)
+    square_place.store(squares.value)
+    stats.store(thresholds.value.reduce("smax"))
+    stats.at(1, I32).store(eights.value.reduce("smax"))
+    return f.definition()
 
 
-def threshold_bits(f: Function, size: str, lanes: int) -> str:
+def threshold_bits(size: Value) -> Value:
     """Bits of the least |b| that is not dropped: 2^(-16 - exp(a)), or 0 where that is 2^-14 or less.
 
     A subnormal a has exponent -14 (biased float32 field 113); a zero a drops nothing.
     """
-    kind = f"<{lanes} x i32>"
-
-    def number(value: int) -> str:
-        return vector_constant("i32", str(value), lanes)
-
-    field = f.op(f"lshr {kind} {size}, {number(23)}")
-    field = f.op(f"call {kind} @llvm.smax.v{lanes}i32({kind} {field}, {kind} {number(127 - 14)})")
-    wanted = f.op(f"sub {kind} {number(127 - 16 + 127)}, {field}")
-    matters = f.op(f"icmp sgt {kind} {wanted}, {number(127 - 14)}")
-    nonzero = f.op(f"icmp ne {kind} {size}, zeroinitializer")
-    matters = f.op(f"and <{lanes} x i1> {matters}, {nonzero}")
-    power = f.op(f"shl {kind} {wanted}, {number(23)}")
-    return f.op(f"select <{lanes} x i1> {matters}, {kind} {power}, {kind} zeroinitializer")
+    field = (size >> 23).call("smax", 127 - 14)
+    wanted = size.function.constant(size.type, 127 - 16 + 127) - field
+    matters = (wanted > 127 - 14) & size.compare("ne", 0)
+    return matters.choose(wanted << 23, 0)
 
 
-def _copy(f: Function, stride: str, pitch: str, full: str) -> None:
-    """packed[k * pitch + j] = source[k * sk + j * stride], first zeroing the panel if it is not full."""
-    with f.when(f.negate(full)):
-        size = f.mul("%depth", str(4 * int(pitch)))
-        f.do(f"call void @llvm.memset.p0.i64(ptr %packed, i8 0, i64 {size}, i1 false)")
-    with f.loop("0", "%depth", str(BLOCK_DEPTH)) as first:
-        last = f.min(f.add(first, str(BLOCK_DEPTH)), "%depth")
-        with f.loop("0", "%valid") as j:
-            line = f.element("float", "%source", f.mul(j, stride))
-            column = f.element("float", "%packed", j)
+def _copy(
+    f: Function,
+    source: tuple[Value, Value, Value],
+    packed: Value,
+    pitch: int,
+    depth: Value,
+    valid: Value,
+    full: Value,
+) -> None:
+    """packed[k * pitch + j] = source[k * sk + j * stride], first zeroing the panel if it is not full.
+
+    `source` is the address, `stride` and `sk`.
+    """
+    start, stride, sk = source
+    with f.when(~full):
+        f.clear(packed, depth * (4 * pitch))
+    with f.loop(0, depth, BLOCK_DEPTH) as first:
+        last = (first + BLOCK_DEPTH).call("smin", depth)
+        with f.loop(0, valid) as j:
+            line, column = start.at(j * stride, F32), packed.at(j, F32)
             with f.loop(first, last) as k:
-                value = f.load("float", f.element("float", line, f.mul(k, "%sk")))
-                f.store("float", value, f.element("float", column, f.mul(k, pitch)))
+                column.at(k * pitch, F32).store(line.at(k * sk, F32).load(F32))
 
 
-def _magnitude(f: Function, bits: str, lanes: int) -> str:
-    """Float32 bits without their sign; as integers they are ordered as the magnitudes are."""
-    return f.op(f"and <{lanes} x i32> {bits}, {vector_constant('i32', str(0x7FFFFFFF), lanes)}")
+def _add_square(total: Variable, value: Value) -> None:
+    square = value * value
+    total.set(total.value + square)
 
 
-def _keep(f: Function, which: str, lanes: int, slot: str, value: str) -> None:
-    kind = f"<{lanes} x i32>"
-    old = f.load(kind, slot, 1)
-    f.store(kind, f.op(f"call {kind} @llvm.{which}.v{lanes}i32({kind} {old}, {kind} {value})"), slot, 1)
+def start_tile(tile: Tile) -> Definition:
+    """`start_tile(c, bias, sm, sn, rows, columns, largest)`: accumulators from the bias of strides sm, sn.
+
+    A null `bias` means zeros. `largest` (float32) is raised to the largest |bias|. Accumulators that
+    the bias alone overflows hold some wrong value.
+    """
+    f = Function(
+        "start_tile", internal=True, c=PTR, bias=PTR, sm=I64, sn=I64, rows=I64, columns=I64, largest=PTR
+    )
+    c, bias, sm, sn, rows, columns, largest = f.parameters
+    none = bias.is_null()
+    with f.when(none):
+        f.clear(c, 4 * tile.rows * tile.columns)
+    with f.when(~none):
+        row = f.room(F32, tile.columns)
+        with f.loop(0, rows) as r:
+            line = bias.at(r * sm, F32)
+            with f.loop(0, columns) as j:
+                row.at(j, F32).store(line.at(j * sn, F32).load(F32))
+            target = c.at(r * tile.columns, I32)
+            for first in range(0, tile.columns, tile.lanes // 2):
+                value = row.at(first, F32).load(F32.of(tile.lanes // 2))
+                target.at(first, I32).store(_clamped(units_of_bias(value)).to(I32))
+                size = (value.bits(I32) & 0x7FFFFFFF).reduce("smax")
+                largest.store(size.call("smax", largest.load(I32)))
+    return f.definition()
 
 
-def _add_square(f: Function, vector: str, slot: str, value: str) -> None:
-    square = f.op(f"fmul {vector} {value}, {value}")
-    f.store(vector, f.op(f"fadd {vector} {f.load(vector, slot, 1)}, {square}"), slot, 1)
+def _clamped(units: Value) -> Value:
+    """Within 32 bits with sign."""
+    edge = 2.0**31 - 1
+    units = (units < edge).choose(units, edge)
+    return (units > -edge).choose(units, -edge)
 
 
-def _reduce(f: Function, which: str, lanes: int, slot: str, target: str) -> None:
-    value = f.load(f"<{lanes} x i32>", slot, 1)
-    f.store("i32", f.op(f"call i32 @llvm.vector.reduce.{which}.v{lanes}i32(<{lanes} x i32> {value})"), target)
+def units_of_bias(bias: Value) -> Value:
+    """A float32 vector in units of 2^-16, rounded half away, as float64."""
+    return half_away(bias.to(F64) * 65536.0)
 
 
-def _merge(f: Function, which: str, lanes: int, slot: str, target: str) -> None:
-    value = f.load(f"<{lanes} x i32>", slot, 1)
-    new = f.op(f"call i32 @llvm.vector.reduce.{which}.v{lanes}i32(<{lanes} x i32> {value})")
-    old = f.load("i32", target)
-    f.store("i32", f.op(f"call i32 @llvm.{which}.i32(i32 {old}, i32 {new})"), target)
+def result_of_units(units: Value) -> Value:
+    """Whole numbers of 2^-16 (float64 vector) to decoded fp16 (float32): 11 bits, half away, no -0."""
+    kept = (units.bits(I64) + (1 << 41)) & -(1 << 42)
+    return (kept.bits(F64) * 2.0**-16 + 0.0).to(F32)
+
+
+def finish_tile(tile: Tile) -> Definition:
+    """`finish_tile(c, out, sm, sn, rows, columns)`: accumulators to decoded fp16 results of strides sm, sn."""
+    f = Function("finish_tile", internal=True, c=PTR, out=PTR, sm=I64, sn=I64, rows=I64, columns=I64)
+    c, out, sm, sn, rows, columns = f.parameters
+    lanes = tile.lanes // 2
+    direct = sn.compare("eq", 1) & columns.compare("eq", tile.columns)
+    row = f.room(F32, tile.columns)
+    with f.loop(0, rows) as r:
+        source, line = c.at(r * tile.columns, I32), out.at(r * sm, F32)
+        target = direct.choose(line, row)
+        for first in range(0, tile.columns, lanes):
+            units = source.at(first, I32).load(I32.of(lanes)).to(F64)
+            target.at(first, F32).store(result_of_units(units))
+        with f.when(~direct), f.loop(0, columns) as j:
+            line.at(j * sn, F32).store(row.at(j, F32).load(F32))
+    return f.definition()

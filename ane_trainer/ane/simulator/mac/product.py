@@ -7,7 +7,7 @@ are summed in a signed 32-bit accumulator; a magnitude of 32768 reached at any t
 and sticks; the bias is the accumulator's first value, rounded likewise; the result is rounded half away
 from zero to fp16, and a zero is +0.
 
-The work is done by code compiled on first use (about 0.15 s): `mac_driver` and the modules it imports.
+The work is done by code compiled on first use (about 0.15 s): `driver.py` and the modules it imports.
 Results do not depend on the number of threads or on how the work is cut.
 """
 
@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.loops.jit import compile_ir, host_vector_width, run_parallel
 from ane_trainer.ane.simulator.mac.driver import FIELDS, SCRATCH, module, scratch_bytes
-from ane_trainer.ane.simulator.mac.micro import Tile, tile_for
-from ane_trainer.ane.simulator.mac.ordered import GROUP
+from ane_trainer.ane.simulator.mac.micro import GROUP
+from ane_trainer.ane.simulator.mac.pack import Tile, tile_for
 
 F32 = NDArray[np.float32]
 

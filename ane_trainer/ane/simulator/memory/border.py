@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.program import Literal, TensorType
-from ane_trainer.ane.simulator.loops.half import decode_into, encoded
+from ane_trainer.ane.simulator.loops.convert import decode_into, encoded
 from ane_trainer.ane.simulator.memory.fp16 import decode
 
 Array = NDArray[Any]

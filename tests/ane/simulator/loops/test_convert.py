@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.simulator.kernels.tables import FUNCTIONS, evaluate
-from ane_trainer.ane.simulator.loops.rounding import rounded, table_of
+from ane_trainer.ane.simulator.loops.convert import rounded, table_of
 from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
 
 PATTERNS = decode(np.arange(1 << 16, dtype=np.uint16))

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.simulator.loops import fuse, jit, team
 from ane_trainer.ane.simulator.loops import geometry as loops
-from ane_trainer.ane.simulator.loops.fuse import Group, Instr
-from ane_trainer.ane.simulator.loops.half import decode_into, encoded
+from ane_trainer.ane.simulator.loops import jit, team
+from ane_trainer.ane.simulator.loops.convert import decode_into, encoded
+from ane_trainer.ane.simulator.loops.emit import pointwise_loop
+from ane_trainer.ane.simulator.loops.group import Group, Instr
+from ane_trainer.ane.simulator.loops.ir import module
 from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
 
 PATTERNS = decode(np.arange(1 << 16, dtype=np.uint16))
@@ -22,9 +24,8 @@ def run_group(code, arrays, stores, tables=(), width=None):
     shape = np.broadcast_shapes(*[a.shape for a in arrays])
     outputs = [np.empty(shape, bool if code[s].is_bool else np.float32) for s in stores]
     nest = loops.nest(shape, [loops.element_strides(a, shape) for a in (*arrays, *outputs)])
-    text = fuse.declarations(width) + fuse.emit(
-        "f", Group(tuple(code), len(arrays), len(tables), stores), nest, width
-    )
+    group = Group(tuple(code), len(arrays), len(tables), stores)
+    text = module([pointwise_loop("f", group, nest, width)])
     function = jit.compile_ir(text, ["f"])["f"]
     arguments = team.addresses(*[a.ctypes.data for a in (*arrays, *tables, *outputs)])
     function(ctypes.addressof(arguments), 0, nest.extents[0])
@@ -105,7 +106,7 @@ def test_in_place_is_safe():
     before = x.copy()
     nest = loops.nest(x.shape, [(1,), (1,)])
     code = (Instr("load", which=0), Instr("mul", (0, 0)))
-    text = fuse.declarations(16) + fuse.emit("f", Group(code, 1, 0, (1,)), nest, 16)
+    text = module([pointwise_loop("f", Group(code, 1, 0, (1,)), nest, 16)])
     arguments = team.addresses(x.ctypes.data, x.ctypes.data)
     jit.compile_ir(text, ["f"])["f"](ctypes.addressof(arguments), 0, x.size)
     assert same_bits(x, round_half_away(before * before))
