@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.errors import DataError, UsageError
-from ane_trainer.ane.export import ExportReport, Signature, export_inference, export_step
+from ane_trainer.ane.export import ExportOptions, ExportReport, Signature, export_inference, export_step
 
 INPUTS = ("auto", "image", "tensor")
 #: Steps that an exported training step is run for.
@@ -25,33 +26,26 @@ def export_model(
     path: str | Path,
     format: str,
     data: Iterable[Any],
+    options: ExportOptions,
     *,
     classes: bool,
-    input: str = "auto",
-    weights: str = "fp16",
-    batch: int = 1,
-    examples: int = 256,
-    chip: str = "m4",
-    fidelity: str = "exact",
 ) -> ExportReport:
-    """Write the model for inference and run the file on the first `examples` of `data`.
+    """Write the model for inference and run the file on the first `options.examples` of `data`.
 
-    `input`: "tensor" takes what training fed; "image" takes pixels and normalises inside, which needs data
-    with `mean` and `std`; "auto" takes images where it can. `classes`: the outputs are scores of the data's
+    An image as input needs data with `mean` and `std`. `classes`: the outputs are scores of the data's
     `class_names`.
     """
-    if batch < 1 or examples < 1:
+    if options.batch < 1 or options.examples < 1:
         raise UsageError(
-            f"export: needs a batch and examples of at least 1; got {batch}, {examples}.", code="ANE116"
+            f"export: needs a batch and examples of at least 1; got {options.batch}, {options.examples}.",
+            code="ANE116",
         )
-    x, y = _first_examples(data, examples)
+    x, y = _first_examples(data, options.examples)
     names = tuple(getattr(data, "class_names", ())) if classes else ()
-    signature = Signature(tuple(x.shape[1:]), batch, _normalisation(data, input), names)
+    signature = Signature(tuple(x.shape[1:]), options.batch, _normalisation(data, options.input), names)
     texts = {"description": f"{type(model).__name__}, trained with ane_trainer", "version": __version__}
     labels = y if isinstance(y, torch.Tensor) and not y.is_floating_point() else None
-    return export_inference(
-        model, path, format, signature, x, labels, weights=weights, chip=chip, fidelity=fidelity, texts=texts
-    )
+    return export_inference(model, path, format, signature, x, labels, replace(options, texts=texts))
 
 
 def export_training(

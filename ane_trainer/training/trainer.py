@@ -24,7 +24,7 @@ from ane_trainer.ane.errors import (
     Diverged,
     UsageError,
 )
-from ane_trainer.ane.export import ExportReport, format_of
+from ane_trainer.ane.export import ExportOptions, ExportReport, format_of
 from ane_trainer.training import energy, engine, loop
 from ane_trainer.training.checkpoint import (
     CHECKPOINT,
@@ -238,10 +238,8 @@ class Trainer:
             if self.step is None:
                 self._compile(*loop.unpack(next(iter(source)), "export: first batch"))
             return export_training(self.step, self.optimizer, path, kind, source, fidelity=self.fidelity)
-        return export_model(
-            self.model, path, kind, source, classes=self._loss in _CLASS_LOSSES, input=input, weights=weights,
-            batch=batch, examples=examples, chip=self.chip, fidelity=self.fidelity,
-        )  # fmt: skip
+        options = ExportOptions(input, weights, batch, examples, self.chip, self.fidelity)
+        return export_model(self.model, path, kind, source, options, classes=self._loss in _CLASS_LOSSES)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training needs to go on: parameters, the step's state, counters, data position."""

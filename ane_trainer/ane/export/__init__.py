@@ -18,12 +18,19 @@ from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.export import inference, step
 from ane_trainer.ane.export.freeze import Deployed, Signature, to_input
-from ane_trainer.ane.export.report import ExportReport, accuracy, largest_difference, size_bytes
+from ane_trainer.ane.export.report import (
+    ExportOptions,
+    ExportReport,
+    accuracy,
+    largest_difference,
+    size_bytes,
+)
 from ane_trainer.ane.stages import Compiled
 
 __all__ = [
     "DEFAULT_NAMES",
     "FORMATS",
+    "ExportOptions",
     "ExportReport",
     "Signature",
     "export_inference",
@@ -76,34 +83,31 @@ def export_inference(
     signature: Signature,
     x: torch.Tensor,
     labels: torch.Tensor | None = None,
-    *,
-    weights: str = "fp16",
-    chip: str = "m4",
-    fidelity: str = "exact",
-    texts: Mapping[str, str] | None = None,
+    options: ExportOptions | None = None,
 ) -> ExportReport:
     """Write the model and run the file again on examples x [N, ...] as training saw them.
 
     Raises: UnsupportedModel, MissingDependency (naming the extra), UsageError.
     """
+    options = options or ExportOptions()
     write, run, checked_by = _INFERENCE[format]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        written = write(Path(path), model, signature, weights, texts or {})
+        written = write(Path(path), model, signature, options.weights, options.texts)
         inputs = to_input(x, signature)
         with torch.no_grad():
             wanted = Deployed(model, signature)(inputs).numpy()
     finally:
         for module, training in modes.items():
             module.training = training
-    runner = run(written, signature, chip, fidelity)
+    runner = run(written, signature, options.chip, options.fidelity)
     got = _in_batches(runner, inputs.numpy(), signature.batch)
     truth = None if labels is None else labels.numpy()
     if format == "mlpackage":
-        checked_by += f" of {chip}, {fidelity}"
+        checked_by += f" of {options.chip}, {options.fidelity}"
     return ExportReport(
-        written, format, size_bytes(written), _PRECISION.get(format, weights), checked_by,
+        written, format, size_bytes(written), _PRECISION.get(format, options.weights), checked_by,
         "the same model in PyTorch, fp32", len(inputs), largest_difference(got, wanted),
         accuracy(got, truth), accuracy(wanted, truth), _UNVERIFIED.get(format, ""),
     )  # fmt: skip

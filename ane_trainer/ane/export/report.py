@@ -1,13 +1,36 @@
-"""What is known about an exported file because it was run again."""
+"""What an export is asked for, and what is known about its file because it was run again."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a file is written, and on what it is checked.
+
+    input     "tensor": what training fed; "image": pixels, normalised inside; "auto": images where it can.
+    weights   fp16, int8 or int4 (mlpackage).
+    batch     examples that go in at once.
+    examples  how many the file is checked on.
+    chip, fidelity
+              of the simulator that runs the file again.
+    texts     metadata, by key.
+    """
+
+    input: str = "auto"
+    weights: str = "fp16"
+    batch: int = 1
+    examples: int = 256
+    chip: str = "m4"
+    fidelity: str = "exact"
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

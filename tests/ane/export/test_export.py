@@ -15,7 +15,7 @@ from torch import nn
 
 from ane_trainer.ane.dispatch import TrainingStep, compile_step
 from ane_trainer.ane.errors import MissingDependency, UsageError
-from ane_trainer.ane.export import Signature, export_inference, export_step, format_of
+from ane_trainer.ane.export import ExportOptions, Signature, export_inference, export_step, format_of
 from ane_trainer.ane.export.compress import LEVELS, compress, quantize
 from ane_trainer.ane.export.freeze import freeze, to_input
 from ane_trainer.ane.export.inference import need
@@ -78,7 +78,9 @@ def coremltools() -> Any:
 def test_mlpackage_of_an_image_classifier(trained: Any, tmp_path: Path, weights: str) -> None:
     model, x, y = trained
     coremltools()
-    report = export_inference(model, tmp_path / "m.mlpackage", "mlpackage", PIXELS, x, y, weights=weights)
+    report = export_inference(
+        model, tmp_path / "m.mlpackage", "mlpackage", PIXELS, x, y, ExportOptions(weights=weights)
+    )
     assert report.largest_difference < {"fp16": 0.01, "int8": 0.05, "int4": 0.3}[weights]
     assert report.accuracy is not None
     assert report.reference_accuracy is not None
@@ -219,9 +221,11 @@ def test_what_cannot_be_exported_is_said(trained: Any, tmp_path: Path) -> None:
         format_of("model.bin")
     assert format_of("a/model.onnx") == "onnx"
     with pytest.raises(UsageError, match="int8 is for mlpackage"):
-        export_inference(model, tmp_path / "m.onnx", "onnx", PIXELS, x, y, weights="int8")
+        export_inference(model, tmp_path / "m.onnx", "onnx", PIXELS, x, y, ExportOptions(weights="int8"))
     with pytest.raises(UsageError, match="needs one of fp16, int8, int4"):
-        export_inference(model, tmp_path / "m.mlpackage", "mlpackage", PIXELS, x, y, weights="int2")
+        export_inference(
+            model, tmp_path / "m.mlpackage", "mlpackage", PIXELS, x, y, ExportOptions(weights="int2")
+        )
     with pytest.raises(UsageError, match=r"ends in \.mlpackage"):
         export_inference(model, tmp_path / "m.model", "mlpackage", PIXELS, x, y)
     with pytest.raises(MissingDependency, match=r'pip install "ane_trainer\[onnx\]"'):
