@@ -50,7 +50,7 @@ def export_model(
 
 def export_training(
     step: TrainingStep, optimizer: torch.optim.Optimizer, path: str | Path, format: str,
-    data: Iterable[Any], *, fidelity: str = "exact",
+    data: Iterable[Any], options: ExportOptions,
 ) -> ExportReport:  # fmt: skip
     """Write a compiled step with its present state and run the file for 20 steps on batches of `data`."""
     batches = list(itertools.islice(iter(data), CHECKED_STEPS))
@@ -58,15 +58,8 @@ def export_training(
         raise DataError("export: needs at least one batch; got none. Pass data.", code="DATA104")
     chosen = [batches[i % len(batches)] for i in range(CHECKED_STEPS)]
     feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
-    return export_step(
-        step.compiled,
-        step.port_state(),
-        feeds,
-        path,
-        format,
-        fidelity=fidelity,
-        about=_about(step, optimizer),
-    )
+    about = _about(step, optimizer)
+    return export_step(step.compiled, step.port_state(), feeds, path, format, options, about)
 
 
 def _about(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
@@ -78,10 +71,6 @@ def _about(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str,
         "applied_steps": step.applied_steps,
         "optimizer": {"name": type(optimizer).__name__, **{k: v for k, v in settings.items() if _plain(v)}},
         "next_scalars": step.scalars(),
-        "ports": {
-            port.name: {"role": port.role, "target": port.target, "scale": port.scale}
-            for port in step.compiled.inputs
-        },
     }
 
 

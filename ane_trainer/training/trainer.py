@@ -216,7 +216,7 @@ class Trainer:
 
     def export(
         self, path: str | Path, format: str | None = None, *, data: Iterable[Batch] | None = None,
-        input: str = "auto", weights: str = "fp16", batch: int = 1, examples: int = 256,
+        input: str = "auto", weights: str = "fp16", batch: int = 1, examples: int = 256, state: str = "io",
     ) -> ExportReport:  # fmt: skip
         """Write the trained model (or its training step) as a file, and run that file again to check it.
 
@@ -226,6 +226,7 @@ class Trainer:
         input     "image": pixels, normalised inside (data with mean and std); "tensor"; "auto".
         weights   fp16, int8 or int4 (mlpackage).
         batch     examples that go in at once.
+        state     of a training step: "io" (inputs and outputs), "state" (updated in place) or "both".
 
         UsageError: an unknown format or no data; MissingDependency: the extra to install.
         """
@@ -234,11 +235,11 @@ class Trainer:
         source = data if data is not None else [self._example] if self._example else None
         if source is None:
             raise UsageError("export: needs data to check the file; got none. Pass data=...", code="ANE117")
+        options = ExportOptions(input, weights, batch, examples, self.chip, self.fidelity, state)
         if kind.startswith("step-"):
             if self.step is None:
                 self._compile(*loop.unpack(next(iter(source)), "export: first batch"))
-            return export_training(self.step, self.optimizer, path, kind, source, fidelity=self.fidelity)
-        options = ExportOptions(input, weights, batch, examples, self.chip, self.fidelity)
+            return export_training(self.step, self.optimizer, path, kind, source, options)
         return export_model(self.model, path, kind, source, options, classes=self._loss in _CLASS_LOSSES)
 
     def checkpoint(self) -> Checkpoint:

@@ -119,8 +119,7 @@ def export_step(
     feeds: Sequence[Mapping[str, NDArray[Any]]],
     path: str | Path,
     format: str,
-    *,
-    fidelity: str = "exact",
+    options: ExportOptions | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write a compiled fp16 training step with its state, and run the file for `feeds`, one feed a step.
@@ -128,15 +127,21 @@ def export_step(
     The reference is the same program from the same state on the simulator: a package must agree in every bit
     of the state; an asset is compared in losses and parameters, where IEEE fp16 stays near the engine's.
     """
-    lowered = compiled.legalized.lowered
+    lowered, options = compiled.legalized.lowered, options or ExportOptions()
     if lowered.program.main.inputs[0].type.dtype != "fp16":
         raise UsageError("export: needs a step in fp16; got one in fp32. Compile it for fp16.", code="ANE116")
+    if options.state not in step.FORMS:
+        raise UsageError(
+            f"state: needs one of {', '.join(step.FORMS)}; got {options.state!r}. Choose one of them.",
+            code="ANE116",
+        )
+    fidelity = options.fidelity
     if format == "step-mlpackage":
-        written = step.write_step_mlpackage(Path(path), lowered, state, about or {})
+        written = step.write_step_mlpackage(Path(path), lowered, state, about or {}, options.state)
         got, losses = step.replay_mlpackage(written, feeds, compiled.chip, fidelity)
         checked_by = f"our reader and the simulator of {compiled.chip}, {fidelity}"
     else:
-        written = step.write_step_aimodel(Path(path), lowered, state, about or {})
+        written = step.write_step_aimodel(Path(path), lowered, state, about or {}, options.state)
         got, losses = step.replay_aimodel(written, feeds)
         checked_by = "Apple's Core AI runtime on this machine"
     wanted, reference = _simulate(compiled, state, feeds, fidelity)

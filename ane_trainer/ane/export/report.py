@@ -21,6 +21,7 @@ class ExportOptions:
     examples  how many the file is checked on.
     chip, fidelity
               of the simulator that runs the file again.
+    state     form of a training step: io (inputs and outputs), state (in place) or both; see `export.step`.
     texts     metadata, by key.
     """
 
@@ -30,6 +31,7 @@ class ExportOptions:
     examples: int = 256
     chip: str = "m4"
     fidelity: str = "exact"
+    state: str = "io"
     texts: Mapping[str, str] = field(default_factory=dict)
 
 

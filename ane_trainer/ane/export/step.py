@@ -1,14 +1,21 @@
 """Exports of the training step itself, so that an app can go on training: `.aimodel` and `.mlpackage`.
 
-Both files have two functions. `main` takes a batch and the optimizer's scalars, updates the state in place
-and returns the loss; `initial_state` returns the values that the state starts from, by the states' names
-(Core ML's states start at zero and Core AI's belong to the caller, so an app copies them once).
+The state of a step is weights, moments, counters and scaling. It travels in one of three forms:
+
+    io      state is an input and an output: main(w, x, y, rate) -> (loss, w_next); the caller feeds it back
+    state   state is updated in place: main(w: state, x, y, rate) -> loss
+    both    `main` as io, and `stateful` beside it (mlpackage)
+
+Core ML's compiler for the Neural Engine refuses programs with state on current macOS (onnxsim #1435 on an M4,
+coremltools #2553 and #2631), while the same step with plain inputs and outputs was placed there whole
+(onnxsim #1402: 110 of 110 ops, #1443: 352 of 352): so io is the default. `initial_state` returns the values
+that the state starts from, by the state's names. The manifest beside the file says what each port is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.compiler.coreai import INITIAL_STATE, MAIN, open_asset, save_asset
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.export.freeze import bind_inputs, map_values
+from ane_trainer.ane.export.manifest import manifest, read_manifest, write_manifest
 from ane_trainer.ane.export.package import Description, write_package
 from ane_trainer.ane.export.report import largest_difference
 from ane_trainer.ane.mil.loading import load_program
@@ -27,6 +36,10 @@ from ane_trainer.ane.simulator import make_context, prepare
 from ane_trainer.ane.stages import Lowered
 
 Arrays = Mapping[str, NDArray[Any]]
+
+FORMS = ("io", "state", "both")
+#: The function with states in place, where `main` passes them.
+STATEFUL = "stateful"
 
 
 def changing(lowered: Lowered) -> tuple[str, ...]:
@@ -43,23 +56,42 @@ def fixed_as_constants(lowered: Lowered, state: Arrays) -> Lowered:
     return replace(lowered, program=Program((function,)), inputs=inputs)
 
 
-def write_step_aimodel(path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any]) -> Path:
-    """The step as a Core AI asset with mutable state."""
+def write_step_aimodel(
+    path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any], form: str
+) -> Path:
+    """The step as a Core AI asset, its state mutable (`state`) or passed (`io`).
+
+    Raises: UsageError for the form `both`: an asset has one function `main`.
+    """
+    if form == "both":
+        raise UsageError(
+            "state: needs io or state for an .aimodel; got both. Choose one of them.", code="ANE116"
+        )
     ready = fixed_as_constants(lowered, state)
-    return save_asset(path, ready, {name: state[name] for name in changing(ready)}, about)
+    kept = {name: state[name] for name in changing(ready)}
+    write_manifest(path, manifest(ready, form, about))
+    return save_asset(path, ready, kept, about, mutable=form == "state")
 
 
-def write_step_mlpackage(path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any]) -> Path:
-    """The step as a Core ML package with states (fp16; iOS 18, macOS 15)."""
+def write_step_mlpackage(
+    path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any], form: str
+) -> Path:
+    """The step as a Core ML package in fp16: io runs from iOS 16 on, states need iOS 18, macOS 15."""
     ready = fixed_as_constants(lowered, state)
-    main = stateful(ready)
-    first = _initial(main.opset, {name: state[name] for name in changing(ready)})
+    plain = replace(ready.program.main, name=MAIN)
+    functions = {
+        "io": (plain,),
+        "state": (stateful(ready, MAIN),),
+        "both": (plain, stateful(ready, STATEFUL)),
+    }[form]
+    first = _initial(plain.opset, {name: state[name] for name in changing(ready)})
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     description = Description(summary=texts.pop("description", ""), metadata=texts)
-    return write_package(path, Program((main, first)), description)
+    write_manifest(path, manifest(ready, form, about))
+    return write_package(path, Program((*functions, first)), description)
 
 
-def stateful(lowered: Lowered) -> Function:
+def stateful(lowered: Lowered, name: str) -> Function:
     """The step with states instead of aliased inputs.
 
     before: main(w, x) -> (loss, w_next)           with the alias (w_next, w)
@@ -72,11 +104,9 @@ def stateful(lowered: Lowered) -> Function:
     def read(value: Value) -> Value:
         return replace(value, name=f"{value.name}_read") if value.name in states else value
 
-    held = {
-        name: Value(name, TensorType(v.type.dtype, v.type.shape, state=True)) for name, v in states.items()
-    }
+    held = {key: Value(key, TensorType(v.type.dtype, v.type.shape, state=True)) for key, v in states.items()}
     body = map_values(function, read)
-    reads = tuple(Op("read_state", (("input", held[name]),), (read(v),)) for name, v in states.items())
+    reads = tuple(Op("read_state", (("input", held[key]),), (read(v),)) for key, v in states.items())
     writes = tuple(
         Op(
             "coreml_update_state",
@@ -88,7 +118,7 @@ def stateful(lowered: Lowered) -> Function:
     )
     inputs = tuple(held.get(v.name, v) for v in function.inputs)
     outputs = tuple(v for v in body.outputs if v.name not in written)
-    return replace(body, name=MAIN, inputs=inputs, ops=(*reads, *body.ops, *writes), outputs=outputs)
+    return replace(body, name=name, inputs=inputs, ops=(*reads, *body.ops, *writes), outputs=outputs)
 
 
 def _initial(opset: str, arrays: Arrays) -> Function:
@@ -112,6 +142,9 @@ def replay_mlpackage(
     functions = {function.name: function for function in program.functions}
     first = prepare(functions[INITIAL_STATE], context).run({})
     plan = prepare(functions[MAIN], context)
+    aliases = read_manifest(path)["aliases"]
+    if not any(value.type.state for value in functions[MAIN].inputs):
+        return _feed_back(lambda feed: plan.run(dict(feed)), first, aliases, feeds)
     for name, value in first.items():
         plan.write(name, value)
     losses = [float(plan.run(dict(feed))["loss"][0]) for feed in feeds]
@@ -121,9 +154,24 @@ def replay_mlpackage(
 def replay_aimodel(path: Path, feeds: Sequence[Arrays]) -> tuple[dict[str, NDArray[Any]], list[float]]:
     """(state, losses) after running the asset that `write_step_aimodel` wrote, on Apple's runtime."""
     asset = open_asset(path)
-    losses = [float(asset.run(feed)["loss"][0]) for feed in feeds]
-    state = {name: np.array(asset.state()[name]) for name in asset.ports["states"]}
-    asset.close()
+    try:
+        if not asset.ports["states"]:
+            return _feed_back(asset.run, asset.state(), read_manifest(path)["aliases"], feeds)
+        losses = [float(asset.run(feed)["loss"][0]) for feed in feeds]
+        return {name: np.array(asset.state()[name]) for name in asset.ports["states"]}, losses
+    finally:
+        asset.close()
+
+
+def _feed_back(
+    run: Callable[[Arrays], Arrays], first: Arrays, aliases: Mapping[str, str], feeds: Sequence[Arrays]
+) -> tuple[dict[str, NDArray[Any]], list[float]]:
+    """Run a step in the form io: each output that is an alias becomes the input of the next call."""
+    state, losses = {name: np.array(value) for name, value in first.items()}, []
+    for feed in feeds:
+        results = run({**state, **feed})
+        losses.append(float(results["loss"][0]))
+        state = {name: np.array(results[output]) for output, name in aliases.items()}
     return state, losses
 
 

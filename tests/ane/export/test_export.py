@@ -19,6 +19,7 @@ from ane_trainer.ane.export import ExportOptions, Signature, export_inference, e
 from ane_trainer.ane.export.compress import LEVELS, compress, quantize
 from ane_trainer.ane.export.freeze import freeze, to_input
 from ane_trainer.ane.export.inference import need
+from ane_trainer.ane.export.manifest import read_manifest
 from ane_trainer.ane.export.step import changing, replay_mlpackage
 from ane_trainer.ane.mil.loading import load_program
 
@@ -147,40 +148,87 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, 1, 8, 8, generator=draw), torch.randint(0, 4, (8,), generator=draw)
 
 
-def test_the_step_as_mlpackage_trains_on_bit_for_bit(step: TrainingStep, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["io", "state", "both"])
+def test_the_step_as_mlpackage_trains_on_bit_for_bit(step: TrainingStep, tmp_path: Path, form: str) -> None:
     """The file, read back, against the run that it came from, for 20 steps."""
     coremltools()
-    lowered = step.compiled.legalized.lowered
+    lowered, before = step.compiled.legalized.lowered, step.state_dict()
     feeds = [step.feeds(*batch(i), ahead=i) for i in range(20)]
-    report = export_step(step.compiled, step.port_state(), feeds, tmp_path / "s.mlpackage", "step-mlpackage")
+    report = export_step(
+        step.compiled, step.port_state(), feeds, tmp_path / "s.mlpackage", "step-mlpackage",
+        ExportOptions(state=form),
+    )  # fmt: skip
     assert report.largest_difference == 0
     state, losses = replay_mlpackage(report.path, feeds, "m4", "exact")
     wanted = [float(step(*batch(i))) for i in range(20)]
     assert step.skipped_steps == 0
     assert losses == wanted
     after = step.port_state()
+    step.load_state_dict(before)
     assert set(state) == set(changing(lowered))
     for name, value in state.items():
         assert value.tobytes() == after[name].tobytes(), name
 
     spec, program = reimport(report.path)
-    main = next(f for f in spec.description.functions if f.name == "main")
+    functions = {f.name: f for f in spec.description.functions}
     assert spec.description.defaultFunctionName == "main"
-    shapes = {s.name: tuple(s.type.stateType.arrayType.shape) for s in main.state}
-    assert shapes == {name: value.shape for name, value in state.items()}
-    assert {port.name for port in lowered.inputs if port.role != "state"} == {i.name for i in main.input}
-    assert {output.name for output in main.output} == {"loss", "applied"}
-    frozen = next(p.name for p in lowered.inputs if p.target == "0.weight")
-    assert frozen not in shapes
-    assert set(program.functions) == {"main", "initial_state"}
+    assert (
+        set(functions)
+        == set(program.functions)
+        == {"main", "initial_state"} | ({"stateful"} if form == "both" else set())
+    )
+    fed = {port.name for port in lowered.inputs if port.role != "state"}
+    results = {"loss", "applied"}
+    for name, function in functions.items():
+        shapes = {s.name: tuple(s.type.stateType.arrayType.shape) for s in function.state}
+        if name == "stateful" or (name == "main" and form == "state"):
+            assert shapes == {key: value.shape for key, value in state.items()}
+            assert {i.name for i in function.input} == fed
+            assert {output.name for output in function.output} == results
+        elif name == "main":
+            assert not shapes
+            assert {i.name for i in function.input} == fed | set(state)
+            assert {o.name for o in function.output} == results | {a.output for a in lowered.aliases}
 
 
-def test_the_step_as_aimodel_trains_on(step: TrainingStep, tmp_path: Path) -> None:
+def test_the_manifest_says_what_each_port_is(step: TrainingStep, tmp_path: Path) -> None:
+    coremltools()
+    feeds = [step.feeds(*batch(0))]
+    report = export_step(step.compiled, step.port_state(), feeds, tmp_path / "s.mlpackage", "step-mlpackage")
+    found = read_manifest(report.path)
+    roles = {row["target"]: row["role"] for row in found["inputs"]}
+    assert {"weight", "residual", "moment", "scaling", "batch", "scalar"} <= set(roles.values())
+    frozen = "0.weight"
+    assert frozen not in roles  # a constant of the program
+    state = step.port_state()
+    step.sync()
+    for name, terms in found["weights"].items():
+        folded = sum(state[term["port"]].astype(np.float64) * term["factor"] for term in terms)
+        parameter = dict(step._model.named_parameters())[name].detach().numpy()
+        np.testing.assert_allclose(folded.reshape(parameter.shape), parameter, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["io", "state"])
+def test_the_step_as_aimodel_trains_on(step: TrainingStep, tmp_path: Path, form: str) -> None:
     pytest.importorskip("coreai")
     feeds = [step.feeds(*batch(i), ahead=i) for i in range(5)]
-    report = export_step(step.compiled, step.port_state(), feeds, tmp_path / "s.aimodel", "step-aimodel")
+    report = export_step(
+        step.compiled, step.port_state(), feeds, tmp_path / "s.aimodel", "step-aimodel",
+        ExportOptions(state=form),
+    )  # fmt: skip
     assert 0 < report.largest_difference < 0.02
     assert report.examples == 5
+
+
+@pytest.mark.parametrize(("format", "form"), [("aimodel", "both"), ("mlpackage", "neither")])
+def test_forms_that_a_file_cannot_have_are_refused(
+    step: TrainingStep, tmp_path: Path, format: str, form: str
+) -> None:
+    with pytest.raises(UsageError, match="state: needs"):
+        export_step(
+            step.compiled, step.port_state(), [], tmp_path / f"s.{format}", f"step-{format}",
+            ExportOptions(state=form),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", LEVELS)

@@ -20,11 +20,13 @@ def save_asset(
     lowered: Lowered,
     initial: Mapping[str, NDArray[Any]] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    mutable: bool = True,
 ) -> Path:
     """Write a program as `.aimodel`; replaces an older one.
 
-    `initial` holds the state's values by port, kept in the function `initial_state`. `metadata`:
-    `description`, `author`, `license`, and anything else as custom JSON values.
+    `initial` holds the state's values by port, kept in the function `initial_state`; the state is updated in
+    place, or, if not `mutable`, an input and an output. `metadata`: `description`,
+    `author`, `license`, and anything else as custom JSON values.
     Raises: MissingDependency without the extra `coreai`; UnsupportedModel for ops without a translation.
     """
     require()
@@ -41,7 +43,7 @@ def save_asset(
             described.model_description = value
         else:
             described.set_custom(key, value)
-    build_program(lowered, initial).save_asset(target, described)
+    build_program(lowered, initial, mutable).save_asset(target, described)
     return target
 
 

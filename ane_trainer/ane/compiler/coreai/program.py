@@ -30,10 +30,13 @@ _RESIDUAL = "/residual"
 _SCALING = "step/"
 
 
-def build_program(lowered: Lowered, initial: Mapping[str, NDArray[Any]] | None = None) -> Any:
+def build_program(
+    lowered: Lowered, initial: Mapping[str, NDArray[Any]] | None = None, mutable: bool = True
+) -> Any:
     """A `coreai.authoring.AIProgram` of a lowered step or forward pass.
 
-    `initial` holds arrays by state port; with it the program has the function `initial_state` as well.
+    `initial` holds arrays by state port; with it the program has the function `initial_state` as well. State
+    is updated in place, or, if not `mutable`, given as inputs and returned as outputs.
     Raises: UnsupportedModel (ANE305) for ops without a translation.
     """
     from coreai import authoring as api
@@ -42,7 +45,7 @@ def build_program(lowered: Lowered, initial: Mapping[str, NDArray[Any]] | None =
     refuse_unknown(function)
     module = api.Module.create()
     with module:
-        _add_main(api, lowered, function)
+        _add_main(api, lowered, function, mutable)
         if initial:
             types = {value.name: value.type for value in function.inputs}
             arrays = {name: np.asarray(a, NUMPY[types[name].dtype]) for name, a in initial.items()}
@@ -55,7 +58,7 @@ def program_dtype(function: Function) -> str:
     return "fp32" if any(value.type.dtype == "fp32" for value in function.inputs) else "fp16"
 
 
-def _add_main(api: Any, lowered: Lowered, function: Function) -> None:
+def _add_main(api: Any, lowered: Lowered, function: Function, mutable: bool) -> None:
     written = {alias.output: alias.input for alias in lowered.aliases}
     guarded = _guarded(lowered.inputs)
 
@@ -72,7 +75,8 @@ def _add_main(api: Any, lowered: Lowered, function: Function) -> None:
         return tuple(values[v.name] for v in function.outputs)
 
     graph = _graph(api, MAIN, body, function.inputs, function.outputs)
-    _mark_state(graph, {state: output for output, state in written.items()})
+    if mutable:
+        _mark_state(graph, {state: output for output, state in written.items()})
 
 
 def _guarded(ports: Iterable[Port]) -> set[str]:
