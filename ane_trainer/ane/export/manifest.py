@@ -43,7 +43,8 @@ def manifest(lowered: Lowered, form: str, about: Mapping[str, Any]) -> dict[str,
         "inputs": [described(port) for port in lowered.inputs],
         "outputs": [described(port) for port in lowered.outputs],
         "aliases": {alias.output: alias.input for alias in lowered.aliases},
-        "weights": _weights(lowered),
+        "weights": {name: terms for name, terms in _folded(lowered).items() if "/" not in name},
+        "moments": {name: terms for name, terms in _folded(lowered).items() if "/" in name},
         **about,
     }
 
@@ -64,8 +65,8 @@ def role_of(port: Port, states: set[str]) -> str:
     return "residual" if kind == RESIDUAL else "moment"
 
 
-def _weights(lowered: Lowered) -> dict[str, list[dict[str, Any]]]:
-    """Trained parameter -> the ports whose weighted sum it is."""
+def _folded(lowered: Lowered) -> dict[str, list[dict[str, Any]]]:
+    """Tensor kept as two fp16 numbers (trained parameters, second moments) -> the ports whose weighted sum it is."""
     ports = {p.target: p for p in lowered.inputs if p.role == "state"}
     return {
         target: [
