@@ -16,7 +16,6 @@ from ane_trainer.ane.errors import DataError, Interrupted, UsageError
 from ane_trainer.ane.export import DEFAULT_NAMES, ExportReport, format_of
 from ane_trainer.data import Batches, find_dataset, load_dataset
 from ane_trainer.models import build_model
-from ane_trainer.training import engine
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.optimizers import make_optimizer
 from ane_trainer.training.report import ConsoleReporter, Reporter
@@ -184,7 +183,7 @@ def _as_examples(array: Any, data: Batches) -> torch.Tensor:
 
 
 def _where(trainer: Trainer) -> dict[str, Any]:
-    device = trainer.device
+    device = trainer.target
     return {"device": device.name, "chip": device.chip, "fidelity": device.fidelity, "where": device.headline}
 
 
@@ -241,8 +240,8 @@ def _train_run(trainer: Trainer, run: RunFolder, config: TrainConfig, started: f
             f"train: stopped at epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}; "
             f"checkpoint in {run.path}. Go on: ane-trainer train --resume {run.path}"
         ) from None
-    if (files := engine.program_files(trainer.step)) is not None:
-        run.write_program(*files)
+    if trainer.step is not None and (compiled := trainer.step.compiled) is not None:
+        run.write_program(compiled.text, compiled.weights)
     run.write_weights(trainer.model.state_dict())
     result = trainer.result(
         dataset=train.name,

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from ane_trainer.__version__ import __version__
+from ane_trainer.ane.dispatch import StepOptions, Target
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
 from ane_trainer.models import build_model
 from ane_trainer.training import engine
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.optimizers import make_optimizer
+from ane_trainer.training.steps import Step
 from ane_trainer.utils import seeded
 
 BASELINE = "cpu"
@@ -98,7 +100,7 @@ def compare_devices(
         example = torch.randn(batch, *in_shape), torch.randint(0, classes, (batch,))
     config = {"dataset": "mnist", "model": model, "batch_size": batch, "optimizer": optimizer, "chip": chip}
     task = _Task(make_config(config, where="bench"), tuple(in_shape), classes, example, threads)
-    steps_by_name: dict[str, Any] = {}
+    steps_by_name: dict[str, Step] = {}
     first: dict[str, float] = {}
     for name, device in chosen.items():
         start = time.perf_counter()
@@ -128,32 +130,32 @@ class _Task:
     example: tuple[torch.Tensor, torch.Tensor]
     threads: int | None
 
-    def step(self, device: engine.Device, *, on_gpu: bool) -> Any:
+    def step(self, device: Target, *, on_gpu: bool) -> Step:
         """The compiled step, the model's weights being the same each time."""
         model = build_model(self.config.model, self.in_shape, self.classes, seed=_SEED)
         model = model.to(GPU) if on_gpu else model
         optimizer = make_optimizer(self.config, model)
-        return engine.compile_training(
-            model, self.config.loss, optimizer, self.example, device, threads=self.threads
+        return engine.make_step(
+            model, self.config.loss, optimizer, self.example, device, StepOptions(sync="lazy")
         )
 
-    def run(self, step: Any, *, on_gpu: bool) -> None:
+    def run(self, step: Step, *, on_gpu: bool) -> None:
         """One step on the batch, until its loss is here."""
         x, y = (t.to(GPU) for t in self.example) if on_gpu else self.example
         step(x, y).item()
 
 
-def _choose(name: str, chip: str, fidelity: str) -> engine.Device:
+def _choose(name: str, chip: str, fidelity: str) -> Target:
     """The device of a name. The GPU runs the baseline's code, moved there."""
     if name == GPU and not torch.backends.mps.is_available():
         raise EnvironmentFault(
             f"bench: {GPU} needs the GPU of a Mac, and a PyTorch that has it; there is none here. Leave it out.",
             code="ANE202",
         )
-    return engine.choose_device(BASELINE if name == GPU else name, chip, fidelity)
+    return engine.choose_target(BASELINE if name == GPU else name, chip, fidelity)
 
 
-def _where(name: str, device: engine.Device) -> str:
+def _where(name: str, device: Target) -> str:
     return "GPU of this Mac: plain PyTorch fp32" if name == GPU else device.headline
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ane_trainer.ane.chips import cost as costs
 from ane_trainer.ane.chips.lookup import get_chip, op_status
+from ane_trainer.ane.dispatch import StepOptions
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
 from ane_trainer.models import build_model
 from ane_trainer.training import engine
@@ -144,6 +145,8 @@ def _compile(model: str, in_shape: Sequence[int], classes: int, batch: int, opti
             "check: needs positive sizes for --input and --classes. Correct them.", code="ANE104"
         )
     module = build_model(model, tuple(in_shape), classes, seed=0)
-    device = engine.choose_device("sim", chip, "exact")
+    target = engine.choose_target("sim", chip, "exact")
     example = (torch.zeros(batch, *in_shape), torch.zeros(batch, dtype=torch.int64))
-    return engine.compile_training(module, config.loss, make_optimizer(config, module), example, device)
+    return engine.make_step(
+        module, config.loss, make_optimizer(config, module), example, target, StepOptions(sync="lazy")
+    )

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.calibrate import call_model
-from ane_trainer.ane.capture.losses import get_loss, loss_name
+from ane_trainer.ane.capture.gradients import GradientOptions
+from ane_trainer.ane.capture.losses import CLASS_LOSSES, get_loss, loss_name
+from ane_trainer.ane.capture.scaling import SCALING
+from ane_trainer.ane.dispatch import StepOptions, TrainingStep
+from ane_trainer.ane.dispatch.state import MODEL, STEP, part
 from ane_trainer.ane.errors import (
     CheckpointError,
     DataError,
@@ -41,6 +43,7 @@ from ane_trainer.training.exporting import export_model, export_training
 from ane_trainer.training.loop import Batch, Progress
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
+from ane_trainer.training.steps import Step
 from ane_trainer.utils import RunningMean, count_correct, seeded
 
 Loss = str | Callable[[Any, Any], torch.Tensor]
@@ -48,9 +51,6 @@ Loss = str | Callable[[Any, Any], torch.Tensor]
 #: Steps in a row that may be skipped or give a loss that is not finite. Dynamic loss scaling needs up to 15
 #: skips to come down from 32768 to 1; more than twice that means that no scale helps.
 MAX_BAD_STEPS = 32
-
-#: Losses whose target may be class numbers.
-_CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
 
 
 class Trainer:
@@ -90,22 +90,21 @@ class Trainer:
         optimizer_on: str = "auto",
         fallback: str = "none",
     ) -> None:
-        self.gradients = engine.Gradients(clip_grad_norm, clip_grad_value, accumulate, optimizer_on, fallback)
-        self.gradients.check()
+        gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
+        self.options = StepOptions(gradients, optimizer_on, fallback, sync="lazy", seed=seed)
         self.model, self.loss = model, loss
         self.optimizer = optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3)
-        self.device = engine.choose_device(device, chip, fidelity, precision)
+        self.target = engine.choose_target(device, chip, fidelity, precision, threads)
         self.chip, self.fidelity, self.precision = chip, fidelity, precision
         self.seed, self.threads = seed, threads
         self.history: list[Epoch] = []
         self.progress = Progress()
-        self.step: Any = None  #: the compiled training step, from the first batch on
+        self.step: Step | None = None  #: the compiled training step, from the first batch on
         self.seconds_compile = 0.0
         self._loss = get_loss(loss)
         self.report = report if report is not None else ConsoleReporter()
-        self._forwards: dict[Any, dict[int, Any]] = {}
+        self._forwards: dict[Any, dict[int, Callable[[Any], Any]]] = {}
         self._example: Batch | None = None
-        self._classes: int | None = None
         self._restored: Checkpoint | None = None
         self._data_state: dict[str, Any] | None = None
         self._metrics: Metrics | None = None
@@ -133,7 +132,7 @@ class Trainer:
             with loop.interruptible() as stop, contextlib.closing(self.report):
                 while self.progress.epoch < last:
                     whole = self.progress.batch == 0  # of a resumed epoch only a part is measured
-                    with energy.measured(self.device.name) as reading:
+                    with energy.measured(self.target.name) as reading:
                         self._train_epoch(train, last, stop)
                     self._finish_epoch(val, reading.joules if whole else None)
                     if after_epoch is not None:
@@ -177,7 +176,7 @@ class Trainer:
         """Report, once, which device was chosen and why."""
         if not self._announced:
             self._announced = True
-            self.report.headline(self.device.headline)
+            self.report.headline(self.target.headline)
 
     # Keeping ----------------------------------------------------------------------------------------------
 
@@ -237,40 +236,51 @@ class Trainer:
             raise UsageError("export: needs data to check the file; got none. Pass data=...", code="ANE117")
         options = ExportOptions(input, weights, batch, examples, self.chip, self.fidelity, state)
         if kind.startswith("step-"):
-            if self.step is None:
-                self._compile(*loop.unpack(next(iter(source)), "export: first batch"))
-            return export_training(self.step, self.optimizer, path, kind, source, options)
-        return export_model(self.model, path, kind, source, options, classes=self._loss in _CLASS_LOSSES)
+            step = self.step
+            if step is None:
+                step = self._compiled(*loop.unpack(next(iter(source)), "export: first batch"))
+            if not isinstance(step, TrainingStep):
+                raise UsageError(
+                    f"export: needs a training step that is one program; got {step.placement()['where']}. "
+                    'Train with device="sim" and fallback="none".',
+                    code="ANE116",
+                )
+            return export_training(step, self.optimizer, path, kind, source, options)
+        return export_model(self.model, path, kind, source, options, classes=self._loss in CLASS_LOSSES)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training needs to go on: parameters, the step's state, counters, data position."""
         self._sync()
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors = {MODEL + name: value for name, value in self.model.state_dict().items()}
         if self.step is not None:
-            tensors |= {f"step/{name}": value for name, value in self.step.state_dict().items()}
+            tensors |= {STEP + name: value for name, value in self.step.state_dict().items()}
         elif self._restored is not None:
-            tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith("step/")}
+            tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith(STEP)}
         progress = {**asdict(self.progress), "skipped_steps": self._skipped()}
-        options: dict[str, Any] = {"device": self.device.name, "chip": self.chip, "fidelity": self.fidelity}
-        options["precision"] = self.precision
-        options |= {
-            "clip_grad_norm": self.gradients.clip_norm, "clip_grad_value": self.gradients.clip_value,
-            "accumulate": self.gradients.accumulate, "optimizer_on": self.gradients.optimizer_on,
-            "fallback": self.gradients.fallback,
-        }  # fmt: skip
         scalars = {
             "progress": progress,
             "history": [record.to_json() for record in self.history],
             "data": self._data_state,
             "loss": loss_name(self.loss),
             "optimizer": describe_optimizer(self.optimizer, self.model),
-            "options": {**options, "seed": self.seed, "threads": self.threads},
+            "options": self._settings(),
         }
         return Checkpoint(tensors, scalars)
 
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that make a trainer like this one."""
+        gradients = self.options.gradients
+        return {
+            "device": self.target.device, "chip": self.chip, "fidelity": self.fidelity,
+            "precision": self.precision, "seed": self.seed, "threads": self.threads,
+            "clip_grad_norm": gradients.clip_norm, "clip_grad_value": gradients.clip_value,
+            "accumulate": gradients.accumulate, "optimizer_on": self.options.optimizer_on,
+            "fallback": self.options.fallback,
+        }  # fmt: skip
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`, which must be of the same model and optimizer."""
-        self.load_weights(_part(checkpoint.tensors, "model/"), "checkpoint")
+        self.load_weights(part(checkpoint.tensors, MODEL), "checkpoint")
         known = {field.name for field in fields(Progress)}
         counters = {key: value for key, value in checkpoint.scalars["progress"].items() if key in known}
         self.progress = Progress(**counters)
@@ -304,16 +314,16 @@ class Trainer:
             "train_loss": self.history[-1].train_loss if self.history else None,
             "test_loss": self._metrics.loss if self._metrics else None,
             "test_accuracy": self._metrics.accuracy if self._metrics else None,
-            "device": self.device.name,
-            "chip": self.device.chip,
-            "fidelity": self.device.fidelity,
+            "device": self.target.name,
+            "chip": self.target.chip,
+            "fidelity": self.target.fidelity,
             **engine.step_facts(step),
             "skipped_steps": self._skipped(),
             "seconds_total": progress.seconds,
             "seconds_compile": self.seconds_compile,
             "seconds_per_step": progress.seconds_steps / max(progress.steps, 1),
-            "placement": engine.placement_of(step, self.device),
-            "estimate": engine.estimate_of(step, self.device),
+            "placement": step.placement() if step is not None else {},
+            "estimate": engine.estimate_of(step, self.target),
             "energy_joules": energy.total([record.energy_joules for record in self.history]),
             "history": tuple(self.history),
         }
@@ -332,7 +342,8 @@ class Trainer:
             for batch in loop.open_pass(train, progress.epoch, progress.batch, state):
                 x, y = loop.unpack(batch, f"{where} {progress.batch + 1}")
                 if self.step is None:
-                    started += self._compile(x, y)
+                    self._compiled(x, y)
+                    started += self.seconds_compile
                 if not begun:
                     self.report.begin_epoch(progress.epoch + 1, last, loop.length_of(train), progress.batch)
                     begun = True
@@ -349,14 +360,15 @@ class Trainer:
             raise _empty("train")
 
     def _train_batch(self, x: Any, y: Any, where: str) -> None:
+        step = self._compiled(x, y)
         if self._example is None or not loop.fits_step(x, y, self._example, where):
             return
-        loop.check_classes(y, self._classes, where)
-        skipped = self.step.skipped_steps
+        loop.check_classes(y, step.classes, where)
+        skipped = step.skipped_steps
         with loop.located(where):
-            loss = float(self.step(x, y))
-        self.progress.count(loss, skipped=self.step.skipped_steps > skipped)
-        self.report.step(loss, self.step.loss_scale, self._skipped())
+            loss = float(step(x, y))
+        self.progress.count(loss, skipped=step.skipped_steps > skipped)
+        self.report.step(loss, step.loss_scale, self._skipped())
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
 
@@ -374,42 +386,40 @@ class Trainer:
             train_loss=progress.loss_sum / max(progress.loss_count, 1),
             val_loss=metrics.loss if metrics else None,
             val_accuracy=metrics.accuracy if metrics else None,
-            loss_scale=self.step.loss_scale,
+            loss_scale=self._loss_scale(),
             skipped_steps=self._skipped() - progress.skipped_before_epoch,
             seconds=progress.seconds_steps - progress.seconds_before_epoch,
             energy_joules=joules,
         )
         self.history.append(record)
-        if len(self.history) == 1:
-            for text in engine.placement_of(self.step, self.device).get("cpu", ()):
+        if len(self.history) == 1 and self.step is not None:
+            for text in self.step.placement().get("cpu", ()):
                 self.report.note("cpu", text)
         progress.next_epoch(self._skipped())
         self._data_state = None
         self.report.end_epoch(record)
 
-    def _compile(self, x: Any, y: Any) -> float:
-        """Compile the step for batches like (x, y) and give it the restored state; the seconds it took."""
+    def _compiled(self, x: Any, y: Any) -> Step:
+        """The step; at first it is compiled for batches like (x, y) and given the restored state."""
+        if self.step is not None:
+            return self.step
         started = time.perf_counter()
         self.model.train()
-        self._example = (x, y)
-        self._classes = _class_count(self.model, self._loss, x, y)
-        loop.check_classes(y, self._classes, "train: first batch")
-        self.step = engine.compile_training(
-            self.model, self.loss, self.optimizer, (x, y), self.device, threads=self.threads, seed=self.seed,
-            gradients=self.gradients,
-        )  # fmt: skip
+        with loop.located("train: first batch"):
+            step = engine.make_step(self.model, self.loss, self.optimizer, (x, y), self.target, self.options)
         if self._restored is not None:
-            self.step.load_state_dict(_part(self._restored.tensors, "step/"))
-            self.progress.skipped_steps -= self.step.skipped_steps
+            step.load_state_dict(part(self._restored.tensors, STEP))
+            self.progress.skipped_steps -= step.skipped_steps
             self._restored = None
+        self.step, self._example = step, (x, y)
         self.seconds_compile = time.perf_counter() - started
-        self.report.compiled(engine.program_facts(self.step, self.optimizer), self.seconds_compile)
-        place = engine.placement_of(self.step, self.device)
+        self.report.compiled(engine.program_facts(step, self.optimizer), self.seconds_compile)
+        place = step.placement()
         if place.get("optimizer_on") == "host":
             reason = f": it {place['optimizer_reason']}" if place.get("optimizer_reason") else ""
             name = type(self.optimizer).__name__
             self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
-        return self.seconds_compile
+        return step
 
     def _infer(self, x: Any, size: int | None = None) -> Any:
         """The forward program's output for x, compiled for `size` rows or more; spare rows repeat."""
@@ -424,14 +434,18 @@ class Trainer:
             rows = count
         padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x) if together else x
         if rows not in compiled:
-            compiled[rows] = engine.compile_inference(
-                self.model, padded, self.device, self.threads, self.gradients.fallback
-            )
+            compiled[rows] = engine.make_forward(self.model, padded, self.target, self.options.fallback)
         return loop.first_rows(compiled[rows](padded), count, rows)
 
     def _sync(self) -> None:
         if self.step is not None:
             self.step.sync()
+
+    def _loss_scale(self) -> float:
+        """The present loss scale; before the step is compiled that of the restored state."""
+        if self.step is None and self._restored is not None:
+            return float(self._restored.tensors.get(f"{STEP}{SCALING}loss_scale", torch.ones(1)))
+        return self.step.loss_scale if self.step is not None else 1.0
 
     def _skipped(self) -> int:
         return self.progress.skipped_steps + (self.step.skipped_steps if self.step is not None else 0)
@@ -439,14 +453,10 @@ class Trainer:
     def _diverged(self, what: str) -> Diverged:
         return Diverged(
             f"train: epoch {self.progress.epoch + 1}, batch {self.progress.batch}: needs a loss that stays "
-            f"finite; got {what} (loss scale {self.step.loss_scale:g}). "
+            f"finite; got {what} (loss scale {self._loss_scale():g}). "
             "Lower the learning rate, or look for outliers in the data.",
             code="ANE401",
         )
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _pad_rows(part: torch.Tensor, size: int) -> torch.Tensor:
@@ -457,20 +467,6 @@ def _has_classes(output: Any, y: Any) -> bool:
     if not (isinstance(output, torch.Tensor) and isinstance(y, torch.Tensor)):
         return False
     return output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
-
-
-def _class_count(model: nn.Module, loss: Any, x: Any, y: Any) -> int | None:
-    """The number of classes where y holds class numbers, else None."""
-    if loss not in _CLASS_LOSSES or not isinstance(y, torch.Tensor) or y.is_floating_point():
-        return None
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            output = call_model(model.eval(), {}, x)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim > 1 else None
 
 
 def _empty(what: str) -> DataError:

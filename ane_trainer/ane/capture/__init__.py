@@ -8,10 +8,13 @@ import torch
 
 from ane_trainer.ane.capture.forward import capture_inference
 from ane_trainer.ane.capture.losses import LOSSES, Loss, get_loss
-from ane_trainer.ane.capture.step import StepCapture, capture_training
+from ane_trainer.ane.capture.step import CaptureOptions, StepCapture, capture_training
 from ane_trainer.ane.stages import Captured
 
-__all__ = ["LOSSES", "Loss", "StepCapture", "capture_forward", "capture_step", "capture_training", "get_loss"]
+__all__ = [
+    "LOSSES", "CaptureOptions", "Loss", "StepCapture", "capture_forward", "capture_step", "capture_training",
+    "get_loss",
+]  # fmt: skip
 
 
 def capture_step(
@@ -30,7 +33,7 @@ def capture_step(
 
     Raises: UnsupportedModel (optimizer without a rule), UsageError (unknown loss).
     """
-    return capture_training(model, loss, optimizer, example, loss_scale).captured
+    return capture_training(model, loss, optimizer, example, CaptureOptions(loss_scale=loss_scale)).captured
 
 
 def capture_forward(model: torch.nn.Module, example: Any) -> Captured:

@@ -5,17 +5,18 @@ Also the two places where the user's code is called, which `sources` knows by th
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ane_trainer.ane.capture.intermediates import gradients_and_flow
-from ane_trainer.ane.capture.losses import Loss
+from ane_trainer.ane.capture.losses import Loss, class_count
 from ane_trainer.ane.capture.ports import Parameter
 from ane_trainer.ane.capture.randomness import Mask, MaskMode
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
@@ -37,11 +38,15 @@ LARGEST_CONCESSION = 64.0
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one plain PyTorch step on the example shows: dropout masks, the largest entry of each gradient."""
+    """What one plain PyTorch step on the example shows: dropout masks, the largest entry of each gradient.
+
+    `classes`: their number where the target holds class numbers.
+    """
 
     masks: tuple[Mask, ...]
     peaks: Mapping[str, float]
     flow: float = 0.0
+    classes: int | None = None
 
     def loss_scale(self) -> float:
         """A power of two that brings the largest gradient near CALIBRATED_GRADIENT, and none out of fp16."""
@@ -70,13 +75,14 @@ def rehearse(
     mode = MaskMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(), mode:
         output = call_model(model, {**values, **copies(model)}, example[0])
+        classes = class_count(loss, output, example[1])
         value = call_loss(loss, output, example[1])
     if not trained or not value.requires_grad:
-        return Rehearsal(tuple(mode.noted), {})
+        return Rehearsal(tuple(mode.noted), {}, classes=classes)
     gradients, flow = gradients_and_flow(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
     peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
-    return Rehearsal(tuple(mode.noted), peaks, flow)
+    return Rehearsal(tuple(mode.noted), peaks, flow, classes)
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
@@ -127,6 +133,18 @@ def _everywhere(model: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str,
 def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
     """`loss(output, target)`; its name marks in a stack where the user's code begins."""
     return loss(output, target)
+
+
+@contextlib.contextmanager
+def module_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Within the block the model is in training or evaluation mode; then each submodule is in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
 
 
 def copies(model: torch.nn.Module) -> Tensors:

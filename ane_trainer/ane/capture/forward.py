@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
-from ane_trainer.ane.capture.calibrate import call_model, copies
+from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers, identifier, unique
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.step import batch_ports, finish
@@ -42,11 +42,6 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
         ]
         return [r.reshape(p.shape) for r, p in zip(results, outputs, strict=True)]
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with module_mode(model, training=False):
         graph = trace(run_forward, inputs, decomposition_table())
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return finish(graph, ports, tuple(outputs))

@@ -27,10 +27,12 @@ _SMALLEST_PEAK = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Treatment:
+class GradientOptions:
     """Clip to `clip_value`, then the norm of all together to `clip_norm`; average over `accumulate` batches.
 
     `on_host`: the optimizer runs on the host, which gets the gradients as results.
+
+    Raises: UsageError for limits that are not positive or a count below 1.
     """
 
     clip_norm: float | None = None
@@ -38,16 +40,17 @@ class Treatment:
     accumulate: int = 1
     on_host: bool = False
 
-    def check(self) -> None:
-        """Raises: UsageError for limits that are not positive or a count below 1."""
+    def __post_init__(self) -> None:
         for name, value in (("clip_grad_norm", self.clip_norm), ("clip_grad_value", self.clip_value)):
             if value is not None and not 0.0 < value <= MAX_FP16:
                 raise UsageError(
-                    f"{name}: needs a number above 0 and up to {MAX_FP16:g}; got {value!r}. Choose one."
+                    f"{name}: needs a number above 0 and up to {MAX_FP16:g}; got {value!r}. Choose one.",
+                    code="ANE104",
                 )
         if not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise UsageError(
-                f"accumulate: needs a whole number from 1 on; got {self.accumulate!r}. Choose one."
+                f"accumulate: needs a whole number from 1 on; got {self.accumulate!r}. Choose one.",
+                code="ANE104",
             )
 
     def scalars(self, last: bool) -> dict[str, float]:
@@ -60,12 +63,12 @@ class Treatment:
 def accumulate(
     gradients: Tensors,
     state: Mapping[str, torch.Tensor],
-    treatment: Treatment,
+    options: GradientOptions,
     ok: torch.Tensor,
     last: torch.Tensor,
 ) -> tuple[Tensors, Tensors, torch.Tensor]:
     """(mean gradients so far, new state, whether all batches so far fit): sum += g/count; empty after `last`."""
-    share = ok * (1.0 / treatment.accumulate)
+    share = ok * (1.0 / options.accumulate)
     sums = {name: state[f"{name}/{ACCUMULATED}"] + g * share for name, g in gradients.items()}
     fits = state[SCALING + FITS] * ok
     rest = 1.0 - last

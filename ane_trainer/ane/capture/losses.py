@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.errors import DataError, UsageError
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -45,3 +45,29 @@ def get_loss(loss: str | Loss) -> Loss:
 def loss_name(loss: str | Loss) -> str:
     """How messages call the loss."""
     return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+
+
+#: Losses whose target may be class numbers.
+CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
+
+#: The class number that PyTorch's losses leave out.
+_IGNORED = -100
+
+
+def class_count(loss: Loss, output: Any, target: Any) -> int | None:
+    """The number of classes where `target` holds class numbers, else None.
+
+    Raises: DataError for numbers that are none of the output's classes.
+    """
+    tensors = isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)
+    if loss not in CLASS_LOSSES or not tensors or target.is_floating_point() or output.ndim < 2:
+        return None
+    classes = int(output.shape[1])
+    used = target[target != _IGNORED]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < classes:
+        raise DataError(
+            f"y needs class numbers 0 to {classes - 1}, the model's outputs; got {int(used.min())} to "
+            f"{int(used.max())}. Check the labels, or give the model more outputs.",
+            code="DATA107",
+        )
+    return classes

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.gradients import ACCUMULATED, Treatment
+from ane_trainer.ane.capture.gradients import ACCUMULATED, GradientOptions
 from ane_trainer.ane.capture.optimizers.rules import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state
 from ane_trainer.ane.capture.scaling import FITS, SCALING
@@ -87,7 +87,7 @@ def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def parameter_ports(
-    parameter: Parameter, rule: Rule | None, group: Mapping[str, Any] | None, treatment: Treatment
+    parameter: Parameter, rule: Rule | None, group: Mapping[str, Any] | None, options: GradientOptions
 ) -> list[Port]:
     """The state ports of one parameter: hi, and if trained the residual and the optimizer's slots.
 
@@ -97,9 +97,9 @@ def parameter_ports(
     ports = [_state(parameter.name, shape)]
     if rule is None or group is None:
         return ports
-    if treatment.accumulate > 1:
+    if options.accumulate > 1:
         ports.append(_state(f"{parameter.name}/{ACCUMULATED}", shape, parameter.unit))
-    if treatment.on_host:
+    if options.on_host:
         return ports
     ports.append(_state(f"{parameter.name}/{RESIDUAL}", shape, RESIDUAL_SCALE))
     for slot in rule.slots(group):
@@ -111,9 +111,9 @@ def parameter_ports(
     return ports
 
 
-def scaling_ports(treatment: Treatment) -> list[Port]:
+def scaling_ports(options: GradientOptions) -> list[Port]:
     """The state of loss scaling, and of accumulation."""
-    names = (*SCALING_STATE, FITS) if treatment.accumulate > 1 else SCALING_STATE
+    names = (*SCALING_STATE, FITS) if options.accumulate > 1 else SCALING_STATE
     return [Port(name, (1,), "state", SCALING + name) for name in names]
 
 

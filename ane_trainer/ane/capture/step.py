@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
 from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, rehearse
-from ane_trainer.ane.capture.gradients import Treatment, accumulate, clip_norm, clip_values
+from ane_trainer.ane.capture.gradients import GradientOptions, accumulate, clip_norm, clip_values
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.optimizers.scalars import port_name, scalar_values
 from ane_trainer.ane.capture.optimizers.updates import (
@@ -56,12 +56,28 @@ CEILING = "step/largest_scale"
 
 @dataclass(frozen=True)
 class StepCapture:
-    """A captured step, the loss scale to start from and the gradient units (parameter -> power of two)."""
+    """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
+
+    `classes` is their number where the target holds class numbers.
+    """
 
     captured: Captured
     loss_scale: float
     units: Mapping[str, float]
     changes: BufferChanges = field(default_factory=BufferChanges)
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """How a step is captured. `units` are those of an earlier capture, to continue its state bit for bit; by
+    default they are chosen. `precision` is what the program will be lowered to, "fp16" or "fp32".
+    """
+
+    gradients: GradientOptions = field(default_factory=GradientOptions)
+    loss_scale: float | str = "auto"
+    precision: str = "fp16"
+    units: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class _Plan:
     batch: tuple[Port, ...]
     masks: tuple[Port, ...]
     scalars: tuple[Port, ...]
-    treatment: Treatment
+    gradients: GradientOptions
     floor: float
     changes: BufferChanges
     ceiling: float = LARGEST_SCALE
@@ -95,35 +111,28 @@ def capture_training(
     loss: str | Loss,
     optimizer: torch.optim.Optimizer,
     example: tuple[Any, Any],
-    loss_scale: float | str = "auto",
-    units: Mapping[str, float] | None = None,
-    precision: str = "fp16",
-    treatment: Treatment | None = None,
+    options: CaptureOptions | None = None,
 ) -> StepCapture:
     """Capture forward, loss, backward and update of one step; see `capture_step`.
 
-    `units` are those of an earlier capture, to continue its state bit for bit; by default they are chosen.
-    `precision` is what the program will be lowered to, "fp16" or "fp32".
-
     Raises: UnsupportedModel for an optimizer that is to run on the engine and has no rule.
     """
-    treatment = treatment or Treatment()
-    rule = rule_for(optimizer, treatment.on_host)
-    loss_function = get_loss(loss)
+    options = options or CaptureOptions()
+    units = options.units or {}
+    rule = rule_for(optimizer, options.gradients.on_host)
     found = find_parameters(model, optimizer)
     with forwarded(model) as final:
-        rehearsal = rehearse(model, loss_function, found, example)
+        rehearsal = rehearse(model, get_loss(loss), found, example)
     changes = find_changes(model, final)
-    parameters = tuple(_with_unit(p, rule, rehearsal, units or {}) for p in found)
-    subject = model, loss_function, loss_name(loss), optimizer, rule, parameters
-    floor = ROOT_FLOORS[precision]
-    plan = _plan(*subject, example, rehearsal, treatment, floor, changes)
-    scale = rehearsal.loss_scale() if loss_scale == "auto" else float(loss_scale)
-    plan = dataclasses.replace(plan, ceiling=(units or {}).get(CEILING, max(scale, rehearsal.ceiling())))
+    parameters = tuple(_with_unit(p, rule, rehearsal, units) for p in found)
+    plan = _plan(model, loss, optimizer, example, parameters, rehearsal, changes, options)
+    scale = rehearsal.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
+    plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, rehearsal.ceiling())))
     outputs: list[Port] = []
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
-    return StepCapture(finish(graph, plan.inputs, tuple(outputs)), scale, chosen, changes)
+    captured = finish(graph, plan.inputs, tuple(outputs))
+    return StepCapture(captured, scale, chosen, changes, rehearsal.classes)
 
 
 def batch_ports(example: Any, prefix: str) -> list[Port]:
@@ -156,38 +165,35 @@ def finish(graph: torch.fx.GraphModule, inputs: Sequence[Port], outputs: Sequenc
 
 def _plan(
     model: torch.nn.Module,
-    loss: Loss,
-    loss_text: str,
+    loss: str | Loss,
     optimizer: torch.optim.Optimizer,
-    rule: Rule,
-    parameters: tuple[Parameter, ...],
     example: tuple[Any, Any],
+    parameters: tuple[Parameter, ...],
     rehearsal: Rehearsal,
-    treatment: Treatment,
-    floor: float,
     changes: BufferChanges,
+    options: CaptureOptions,
 ) -> _Plan:
-    groups = optimizer.param_groups
+    groups, gradients = optimizer.param_groups, options.gradients
+    rule = rule_for(optimizer, gradients.on_host)
     state: list[Port] = []
     for p in parameters:
-        state += parameter_ports(p, rule, None if p.group is None else groups[p.group], treatment)
+        state += parameter_ports(p, rule, None if p.group is None else groups[p.group], gradients)
     buffers = float_buffers(model)
     state += [Port(identifier(n), tuple(b.shape) or (1,), "state", n) for n, b in buffers.items()]
-    state += scaling_ports(treatment)
+    state += scaling_ports(gradients)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
     names = [
-        *scalar_values(optimizer, 1, treatment.on_host),
-        *treatment.scalars(last=True),
-        *changes.scalars(),
-    ]
+        *scalar_values(optimizer, 1, gradients.on_host), *gradients.scalars(last=True), *changes.scalars(),
+    ]  # fmt: skip
     scalars = [Port(identifier(name), (1,), "scalar", name) for name in names]
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
     count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
     return _Plan(
-        model, loss, loss_text, optimizer, rule, parameters, tuple(buffers), Structure.of(example),
-        tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]), tuple(ports[count[1] : count[2]]),
-        tuple(ports[: count[0]]), treatment, floor, changes,
+        model, get_loss(loss), loss_name(loss), optimizer, rule, parameters, tuple(buffers),
+        Structure.of(example), tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]),
+        tuple(ports[count[1] : count[2]]), tuple(ports[: count[0]]), gradients, ROOT_FLOORS[options.precision],
+        changes,
     )  # fmt: skip
 
 
@@ -221,12 +227,12 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
         set_source("loss scaling")
         ok = gradients_fit(list(scaled.values()))
         inverse = state[f"{SCALING}loss_scale_inverse"]
-        gradients, changes, fits = _treat(plan, named, state, scaled, ok)
+        gradients, changes, fits = process_gradients(plan, named, state, scaled, ok)
         new_state: Tensors = {**buffers, **changes}
-        gate = fits * named["last"] if plan.treatment.accumulate > 1 else fits
+        gate = fits * named["last"] if plan.gradients.accumulate > 1 else fits
         gated = _gated_scalars(plan, named, gate)
         for p in plan.parameters:
-            if p.name in scaled and not plan.treatment.on_host:
+            if p.name in scaled and not plan.gradients.on_host:
                 set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
                 new_state |= _update(plan, p, gradients[p.name], state, gated[p.group or 0])
         set_source("loss scaling")
@@ -235,7 +241,7 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
         new_state |= {SCALING + n: v for n, v in zip(SCALING_STATE, following, strict=True)}
         changed = [p for p in plan.state if p.target in new_state]
         outputs[:] = [Port(name, (1,), "result", name) for name in ("loss", "applied")]
-        read = [p for p in plan.parameters if p.name in gradients] if plan.treatment.on_host else []
+        read = [p for p in plan.parameters if p.name in gradients] if plan.gradients.on_host else []
         outputs.extend(_gradient_port(p, gradients[p.name]) for p in read)
         outputs.extend(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in changed)
         results = [value.reshape(1), fits, *(gradients[p.name] for p in read)]
@@ -287,21 +293,21 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> list[Tensor
     return result
 
 
-def _treat(
+def process_gradients(
     plan: _Plan, named: Tensors, state: Tensors, scaled: Tensors, ok: torch.Tensor
 ) -> tuple[Tensors, Tensors, torch.Tensor]:
     """(gradients in their units, accumulated and clipped; new state; whether they fit)."""
-    inverse, treatment = state[f"{SCALING}loss_scale_inverse"], plan.treatment
+    inverse, options = state[f"{SCALING}loss_scale_inverse"], plan.gradients
     units = {p.name: p.unit for p in plan.parameters if p.name in scaled}
     gradients = {n: g.reshape(state[n].shape) * (inverse * units[n]) for n, g in scaled.items()}
     changes: Tensors = {}
-    if treatment.accumulate > 1:
+    if options.accumulate > 1:
         set_source("gradient accumulation")
-        gradients, changes, ok = accumulate(gradients, state, treatment, ok, named["last"])
+        gradients, changes, ok = accumulate(gradients, state, options, ok, named["last"])
     set_source("gradient clipping")
-    if treatment.clip_value is not None and gradients:
+    if options.clip_value is not None and gradients:
         gradients = clip_values(gradients, units, named["clip_value"])
-    if treatment.clip_norm is not None and gradients:
+    if options.clip_norm is not None and gradients:
         gradients = clip_norm(gradients, units, named["clip_norm"])
     return gradients, changes, ok
 

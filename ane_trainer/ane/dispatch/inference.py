@@ -9,12 +9,13 @@ import torch
 
 from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.batches import Structure, tensors_of
-from ane_trainer.ane.capture.calibrate import call_model, copies
+from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
+from ane_trainer.ane.dispatch.loading import check_parameters
+from ane_trainer.ane.dispatch.options import Target, resolve_target
 from ane_trainer.ane.mil.program import Program
 
 
@@ -33,7 +34,7 @@ def compile_forward(
 
     Raises: UnsupportedModel, UsageError, EnvironmentFault as `compile_step` does.
     """
-    return InferenceProgram(model, example, chip, device, fidelity, threads, path, precision)
+    return InferenceProgram(model, example, resolve_target(device, chip, fidelity, precision, threads, path))
 
 
 class InferenceProgram:
@@ -42,25 +43,15 @@ class InferenceProgram:
     The module's present parameters are used: ones that changed since the last call are sent again.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        example: Any,
-        chip: str,
-        device: str,
-        fidelity: str,
-        threads: int | None,
-        path: str,
-        precision: str = "auto",
-    ) -> None:
-        self.choice = get_device(device)
-        self.precision = choose_precision(self.choice.device, precision)
-        self._fidelity, self._path = fidelity, path
+    def __init__(self, model: torch.nn.Module, example: Any, target: Target) -> None:
+        self.target, self._range = target, RANGES[target.precision]
+        check_parameters(model, self._range)
         self._structure, self._shapes = _output_of(model, example)
-        self.compiled = prepare(capture_forward(model, example), chip, path, self.precision)
-        self._session = self.choice.device.load(self.compiled, fidelity=fidelity, threads=threads)
+        assert target.chip is not None
+        self.compiled = prepare(capture_forward(model, example), target.chip, target.path, target.precision)
+        self._session = target.load(self.compiled)
         inputs = self.compiled.inputs
-        self._feeds = Feeds((example,), ("x",), inputs, self.precision)
+        self._feeds = Feeds((example,), ("x",), inputs, target.precision)
         tensors = dict(model.named_parameters()) | float_buffers(model)
         self._state = [(port, tensors[port.target]) for port in inputs if port.role == "state"]
         self._sent: dict[str, int] = {}
@@ -87,19 +78,19 @@ class InferenceProgram:
 
     def cost(self) -> Cost:
         """Estimated time and energy of one dispatch on the chip."""
-        return estimate(self.program, self.compiled.chip, self._path)
+        return estimate(self.program, self.compiled.chip, self.target.path)
 
     def placement(self) -> dict[str, Any]:
         """Where the program runs and how that is known."""
-        where, how = self.choice.device.placement(self.compiled.chip, self._fidelity)
-        return {"where": where, "how": how, "device": self.choice.device.name, "choice": self.choice.reason}
+        where, how = self.target.placement()
+        return {"where": where, "how": how, "device": self.target.device, "choice": self.target.reason}
 
     def close(self) -> None:
         """Release the device."""
         self._session.close()
 
     def _send_weights(self) -> None:
-        dtype = RANGES[self.precision].dtype
+        dtype = self._range.dtype
         for port, tensor in self._state:
             if self._sent.get(port.name) != tensor._version:
                 self._session.write(port.name, tensor.detach().to(dtype).numpy().reshape(port.shape))
@@ -108,12 +99,6 @@ class InferenceProgram:
 
 def _output_of(model: torch.nn.Module, example: Any) -> tuple[Structure, list[tuple[int, ...]]]:
     """Structure and shapes of the model's output, from one run in plain PyTorch."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = call_model(model, copies(model), example)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with module_mode(model, training=False), torch.no_grad():
+        output = call_model(model, copies(model), example)
     return Structure.of(output), [tuple(leaf.shape) for leaf in tensors_of(output)]

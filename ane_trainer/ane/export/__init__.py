@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ane_trainer.ane.capture.calibrate import module_mode
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.export import inference, step
@@ -91,16 +92,11 @@ def export_inference(
     """
     options = options or ExportOptions()
     write, run, checked_by = _INFERENCE[format]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with module_mode(model, training=False):
         written = write(Path(path), model, signature, options.weights, options.texts)
         inputs = to_input(x, signature)
         with torch.no_grad():
             wanted = Deployed(model, signature)(inputs).numpy()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     runner = run(written, signature, options.chip, options.fidelity)
     got = _in_batches(runner, inputs.numpy(), signature.batch)
     truth = None if labels is None else labels.numpy()

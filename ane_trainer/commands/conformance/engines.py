@@ -13,11 +13,11 @@ from torch import nn
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.compiler.emit import compile_program
 from ane_trainer.ane.compiler.legalize import Target, refusals
-from ane_trainer.ane.dispatch import compile_step
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UnsupportedModel
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.stages import Compiled, Legalized, Lowered, Port
+from ane_trainer.training.engine import compile_step
 
 Outputs = dict[str, NDArray[Any]]
 

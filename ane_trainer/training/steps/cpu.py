@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.calibrate import call_model
-from ane_trainer.ane.capture.gradients import Treatment
+from ane_trainer.ane.capture.calibrate import call_model, module_mode
+from ane_trainer.ane.capture.gradients import GradientOptions
+from ane_trainer.ane.capture.losses import class_count
+from ane_trainer.ane.dispatch.state import MODEL, OPTIMIZER, faults_of, faults_of_numbers, incomplete, part
 from ane_trainer.ane.errors import DataError
+
+Loss = Callable[[Any, Any], torch.Tensor]
 
 
 class CpuStep:
-    """One training step as every PyTorch user writes it; has the attributes of a compiled step."""
-
-    compiles = 0
-    dispatches_per_step = 0
-    engine_flop_fraction = 0.0
-    host_bytes_per_step = 0
-    loss_scale = 1.0
-    skipped_steps = 0
+    """One training step as every PyTorch user writes it."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[..., torch.Tensor],
-        optimizer: torch.optim.Optimizer,
-        treatment: Treatment | None = None,
+        self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, gradients: GradientOptions
     ) -> None:
+        self.classes: int | None = None
         self._model, self._loss, self._optimizer = model, loss, optimizer
-        self._treatment = treatment or Treatment()
+        self._gradients = gradients
         self._pending = 0
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
@@ -42,9 +36,11 @@ class CpuStep:
         self._model.train()
         if self._pending == 0:
             self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(self.forward(x), y)
-        self.backward(loss / self._treatment.accumulate)
-        self._pending = (self._pending + 1) % self._treatment.accumulate
+        output = self.forward(x)
+        self.classes = class_count(self._loss, output, y)
+        loss = self._loss(output, y)
+        self.backward(loss / self._gradients.accumulate)
+        self._pending = (self._pending + 1) % self._gradients.accumulate
         if self._pending == 0:
             self._update()
         return loss.detach()
@@ -59,35 +55,80 @@ class CpuStep:
 
     def _update(self) -> None:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        if self._treatment.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self._treatment.clip_value)
-        if self._treatment.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self._treatment.clip_norm)
+        if self._gradients.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self._gradients.clip_value)
+        if self._gradients.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._gradients.clip_norm)
         self._optimizer.step()
+
+    @property
+    def compiled(self) -> None:
+        """There is no program."""
+
+    @property
+    def compiles(self) -> int:
+        """No program was compiled."""
+        return 0
+
+    @property
+    def dispatches_per_step(self) -> int:
+        """No program runs."""
+        return 0
+
+    @property
+    def engine_flop_fraction(self) -> float:
+        """Nothing runs on an engine."""
+        return 0.0
+
+    @property
+    def host_bytes_per_step(self) -> int:
+        """Nothing leaves the host."""
+        return 0
+
+    @property
+    def loss_scale(self) -> float:
+        """Single precision needs no loss scaling."""
+        return 1.0
+
+    @property
+    def skipped_steps(self) -> int:
+        """No step is skipped."""
+        return 0
+
+    def placement(self) -> dict[str, Any]:
+        """Where the step runs."""
+        return {"where": "CPU, plain PyTorch", "how": "this device has no other executor"}
+
+    def cost(self) -> None:
+        """Not known: the cost model is of the engine."""
+
+    def close(self) -> None:
+        """Nothing to release."""
 
     def sync(self) -> None:
         """Nothing to do: the module's parameters are the state."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters, buffers and the optimizer's state, as tensors by name."""
-        tensors = {f"model/{name}": value for name, value in self._model.state_dict().items()}
+        tensors = {f"{MODEL}{name}": value for name, value in self._model.state_dict().items()}
         for number, state in self._optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 if value is not None:
-                    tensors[f"optimizer/{number}/{key}"] = torch.as_tensor(value)
+                    tensors[f"{OPTIMIZER}{number}/{key}"] = torch.as_tensor(value)
         return tensors
 
-    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` returned."""
-        prefix = "model/"
-        self._model.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` returned. CheckpointError, before anything changed, if it is not whole."""
+        model, entries = part(tensors, MODEL), part(tensors, OPTIMIZER)
+        names = {name for name, _ in self._model.named_parameters()}
+        faults = faults_of(model, self._model.state_dict(), finite=names) + faults_of_numbers(entries)
+        if faults:
+            raise incomplete("state", faults)
+        self._model.load_state_dict(model)
         state: dict[int, dict[str, Any]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, number, key = name.split("/", 2)
-                state.setdefault(int(number), {})[key] = value
+        for name, value in entries.items():
+            number, key = name.split("/", 1)
+            state.setdefault(int(number), {})[key] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -99,16 +140,11 @@ class CpuForward:
         self._model = model
         self._forward = forward or (lambda x: call_model(model, {}, x))
 
-    def __call__(self, x: Any) -> torch.Tensor:
-        """The model's output in evaluation mode; the module's mode is put back. DataError for nan and inf."""
+    def __call__(self, x: Any) -> Any:
+        """The model's output in evaluation mode; the module's modes are put back. DataError for nan and inf."""
         _check_finite("x", x)
-        training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                return self._forward(x)  # type: ignore[no-any-return]
-        finally:
-            self._model.train(training)
+        with module_mode(self._model, training=False), torch.no_grad():
+            return self._forward(x)
 
 
 def _check_finite(name: str, part: Any) -> None:

@@ -6,7 +6,7 @@ the host. The parts and their reasons are in `placement()` and so in every repor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,21 +14,25 @@ from torch import nn
 
 from ane_trainer.ane import dynamo
 from ane_trainer.ane.capture.calibrate import call_model
-from ane_trainer.ane.capture.gradients import Treatment
+from ane_trainer.ane.capture.gradients import GradientOptions
+from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.dynamo import ProgramRecord
-from ane_trainer.training.steps.cpu import CpuStep
+from ane_trainer.training.steps.cpu import CpuStep, Loss
 
 
 class Partitioned:
     """A module called through programs of which parts may run on the CPU; `records` are its programs."""
 
-    def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        self._options = {**options, "fallback": "cpu"}
+    def __init__(self, model: nn.Module, target: Target) -> None:
+        options: dict[str, Any] = {
+            "chip": target.chip, "device": target.device, "fidelity": target.fidelity,
+            "precision": target.precision, "threads": target.threads, "path": target.path, "fallback": "cpu",
+        }  # fmt: skip
 
         def call(x: Any) -> Any:
             return call_model(model, {}, x) if isinstance(x, (dict, tuple, list)) else model(x)
 
-        self._call: Callable[..., Any] = torch.compile(call, backend="ane", options=self._options)
+        self._call: Callable[..., Any] = torch.compile(call, backend="ane", options=options)
         self.records: list[ProgramRecord] = []
 
     def __call__(self, x: Any) -> Any:
@@ -43,21 +47,20 @@ class Partitioned:
         self.records += dynamo.report().programs[before:]
 
 
-class FallbackStep(CpuStep):
-    """A training step in parts; has the attributes of a compiled step."""
-
-    loss_scale = 1.0
+class PartitionedStep(CpuStep):
+    """A training step in parts: forward and backward by programs and CPU parts, the optimizer on the host."""
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[..., torch.Tensor],
+        loss: Loss,
         optimizer: torch.optim.Optimizer,
-        treatment: Treatment,
-        options: Mapping[str, Any],
+        gradients: GradientOptions,
+        target: Target,
     ) -> None:
-        super().__init__(model, loss, optimizer, treatment)
-        self._parts = Partitioned(model, options)
+        super().__init__(model, loss, optimizer, gradients)
+        self._parts = Partitioned(model, target)
+        self._target = target
 
     def forward(self, x: Any) -> Any:
         """The model's output, by programs and CPU parts."""
@@ -70,17 +73,17 @@ class FallbackStep(CpuStep):
         self._parts.note(before)
 
     @property
-    def compiles(self) -> int:  # type: ignore[override]
+    def compiles(self) -> int:
         """Programs compiled so far."""
         return sum(record.programs for record in self._parts.records)
 
     @property
-    def dispatches_per_step(self) -> int:  # type: ignore[override]
+    def dispatches_per_step(self) -> int:
         """Programs that one step runs."""
         return self.compiles
 
     @property
-    def engine_flop_fraction(self) -> float:  # type: ignore[override]
+    def engine_flop_fraction(self) -> float:
         """The least share of a graph's FLOPs in programs; the optimizer's are not counted."""
         return min((record.engine_flop_fraction for record in self._parts.records), default=0.0)
 
@@ -89,12 +92,9 @@ class FallbackStep(CpuStep):
         cpu = [text for record in self._parts.records for text in record.cpu]
         name = type(self._optimizer).__name__
         return {
-            "where": f"{self.compiles} programs for {self._parts._options['chip']} on "
-            f"{self._parts._options['device']}; {len(cpu)} operations and the optimizer {name} on the CPU",
+            "where": f"{self.compiles} programs for {self._target.chip} on "
+            f"{self._target.device}; {len(cpu)} operations and the optimizer {name} on the CPU",
             "how": 'fallback="cpu" was asked for; the parts were cut here',
             "optimizer_on": "host",
             "cpu": cpu,
         }
-
-    def cost(self) -> None:
-        """Not known: the host's share is not modelled."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ane_trainer import compile_step
 from ane_trainer.ane.capture.calibrate import FLOW_BOUND, LARGEST_CONCESSION, Rehearsal
 from ane_trainer.ane.capture.intermediates import gradients_and_flow
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import GROWTH_INTERVAL, LARGEST_SCALE, next_scale
-from ane_trainer.ane.dispatch import compile_step
 from tests.ane.compiler.lower.harness import check, gradients, normal
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ane_trainer.ane.capture import capture_training
+from ane_trainer.ane.capture import CaptureOptions, capture_training
 from ane_trainer.ane.capture.scaling import GROWTH_INTERVAL, OVERFLOW, gradients_fit, next_scale
 from tests.ane.capture.harness import FxStep
 
@@ -37,7 +37,7 @@ def test_a_skipped_step_changes_nothing_but_the_scale(kind: type[torch.optim.Opt
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1, **options)
     x, y = torch.randn(3, 4), torch.randn(3, 2)
-    captured = capture_training(model, "mse", optimizer, (x, y), loss_scale=32768.0)
+    captured = capture_training(model, "mse", optimizer, (x, y), CaptureOptions(loss_scale=32768.0))
     step = FxStep(captured, model, optimizer)
     assert step.step({"x": x * 1e-3, "y": y * 1e-3})[1] == 1.0  # moments are not zero any more
     before = {target: value.clone() for target, value in step.state.items()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ane_trainer import compile_forward, compile_step
 from ane_trainer.ane.capture.batches import Structure, tensors_of
-from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.errors import DataError
 
 

@@ -111,9 +111,9 @@ def test_the_path_in_fp16_is_pytorchs_and_so_is_the_state(name: str) -> None:
     error, step, twin = run(RULES[name], 12)
     assert step.optimizer_on == "engine"
     assert error < 0.01
-    own = step._optimizer.state_dict()["state"][0]
+    own = step._subject.optimizer.state_dict()["state"][0]
     reference = RULES[name](twin.parameters())
-    reference.load_state_dict(step._optimizer.state_dict())  # torch takes the state for its own
+    reference.load_state_dict(step._subject.optimizer.state_dict())  # torch takes the state for its own
     assert float(own["step"]) == 12
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ane_trainer.ane.dispatch import TrainingStep, compile_step
+from ane_trainer import TrainingStep, compile_step
 from ane_trainer.ane.errors import DataError, UnsupportedModel, UsageError
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ane_trainer.ane.dispatch import TrainingStep, compile_step
+from ane_trainer import TrainingStep, compile_step
 from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.ane.export import ExportOptions, Signature, export_inference, export_step, format_of
 from ane_trainer.ane.export.compress import LEVELS, compress, quantize

@@ -16,8 +16,8 @@ from torch import nn
 
 pytest.importorskip("coreai")
 
+from ane_trainer import compile_forward, compile_step
 from ane_trainer.ane.compiler.coreai import open_asset, save_asset
-from ane_trainer.ane.dispatch import compile_forward, compile_step
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import SimulationError, UsageError
 
@@ -139,7 +139,7 @@ def test_a_saved_asset_goes_on_in_a_new_process(tmp_path: Path) -> None:
     optimizer = adam(model)
     feeds: dict[str, np.ndarray] = {}
     step = compile_step(model, "cross_entropy", optimizer, data[0], device="coreai", sync="lazy")
-    session, run = step._session, step._session.run
+    session, run = step._loaded.session, step._loaded.session.run
     for i in range(5):
         step(*data[i % 4])
     state = {p.name: session.read(p.name) for p in step.compiled.inputs if p.role == "state"}
@@ -197,7 +197,7 @@ def test_inference_follows_changed_weights() -> None:
 def test_the_session_refuses_what_does_not_fit() -> None:
     model, (x, y) = mlp().train(), batches("mlp")[0]
     step = compile_step(model, "cross_entropy", sgd(model), (x, y), device="coreai", sync="lazy")
-    session = step._session
+    session = step._loaded.session
     with pytest.raises(SimulationError, match="needs a known name"):
         session.write("nothing", np.zeros(1))
     with pytest.raises(SimulationError, match="needs the shape"):

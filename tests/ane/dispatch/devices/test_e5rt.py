@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from ane_trainer import TrainingStep, compile_forward, compile_step
 from ane_trainer.ane.compiler.emit import compile_program
-from ane_trainer.ane.dispatch import TrainingStep, compile_forward, compile_step
+from ane_trainer.ane.dispatch import resolve_target
 from ane_trainer.ane.dispatch.devices import aneforge_runtime, get_device
 from ane_trainer.ane.dispatch.devices.e5rt import E5RT, E5RTSession
 from ane_trainer.ane.dispatch.devices.ordering import ordered
@@ -23,7 +24,6 @@ from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
 from ane_trainer.cli import run_command
 from ane_trainer.commands.conformance.engines import make_training
-from ane_trainer.training.engine import choose_device
 from ane_trainer.training.report import Reporter
 from ane_trainer.training.trainer import Trainer
 from tests.standin.library import Engine, needs_compiler
@@ -491,8 +491,8 @@ def test_on_the_engine_both_ways_to_keep_state_agree() -> None:
 
 def test_the_program_is_for_this_macs_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(E5RT, "unavailable", lambda self: None)
-    monkeypatch.setattr("ane_trainer.training.engine.known_chip", lambda: "m1")
-    chosen = choose_device("e5rt", "m4", "exact")
+    monkeypatch.setattr("ane_trainer.ane.dispatch.options.known_chip", lambda: "m1")
+    chosen = resolve_target("e5rt", "m4", "exact")
     assert chosen.chip == "m1"
     assert "this Mac's chip instead of M4" in chosen.headline
-    assert choose_device("sim", "m4", "exact").chip == "m4"
+    assert resolve_target("sim", "m4", "exact").chip == "m4"

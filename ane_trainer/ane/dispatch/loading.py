@@ -1,0 +1,108 @@
+"""The stations of a training step: capture, compile, load. What comes out is ready to run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ane_trainer.ane.capture import Loss, StepCapture, capture_training
+from ane_trainer.ane.capture.calibrate import module_mode
+from ane_trainer.ane.capture.optimizers.scalars import structure
+from ane_trainer.ane.capture.randomness import PREFIX
+from ane_trainer.ane.capture.step import GRADIENT, CaptureOptions
+from ane_trainer.ane.compiler.build import prepare
+from ane_trainer.ane.dispatch.devices import Session
+from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
+from ane_trainer.ane.dispatch.mirror import Mirror
+from ane_trainer.ane.dispatch.options import StepOptions, Target
+from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.stages import Compiled, Port
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a model, its loss and optimizer, and a batch (x, y) that fixes the shapes."""
+
+    model: torch.nn.Module
+    loss: str | Loss
+    optimizer: torch.optim.Optimizer
+    example: tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """A compiled step on its device, with what feeds it and what copies its state to and from PyTorch.
+
+    `structure`: what of the optimizer's settings is compiled in. `scalars` and `draws` are the ports of the
+    host's numbers and random draws, `gradients` those of the gradients that a host optimizer reads.
+    """
+
+    capture: StepCapture
+    compiled: Compiled
+    session: Session
+    feeds: Feeds
+    mirror: Mirror
+    structure: tuple[Any, ...]
+    scalars: tuple[Port, ...]
+    draws: tuple[Port, ...]
+    gradients: tuple[Port, ...]
+    dtype: type[np.float16] | type[np.float32]
+
+
+def load_step(
+    subject: Subject, target: Target, options: StepOptions, units: Mapping[str, float] | None = None
+) -> LoadedStep:
+    """Capture, lower, legalize, compile, load. `units` are those of a state that is to be continued.
+
+    Raises: UnsupportedModel with every reason at once; DataError for parameters beyond the precision.
+    """
+    limits = RANGES[target.precision]
+    check_parameters(subject.model, limits)
+    capture = _capture(
+        subject, CaptureOptions(options.gradients, options.loss_scale, target.precision, units)
+    )
+    assert target.chip is not None
+    compiled = prepare(capture.captured, target.chip, target.path, target.precision)
+    session, inputs = target.load(compiled), compiled.inputs
+    on_host = options.gradients.on_host
+    mirror = Mirror(
+        session, inputs, subject.model, subject.optimizer, target.precision, on_host, capture.changes
+    )
+    mirror.set_scaling(capture.loss_scale)
+    return LoadedStep(
+        capture, compiled, session, Feeds(subject.example, ("x", "y"), inputs, target.precision), mirror,
+        structure(subject.optimizer, on_host),
+        scalars=tuple(p for p in inputs if p.role == "scalar"),
+        draws=tuple(p for p in inputs if p.target.startswith(PREFIX)),
+        gradients=tuple(p for p in compiled.outputs if p.target.endswith(f"/{GRADIENT}")),
+        dtype=limits.numpy,
+    )  # fmt: skip
+
+
+def check_parameters(model: torch.nn.Module, limits: Range) -> None:
+    """DataError for parameters that are nan or inf, or that the precision does not hold."""
+    wrong = [
+        f"{name} up to {float(peak):g}"
+        for name, p in model.named_parameters()
+        if p.numel() and p.is_floating_point()
+        if not (peak := p.detach().abs().amax()) <= limits.largest
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise DataError(
+            f"model: needs parameters that are finite and at most {limits.largest:g} ({limits.name}); got "
+            f"{', '.join(wrong[:3])}{more}. Initialise the model anew, or load weights that are whole.",
+            code="DATA106",
+        )
+
+
+def _capture(subject: Subject, options: CaptureOptions) -> StepCapture:
+    """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
+    kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    with kept if subject.model.training else module_mode(subject.model, training=True):
+        return capture_training(subject.model, subject.loss, subject.optimizer, subject.example, options)
