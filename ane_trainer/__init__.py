@@ -5,40 +5,56 @@
     result = trainer.fit(train, epochs=5, val=test)
 
 `compile_step` gives the training step alone to those who keep their own loop; `ane` holds programs, the
-simulator and the cost model.
+simulator and the cost model. Names are imported at first use: `import ane_trainer` alone does not import PyTorch.
 """
 
-from ane_trainer import ane, interop
-from ane_trainer.__version__ import __version__
-from ane_trainer.ane.dispatch import InferenceProgram, TrainingStep, compile_forward
-from ane_trainer.ane.errors import AneTrainerError
-from ane_trainer.core import run_training
-from ane_trainer.data import load_dataset
-from ane_trainer.models import build_model
-from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.engine import compile_step
-from ane_trainer.training.report import ConsoleReporter, Reporter
-from ane_trainer.training.results import Epoch, Metrics, Result
-from ane_trainer.training.trainer import Trainer
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AneTrainerError",
-    "ConsoleReporter",
-    "Epoch",
-    "InferenceProgram",
-    "Metrics",
-    "Reporter",
-    "Result",
-    "TrainConfig",
-    "Trainer",
-    "TrainingStep",
-    "__version__",
-    "ane",
-    "build_model",
-    "compile_forward",
-    "compile_step",
-    "interop",
-    "load_dataset",
-    "make_config",
-    "run_training",
-]
+from ane_trainer.__version__ import __version__ as __version__
+from ane_trainer.utils import lazy_names
+
+if TYPE_CHECKING:
+    from ane_trainer import ane as ane
+    from ane_trainer import interop as interop
+    from ane_trainer.ane.dispatch import InferenceProgram as InferenceProgram
+    from ane_trainer.ane.dispatch import TrainingStep as TrainingStep
+    from ane_trainer.ane.dispatch import compile_forward as compile_forward
+    from ane_trainer.ane.errors import AneTrainerError as AneTrainerError
+    from ane_trainer.core import run_training as run_training
+    from ane_trainer.data import load_dataset as load_dataset
+    from ane_trainer.models import build_model as build_model
+    from ane_trainer.training.config import TrainConfig as TrainConfig
+    from ane_trainer.training.config import make_config as make_config
+    from ane_trainer.training.engine import compile_step as compile_step
+    from ane_trainer.training.report import ConsoleReporter as ConsoleReporter
+    from ane_trainer.training.report import Reporter as Reporter
+    from ane_trainer.training.results import Epoch as Epoch
+    from ane_trainer.training.results import Metrics as Metrics
+    from ane_trainer.training.results import Result as Result
+    from ane_trainer.training.trainer import Trainer as Trainer
+
+_PLACES = {
+    "AneTrainerError": "ane_trainer.ane.errors",
+    "ConsoleReporter": "ane_trainer.training.report",
+    "Epoch": "ane_trainer.training.results",
+    "InferenceProgram": "ane_trainer.ane.dispatch",
+    "Metrics": "ane_trainer.training.results",
+    "Reporter": "ane_trainer.training.report",
+    "Result": "ane_trainer.training.results",
+    "TrainConfig": "ane_trainer.training.config",
+    "Trainer": "ane_trainer.training.trainer",
+    "TrainingStep": "ane_trainer.ane.dispatch",
+    "ane": "",
+    "build_model": "ane_trainer.models",
+    "compile_forward": "ane_trainer.ane.dispatch",
+    "compile_step": "ane_trainer.training.engine",
+    "interop": "",
+    "load_dataset": "ane_trainer.data",
+    "make_config": "ane_trainer.training.config",
+    "run_training": "ane_trainer.core",
+}
+
+__all__ = ["__version__", *_PLACES]
+
+if not TYPE_CHECKING:  # so that a wrong name is still an error to a type checker
+    __getattr__, __dir__ = lazy_names(__name__, _PLACES)

@@ -1,21 +1,22 @@
-"""Small helpers without a home: logging set-up, seeding, running metrics, readable numbers, atomic files."""
+"""Small helpers that need no PyTorch at import: logging, lazy names, running means, readable numbers, atomic files."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
+import inspect
 import json
 import logging
 import os
-import random
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _LOGGER_NAME = "ane_trainer"
 
@@ -51,11 +52,37 @@ def setup_logging(level: int | str = logging.INFO) -> logging.Logger:
     return logger
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's global and PyTorch's generators with `seed` (0 <= seed < 2**32)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def lazy_names(
+    package: str, places: Mapping[str, str]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__` (PEP 562): each name is imported from its module at first use.
+
+    `places` maps a name to the module that has it, or to "" where the name is a submodule of `package` itself.
+    """
+
+    def get(name: str) -> object:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        place = places[name]
+        found = (
+            getattr(importlib.import_module(place), name)
+            if place
+            else importlib.import_module(f"{package}.{name}")
+        )
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *places})
+
+
+def with_parameters(
+    command: Callable[..., Any], parameters: Sequence[inspect.Parameter], *, like: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`command` with the name and docstring of `like` and a signature of these parameters."""
+    command.__name__, command.__doc__ = like.__name__, like.__doc__
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]
+    return command
 
 
 @contextlib.contextmanager
@@ -64,6 +91,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -76,11 +105,6 @@ def count_correct(output_BC: torch.Tensor, target: torch.Tensor) -> int:
     """
     expected_B = target.argmax(dim=1) if target.ndim == output_BC.ndim else target
     return int((output_BC.argmax(dim=1) == expected_B).sum())
-
-
-def accuracy(output_BC: torch.Tensor, target: torch.Tensor) -> float:
-    """The share of rows classified right, 0.0 to 1.0; an empty batch gives 0.0."""
-    return count_correct(output_BC, target) / max(len(output_BC), 1)
 
 
 class RunningMean:
@@ -176,3 +200,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def finite(value: Any) -> Any:
+    """`value` with nan and inf replaced by None, as JSON wants it."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

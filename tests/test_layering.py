@@ -26,9 +26,9 @@ LEVELS: dict[str, int] = {
             ("ane.dynamo", "ane.export"),
             ("ane", "training"),
             ("data", "models"),
-            ("core", "commands"),
-            ("", "cli"),
-            ("__main__",),
+            ("core",),
+            ("", "commands"),
+            ("cli",),
         )
     )
     for unit in units
@@ -40,6 +40,8 @@ LEAVES = {"__version__", "ane.errors"}
 
 def unit_of(module: str) -> str:
     """The longest unit that `module` (dotted, without the package's name) belongs to."""
+    if module == "__main__":  # the same door as cli
+        return "cli"
     parts = module.split(".") if module else []
     for length in range(len(parts), 0, -1):
         if (unit := ".".join(parts[:length])) in LEVELS:

@@ -7,7 +7,8 @@ Messages read `where: needs X; got Y. Do Z.`; all findings of one kind are repor
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 class AneTrainerError(Exception):
@@ -113,3 +114,10 @@ class Interrupted(AneTrainerError):
 
     code = "ANE130"
     exit_code = 130
+
+
+def error_json(error: AneTrainerError) -> dict[str, Any]:
+    """An error as the JSON object that `--json` prints."""
+    found = {"code": error.code, "message": error.args[0], "exit_code": error.exit_code}
+    findings = [asdict(finding) for finding in error.findings] if isinstance(error, UnsupportedModel) else []
+    return {"error": {**found, **({"findings": findings} if findings else {})}}

@@ -8,13 +8,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.dispatch import StepOptions, Target
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
+from ane_trainer.commands.options import (
+    Batch,
+    Chip,
+    Classes,
+    Dataset,
+    Fidelity,
+    Input,
+    Optimizer,
+    Output,
+    Threads,
+    example_sizes,
+    show,
+)
 from ane_trainer.models import build_model
 from ane_trainer.training import engine
 from ane_trainer.training.config import TrainConfig, make_config
@@ -29,6 +43,31 @@ GPU = "mps"
 """Plain PyTorch in fp32 on the GPU of a Mac; unverified on hardware."""
 
 _SEED, _WARMUP = 0, 2
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="As for `check`.", metavar="MODEL")] = "mlp",
+    devices: Annotated[
+        str, typer.Option(help="cpu, mps, sim, coreai, e5rt; always beside cpu.", metavar="NAMES")
+    ] = "cpu,sim",
+    dataset: Dataset = "mnist",
+    input_shape: Input = None,
+    classes: Classes = None,
+    batch: Batch = 128,
+    optimizer: Optimizer = "adam",
+    chip: Chip = "m4",
+    fidelity: Fidelity = "exact",
+    steps: Annotated[int, typer.Option(help="Timed on each device.")] = 20,
+    threads: Threads = None,
+) -> Output:
+    """Time a model's training step on several devices in turn, each as a ratio to plain PyTorch."""
+    shape, count = example_sizes(dataset, input_shape, classes, "bench")
+    return show(
+        compare_devices(
+            model, shape, count, batch, optimizer, devices.split(","), chip=chip, fidelity=fidelity, steps=steps,
+            threads=threads,
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

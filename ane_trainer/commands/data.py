@@ -1,15 +1,37 @@
-"""What the command line shows of datasets: which are known, which are cached, and fetching one early."""
+"""`data list`, `data fetch`: which datasets are known, which are cached, and fetching one early."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ane_trainer.data import DATASETS, default_root, find_dataset, load_dataset
+import typer
+
+from ane_trainer.commands.options import Output
+
+
+def data_list() -> Output:
+    """List the known datasets, and which of them are in the cache."""
+    rows = dataset_rows()
+    lines = [f"{row['name']:<15}{row['status']:<12}{row['folder']}" for row in rows]
+    return Output({"datasets": rows}, "\n".join(lines))
+
+
+def data_fetch(
+    dataset: Annotated[str, typer.Argument(help="A name that `data list` shows.", metavar="DATASET")],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder for the files (default: the user's cache).", metavar="DIR")
+    ] = None,
+) -> Output:
+    """Download a dataset, verified, so that training works offline."""
+    found = fetch_dataset(dataset, root)
+    return Output(found, f"{found['name']}: verified, from {found['source']}; in {found['folder']}")
 
 
 def dataset_rows(root: str | Path | None = None) -> list[dict[str, Any]]:
     """One row a dataset: name, status (cached, to fetch, bundled), folder, shape and number of classes."""
+    from ane_trainer.data import DATASETS, default_root
+
     rows = []
     for info in DATASETS.values():
         folder = (Path(root) if root is not None else default_root()) / info.folder / "raw"
@@ -27,6 +49,8 @@ def dataset_rows(root: str | Path | None = None) -> list[dict[str, Any]]:
 
 def fetch_dataset(name: str, root: str | Path | None = None) -> dict[str, Any]:
     """Fetch and verify a dataset; where it came from and where it lies."""
+    from ane_trainer.data import find_dataset, load_dataset
+
     info = find_dataset(name)
     train, test = load_dataset(info.name, root=root)
     row = next(row for row in dataset_rows(root) if row["name"] == info.name)

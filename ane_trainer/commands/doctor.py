@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import typer
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip, known_chips
@@ -25,8 +26,10 @@ from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Program, TensorType
 from ane_trainer.commands import conformance
+from ane_trainer.commands.chips import chip_table, chip_values
 from ane_trainer.commands.conformance.engines import as_compiled
 from ane_trainer.commands.data import dataset_rows
+from ane_trainer.commands.options import Output
 from ane_trainer.data import default_root
 from ane_trainer.training import energy
 from ane_trainer.training.report import Reporter
@@ -44,6 +47,19 @@ _EXTRAS = (
     ("keras", "keras", "Keras models", None),
     ("digits", "scikit-learn", "the digits dataset", None),
 )
+
+
+def doctor(
+    chips: Annotated[bool, typer.Option("--chips", help="Print the table of chips instead.")] = False,
+) -> Output:
+    """Show what this machine can do, what is missing, and what brings it.
+
+    Exit code 1: training is not possible here; 2: it is, but something is degraded.
+    """
+    if chips:
+        return Output({"chips": chip_values()}, chip_table())
+    checks = examine()
+    return Output(as_json(checks), as_text(checks), exit_code(checks))
 
 
 @dataclass(frozen=True)

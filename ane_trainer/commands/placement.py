@@ -11,10 +11,12 @@ import importlib.util
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
+import typer
+
 from ane_trainer.ane.errors import UsageError
+from ane_trainer.commands.options import Output, show
 
 EXTRA = 'pip install "ane_trainer[coreml]"'
 
@@ -22,6 +24,13 @@ EXTRA = 'pip install "ane_trainer[coreml]"'
 _NAMES = {
     "MLNeuralEngineComputeDevice": "Neural Engine", "MLGPUComputeDevice": "GPU", "MLCPUComputeDevice": "CPU",
 }  # fmt: skip
+
+
+def placement(
+    package: Annotated[Path, typer.Argument(help="An .mlpackage.", metavar="MODEL.mlpackage")],
+) -> Output:
+    """Show where Core ML would run an .mlpackage: ops on the Neural Engine, the GPU and the CPU."""
+    return show(place_package(package))
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ def place_package(path: Path) -> Placement:
 
 def missing() -> str | None:
     """None if Core ML can be asked, else why not and what to type."""
+    from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
+
     if not on_apple_silicon():
         return "only macOS 14.4 or later tells it"
     if importlib.util.find_spec("coremltools") is None:

@@ -8,9 +8,10 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 from ane_trainer.ane.chips.lookup import PATHS
@@ -27,6 +28,7 @@ from ane_trainer.ane.verify.profiling import (
     function_of,
     profile,
 )
+from ane_trainer.commands.options import Chip, Fidelity, Output, Threads, show
 from ane_trainer.training.checkpoint import unwritable
 from ane_trainer.utils import atomic_write
 
@@ -43,6 +45,44 @@ _NUMPY = {
     "fp16": "f2", "fp32": "f4", "fp64": "f8", "bool": "?", "int8": "i1", "uint8": "u1", "int16": "i2",
     "uint16": "u2", "int32": "i4", "uint32": "u4", "int64": "i8", "uint64": "u8",
 }  # fmt: skip
+
+
+def run(
+    program: Annotated[
+        str,
+        typer.Argument(help="MIL text (a .mil, or a folder with one) or an .mlpackage.", metavar="PROGRAM"),
+    ],
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="Once for each input.", metavar="NAME=FILE.npy")
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Draw the inputs that are left out.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    steps: Annotated[int, typer.Option(help="Run so many times; states are kept between.")] = 1,
+    chip: Chip = "m4",
+    fidelity: Fidelity = "exact",
+    path: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose refusals: e5rt, coreml, direct, none (default: by the file).", metavar="NAME"
+        ),
+    ] = None,
+    function: Annotated[str | None, typer.Option(help="Of several (default: main).", metavar="NAME")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for outputs as .npy.", metavar="DIR")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Ranges, overflows, errors by op.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Outputs against double precision.")] = False,
+    threads: Threads = None,
+) -> Output:
+    """Run any MIL program on the simulator.
+
+    For example `ane-trainer run model.mil --random --profile`, or a training step: `ane-trainer run RUNFOLDER`.
+    """
+    return show(
+        run_program(
+            program, inputs or (), random=random, seed=seed, chip=chip, fidelity=fidelity, path=path,
+            function=function, steps=steps, out=out, with_profile=profile, with_comparison=compare,
+            threads=threads,
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ so that a run can be repeated and resumed from it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tomllib
 from collections.abc import Mapping
@@ -21,30 +22,63 @@ from ane_trainer.utils import did_you_mean
 DEFAULT_LR: Mapping[str, float] = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 
 
+#: Groups of options in the help of `train`; an option that names none is under "Training".
+_MODEL: dict[str, Any] = {"panel": "Data and model"}
+_WHERE: dict[str, Any] = {"panel": "Where it runs"}
+
+
 class TrainConfig(BaseModel):
-    """What `ane-trainer train` does. Unknown names and values out of range are refused with a UsageError."""
+    """What `ane-trainer train` does. Unknown names and values out of range are refused with a UsageError.
+
+    A field here is an option everywhere: in `config.toml`, in a file for `--config`, and on the command line,
+    where its description is the help (`commands.options.takes_train_options`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    dataset: str
-    model: str = "mlp"
-    hidden: tuple[int, ...] | None = None
-    activation: str | None = None
-    epochs: int = Field(5, ge=1)
-    batch_size: int = Field(128, ge=1)
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    loss: str = "cross_entropy"
-    chip: str = "m4"
-    device: str = "auto"
-    fidelity: Literal["exact", "fast"] = "exact"
-    precision: Literal["auto", "fp16", "fp32"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**32)
-    threads: int | None = Field(None, ge=1)
-    limit: int | None = Field(None, ge=1)
-    compare_fp32: bool = False
+    dataset: str = Field(description="mnist, fashion-mnist or digits.", json_schema_extra=_MODEL)
+    model: str = Field(
+        "mlp", description="mlp, cnn, transformer, or path/to/file.py:ClassName.", json_schema_extra=_MODEL
+    )
+    hidden: tuple[int, ...] | None = Field(
+        None,
+        description="Widths of the mlp's hidden layers, e.g. 512,256 (default: 256).",
+        json_schema_extra=_MODEL,
+    )
+    activation: str | None = Field(
+        None, description="gelu, relu, ... (default: gelu; cnn: relu).", json_schema_extra=_MODEL
+    )
+    epochs: int = Field(5, ge=1, description="Passes over the data; with --resume: in all.")
+    batch_size: int = Field(128, ge=1, description="Examples a step.")
+    limit: int | None = Field(None, ge=1, description="Use only the first so many examples of each split.")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="How weights are updated.")
+    lr: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Learning rate (default: 0.001; sgd: 0.05)."
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Pull of the weights to zero.")
+    loss: str = Field("cross_entropy", description="What is minimised: cross_entropy, mse, ...")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the weights and the order of the data.")
+    compare_fp32: bool = Field(False, description="Train with plain PyTorch too, and show its accuracy.")
+    chip: str = Field("m4", description="Whose arithmetic and limits: m1 ... m6.", json_schema_extra=_WHERE)
+    device: str = Field(
+        "auto", description="auto, sim, e5rt, coreai, cpu (plain PyTorch fp32).", json_schema_extra=_WHERE
+    )
+    fidelity: Literal["exact", "fast"] = Field(
+        "exact", description="Arithmetic of the simulator.", json_schema_extra=_WHERE
+    )
+    precision: Literal["auto", "fp16", "fp32"] = Field(
+        "auto", description="fp32 where the device has it.", json_schema_extra=_WHERE
+    )
+    threads: int | None = Field(
+        None, ge=1, description="Of the simulator; results do not depend on it (default: all cores).",
+        json_schema_extra=_WHERE,
+    )  # fmt: skip
+
+    @field_validator("hidden", mode="before")
+    @classmethod
+    def _sizes_as_typed(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("hidden")
     @classmethod
@@ -98,15 +132,24 @@ def load_config(path: str | Path) -> TrainConfig:
 
 def _explain(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"])
+    option = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"there is no option {name!r}. {did_you_mean(name, TrainConfig.model_fields)}"
     if detail["type"] == "missing":
         return f"{name} is missing"
     if detail["type"] == "literal_error":
-        return f"{name} needs {detail['ctx']['expected']}; got {detail['input']!r}. Use one of these"
+        return f"{name} needs {detail['ctx']['expected']}; got {_as_typed(detail['input'])}. Use one of these"
     message = detail["msg"].removeprefix("Value error, ")
-    hint = f"Change --{name.replace('_', '-')}"
-    return f"{name}: {message[:1].lower()}{message[1:]}; got {detail['input']!r}. {hint}"
+    hint = f"Change --{option.replace('_', '-')}"
+    return f"{name}: {message[:1].lower()}{message[1:]}; got {_as_typed(detail['input'])}. {hint}"
+
+
+def _as_typed(value: object) -> str:
+    """A value for a message; a number that came as text stays as it was typed."""
+    with contextlib.suppress(ValueError, TypeError):
+        float(str(value))
+        return str(value)
+    return repr(value)
 
 
 def _toml_value(value: Any) -> str:

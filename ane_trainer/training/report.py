@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, TextIO
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.ane.errors import AneTrainerError, UnsupportedModel
 from ane_trainer.training.results import Epoch, Result
 from ane_trainer.utils import format_bytes, format_seconds
 
@@ -154,13 +152,6 @@ def program_line(program: Mapping[str, Any], seconds: float) -> str:
         f"{share} of the step's FLOPs, "
         f"{traffic} from and to the host a step   {format_seconds(seconds)}"
     )
-
-
-def error_json(error: AneTrainerError) -> dict[str, Any]:
-    """An error as the JSON object that `--json` prints."""
-    found = {"code": error.code, "message": error.args[0], "exit_code": error.exit_code}
-    findings = [asdict(finding) for finding in error.findings] if isinstance(error, UnsupportedModel) else []
-    return {"error": {**found, **({"findings": findings} if findings else {})}}
 
 
 def _accuracy_line(result: Result) -> str:

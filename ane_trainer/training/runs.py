@@ -24,7 +24,7 @@ import torch
 from ane_trainer.ane.errors import CheckpointError
 from ane_trainer.training.checkpoint import CHECKPOINT, Checkpoint, read_tensors, unwritable, write_tensors
 from ane_trainer.training.config import TrainConfig, load_config
-from ane_trainer.utils import atomic_write, atomic_write_json
+from ane_trainer.utils import atomic_write, atomic_write_json, finite
 
 #: Where runs go when no folder is named.
 RUNS = Path("runs")
@@ -140,17 +140,6 @@ def open_run(path: str | Path) -> RunFolder:
     run = RunFolder(Path(path))
     run.read_config()
     return run
-
-
-def finite(value: Any) -> Any:
-    """`value` with nan and inf replaced by None, as JSON wants it."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
 
 
 def _fresh_path(name: str) -> Path:

@@ -62,7 +62,7 @@ _REPORTS = """\
 ## Conformance reports
 
 What `ane-trainer conformance` found on engines: results of its cases that differ from the simulator of the same
-chip, and by how many units in the last place at most. Rows: `ane_trainer/ane/data/conformance.csv`.
+chip, and by how many units in the last place at most. Rows: `ane_trainer/ane/verify/conformance.csv`.
 """
 
 _NO_REPORTS = """\

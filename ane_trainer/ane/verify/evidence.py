@@ -1,6 +1,6 @@
 """Rows of evidence that conformance reports gave: which case came out bit for bit on which chip.
 
-They are kept in `data/conformance.csv`, written by `ane-trainer conformance-read --into`, and shown in
+They are kept in `ane/verify/conformance.csv`, written by `ane-trainer conformance-read --into`, and shown in
 docs/fidelity.md.
 """
 

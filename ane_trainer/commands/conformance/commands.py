@@ -1,22 +1,65 @@
-"""What the command line calls: examine this machine's engine, and read reports of others."""
+"""`conformance`, `conformance-read`: examine this machine's engine, and read reports of others."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.dispatch.devices.machine import known_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.verify.evidence import Row
 from ane_trainer.commands.conformance.engines import DeviceEngine
-from ane_trainer.commands.conformance.evidence import add_rows, rows_of
-from ane_trainer.commands.conformance.report import examine, headline, read_report, write_report
-from ane_trainer.training.report import Reporter
+from ane_trainer.commands.conformance.evidence import add_rows, rows_as_text, rows_of
+from ane_trainer.commands.conformance.report import as_text, examine, read_report, write_report
+from ane_trainer.commands.options import Fidelity, Output, Threads
+from ane_trainer.training.report import ConsoleReporter, Reporter
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+def conformance(
+    device: Annotated[str, typer.Option(help="e5rt, e5rt-pingpong, coreai or sim.", metavar="NAME")] = "e5rt",
+    chip: Annotated[
+        str | None, typer.Option(help="m1 ... m6 (default: this Mac's, else m4).", metavar="NAME")
+    ] = None,
+    fidelity: Fidelity = "exact",
+    threads: Threads = None,
+    only: Annotated[
+        str,
+        typer.Option(help="Only cases whose family or name holds this.", metavar="TEXT", show_default=False),
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Report (default: conformance-CHIP-DEVICE.json).", metavar="FILE")
+    ] = None,
+) -> Output:
+    """Compare the engine with the simulator, bit for bit: run a fixed set of programs on both, write a report."""
+    found, path = run(device, chip, fidelity, threads, only=only, out=out, report=ConsoleReporter(sys.stderr))
+    send = "" if device == "sim" else "   (one line; send it in an issue of the project)"
+    return Output(found, f"{as_text(found)}\nreport   {path}{send}")
+
+
+def conformance_read(
+    reports: Annotated[
+        list[Path], typer.Argument(help="Files that `conformance` wrote.", metavar="REPORT...")
+    ],
+    into: Annotated[
+        Path | None,
+        typer.Option(help="CSV to add the rows to: ane_trainer/ane/verify/conformance.csv.", metavar="FILE"),
+    ] = None,
+) -> Output:
+    """Turn conformance reports into rows of evidence: which case came out bit for bit on which chip."""
+    rows, added = read(reports, into)
+    text = rows_as_text(rows)
+    if into is not None:
+        text += f"\n{added} new rows in {into}; then: python -m docs._generate.fidelity > docs/fidelity.md"
+    return Output({"rows": [asdict(row) for row in rows], "added": added}, text)
 
 
 def run(
@@ -47,9 +90,7 @@ def run(
     found = examine(engine, DeviceEngine("sim", name, "exact", threads), only, progress)
     if not found["cases"]:
         raise UsageError(f"--only: needs part of a case's family or name; got {only!r}. E.g. --only matmul.")
-    path = write_report(found, out or Path(f"conformance-{name}-{device}.json"))
-    say.note("result", headline(found))
-    return found, path
+    return found, write_report(found, out or Path(f"conformance-{name}-{device}.json"))
 
 
 def read(paths: Iterable[Path], into: Path | None = None) -> tuple[tuple[Row, ...], int]:

@@ -1,4 +1,4 @@
-"""Turns conformance reports into rows of evidence for `data/conformance.csv` and docs/fidelity.md."""
+"""Turns conformance reports into rows of evidence for `ane/verify/conformance.csv` and docs/fidelity.md."""
 
 from __future__ import annotations
 

@@ -1,0 +1,80 @@
+"""`train`: a model on a dataset, from options, a TOML file, or where an interrupted run stopped."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.commands.options import Output, takes_train_options
+from ane_trainer.training.config import make_config, read_config_file
+from ane_trainer.training.report import ConsoleReporter, summary
+
+#: What may differ when a run goes on.
+_RESUMABLE = frozenset({"epochs"})
+
+
+@takes_train_options
+def train(
+    dataset: Annotated[
+        str | None,
+        typer.Argument(help="mnist, fashion-mnist or digits.", metavar="DATASET", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with any of these options; those given here win.", metavar="FILE"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run (default: a new one in runs/).", metavar="DIR")
+    ] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN")] = None,
+    as_json: bool = False,
+    options: Mapping[str, Any] = {},
+) -> Output:
+    """Train a model on a dataset.
+
+    ane-trainer train mnist
+
+    ane-trainer train digits --model cnn --epochs 3
+
+    ane-trainer train --resume last
+    """
+    report = ConsoleReporter(sys.stderr if as_json else sys.stdout)
+    given = {**options, **({"dataset": dataset} if dataset is not None else {})}
+    if resume is not None:
+        _only_resumable(given, {"out": out, "config": config})
+        changed = make_config({"dataset": "", **given}).model_dump(include=set(given))
+        from ane_trainer import core
+
+        result = core.resume_training(resume, report=report, **changed)
+    else:
+        if dataset is None and config is None:
+            raise UsageError("train: needs a dataset; got none. Try: ane-trainer train mnist", code="ANE100")
+        settings = make_config({**(read_config_file(config) if config else {}), **given})
+        from ane_trainer import core
+
+        result = core.run_training(settings, out=out, report=report)
+    return Output(result.to_json(), summary(result, folder=result.details["run"], command=_command()))
+
+
+def _only_resumable(options: Collection[str], places: Mapping[str, Path | None]) -> None:
+    """A resumed run keeps its options; only those in `_RESUMABLE` may change."""
+    others = sorted({*options, *(name for name, path in places.items() if path is not None)} - _RESUMABLE)
+    if others:
+        raise UsageError(
+            f"train: --resume keeps the run's options; got {', '.join(others)} as well. "
+            "Leave them out, or start a new run.",
+            code="ANE107",
+        )
+
+
+def _command() -> str:
+    """How the user can type this program: by name where it is on the path, else as it was called."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return "python -m ane_trainer"
+    return "ane-trainer" if shutil.which("ane-trainer") else sys.argv[0]
