@@ -44,20 +44,19 @@ def train(
 
     ane-trainer train --resume last
     """
-    report = ConsoleReporter(sys.stderr if as_json else sys.stdout)
     given = {**options, **({"dataset": dataset} if dataset is not None else {})}
     if resume is not None:
         _only_resumable(given, {"out": out, "config": config})
-        changed = make_config({"dataset": "", **given}).model_dump(include=set(given))
-        from ane_trainer import core
+    elif dataset is None and config is None:
+        raise UsageError("train: needs a dataset; got none. Try: ane-trainer train mnist", code="ANE100")
+    read = read_config_file(config) if config else {"dataset": ""} if resume is not None else {}
+    settings = make_config({**read, **given})
+    report = ConsoleReporter(sys.stderr if as_json else sys.stdout)
+    from ane_trainer import core  # PyTorch is imported only for what can run
 
-        result = core.resume_training(resume, report=report, **changed)
+    if resume is not None:
+        result = core.resume_training(resume, report=report, **settings.model_dump(include=set(given)))
     else:
-        if dataset is None and config is None:
-            raise UsageError("train: needs a dataset; got none. Try: ane-trainer train mnist", code="ANE100")
-        settings = make_config({**(read_config_file(config) if config else {}), **given})
-        from ane_trainer import core
-
         result = core.run_training(settings, out=out, report=report)
     return Output(result.to_json(), summary(result, folder=result.details["run"], command=_command()))
 
