@@ -142,7 +142,7 @@ def compile_model(
         where=where,
     )
     module = build_model(model, tuple(in_shape), classes, seed=0)
-    device = engine.choose_device("sim", chip, "exact")
+    target = resolve_target("sim", chip, "exact")
     example = (torch.zeros(batch, *in_shape), torch.zeros(batch, dtype=torch.int64))
     options = StepOptions(sync="lazy")
     return build_step(module, config.loss, make_optimizer(config, module), example, target, options)
