@@ -132,7 +132,7 @@ def compile_model(
     """The compiled step of the model with random weights; errors begin with `where`."""
     import torch
 
-    from ane_trainer.ane.dispatch import StepOptions, build_step
+    from ane_trainer.ane.dispatch import StepOptions, build_step, resolve_target
     from ane_trainer.models import build_model
     from ane_trainer.training.config import make_config
     from ane_trainer.training.optimizers import make_optimizer
