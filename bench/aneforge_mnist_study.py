@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from ane_trainer.ane.simulator import KERNELS
-from ane_trainer.ane.simulator.kernels import pooling, reduction, tables
-from ane_trainer.ane.simulator.loops import pointwise_code
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
+from ane_trainer.ane.simulator.kernels import fused, pooling, reduction
+from ane_trainer.ane.simulator.numbers import tables
+from ane_trainer.ane.simulator.numbers.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import WRITES
 from ane_trainer.interop.aneforge import install
 
@@ -185,7 +185,7 @@ def accuracies(examples: Path, name: str) -> list[str]:
         _sum_with(lambda x: np.sum(x, axis=0))()
     change()
     tables.lookup.cache_clear()
-    pointwise_code._TABLES.clear()
+    fused._TABLES.clear()
     install(chip, fidelity, threads=1)
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(examples))

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.mac import product as mac
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import round_half_away
 
 F32 = NDArray[np.float32]
 

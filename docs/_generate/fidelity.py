@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.simulator import KERNELS, WITHOUT_KERNEL
 from ane_trainer.ane.verify.evidence import stored_rows
-from ane_trainer.ane.verify.published import FIGURES, Figure
+from docs._generate.published import FIGURES, Figure
 
 #: Figures that take longer than this are measured on one of their chips only.
 SLOW_SECONDS = 2.5
@@ -78,14 +78,14 @@ def document(measure: Callable[[Figure], str]) -> str:
 
 def _lines(measure: Callable[[Figure], str]) -> Iterator[str]:
     yield _INTRODUCTION
-    counts = {f: sum(k.fidelity == f for k in KERNELS.values()) for f in ("exact", "bounded", "assumed")}
+    counts = {f: sum(k.level == f for k in KERNELS.values()) for f in ("exact", "bounded", "assumed")}
     told = ", ".join(f"{n} {f}" for f, n in counts.items())
     yield f"## Ops\n\n{len(KERNELS)} kernels: {told}.\n"
     yield _PATHS
     yield "| op | fidelity | bound or exception | evidence | e5rt, M5 |\n|---|---|---|---|---|"
     for kind, kernel in sorted(KERNELS.items()):
         standing = op_status("gelu_exact" if kind == "gelu" else kind, "m5").status
-        cells = (f"`{kind}`", kernel.fidelity, kernel.bound, kernel.evidence, standing)
+        cells = (f"`{kind}`", kernel.level, kernel.bound, kernel.evidence, standing)
         yield f"| {' | '.join(map(_cell, cells))} |"
     yield "\nWithout a kernel:\n"
     yield from (f"- `{kind}`: {reason}" for kind, reason in sorted(WITHOUT_KERNEL.items()))

@@ -126,7 +126,7 @@ def _backward(names: list[str]) -> str:
 
 
 def _fidelity(kinds: list[str]) -> str:
-    grades = [KERNELS[kind].fidelity for kind in kinds]
+    grades = [KERNELS[kind].level for kind in kinds]
     return max(grades, key=_ORDER.index) if grades else "-"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ane_trainer.ane.simulator import KERNELS
-from ane_trainer.ane.verify.published import FIGURES, Figure
 from docs._generate.fidelity import SLOW_SECONDS, document, figure_row, measured
+from docs._generate.published import FIGURES, Figure
 
 BOOK = (Path(__file__).parents[2] / "docs" / "fidelity.md").read_text(encoding="utf-8")
 
@@ -42,5 +42,5 @@ def test_published_against_simulated(figure: Figure) -> None:
 def test_kernels_say_how_sure_they_are() -> None:
     for kind, kernel in KERNELS.items():
         assert kernel.evidence, kind
-        assert kernel.bound or kernel.fidelity != "bounded", kind
+        assert kernel.bound or kernel.level != "bounded", kind
     assert all(word in BOOK for word in KERNELS)

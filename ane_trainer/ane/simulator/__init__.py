@@ -1,4 +1,17 @@
-"""The simulator: runs any MIL program and computes what the engine computes."""
+"""The simulator: runs any MIL program and computes what the engine computes.
+
+Rooms, each importing only from those above it:
+
+    numbers/    decoded fp16: encode, decode, round half away; the 33-knot tables
+    loops/      LLVM IR built, compiled and run on threads; pointwise groups, folds, conversions (numbers)
+    mac/        the Q15.16 multiply-accumulate unit (loops)
+    registry, arrays    what a kernel is and depends on; literals, parameters, values at the border (loops)
+    kernels/    what each op computes, with its evidence; how pointwise ops fuse (all above)
+    schedule, states, refusal, plan    the order of work, states as inputs, what a chip refuses; memory laid out, steps
+                bound and run
+
+It imports nothing of capture, compiler or `mil.semantics`: it must not share their mistakes.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +26,10 @@ from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.simulator import refusal
 from ane_trainer.ane.simulator.kernels import (
-    attention,
-    constexpr,
     contraction,
     convolution,
     creation,
+    host,
     movement,
     normalization,
     pointwise,
@@ -27,18 +39,17 @@ from ane_trainer.ane.simulator.kernels import (
     reduction,
     resize,
     selection,
-    transcendental,
     transposed,
 )
 from ane_trainer.ane.simulator.plan import Plan, prepare
-from ane_trainer.ane.simulator.registry import KERNELS, Context, Kernel
+from ane_trainer.ane.simulator.registry import KERNELS, EngineContext, Kernel
 
-__all__ = ["KERNELS", "Context", "Kernel", "Plan", "make_context", "prepare", "simulate"]
+__all__ = ["KERNELS", "EngineContext", "Kernel", "Plan", "make_context", "prepare", "simulate"]
 
 #: Importing a family registers its kernels.
 _FAMILIES = (
-    attention, constexpr, contraction, convolution, creation, movement, normalization, pointwise, pooling,
-    quantized, rearrange, reduction, resize, selection, transcendental, transposed,
+    contraction, convolution, creation, host, movement, normalization, pointwise, pooling,
+    quantized, rearrange, reduction, resize, selection, transposed,
 )  # fmt: skip
 
 #: Ops with a type rule and no kernel: kind -> why.
@@ -54,13 +65,13 @@ WITHOUT_KERNEL = {
 
 def make_context(
     chip: str, fidelity: str = "exact", threads: int | None = None, path: str | None = None
-) -> Context:
+) -> EngineContext:
     """A simulation context; `UsageError` for an unknown chip or fidelity. `threads` defaults to the
     machine's cores.
     """
     if fidelity not in ("exact", "fast"):
         raise UsageError(f"fidelity: needs exact or fast; got {fidelity!r}.", code="ANE104")
-    return Context(get_chip(chip), fidelity, threads or _cores(), path)
+    return EngineContext(get_chip(chip), fidelity, threads or _cores(), path)
 
 
 def simulate(

@@ -12,24 +12,30 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.opset import Call, bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
-from ane_trainer.ane.simulator.kernels.encoded import encoded_products, with_encoding
+from ane_trainer.ane.simulator.arrays import (
+    from_border,
+    literal_array,
+    storage_dtype,
+    to_border,
+)
+from ane_trainer.ane.simulator.kernels import fused
 from ane_trainer.ane.simulator.kernels.host import host_function, runs_on_host
-from ane_trainer.ane.simulator.kernels.integer import bind_integer, integer_operands
-from ane_trainer.ane.simulator.kernels.views import offset_on_last_axis, view_of
-from ane_trainer.ane.simulator.loops import fused_entry
-from ane_trainer.ane.simulator.memory.border import from_border, literal_array, storage_dtype, to_border
-from ane_trainer.ane.simulator.memory.buffers import empty, zeros
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
-from ane_trainer.ane.simulator.memory.states import without_states
-from ane_trainer.ane.simulator.registry import KERNELS, WRITES, Context, Kernel
+from ane_trainer.ane.simulator.kernels.integer import (
+    bind_integer,
+    encoded_products,
+    integer_operands,
+    with_encoding,
+)
+from ane_trainer.ane.simulator.kernels.movement import offset_on_last_axis, view_of
+from ane_trainer.ane.simulator.numbers.fp16 import Array, empty, round_half_away, zeros
+from ane_trainer.ane.simulator.registry import KERNELS, WRITES, EngineContext, Kernel
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
+from ane_trainer.ane.simulator.states import without_states
 
-Array = NDArray[Any]
 Step = Callable[[], None]
 
 
@@ -42,7 +48,7 @@ class Plan:
     """
 
     function: Function
-    context: Context
+    context: EngineContext
     buffers: dict[str, Array]
     steps: list[Step]
     resident: frozenset[str]
@@ -85,7 +91,7 @@ class Plan:
         return to_border(self.buffers[name], value.type)
 
 
-def prepare(function: Function, context: Context, aliases: Sequence[tuple[str, str]] = ()) -> Plan:
+def prepare(function: Function, context: EngineContext, aliases: Sequence[tuple[str, str]] = ()) -> Plan:
     """Lay out memory and compile; `aliases` lists (output, input) pairs whose output is the next run's input.
 
     Core ML states become resident inputs (`states.py`); what depends on no input is worked out now.
@@ -97,7 +103,9 @@ def prepare(function: Function, context: Context, aliases: Sequence[tuple[str, s
 class _Binder:
     """Builds a plan: one pass over the schedule, allocating and binding each entry."""
 
-    def __init__(self, function: Function, context: Context, aliases: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, function: Function, context: EngineContext, aliases: Sequence[tuple[str, str]]
+    ) -> None:
         self.function, self.context = function, context
         self.next_input = dict(aliases)
         self.entries = schedule(function)
@@ -107,7 +115,7 @@ class _Binder:
         self.base: dict[str, str] = {}  # view -> the value whose memory it shows
         self.steps: list[Step] = []
         self.step_ops: list[tuple[str, ...]] = []
-        self.compiler = fused_entry.Compiler(context)
+        self.compiler = fused.Compiler(context)
         self.last_read = self._last_reads()
 
     def bind(self) -> Plan:
@@ -272,7 +280,7 @@ def _copy(pairs: list[tuple[Array, Array]]) -> None:
         np.copyto(to, source)
 
 
-def _kernel_step(op: Op, context: Context, operands: list[Any], outputs: list[Array]) -> Step:
+def _kernel_step(op: Op, context: EngineContext, operands: list[Any], outputs: list[Array]) -> Step:
     """One unfused op as a callable that fills `outputs`."""
     call = bind(op.kind, dict(op.args))
     host = runs_on_host(op)
@@ -295,7 +303,7 @@ def _kernel_step(op: Op, context: Context, operands: list[Any], outputs: list[Ar
 
 
 def _run_kernel(
-    kernel: Kernel, context: Context, call: Call, convert: Callable[[Any], Any], *operands: Any
+    kernel: Kernel, context: EngineContext, call: Call, convert: Callable[[Any], Any], *operands: Any
 ) -> Any:
     return kernel.run(context, call, *map(convert, operands))
 

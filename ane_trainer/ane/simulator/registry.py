@@ -1,6 +1,6 @@
 """The kernel registry: what each MIL op computes on the engine, and how sure we are of it.
 
-A kernel is `(Context, Call, *arrays) -> array | tuple of arrays` over decoded fp16 (float32 arrays whose
+A kernel is `(EngineContext, Call, *arrays) -> array | tuple of arrays` over decoded fp16 (float32 arrays whose
 values are what the engine sees, see `fp16.py`; bool arrays for bool tensors). `Call` is the opset's typed
 view of the op's parameters; arrays arrive in the order of the op's tensor parameters (None for an absent
 optional one, a tuple for a variadic one). Literals that are tensors arrive as arrays too.
@@ -14,15 +14,14 @@ from typing import Any
 
 from ane_trainer.ane.chips.lookup import Chip
 
-FIDELITIES = ("exact", "bounded", "assumed")
+EVIDENCE_LEVELS = ("exact", "bounded", "assumed")
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a kernel may depend on besides its operands: chip, fidelity mode, number of threads, dispatch
-    path.
+class EngineContext:
+    """What a kernel may depend on besides its operands: chip, fidelity mode, number of threads, dispatch path.
 
-        `path` is one of `chips.PATHS`, or None where no path's peculiarities should show.
+    `path` is one of `chips.PATHS`, or None where no path's peculiarities should show.
     """
 
     chip: Chip
@@ -38,13 +37,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One op's meaning. `fidelity` is "exact" (published hardware vectors reproduce), "bounded" (`bound` says
-    by how much it may differ from the engine) or "assumed"; `evidence` names the source.
+    """One op's meaning. `level`, the evidence level, is "exact" (published hardware vectors reproduce), "bounded"
+    (`bound` says by how much it may differ from the engine) or "assumed"; `evidence` names the source.
     """
 
     kind: str
     run: Callable[..., Any]
-    fidelity: str
+    level: str
     evidence: str
     bound: str = ""
 
@@ -53,23 +52,23 @@ KERNELS: dict[str, Kernel] = {}
 
 
 def kernel(
-    kinds: str, fidelity: str, evidence: str, bound: str = ""
+    kinds: str, level: str, evidence: str, bound: str = ""
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the meaning of the space-separated op `kinds`."""
-    if fidelity not in FIDELITIES:
-        raise ValueError(f"fidelity needs one of {FIDELITIES}; got {fidelity!r}")
+    if level not in EVIDENCE_LEVELS:
+        raise ValueError(f"evidence level: needs one of {EVIDENCE_LEVELS}; got {level!r}")
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for kind in kinds.split():
             if kind in KERNELS:
                 raise ValueError(f"kernel for {kind} is registered twice")
-            KERNELS[kind] = Kernel(kind, function, fidelity, evidence, bound)
+            KERNELS[kind] = Kernel(kind, function, level, evidence, bound)
         return function
 
     return register
 
 
-#: Ops that write their results in place: kind -> `(Context, Call, outputs, *arrays) -> step`.
+#: Ops that write their results in place: kind -> `(EngineContext, Call, outputs, *arrays) -> step`.
 #: The meaning is that of the kernel of the same op; this form only saves a copy.
 WRITES: dict[str, Callable[..., Callable[[], None]]] = {}
 

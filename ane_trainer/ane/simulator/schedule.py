@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ane_trainer.ane.mil.program import Function, Op
-from ane_trainer.ane.simulator.loops.pointwise_code import is_pointwise
+from ane_trainer.ane.simulator.kernels.fused import is_pointwise
 
 #: Ops whose result is another view of their operand's memory (no work unless the view needs a copy).
 VIEWS = frozenset(

@@ -19,8 +19,8 @@ from ane_trainer.ane.errors import ProgramError
 from ane_trainer.ane.mil import semantics
 from ane_trainer.ane.mil.program import Function, Op, Program
 from ane_trainer.ane.simulator import KERNELS, Plan, make_context, prepare, refusal
-from ane_trainer.ane.simulator.memory.states import without_states
 from ane_trainer.ane.simulator.schedule import live_ops
+from ane_trainer.ane.simulator.states import without_states
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array] | Sequence[Mapping[str, Array]]
@@ -254,7 +254,7 @@ def _profiles(
                 distance(got, exact.get(value.name, local), half),
                 time_us,
                 fused,
-                kernel.fidelity if kernel else "",
+                kernel.level if kernel else "",
             )
         )
     return profiles

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ane_trainer.ane.chips.lookup import Chip, get_chip, limit
 from ane_trainer.ane.errors import AneTrainerError, UsageError
-from ane_trainer.ane.simulator import Context, make_context
+from ane_trainer.ane.simulator import EngineContext, make_context
 from ane_trainer.interop.aneforge.loaded import LoadedProgram, Operation, PortSpec, bind_operation
 from ane_trainer.interop.aneforge.reading import check, read_program
 
@@ -49,7 +49,7 @@ class SimulatedLibrary:
     _uncounted: ClassVar[int] = 0
 
     def __init__(self, chip: str, fidelity: str = "exact", threads: int | None = None) -> None:
-        self.context: Context = make_context(chip, fidelity, threads)
+        self.context: EngineContext = make_context(chip, fidelity, threads)
         for name in dir(type(self)):
             if name.startswith("_c_"):
                 setattr(self, f"ane_e5rt_{name[3:]}", partial(getattr(self, name)))

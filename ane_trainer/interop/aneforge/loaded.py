@@ -8,8 +8,8 @@ from functools import partial
 
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.program import Function, TensorType, Value
-from ane_trainer.ane.simulator import Context, Plan, prepare
-from ane_trainer.ane.simulator.memory.border import to_border
+from ane_trainer.ane.simulator import EngineContext, Plan, prepare
+from ane_trainer.ane.simulator.arrays import to_border
 from ane_trainer.interop.aneforge.buffers import BORDER_DTYPES, Buffer
 from ane_trainer.interop.aneforge.reading import port
 
@@ -38,7 +38,7 @@ class Operation:
     """
 
     function: Function
-    context: Context
+    context: EngineContext
     inputs: dict[str, BoundPort]
     outputs: dict[str, BoundPort]
     plan: Plan | None = field(default=None, repr=False)
@@ -77,7 +77,7 @@ class Operation:
 
 
 def bind_operation(
-    function: Function, context: Context, inputs: Sequence[PortSpec], outputs: Sequence[PortSpec]
+    function: Function, context: EngineContext, inputs: Sequence[PortSpec], outputs: Sequence[PortSpec]
 ) -> Operation:
     """An operation with a fresh buffer for every port.
 

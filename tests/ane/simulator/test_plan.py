@@ -9,8 +9,8 @@ from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.opset import Builder, bind
 from ane_trainer.ane.mil.program import Function, Literal, TensorType, Value
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.memory.border import literal_array
-from ane_trainer.ane.simulator.memory.fp16 import decode, encode
+from ane_trainer.ane.simulator.arrays import literal_array
+from ane_trainer.ane.simulator.numbers.fp16 import decode, encode
 
 
 def one_by_one(function, feeds, context):

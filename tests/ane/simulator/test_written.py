@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from ane_trainer.ane.mil.opset import Builder, bind
 from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.kernels import bilinear, convolution, resize
-from ane_trainer.ane.simulator.loops.passes import Pass, total_for
-from ane_trainer.ane.simulator.mac.reference import mac_matmul_reference
-from ane_trainer.ane.simulator.memory.fp16 import decode, encode, round_half_away
+from ane_trainer.ane.simulator.kernels import convolution, resampling, resize
+from ane_trainer.ane.simulator.loops.compiled import Pass, total_for
+from ane_trainer.ane.simulator.numbers.fp16 import decode, encode, round_half_away
 from ane_trainer.ane.simulator.registry import WRITES
+from tests.ane.simulator.mac.reference import mac_matmul_reference
 
 REDUCTIONS = [kind for kind in WRITES if kind.startswith("reduce_")]
 
@@ -138,7 +138,7 @@ def test_interpolation_along_both_axes_is_that_along_one_and_the_other(x, height
         part = (at - low)[:, None] if axis == -2 else at - low
         wide = np.take(wide, low, axis) * (1 - part) + np.take(wide, high, axis) * part
     out = np.empty(wide.shape, np.float32)
-    bilinear.interpolation(np.ascontiguousarray(x), places[-2], places[-1], out, threads)()
+    resampling.interpolation(np.ascontiguousarray(x), places[-2], places[-1], out, threads)()
     assert np.array_equal(round_half_away(wide), out)
 
 
@@ -169,7 +169,7 @@ def test_transposed_convolution_is_a_convolution_of_the_spread_image(x, seed):
     around = [(k - 1 - c, k - 1 - c) for k, c in zip(kernel, cut, strict=True)]
     spread = np.ascontiguousarray(np.pad(spread, ((0, 0), (0, 0), *around)))
     mirrored = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
-    geometry = convolution.Geometry((1, 1), (1, 1), ((0, 0), (0, 0)), 1)
+    geometry = convolution.ConvGeometry((1, 1), (1, 1), ((0, 0), (0, 0)), 1)
     want = np.empty(got.shape, np.float32)
     convolution.convolve_into(context, geometry, spread, mirrored, None, want)()
     assert np.array_equal(encode(want).view(np.uint16), got.view(np.uint16))
@@ -196,7 +196,7 @@ def test_depthwise_convolution_follows_the_law_of_the_accumulator(seed, wild, si
     x, weight = numbers(2, channels[0], *image), numbers(channels[1], 1, *kernel)
     start = numbers(channels[1]) if bias else None
     places = tuple((pad[i], pad[i + 1]) for i in (0, 2))
-    geometry = convolution.Geometry(strides, (1, 1), places, channels[0])
+    geometry = convolution.ConvGeometry(strides, (1, 1), places, channels[0])
     padded = np.pad(x, ((0, 0), (0, 0), *places))
     taps = convolution.windows(padded, tuple(kernel), strides, (1, 1))
     out = np.empty((2, channels[1], *taps.shape[2:4]), np.float32)

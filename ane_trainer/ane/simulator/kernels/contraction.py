@@ -1,32 +1,31 @@
-"""matmul and linear on the multiply-accumulate unit.
+"""matmul, linear and scaled dot product attention (two products around a softmax) on the multiply-accumulate unit.
 
 Exact: every product rounded half away to 2^-16 and summed in Q15.16 (`mac/`). Fast: the machine's fp32
 matrix product, with the same overflow at 32768 and the same output rounding.
 Evidence: M6 notes/numerics.md (H11, H12) for the law; ANEForge's published GEMM errors on M1, M1 Max, M2
-Pro, M4, M5, M5 Pro reproduce to 12 digits (tests/ane/simulator/test_contraction.py).
+Pro, M4, M5, M5 Pro reproduce to 12 digits (tests/docs/test_fidelity.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.loops.compiled import round_in_place
+from ane_trainer.ane.simulator.kernels.reduction import softmax_steps
+from ane_trainer.ane.simulator.loops.compiled import Pass, Step, in_turn, round_in_place
 from ane_trainer.ane.simulator.mac.product import mac_bind
-from ane_trainer.ane.simulator.registry import Context, kernel, writes
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, empty, round_half_away
+from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 EVIDENCE = "M6 notes/numerics.md (M4, M6); ANEForge GEMM errors on six chips"
 
 
 @kernel("matmul", "exact", EVIDENCE)
-def matmul(ctx: Context, call: Call, x: Array, y: Array) -> Array:
+def matmul(ctx: EngineContext, call: Call, x: Array, y: Array) -> Array:
     """x @ y after the transpose flags; leading axes broadcast."""
     (type_,) = call.op.infer(call)
     out = np.empty(type_.shape, np.float32)
@@ -35,7 +34,9 @@ def matmul(ctx: Context, call: Call, x: Array, y: Array) -> Array:
 
 
 @writes("matmul")
-def matmul_into(ctx: Context, call: Call, outputs: list[Array], x: Array, y: Array) -> Callable[[], None]:
+def matmul_into(
+    ctx: EngineContext, call: Call, outputs: list[Array], x: Array, y: Array
+) -> Callable[[], None]:
     """x `[..., M, K]`, y `[..., K, N]` after the transpose flags."""
     a = np.swapaxes(x, -1, -2) if call.flag("transpose_x") else x
     b = np.swapaxes(y, -1, -2) if call.flag("transpose_y") else y
@@ -43,7 +44,7 @@ def matmul_into(ctx: Context, call: Call, outputs: list[Array], x: Array, y: Arr
 
 
 @kernel("linear", "exact", EVIDENCE)
-def linear(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
+def linear(ctx: EngineContext, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
     """x @ weight.T + bias."""
     (type_,) = call.op.infer(call)
     out = np.empty(type_.shape, np.float32)
@@ -53,7 +54,7 @@ def linear(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None
 
 @writes("linear")
 def linear_into(
-    ctx: Context, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
+    ctx: EngineContext, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
 ) -> Callable[[], None]:
     """x `[..., K]`, weight `[N, K]`; the bias is the accumulator's start value."""
     if x.ndim == 1:
@@ -64,7 +65,7 @@ def linear_into(
 @kernel(
     "einsum", "exact", EVIDENCE + "; lowered to matmul (ANEForge vocabulary sweep: relative error 2e-4 on M5)"
 )
-def einsum(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
+def einsum(ctx: EngineContext, call: Call, values: tuple[Array, ...]) -> Array:
     """`nchw,nwhu->nchu` and `chw,whu->chu`: for each h a product `[c, w]` @ `[w, u]`."""
     x, y = (np.moveaxis(values[0], -2, -3), np.moveaxis(values[1], -2, -3))
     batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -73,7 +74,9 @@ def einsum(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
     return np.moveaxis(out, -3, -2)
 
 
-def product_into(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
+def product_into(
+    ctx: EngineContext, a: Array, b: Array, bias: Array | None, out: Array
+) -> Callable[[], None]:
     """`out = a @ b + bias` on the multiply-accumulate unit; leading axes broadcast."""
     if ctx.fast:
         return _fast(ctx, a, b, bias, out)
@@ -82,7 +85,7 @@ def product_into(ctx: Context, a: Array, b: Array, bias: Array | None, out: Arra
     return mac_bind(a, b, bias, threads=ctx.threads, out=out)
 
 
-def _fast(ctx: Context, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
+def _fast(ctx: EngineContext, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
     ta, tb, to = as_tensor(a), as_tensor(b), torch.from_numpy(out)
     finish = round_in_place(out, ctx.threads, bias)
 
@@ -99,4 +102,47 @@ def as_tensor(array: Array) -> torch.Tensor:
     """
     return torch.from_numpy(
         np.lib.stride_tricks.as_strided(array, array.shape, array.strides, writeable=True)
+    )
+
+
+@kernel(
+    "scaled_dot_product_attention", "assumed",
+    "ANEForge vocabulary sweep: relative error 2.7e-4 on M5; composed: product, scale, mask, softmax,"
+    " product."
+    " On the direct path the mask is ignored (Orion, maderix/ANE)",
+)  # fmt: skip
+def attention(
+    ctx: EngineContext, call: Call, query: Array, key: Array, value: Array, mask: Array | None
+) -> Array:
+    """See `attention_into`."""
+    out = np.empty((*query.shape[:-1], value.shape[-1]), np.float32)
+    attention_into(ctx, call, [out], query, key, value, mask)()
+    return out
+
+
+@writes("scaled_dot_product_attention")
+def attention_into(
+    ctx: EngineContext,
+    call: Call,
+    outputs: list[Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+) -> Step:
+    """query `[*B, L, E]`, key `[*B, S, E]`, value `[*B, S, V]`; a bool mask keeps, a float mask is added."""
+    scores = empty((*query.shape[:-1], key.shape[-2]), np.float32)
+    work = Pass(ctx)
+    scale = work.add("const", value=float(round_half_away(1 / math.sqrt(query.shape[-1]))))
+    score = work.add("mul", work.load(scores), scale)
+    if mask is not None and ctx.path != "direct":
+        added = work.load(mask.reshape((1,) * (scores.ndim - mask.ndim) + mask.shape))
+        if mask.dtype == np.bool_:
+            score = work.add("select", added, score, work.add("const", value=-float(INF)))
+        else:
+            score = work.add("add", score, added)
+    return in_turn(
+        product_into(ctx, query, key.swapaxes(-1, -2), None, scores),
+        softmax_steps(ctx, work, score, scores.ndim - 1, scores),
+        product_into(ctx, scores, value, None, outputs[0]),
     )

@@ -3,30 +3,28 @@
 Exact: the weight `[Cout, K]` times columns `[K, positions]` of each sample (K = channels x kernel,
 ascending), in Q15.16 (`mac/`); on chips that do so, 3x3 kernels by `winograd.py`'s operands. Fast: the
 machine's fp32 convolution, with the same overflow and output rounding.
+
+Depthwise, a result is a sum of a few products of one channel: a loop over the results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.kernels import winograd
 from ane_trainer.ane.simulator.kernels.contraction import EVIDENCE, as_tensor, product_into
-from ane_trainer.ane.simulator.kernels.depthwise import depthwise
-from ane_trainer.ane.simulator.loops.compiled import copies, in_turn, round_in_place, round_into
+from ane_trainer.ane.simulator.loops.compiled import Pass, copies, in_turn, round_in_place, round_into
 from ane_trainer.ane.simulator.mac.product import mac_bind
-from ane_trainer.ane.simulator.memory.buffers import empty
-from ane_trainer.ane.simulator.registry import Context, kernel, writes
+from ane_trainer.ane.simulator.numbers.fp16 import Array, empty
+from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
-Array = NDArray[Any]
 Step = Callable[[], None]
 
 WINOGRAD = "3x3 stride-1 on M5 and M6: by Winograd; which shapes take it, and M6's rounding, are assumed"
@@ -36,7 +34,7 @@ _FEW_POSITIONS = 192  # below this a sample alone fills the multiply-accumulate 
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConvGeometry:
     """How windows move: per spatial axis stride, dilation and (before, after) padding; and the groups."""
 
     strides: tuple[int, ...]
@@ -45,17 +43,17 @@ class Geometry:
     groups: int
 
 
-def geometry(call: Call, x: Array, weight: Array) -> Geometry:
+def geometry(call: Call, x: Array, weight: Array) -> ConvGeometry:
     """A convolution call's geometry, defaults filled in."""
     ones = (1,) * (x.ndim - 2)
     strides = call.integers("strides") if call.has("strides") else ones
     dilations = call.integers("dilations") if call.has("dilations") else ones
     padding = spatial_padding(call, x.shape[2:], weight.shape[2:], strides, dilations)
-    return Geometry(strides, dilations, padding, call.integer("groups"))
+    return ConvGeometry(strides, dilations, padding, call.integer("groups"))
 
 
 @kernel("conv", "exact", EVIDENCE + "; published 3x3 errors on M1, M1 Max, M4, M5 Pro reproduce", WINOGRAD)
-def conv(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
+def conv(ctx: EngineContext, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
     """See `conv_into`."""
     out = np.empty(call.op.infer(call)[0].shape, np.float32)
     conv_into(ctx, call, [out], x, weight, bias)()
@@ -64,7 +62,7 @@ def conv(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) 
 
 @writes("conv")
 def conv_into(
-    ctx: Context, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
+    ctx: EngineContext, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
 ) -> Step:
     """x `[N, Cin, *spatial]`, weight `[Cout, Cin/groups, *kernel]`, bias `[Cout]` as the accumulator's
     start.
@@ -79,13 +77,13 @@ def conv_into(
 
 
 def _by_winograd(
-    ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array
+    ctx: EngineContext, shape: ConvGeometry, x: Array, weight: Array, bias: Array | None, out: Array
 ) -> Step:
     """Each pair of neighbouring columns of `out` as two convolutions of transformed operands."""
     padded, pad = with_padding(ctx, x, shape.padding)
     *operands, spread = winograd.columns(padded, out.shape[3])
     *kernels, transform = winograd.filters(weight)
-    plain = Geometry((1, 1), (1, 1), ((0, 0), (0, 0)), 1)
+    plain = ConvGeometry((1, 1), (1, 1), ((0, 0), (0, 0)), 1)
     halves = [np.empty((*out.shape[:3], operand.shape[3]), np.float32) for operand in operands]
     products = [
         convolve_into(ctx, plain, operand, kernel, bias, half)
@@ -101,7 +99,7 @@ def _by_winograd(
 
 
 def convolve_into(
-    ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array
+    ctx: EngineContext, shape: ConvGeometry, x: Array, weight: Array, bias: Array | None, out: Array
 ) -> Step:
     """A step that convolves what x then holds into `out`."""
     if shape.groups == x.shape[1] > 1:
@@ -132,7 +130,7 @@ def convolve_into(
 
 
 def with_padding(
-    ctx: Context, x: Array, padding: Sequence[tuple[int, int]], fill: float = 0.0
+    ctx: EngineContext, x: Array, padding: Sequence[tuple[int, int]], fill: float = 0.0
 ) -> tuple[Array, Step | None]:
     """x with `fill` around, and the step that brings in what x holds; x itself where there is no padding."""
     if not any(map(any, padding)):
@@ -153,7 +151,9 @@ def _matrix(weight: Array) -> tuple[Array, Step | None]:
     return matrix, lambda: np.copyto(shaped, weight)
 
 
-def _group_steps(ctx: Context, taps: Array, filters: Array, start: Array | None, out: Array) -> list[Step]:
+def _group_steps(
+    ctx: EngineContext, taps: Array, filters: Array, start: Array | None, out: Array
+) -> list[Step]:
     """The steps of one group, a few samples at a time. taps `[N, C, *out, *kernel]`, out `[N, Cout,
     *out]`.
     """
@@ -172,7 +172,9 @@ def _group_steps(ctx: Context, taps: Array, filters: Array, start: Array | None,
     return steps
 
 
-def _sample_steps(ctx: Context, source: Array, filters: Array, start: Array | None, out: Array) -> list[Step]:
+def _sample_steps(
+    ctx: EngineContext, source: Array, filters: Array, start: Array | None, out: Array
+) -> list[Step]:
     """One product a sample: columns `[n, K, positions]`, results straight into `out`."""
     n, spatial = len(out), out.ndim - 2
     moved = np.moveaxis(source, 1 + spatial, 0)  # [n, C, *kernel, *out]
@@ -189,7 +191,9 @@ def _sample_steps(ctx: Context, source: Array, filters: Array, start: Array | No
     return [lambda: np.copyto(shaped, moved), product]
 
 
-def _joined_steps(ctx: Context, source: Array, filters: Array, start: Array | None, out: Array) -> list[Step]:
+def _joined_steps(
+    ctx: EngineContext, source: Array, filters: Array, start: Array | None, out: Array
+) -> list[Step]:
     """One product for all samples: columns `[K, n * positions]`, results `[Cout, n * positions]` copied to
     `out`.
     """
@@ -201,7 +205,9 @@ def _joined_steps(ctx: Context, source: Array, filters: Array, start: Array | No
     return [lambda: np.copyto(columns, source), product, lambda: np.copyto(out, moved)]
 
 
-def _fast(ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | None, out: Array) -> Step:
+def _fast(
+    ctx: EngineContext, shape: ConvGeometry, x: Array, weight: Array, bias: Array | None, out: Array
+) -> Step:
     """The machine's convolution, which pads by itself where both sides get the same; 1 x 1 kernels as a product."""
     if (
         weight.size == weight.shape[0] * x.shape[1]
@@ -227,7 +233,7 @@ def _fast(ctx: Context, shape: Geometry, x: Array, weight: Array, bias: Array | 
     return step
 
 
-def finish_into(ctx: Context, out: Array) -> Callable[[torch.Tensor], None]:
+def finish_into(ctx: EngineContext, out: Array) -> Callable[[torch.Tensor], None]:
     """Rounds a tensor of raw accumulator values into `out`."""
     if not out.flags.c_contiguous:
         to, in_place = torch.from_numpy(out), round_in_place(out, ctx.threads)
@@ -256,3 +262,33 @@ def windows(x: Array, kernel: tuple[int, ...], strides: tuple[int, ...], dilatio
     moves = tuple(step * s for step, s in zip(steps, strides, strict=True))
     taps = tuple(step * d for step, d in zip(steps, dilations, strict=True))
     return as_strided(x, (*x.shape[:2], *extents, *kernel), (*x.strides[:2], *moves, *taps), writeable=False)
+
+
+MOST_TAPS = 32
+"""Products a result may have: each is an array of the loop."""
+
+
+def depthwise(
+    ctx: EngineContext, taps: Array, weight: Array, bias: Array | None, out: Array
+) -> Callable[[], None] | None:
+    """The step for windows `[N, C, *out, *kernel]`, weight `[C m, 1, *kernel]`, bias `[C m]` and out `[N, C m,
+    *out]`; None where a loop does not pay.
+    """
+    (batch, channels), spatial = taps.shape[:2], out.shape[2:]
+    kernel, ones = weight.shape[2:], (1,) * len(spatial)
+    filters = weight.reshape(channels, -1, *kernel)
+    results = out.reshape(batch, channels, -1, *spatial)
+    views = np.may_share_memory(filters, weight) and np.may_share_memory(results, out)
+    if not views or np.prod(kernel) > MOST_TAPS or taps.strides[1 + len(spatial)] != taps.itemsize:
+        return None
+    work = Pass(ctx)
+    if bias is None:
+        total = work.add("const", value=0.0)
+    else:
+        total = work.load(bias.reshape(1, channels, -1, *ones))
+    total = total if ctx.fast else work.add("mac_start", total)
+    for place in np.ndindex(*kernel):
+        x = work.load(taps[(..., *place)][:, :, None])
+        w = work.load(filters[(slice(None), slice(None), *place)].reshape(1, channels, -1, *ones))
+        total = work.add("fma" if ctx.fast else "mac_add", total, x, w)
+    return work.store(work.add("mac_round" if ctx.fast else "mac_end", total), results)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.program import TensorType
-from ane_trainer.ane.simulator.memory.border import storage_dtype
-from ane_trainer.ane.simulator.memory.constants import constant
-from ane_trainer.ane.simulator.memory.fp16 import decode, encode, round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.arrays import constant, storage_dtype
+from ane_trainer.ane.simulator.numbers.fp16 import Array, decode, encode, round_half_away
+from ane_trainer.ane.simulator.registry import EngineContext, kernel
 
 
 def stored(values: ArrayLike, type_: TensorType) -> Array:
@@ -32,7 +27,7 @@ def stored(values: ArrayLike, type_: TensorType) -> Array:
     "exact",
     "a constant: ANEForge vocabulary sweep, relative error 3e-4 on M5 (its fp16 value)",
 )
-def fill(ctx: Context, call: Call, reference: Array | None = None) -> Array:
+def fill(ctx: EngineContext, call: Call, reference: Array | None = None) -> Array:
     """A tensor of one value, of the given shape or the reference's."""
     (type_,) = call.op.infer(call)
     value = constant(call, "value")
@@ -45,20 +40,20 @@ def fill(ctx: Context, call: Call, reference: Array | None = None) -> Array:
     "ANEForge vocabulary sweep: relative error 2.5e-4 on M5",
     "each number rounded once",
 )
-def range_1d(ctx: Context, call: Call) -> Array:
+def range_1d(ctx: EngineContext, call: Call) -> Array:
     """start, start + step, ... below end."""
     (type_,) = call.op.infer(call)
     return stored(call.number("start") + np.arange(type_.size) * call.number("step"), type_)
 
 
 @kernel("shape", "exact", "no arithmetic; refused on the e5rt path (ANEForge sweep, M5), folded by compilers")
-def shape(ctx: Context, call: Call, x: Array) -> Array:
+def shape(ctx: EngineContext, call: Call, x: Array) -> Array:
     """x's extents."""
     return np.asarray(x.shape, np.int32)
 
 
 @kernel("const", "exact", "no arithmetic: folded by the compiler")
-def const(ctx: Context, call: Call) -> Array:
+def const(ctx: EngineContext, call: Call) -> Array:
     """The constant itself."""
     value = constant(call, "val")
     assert value is not None
@@ -66,7 +61,7 @@ def const(ctx: Context, call: Call) -> Array:
 
 
 @kernel("identity", "exact", "no arithmetic; refused on the e5rt path (ANEForge sweep, M5)")
-def identity(ctx: Context, call: Call, x: Array) -> Array:
+def identity(ctx: EngineContext, call: Call, x: Array) -> Array:
     """x itself."""
     return x
 
@@ -75,7 +70,7 @@ def identity(ctx: Context, call: Call, x: Array) -> Array:
     "cast", "assumed",
     "refused on the e5rt path but for uint8 inputs (ANEForge); Core ML converts at the border: ties to even",
 )  # fmt: skip
-def cast(ctx: Context, call: Call, x: Array) -> Array:
+def cast(ctx: EngineContext, call: Call, x: Array) -> Array:
     """fp16 leaves the engine as IEEE numbers (65536 as inf); floats become integers towards zero."""
     source, target = call.type(), call.op.infer(call)[0]
     wide: Array = encode(x).astype(np.float32) if source.dtype == "fp16" else x

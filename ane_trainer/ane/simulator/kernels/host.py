@@ -3,6 +3,8 @@
 The engine computes in fp16 only. Core ML leaves index arithmetic and fp32 parts to the host; a program
 that has them still runs here. An fp32 op without an entry is given its operands rounded to fp16, as the
 engine would.
+
+Functions that the engine lacks (acos, asin, atanh, cosh, sinh, tan, mod) are kernels here: one rounding of the result.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.mil.program import Op
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import F32, Array, round_half_away
+from ane_trainer.ane.simulator.registry import EngineContext, kernel
 
 _UNARY: dict[str, Callable[[Array], Array]] = {
     "abs": np.abs, "ceil": np.ceil, "cos": np.cos, "exp": np.exp, "exp2": np.exp2, "floor": np.floor,
@@ -147,3 +149,43 @@ def _quiet(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array]
             return function(x, y)
 
     return run
+
+
+F64 = NDArray[np.float64]
+
+_HOST = (
+    "refused on the e5rt path (ANEForge sweep, M5), on the host in Core ML: exact function, one rounding,"
+    " NaN as 0"
+)
+
+_FUNCTIONS: dict[str, Callable[[F64], F64]] = {
+    "acos": np.arccos,
+    "asin": np.arcsin,
+    "atanh": np.arctanh,
+    "cosh": np.cosh,
+    "sinh": np.sinh,
+    "tan": np.tan,
+}
+
+
+def _rounded(values: NDArray[Any]) -> F32:
+    return round_half_away(np.nan_to_num(values, nan=0.0, posinf=65536.0, neginf=-65536.0))
+
+
+def _register(kind: str, function: Callable[[F64], F64]) -> None:
+    def run(ctx: EngineContext, call: Call, x: F32) -> F32:
+        with np.errstate(all="ignore"):
+            return _rounded(function(x.astype(np.float64)))
+
+    kernel(kind, "assumed", _HOST)(run)
+
+
+for _kind, _function in _FUNCTIONS.items():
+    _register(_kind, _function)
+
+
+@kernel("mod", "assumed", _HOST)
+def mod(ctx: EngineContext, call: Call, x: F32, y: F32) -> F32:
+    """The remainder with the sign of the divisor."""
+    with np.errstate(all="ignore"):
+        return _rounded(np.mod(x.astype(np.float64), y.astype(np.float64)))

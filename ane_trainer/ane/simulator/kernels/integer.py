@@ -1,14 +1,22 @@
-"""Finds multiply-accumulate ops whose operands are both int8 behind a dequantization (W8A8), and binds them.
+"""Products with int8 operands: both behind a dequantization (W8A8), or the weight alone.
 
-dequantize(q int8, scale) -> x; constexpr_blockwise_shift_scale(data int8, scale) -> w; conv(x, w) -> y
+Both: dequantize(q int8, scale) -> x; constexpr_blockwise_shift_scale(data int8, scale) -> w; conv(x, w) -> y
 y = (q conv data, in int32) * scale_x * scale_w + bias                      (`quantized.py` has the law)
+
+The weight alone: the engine encodes the other operand as 16 times its value in fp16.
+
+constexpr_affine_dequantize(data int8, scale) -> w; matmul(x, w) -> y
+
+An element of x beyond 65504 / 16 = 4094 becomes infinite, and with it every sum that it enters with a weight other
+than 0: 4094 is the largest value kept, 4096 is not, on M1 Max, M2 Pro and M5 Pro alike, whatever the size or the
+weights (ANEForge issues 115 and 153, `_targets.Q4_X16_SAT`). Which sign a sum of infinities of both signs has is
+not published: here the one that more of them have, plus in a tie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +24,12 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
-from ane_trainer.ane.simulator.kernels.convolution import Geometry, geometry, windows
+from ane_trainer.ane.simulator.arrays import literal_array
+from ane_trainer.ane.simulator.kernels.convolution import ConvGeometry, geometry, windows
 from ane_trainer.ane.simulator.kernels.quantized import INT32_LIMIT, integer_product
 from ane_trainer.ane.simulator.loops.convert import rounded
-from ane_trainer.ane.simulator.memory.border import literal_array
+from ane_trainer.ane.simulator.numbers.fp16 import INF, Array
 
-Array = NDArray[Any]
 F64 = NDArray[np.float64]
 
 #: First engine generation that multiplies int8 (A16 = M4: maderix/ANE; M3 Pro shows no gain: ANE-Training).
@@ -139,7 +147,7 @@ def _bind_conv(
     return step
 
 
-def _sums(shape: Geometry, x: F64, weight: F64, *, exact_in_fp32: bool) -> F64:
+def _sums(shape: ConvGeometry, x: F64, weight: F64, *, exact_in_fp32: bool) -> F64:
     """Integer convolution in floating point wide enough that every partial sum is exact."""
     dtype = torch.float32 if exact_in_fp32 else torch.float64
     padded = np.pad(x, ((0, 0), (0, 0), *shape.padding))
@@ -149,7 +157,7 @@ def _sums(shape: Geometry, x: F64, weight: F64, *, exact_in_fp32: bool) -> F64:
     return np.asarray(result.numpy(), np.float64)
 
 
-def _ordered(shape: Geometry, x: F64, weight: F64, scale: F64, start: F64, out: Array) -> None:
+def _ordered(shape: ConvGeometry, x: F64, weight: F64, scale: F64, start: F64, out: Array) -> None:
     """The same where int32 may overflow: group by group as a product whose partial sums are looked at."""
     spatial = x.ndim - 2
     taps = windows(
@@ -165,3 +173,38 @@ def _ordered(shape: Geometry, x: F64, weight: F64, scale: F64, start: F64, out: 
         filters = weight[outputs].reshape(rows_per_group, -1)
         product = integer_product(filters, columns, scale[outputs, None], start[outputs, None])
         out[:, outputs] = product.reshape(len(x), rows_per_group, *out.shape[2:])
+
+
+Step = Callable[[], None]
+
+LARGEST = 65504 / 16
+"""The largest magnitude that the encoding keeps."""
+
+
+def encoded_products(function: Function) -> frozenset[str]:
+    """The matrix products of a function whose right operand is stored as affine int8, by name."""
+    stored = {
+        op.result.name for op in function.ops if op.kind == "constexpr_affine_dequantize"
+    }  # fmt: skip
+    return frozenset(
+        op.name
+        for op in function.ops
+        if op.kind == "matmul" and isinstance(y := op.arg("y"), Value) and y.name in stored
+    )
+
+
+def with_encoding(op: Op, step: Step, x: Array, y: Array, out: Array) -> Step:
+    """The product `step`, then infinity where an element of x beyond the encoding entered a sum."""
+    call = bind(op.kind, dict(op.args))
+    left = np.swapaxes(x, -1, -2) if call.flag("transpose_x") else x
+    right = np.swapaxes(y, -1, -2) if call.flag("transpose_y") else y
+
+    def product() -> None:
+        step()
+        if np.abs(left).max(initial=0) > LARGEST:
+            lost = np.where(np.abs(left) > LARGEST, np.sign(left), np.float32(0))
+            signs = np.sign(right)
+            entered = np.abs(lost) @ np.abs(signs)
+            out[...] = np.where(entered > 0, np.where(lost @ signs < 0, -INF, INF), out)
+
+    return product

@@ -6,21 +6,15 @@ numbers comes out as ANEForge published it for M1 and M5 Pro, within a few perce
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
-from ane_trainer.ane.simulator.loops.compiled import Step, chain
+from ane_trainer.ane.simulator.arrays import channel_line, constant, half, per_channel
+from ane_trainer.ane.simulator.loops.compiled import Pass, Step, chain, extreme_for, total_for
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
-from ane_trainer.ane.simulator.loops.passes import Pass, extreme_for, total_for
-from ane_trainer.ane.simulator.memory.constants import channel_line, constant, half, per_channel
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel, writes
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
+from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _SWEEP = "ANEForge vocabulary sweep (M5): relative error "
 _COMPOSED = "; composed: mean, difference, mean of squares, rsqrt table, products"
@@ -43,7 +37,7 @@ def _scaled(y: Array, gamma: Array | None, beta: Array | None) -> Array:
 
 
 def _normalize_into(
-    ctx: Context,
+    ctx: EngineContext,
     x: Array,
     over: tuple[int, ...],
     call: Call,
@@ -99,28 +93,28 @@ def _layer_parameters(
 
 
 @kernel("layer_norm", "assumed", _SWEEP + "0.00039" + _COMPOSED)
-def layer_norm(ctx: Context, call: Call, x: Array) -> Array:
+def layer_norm(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Over `axes`; gamma and beta have the extents of those axes."""
     over, gamma, beta = _layer_parameters(call, x.shape)
     return _scaled(_normalized(x, over, half(call, "epsilon")), gamma, beta)
 
 
 @writes("layer_norm")
-def layer_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def layer_norm_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `layer_norm`."""
     over, gamma, beta = _layer_parameters(call, x.shape)
     return _normalize_into(ctx, x, over, call, gamma, beta, outputs[0])
 
 
 @kernel("instance_norm", "assumed", _SWEEP + "0.00076" + _COMPOSED)
-def instance_norm(ctx: Context, call: Call, x: Array) -> Array:
+def instance_norm(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Over the spatial axes of x `[N, C, *spatial]`; gamma and beta `[C]`."""
     y = _normalized(x, tuple(range(2, x.ndim)), half(call, "epsilon"))
     return _scaled(y, per_channel(call, "gamma", x.ndim), per_channel(call, "beta", x.ndim))
 
 
 @writes("instance_norm")
-def instance_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def instance_norm_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `instance_norm`."""
     gamma, beta = per_channel(call, "gamma", x.ndim), per_channel(call, "beta", x.ndim)
     gamma, beta = (None if v is None else v[None] for v in (gamma, beta))
@@ -130,7 +124,7 @@ def instance_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array)
 @kernel(
     "batch_norm", "assumed", _SWEEP + "0.00037; folded at compile time to one scale and one offset a channel"
 )
-def batch_norm(ctx: Context, call: Call, x: Array) -> Array:
+def batch_norm(ctx: EngineContext, call: Call, x: Array) -> Array:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta as scale * x + offset, both fp16, one rounding."""
     scale, offset = (v.astype(np.float64) for v in channel_line(call))
     return rounded(x * scale + offset)
@@ -141,7 +135,7 @@ def batch_norm(ctx: Context, call: Call, x: Array) -> Array:
     "assumed",
     "ANEForge vocabulary sweep: runs on M5, values not checked; sum of squares, rsqrt table, product",
 )
-def l2_norm(ctx: Context, call: Call, x: Array) -> Array:
+def l2_norm(ctx: EngineContext, call: Call, x: Array) -> Array:
     """x / sqrt(sum of squares + epsilon) over the last three axes."""
     total = np.sum(x.astype(np.float64) ** 2, axis=(-3, -2, -1), keepdims=True)
     root = table_of("rsqrt", rounded(rounded(total) + half(call, "epsilon")))
@@ -149,7 +143,7 @@ def l2_norm(ctx: Context, call: Call, x: Array) -> Array:
 
 
 @writes("l2_norm")
-def l2_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def l2_norm_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `l2_norm`."""
     over = range(x.ndim - 3, x.ndim)
     total, root = total_for(ctx, x, over), extreme_for(x, over)
@@ -163,7 +157,7 @@ def l2_norm_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> St
 
 
 @kernel("local_response_norm", "assumed", _SWEEP + "0.00014; log2 and exp2 tables for the power")
-def local_response_norm(ctx: Context, call: Call, x: Array) -> Array:
+def local_response_norm(ctx: EngineContext, call: Call, x: Array) -> Array:
     """x / (k + alpha / size * sum of squares over `size` channels around)^beta."""
     size, channels = call.integer("size"), x.shape[1]
     squares = np.pad(

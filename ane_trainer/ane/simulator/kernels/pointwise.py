@@ -1,4 +1,4 @@
-"""What each pointwise MIL op computes on the engine: one entry an op, with its fidelity and evidence.
+"""What each pointwise MIL op computes on the engine: one entry an op, with its evidence level and evidence.
 
 Operands and results are decoded fp16 (`fp16.py`); every result of arithmetic is rounded half away from zero
 and saturates at 65536 (inf). A NaN operand counts as an ordinary number above inf, so NaN + 1, relu(NaN) and
@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.kernels.tables import TABLES, evaluate, real_div
-from ane_trainer.ane.simulator.memory.constants import bias
-from ane_trainer.ane.simulator.memory.fp16 import F32, INF, round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel
+from ane_trainer.ane.simulator.arrays import bias
+from ane_trainer.ane.simulator.numbers.fp16 import F32, INF, round_half_away
+from ane_trainer.ane.simulator.numbers.tables import TABLES, evaluate, real_div
+from ane_trainer.ane.simulator.registry import EngineContext, kernel
 
 Bool = NDArray[np.bool_]
 
@@ -47,22 +47,22 @@ def _smaller(x: F32, y: F32 | np.float32) -> F32:
 
 
 def _binary(
-    kind: str, fidelity: str, evidence: str, function: Callable[[Any, Any], Any], bound: str = ""
+    kind: str, level: str, evidence: str, function: Callable[[Any, Any], Any], bound: str = ""
 ) -> None:
-    def run(ctx: Context, call: Call, x: F32, y: F32) -> Any:
+    def run(ctx: EngineContext, call: Call, x: F32, y: F32) -> Any:
         return function(x, y)
 
-    kernel(kind, fidelity, evidence, bound)(run)
+    kernel(kind, level, evidence, bound)(run)
 
 
 def _tabled(kind: str) -> None:
     """An op that is one table."""
     table = TABLES[kind]
 
-    def run(ctx: Context, call: Call, x: F32) -> F32:
+    def run(ctx: EngineContext, call: Call, x: F32) -> F32:
         return evaluate(kind, x)
 
-    kernel(kind, table.fidelity, table.evidence, table.bound)(run)
+    kernel(kind, table.level, table.evidence, table.bound)(run)
 
 
 def _tabled_epsilon(kind: str, table: str) -> None:
@@ -73,10 +73,10 @@ def _tabled_epsilon(kind: str, table: str) -> None:
     """
     entry = TABLES[table]
 
-    def run(ctx: Context, call: Call, x: F32) -> F32:
+    def run(ctx: EngineContext, call: Call, x: F32) -> F32:
         return evaluate(kind, round_half_away(x + bias(call, "epsilon")))
 
-    kernel(kind, entry.fidelity, entry.evidence, entry.bound)(run)
+    kernel(kind, entry.level, entry.evidence, entry.bound)(run)
 
 
 # --- arithmetic ---
@@ -104,17 +104,17 @@ _binary("pow", "assumed", _SWEEP + "0.00018; exp2 and log2 tables", _pow)
 
 
 @kernel("abs", "exact", _EXACT_SWEEP)
-def _run_absolute(ctx: Context, call: Call, x: F32) -> F32:
+def _run_absolute(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _smaller(np.abs(x), INF)
 
 
 @kernel("sign", "exact", _EXACT_SWEEP)
-def _run_sign(ctx: Context, call: Call, x: F32) -> F32:
+def _run_sign(ctx: EngineContext, call: Call, x: F32) -> F32:
     return np.sign(x)
 
 
 @kernel("square", "exact", "ANE guide chapter 3 (M1): inf from 256; " + _PE)
-def _run_square(ctx: Context, call: Call, x: F32) -> F32:
+def _run_square(ctx: EngineContext, call: Call, x: F32) -> F32:
     return round_half_away(x * x)
 
 
@@ -123,12 +123,12 @@ def _floor(x: F32) -> F32:
 
 
 @kernel("floor", "exact", _EXACT_SWEEP)
-def _run_floor(ctx: Context, call: Call, x: F32) -> F32:
+def _run_floor(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _floor(x)
 
 
 @kernel("ceil", "exact", _EXACT_SWEEP)
-def _run_ceil(ctx: Context, call: Call, x: F32) -> F32:
+def _run_ceil(ctx: EngineContext, call: Call, x: F32) -> F32:
     return round_half_away(np.ceil(x))
 
 
@@ -138,7 +138,7 @@ def _run_ceil(ctx: Context, call: Call, x: F32) -> F32:
     "-2048",
     "exact below 1024; three numbers known from there",
 )  # fmt: skip
-def _run_round_nearest(ctx: Context, call: Call, x: F32) -> F32:
+def _run_round_nearest(ctx: EngineContext, call: Call, x: F32) -> F32:
     more = np.abs(x) + np.float32(0.5)
     return round_half_away(np.copysign(np.floor(np.where(more < 1024, more, round_half_away(more))), x))
 
@@ -152,22 +152,22 @@ for _kind, _table in (("rsqrt", "rsqrt"), ("inverse", "inverse"), ("log", "log2"
 
 
 @kernel("exp", "exact", TABLES["exp2"].evidence)
-def _run_exp(ctx: Context, call: Call, x: F32) -> F32:
+def _run_exp(ctx: EngineContext, call: Call, x: F32) -> F32:
     return evaluate("exp", x)
 
 
 @kernel("cos", "assumed", _SWEEP + "0.00056; ANE guide chapter 3: seams of 0.04 to 0.12 on M1")
-def _run_cos(ctx: Context, call: Call, x: F32) -> F32:
+def _run_cos(ctx: EngineContext, call: Call, x: F32) -> F32:
     return evaluate("cos", x)
 
 
 @kernel("atan", "assumed", _SWEEP + "0.01881; ANE guide chapter 3: seams of 0.04 to 0.12 on M1")
-def _run_atan(ctx: Context, call: Call, x: F32) -> F32:
+def _run_atan(ctx: EngineContext, call: Call, x: F32) -> F32:
     return round_half_away(np.arctan(x.astype(np.float64)))
 
 
 @kernel("gelu", "bounded", TABLES["gelu"].evidence, TABLES["gelu"].bound + "; SIGMOID_APPROXIMATION assumed")
-def _run_gelu(ctx: Context, call: Call, x: F32) -> F32:
+def _run_gelu(ctx: EngineContext, call: Call, x: F32) -> F32:
     """EXACT and TANH_APPROXIMATION are one table (bit-identical on M6); SIGMOID_APPROXIMATION is composed."""
     if call.text("mode") != "SIGMOID_APPROXIMATION":
         return evaluate("gelu", x)
@@ -191,29 +191,29 @@ def _softplus(x: F32) -> F32:
     _SWEEP
     + "0.00078; ANE guide chapter 3 (M1): softplus(inf) = 0; ANEForge issue 113 (M5): 0 at 11; composed",
 )
-def _run_softplus(ctx: Context, call: Call, x: F32) -> F32:
+def _run_softplus(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _softplus(x)
 
 
 @kernel("softplus_parametric", "assumed", "as softplus, scaled per channel")
-def _run_softplus_parametric(ctx: Context, call: Call, x: F32) -> F32:
+def _run_softplus_parametric(ctx: EngineContext, call: Call, x: F32) -> F32:
     inner = _softplus(round_half_away(_parameter(call, "beta", x) * x))
     return round_half_away(_parameter(call, "alpha", x) * inner)
 
 
 @kernel("softsign", "assumed", _SWEEP + "0.00076; ANE guide chapter 3 (M1): softsign(inf) = 0; composed")
-def _run_softsign(ctx: Context, call: Call, x: F32) -> F32:
+def _run_softsign(ctx: EngineContext, call: Call, x: F32) -> F32:
     return real_div(x, round_half_away(_ONE + np.abs(x)))
 
 
 @kernel("elu", "assumed", _SWEEP + "0.00506; alpha (exp x - 1) below 0")
-def _run_elu(ctx: Context, call: Call, x: F32) -> F32:
+def _run_elu(ctx: EngineContext, call: Call, x: F32) -> F32:
     below = round_half_away(_parameter(call, "alpha", x) * round_half_away(evaluate("exp", x) - _ONE))
     return np.where(x > 0, _smaller(x, INF), below)
 
 
 @kernel("scaled_tanh", "assumed", _SWEEP + "0.00172; alpha tanh(beta x), each product rounded")
-def _run_scaled_tanh(ctx: Context, call: Call, x: F32) -> F32:
+def _run_scaled_tanh(ctx: EngineContext, call: Call, x: F32) -> F32:
     inner = evaluate("tanh", round_half_away(_parameter(call, "beta", x) * x))
     return round_half_away(_parameter(call, "alpha", x) * inner)
 
@@ -222,12 +222,12 @@ def _run_scaled_tanh(ctx: Context, call: Call, x: F32) -> F32:
 
 
 @kernel("relu", "exact", _EXACT_SWEEP + "; no table: M6 notes/numerics.md")
-def _run_relu(ctx: Context, call: Call, x: F32) -> F32:
+def _run_relu(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _larger(x, np.float32(0))
 
 
 @kernel("relu6", "exact", _EXACT_SWEEP)
-def _run_relu6(ctx: Context, call: Call, x: F32) -> F32:
+def _run_relu6(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _smaller(_larger(x, np.float32(0)), np.float32(6))
 
 
@@ -236,29 +236,29 @@ def _leaky(x: F32, alpha: F32) -> F32:
 
 
 @kernel("leaky_relu prelu", "bounded", _SWEEP + "1e-5", "1 unit in the last place below 0")
-def _run_leaky_relu(ctx: Context, call: Call, x: F32) -> F32:
+def _run_leaky_relu(ctx: EngineContext, call: Call, x: F32) -> F32:
     """x above 0, alpha x below; prelu has one alpha per channel."""
     return _leaky(x, _parameter(call, "alpha", x))
 
 
 @kernel("clamped_relu", "bounded", _SWEEP + "9e-5", "1 unit in the last place below 0")
-def _run_clamped_relu(ctx: Context, call: Call, x: F32) -> F32:
+def _run_clamped_relu(ctx: EngineContext, call: Call, x: F32) -> F32:
     """min(beta, x) above 0, min(beta, alpha x) below."""
     return _smaller(_leaky(x, _parameter(call, "alpha", x)), _parameter(call, "beta", x))
 
 
 @kernel("thresholded_relu", "exact", _EXACT_SWEEP)
-def _run_thresholded_relu(ctx: Context, call: Call, x: F32) -> F32:
+def _run_thresholded_relu(ctx: EngineContext, call: Call, x: F32) -> F32:
     return np.where(x >= _parameter(call, "alpha", x), _smaller(x, INF), np.float32(0))
 
 
 @kernel("threshold", "exact", _EXACT_SWEEP)
-def _run_threshold(ctx: Context, call: Call, x: F32) -> F32:
+def _run_threshold(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _larger(x, _parameter(call, "alpha", x))
 
 
 @kernel("clip", "exact", "no arithmetic: maximum, then minimum")
-def _run_clip(ctx: Context, call: Call, x: F32) -> F32:
+def _run_clip(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _smaller(_larger(x, _parameter(call, "alpha", x)), _parameter(call, "beta", x))
 
 
@@ -268,12 +268,12 @@ def _linear(call: Call, x: F32) -> F32:
 
 
 @kernel("linear_activation", "assumed", _SWEEP + "9e-5; alpha x + beta, the product rounded")
-def _run_linear_activation(ctx: Context, call: Call, x: F32) -> F32:
+def _run_linear_activation(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _linear(call, x)
 
 
 @kernel("sigmoid_hard", "assumed", _SWEEP + "0.00026; alpha x + beta within 0..1, the product rounded")
-def _run_sigmoid_hard(ctx: Context, call: Call, x: F32) -> F32:
+def _run_sigmoid_hard(ctx: EngineContext, call: Call, x: F32) -> F32:
     return _smaller(_larger(_linear(call, x), np.float32(0)), _ONE)
 
 
@@ -290,10 +290,10 @@ for _kind, _logic in (("and", np.logical_and), ("or", np.logical_or), ("xor", np
 
 
 @kernel("logical_not", "assumed", _RUNS)
-def _run_logical_not(ctx: Context, call: Call, x: Bool) -> Bool:
+def _run_logical_not(ctx: EngineContext, call: Call, x: Bool) -> Bool:
     return np.logical_not(x)
 
 
 @kernel("select", "exact", _EXACT_SWEEP + "; moves bit patterns")
-def _run_select(ctx: Context, call: Call, cond: Bool, a: F32, b: F32) -> F32:
+def _run_select(ctx: EngineContext, call: Call, cond: Bool, a: F32, b: F32) -> F32:
     return np.where(cond, a, b)

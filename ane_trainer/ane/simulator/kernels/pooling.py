@@ -7,7 +7,6 @@ windows of few elements are one loop over the results, larger ones a fold over a
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +15,10 @@ from numpy.typing import NDArray
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.kernels.convolution import windows, with_padding
-from ane_trainer.ane.simulator.loops.compiled import Step, in_turn
+from ane_trainer.ane.simulator.loops.compiled import Pass, Step, in_turn
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
-from ane_trainer.ane.simulator.loops.passes import Pass
-from ane_trainer.ane.simulator.memory.buffers import empty
-from ane_trainer.ane.simulator.memory.fp16 import INF
-from ane_trainer.ane.simulator.registry import Context, kernel, writes
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, empty
+from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _SWEEP = "ANEForge vocabulary sweep: relative error "
 
@@ -69,7 +64,7 @@ def _divisors(call: Call, x: Array) -> Array:
 
 
 @kernel("max_pool", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
-def max_pool(ctx: Context, call: Call, x: Array) -> Array:
+def max_pool(ctx: EngineContext, call: Call, x: Array) -> Array:
     """The largest element of each window; padding never wins."""
     sizes, strides, pads = _padding(call, x)
     padded = _padded(x, pads, -float(INF))
@@ -84,7 +79,7 @@ MOST_TAPS = 32
 
 
 @writes("max_pool")
-def max_pool_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def max_pool_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `max_pool`."""
     view, fill = _windows(ctx, call, x, -float(INF))
     work, out = Pass(ctx), outputs[0]
@@ -98,7 +93,7 @@ def max_pool_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> S
     return in_turn(*fill, work.store(value, out))
 
 
-def _windows(ctx: Context, call: Call, x: Array, fill: float) -> tuple[Array, list[Step]]:
+def _windows(ctx: EngineContext, call: Call, x: Array, fill: float) -> tuple[Array, list[Step]]:
     """A view `[N, C, *out, *kernel]` of every window of the padded image, and the step that pads it."""
     sizes, strides, pads = _padding(call, x)
     padded, step = with_padding(ctx, x, pads, fill)
@@ -121,13 +116,13 @@ def _spread(out: Array, view: Array) -> Array:
 @kernel(
     "avg_pool", "bounded", _SWEEP + "2.1e-4 on M5", "1 unit in the last place (summed wide, one rounding)"
 )
-def avg_pool(ctx: Context, call: Call, x: Array) -> Array:
+def avg_pool(ctx: EngineContext, call: Call, x: Array) -> Array:
     """The sum over the window times 1, divided by its size, or by the elements inside the image."""
     return rounded(_wide_sum(_taps(call, x)) / _divisors(call, x))
 
 
 @writes("avg_pool")
-def avg_pool_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def avg_pool_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `avg_pool`."""
     out, divisors = outputs[0], _divisors(call, x)
     view, fill = _windows(ctx, call, x, 0.0)
@@ -155,7 +150,7 @@ def _wide_sum(views: list[Array]) -> NDArray[np.float64]:
 
 
 @kernel("l2_pool", "assumed", _SWEEP + "4.1e-4 on M5; sum of squares in fp16 range, then the sqrt table")
-def l2_pool(ctx: Context, call: Call, x: Array) -> Array:
+def l2_pool(ctx: EngineContext, call: Call, x: Array) -> Array:
     """The root of each window's sum of squares."""
     squares = [view.astype(np.float64) ** 2 for view in _taps(call, x)]
     return table_of("sqrt", rounded(_wide_sum(squares)))

@@ -6,30 +6,29 @@ last axis go through the crop unit like slices (`movement.through_crop_unit`).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.simulator.kernels.contraction import as_tensor
-from ane_trainer.ane.simulator.kernels.movement import MOVES, copy_into, crop_into, through_crop_unit
-from ane_trainer.ane.simulator.kernels.views import split_slices
-from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn
+from ane_trainer.ane.simulator.kernels.movement import (
+    MOVES,
+    copy_into,
+    crop_into,
+    split_slices,
+    through_crop_unit,
+)
+from ane_trainer.ane.simulator.loops.compiled import Pass, Step, copies, in_turn
 from ane_trainer.ane.simulator.loops.convert import rounded
-from ane_trainer.ane.simulator.loops.passes import Pass
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel, writes
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
+from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _CORE_ML = "refused on the e5rt path (ANEForge sweep, M5), runs on the host in Core ML; moves bit patterns"
 
 
 @kernel("split", "exact", MOVES + "; parts inside the last axis as width-offset slices (assumed)")
-def split(ctx: Context, call: Call, x: Array) -> tuple[Array, ...]:
+def split(ctx: EngineContext, call: Call, x: Array) -> tuple[Array, ...]:
     """Parts along an axis; each but the first starts inside it."""
     along = call.integer("axis") % x.ndim
     parts = []
@@ -40,7 +39,7 @@ def split(ctx: Context, call: Call, x: Array) -> tuple[Array, ...]:
 
 
 @writes("split")
-def split_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def split_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `split`."""
     along, steps = call.integer("axis") % x.ndim, []
     for where, out in zip(split_slices(call), outputs, strict=True):
@@ -50,13 +49,13 @@ def split_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step
 
 
 @kernel("stack", "exact", MOVES)
-def stack(ctx: Context, call: Call, values: tuple[Array, ...]) -> Array:
+def stack(ctx: EngineContext, call: Call, values: tuple[Array, ...]) -> Array:
     """The values along a new axis."""
     return np.stack(values, axis=call.integer("axis"))
 
 
 @writes("stack")
-def stack_into(ctx: Context, call: Call, outputs: list[Array], values: tuple[Array, ...]) -> Step:
+def stack_into(ctx: EngineContext, call: Call, outputs: list[Array], values: tuple[Array, ...]) -> Step:
     """See `stack`."""
     return copies(
         list(zip(np.moveaxis(outputs[0], call.integer("axis"), 0), values, strict=True)), ctx.threads
@@ -64,31 +63,31 @@ def stack_into(ctx: Context, call: Call, outputs: list[Array], values: tuple[Arr
 
 
 @kernel("reverse", "exact", MOVES)
-def reverse(ctx: Context, call: Call, x: Array) -> Array:
+def reverse(ctx: EngineContext, call: Call, x: Array) -> Array:
     """x backwards along `axes` (all when absent)."""
     return np.flip(x, axes(call, "axes", x.ndim))
 
 
 @writes("reverse")
-def reverse_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def reverse_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `reverse`."""
     return copy_into(ctx, reverse(ctx, call, x), outputs[0])
 
 
 @kernel("flatten2d", "exact", MOVES)
-def flatten2d(ctx: Context, call: Call, x: Array) -> Array:
+def flatten2d(ctx: EngineContext, call: Call, x: Array) -> Array:
     """x as a matrix, cut before `axis`."""
     return x.reshape(call.op.infer(call)[0].shape)
 
 
 @kernel("reshape_like", "exact", _CORE_ML)
-def reshape_like(ctx: Context, call: Call, x: Array, *_references: tuple[Array, ...]) -> Array:
+def reshape_like(ctx: EngineContext, call: Call, x: Array, *_references: tuple[Array, ...]) -> Array:
     """x in a shape made of the extents of other tensors."""
     return x.reshape(call.op.infer(call)[0].shape)
 
 
 @kernel("crop", "exact", MOVES + "; a cut on the left as a width-offset slice (assumed)")
-def crop(ctx: Context, call: Call, x: Array) -> Array:
+def crop(ctx: EngineContext, call: Call, x: Array) -> Array:
     """x `[*, H, W]` without the (top, bottom) rows and (left, right) columns."""
     (top, bottom), (left, right) = call.integers("crop_height"), call.integers("crop_width")
     kept = x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
@@ -96,7 +95,7 @@ def crop(ctx: Context, call: Call, x: Array) -> Array:
 
 
 @writes("crop")
-def crop_op_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def crop_op_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `crop`."""
     (top, bottom), (left, right) = call.integers("crop_height"), call.integers("crop_width")
     kept = x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
@@ -104,13 +103,13 @@ def crop_op_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> St
 
 
 @kernel("depth_to_space space_to_depth pixel_shuffle pixel_unshuffle", "exact", MOVES)
-def shuffled(ctx: Context, call: Call, x: Array) -> Array:
+def shuffled(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Blocks of b x b moved between depth and space, see `_blocks`."""
     return _blocks(call, x).reshape(call.op.infer(call)[0].shape)
 
 
 @writes("depth_to_space space_to_depth pixel_shuffle pixel_unshuffle")
-def shuffled_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def shuffled_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `shuffled`."""
     blocks = _blocks(call, x)
     return copy_into(ctx, blocks, outputs[0].reshape(blocks.shape))
@@ -139,7 +138,7 @@ def _blocks(call: Call, x: Array) -> Array:
 
 
 @kernel("space_to_batch", "exact", MOVES)
-def space_to_batch(ctx: Context, call: Call, x: Array) -> Array:
+def space_to_batch(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Padded space cut into blocks; the block's row and column become the slowest part of the batch."""
     (bh, bw), pairs = call.integers("block_shape"), call.integers("paddings")
     padded = np.pad(x, ((0, 0), (0, 0), pairs[:2], pairs[2:]))
@@ -149,7 +148,7 @@ def space_to_batch(ctx: Context, call: Call, x: Array) -> Array:
 
 
 @kernel("batch_to_space", "exact", MOVES)
-def batch_to_space(ctx: Context, call: Call, x: Array) -> Array:
+def batch_to_space(ctx: EngineContext, call: Call, x: Array) -> Array:
     """The inverse of `space_to_batch`, with crops for paddings."""
     (bh, bw), cuts = call.integers("block_shape"), call.integers("crops")
     n, c, h, w = x.shape
@@ -159,7 +158,7 @@ def batch_to_space(ctx: Context, call: Call, x: Array) -> Array:
 
 
 @kernel("reverse_sequence", "exact", _CORE_ML)
-def reverse_sequence(ctx: Context, call: Call, x: Array, lengths: Array) -> Array:
+def reverse_sequence(ctx: EngineContext, call: Call, x: Array, lengths: Array) -> Array:
     """The first lengths[i] entries along `seq_axis` reversed, for each entry i of `batch_axis`."""
     moved = np.moveaxis(x, (call.integer("batch_axis"), call.integer("seq_axis")), (0, 1))
     out = moved.copy()
@@ -169,7 +168,7 @@ def reverse_sequence(ctx: Context, call: Call, x: Array, lengths: Array) -> Arra
 
 
 @kernel("sliding_windows", "exact", _CORE_ML)
-def sliding_windows(ctx: Context, call: Call, x: Array) -> Array:
+def sliding_windows(ctx: EngineContext, call: Call, x: Array) -> Array:
     """`axis` becomes two: the windows, `stride` apart, and the `size` entries of each."""
     along, size = call.integer("axis") % x.ndim, call.integer("size")
     every = np.lib.stride_tricks.sliding_window_view(x, size, axis=along)
@@ -178,7 +177,7 @@ def sliding_windows(ctx: Context, call: Call, x: Array) -> Array:
 
 
 @kernel("band_part", "exact", _CORE_ML)
-def band_part(ctx: Context, call: Call, x: Array) -> Array:
+def band_part(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Zero off the band of `lower` diagonals below and `upper` above the main one; negative keeps all."""
     row, column = np.indices(x.shape[-2:])
     lower, upper = call.integer("lower"), call.integer("upper")
@@ -191,7 +190,7 @@ def band_part(ctx: Context, call: Call, x: Array) -> Array:
     "assumed",
     "refused on the e5rt path (ANEForge sweep, M5); summed wide, each result rounded once",
 )
-def cumsum(ctx: Context, call: Call, x: Array) -> Array:
+def cumsum(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Running sum along `axis`; `exclusive` starts at 0, `reverse` runs from the end."""
     axis = call.integer("axis")
     ordered = np.flip(x, axis) if call.flag("reverse") else x
@@ -204,7 +203,7 @@ def cumsum(ctx: Context, call: Call, x: Array) -> Array:
 
 
 @writes("cumsum")
-def cumsum_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def cumsum_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `cumsum`; in fast mode the running sum is handed out as fp32."""
     out, axis = outputs[0], call.integer("axis")
     if x.dtype != np.float32 or call.flag("reverse") or call.flag("exclusive"):

@@ -12,17 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
-from ane_trainer.ane.simulator.loops.compiled import LINE, Step, chain
+from ane_trainer.ane.simulator.loops.compiled import LINE, Pass, Step, chain, extreme_for, total_for
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
-from ane_trainer.ane.simulator.loops.passes import Pass, extreme_for, total_for
-from ane_trainer.ane.simulator.loops.team import PARALLEL_ELEMENTS
-from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.loops.jit import PARALLEL_ELEMENTS
+from ane_trainer.ane.simulator.numbers.fp16 import Array
+from ane_trainer.ane.simulator.registry import KERNELS, EngineContext, kernel, writes
 
 _SUM = (
     "four terms in fp16, then wide: ANE guide chapter 3 (M1: 4096 and 1,024 ones give 5116), ANEForge"
@@ -35,7 +32,7 @@ def _over(call: Call) -> dict[str, Any]:
     return {"axis": axes(call, "axes", call.type().rank), "keepdims": call.flag("keep_dims")}
 
 
-def _folding(ctx: Context, call: Call, x: Array, out: Array) -> Step:
+def _folding(ctx: EngineContext, call: Call, x: Array, out: Array) -> Step:
     """The reduction as one loop over x, and what follows on its totals as another."""
     kind, over = call.op.kind, _over(call)["axis"]
     if not over:
@@ -52,7 +49,9 @@ def _folding(ctx: Context, call: Call, x: Array, out: Array) -> Step:
     return chain(gather, last.store(result if table is None else last.lookup(result, table), shaped))
 
 
-def _gather(ctx: Context, fold: str, sizes: bool, x: Array, over: tuple[int, ...], total: Array) -> Step:
+def _gather(
+    ctx: EngineContext, fold: str, sizes: bool, x: Array, over: tuple[int, ...], total: Array
+) -> Step:
     """One loop over x (`sizes`: over magnitudes); for few totals, a part of x for each thread, which are joined."""
     work, parts = Pass(ctx), ctx.threads if total.size < 2 * LINE and x.size >= PARALLEL_ELEMENTS else 1
     if parts == 1 or 0 not in over or x.shape[0] % parts:
@@ -85,7 +84,7 @@ def _fours(x: Array, axis: int) -> list[list[Array]]:
     return [group for group in groups if group]
 
 
-def _by_fours(ctx: Context, kind: str, x: Array, over: tuple[int, ...], out: Array) -> Step:
+def _by_fours(ctx: EngineContext, kind: str, x: Array, over: tuple[int, ...], out: Array) -> Step:
     """Sum or mean: one loop over the groups of four, one over what is left, then the look at the totals."""
     totals: list[Array] = []
     steps: list[Step] = []
@@ -130,7 +129,7 @@ _FOLDED: dict[str, tuple[str, str | None]] = {
 
 
 @writes(" ".join(_FOLDED))
-def reduce_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def reduce_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """Every reduction that one loop and a look at its totals make; int32 and fp32 take their kernels."""
     if call.type().dtype == "fp16":
         return _folding(ctx, call, x, outputs[0])
@@ -147,44 +146,44 @@ def _sum(x: Array, **over: Any) -> Array:
 
 
 @kernel("reduce_sum", "assumed", _SUM)
-def reduce_sum(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_sum(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Sum over `axes`."""
     return rounded(_sum_by_fours(x, _over(call)))
 
 
 @kernel("reduce_mean", "assumed", _SUM)
-def reduce_mean(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_mean(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Mean over `axes`."""
     total = _sum_by_fours(x, _over(call))
     return rounded(total / (x.size / total.size))
 
 
 @kernel("reduce_l1_norm", "assumed", _SWEEP + "0.00071; the order of partial sums is unknown")
-def reduce_l1_norm(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_l1_norm(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Sum of magnitudes."""
     return _sum(np.abs(x), **_over(call))
 
 
 @kernel("reduce_sum_square", "assumed", _SWEEP + "0.00054; the order of partial sums is unknown")
-def reduce_sum_square(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_sum_square(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Sum of squares."""
     return _sum(np.square(x), **_over(call))
 
 
 @kernel("reduce_l2_norm", "assumed", _SWEEP + "0.00051; sum of squares in fp16 range, then the sqrt table")
-def reduce_l2_norm(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_l2_norm(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Root of the sum of squares."""
     return table_of("sqrt", reduce_sum_square(ctx, call, x))
 
 
 @kernel("reduce_log_sum", "assumed", _SWEEP + "0.00091; sum, then the log table")
-def reduce_log_sum(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_log_sum(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Logarithm of the sum."""
     return table_of("log", _sum(x, **_over(call)))
 
 
 @kernel("reduce_log_sum_exp", "assumed", _SWEEP + "0.00077; maximum subtracted, exp table, sum, log table")
-def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_log_sum_exp(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Logarithm of the sum of exponentials."""
     over = _over(call)
     most = np.max(x, axis=over["axis"], keepdims=True)
@@ -195,19 +194,19 @@ def reduce_log_sum_exp(ctx: Context, call: Call, x: Array) -> Array:
 @kernel(
     "reduce_prod", "assumed", "refused on the e5rt path (ANEForge sweep, M5); multiplied wide, rounded once"
 )
-def reduce_prod(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_prod(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Product over `axes`."""
     return rounded(np.prod(x, dtype=np.float64, **_over(call)))
 
 
 @kernel("reduce_max", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
-def reduce_max(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_max(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Largest element over `axes`."""
     return np.asarray(np.max(x, **_over(call)))
 
 
 @kernel("reduce_min", "exact", "no arithmetic: ANEForge vocabulary sweep, relative error 0 on M5")
-def reduce_min(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_min(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Smallest element over `axes`."""
     return np.asarray(np.min(x, **_over(call)))
 
@@ -215,7 +214,7 @@ def reduce_min(ctx: Context, call: Call, x: Array) -> Array:
 @kernel(
     "softmax", "assumed", "ane-guide ch. 3: the maximum is subtracted; exp table, sum, inverse table, product"
 )
-def softmax(ctx: Context, call: Call, x: Array) -> Array:
+def softmax(ctx: EngineContext, call: Call, x: Array) -> Array:
     """exp(x) over its sum along one axis."""
     return softmax_over(x, call.integer("axis"))
 
@@ -228,13 +227,13 @@ def softmax_over(x: Array, axis: int) -> Array:
 
 
 @writes("softmax")
-def softmax_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def softmax_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `softmax_over`."""
     work = Pass(ctx)
     return softmax_steps(ctx, work, work.load(x), call.integer("axis") % x.ndim, outputs[0])
 
 
-def softmax_steps(ctx: Context, work: Pass, value: int, axis: int, out: Array) -> Step:
+def softmax_steps(ctx: EngineContext, work: Pass, value: int, axis: int, out: Array) -> Step:
     """`softmax_over` of a value of a pass in four loops: maximum; exponentials and their sum; factor; product."""
     total, most, factor = total_for(ctx, out, (axis,)), extreme_for(out, (axis,)), extreme_for(out, (axis,))
     weights, inverted, last = Pass(ctx), Pass(ctx), Pass(ctx)
@@ -250,7 +249,7 @@ def softmax_steps(ctx: Context, work: Pass, value: int, axis: int, out: Array) -
 
 
 @writes("reduce_log_sum_exp")
-def reduce_log_sum_exp_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def reduce_log_sum_exp_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """See `reduce_log_sum_exp`."""
     out, over = outputs[0], _over(call)["axis"]
     if not over:

@@ -13,15 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.kernels.bilinear import interpolation
-from ane_trainer.ane.simulator.kernels.nearest import picking
+from ane_trainer.ane.simulator.kernels.resampling import interpolation, picking
 from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn
 from ane_trainer.ane.simulator.loops.convert import rounded
-from ane_trainer.ane.simulator.memory.buffers import empty
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
-from ane_trainer.ane.simulator.registry import KERNELS, Context, kernel, writes
+from ane_trainer.ane.simulator.numbers.fp16 import Array, empty, round_half_away
+from ane_trainer.ane.simulator.registry import KERNELS, EngineContext, kernel, writes
 
-Array = NDArray[Any]
 F64 = NDArray[np.float64]
 
 _ZERO = "ANEForge vocabulary sweep: relative error 0 on M5 (whole factors)"
@@ -80,13 +77,13 @@ def _on_axis(index: Array, extent: int) -> Array:
     "exact",
     _ZERO + "; fractional factors assumed: floor(i in / out)",
 )
-def nearest(ctx: Context, call: Call, x: Array) -> Array:
+def nearest(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Each result takes the element at floor(i * extent / new extent) of its row and column."""
     return _nearest(x, _places(call, x))
 
 
 @kernel("upsample_bilinear resize_bilinear", "assumed", _RUNS)
-def bilinear(ctx: Context, call: Call, x: Array) -> Array:
+def bilinear(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Height and width interpolated at positions by `sampling_mode`.
 
     Of an upsampling with align_corners the ends lie on ends; else half_pixel_centers says (absent: the opposite of
@@ -96,13 +93,13 @@ def bilinear(ctx: Context, call: Call, x: Array) -> Array:
 
 
 @kernel("resize", "assumed", _RUNS)
-def resize(ctx: Context, call: Call, x: Array) -> Array:
+def resize(ctx: EngineContext, call: Call, x: Array) -> Array:
     """The last `resized_dims` axes, LINEAR or NEAREST_NEIGHBOR (the element nearest below the position)."""
     return (_nearest if _picks(call) else _linear)(x, _places(call, x))
 
 
 @writes("upsample_nearest_neighbor resize_nearest_neighbor upsample_bilinear resize_bilinear resize")
-def resized_into(ctx: Context, call: Call, outputs: list[Array], x: Array) -> Step:
+def resized_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
     """Where height and width change, a compiled loop over images; any other axes take the kernel."""
     out, places, picks = outputs[0], _places(call, x), _picks(call)
     if out.dtype != np.float32 or x.ndim < 2 or any(axis < x.ndim - 2 for axis in places):
@@ -168,7 +165,7 @@ def _sampled(image: Array, rows: F64, columns: F64, outside: float | None) -> F6
 
 
 @kernel("affine", "assumed", _RUNS)
-def affine(ctx: Context, call: Call, x: Array, matrix: Array) -> Array:
+def affine(ctx: EngineContext, call: Call, x: Array, matrix: Array) -> Array:
     """Result pixel (u, v) in -1..1 shows x at (a0 u + a1 v + a2, b0 u + b1 v + b2); zero outside."""
     (type_,) = call.op.infer(call)
     (height, width), (rows, columns) = x.shape[2:], type_.shape[2:]
@@ -186,7 +183,7 @@ def _unit(count: int) -> F64:
 
 
 @kernel("resample", "assumed", _HOST)
-def resample(ctx: Context, call: Call, x: Array, coordinates: Array) -> Array:
+def resample(ctx: EngineContext, call: Call, x: Array, coordinates: Array) -> Array:
     """x `[N, C, H, W]` at coordinates `[N, H', W', 2]` given as (across, down)."""
     sizes = (x.shape[3], x.shape[2])
     across, down = (
@@ -223,7 +220,12 @@ def _mirrored(at: F64, size: int, mode: str) -> F64:
 
 @kernel("crop_resize", "assumed", _HOST)
 def crop_resize(
-    ctx: Context, call: Call, x: Array, boxes: Array | None, box_indices: Array | None, roi: Array | None
+    ctx: EngineContext,
+    call: Call,
+    x: Array,
+    boxes: Array | None,
+    box_indices: Array | None,
+    roi: Array | None,
 ) -> Array:
     """Boxes cut from images `[B, C, H, W]` and resized; boxes `[N, 4]` with indices, or roi `[N, 1, 4 or
     5, 1, 1]`.

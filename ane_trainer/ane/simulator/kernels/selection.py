@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
+from ane_trainer.ane.simulator.arrays import storage_dtype
 from ane_trainer.ane.simulator.kernels.contraction import as_tensor
 from ane_trainer.ane.simulator.loops.compiled import Step
-from ane_trainer.ane.simulator.memory.border import storage_dtype
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
-from ane_trainer.ane.simulator.registry import Context, kernel, writes
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
+from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _SWEEP = "ANEForge vocabulary sweep: relative error 0 on M5"
 _HOST = "refused on the e5rt path (ANEForge sweep, M5), runs on the host in Core ML; "
@@ -34,7 +32,7 @@ def _inside(indices: Array, extent: int) -> Array:
 
 
 @kernel("gather", "exact", _MOVED)
-def gather(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
+def gather(ctx: EngineContext, call: Call, x: Array, indices: Array) -> Array:
     """x.shape[:axis] + indices.shape[batch_dims:] + x.shape[axis+1:]; leading batch axes go together."""
     batch, axis = call.integer("batch_dims"), call.integer("axis") % x.ndim
     found = _inside(indices, x.shape[axis])
@@ -47,7 +45,7 @@ def gather(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
 
 
 @writes("gather")
-def gather_into(ctx: Context, call: Call, outputs: list[Array], x: Array, indices: Array) -> Step:
+def gather_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array, indices: Array) -> Step:
     """See `gather`; without batch axes PyTorch picks, on its threads."""
     out, axis = outputs[0], call.integer("axis") % x.ndim
     if call.integer("batch_dims") or x.dtype not in (np.float32, np.int32):
@@ -62,7 +60,7 @@ def gather_into(ctx: Context, call: Call, outputs: list[Array], x: Array, indice
 
 
 @kernel("gather_along_axis", "exact", _MOVED)
-def gather_along_axis(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
+def gather_along_axis(ctx: EngineContext, call: Call, x: Array, indices: Array) -> Array:
     """x[..., indices[...], ...] along `axis`, element by element."""
     axis = call.integer("axis") % x.ndim
     return np.take_along_axis(x, _inside(indices, x.shape[axis]), axis)
@@ -74,7 +72,7 @@ def _address(indices: Array, shape: tuple[int, ...]) -> tuple[Array, ...]:
 
 
 @kernel("gather_nd", "exact", _MOVED)
-def gather_nd(ctx: Context, call: Call, x: Array, indices: Array) -> Array:
+def gather_nd(ctx: EngineContext, call: Call, x: Array, indices: Array) -> Array:
     """indices `[..., K]` address the K axes after the batch axes."""
     batch, depth = call.integer("batch_dims"), indices.shape[-1]
     if not batch:
@@ -107,7 +105,7 @@ def _scattered(call: Call, data: Array, where: tuple[Array, ...], updates: Array
 
 
 @kernel("scatter", "assumed", _HOST + "in the order of the updates")
-def scatter(ctx: Context, call: Call, data: Array, indices: Array, updates: Array) -> Array:
+def scatter(ctx: EngineContext, call: Call, data: Array, indices: Array, updates: Array) -> Array:
     """data[..., indices, ...] changed by updates of the shape that `gather` would give."""
     axis = call.integer("axis") % data.ndim
     first = np.moveaxis(data, axis, 0)
@@ -118,7 +116,7 @@ def scatter(ctx: Context, call: Call, data: Array, indices: Array, updates: Arra
 
 
 @kernel("scatter_along_axis", "assumed", _HOST + "in the order of the updates")
-def scatter_along_axis(ctx: Context, call: Call, data: Array, indices: Array, updates: Array) -> Array:
+def scatter_along_axis(ctx: EngineContext, call: Call, data: Array, indices: Array, updates: Array) -> Array:
     """data changed at indices along `axis`, element by element."""
     axis = call.integer("axis") % data.ndim
     where: list[Array] = list(np.indices(indices.shape))
@@ -127,14 +125,14 @@ def scatter_along_axis(ctx: Context, call: Call, data: Array, indices: Array, up
 
 
 @kernel("scatter_nd", "assumed", _HOST + "in the order of the updates")
-def scatter_nd(ctx: Context, call: Call, data: Array, indices: Array, updates: Array) -> Array:
+def scatter_nd(ctx: EngineContext, call: Call, data: Array, indices: Array, updates: Array) -> Array:
     """data changed at the places that `gather_nd` with these indices would read."""
     where = _address(indices, data.shape[: indices.shape[-1]])
     return _scattered(call, data, where, updates, indices.ndim - 1)
 
 
 @kernel("slice_update", "exact", _MOVED)
-def slice_update(ctx: Context, call: Call, x: Array, update: Array) -> Array:
+def slice_update(ctx: EngineContext, call: Call, x: Array, update: Array) -> Array:
     """x with the part that `slice_by_index` would take replaced."""
     slices, squeezed = index_slices(call)
     out = x.copy()
@@ -145,7 +143,7 @@ def slice_update(ctx: Context, call: Call, x: Array, update: Array) -> Array:
 
 
 @kernel("one_hot", "exact", _MOVED)
-def one_hot(ctx: Context, call: Call, indices: Array) -> Array:
+def one_hot(ctx: EngineContext, call: Call, indices: Array) -> Array:
     """A new axis of `one_hot_vector_size`: on_value at the index, off_value elsewhere."""
     (type_,) = call.op.infer(call)
     on, off = (np.asarray(call.const(name), np.float64) for name in ("on_value", "off_value"))
@@ -156,7 +154,7 @@ def one_hot(ctx: Context, call: Call, indices: Array) -> Array:
 
 
 @kernel("non_zero", "exact", _MOVED)
-def non_zero(ctx: Context, call: Call, x: Array) -> Array:
+def non_zero(ctx: EngineContext, call: Call, x: Array) -> Array:
     """The places of non-zero elements, `[count, rank]`."""
     return np.argwhere(x != 0)
 
@@ -182,13 +180,13 @@ def _first(x: Array, axis: int, count: int, ascending: bool) -> Array:
 
 
 @kernel("argsort", "exact", _MOVED + "; the order of equal values is assumed")
-def argsort(ctx: Context, call: Call, x: Array) -> Array:
+def argsort(ctx: EngineContext, call: Call, x: Array) -> Array:
     """Positions in sorted order, largest first unless `ascending`."""
     return _order(x, call.integer("axis"), call.flag("ascending"))
 
 
 @kernel("topk", "exact", _SWEEP + "; the order of equal values is assumed")
-def topk(ctx: Context, call: Call, x: Array) -> Array | tuple[Array, Array]:
+def topk(ctx: EngineContext, call: Call, x: Array) -> Array | tuple[Array, Array]:
     """The k largest (smallest when ascending) in order, and their indices."""
     axis = call.integer("axis") % x.ndim
     order = _first(x, axis, call.integer("k"), call.flag("ascending"))
@@ -201,14 +199,14 @@ def topk(ctx: Context, call: Call, x: Array) -> Array | tuple[Array, Array]:
     "exact",
     _HOST + "native from A15 on other paths; the first of equal values",
 )
-def reduce_arg(ctx: Context, call: Call, x: Array) -> Array:
+def reduce_arg(ctx: EngineContext, call: Call, x: Array) -> Array:
     """The position of the largest (smallest) element along `axis`."""
     pick = np.argmax if call.op.kind == "reduce_argmax" else np.argmin
     return np.asarray(pick(x, axis=call.integer("axis"), keepdims=call.flag("keep_dims")))
 
 
 @kernel("non_maximum_suppression", "assumed", "ANEForge vocabulary sweep: runs on M5, values not checked")
-def non_maximum_suppression(ctx: Context, call: Call, boxes: Array, scores: Array) -> tuple[Array, ...]:
+def non_maximum_suppression(ctx: EngineContext, call: Call, boxes: Array, scores: Array) -> tuple[Array, ...]:
     """Boxes (centre x, centre y, width, height) by falling best score, without those that overlap a chosen
     one.
 

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.simulator.kernels.contraction import EVIDENCE, as_tensor
-from ane_trainer.ane.simulator.kernels.convolution import Geometry, convolve_into, finish_into
+from ane_trainer.ane.simulator.kernels.convolution import ConvGeometry, convolve_into, finish_into
 from ane_trainer.ane.simulator.loops.compiled import in_turn
-from ane_trainer.ane.simulator.memory.buffers import zeros
-from ane_trainer.ane.simulator.registry import Context, kernel, writes
+from ane_trainer.ane.simulator.numbers.fp16 import Array, zeros
+from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
-Array = NDArray[Any]
 Step = Callable[[], None]
 
 
 @kernel("conv_transpose", "exact", EVIDENCE + "; ANEForge vocabulary sweep: relative error 2.5e-4 on M5")
-def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
+def conv_transpose(ctx: EngineContext, call: Call, x: Array, weight: Array, bias: Array | None) -> Array:
     """See `conv_transpose_into`."""
     out = np.empty(call.op.infer(call)[0].shape, np.float32)
     conv_transpose_into(ctx, call, [out], x, weight, bias)()
@@ -38,7 +35,7 @@ def conv_transpose(ctx: Context, call: Call, x: Array, weight: Array, bias: Arra
 
 @writes("conv_transpose")
 def conv_transpose_into(
-    ctx: Context, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
+    ctx: EngineContext, call: Call, outputs: list[Array], x: Array, weight: Array, bias: Array | None
 ) -> Step:
     """x `[N, Cin, *spatial]`, weight `[Cin, Cout/groups, *kernel]`, bias `[Cout]`. `pad` cuts the result,
     `output_shape` says where it ends.
@@ -63,7 +60,7 @@ _Moves = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride
 
 
 def _fast(
-    ctx: Context, moves: _Moves, x: Array, weight: Array, bias: Array | None, out: Array
+    ctx: EngineContext, moves: _Moves, x: Array, weight: Array, bias: Array | None, out: Array
 ) -> Step | None:
     """The machine's transposed convolution, where it can cut as the op does."""
     strides, dilations, cut, groups = moves
@@ -89,7 +86,7 @@ def _spread(x: Array, strides: tuple[int, ...]) -> tuple[Array, Step]:
 
 
 def _phases(
-    ctx: Context, moves: _Moves, x: Array, weight: Array, bias: Array | None, out: Array
+    ctx: EngineContext, moves: _Moves, x: Array, weight: Array, bias: Array | None, out: Array
 ) -> Iterator[Step]:
     """The steps: per combination of remainders one convolution into every stride-th result."""
     strides, dilations, cut, groups = moves
@@ -106,7 +103,7 @@ def _phases(
         reach = [(k - 1) * d for k, d in zip(filters.shape[2:], dilations, strict=True)]
         firsts = [f // s - r for f, s, r in zip(at, strides, reach, strict=True)]
         window, fill = _window(x, firsts, [n + r for n, r in zip(target.shape[2:], reach, strict=True)])
-        shape = Geometry(ones, dilations, ((0, 0),) * len(ones), groups)
+        shape = ConvGeometry(ones, dilations, ((0, 0),) * len(ones), groups)
         yield in_turn(take, fill, convolve_into(ctx, shape, window, filters, bias, target))
 
 

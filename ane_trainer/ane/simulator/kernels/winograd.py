@@ -19,15 +19,11 @@ shapes a compiler sends this way is known in part only: dense, stride 1 (ANE gui
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.chips.lookup import Chip
-from ane_trainer.ane.simulator.memory.fp16 import round_half_away
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
 
 
 def eligible(

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.simulator.kernels.tables import evaluate, lookup
 from ane_trainer.ane.simulator.loops import jit, lanes
 from ane_trainer.ane.simulator.loops.ir import (
     F32,
@@ -28,8 +27,9 @@ from ane_trainer.ane.simulator.loops.ir import (
     Value,
     module,
 )
-from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
-from ane_trainer.ane.simulator.memory.fp16 import encode, round_half_away
+from ane_trainer.ane.simulator.loops.jit import Stage, Team, addresses, divided
+from ane_trainer.ane.simulator.numbers.fp16 import encode, round_half_away
+from ane_trainer.ane.simulator.numbers.tables import evaluate, lookup
 
 Singles = NDArray[np.float32]
 

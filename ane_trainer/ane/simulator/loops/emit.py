@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ane_trainer.ane.simulator.loops import lanes
-from ane_trainer.ane.simulator.loops.geometry import Layout, Nest
 from ane_trainer.ane.simulator.loops.group import Folds, Group, Instr, within_range
 from ane_trainer.ane.simulator.loops.ir import (
     F32,
@@ -28,6 +27,7 @@ from ane_trainer.ane.simulator.loops.ir import (
     Value,
     Variable,
 )
+from ane_trainer.ane.simulator.loops.nest import Layout, Nest
 
 #: What a loop repeats, given the indices of the loops around it.
 Body = Callable[[list[Value]], None]

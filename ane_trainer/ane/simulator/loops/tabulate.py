@@ -12,15 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.loops.group import Group, Instr
-from ane_trainer.ane.simulator.memory.fp16 import INF, decode, encode, round_half_away
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, decode, encode, round_half_away
 
 #: Cost of an instruction relative to an addition with its rounding (200,000 elements, AVX-512: add 28 us,
 #: lookup 104 us in cache; rows `add` and `exp` of bench/ops.py measure both).

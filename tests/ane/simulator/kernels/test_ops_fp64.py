@@ -49,7 +49,7 @@ ELSEWHERE = {
 def test_every_kernel_has_a_witness_and_evidence() -> None:
     assert set(KERNELS) == set(OPS) | set(ELSEWHERE)
     assert all(k.evidence for k in KERNELS.values())
-    assert all(k.bound for k in KERNELS.values() if k.fidelity == "bounded")
+    assert all(k.bound for k in KERNELS.values() if k.level == "bounded")
 
 
 def test_every_op_with_a_type_rule_has_a_kernel_or_a_reason() -> None:

@@ -15,7 +15,7 @@ from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.mil.opset import Builder, bind, known_ops
 from ane_trainer.ane.mil.program import TensorType, Value, literal
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.memory.fp16 import decode, encode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, encode, round_half_away
 
 GOLDEN = Path(__file__).parents[3] / "data" / "golden_vectors.csv"
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
@@ -274,7 +274,7 @@ def test_unary_results_are_decoded_fp16_for_every_pattern(kind: str) -> None:
 def test_every_op_states_its_fidelity_and_a_bound_where_bounded(kind: str) -> None:
     entry = KERNELS[kind]
     assert entry.evidence
-    assert (entry.fidelity == "bounded") == bool(entry.bound)
+    assert (entry.level == "bounded") == bool(entry.bound)
 
 
 def test_mod_is_refused_and_pow_is_not() -> None:

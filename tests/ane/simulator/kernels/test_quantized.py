@@ -12,7 +12,7 @@ from ane_trainer.ane.mil.program import Program, TensorType, Value
 from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import simulate
 from ane_trainer.ane.simulator.kernels.integer import integer_operands
-from ane_trainer.ane.simulator.memory.fp16 import encode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import encode, round_half_away
 
 
 def program(

@@ -6,7 +6,7 @@ import pytest
 from ane_trainer.ane.mil.opset import Builder, bind
 from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.memory.fp16 import decode, encode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, encode, round_half_away
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, 4, -1)
 LINE = {"alpha": -0.3, "beta": 0.7}

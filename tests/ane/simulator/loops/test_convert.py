@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.simulator.kernels.tables import FUNCTIONS, evaluate
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
-from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
+from ane_trainer.ane.simulator.numbers.tables import FUNCTIONS, evaluate
 
 PATTERNS = decode(np.arange(1 << 16, dtype=np.uint16))
 EDGES = [0.0, -0.0, 65519.99, 65520.0, 65535.0, 1e30, 2.0**-25, -(2.0**-25), 2.0**-14, 2.0**-14 - 2.0**-26]

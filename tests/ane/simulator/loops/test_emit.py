@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.simulator.loops import geometry as loops
 from ane_trainer.ane.simulator.loops import jit, team
+from ane_trainer.ane.simulator.loops import nest as loops
 from ane_trainer.ane.simulator.loops.convert import decode_into, encoded
 from ane_trainer.ane.simulator.loops.emit import pointwise_loop
 from ane_trainer.ane.simulator.loops.group import Group, Instr
 from ane_trainer.ane.simulator.loops.ir import module
-from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
 
 PATTERNS = decode(np.arange(1 << 16, dtype=np.uint16))
 

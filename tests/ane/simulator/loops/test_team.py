@@ -9,10 +9,9 @@ import pytest
 from ane_trainer.ane.mil.opset import Builder, bind
 from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.loops.compiled import Chain, copies
-from ane_trainer.ane.simulator.loops.geometry import Nest, in_strips
-from ane_trainer.ane.simulator.loops.passes import Pass, extreme_for
-from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
+from ane_trainer.ane.simulator.loops.compiled import Chain, Pass, copies, extreme_for
+from ane_trainer.ane.simulator.loops.nest import Nest, in_strips
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
 
 ROWS = (64, 32, 64)
 

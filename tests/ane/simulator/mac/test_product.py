@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.simulator.mac import product as mac
 from ane_trainer.ane.simulator.mac.product import mac_bind, mac_matmul
-from ane_trainer.ane.simulator.mac.reference import mac_matmul_reference
-from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
+from tests.ane.simulator.mac.reference import mac_matmul_reference
 
 F32 = NDArray[np.float32]
 INF = 65536.0

@@ -1,4 +1,6 @@
-"""Interpolation along the two last axes at machine speed: rows in double precision, then columns, one rounding."""
+"""Resampling of images along the two last axes at machine speed: rows and columns picked, or interpolated in double
+precision (rows, then columns) with one rounding.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from numpy.typing import NDArray
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.compiled import Step
 from ane_trainer.ane.simulator.loops.convert import round64
-from ane_trainer.ane.simulator.loops.ir import F32, F64, I64, PTR, Function, Value, module
-from ane_trainer.ane.simulator.loops.team import Stage, Team, addresses, divided
+from ane_trainer.ane.simulator.loops.ir import F32, F64, I32, I64, PTR, Function, Value, module
+from ane_trainer.ane.simulator.loops.jit import Stage, Team, addresses, divided
+from ane_trainer.ane.simulator.numbers.fp16 import Array
 
-Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 
 _NAMES = ("low", "high", "low_part", "high_part")
@@ -42,7 +44,7 @@ def interpolation(x: Array, rows: Doubles, columns: Doubles, out: Array, threads
     sizes = (x.shape[-2], x.shape[-1], out.shape[-2], out.shape[-1])
     pointers = (array.ctypes.data for array in (x, out, room))
     arguments = addresses(*pointers, *sizes, *down.addresses(), *across.addresses())
-    stage = Stage(jit.address(_loop()), ctypes.addressof(arguments))
+    stage = Stage(jit.address(_interpolation_loop()), ctypes.addressof(arguments))
     team = Team([stage], divided(images, out.size, threads), threads)
     memory = (x, out, room, down, across, arguments)
 
@@ -53,7 +55,7 @@ def interpolation(x: Array, rows: Doubles, columns: Doubles, out: Array, threads
 
 
 @cache
-def _loop() -> Any:
+def _interpolation_loop() -> Any:
     f = Function("interpolate", arguments=PTR, first=I64, last=I64)
     arguments, first, last = f.parameters
     x, out, room = (arguments.at(i, PTR).load(PTR) for i in range(3))
@@ -83,3 +85,45 @@ def _sides(lines: dict[str, Value], index: Value) -> list[tuple[Value, Value]]:
         (lines[side].at(index, I64).load(I64), lines[f"{side}_part"].at(index, F64).load(F64))
         for side in ("low", "high")
     ]
+
+
+def picking(x: Array, rows: Array, columns: Array, out: Array, threads: int) -> Step:
+    """The step that fills out `[..., H', W']` with these rows and columns of x `[..., H, W]`.
+
+    Both contiguous, elements of four bytes; indices on the axis.
+    """
+    chosen = [np.ascontiguousarray(index, dtype=np.int64) for index in (rows, columns)]
+    images = x.size // (x.shape[-1] * x.shape[-2])
+    sizes = (x.shape[-2], x.shape[-1], out.shape[-2], out.shape[-1])
+    arguments = addresses(*(a.ctypes.data for a in (x, out, *chosen)), *sizes)
+    stage = Stage(jit.address(_picking_loop()), ctypes.addressof(arguments))
+    team = Team([stage], divided(images, out.size, threads), threads)
+    memory = (x, out, chosen, arguments)
+
+    def run(_memory: object = memory) -> None:
+        team.run()
+
+    return run
+
+
+@cache
+def _picking_loop() -> Any:
+    """A row that shows the same row as the one before is a copy of it."""
+    f = Function("pick", arguments=PTR, first=I64, last=I64)
+    arguments, first, last = f.parameters
+    x, out, across_rows, across_columns = (arguments.at(i, PTR).load(PTR) for i in range(4))
+    height, width, rows, columns = (arguments.at(i, I64).load(I64) for i in range(4, 8))
+    with f.loop(first, last) as image:
+        before = f.variable(f.constant(I64, -1))
+        with f.loop(0, rows) as i:
+            row = across_rows.at(i, I64).load(I64)
+            source = x.at((image * height + row) * width, F32)
+            target = out.at((image * rows + i) * columns, F32)
+            same = row.compare("eq", before.value)
+            with f.when(same):
+                f.copy(target, target.at(f.constant(I64, 0) - columns, F32), columns * 4)
+            with f.when(~same), f.loop(0, columns) as j:
+                column = across_columns.at(j, I64).load(I64)
+                target.at(j, I32).store(source.at(column, I32).load(I32))
+            before.set(row)
+    return jit.compile_ir(module([f.definition()]), ["pick"])["pick"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ane_trainer.ane.simulator.kernels.tables import FUNCTIONS, TABLES, evaluate, lookup, real_div
-from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
-from ane_trainer.ane.verify.published import table_sweep
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
+from ane_trainer.ane.simulator.numbers.tables import FUNCTIONS, TABLES, evaluate, lookup, real_div
+from docs._generate.published import table_sweep
 
 GOLDEN = Path(__file__).parents[3] / "data" / "golden_vectors.csv"
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
@@ -165,8 +165,8 @@ def test_odd_functions_are_odd_and_others_not(name: str) -> None:
 def test_tables_hold_33_fp16_knots_and_state_their_evidence(table) -> None:  # type: ignore[no-untyped-def]
     assert len(table.knots) == 33
     assert all(float(np.float16(k)) == k for k in table.knots)
-    assert table.fidelity in ("exact", "bounded")
-    assert (table.fidelity == "exact") == (table.bound == "")
+    assert table.level in ("exact", "bounded")
+    assert (table.level == "exact") == (table.bound == "")
     assert "M6" in table.evidence
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Function, Op, TensorType, Value
 from ane_trainer.ane.simulator import make_context, prepare
-from ane_trainer.ane.simulator.memory.states import without_states
+from ane_trainer.ane.simulator.states import without_states
 
 HALF = TensorType("fp16", (2,))
 

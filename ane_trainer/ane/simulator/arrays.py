@@ -1,4 +1,6 @@
-"""The border of the simulator: float16 bit patterns outside, decoded float32 inside; literals as arrays."""
+"""Arrays of the simulator: storage aligned to cache lines, float16 patterns outside and decoded float32 inside,
+literals and constant parameters.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.program import Literal, TensorType
 from ane_trainer.ane.simulator.loops.convert import decode_into, encoded
-from ane_trainer.ane.simulator.memory.fp16 import decode
-
-Array = NDArray[Any]
+from ane_trainer.ane.simulator.numbers.fp16 import Array, decode, round_half_away
 
 _STORAGE: dict[str, Any] = {
     "fp16": np.float32, "fp32": np.float32, "bool": np.bool_,
@@ -65,3 +66,37 @@ def literal_array(literal: Literal) -> Array:
     dtype = np.dtype(_PAYLOAD[literal.type.dtype]).newbyteorder("<")
     array = np.frombuffer(literal.data, dtype).reshape(literal.type.shape)
     return decode(array) if literal.type.dtype == "fp16" else array
+
+
+def constant(call: Call, name: str) -> Array | None:
+    """The constant tensor `name` as given (fp16 decoded), None when it is absent and has no default."""
+    argument = call.args.get(name)
+    return literal_array(argument) if isinstance(argument, Literal) else None
+
+
+def half(call: Call, name: str) -> np.float32:
+    """A number (or its default) rounded to fp16, as the engine's descriptors hold it."""
+    return np.float32(round_half_away(call.number(name)))
+
+
+def bias(call: Call, name: str) -> np.float32:
+    """A number as an activation's bias: a multiple of 2^-16 (half away)."""
+    return np.float32(np.floor(call.number(name) * 65536.0 + 0.5) / 65536.0)
+
+
+def per_channel(call: Call, name: str, rank: int) -> Array | None:
+    """A constant `[C]` as decoded fp16, shaped to broadcast along axis 1 of a tensor of `rank`."""
+    values = constant(call, name)
+    if values is None:
+        return None
+    return round_half_away(values.astype(np.float64)).reshape(-1, *(1,) * (rank - 2))
+
+
+def channel_line(call: Call) -> tuple[Array, Array]:
+    """Scale and offset `[C, 1, ...]`, decoded fp16, to which the compiler folds a batch_norm's parameters."""
+    mean, variance = (np.asarray(constant(call, n), np.float64) for n in ("mean", "variance"))
+    gamma, beta = constant(call, "gamma"), constant(call, "beta")
+    scale = (1.0 if gamma is None else gamma) / np.sqrt(variance + call.number("epsilon"))
+    offset = (0.0 if beta is None else beta) - mean * scale
+    shape = (-1, *(1,) * (call.type().rank - 2))
+    return round_half_away(scale).reshape(shape), round_half_away(offset).reshape(shape)

@@ -2,35 +2,40 @@
 
 Ops with a short exact form (`add`, `select`, ...) are written out; every other function of one variable is
 a table of its 65,536 results, computed from its registered kernel, so fused and unfused cannot differ.
+
+`Compiler` makes compiled loops of a plan's fused entries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.simulator.kernels.tables import lookup
-from ane_trainer.ane.simulator.loops.group import Code
-from ane_trainer.ane.simulator.memory.constants import bias, channel_line
-from ane_trainer.ane.simulator.memory.fp16 import decode, round_half_away
-from ane_trainer.ane.simulator.registry import KERNELS, Context
+from ane_trainer.ane.mil.opset import Call, bind
+from ane_trainer.ane.mil.program import Arg, Literal, Op, Value
+from ane_trainer.ane.simulator.arrays import bias, channel_line, literal_array
+from ane_trainer.ane.simulator.loops.compiled import Loops
+from ane_trainer.ane.simulator.loops.group import Code, Group
+from ane_trainer.ane.simulator.loops.tabulate import tabulate
+from ane_trainer.ane.simulator.numbers.fp16 import Array, decode, round_half_away
+from ane_trainer.ane.simulator.numbers.tables import lookup
+from ane_trainer.ane.simulator.registry import KERNELS, EngineContext
 
 F32 = NDArray[np.float32]
 
 
-Writer = Callable[[Code, Context, Call, tuple[int, ...]], int]
+Writer = Callable[[Code, EngineContext, Call, tuple[int, ...]], int]
 
 
 def _simple(code: str) -> Writer:
     return lambda group, _ctx, _call, s: group.add(code, *s)
 
 
-def _mul(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _mul(group: Code, _ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     """A product with a constant power of two of at least 1 is exact: no rounding."""
     for constant, other in ((s[1], s[0]), (s[0], s[1])):
         instr = group.instrs[constant]
@@ -39,18 +44,18 @@ def _mul(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("mul", *s)
 
 
-def _real_div(group: Code, ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _real_div(group: Code, ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     """x / y is x times the inverse table of y (see `facts`: M6 numerics, inverse x mul); fast: the quotient."""
     if ctx.fast:
         return group.add("div", *s)
     return group.add("mul", s[0], group.lookup(s[1], lookup("inverse")))
 
 
-def _floor_div(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _floor_div(group: Code, ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     return group.add("floor", _real_div(group, ctx, call, s))
 
 
-def _inverse(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _inverse(group: Code, ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     """The table of x + epsilon; fast: the quotient."""
     epsilon, one = group.number(bias(call, "epsilon")), group.number(1)
     if ctx.fast:
@@ -58,28 +63,28 @@ def _inverse(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
     return group.lookup(group.add("add", s[0], epsilon), lookup("inverse"))
 
 
-def _relu(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _relu(group: Code, _ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("max", s[0], group.number(0))
 
 
-def _batch_norm(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _batch_norm(group: Code, ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     scale, offset = (group.load(line) for line in channel_line(call))
     if ctx.fast:
         return group.add("round", group.add("fma", offset, s[0], scale))
     return group.add("affine", s[0], scale, offset)
 
 
-def _square(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _square(group: Code, _ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("mul", s[0], s[0])
 
 
-def _sign(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _sign(group: Code, _ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     zero = group.number(0)
     below = group.add("select", group.add("lt", s[0], zero), group.number(-1), zero)
     return group.add("select", group.add("gt", s[0], zero), group.number(1), below)
 
 
-def _round(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _round(group: Code, _ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     """Half away from zero. 0.5 added in fp16 from 1024 on is 1 up to 2048, then nothing."""
     one = group.number(1)
     size = group.add("copysign", s[0], one)
@@ -90,7 +95,7 @@ def _round(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
     return group.add("copysign", group.add("floor", more), s[0])
 
 
-def _pow(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _pow(group: Code, _ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     """2^(y log2 |x|); negative where x is and y is an odd integer."""
     size = group.lookup(group.add("mul", s[1], group.lookup(s[0], _log2_of_size())), lookup("exp2"))
     odd = group.add("eq", group.lookup(s[1], _odd()), group.number(1))
@@ -126,34 +131,34 @@ def _bound(group: Code, position: int, low: int | None = None, high: int | None 
     return position if high is None else group.add("min", position, high)
 
 
-def _relu6(group: Code, _ctx: Context, _call: Call, s: tuple[int, ...]) -> int:
+def _relu6(group: Code, _ctx: EngineContext, _call: Call, s: tuple[int, ...]) -> int:
     return _bound(group, s[0], group.number(0), group.number(6))
 
 
-def _clip(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _clip(group: Code, _ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     return _bound(group, s[0], _number(group, call, "alpha"), _number(group, call, "beta"))
 
 
-def _threshold(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _threshold(group: Code, _ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     return _bound(group, s[0], _number(group, call, "alpha"))
 
 
-def _thresholded_relu(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _thresholded_relu(group: Code, _ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     passes = group.add("ge", s[0], _number(group, call, "alpha"))
     return group.add("round", group.add("select", passes, s[0], group.number(0)))
 
 
-def _leaky_relu(group: Code, _ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _leaky_relu(group: Code, _ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     """x or alpha x, rounded; x is itself when rounded, and no more than inf."""
     below = group.add("product", _number(group, call, "alpha"), s[0])
     return group.add("round", group.add("select", group.add("gt", s[0], group.number(0)), s[0], below))
 
 
-def _clamped_relu(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _clamped_relu(group: Code, ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     return _bound(group, _leaky_relu(group, ctx, call, s), high=_number(group, call, "beta"))
 
 
-def _linear(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _linear(group: Code, ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     """alpha x + beta, the product rounded; fast: only the sum."""
     alpha, beta = _number(group, call, "alpha"), _number(group, call, "beta")
     if ctx.fast:
@@ -161,11 +166,11 @@ def _linear(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
     return group.add("add", group.add("mul", alpha, s[0]), beta)
 
 
-def _sigmoid_hard(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _sigmoid_hard(group: Code, ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     return _bound(group, _linear(group, ctx, call, s), group.number(0), group.number(1))
 
 
-def _softplus_parametric(group: Code, ctx: Context, call: Call, s: tuple[int, ...]) -> int:
+def _softplus_parametric(group: Code, ctx: EngineContext, call: Call, s: tuple[int, ...]) -> int:
     """alpha log(1 + exp(beta x)), every step rounded; exp is inf from 32768 on."""
     power = group.lookup(group.add("mul", _number(group, call, "beta"), s[0]), lookup("exp"))
     power = group.add("select", group.add("lt", power, group.number(32768)), power, group.number(65536))
@@ -201,7 +206,7 @@ def is_pointwise(kind: str) -> bool:
     return kind in WRITERS or kind in TABLED
 
 
-def write(group: Code, ctx: Context, call: Call, sources: tuple[int, ...]) -> int:
+def write(group: Code, ctx: EngineContext, call: Call, sources: tuple[int, ...]) -> int:
     """Append the instructions of one op to a group; returns the position of its result."""
     kind = call.op.kind
     if kind in WRITERS:
@@ -212,7 +217,7 @@ def write(group: Code, ctx: Context, call: Call, sources: tuple[int, ...]) -> in
 _TABLES: dict[tuple[object, ...], F32] = {}
 
 
-def table_of(call: Call, ctx: Context) -> F32:
+def table_of(call: Call, ctx: EngineContext) -> F32:
     """The 65,536 results of a unary op with its parameters, by fp16 pattern."""
     kind = call.op.kind
     parameters = tuple((p.name, call.const(p.name)) for p in call.op.params if p.role == "const")
@@ -221,3 +226,53 @@ def table_of(call: Call, ctx: Context) -> F32:
         patterns = decode(np.arange(1 << 16, dtype=np.uint16))
         _TABLES[key] = np.ascontiguousarray(KERNELS[kind].run(ctx, call, patterns), dtype=np.float32)
     return _TABLES[key]
+
+
+class Compiler:
+    """Turns the fused entries of one plan into compiled loops."""
+
+    def __init__(self, context: EngineContext) -> None:
+        self.context = context
+        self._loops = Loops(context.threads)
+
+    def add(
+        self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
+    ) -> Callable[[], None]:
+        """The step that computes `outputs` from the ops; callable once `finish` has been called."""
+        group, arrays, tables = self._translate(ops, outputs, array_of)
+        return self._loops.add(group, arrays, tables, [array_of(value) for value in outputs])
+
+    def finish(self) -> None:
+        """Compile the loops."""
+        self._loops.finish()
+
+    def _translate(
+        self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
+    ) -> tuple[Group, list[Array], list[Array]]:
+        """The fused group, its arrays and its tables."""
+        code = Code()
+        positions: dict[str, int] = {}
+
+        def operand(argument: Arg) -> int:
+            if isinstance(argument, Value) and argument.name in positions:
+                return positions[argument.name]
+            if isinstance(argument, Literal):
+                constant = literal_array(argument)
+                if constant.size == 1 and constant.dtype == np.float32:
+                    return code.add("const", value=float(constant.reshape(-1)[0]))
+                position = code.load(np.ascontiguousarray(constant))
+            else:
+                position = code.load(array_of(argument))
+            if isinstance(argument, Value):
+                positions[argument.name] = position
+            return position
+
+        for op in ops:
+            call = bind(op.kind, dict(op.args))
+            tensors = [p.name for p in call.op.params if p.role == "tensor"]
+            sources = tuple(operand(call.args[name]) for name in tensors if name in call.args)
+            positions[op.result.name] = write(code, self.context, call, sources)
+        stores = tuple(positions[value.name] for value in outputs)
+        group = Group(tuple(code.instrs), len(code.arrays), len(code.tables), stores)
+        group, tables = tabulate(group, code.tables)
+        return group, code.arrays, tables

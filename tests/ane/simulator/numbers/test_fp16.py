@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.simulator.memory.fp16 import INF, decode, encode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import INF, decode, encode, round_half_away
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
 DECODED = decode(PATTERNS)

@@ -1,4 +1,4 @@
-"""The engine's half precision: decode, encode, and rounding half away from zero.
+"""The engine's half precision: decode, encode, rounding half away from zero, and aligned storage for its values.
 
 A *decoded* array is a float32 array whose every value is what the engine sees for some fp16 bit
 pattern. The engine has no inf and no NaN: exponent field 31 is an ordinary exponent, so the pattern of
@@ -8,16 +8,18 @@ notes/numerics.md). Decoding maps the 65536 patterns one to one onto float32 val
 Arithmetic on decoded values is one float32 operation and one `round_half_away`. For `+`, `-` and `*`
 this is the correctly rounded result: a product of two 11-bit significands is exact in float32, and a
 float32 sum is inexact only where the smaller operand lies far below half a unit of the larger
-(tests/ane/simulator/memory/test_fp16.py).
+(tests/ane/simulator/numbers/test_fp16.py).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Array = NDArray[Any]
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
 
@@ -112,3 +114,22 @@ def _decoded_of_every_pattern() -> F32:
 
 
 _DECODED_OF_PATTERN = _decoded_of_every_pattern()
+
+
+LINE_BYTES = 64
+
+
+def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+    """An uninitialised array that starts on a cache line."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + LINE_BYTES, np.uint8)
+    first = -room.__array_interface__["data"][0] % LINE_BYTES
+    array: NDArray[Any] = room[first : first + size].view(dtype).reshape(shape)
+    return array
+
+
+def zeros(shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+    """An array of zeros that starts on a cache line."""
+    array = empty(shape, dtype)
+    array[...] = 0
+    return array
