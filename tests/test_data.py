@@ -7,11 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_trainer.ane.errors import DataError
-from ane_trainer.data import Batches, find_dataset, load_dataset
+from ane_trainer.data import Batches, DataDescription, find_dataset, load_dataset
+from ane_trainer.training.datasets.batches import ArrayExamples
 from ane_trainer.training.datasets.fetch import fetch_files
-from ane_trainer.training.datasets.table import DATASETS, MNIST, DatasetInfo
+from ane_trainer.training.datasets.table import DATASETS, MNIST
 
-TINY = DatasetInfo("tiny", "", (1, 2, 2), ("a", "b", "c"), 255, 0.5, 0.25)
+
+def described(mean=0.5, std=0.25):
+    return DataDescription("tiny", "image", "classify", (1, 2, 2), ("a", "b", "c"), (mean,), (std,), 255.0)
+
+
+TINY = described()
 
 ORDER_0 = [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
 ORDER_1 = [9, 1, 3, 8, 7, 6, 0, 4, 2, 5]
@@ -21,7 +27,7 @@ def tiny(count=10, **options):
     """Batches whose labels are the example numbers modulo 3, and whose first pixel is the number itself."""
     images = np.zeros((count, 2, 2), dtype=np.uint8)
     images[:, 0, 0] = np.arange(count) % 256
-    return Batches(images, (np.arange(count) % 3).astype(np.uint8), TINY, **options)
+    return Batches(ArrayExamples(images[:, None], np.arange(count) % 3), TINY, **options)
 
 
 def numbers(x):
@@ -43,12 +49,13 @@ def test_values_are_those_of_to_tensor_and_normalize():
     x = next(iter(batches))[0][:, 0, 0, 0]
     expected = (torch.arange(256).to(torch.uint8).float() / 255 - 0.5) / 0.25
     assert torch.equal(x, expected)
-    mnist = Batches(np.arange(256, dtype=np.uint8).reshape(64, 2, 2), np.zeros(64, np.uint8), TINY,
-                    batch_size=64, mean=0.1307, std=0.3081)  # fmt: skip
+    pixels = ArrayExamples(np.arange(256, dtype=np.uint8).reshape(64, 1, 2, 2), np.zeros(64, np.int64))
+    mnist = Batches(pixels, described(0.1307, 0.3081), batch_size=64)
     mean, std = torch.tensor([0.1307]), torch.tensor([0.3081])  # what torchvision makes of the two numbers
     expected = torch.arange(256).to(torch.uint8).float().div(255).sub_(mean).div_(std)
     assert torch.equal(next(iter(mnist))[0].flatten(), expected)
-    other = Batches(np.full((1, 2, 2), 51, np.uint8), np.zeros(1, np.uint8), TINY, mean=0.1, std=2.0)
+    one = ArrayExamples(np.full((1, 1, 2, 2), 51, np.uint8), np.zeros(1, np.int64))
+    other = Batches(one, described(0.1, 2.0))
     assert next(iter(other))[0][0, 0, 0, 0].item() == pytest.approx((51 / 255 - 0.1) / 2)
 
 
@@ -170,7 +177,7 @@ def test_names_are_forgiving(name):
 
 
 def test_an_unknown_dataset_is_refused_with_the_nearest_name():
-    with pytest.raises(DataError, match=r"got 'minst'. Did you mean 'mnist'\? Known: digits") as caught:
+    with pytest.raises(DataError, match=r"got 'minst'.* Did you mean 'mnist'\? Known: cifar-10") as caught:
         load_dataset("minst")
     assert (caught.value.code, caught.value.exit_code) == ("DATA101", 1)
 

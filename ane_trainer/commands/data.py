@@ -37,9 +37,10 @@ def dataset_rows(root: str | Path | None = None) -> list[dict[str, Any]]:
         folder = (Path(root) if root is not None else default_root()) / info.folder / "raw"
         cached = all(
             (folder / f.name).exists() and (folder / f.name).stat().st_size == f.raw_bytes for f in info.files
-        )
-        status = "bundled" if not info.files else "cached" if cached else "to fetch"
-        place = "scikit-learn" if not info.files else str(folder)
+        ) and all((folder / archive.name).exists() for archive in info.archives)
+        bundled = not info.files and not info.archives
+        status = "bundled" if bundled else "cached" if cached else "to fetch"
+        place = "scikit-learn" if bundled else str(folder)
         shape, classes = list(info.in_shape), len(info.class_names)
         rows.append(
             {"name": info.name, "status": status, "folder": place, "shape": shape, "classes": classes}

@@ -76,26 +76,30 @@ def mirror_sources(
 
 
 def _download(mirror: str, file: IdxFile) -> bytes:
+    name = f"{file.name}.gz"
+    return gunzip(download(mirror + name, name, f"sha256:{file.gz_sha256}"), file.raw_bytes)
+
+
+def download(url: str, name: str, checksum: str) -> bytes:
+    """The file at a URL, checked (`sha256:...` or `md5:...`), with a bar on a terminal; else SourceFailed."""
     import pooch  # heavy, and most runs find the data in the cache
 
     pooch.get_logger().setLevel(logging.ERROR)
-    name = f"{file.name}.gz"
-    _log.info("downloading %s%s", mirror, name)
+    _log.info("downloading %s", url)
     bar = _ProgressBar(name) if is_interactive() else None
     downloader = pooch.HTTPDownloader(progressbar=bar or False, timeout=(CONNECT_SECONDS, READ_SECONDS))
     with tempfile.TemporaryDirectory(prefix="ane_trainer-") as folder:
         try:
-            path = pooch.retrieve(
-                mirror + name, f"sha256:{file.gz_sha256}", fname=name, path=folder, downloader=downloader
-            )
+            path = pooch.retrieve(url, checksum, fname=name, path=folder, downloader=downloader)
         except ValueError:
-            raise SourceFailed(f"{name}: wrong content (its SHA-256 is not the official file's)") from None
+            kind = {"sha256": "SHA-256", "md5": "MD5"}[checksum.partition(":")[0]]
+            raise SourceFailed(f"{name}: wrong content (its {kind} is not the official file's)") from None
         except OSError as error:
             raise SourceFailed(f"{name}: {_first_line(error)}") from error
         finally:
             if bar:
                 bar.close()
-        return gunzip(Path(path).read_bytes(), file.raw_bytes)
+        return Path(path).read_bytes()
 
 
 def _first_line(error: OSError) -> str:

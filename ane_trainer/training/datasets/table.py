@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ane_trainer.training.datasets.description import DataDescription
+
 
 class SourceFailed(Exception):
     """One source could not deliver; its text is the reason shown if every source fails."""
@@ -25,11 +27,20 @@ class IdxFile:
 
 
 @dataclass(frozen=True)
+class Archive:
+    """A published file that is kept as it is, with the MD5 that its authors or torchvision publish."""
+
+    name: str
+    md5: str
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """What is known about a dataset before it is loaded.
 
     A pixel with byte value b is fed to the model as (b / pixel_max - mean) / std. `folder` is the name of
-    torchvision's folder. `files` are train images, train labels, test images, test labels (empty: no IDX).
+    torchvision's folder. `files` are train images, train labels, test images, test labels, as IDX; a dataset
+    without them has `archives`, in which `members` are these four, or training and test files of CIFAR.
     """
 
     name: str
@@ -41,6 +52,15 @@ class DatasetInfo:
     std: float
     files: tuple[IdxFile, ...] = ()
     mirrors: tuple[str, ...] = ()
+    archives: tuple[Archive, ...] = ()
+    members: tuple[str, ...] = ()
+
+    def describe(self) -> DataDescription:
+        """As every dataset is described."""
+        return DataDescription(
+            self.name, "image", "classify", self.in_shape, self.class_names, (self.mean,), (self.std,),
+            float(self.pixel_max),
+        )  # fmt: skip
 
 
 _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
@@ -150,4 +170,63 @@ DIGITS = DatasetInfo(
     std=0.3760,
 )
 
-DATASETS = {info.name: info for info in (MNIST, FASHION_MNIST, DIGITS)}
+_IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
+              "t10k-labels-idx1-ubyte")  # fmt: skip
+
+KMNIST = DatasetInfo(
+    name="kmnist",
+    folder="KMNIST",
+    in_shape=(1, 28, 28),
+    class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    pixel_max=255,
+    mean=0.1918,
+    std=0.3483,
+    mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+    archives=(
+        Archive("train-images-idx3-ubyte.gz", "bdb82020997e1d708af4cf47b453dcf7"),
+        Archive("train-labels-idx1-ubyte.gz", "e144d726b3acfaa3e44228e80efcd344"),
+        Archive("t10k-images-idx3-ubyte.gz", "5c965bf0a639b31b8f53240b1b52f4d7"),
+        Archive("t10k-labels-idx1-ubyte.gz", "7320c461ea6c1c855c0b718fb2a4b134"),
+    ),
+    members=_IDX_NAMES,
+)
+
+
+def _emnist(split: str, classes: str, mean: float = 0.1736, std: float = 0.3317) -> DatasetInfo:
+    """One division of EMNIST; all come in one archive, with their images turned by 90 degrees and mirrored."""
+    return DatasetInfo(
+        name=f"emnist-{split}", folder="EMNIST", in_shape=(1, 28, 28), class_names=tuple(classes), pixel_max=255,
+        mean=mean, std=std, mirrors=("https://biometrics.nist.gov/cs_links/EMNIST/",),
+        archives=(Archive("gzip.zip", "58c8d27c78d21e728a6bc7b3cc06412e"),),
+        members=tuple(f"emnist-{split}-{part}-{what}-ubyte" for part in ("train", "test")
+                      for what in ("images-idx3", "labels-idx1")),
+    )  # fmt: skip
+
+
+_UPPER, _LOWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
+_DIGITS = "0123456789"
+_MERGED = _DIGITS + _UPPER + "abdefghnqrt"
+EMNIST = (
+    _emnist("balanced", _MERGED), _emnist("letters", _LOWER), _emnist("digits", _DIGITS), _emnist("mnist", _DIGITS),
+    _emnist("byclass", _DIGITS + _UPPER + _LOWER), _emnist("bymerge", _MERGED),
+)  # fmt: skip
+
+_CIFAR_10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR_MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
+
+# Mean and std over all channels of the training images. The names of CIFAR-100 are in its archive.
+CIFAR_10 = DatasetInfo(
+    name="cifar-10", folder="cifar-10-batches-py", in_shape=(3, 32, 32), class_names=_CIFAR_10_NAMES,
+    pixel_max=255, mean=0.4734, std=0.2516, mirrors=_CIFAR_MIRRORS,
+    archives=(Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
+    members=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
+)  # fmt: skip
+CIFAR_100 = DatasetInfo(
+    name="cifar-100", folder="cifar-100-python", in_shape=(3, 32, 32),
+    class_names=tuple(str(number) for number in range(100)), pixel_max=255, mean=0.4782, std=0.2682,
+    mirrors=_CIFAR_MIRRORS,
+    archives=(Archive("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),),
+    members=("train", "test"),
+)  # fmt: skip
+
+DATASETS = {info.name: info for info in (MNIST, FASHION_MNIST, KMNIST, *EMNIST, CIFAR_10, CIFAR_100, DIGITS)}

@@ -1,0 +1,360 @@
+"""Data that is not in files of its own kind: arrays, .npz, torch datasets, `file.py:function`, `hf:NAME`."""
+
+from __future__ import annotations
+
+import inspect
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ane_trainer.ane.errors import DataError, MissingDependency
+from ane_trainer.training.datasets import images, tables
+from ane_trainer.training.datasets.batches import Examples, Subset, seeded_by
+from ane_trainer.training.datasets.description import DataDescription, Task
+from ane_trainer.training.datasets.splits import (
+    DataOptions,
+    Parts,
+    divide_rows,
+    in_memory,
+    mean_and_std,
+    standardised,
+)
+
+#: Names that arrays have in files: (inputs, targets) for each split.
+_KEYS = {
+    "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("x", "y"), ("images", "labels"),
+              ("data", "target"), ("data", "labels"), ("X", "y"), ("X_train", "y_train")),
+    "val": (("x_val", "y_val"), ("val_images", "val_labels"), ("X_val", "y_val")),
+    "test": (("x_test", "y_test"), ("test_images", "test_labels"), ("X_test", "y_test")),
+}  # fmt: skip
+
+Arrays = tuple[NDArray[Any], NDArray[Any]]
+
+
+def open_arrays(found: Mapping[str, Arrays], where: str, options: DataOptions) -> Parts:
+    """Arrays (x, y) by split; images if x is uint8 [N, H, W] or has four axes, else numbers."""
+    for split, (x, y) in found.items():
+        _check_arrays(x, y, f"{where}: {split}")
+    task, names, y = find_target(found["train"][1], options.task, where)
+    y_by = {k: y if k == "train" else _like_train(part[1], task, names, where) for k, part in found.items()}
+    rows = divide_rows(y, set(found) - {"train"}, options)
+    x_by = {split: as_model_input(part[0]) for split, part in found.items()}
+    train = x_by["train"][rows["train"]]
+    if any(x.shape[1:] != train.shape[1:] for x in x_by.values()):
+        got = ", ".join(f"{list(x.shape[1:])} in {split}" for split, x in x_by.items())
+        raise DataError(f"{where}: needs examples of one shape; got {got}. Make them alike.", code="DATA105")
+    is_image = train.ndim == 4
+    pixel_max = 255.0 if is_image and float(train.max()) > 1.5 else 1.0
+    mean, std = mean_and_std(train, per_column=train.ndim == 2, scale=pixel_max)
+    description = DataDescription(
+        Path(where).name, "image" if is_image else "array", task, train.shape[1:], names, mean, std, pixel_max,
+        source=where,
+    )  # fmt: skip
+    return in_memory(x_by, y_by, rows, description)
+
+
+def _check_arrays(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
+    if not len(x) or len(x) != len(y):
+        raise DataError(
+            f"{where}: needs as many targets as examples, and some; got {len(x)} and {len(y)}. Make them equal.",
+            code="DATA105" if len(x) else "DATA104",
+        )
+    if x.dtype.kind not in "uifb":
+        raise DataError(f"{where}: needs numbers as x; got dtype {x.dtype}. Convert it.", code="DATA105")
+    if not bool(np.isfinite(x).all()):
+        wrong = int((~np.isfinite(x)).sum())
+        raise DataError(
+            f"{where}: needs finite numbers; got {wrong} that are nan or inf. Clean the data.", code="DATA106"
+        )
+
+
+def open_datasets(datasets: Mapping[str, Any], where: str, options: DataOptions) -> Parts:
+    """Map-style datasets by split: PIL images or bytes are scaled here, other x is taken as it is."""
+    train = open_items(datasets["train"])
+    opened = {k: train if k == "train" else open_items(part, train.shape) for k, part in datasets.items()}
+    task, found, y = find_target(train.y, options.task, where)
+    y_by = {k: y if k == "train" else _like_train(part.y, task, found, where) for k, part in opened.items()}
+    given = tuple(str(name) for name in getattr(datasets["train"], "classes", None) or ())
+    names = given if task == "classify" and len(given) >= len(found) else found
+    rows = divide_rows(y, set(opened) - {"train"}, options)
+    description = DataDescription(
+        Path(where).name,
+        "image" if len(train.shape) == 3 else "array",
+        task,
+        train.shape,
+        names,
+        source=where,
+    )
+    with seeded_by([options.seed]):
+        if train.take(np.arange(1))[0].dtype == np.uint8:
+            mean, std = images.measure_scale(Subset(train, rows["train"]), options.seed)
+            description = replace(description, mean=(mean,), std=(std,), pixel_max=255.0)
+    description, y_by = standardised(description, y_by, rows)
+    whole = replace(train, y=y_by["train"])
+    parts: dict[str, Examples] = {k: replace(part, y=y_by[k]) for k, part in opened.items() if k != "train"}
+    return Parts({**parts, **{k: Subset(whole, chosen) for k, chosen in rows.items()}}, description)
+
+
+def open_hub(name: str, options: DataOptions) -> Parts:
+    """A dataset of the hub: images with a column of classes, or a table."""
+    found = read_hub(name)
+    splits = {images.SPLIT_FOLDERS[key]: part for key, part in found.items() if key in images.SPLIT_FOLDERS}
+    if "train" not in splits:
+        raise DataError(
+            f"hf:{name}: needs a split called train; got {', '.join(found)}. Choose another.", code="DATA115"
+        )
+    columns = list(splits["train"].column_names)
+    first = splits["train"][0]
+    picture = next((column for column in columns if is_image(first[column])), None)
+    if picture is None:
+        frames = {split: tables.table_of({c: part[c] for c in columns}) for split, part in splits.items()}
+        return tables.open_tables(frames, f"hf:{name}", options)
+    usual = tuple(c for c in columns if c in (*tables.USUAL_TARGETS, "labels", "fine_label"))[:1]
+    target = options.target or usual
+    if len(target) != 1 or target[0] not in columns:
+        raise DataError(
+            f"hf:{name}: needs the column of the classes; its columns are {', '.join(columns)}. "
+            "Do: --target COLUMN.",
+            code="DATA116",
+        )
+    pairs = {split: ColumnPairs(part, picture, target[0]) for split, part in splits.items()}
+    return open_datasets(pairs, f"hf:{name}", options)
+
+
+def as_model_input(x: NDArray[Any]) -> NDArray[Any]:
+    """Images with their channels first, single numbers as rows of one; bytes stay bytes, others float32."""
+    if x.ndim == 1:
+        x = x[:, None]
+    if x.ndim == 3 and x.dtype == np.uint8:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        x = x.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32))
+
+
+def find_target(y: NDArray[Any], task: str, where: str) -> tuple[Task, tuple[str, ...], NDArray[Any]]:
+    """(task, names, targets) of an array: whole numbers or texts are classes, [N, K] of 0 and 1 labels."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.dtype.kind in "US" or y.dtype == object:
+        return tables.learn_target({"y": np.array([str(value) for value in y], object)}, ["y"], "auto", where)
+    if y.ndim == 1 and task != "regress" and (y.dtype.kind in "uib" or task == "classify"):
+        values = np.unique(y)
+        if values[0] >= 0 and values[-1] < max(2 * len(values), 2) and (values == np.round(values)).all():
+            names = tuple(str(number) for number in range(int(values[-1]) + 1))
+            return "classify", names, y.astype(np.int64)
+        return tables.learn_target({"y": y.astype(np.float64)}, ["y"], "classify", where)
+    columns = y.reshape(len(y), -1)
+    zero_one = bool(np.isin(columns, (0, 1)).all()) and columns.shape[1] > 1
+    if task in ("auto", "classify") and zero_one and bool((columns.sum(axis=1) == 1).all()):
+        return (
+            "classify",
+            tuple(str(k) for k in range(columns.shape[1])),
+            columns.argmax(axis=1).astype(np.int64),
+        )
+    names = tuple(f"y{k}" for k in range(columns.shape[1]))
+    multilabel = task == "multilabel" or (task == "auto" and zero_one)
+    return ("multilabel", names, columns.astype(np.float32)) if multilabel else ("regress", names, columns)
+
+
+def _like_train(y: NDArray[Any], task: Task, names: tuple[str, ...], where: str) -> NDArray[Any]:
+    """Targets of another part in the form of the training part's."""
+    if task != "classify":
+        return y.reshape(len(y), -1)
+    if y.ndim == 2 and y.shape[1] > 1:
+        y = y.argmax(axis=1)
+    cells = y.reshape(-1)
+    return tables.encode_classes(
+        cells.astype(np.float64) if cells.dtype.kind in "uifb" else cells, names, where
+    )
+
+
+def read_npz(path: Path) -> dict[str, Arrays]:
+    """(x, y) by split out of a .npz file; DataError DATA115 if it is none or its names are not known."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = list(file.files)
+            chosen = {
+                split: pair for split, pairs in _KEYS.items() for pair in pairs if set(pair) <= set(names)
+            }
+            found = {split: (file[x], file[y]) for split, (x, y) in chosen.items()}
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        what = (
+            str(error).splitlines()[0] if str(error) and "pickle" not in str(error) else "damaged, or objects"
+        )
+        raise DataError(
+            f"{path}: needs arrays of numbers in a .npz file; {what}. Write it with numpy.savez.",
+            code="DATA115",
+        ) from None
+    if "train" not in found:
+        raise DataError(
+            f"{path}: needs arrays called x and y, or x_train, y_train, x_test, y_test; got {', '.join(names)}. "
+            "Save them as numpy.savez(file, x=..., y=...).",
+            code="DATA115",
+        )
+    return found
+
+
+def load_array(path: Path, where: str) -> NDArray[Any]:
+    """The numbers in a .npy file; DataError DATA109 for anything else, headers that lie included."""
+    try:  # mapped first: it compares the header's size with the file's
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            raise ValueError("several arrays")
+        loaded = np.array(loaded)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        what = "objects" if "pickle" in str(error) or "Object" in str(error) else str(error)
+        raise DataError(
+            f"{where}: needs a .npy file with an array of numbers; got {path} ({what or type(error).__name__}). "
+            "Write one with numpy.save.",
+            code="DATA109",
+        ) from None
+    if loaded.dtype.kind not in "uifb":
+        raise DataError(
+            f"{where}: needs an array of numbers; got {path} with dtype {loaded.dtype}. Convert it.",
+            code="DATA109",
+        )
+    return loaded
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """A tensor, list or array-like as a NumPy array."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    return np.asarray(value)
+
+
+def call_with_seed(function: Callable[..., Any], seed: int) -> Any:
+    """What a user's function returns; it gets `seed` if it has such a parameter."""
+    parameters = inspect.signature(function).parameters
+    return function(**({"seed": seed} if "seed" in parameters else {}))
+
+
+@dataclass(frozen=True)
+class DatasetExamples:
+    """The items (x, y) of a map-style dataset, e.g. torchvision's: PIL images, arrays or tensors and labels.
+
+    Items are fetched when taken, since transforms may draw random numbers (`draws`).
+    """
+
+    dataset: Any
+    shape: tuple[int, ...]
+    y: NDArray[Any]
+    draws = True
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The items' x, converted, and their targets."""
+        return np.stack([item_input(self.dataset[int(row)][0], self.shape) for row in rows_B]), self.y[rows_B]
+
+    def targets(self) -> NDArray[Any]:
+        """The targets as they were when the dataset was opened."""
+        return self.y
+
+
+def open_items(dataset: Any, shape: tuple[int, ...] | None = None) -> DatasetExamples:
+    """A map-style dataset as examples of the first item's shape; DataError DATA105 for items that are no pairs."""
+    with seeded_by([0]):
+        first = dataset[0] if len(dataset) else None
+        if not isinstance(first, (tuple, list)) or len(first) != 2:
+            raise DataError(
+                f"dataset: needs items (x, y); got {type(first).__name__}. Let it return pairs.",
+                code="DATA105",
+            )
+        if shape is None:
+            bands = len(first[0].getbands()) if is_image(first[0]) else 0
+            shape = (bands, *first[0].size[::-1]) if bands else as_array(first[0]).shape
+        return DatasetExamples(dataset, shape, _item_targets(dataset))
+
+
+def _item_targets(dataset: Any) -> NDArray[Any]:
+    """All targets: the attribute that torchvision's datasets have, if it agrees with the items, or one pass."""
+    known = getattr(dataset, "targets", None)
+    if known is not None and len(known) == len(dataset):
+        found = as_array(known)
+        ends = {0, len(dataset) // 2, len(dataset) - 1}
+        if all(np.array_equal(as_array(dataset[row][1]), found[row]) for row in ends):
+            return found
+    return np.stack([as_array(dataset[row][1]) for row in range(len(dataset))])
+
+
+def item_input(x: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """One item's input: a PIL image as pixels [C, H, W], anything else as an array."""
+    if is_image(x):
+        return images.pixels_of(x, (shape[0], shape[1], shape[2]))
+    return as_array(x)
+
+
+def is_pair(data: Any) -> bool:
+    """Whether it is (x, y) as two arrays or tensors with examples along their first axis."""
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    return all(hasattr(part, "dtype") and len(getattr(part, "shape", ())) for part in data)
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether it is a map-style dataset: items by number, and how many."""
+    plain = isinstance(data, (tuple, list, Mapping, str, bytes)) or hasattr(data, "shape")
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not plain
+
+
+def is_image(value: Any) -> bool:
+    """Whether it is a PIL image (without importing PIL)."""
+    return hasattr(value, "getbands") and hasattr(value, "convert")
+
+
+def read_hub(name: str) -> dict[str, Any]:
+    """The splits of a dataset of the Hugging Face hub, or in a folder, by `datasets`; MissingDependency without."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependency(
+            f'hf:{name}: needs the package datasets; got no such package. Do: pip install "ane_trainer[hf]".'
+        ) from error
+    folder, _, config = name.partition(":")
+    try:
+        if Path(folder, "dataset_dict.json").exists() or Path(folder, "dataset_info.json").exists():
+            loaded = datasets.load_from_disk(folder)
+        else:
+            loaded = datasets.load_dataset(folder, config or None)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"hf:{name}: needs a dataset that `datasets` can load; {str(error).splitlines()[0]}. Check the name.",
+            code="DATA115",
+        ) from None
+    return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+@dataclass(frozen=True)
+class ColumnPairs:
+    """Two columns of a dataset of `datasets` as items (x, y)."""
+
+    dataset: Any
+    x: str
+    y: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple[Any, Any]:
+        item = self.dataset[row]
+        return item[self.x], item[self.y]
+
+    @property
+    def targets(self) -> list[Any]:
+        """The targets of all items."""
+        return list(self.dataset[self.y])
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, where the dataset has them."""
+        return list(getattr(self.dataset.features[self.y], "names", None) or ())

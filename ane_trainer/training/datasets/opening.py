@@ -1,0 +1,169 @@
+"""`open_data`: whatever a user names or passes as data, as described batches for training, validation and test.
+
+A known name, a folder of images, a CSV, Parquet, .npz or text file, `hf:NAME`, `file.py:function`, arrays,
+a data frame, or a torch dataset. What can be found out is found out; what was decided is in the description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ane_trainer.ane.errors import DataError
+from ane_trainer.training.datasets import arrays, images, known, tables, text
+from ane_trainer.training.datasets.augment import parse_augmentations
+from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset
+from ane_trainer.training.datasets.splits import DataOptions, Parts, Splits, divide_rows, limited
+from ane_trainer.training.networks.user import load_model_class
+from ane_trainer.utils import did_you_mean
+
+
+def open_data(data: Any, options: DataOptions | None = None) -> Splits:
+    """Open `data` (see the module) as batches; DataError says what is wrong with it and where."""
+    chosen = options or DataOptions()
+    where = f"load_dataset({str(data)!r})" if isinstance(data, (str, Path)) else "load_dataset"
+    chosen.check(where)
+    return _assemble(_open(data, chosen), chosen, where)
+
+
+def _open(data: Any, options: DataOptions) -> Parts:
+    if not isinstance(data, (str, Path)):
+        return _open_object(data, "data", options)
+    spec, path = str(data), Path(data).expanduser()
+    if isinstance(data, str) and (info := known.find(spec)) is not None:
+        return _open_known(info, options)
+    if spec.startswith("hf:"):
+        return arrays.open_hub(spec.removeprefix("hf:"), options)
+    if ".py:" in spec:
+        return _open_object(arrays.call_with_seed(load_model_class(spec), options.seed), spec, options)
+    if path.is_dir():
+        return _open_folder(path, options)
+    if path.is_file():
+        return _open_file(path, options)
+    raise DataError(
+        f"dataset: needs a known name, a file or a folder; got {spec!r}, which does not exist. "
+        f"{did_you_mean(spec, known.NAMES)}",
+        code="DATA101",
+    )
+
+
+def _open_file(path: Path, options: DataOptions) -> Parts:
+    suffix = path.suffix.lower()
+    if suffix in tables.SUFFIXES:
+        return tables.open_tables({"train": tables.read_table(path)}, str(path), options)
+    if suffix == ".npz":
+        return arrays.open_arrays(arrays.read_npz(path), str(path), options)
+    if suffix in text.SUFFIXES:
+        return text.open_text(path, options)
+    raise DataError(
+        f"{path}: needs a folder of images, or a file that ends in {', '.join(tables.SUFFIXES)}, .npz or "
+        f"{', '.join(text.SUFFIXES)}; got {suffix or 'no ending'!r}. Rename or convert it.",
+        code="DATA115",
+    )
+
+
+def _open_folder(path: Path, options: DataOptions) -> Parts:
+    """Tables called train, val, test, or images by class."""
+    found = {p.stem.lower(): p for p in sorted(path.iterdir()) if p.suffix.lower() in tables.SUFFIXES}
+    by_split = {images.SPLIT_FOLDERS[name]: p for name, p in found.items() if name in images.SPLIT_FOLDERS}
+    if "train" in by_split:
+        read = {split: tables.read_table(p) for split, p in by_split.items()}
+        return tables.open_tables(read, str(path), options)
+    return images.open_image_folder(path, options)
+
+
+def _open_known(info: known.DatasetInfo, options: DataOptions) -> Parts:
+    loaded = known.load(info, options.root)
+    description = info.describe()
+    description = replace(
+        description,
+        source=loaded.source,
+        class_names=loaded.class_names or description.class_names,
+        mean=description.mean if options.mean is None else (options.mean,),
+        std=description.std if options.std is None else (options.std,),
+    )
+    parts: dict[str, Examples] = {}
+    for (split, (pixels, labels)), limit in zip(loaded.splits.items(), options.limit, strict=True):
+        x = np.ascontiguousarray(pixels[:limit]).reshape(-1, *info.in_shape)
+        parts[split] = ArrayExamples(x, labels[:limit].astype(np.int64))
+    if options.val_split:
+        rows = divide_rows(parts["train"].targets(), set(parts), options)
+        parts |= {split: Subset(parts["train"], chosen) for split, chosen in rows.items()}
+    return Parts(parts, description, is_known=True)
+
+
+def _open_object(data: Any, where: str, options: DataOptions) -> Parts:
+    """Arrays (x, y), (train, test) or (train, val, test), a mapping by split, a data frame, torch datasets."""
+    by_split = {"train": data} if tables.is_frame(data) else _by_split(data)
+    if by_split is None:
+        got = (
+            f"{type(data).__name__} of {len(data)}"
+            if isinstance(data, (tuple, list))
+            else type(data).__name__
+        )
+        raise DataError(
+            f"{where}: needs arrays (x, y), a dataset, a data frame, or these by split; got {got}. "
+            "Pass e.g. (x, y), or {'train': (x, y), 'test': (x, y)}.",
+            code="DATA105",
+        )
+    if all(arrays.is_pair(part) for part in by_split.values()):
+        pairs = {split: (arrays.as_array(x), arrays.as_array(y)) for split, (x, y) in by_split.items()}
+        return arrays.open_arrays(pairs, where, options)
+    if all(tables.is_frame(part) for part in by_split.values()):
+        return tables.open_tables({k: tables.table_of(part) for k, part in by_split.items()}, where, options)
+    return arrays.open_datasets(by_split, where, options)
+
+
+def _by_split(data: Any) -> dict[str, Any] | None:
+    """Parts by split; None if it is nothing that can be opened."""
+
+    def is_part(part: Any) -> bool:
+        return arrays.is_pair(part) or arrays.is_dataset(part) or tables.is_frame(part)
+
+    if is_part(data):
+        return {"train": data}
+    if isinstance(data, Mapping):
+        found = {images.SPLIT_FOLDERS[key]: part for key, part in data.items() if key in images.SPLIT_FOLDERS}
+        return found if "train" in found and all(map(is_part, found.values())) else None
+    if isinstance(data, (tuple, list)) and len(data) in (2, 3) and all(map(is_part, data)):
+        names = ("train", "test") if len(data) == 2 else ("train", "val", "test")
+        return dict(zip(names, data, strict=True))
+    return None
+
+
+def _assemble(parts: Parts, options: DataOptions, where: str) -> Splits:
+    limits = (None, None) if parts.is_known else options.limit
+    examples = {
+        split: limited(part, limits[0 if split == "train" else 1], options.seed)
+        for split, part in parts.examples.items()
+    }
+    counts: dict[str, int] = {
+        split: len(examples[split]) for split in ("train", "val", "test") if split in examples
+    }
+    description = replace(parts.description, examples=counts)
+    augment = parse_augmentations(options.augment)
+    if augment and description.kind != "image":
+        raise DataError(
+            f"{where}: augment needs images; got {description.kind} data. Leave it out.", code="DATA102"
+        )
+    train = Batches(
+        examples["train"], description, split="train", batch_size=options.batch_size, seed=options.seed,
+        shuffle=options.shuffle, augment=augment,
+        drop_last=parts.is_known if options.drop_last is None else options.drop_last,
+    )  # fmt: skip
+    if not len(train):
+        raise DataError(
+            f"{where}: needs at least one full batch; got {train.num_examples:,} training examples for "
+            f"batch_size {options.batch_size}. Lower batch_size, raise limit, or pass drop_last=False.",
+            code="DATA102",
+        )
+    others = {
+        split: Batches(part, description, split=split, batch_size=options.batch_size, seed=options.seed)
+        for split, part in examples.items()
+        if split != "train"
+    }
+    return Splits(train, others.get("val"), others.get("test"), description)

@@ -1,0 +1,355 @@
+"""Tables, from CSV, TSV, Parquet or a data frame: columns become numbers by rules learnt on the training rows.
+
+A column of numbers is standardised, a column of text becomes one input per category, dates count in days;
+a missing value is 0 (the mean) and sets an input of its own. See `Column` and `DataDescription`.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.errors import DataError, MissingDependency
+from ane_trainer.training.datasets.description import Column, DataDescription, Task
+from ane_trainer.training.datasets.splits import DataOptions, Parts, divide_rows, in_memory
+from ane_trainer.utils import did_you_mean
+
+#: A table by column; a cell is a number (nan: missing) or a text ("": missing).
+Table = dict[str, NDArray[Any]]
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+#: What counts as missing in a text file, in small letters.
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-")
+#: A column of text with more different values keeps the most common ones.
+MOST_CATEGORIES = 64
+#: Whole numbers with at most so many different values are classes if they are the target.
+MOST_CLASSES = 32
+#: The column that is predicted if none is named.
+USUAL_TARGETS = ("target", "label", "class", "y")
+
+
+def open_tables(found: Mapping[str, Table], where: str, options: DataOptions) -> Parts:
+    """Tables by split ("train", perhaps "val", "test"), their columns encoded by the training rows."""
+    target = choose_target(found["train"], options.target, where)
+    whole, notes = _with_target(found, target, where)
+    task, names, y = learn_target(whole["train"], target, options.task, where)
+    y_by = {"train": y}
+    for split in set(whole) - {"train"}:
+        cells = [whole[split][name] for name in target]
+        y_by[split] = (
+            encode_classes(cells[0], names, where) if task == "classify" else np.stack(cells, axis=1)
+        )
+    rows = divide_rows(y, set(whole) - {"train"}, options)
+    inputs = {split: {k: v for k, v in table.items() if k not in target} for split, table in whole.items()}
+    columns, left_out = learn_columns(inputs["train"], rows["train"])
+    if not columns:
+        raise DataError(
+            f"{where}: needs a column besides the target that can be used; {'; '.join(left_out)}. Add one.",
+            code="DATA116",
+        )
+    x_by = {split: encode_columns(table, columns, where) for split, table in inputs.items()}
+    description = DataDescription(
+        Path(where).name, "table", task, (x_by["train"].shape[1],), names, columns=columns, target=target,
+        source=where, notes=(*notes, *left_out),
+    )  # fmt: skip
+    return in_memory(x_by, y_by, rows, description)
+
+
+def _with_target(
+    found: Mapping[str, Table], target: Sequence[str], where: str
+) -> tuple[dict[str, Table], list[str]]:
+    """The rows that have a target, by split, and notes about the others; DataError DATA104 if none has."""
+    whole, notes = {}, []
+    for split, table in found.items():
+        choose_target(table, target, f"{where}: {split}")
+        whole[split], missing = without_missing(table, target)
+        if missing:
+            notes.append(f"{missing} rows of {split} without {', '.join(target)} are left out")
+        if not rows_of(whole[split]):
+            raise DataError(
+                f"{where}: {split} needs rows with a target; got none. Fill it in.", code="DATA104"
+            )
+    return whole, notes
+
+
+def read_table(path: Path) -> Table:
+    """The columns of a .csv, .tsv or .parquet file. DataError DATA115 if it cannot be read as one."""
+    return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+
+
+def _read_csv(path: Path) -> Table:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            delimiter = max("\t;,|", key=first.count)
+            rows = [row for row in csv.reader(file, delimiter=delimiter, strict=True) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(path, str(error), "Save it as CSV in UTF-8.") from None
+    if len(rows) < 2:
+        raise _unreadable(path, f"{len(rows)} lines", "Give a line of column names, then one line a row.")
+    names = _column_names(rows[0], path)
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(names):
+            raise _unreadable(
+                path, f"{len(row)} values in row {number} for {len(names)} columns", "Quote values that hold the "
+                f"separator {delimiter!r}."
+            )  # fmt: skip
+    return {name: typed_column([row[i] for row in rows[1:]]) for i, name in enumerate(names)}
+
+
+def _column_names(header: Sequence[str], path: Path) -> list[str]:
+    names = [name.strip() for name in header]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1 and name)
+    if twice:
+        raise _unreadable(path, f"two columns called {twice[0]!r}", "Rename one.")
+    if all(_number(name) is not None for name in names):
+        raise _unreadable(path, f"numbers in its first line ({names[0]}, ...)", "Put the column names there.")
+    return names
+
+
+def _read_parquet(path: Path) -> Table:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingDependency(
+            f'{path}: needs pyarrow to read Parquet; got no such package. Do: pip install "ane_trainer[data]".'
+        ) from error
+    try:
+        columns = parquet.read_table(path).to_pydict()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(path, str(error).splitlines()[0], "Write it again.") from None
+    return {str(name): typed_column(values) for name, values in columns.items()}
+
+
+def is_frame(data: Any) -> bool:
+    """Whether it is a pandas or polars data frame (without importing them)."""
+    return hasattr(data, "columns") and hasattr(data, "dtypes")
+
+
+def table_of(frame: Mapping[str, Any] | Any) -> Table:
+    """A mapping of columns, or a pandas or polars data frame, as a table."""
+    names = list(frame) if isinstance(frame, Mapping) else list(frame.columns)
+    return {str(name): typed_column(np.asarray(frame[name]).tolist()) for name in names}
+
+
+def typed_column(cells: Sequence[Any]) -> NDArray[Any]:
+    """Cells as float64 (nan: missing) if all present ones are numbers, else as text ("": missing)."""
+    plain = [None if _is_missing(cell) else cell for cell in cells]
+    numbers = [math.nan if cell is None else _number(cell) for cell in plain]
+    if None not in numbers and any(cell is not None for cell in plain):
+        return np.array(numbers, np.float64)
+    return np.array(["" if cell is None else str(cell).strip() for cell in plain], dtype=object)
+
+
+def _is_missing(cell: Any) -> bool:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return True
+    return isinstance(cell, str) and cell.strip().lower() in MISSING
+
+
+def _number(cell: Any) -> float | None:
+    if isinstance(cell, str) and "_" in cell:  # Python's float() would take 1_000
+        return None
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def choose_target(table: Table, target: Sequence[str], where: str) -> tuple[str, ...]:
+    """The names of the columns to predict; DataError DATA116 if they are unknown, or none is named or usual."""
+    if not target:
+        usual = [name for name in table if name.lower() in USUAL_TARGETS]
+        if len(usual) == 1:
+            return (usual[0],)
+        raise DataError(
+            f"{where}: needs the column to predict; its columns are {', '.join(table)}. Do: --target COLUMN.",
+            code="DATA116",
+        )
+    for name in target:
+        if name not in table:
+            raise DataError(
+                f"{where}: needs a column of the file as target; got {name!r}. {did_you_mean(name, table)}",
+                code="DATA116",
+            )
+    return tuple(target)
+
+
+def learn_columns(table: Table, rows: NDArray[np.int64]) -> tuple[tuple[Column, ...], tuple[str, ...]]:
+    """How each column is turned into inputs, from the training rows; and which are left out, and why."""
+    columns, notes = [], []
+    for name, cells in table.items():
+        column = _learn_column(name, cells[rows])
+        if isinstance(column, Column):
+            columns.append(column)
+        else:
+            notes.append(f"column {name!r} is left out: {column}")
+    return tuple(columns), tuple(notes)
+
+
+def _learn_column(name: str, cells: NDArray[Any]) -> Column | str:
+    """The column's rule, or the reason to leave it out."""
+    if name in ("", "Unnamed: 0", "__index_level_0__"):
+        return "it numbers the rows"
+    if cells.dtype == np.float64:
+        return _learn_numbers(name, "number", cells)
+    present = [cell for cell in cells if cell]
+    if not present:
+        return "it has no value in the training rows"
+    days = np.array([_days(cell) for cell in cells])
+    if np.isfinite(days).sum() == len(present):
+        return _learn_numbers(name, "date", days)
+    wrong = [cell for cell in present if _number(cell) is None]
+    if len(wrong) < 0.1 * len(present):
+        raise DataError(
+            f"column {name!r}: needs numbers in all rows; got {wrong[0]!r} beside {len(present) - len(wrong)} "
+            "numbers. Mend the cell, or leave it empty.",
+            code="DATA116",
+        )
+    counts = Counter(present)
+    if len(counts) > MOST_CATEGORIES and len(counts) > 0.5 * len(present):
+        return f"{len(counts)} different texts in {len(present)} rows"
+    if len(counts) == 1 and len(present) == len(cells):
+        return "it has the same value in all training rows"
+    common = sorted(value for value, _ in counts.most_common(MOST_CATEGORIES))
+    return Column(name, "category", categories=tuple(common), missing=len(present) < len(cells))
+
+
+def _learn_numbers(name: str, kind: Any, values: NDArray[np.float64]) -> Column | str:
+    present = values[np.isfinite(values)]
+    missing = len(present) < len(values)
+    if not len(present):
+        return "it has no value in the training rows"
+    mean, std = float(present.mean()), float(present.std())
+    if std <= 1e-12 * max(abs(mean), 1.0):
+        if not missing:
+            return "it has the same value in all training rows"
+        std = 1.0
+    return Column(name, kind, mean, std, missing=missing)
+
+
+def encode_columns(table: Table, columns: Sequence[Column], where: str) -> NDArray[np.float32]:
+    """The model's inputs [N, F]; DataError DATA116 for a missing column, or text where numbers are needed."""
+    absent = [column.name for column in columns if column.name not in table]
+    if absent:
+        raise DataError(
+            f"{where}: needs the columns of training; {', '.join(map(repr, absent))} not there. Add them.",
+            code="DATA116",
+        )
+    return np.concatenate([_encode(table[column.name], column, where) for column in columns], axis=1)
+
+
+def _encode(cells: NDArray[Any], column: Column, where: str) -> NDArray[np.float32]:
+    if column.kind == "category":
+        texts = [_category(cell) for cell in cells]
+        values = np.array([[text == known for known in column.categories] for text in texts], np.float32)
+        absent = np.array([not text for text in texts])
+    else:
+        numbers = cells if cells.dtype == np.float64 else np.array([_days(c) for c in cells])
+        if column.kind == "number" and cells.dtype != np.float64:
+            wrong = next((cell for cell in cells if cell and _number(cell) is None), None)
+            if wrong is not None:
+                raise DataError(
+                    f"{where}: column {column.name!r} needs numbers, as in training; got {wrong!r}. Mend the cell.",
+                    code="DATA116",
+                )
+        absent = ~np.isfinite(numbers)
+        values = np.where(absent, 0.0, (numbers - column.mean) / column.std).astype(np.float32)[:, None]
+    values = values.reshape(len(cells), -1)
+    return np.concatenate([values, absent[:, None].astype(np.float32)], axis=1) if column.missing else values
+
+
+def _category(cell: Any) -> str:
+    """A category's name: numbers that are whole without their fraction."""
+    if isinstance(cell, float):
+        return "" if math.isnan(cell) else f"{cell:g}" if not cell.is_integer() else str(int(cell))
+    return str(cell)
+
+
+def learn_target(
+    table: Table, names: Sequence[str], task: str, where: str
+) -> tuple[Task, tuple[str, ...], NDArray[Any]]:
+    """(task, class or label names, y [N] or [N, K]) of the columns `names`, which have no missing values.
+
+    With "auto", several columns of zeros and ones are labels, a column of text or of few whole numbers is
+    classes, other numbers are to be regressed.
+    """
+    columns = [table[name] for name in names]
+    numeric = all(column.dtype == np.float64 for column in columns)
+    if task == "auto":
+        task = _find_task(columns) if numeric else "classify"
+    if task == "classify":
+        if len(names) > 1:
+            raise DataError(
+                f"{where}: needs one column to classify; got {', '.join(names)}. Name one, or use columns of 0 and 1.",
+                code="DATA116",
+            )
+        classes = tuple(_category(value) for value in np.unique(columns[0]).tolist())
+        return "classify", classes, encode_classes(columns[0], classes, where)
+    if not numeric:
+        raise DataError(f"{where}: needs numbers to {task}; got text in {', '.join(names)}.", code="DATA116")
+    if task == "multilabel" and not all(set(np.unique(column)) <= {0.0, 1.0} for column in columns):
+        raise DataError(f"{where}: needs 0 and 1 in each column of labels. Mend them.", code="DATA116")
+    y_NK = np.stack(columns, axis=1).astype(np.float32 if task == "multilabel" else np.float64)
+    return ("multilabel" if task == "multilabel" else "regress"), tuple(names), y_NK
+
+
+def _find_task(columns: Sequence[NDArray[np.float64]]) -> str:
+    values = [np.unique(column) for column in columns]
+    if len(columns) > 1:
+        return "multilabel" if all(set(found) <= {0.0, 1.0} for found in values) else "regress"
+    whole = bool((values[0] == np.round(values[0])).all())
+    return "classify" if whole and len(values[0]) <= min(MOST_CLASSES, len(columns[0]) // 2) else "regress"
+
+
+def encode_classes(cells: NDArray[Any], class_names: Sequence[str], where: str) -> NDArray[np.int64]:
+    """Class numbers [N]; DataError DATA117 for a class that is not known."""
+    number = {name: index for index, name in enumerate(class_names)}
+    texts = [_category(cell) for cell in cells.tolist()]
+    if unknown := sorted({text for text in texts if text not in number}):
+        raise DataError(
+            f"{where}: needs the classes of the training part; got {', '.join(map(repr, unknown[:5]))}. "
+            "Take these rows out, or train with them.",
+            code="DATA117",
+        )
+    return np.array([number[text] for text in texts], np.int64)
+
+
+def without_missing(table: Table, names: Sequence[str]) -> tuple[Table, int]:
+    """The rows in which all the columns `names` have a value, and how many have not."""
+    present = np.ones(rows_of(table), bool)
+    for name in names:
+        cells = table[name]
+        present &= (
+            np.isfinite(cells) if cells.dtype == np.float64 else np.array([bool(cell) for cell in cells])
+        )
+    return {name: cells[present] for name, cells in table.items()}, int((~present).sum())
+
+
+def rows_of(table: Table) -> int:
+    """The number of rows."""
+    return len(next(iter(table.values()))) if table else 0
+
+
+def _days(cell: Any) -> float:
+    """An ISO date or time in days since 1970; nan if it is none."""
+    try:
+        moment = datetime.datetime.fromisoformat(str(cell))
+    except ValueError:
+        return math.nan
+    return (moment.replace(tzinfo=None) - datetime.datetime(1970, 1, 1)).total_seconds() / 86_400
+
+
+def _unreadable(path: Path, got: str, fix: str) -> DataError:
+    return DataError(f"{path}: needs a table with column names; got {got}. {fix}", code="DATA115")

@@ -1,0 +1,105 @@
+"""Text as examples of a language model: windows of tokens, and the token after each as its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ane_trainer.ane.errors import DataError
+from ane_trainer.training.datasets.batches import Examples
+from ane_trainer.training.datasets.description import DataDescription
+from ane_trainer.training.datasets.splits import VAL_SPLIT, DataOptions, Parts
+
+SUFFIXES = (".txt", ".md", ".text")
+#: Characters in a vocabulary at most; a text with more is read as bytes.
+MOST_CHARACTERS = 512
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of `length` tokens that follow each other: x int64 [B, T], y [B, T] is x one token later."""
+
+    tokens_N: NDArray[np.int64]
+    length: int
+    draws = False
+
+    def __len__(self) -> int:
+        return max(len(self.tokens_N) - 1, 0) // self.length
+
+    def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Windows and their targets."""
+        places_BT = rows_B[:, None] * self.length + np.arange(self.length)
+        return self.tokens_N[places_BT], self.tokens_N[places_BT + 1]
+
+    def targets(self) -> NDArray[np.int64]:
+        """The targets of all windows [N, T]."""
+        return self.take(np.arange(len(self)))[1]
+
+
+def open_text(path: Path, options: DataOptions) -> Parts:
+    """A text file as windows; validation and test are its end, since neighbours are alike."""
+    content = read_text(path)
+    vocabulary = find_vocabulary(content, options.tokens)
+    tokens = encode_text(content, vocabulary, str(path))
+    share = VAL_SPLIT if options.val_split is None else options.val_split
+    ends = np.round(len(tokens) * np.array([1 - share - options.test_split, 1 - options.test_split])).astype(
+        int
+    )
+    pieces = dict(zip(("train", "val", "test"), np.split(tokens, ends), strict=True))
+    parts: dict[str, Examples] = {split: Windows(piece, options.context) for split, piece in pieces.items()}
+    if not len(parts["train"]):
+        raise DataError(
+            f"{path}: needs more than {options.context} tokens to train on; got {len(pieces['train'])}. "
+            "Give more text, or a smaller --con",
+            code="DATA104",
+        )
+    kept = {split: part for split, part in parts.items() if len(part)}
+    return Parts(kept, DataDescription(path.name, "text", "next-token", (options.context,),
+                                       vocabulary=vocabulary, source=str(path)))  # fmt: skip
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; DataError DATA115 if it is none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: needs text in UTF-8; {error}. Convert it.", code="DATA115") from None
+    if "\x00" in text:
+        raise DataError(f"{path}: needs text; it holds zero bytes. Give a text file.", code="DATA115")
+    return text
+
+
+def find_vocabulary(text: str, tokens: str) -> tuple[str, ...]:
+    """The characters of a text, sorted; () for bytes, which "auto" takes beyond 512 different characters."""
+    if tokens not in ("auto", "chars", "bytes"):
+        raise DataError(f"tokens: needs auto, chars or bytes; got {tokens!r}. Choose one.", code="DATA102")
+    if tokens == "bytes":
+        return ()
+    characters = tuple(sorted(set(text)))
+    return () if tokens == "auto" and len(characters) > MOST_CHARACTERS else characters
+
+
+def encode_text(text: str, vocabulary: Sequence[str], where: str) -> NDArray[np.int64]:
+    """Token numbers [N]; DataError DATA116 for characters that the vocabulary has not."""
+    if not vocabulary:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    number = {character: index for index, character in enumerate(vocabulary)}
+    if unknown := sorted(set(text) - number.keys()):
+        raise DataError(
+            f"{where}: needs characters of the training text; got {', '.join(map(repr, unknown[:8]))}. "
+            "Leave them out, or train on bytes (--tokens bytes).",
+            code="DATA116",
+        )
+    return np.array([number[character] for character in text], np.int64)
+
+
+def decode_text(tokens_N: Sequence[int] | NDArray[Any], vocabulary: Sequence[str]) -> str:
+    """The text of token numbers."""
+    if not vocabulary:
+        return bytes(int(token) for token in tokens_N).decode(errors="replace")
+    return "".join(vocabulary[int(token)] for token in tokens_N)
