@@ -119,7 +119,7 @@ def _resampled(
     source = torch.from_numpy(np.ascontiguousarray(pixels_BCHW, dtype=np.float32))
     grid = F.affine_grid(torch.from_numpy(theta_B23).float(), list(source.shape), align_corners=False)
     moved: NDArray[np.float32] = F.grid_sample(
-        source, grid, padding_mode="zeros", align_corners=False
+        source, grid, padding_mode="zeros" if most else "border", align_corners=False
     ).numpy()
     return moved
 

@@ -154,12 +154,12 @@ class Batches:
 
     @property
     def mean(self) -> float | None:
-        """The one mean that images are normalised by; None for other data and where each channel has its own."""
+        """The one mean of images; None for other data, or one a channel."""
         return self._one(self.description.mean)
 
     @property
     def std(self) -> float | None:
-        """The one standard deviation that images are normalised by; None for other data and where each channel has its own."""
+        """The one standard deviation of images; None for other data, or one a channel."""
         return self._one(self.description.std)
 
     def _one(self, numbers: tuple[float, ...]) -> float | None:

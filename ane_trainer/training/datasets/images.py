@@ -116,8 +116,13 @@ def scan_image_folder(root: Path) -> ImageFolder:
     for split, (by_class, _) in found.items():
         pairs = [(path, names.index(name)) for name in sorted(by_class) for path in by_class[name]]
         files[split] = (tuple(path for path, _ in pairs), np.array([label for _, label in pairs], np.int64))
-    notes = (f"{ignored} files that are not images are left out",) if ignored else ()
+    notes = (_others(ignored),) if ignored else ()
     return ImageFolder(files, names, notes)
+
+
+def _others(count: int) -> str:
+    what = "file that is not an image is" if count == 1 else "files that are not images are"
+    return f"{count} {what} left out"
 
 
 def _check_classes(root: Path, names: Sequence[str], by_split: dict[str, set[str]]) -> None:

@@ -130,7 +130,7 @@ def _fetch_archive(info: DatasetInfo, archive: Archive, root: str | Path | None)
         "\n".join([
             f"load_dataset({info.name!r}): needs {archive.name}; no source delivered:",
             *attempts,
-            f"Offline: on a machine with a network get it from {info.mirrors[0]}, copy it to "
+            f"Offline: on a machine with a network get it from {(*info.mirrors, 'its authors')[0]}, copy it to "
             f"{base / info.folder / 'raw'}, and run again.",
         ]),
         code="DATA110",

@@ -218,7 +218,7 @@ def _learn_column(name: str, cells: NDArray[Any]) -> Column | str:
             code="DATA116",
         )
     counts = Counter(present)
-    if len(counts) > MOST_CATEGORIES and len(counts) > 0.5 * len(present):
+    if len(counts) > max(10, 0.5 * len(present)):
         return f"{len(counts)} different texts in {len(present)} rows"
     if len(counts) == 1 and len(present) == len(cells):
         return "it has the same value in all training rows"
