@@ -14,9 +14,8 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install
 from ane_trainer.interop.aneforge.children import hand_on
-from ane_trainer.interop.aneforge.fake_platform import disguise
+from ane_trainer.interop.aneforge.fake_platform import disguise, provide
 from ane_trainer.interop.aneforge.host import brand
-from ane_trainer.interop.aneforge.tools import provide
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fidelity", default="exact", choices=("exact", "fast"))
     parser.add_argument("--threads", type=int, default=None, help="worker threads (default: all cores)")
     parser.add_argument(
-        "--mac", action="store_true", help="show the files of the script's folder a Mac (see disguise.py)"
+        "--mac",
+        action="store_true",
+        help="show the files of the script's folder a Mac (see fake_platform.py)",
     )
     parser.add_argument("script", help="the script")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")

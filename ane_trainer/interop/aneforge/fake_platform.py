@@ -4,6 +4,9 @@ Only code whose file `belongs` says yes to sees it; every other module of the pr
 (Torch, for example, picks file names by platform). Covered are `sys.platform`, the functions of `platform`,
 `os.uname`, and whether ANEForge's macOS library and Apple's private frameworks exist. Nothing here changes
 what a program computes.
+
+Child processes are told by programs found before the machine's own, `sysctl` and `sw_vers`: they answer as the
+simulated chip's Mac and hand every other question on. `xcrun` stays missing: what it would build cannot run here.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ from __future__ import annotations
 import builtins
 import os
 import platform
+import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -114,3 +120,48 @@ def _with_library(real: Callable[..., bool]) -> Callable[..., bool]:
         )
 
     return exists
+
+
+_BUILD = "25F71"
+
+_SCRIPT = """#!/bin/sh
+case "$*" in
+{cases}
+esac
+{otherwise}
+"""
+
+
+def provide(brand: str) -> Installation:
+    """Put the programs before all others on `PATH`, for the Mac whose chip is `brand` ("Apple M5").
+
+    `undo` of the result takes them away.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ane_trainer_mac_"))
+    _write(folder / "sysctl", {
+        "*machdep.cpu.brand_string*": brand,
+        "*hw.optional.arm64*": "1",
+        "*kern.osproductversion*": MACOS,
+    })  # fmt: skip
+    _write(folder / "sw_vers", {
+        "*roductVersion*": MACOS,
+        "*uildVersion*": _BUILD,
+        "*roductName*": "macOS",
+        "": f"ProductName:\\t\\tmacOS\\nProductVersion:\\t\\t{MACOS}\\nBuildVersion:\\t\\t{_BUILD}",
+    })  # fmt: skip
+    done = Installation(None)
+    done.replace(os.environ, "PATH", os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)]))
+    done.call(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return done
+
+
+def _write(path: Path, answers: dict[str, str]) -> None:
+    """A shell script that prints the answer whose pattern its arguments match."""
+    lines = [
+        f"""  {pattern or "''"}) printf '%b\\n' {shlex.quote(answer)}; exit 0;;"""
+        for pattern, answer in answers.items()
+    ]
+    own = shutil.which(path.name)
+    otherwise = f'exec {shlex.quote(own)} "$@"' if own else "exit 1"
+    path.write_text(_SCRIPT.format(cases="\n".join(lines), otherwise=otherwise))
+    path.chmod(0o755)

@@ -1,7 +1,7 @@
 """Pytest plugin: `-p ane_trainer.interop.aneforge.pytest_plugin` runs ANEForge tests on the simulated engine.
 
 Tests that are skipped off a Mac ask their platform. With `--ane-mac` (the default) the files of the test
-session, and only they, are shown macOS on Apple silicon (`disguise.py`), so that such checks pass. Use
+session, and only they, are shown macOS on Apple silicon (`fake_platform.py`), so that such checks pass. Use
 `--no-ane-mac` to let them see this machine. Test files that start other Python processes hand the simulator
 on to them (`children.py`).
 """
@@ -23,10 +23,9 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import AneTrainerError
 from ane_trainer.interop.aneforge import install, installed, uninstall
 from ane_trainer.interop.aneforge.children import hand_on
-from ane_trainer.interop.aneforge.fake_platform import MacSys, disguise
+from ane_trainer.interop.aneforge.fake_platform import MacSys, disguise, provide
 from ane_trainer.interop.aneforge.host import Installation, brand
 from ane_trainer.interop.aneforge.library import SimulatedLibrary
-from ane_trainer.interop.aneforge.tools import provide
 
 _active: list[Installation] = []
 
