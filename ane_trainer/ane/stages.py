@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ROLES = ("state", "batch", "scalar", "result")
 
 
-#: Integers that one fp16 number cannot tell apart travel as a remainder and a quotient by this (`lower.pairs`).
+#: Integers that one fp16 number cannot tell apart travel as a remainder and a quotient by this (`lower.indices.split`).
 PAIR = 1024
 
 
@@ -34,7 +34,8 @@ class Port:
     `shape` is the tensor's shape in the program (rank-0 tensors become `(1,)`). `target` is the dotted name
     in the module or optimizer that a state port mirrors, e.g. `fc1.weight`, `fc1.weight/exp_avg`,
     `fc1.weight/residual`, `step/loss_scale`. The port holds the user's value times `scale` (a power of two).
-    A `wide` port takes integers above 2048 as the codes of `lower.integers.coded`.
+    `index_encoding` says how integers travel: "none" as they are, "coded" as the codes of `lower.indices.codes`, "split"
+    as remainders by `PAIR` in this port and quotients (rounded down) in the port named by `quotients`.
     """
 
     name: str
@@ -42,7 +43,8 @@ class Port:
     role: str
     target: str = ""
     scale: float = 1.0
-    wide: bool = False
+    index_encoding: str = "none"
+    quotients: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
-from ane_trainer.ane.compiler.lower.indices.integers import coded, most_rows
-from ane_trainer.ane.compiler.lower.indices.pairs import HIGH, MOST_ROWS
+from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
+from ane_trainer.ane.compiler.lower.indices.split import MOST_ROWS
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.program import MAX_FP16
 from ane_trainer.ane.stages import PAIR, Port
@@ -57,6 +57,13 @@ class Slot:
     high: str | None = None
 
 
+def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool) -> Slot:
+    """The slot of a tensor that goes to `port`, if it goes anywhere."""
+    if port is None:
+        return Slot(place, None, shape, mask=mask)
+    return Slot(place, port.name, shape, port.index_encoding == "coded", mask, port.quotients or None)
+
+
 class Feeds:
     """Turns (x, y), or x alone, into the arrays of a program's batch ports."""
 
@@ -64,20 +71,12 @@ class Feeds:
         self, example: Sequence[Any], names: Sequence[str], inputs: Sequence[Port], precision: str = "fp16"
     ) -> None:
         self._range = RANGES[precision]
-        ports = {port.target: port.name for port in inputs if port.role == "batch"}
-        wide = {port.target for port in inputs if port.wide}
+        ports = {port.target: port for port in inputs if port.role == "batch"}
         self._parts = []
         for part, name in zip(example, names, strict=True):
             wanted = batch_ports(part, name)
             slots = [
-                Slot(
-                    p.target,
-                    ports.get(p.target),
-                    tuple(t.shape),
-                    p.target in wide,
-                    _is_mask(t),
-                    ports.get(f"{p.target}{HIGH}"),
-                )
+                slot_of(p.target, tuple(t.shape), ports.get(p.target), mask=_is_mask(t))
                 for p, t in zip(wanted, tensors_of(part), strict=True)
             ]
             self._parts.append((name, Structure.of(part), slots))

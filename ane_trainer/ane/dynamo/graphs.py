@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY
-from ane_trainer.ane.compiler.lower.registry import ACCEPTS_ABSENT
+from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ def partition(
     _drop_checks(joint.graph)
     _spell_out_dropout(joint.graph)
     for node in joint.graph.nodes:
-        if str(node.target) in ACCEPTS_ABSENT and "backward" in str(node.target):
+        if str(node.target) in ACCEPTS["absent"] and "backward" in str(node.target):
             node.args = (*node.args[:-1], node.args[1])
     forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
     forward.meta[USER_RESULTS] = num_fwd_outputs

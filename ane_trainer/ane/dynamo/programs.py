@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.compiler.lower.indices.pairs import HIGH
 from ane_trainer.ane.dispatch.devices import choose_precision, get_device
-from ane_trainer.ane.dispatch.feeds import RANGES, Slot, to_float, to_pair
+from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, to_float, to_pair
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
@@ -97,15 +96,9 @@ class EnginePart:
         compiled = prepare(captured, options.chip, options.path, self._range.name)
         self.program = compiled.program
         self._session = device.load(compiled, fidelity=options.fidelity, threads=options.threads)
-        quotients = {port.target: port.name for port in compiled.inputs}
         self._inputs = [
-            Slot(
-                p.target,
-                p.name,
-                original.shape if len(original.shape) <= len(p.shape) else p.shape,
-                p.wide,
-                mask=True,
-                high=quotients.get(f"{p.target}{HIGH}"),
+            slot_of(
+                p.target, original.shape if len(original.shape) <= len(p.shape) else p.shape, p, mask=True
             )
             for p, original in zip(compiled.inputs, captured.inputs, strict=False)
         ]

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ane_trainer.ane.compiler.lower.context import Absent, Context, Shape, is_bool, mil_shape
-from ane_trainer.ane.compiler.lower.indices import pairs
-from ane_trainer.ane.compiler.lower.indices.integers import keeps_codes, reads_codes
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices import split
+from ane_trainer.ane.compiler.lower.indices.choose import encodings, packet_name
+from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Shape, is_bool, mil_shape
 from ane_trainer.ane.compiler.lower.passes.pipeline import run_passes
-from ane_trainer.ane.compiler.lower.registry import ACCEPTS_ABSENT, RULES, Refusal
+from ane_trainer.ane.compiler.lower.registry import ACCEPTS, RULES, Refusal
 from ane_trainer.ane.compiler.lower.rules.maxima import Places
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.mil.opset import Builder
@@ -67,8 +68,6 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
         if isinstance(node, Node):
             ctx.operands[node] = _with_numbers(ctx, ctx.operands[node])
     findings += _absent_outputs(ctx, results)
-    findings += _computed_codes(ctx)
-    inputs = tuple(replace(port, wide=port.name in ctx.wide) for port in inputs)
     if findings:
         count = len(findings)
         verb = "has" if count == 1 else "have"
@@ -93,41 +92,6 @@ def _absent_outputs(ctx: Context, results: Sequence[Any]) -> list[Finding]:
     return [Finding(where(r), str(r.target), o.reason, o.fix) for r, o in found if isinstance(o, Absent)]
 
 
-def _computed_codes(ctx: Context) -> list[Finding]:
-    """Ports that would have to send codes, and whose integers something computes with."""
-    reason = "computes with integers that also look up a table of more than 2048 rows."
-    fix = "Pass them as two inputs, one for the table and one for the arithmetic."
-    twofold = {value.name for value in ctx.high}
-    return [
-        Finding(where(node), str(node.target), reason, fix)
-        for port, node in ctx.computed.items()
-        if port in ctx.wide or port in twofold
-    ]
-
-
-def _follow_integers(ctx: Context, node: Node, arguments: Any) -> None:
-    """Note whether the node hands a port's integers on, looks them up, or computes with them."""
-    leaves = _flat(arguments)
-    ports = frozenset().union(*(ctx.integers.get(v, frozenset()) for v in leaves if isinstance(v, Value)))
-    if not ports:
-        return
-    packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", "getitem")
-    constants = [leaf for leaf in leaves if not isinstance(leaf, Value)]
-    results = [r for r in _flat(ctx.operands[node]) if isinstance(r, Value)]
-    whole = [m for m in _flat(node.meta["val"]) if isinstance(m, torch.Tensor) and _integral(m.dtype)]
-    paired = bool(whole) and any(r in ctx.high for r in results)
-    if paired or keeps_codes(name, constants, bool(whole)):
-        ctx.integers |= dict.fromkeys(results, ports)
-    elif not reads_codes(name, constants) and not (name in ("gather", "eq", "ne") and ctx.is_pair(*leaves)):
-        for port in ports:
-            ctx.computed.setdefault(port, node)
-
-
-def _integral(dtype: torch.dtype) -> bool:
-    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
-
-
 def where(node: Node) -> str:
     """The place to name in a message: the user's module and line as capture recorded it, else the node."""
     return str(node.meta.get("ane_source") or f"node {node.name}")
@@ -135,22 +99,25 @@ def where(node: Node) -> str:
 
 def _declare_inputs(ctx: Context, captured: Captured) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """The captured ports, and those that hold the quotients of integers in two numbers."""
-    paired = pairs.paired_inputs(captured, ctx.dtype)
-    quotients = []
+    chosen = encodings(captured, ctx.dtype)
     placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
-    ports = []
+    ports, quotients = [], []
     for node, port in zip(placeholders, captured.inputs, strict=True):
         tensor = node.meta["val"]
-        value = ctx.builder.input(
-            _identifier(port.name), TensorType(ctx.dtype, _at_border(mil_shape(tensor)))
-        )
-        whole = ctx.reshape(value, mil_shape(tensor))
-        ctx.operands[node] = ctx.boolean_of_01(whole) if tensor.dtype == torch.bool else whole
-        if port.role == "batch" and _integral(tensor.dtype):
-            ctx.integers[value] = frozenset([value.name])
-        ports.append(replace(port, name=value.name, shape=value.type.shape))
-        if node in paired:
-            quotients.append(pairs.declare(ctx, value, ports[-1]))
+        border = TensorType(ctx.dtype, _at_border(mil_shape(tensor)))
+        value = ctx.builder.input(_identifier(port.name), border)
+        parts, encoding = [value], chosen.get(node, "none")
+        if encoding == "split":
+            parts.append(ctx.builder.input(f"{value.name}_high", border))
+            high = parts[1].name
+            quotients.append(Port(high, border.shape, "batch", f"{port.target}#high"))
+            port = replace(port, quotients=high)
+        ports.append(replace(port, name=value.name, shape=border.shape, index_encoding=encoding))
+        whole = [ctx.reshape(part, mil_shape(tensor)) for part in parts]
+        if encoding != "none":
+            ctx.operands[node] = Encoded(tuple(w for w in whole if isinstance(w, Value)), encoding)
+        else:
+            ctx.operands[node] = ctx.boolean_of_01(whole[0]) if tensor.dtype == torch.bool else whole[0]
     return tuple(ports), tuple(quotients)
 
 
@@ -201,14 +168,18 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
         if arguments and isinstance(arguments[0], Places) and name in _VIEWS:
             ctx.operands[node] = arguments[0].viewed(ctx.shape)
             return
-        if name not in ACCEPTS_ABSENT:
+        if name not in ACCEPTS["absent"]:
             arguments = _with_numbers(ctx, arguments)
         absent = next((leaf for leaf in _flat(arguments) if isinstance(leaf, Absent)), None)
-        if absent is not None and name not in ACCEPTS_ABSENT:
+        if absent is not None and name not in ACCEPTS["absent"]:
             raise Refusal(absent.reason, absent.fix)
         _check_static(ctx)
-        ctx.operands[node] = _checked(ctx, rule(ctx, *arguments, **_without_placement(keywords)))
-        _follow_integers(ctx, node, arguments)
+        keywords = _without_placement(keywords)
+        if any(isinstance(leaf, Encoded) for leaf in _flat(arguments)):
+            result = split.apply(ctx, packet_name(node), rule, list(arguments), keywords)
+        else:
+            result = rule(ctx, *arguments, **keywords)
+        ctx.operands[node] = _checked(ctx, result)
     except Refusal as refusal:
         findings.append(Finding(where(node), name, refusal.reason, refusal.fix))
     except ProgramError as error:
@@ -249,7 +220,7 @@ def _foldable(node: Node, arguments: Any, keywords: Any) -> bool:
         return False
     leaves = _flat(arguments) + _flat(list(keywords.values()))
     tags = getattr(node.target, "tags", ())
-    return not any(isinstance(leaf, (Value, Absent)) for leaf in leaves) and not any(
+    return not any(isinstance(leaf, (Value, Absent, Encoded)) for leaf in leaves) and not any(
         t in tags for t in _UNFOLDABLE
     )
 
@@ -285,6 +256,8 @@ def _checked(ctx: Context, result: Any) -> Any:
 
 
 def _checked_one(ctx: Context, result: Any, meta: Any) -> Any:
+    if isinstance(result, Encoded):
+        return result.each(lambda part: _checked_one(ctx, part, meta))
     if not isinstance(result, Value):
         return result
     if result.type.shape != mil_shape(meta):

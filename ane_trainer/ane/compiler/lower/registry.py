@@ -11,8 +11,9 @@ F = TypeVar("F", bound=Rule)
 #: ATen overload (`aten.add.Tensor`) -> rule `(ctx, *args, **kwargs) -> result or tuple of results`.
 RULES: dict[str, Rule] = {}
 
-#: Overloads whose rules ignore an operand that another rule left out (see `context.Absent`).
-ACCEPTS_ABSENT: set[str] = set()
+#: Overloads by a kind of operand that only some rules take: "absent", left out by another rule (`operands.Absent`), or
+#: "encoded", integers beyond fp16 (`operands.Encoded`).
+ACCEPTS: dict[str, set[str]] = {"absent": set(), "encoded": set()}
 
 
 class Refusal(Exception):
@@ -26,8 +27,11 @@ class Refusal(Exception):
         self.fix = fix
 
 
-def lowering(overloads: str, *, accepts_absent: bool = False) -> Callable[[F], F]:
-    """Register a rule for the space-separated ATen overloads, written without the leading `aten.`."""
+def lowering(overloads: str, *, accepts: str = "") -> Callable[[F], F]:
+    """Register a rule for the space-separated ATen overloads, written without the leading `aten.`.
+
+    `accepts` names kinds of operands that other rules do not take (`ACCEPTS`).
+    """
 
     def register(function: F) -> F:
         for overload in overloads.split():
@@ -35,8 +39,8 @@ def lowering(overloads: str, *, accepts_absent: bool = False) -> Callable[[F], F
             if name in RULES:
                 raise ValueError(f"lowering rule for {name} is registered twice")
             RULES[name] = function
-            if accepts_absent:
-                ACCEPTS_ABSENT.add(name)
+            for kind in accepts.split():
+                ACCEPTS[kind].add(name)
         return function
 
     return register

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 
 #: From here on softplus is the identity in fp16: log(1 + exp(-12)) is below half an ulp of 12.

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, Shape, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, Shape, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules import windows
 from ane_trainer.ane.compiler.lower.rules.slicing import zero_insert

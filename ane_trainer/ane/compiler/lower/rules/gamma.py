@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand
 from ane_trainer.ane.compiler.lower.registry import lowering
 
 #: From here on the series needs no help.

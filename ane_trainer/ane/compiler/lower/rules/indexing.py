@@ -9,9 +9,10 @@ import math
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Absent, Context, Operand, shape_of
-from ane_trainer.ane.compiler.lower.indices import pairs
-from ane_trainer.ane.compiler.lower.indices.integers import EXACT_INTEGERS, coded, most_rows
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices import split
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, coded, most_rows
+from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.maxima import Places, pick
 from ane_trainer.ane.compiler.lower.rules.slicing import take
@@ -29,13 +30,13 @@ def one_hot(ctx: Context, index: Operand, classes: int, axis: int, *, skip: int 
 
     `select(equal(reshape(index, [.., 1, ..]), classes), 1, 0)`
     """
-    if isinstance(index, Value) and index in ctx.high:
+    if isinstance(index, Encoded) and index.encoding == "split":
         if not ctx_index_shape(ctx, index):
             raise ctx.refuse("needs an index of rank 1 or more for so many rows.", "Use index.reshape(1).")
-        return pairs.one_hot(ctx, index, _pair_numbers(classes, skip), axis)
+        return split.one_hot(ctx, index, _pair_numbers(classes, skip), axis)
     shape = ctx_index_shape(ctx, index)
-    spread = ctx.reshape(index, (*shape[:axis], 1, *shape[axis:]))
     numbers = _numbers(ctx, index, classes, skip)
+    spread = ctx.reshape(_plain(index), (*shape[:axis], 1, *shape[axis:]))
     numbers = numbers.reshape([classes if i == axis else 1 for i in range(len(shape) + 1)])
     return ctx.number(ctx.binary("equal", spread, numbers))
 
@@ -43,8 +44,10 @@ def one_hot(ctx: Context, index: Operand, classes: int, axis: int, *, skip: int 
 def _numbers(ctx: Context, index: Operand, rows: int, skip: int | None) -> torch.Tensor:
     """What the index is for each row: its number, or its code where fp16 does not hold it."""
     numbers = torch.arange(rows, dtype=torch.float64)
-    if rows > EXACT_INTEGERS + 1 and isinstance(index, Value) and ctx.dtype == "fp16":
-        if not ctx.use_codes(index):
+    if isinstance(index, Encoded) or (
+        rows > EXACT_INTEGERS + 1 and isinstance(index, Value) and ctx.dtype == "fp16"
+    ):
+        if not isinstance(index, Encoded):
             raise ctx.refuse(
                 f"needs at most {EXACT_INTEGERS} classes or rows, the integers fp16 holds, for an index that is "
                 f"computed; got {rows}.",
@@ -59,6 +62,11 @@ def _numbers(ctx: Context, index: Operand, rows: int, skip: int | None) -> torch
     if skip is not None and 0 <= skip < rows:
         numbers[skip] = _NEVER
     return numbers
+
+
+def _plain(index: Operand) -> Operand:
+    """The one number of integers as codes, or as they are."""
+    return index.parts[0] if isinstance(index, Encoded) else index
 
 
 def _pair_numbers(rows: int, skip: int | None) -> torch.Tensor:
@@ -80,13 +88,13 @@ def ctx_index_shape(ctx: Context, index: Operand) -> tuple[int, ...]:
     return shape
 
 
-@lowering("one_hot.default")
+@lowering("one_hot.default", accepts="encoded")
 def one_hot_(ctx: Context, index: Operand, num_classes: int = -1) -> Operand:
     """`one_hot(i, n) -> select(equal(reshape(i), arange), 1, 0)`"""
     return one_hot(ctx, index, ctx.shape[-1], len(ctx.shape) - 1)
 
 
-@lowering("embedding.default")
+@lowering("embedding.default", accepts="encoded")
 def embedding(
     ctx: Context,
     weight: Operand,
@@ -99,17 +107,17 @@ def embedding(
 
     The accumulator's step is 2^-16 (M6 notes/numerics.md), which would cut the last bits of weights below
     2^-6. With 64 in the one-hot the look-up is exact for 2^-12 <= |w| < 512. An index in two numbers looks 1024
-    rows up at a time, see `pairs.look_up`.
+    rows up at a time, see `split.look_up`.
     """
     flat = ctx.reshape(index, (math.prod(shape_of(index)),))
-    if isinstance(flat, Value) and flat in ctx.high:
-        looked_up = pairs.look_up(ctx, weight, flat, LOOKUP_SCALE)
+    if isinstance(flat, Encoded) and flat.encoding == "split":
+        looked_up = split.look_up(ctx, weight, flat, LOOKUP_SCALE)
         return ctx.reshape(ctx.mul(looked_up, 1.0 / LOOKUP_SCALE), ctx.shape)
     picks = flat_one_hot(ctx, flat, shape_of(weight)[0], on=LOOKUP_SCALE)
     return ctx.reshape(ctx.mul(ctx.matmul(picks, weight), 1.0 / LOOKUP_SCALE), ctx.shape)
 
 
-@lowering("embedding_dense_backward.default")
+@lowering("embedding_dense_backward.default", accepts="encoded")
 def embedding_backward(
     ctx: Context, g: Operand, index: Operand, rows: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Operand:
@@ -119,21 +127,21 @@ def embedding_backward(
     count = math.prod(shape_of(index))
     flat = ctx.reshape(index, (count,))
     gradient = ctx.reshape(g, (count, shape_of(g)[-1]))
-    if isinstance(flat, Value) and flat in ctx.high:
-        return pairs.add_up(ctx, gradient, flat, rows, padding_idx)
+    if isinstance(flat, Encoded) and flat.encoding == "split":
+        return split.add_up(ctx, gradient, flat, rows, padding_idx)
     return ctx.matmul(flat_one_hot(ctx, flat, rows, skip=padding_idx), gradient, tx=True)
 
 
 def flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = None, on: float = 1.0) -> Operand:
     """`[M]` -> `[M, rows]` of `on` and 0; row `skip` matches nothing."""
-    if isinstance(flat, Value) and flat in ctx.high:
-        return ctx.mul(pairs.one_hot(ctx, flat, _pair_numbers(rows, skip), 1), on)
-    column = ctx.reshape(flat, (shape_of(flat)[0], 1))
+    if isinstance(flat, Encoded) and flat.encoding == "split":
+        return ctx.mul(split.one_hot(ctx, flat, _pair_numbers(rows, skip), 1), on)
     numbers = _numbers(ctx, flat, rows, skip)
+    column = ctx.reshape(_plain(flat), (shape_of(flat)[0], 1))
     return ctx.where(ctx.binary("equal", column, numbers.reshape(1, rows)), on, 0.0)
 
 
-@lowering("index_select.default")
+@lowering("index_select.default", accepts="encoded")
 def index_select(ctx: Context, x: Operand, dim: int, index: Operand) -> Operand:
     """`index_select(x, d, i) -> matmul(onehot(i), x)` along the axis; constant i `-> ` slices and `concat`"""
     if not isinstance(index, Value):
@@ -146,7 +154,7 @@ def index_select(ctx: Context, x: Operand, dim: int, index: Operand) -> Operand:
     return ctx.reshape(picked, ctx.shape)
 
 
-@lowering("gather.default", accepts_absent=True)
+@lowering("gather.default", accepts="absent encoded")
 def gather(
     ctx: Context, x: Operand, dim: int, index: Operand | Absent, *, sparse_grad: bool = False
 ) -> Operand:

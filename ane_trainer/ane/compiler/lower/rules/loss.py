@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ane_trainer.ane.compiler.lower.context import Absent, Context, Operand, mil_shape, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Absent, Operand, mil_shape, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.indexing import one_hot
 
@@ -39,7 +40,7 @@ def _inverse_share(ctx: Context, picks: Operand, items: int) -> Operand:
     return ctx.inverse(ctx.mean(ctx.sum(picks, [axis])))
 
 
-@lowering("nll_loss_forward.default nll_loss2d_forward.default")
+@lowering("nll_loss_forward.default nll_loss2d_forward.default", accepts="encoded")
 def nll_loss_forward(
     ctx: Context, x: Operand, target: Operand, weight: Operand | None, reduction: int, ignore_index: int
 ) -> tuple[Operand, Operand | Absent]:
@@ -58,7 +59,7 @@ def nll_loss_forward(
     return ctx.mul(ctx.mean(losses), _inverse_share(ctx, picks, items)), _NO_TOTAL
 
 
-@lowering("nll_loss_backward.default nll_loss2d_backward.default", accepts_absent=True)
+@lowering("nll_loss_backward.default nll_loss2d_backward.default", accepts="absent encoded")
 def nll_loss_backward(
     ctx: Context,
     g: Operand,

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Absent, Context, Operand, Shape, shape_of
-from ane_trainer.ane.compiler.lower.indices.integers import EXACT_INTEGERS
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
+from ane_trainer.ane.compiler.lower.operands import Absent, Operand, Shape, shape_of
 from ane_trainer.ane.compiler.lower.rules import windows
 from ane_trainer.ane.compiler.lower.rules.slicing import along, take
 from ane_trainer.ane.mil.program import MAX_FP16

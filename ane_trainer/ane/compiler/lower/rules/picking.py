@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, broadcast_shape, is_bool, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, broadcast_shape, is_bool, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.indexing import flat_one_hot
 from ane_trainer.ane.compiler.lower.rules.slicing import take
@@ -66,7 +67,7 @@ def _without_masks(ctx: Context, indices: Sequence[Operand | None]) -> list[Oper
     return result
 
 
-@lowering("index.Tensor _unsafe_index.Tensor")
+@lowering("index.Tensor _unsafe_index.Tensor", accepts="encoded")
 def index_(ctx: Context, x: Operand, indices: Sequence[Operand | None]) -> Operand:
     """`index(x, [None, i]) -> ` as `index_select`, the index's shape in its place
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, as_tensor
-from ane_trainer.ane.compiler.lower.indices import pairs
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, as_tensor
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.mil.program import Value
 
@@ -18,21 +18,13 @@ LEAST_EPSILON = 2.0**-20
 
 @lowering("add.Tensor add.Scalar")
 def add(ctx: Context, x: Operand, y: Operand, alpha: float = 1) -> Operand:
-    """`add(x, y, alpha=a) -> add(x, mul(y, a))`; integers in two numbers see `pairs.add`"""
-    if ctx.is_pair(x, y) and alpha in (1, -1):
-        paired = pairs.add(ctx, x, y, int(alpha))
-        if paired is not None:
-            return paired
+    """`add(x, y, alpha=a) -> add(x, mul(y, a))`"""
     return ctx.add(x, y if alpha == 1 else ctx.mul(y, alpha))
 
 
 @lowering("sub.Tensor sub.Scalar")
 def sub(ctx: Context, x: Operand, y: Operand, alpha: float = 1) -> Operand:
     """`sub(x, y, alpha=a) -> sub(x, mul(y, a))`"""
-    if ctx.is_pair(x) and alpha == 1:
-        paired = pairs.add(ctx, x, y, -1)
-        if paired is not None:
-            return paired
     return ctx.sub(x, y if alpha == 1 else ctx.mul(y, alpha))
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Absent, Context, Operand, Shape, mil_shape, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Absent, Operand, Shape, mil_shape, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules import windows
 from ane_trainer.ane.compiler.lower.rules.maxima import (
@@ -120,7 +121,7 @@ def _maxima(ctx: Context, x: Operand, pool: Pool) -> Maxima:
 
 
 @lowering(
-    "max_pool2d_with_indices_backward.default max_pool3d_with_indices_backward.default", accepts_absent=True
+    "max_pool2d_with_indices_backward.default max_pool3d_with_indices_backward.default", accepts="absent"
 )
 def max_pool_backward(
     ctx: Context,
@@ -289,7 +290,7 @@ def _adaptive_maxima(ctx: Context, x: Operand, outputs: Shape) -> Maxima:
     return maxima(ctx, x, layout, [(0, 0)] * len(outputs))
 
 
-@lowering("adaptive_max_pool2d_backward.default adaptive_max_pool3d_backward.default", accepts_absent=True)
+@lowering("adaptive_max_pool2d_backward.default adaptive_max_pool3d_backward.default", accepts="absent")
 def adaptive_max_pool_backward(ctx: Context, g: Operand, x: Operand, indices: object) -> Operand:
     """`adaptive_max_pool2d_backward(g, x) -> ` as `max_pool2d_with_indices_backward`; windows of several
     lengths are folded back by one `matmul` per axis
@@ -299,7 +300,7 @@ def adaptive_max_pool_backward(ctx: Context, g: Operand, x: Operand, indices: ob
     return ctx.reshape(give(ctx, m, _batched(ctx, g, axes)), ctx.shape)
 
 
-@lowering("max_unpool2d.default max_unpool3d.default", accepts_absent=True)
+@lowering("max_unpool2d.default max_unpool3d.default", accepts="absent")
 def max_unpool(
     ctx: Context, x: Operand, indices: Operand | Absent, output_size: Sequence[int], *_: object
 ) -> Operand:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, as_tensor
-from ane_trainer.ane.compiler.lower.indices import pairs
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, as_tensor
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.mil.program import MAX_FP16, Value
 
@@ -27,14 +27,10 @@ def _comparison(kind: str) -> None:
         if ctx.dtype == "fp16" and kind in up + down:
             x = x if isinstance(x, Value) else _directed(x, upward=kind in down)
             y = y if isinstance(y, Value) else _directed(y, upward=kind in up)
-        if ctx.is_pair(x, y) and kind in ("eq", "ne"):
-            same = pairs.equal(ctx, x, y)
-            if same is not None:
-                return same if kind == "eq" else logical_not(ctx, same)
         return ctx.binary(_COMPARISONS[kind], x, y)
 
 
-def _directed(constant: torch.Tensor | float, *, upward: bool) -> torch.Tensor:
+def _directed(constant: Operand, *, upward: bool) -> torch.Tensor:
     """The least fp16 number that is not below the constant, or the largest that is not above it.
 
     `x > 0.9999` is `x > 0.9995` for fp16 numbers x: as 1.0, to which it rounds, it would never hold.

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.slicing import along
 

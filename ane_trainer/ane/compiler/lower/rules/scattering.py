@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, Shape, as_tensor, is_bool, shape_of
-from ane_trainer.ane.compiler.lower.indices.integers import EXACT_INTEGERS
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
+from ane_trainer.ane.compiler.lower.operands import Operand, Shape, as_tensor, is_bool, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.indexing import flat_one_hot, move_axis_back, one_hot, one_per_line
 from ane_trainer.ane.compiler.lower.rules.picking import picks
 from ane_trainer.ane.mil.program import Value
 
 
-@lowering("scatter_add.default")
+@lowering("scatter_add.default", accepts="encoded")
 def scatter_add(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand) -> Operand:
     """`scatter_add(x, d, i, s) -> add(x, matmul(onehot(i), s, transpose_x=True))` with axis d last"""
     return ctx.add(x, scattered(ctx, shape_of(x), dim, index, source))
@@ -72,7 +73,7 @@ def _is_last(ctx: Context, index: Operand) -> Operand:
     return ctx.reshape(ctx.sub(1.0, repeated), shape)
 
 
-@lowering("scatter.src scatter.value")
+@lowering("scatter.src scatter.value", accepts="encoded")
 def scatter(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand) -> Operand:
     """`scatter(x, d, i, s) -> select(hit, scattered s, x)`"""
     number = not isinstance(source, (Value, torch.Tensor)) or not shape_of(source)
@@ -83,7 +84,7 @@ def scatter(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand)
     return ctx.where(hits, scattered(ctx, shape, dim, index, source, last_wins=True), x)
 
 
-@lowering("index_put.default _unsafe_index_put.default")
+@lowering("index_put.default _unsafe_index_put.default", accepts="encoded")
 def index_put(
     ctx: Context, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False
 ) -> Operand:

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, Shape, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, Shape, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.indexing import move_axis_back, one_hot
 from ane_trainer.ane.compiler.lower.rules.maxima import LOWEST

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
-from ane_trainer.ane.compiler.lower.indices.integers import EXACT_INTEGERS
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
+from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.indexing import move_axis_back
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, Shape, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, Shape, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.slicing import slice_scatter
 

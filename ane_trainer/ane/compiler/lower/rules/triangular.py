@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, as_tensor, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, as_tensor, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.mil.program import Value
 

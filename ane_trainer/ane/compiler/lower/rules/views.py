@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 
 

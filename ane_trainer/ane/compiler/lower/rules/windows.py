@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ane_trainer.ane.compiler.lower.context import Context, Operand, Shape, shape_of
+from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.operands import Operand, Shape, shape_of
 from ane_trainer.ane.compiler.lower.rules.slicing import zero_insert
 
 #: Largest extent of a matrix axis that every chip takes (M1 to M3; ANE guide app. A).

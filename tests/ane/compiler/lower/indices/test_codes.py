@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
-from ane_trainer.ane.compiler.lower.indices.integers import coded, most_rows
-from ane_trainer.ane.compiler.lower.indices.pairs import MOST_ROWS
+from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
+from ane_trainer.ane.compiler.lower.indices.split import MOST_ROWS
 from ane_trainer.ane.errors import DataError, UnsupportedModel
 from tests.ane.compiler.lower.harness import lowered
 
@@ -46,7 +46,7 @@ def test_a_language_models_step_with_3000_words() -> None:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     step = at.compile_step(model, loss, optimizer, (ids, labels), fidelity="fast")
-    assert {p.name for p in step.compiled.inputs if p.wide} == {"x", "y"}
+    assert {p.name for p in step.compiled.inputs if p.index_encoding == "coded"} == {"x", "y"}
     value = step(ids, labels)
     expected = loss(twin(ids), labels)
     expected.backward()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_trainer import compile_step
-from ane_trainer.ane.compiler.lower.indices.pairs import MOST_ROWS
+from ane_trainer.ane.compiler.lower.indices.split import MOST_ROWS
 from ane_trainer.ane.errors import DataError, UnsupportedModel
 from ane_trainer.ane.stages import PAIR
 from tests.ane.compiler.lower.harness import lowered, normal

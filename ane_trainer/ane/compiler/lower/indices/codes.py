@@ -1,6 +1,6 @@
-"""Integers in a float program: fp16 holds them up to 2048; larger ones travel as codes that only look-ups read.
+"""Codes of integers above 2048, which fp16 does not hold: numbers of their own that only look-ups and equality read.
 
-A batch port of integers that is only moved, compared with small numbers and used to look rows up needs no
+A batch port of integers that is only moved, compared for equality and used to look rows up needs no
 arithmetic, so each integer may be any number of its own. Integers above 2048 become the fp16 numbers from
 2^-4 to 1024 that are no integers, in ascending order: 13313 of them. Neighbours are at least 2^-14 apart, a
 normal number, so that comparing by subtraction tells them apart, too.
@@ -9,7 +9,6 @@ normal number, so that comparing by subtraction tells them apart, too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -25,17 +24,6 @@ _MOVES = (
 )
 #: Nodes that give the integers on as they are.
 MOVES = frozenset(_MOVES.split())
-_LOOKUPS = (
-    "embedding embedding_dense_backward nll_loss_forward nll_loss_backward "
-    "nll_loss2d_forward nll_loss2d_backward"
-)
-#: Nodes that only ask which integer it is.
-LOOKUPS = frozenset(_LOOKUPS.split())
-_COMPARISONS = frozenset(["eq", "ne"])
-#: Nodes that take no more than a shape of them.
-_SHAPES = frozenset(
-    "full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
-)
 
 
 @functools.cache
@@ -58,26 +46,3 @@ def coded(numbers: torch.Tensor) -> torch.Tensor:
     large = values > EXACT_INTEGERS
     values[large] = _codes()[values[large].astype(np.int64)]
     return torch.from_numpy(values)
-
-
-def keeps_codes(name: str, constants: Iterable[object], to_integers: bool) -> bool:
-    """Whether a node (its ATen name without namespace and overload) hands integers on unchanged."""
-    return (name in MOVES or (name == "_to_copy" and to_integers)) and _small(constants)
-
-
-def reads_codes(name: str, constants: Iterable[object]) -> bool:
-    """Whether a node only looks up or compares (or takes the shape), so that codes do as well as integers."""
-    return name in LOOKUPS or name in _SHAPES or (name in _COMPARISONS and _small(constants))
-
-
-def _small(constants: Iterable[object]) -> bool:
-    """Every constant is an integer that is its own code."""
-    for item in constants:
-        values = item if isinstance(item, torch.Tensor) else torch.as_tensor(item) if _numeric(item) else None
-        if values is not None and values.numel() and bool((values.double().abs() > EXACT_INTEGERS).any()):
-            return False
-    return True
-
-
-def _numeric(item: object) -> bool:
-    return isinstance(item, (int, float)) and abs(item) < 2**62

@@ -1,14 +1,82 @@
-"""Torch constants and Python numbers as MIL literals."""
+"""Operands of lowering rules, and how those known at compile time become MIL literals.
+
+An *operand* is a MIL value, a torch tensor that is known at compile time, a Python number, or integers in another
+encoding (`Encoded`). Shapes are MIL shapes: rank 0 is `[1]`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ane_trainer.ane.mil.program import MAX_FP16, Literal, TensorType
+from ane_trainer.ane.mil.program import MAX_FP16, Literal, TensorType, Value
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Integers beyond what one fp16 number holds: as codes (one part), or split into remainder and quotient by 1024.
+
+    Only movement, comparisons, look-ups and the rules of `indices` take them.
+    """
+
+    parts: tuple[Value | torch.Tensor, ...]
+    encoding: str
+
+    def each(self, function: Callable[[Any], Any]) -> Encoded:
+        """The integers after a movement that acts on every part alike."""
+        return Encoded(tuple(function(part) for part in self.parts), self.encoding)
+
+
+Operand = Value | torch.Tensor | Encoded | bool | int | float
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A result that a rule does not compute; an op that reads it is refused for `reason`."""
+
+    reason: str
+    fix: str = ""
+
+
+def mil_shape(tensor: Any) -> Shape:
+    """A torch tensor's shape as the program has it: rank 0 is `[1]`."""
+    return tuple(int(n) for n in tensor.shape) or (1,)
+
+
+def shape_of(x: Operand) -> Shape:
+    """The MIL shape of an operand; Python numbers are `()`."""
+    if isinstance(x, Encoded):
+        return shape_of(x.parts[0])
+    if isinstance(x, Value):
+        return x.type.shape
+    return mil_shape(x) if isinstance(x, torch.Tensor) else ()
+
+
+def broadcast_shape(*shapes: Shape) -> Shape:
+    """The common shape under NumPy's rule."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def is_bool(x: Operand) -> bool:
+    """True for a boolean value, tensor or Python bool."""
+    if isinstance(x, Value):
+        return x.type.dtype == "bool"
+    return x.dtype == torch.bool if isinstance(x, torch.Tensor) else isinstance(x, bool)
+
+
+def as_tensor(x: Operand) -> torch.Tensor:
+    """A constant operand as a float64 (or bool) tensor."""
+    assert not isinstance(x, (Value, Encoded))
+    tensor = torch.as_tensor(x)
+    return tensor if tensor.dtype == torch.bool else tensor.to(torch.float64)
+
 
 _NUMPY = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64}
 
