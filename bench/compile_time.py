@@ -18,7 +18,7 @@ from torch import nn
 
 import ane_trainer as at
 from ane_trainer.ane.capture import capture_training
-from ane_trainer.ane.compiler.emit import compile_program
+from ane_trainer.ane.compiler.build import compile_program
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.compiler.lower import lower
 

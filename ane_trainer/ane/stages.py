@@ -34,8 +34,8 @@ class Port:
     `shape` is the tensor's shape in the program (rank-0 tensors become `(1,)`). `target` is the dotted name
     in the module or optimizer that a state port mirrors, e.g. `fc1.weight`, `fc1.weight/exp_avg`,
     `fc1.weight/residual`, `step/loss_scale`. The port holds the user's value times `scale` (a power of two).
-    `index_encoding` says how integers travel: "none" as they are, "coded" as the codes of `lower.indices.codes`, "split"
-    as remainders by `PAIR` in this port and quotients (rounded down) in the port named by `quotients`.
+    `index_encoding` says how integers travel: "none" as they are, "coded" as the codes of `lower.indices.codes`,
+    "split" as remainders by `PAIR` in this port and quotients (rounded down) in the port named by `quotients`.
     """
 
     name: str

@@ -18,7 +18,7 @@ import typer
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip, known_chips
-from ane_trainer.ane.compiler.emit import cache_folder
+from ane_trainer.ane.compiler.build import cache_folder
 from ane_trainer.ane.dispatch.devices import DEVICE_NAMES, get_device
 from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
 from ane_trainer.ane.dispatch.devices.machine import describe, known_chip, version

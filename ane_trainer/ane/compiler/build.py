@@ -1,11 +1,66 @@
-"""From a captured graph to what a device loads, in the precision that the device takes."""
+"""From a captured graph to what a device loads: MIL text and weight blob, with a fingerprint and a cache on disk."""
 
 from __future__ import annotations
 
-from ane_trainer.ane.compiler.emit import compile_program
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.compiler.lower import lower
+from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.ane.stages import Captured, Compiled, Legalized
+
+TEXT_FILE = "model.mil"
+WEIGHTS_FILE = "weights.bin"
+
+
+def compile_program(legalized: Legalized, *, cache: bool = True) -> Compiled:
+    """Print the program and put it into the cache; a program that is there already is not written again.
+
+    A cache that cannot be written is left out (`folder` is None): the program runs from memory as well.
+    """
+    text, weights = print_program(legalized.lowered.program)
+    fingerprint = hashlib.sha256(text.encode() + b"\0" + weights).hexdigest()
+    folder = _store(cache_folder() / fingerprint, text, weights) if cache else None
+    return Compiled(legalized, text, weights, fingerprint, folder)
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept, one folder per fingerprint."""
+    return Path(platformdirs.user_cache_dir("ane_trainer")) / "programs"
+
+
+def _store(folder: Path, text: str, weights: bytes) -> Path | None:
+    """Write both files so that a reader sees the whole folder or none; None if the place is not writable."""
+    if _holds(folder, text, weights):
+        return folder
+    scratch = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
+        (scratch / TEXT_FILE).write_text(text, encoding="utf-8")
+        (scratch / WEIGHTS_FILE).write_bytes(weights)
+        if folder.exists():  # damaged: its name is the hash of what it should hold
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    except OSError:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return folder if _holds(folder, text, weights) else None  # another process may have been faster
+    return folder
+
+
+def _holds(folder: Path, text: str, weights: bytes) -> bool:
+    with contextlib.suppress(OSError):
+        stored = (folder / TEXT_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes()
+        return stored == (text.encode(), weights)
+    return False
 
 
 def prepare(captured: Captured, chip: str, path: str, precision: str) -> Compiled:

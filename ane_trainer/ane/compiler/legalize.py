@@ -14,7 +14,7 @@ from typing import Any
 
 from ane_trainer.ane.chips.lookup import Chip, Limit, get_chip, limit, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel
-from ane_trainer.ane.mil.opset import Call, bind
+from ane_trainer.ane.mil.opset import Call, bind, family
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, TensorType, Value, literal
 from ane_trainer.ane.stages import Legalized, Lowered
 
@@ -100,7 +100,7 @@ def _ops(function: Function, target: Target) -> Iterator[Finding]:
             reason = f"the engine refuses this op ({support.evidence}; {support.source})."
             yield Finding(_where(op), op.kind, reason, "Replace the layer that needs it.")
         seen: set[str] = set()
-        for check in (_shapes, *_CHECKS.get(op.kind, ())):
+        for check in (_shapes, *(_CHECKS.get(op.kind) or _CHECKS.get(family(op.kind), ()))):
             for reason, fix in check(op, target):
                 if reason not in seen:
                     seen.add(reason)
@@ -223,16 +223,14 @@ def _arg_reduce(op: Op, target: Target) -> Iterator[tuple[str, str]]:
         yield f"needs an axis of {bound}; got {extent}.", "Reduce in two steps."
 
 
+#: Checks by op kind, or by family.
 _CHECKS: dict[str, tuple[Check, ...]] = {
     "matmul": (_matmul,),
     "conv": (_conv,),
     "conv_transpose": (_conv,),
-    "max_pool": (_pool,),
-    "avg_pool": (_pool,),
-    "l2_pool": (_pool,),
     "transpose": (_transpose,),
-    "reduce_argmax": (_arg_reduce,),
-    "reduce_argmin": (_arg_reduce,),
+    "pooling": (_pool,),
+    "arg_reduction": (_arg_reduce,),
 }
 
 

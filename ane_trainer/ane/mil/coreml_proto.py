@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from ane_trainer.ane.errors import MissingDependency, ProgramError
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, TensorType, Value
 from ane_trainer.ane.mil.program import literal as make_literal
-from ane_trainer.ane.mil.text.resolve import resolve
+from ane_trainer.ane.mil.text.parser import resolve
 from ane_trainer.ane.mil.text.syntax import (
     MAX_EXTENT,
     MAX_RANK,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.compiler.emit import compile_program
+from ane_trainer.ane.compiler.build import compile_program
 from ane_trainer.ane.compiler.legalize import Target, refusals
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UnsupportedModel

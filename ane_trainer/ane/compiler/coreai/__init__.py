@@ -1,7 +1,14 @@
 """Core AI: MIL programs as Apple's `.aimodel` assets, and Apple's runtime to run them."""
 
-from ane_trainer.ane.compiler.coreai.asset import Asset, open_asset, save_asset
-from ane_trainer.ane.compiler.coreai.program import INITIAL_STATE, MAIN, build_program, program_dtype
+from ane_trainer.ane.compiler.coreai.program import (
+    INITIAL_STATE,
+    MAIN,
+    Asset,
+    build_program,
+    open_asset,
+    program_dtype,
+    save_asset,
+)
 from ane_trainer.ane.compiler.coreai.runtime import (
     LoadedAsset,
     make_state,

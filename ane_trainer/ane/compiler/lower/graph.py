@@ -18,7 +18,7 @@ from ane_trainer.ane.compiler.lower.indices.choose import encodings, packet_name
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Shape, is_bool, mil_shape
 from ane_trainer.ane.compiler.lower.passes.pipeline import run_passes
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS, RULES, Refusal
-from ane_trainer.ane.compiler.lower.rules.maxima import Places
+from ane_trainer.ane.compiler.lower.rules.windows import Places
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import MAX_RANK, Function, Op, Program, TensorType, Value, literal

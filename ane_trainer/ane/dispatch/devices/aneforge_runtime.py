@@ -23,7 +23,7 @@ from typing import Any
 import platformdirs
 
 from ane_trainer.ane.chips.lookup import limit
-from ane_trainer.ane.compiler.emit import TEXT_FILE, WEIGHTS_FILE
+from ane_trainer.ane.compiler.build import TEXT_FILE, WEIGHTS_FILE
 from ane_trainer.ane.errors import EnvironmentFault, MissingDependency, ProgramError, SimulationError
 from ane_trainer.ane.stages import Compiled
 

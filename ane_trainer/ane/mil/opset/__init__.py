@@ -7,8 +7,6 @@ from ane_trainer.ane.mil.opset import (
     elementwise,
     indexing,
     movement,
-    normalization,
-    pooling,
     rearrange,
     reduction,
     resizing,
@@ -18,6 +16,6 @@ from ane_trainer.ane.mil.opset.registry import Call, OpDef, Param, bind, family,
 
 __all__ = [
     "Builder", "Call", "OpDef", "Param", "bind", "compression", "contraction", "creation", "elementwise",
-    "family", "indexing", "infer", "known_ops", "movement", "normalization", "op_def", "pooling", "rearrange",
+    "family", "indexing", "infer", "known_ops", "movement", "op_def", "rearrange",
     "reduction", "resizing",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ane_trainer import TrainingStep, compile_forward, compile_step
-from ane_trainer.ane.compiler.emit import compile_program
+from ane_trainer.ane.compiler.build import compile_program
 from ane_trainer.ane.dispatch import resolve_target
 from ane_trainer.ane.dispatch.devices import aneforge_runtime, get_device
 from ane_trainer.ane.dispatch.devices.e5rt import E5RT, E5RTSession

@@ -12,18 +12,6 @@ from ane_trainer.ane.compiler.lower.registry import lowering
 _SOFTPLUS_LINEAR = 12.0
 
 
-@lowering("relu.default")
-def relu(ctx: Context, x: Operand) -> Operand:
-    """`relu(x) -> relu(x)`"""
-    return ctx.unary("relu", x)
-
-
-@lowering("relu6.default")
-def relu6(ctx: Context, x: Operand) -> Operand:
-    """`relu6(x) -> relu6(x)`"""
-    return ctx.unary("relu6", x)
-
-
 @lowering("threshold_backward.default")
 def threshold_backward(ctx: Context, g: Operand, x: Operand, threshold: float) -> Operand:
     """`threshold_backward(g, x, t) -> select(greater(x, t), g, 0)`"""
@@ -36,22 +24,10 @@ def threshold(ctx: Context, x: Operand, level: float, value: float) -> Operand:
     return ctx.where(ctx.binary("greater", x, level), x, value)
 
 
-@lowering("sigmoid.default")
-def sigmoid(ctx: Context, x: Operand) -> Operand:
-    """`sigmoid(x) -> sigmoid(x)`"""
-    return ctx.unary("sigmoid", x)
-
-
 @lowering("sigmoid_backward.default")
 def sigmoid_backward(ctx: Context, g: Operand, y: Operand) -> Operand:
     """`sigmoid_backward(g, y) -> mul(g, mul(y, sub(1, y)))`"""
     return ctx.mul(g, ctx.mul(y, ctx.sub(1.0, y)))
-
-
-@lowering("tanh.default")
-def tanh(ctx: Context, x: Operand) -> Operand:
-    """`tanh(x) -> tanh(x)`"""
-    return ctx.unary("tanh", x)
 
 
 @lowering("tanh_backward.default")

@@ -14,8 +14,8 @@ from ane_trainer.ane.compiler.lower.indices import split
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, coded, most_rows
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
-from ane_trainer.ane.compiler.lower.rules.maxima import Places, pick
 from ane_trainer.ane.compiler.lower.rules.slicing import take
+from ane_trainer.ane.compiler.lower.rules.windows import Places, pick
 from ane_trainer.ane.mil.program import Value
 
 #: What a one-hot row of a weight look-up holds instead of 1; a power of two.

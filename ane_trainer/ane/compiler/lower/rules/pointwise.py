@@ -10,7 +10,40 @@ import torch
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.operands import Operand, as_tensor
 from ane_trainer.ane.compiler.lower.registry import lowering
+from ane_trainer.ane.mil.opset import family
 from ane_trainer.ane.mil.program import Value
+
+#: ATen overloads that are one MIL op of the same operands; an epsilon that the op has is 0.
+PASS_THROUGH = {
+    "abs.default": "abs", "atan.default": "atan", "ceil.default": "ceil", "cos.default": "cos", "erf.default": "erf",
+    "exp.default": "exp", "exp2.default": "exp2", "floor.default": "floor", "reciprocal.default": "inverse",
+    "relu.default": "relu", "relu6.default": "relu6", "rsqrt.default": "rsqrt", "sgn.default": "sign",
+    "sigmoid.default": "sigmoid", "sign.default": "sign", "sin.default": "sin", "sqrt.default": "sqrt",
+    "tanh.default": "tanh", "fmax.default": "maximum", "fmin.default": "minimum", "maximum.default": "maximum",
+    "minimum.default": "minimum", "mul.Scalar": "mul", "mul.Tensor": "mul", "pow.Tensor_Tensor": "pow",
+}  # fmt: skip
+_HAVE_EPSILON = ("inverse", "log", "rsqrt")
+
+
+def _pass_through(overload: str, kind: str) -> None:
+    """Register `aten.x(operands) -> kind(operands)`."""
+
+    def rule(ctx: Context, x: Operand, *others: Operand) -> Operand:
+        return ctx.binary(kind, x, *others) if others else function(ctx, kind, x)
+
+    operands = "x, y" if family(kind) == "binary" else "x"
+    zero = ", epsilon=0" if kind in _HAVE_EPSILON else ""
+    rule.__doc__ = f"`{overload.partition('.')[0]}({operands}) -> {kind}({operands}{zero})`"
+    lowering(overload)(rule)
+
+
+def function(ctx: Context, kind: str, x: Operand) -> Value:
+    """`kind(x)`, without the epsilon that some ops add to x."""
+    return ctx.unary(kind, x, **({"epsilon": ctx.scalar(0.0)} if kind in _HAVE_EPSILON else {}))
+
+
+for _overload, _kind in PASS_THROUGH.items():
+    _pass_through(_overload, _kind)
 
 #: An epsilon under a logarithm below this is not left to fp16, which has 16 steps up to it.
 LEAST_EPSILON = 2.0**-20
@@ -32,12 +65,6 @@ def sub(ctx: Context, x: Operand, y: Operand, alpha: float = 1) -> Operand:
 def rsub(ctx: Context, x: Operand, y: Operand, alpha: float = 1) -> Operand:
     """`rsub(x, y, alpha=a) -> sub(y, mul(x, a))`"""
     return ctx.sub(y, x if alpha == 1 else ctx.mul(x, alpha))
-
-
-@lowering("mul.Tensor mul.Scalar")
-def mul(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`mul(x, y) -> mul(x, y)`"""
-    return ctx.mul(x, y)
 
 
 @lowering("div.Tensor div.Scalar")
@@ -73,52 +100,16 @@ def fmod(ctx: Context, x: Operand, y: Operand) -> Operand:
     return ctx.sub(x, ctx.mul(div_mode(ctx, x, y, "trunc"), y))
 
 
-@lowering("abs.default")
-def abs_(ctx: Context, x: Operand) -> Operand:
-    """`abs(x) -> abs(x)`"""
-    return ctx.unary("abs", x)
-
-
 @lowering("neg.default")
 def neg(ctx: Context, x: Operand) -> Operand:
     """`neg(x) -> mul(x, -1)`"""
     return ctx.mul(x, -1.0)
 
 
-@lowering("sqrt.default")
-def sqrt(ctx: Context, x: Operand) -> Operand:
-    """`sqrt(x) -> sqrt(x)`"""
-    return ctx.unary("sqrt", x)
-
-
-@lowering("rsqrt.default")
-def rsqrt(ctx: Context, x: Operand) -> Operand:
-    """`rsqrt(x) -> rsqrt(x, epsilon=0)`"""
-    return ctx.unary("rsqrt", x, epsilon=ctx.scalar(0.0))
-
-
-@lowering("reciprocal.default")
-def reciprocal(ctx: Context, x: Operand) -> Operand:
-    """`reciprocal(x) -> inverse(x, epsilon=0)`"""
-    return ctx.unary("inverse", x, epsilon=ctx.scalar(0.0))
-
-
-@lowering("exp.default")
-def exp(ctx: Context, x: Operand) -> Operand:
-    """`exp(x) -> exp(x)`"""
-    return ctx.unary("exp", x)
-
-
-@lowering("exp2.default")
-def exp2(ctx: Context, x: Operand) -> Operand:
-    """`exp2(x) -> exp2(x)`"""
-    return ctx.unary("exp2", x)
-
-
 @lowering("expm1.default")
 def expm1(ctx: Context, x: Operand) -> Operand:
     """`expm1(x) -> sub(exp(x), 1)`; below |x| about 2^-10 the exp table's last place decides."""
-    return ctx.sub(exp(ctx, x), 1.0)
+    return ctx.sub(function(ctx, "exp", x), 1.0)
 
 
 @lowering("log.default")
@@ -130,8 +121,8 @@ def log(ctx: Context, x: Operand) -> Operand:
     """
     inner, epsilon = _epsilon(ctx)
     if epsilon is None:
-        return ctx.unary("log", x, epsilon=ctx.scalar(0.0))
-    return ctx.binary("maximum", ctx.unary("log", inner, epsilon=ctx.scalar(0.0)), math.log(epsilon))
+        return function(ctx, "log", x)
+    return ctx.binary("maximum", function(ctx, "log", inner), math.log(epsilon))
 
 
 def _epsilon(ctx: Context) -> tuple[Operand, float | None]:
@@ -169,46 +160,22 @@ def log1p(ctx: Context, x: Operand) -> Operand:
     return log(ctx, ctx.add(x, 1.0))
 
 
-@lowering("erf.default")
-def erf(ctx: Context, x: Operand) -> Operand:
-    """`erf(x) -> erf(x)`"""
-    return ctx.unary("erf", x)
-
-
 @lowering("erfc.default")
 def erfc(ctx: Context, x: Operand) -> Operand:
     """`erfc(x) -> sub(1, erf(x))`"""
-    return ctx.sub(1.0, erf(ctx, x))
-
-
-@lowering("sin.default")
-def sin(ctx: Context, x: Operand) -> Operand:
-    """`sin(x) -> sin(x)` (native from A15 on)"""
-    return ctx.unary("sin", x)
-
-
-@lowering("cos.default")
-def cos(ctx: Context, x: Operand) -> Operand:
-    """`cos(x) -> cos(x)` (native from A15 on)"""
-    return ctx.unary("cos", x)
+    return ctx.sub(1.0, function(ctx, "erf", x))
 
 
 @lowering("tan.default")
 def tan(ctx: Context, x: Operand) -> Operand:
     """`tan(x) -> real_div(sin(x), cos(x))`"""
-    return ctx.div(sin(ctx, x), cos(ctx, x))
-
-
-@lowering("atan.default")
-def atan(ctx: Context, x: Operand) -> Operand:
-    """`atan(x) -> atan(x)`"""
-    return ctx.unary("atan", x)
+    return ctx.div(function(ctx, "sin", x), function(ctx, "cos", x))
 
 
 @lowering("asin.default")
 def asin(ctx: Context, x: Operand) -> Operand:
     """`asin(x) -> atan(mul(x, rsqrt(sub(1, mul(x, x)))))` (no `asin` on the engine)"""
-    return ctx.unary("atan", ctx.mul(x, rsqrt(ctx, ctx.sub(1.0, ctx.square(x)))))
+    return ctx.unary("atan", ctx.mul(x, function(ctx, "rsqrt", ctx.sub(1.0, ctx.square(x)))))
 
 
 @lowering("acos.default")
@@ -220,13 +187,13 @@ def acos(ctx: Context, x: Operand) -> Operand:
 @lowering("sinh.default")
 def sinh(ctx: Context, x: Operand) -> Operand:
     """`sinh(x) -> mul(sub(exp(x), exp(-x)), 0.5)`"""
-    return ctx.mul(ctx.sub(exp(ctx, x), exp(ctx, neg(ctx, x))), 0.5)
+    return ctx.mul(ctx.sub(function(ctx, "exp", x), function(ctx, "exp", neg(ctx, x))), 0.5)
 
 
 @lowering("cosh.default")
 def cosh(ctx: Context, x: Operand) -> Operand:
     """`cosh(x) -> mul(add(exp(x), exp(-x)), 0.5)`"""
-    return ctx.mul(ctx.add(exp(ctx, x), exp(ctx, neg(ctx, x))), 0.5)
+    return ctx.mul(ctx.add(function(ctx, "exp", x), function(ctx, "exp", neg(ctx, x))), 0.5)
 
 
 @lowering("atanh.default")
@@ -238,38 +205,22 @@ def atanh(ctx: Context, x: Operand) -> Operand:
 @lowering("asinh.default")
 def asinh(ctx: Context, x: Operand) -> Operand:
     """`asinh(x) -> sign(x) * log(|x| + sqrt(x x + 1))`"""
-    size = abs_(ctx, x)
-    return ctx.mul(sign(ctx, x), log(ctx, ctx.add(size, sqrt(ctx, ctx.add(ctx.square(x), 1.0)))))
+    size = function(ctx, "abs", x)
+    return ctx.mul(
+        function(ctx, "sign", x), log(ctx, ctx.add(size, function(ctx, "sqrt", ctx.add(ctx.square(x), 1.0))))
+    )
 
 
 @lowering("acosh.default")
 def acosh(ctx: Context, x: Operand) -> Operand:
     """`acosh(x) -> log(x + sqrt(x x - 1))`"""
-    return log(ctx, ctx.add(x, sqrt(ctx, ctx.sub(ctx.square(x), 1.0))))
-
-
-@lowering("sign.default sgn.default")
-def sign(ctx: Context, x: Operand) -> Operand:
-    """`sign(x) -> sign(x)`"""
-    return ctx.unary("sign", x)
-
-
-@lowering("floor.default")
-def floor(ctx: Context, x: Operand) -> Operand:
-    """`floor(x) -> floor(x)`"""
-    return ctx.unary("floor", x)
-
-
-@lowering("ceil.default")
-def ceil(ctx: Context, x: Operand) -> Operand:
-    """`ceil(x) -> ceil(x)`"""
-    return ctx.unary("ceil", x)
+    return log(ctx, ctx.add(x, function(ctx, "sqrt", ctx.sub(ctx.square(x), 1.0))))
 
 
 @lowering("trunc.default")
 def trunc(ctx: Context, x: Operand) -> Operand:
     """`trunc(x) -> mul(sign(x), floor(abs(x)))`"""
-    return ctx.mul(sign(ctx, x), floor(ctx, abs_(ctx, x)))
+    return ctx.mul(function(ctx, "sign", x), function(ctx, "floor", function(ctx, "abs", x)))
 
 
 @lowering("frac.default")
@@ -284,7 +235,7 @@ def round_(ctx: Context, x: Operand) -> Operand:
 
     MIL's `round` rounds half away from zero and is wrong from 1024 on (ANEForge, M5).
     """
-    even = ctx.mul(floor(ctx, ctx.mul(x, 0.5)), 2.0)
+    even = ctx.mul(function(ctx, "floor", ctx.mul(x, 0.5)), 2.0)
     rest = ctx.sub(x, even)
     above = ctx.number(ctx.binary("greater", rest, 0.5))
     return ctx.add(even, ctx.add(above, ctx.number(ctx.binary("greater_equal", rest, 1.5))))
@@ -301,16 +252,10 @@ def pow_scalar(ctx: Context, x: Operand, exponent: float) -> Operand:
         square = ctx.square(x)
         return square if exponent == 2 else ctx.mul(square, x if exponent == 3 else square)
     if exponent in (0.5, -0.5):
-        return sqrt(ctx, x) if exponent > 0 else rsqrt(ctx, x)
+        return function(ctx, "sqrt", x) if exponent > 0 else function(ctx, "rsqrt", x)
     if exponent in (-1, -2):
-        return reciprocal(ctx, x if exponent == -1 else ctx.square(x))
+        return function(ctx, "inverse", x if exponent == -1 else ctx.square(x))
     return ctx.binary("pow", x, float(exponent))
-
-
-@lowering("pow.Tensor_Tensor")
-def pow_tensor(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`pow(x, y) -> pow(x, y)`"""
-    return ctx.binary("pow", x, y)
 
 
 @lowering("pow.Scalar")
@@ -318,19 +263,7 @@ def pow_of_scalar(ctx: Context, base: float, y: Operand) -> Operand:
     """`pow(c, y) -> exp(mul(y, ln c))` for c > 0"""
     if base <= 0:
         raise ctx.refuse(f"needs a positive base; got {base}.", "Write the power with a tensor base.")
-    return exp(ctx, ctx.mul(y, math.log(base)))
-
-
-@lowering("maximum.default")
-def maximum(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`maximum(x, y) -> maximum(x, y)`"""
-    return ctx.binary("maximum", x, y)
-
-
-@lowering("minimum.default")
-def minimum(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`minimum(x, y) -> minimum(x, y)`"""
-    return ctx.binary("minimum", x, y)
+    return function(ctx, "exp", ctx.mul(y, math.log(base)))
 
 
 @lowering("clamp.default clamp.Tensor clamp_min.default clamp_min.Tensor")
@@ -394,28 +327,16 @@ def copy(ctx: Context, x: Operand, source: Operand, non_blocking: bool = False) 
     return ctx.broadcast(ctx.number(source), ctx.shape)
 
 
-@lowering("fmax.default")
-def fmax(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`fmax(x, y) -> maximum(x, y)`: the engine has no NaN"""
-    return ctx.binary("maximum", x, y)
-
-
-@lowering("fmin.default")
-def fmin(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`fmin(x, y) -> minimum(x, y)`: the engine has no NaN"""
-    return ctx.binary("minimum", x, y)
-
-
 @lowering("hypot.default")
 def hypot(ctx: Context, x: Operand, y: Operand) -> Operand:
     """`hypot(x, y) -> sqrt(add(mul(x, x), mul(y, y)))`; squares leave fp16 from 256 on"""
-    return sqrt(ctx, ctx.add(ctx.square(x), ctx.square(y)))
+    return function(ctx, "sqrt", ctx.add(ctx.square(x), ctx.square(y)))
 
 
 @lowering("copysign.Tensor copysign.Scalar")
 def copysign(ctx: Context, x: Operand, y: Operand) -> Operand:
     """`copysign(x, y) -> select(less(y, 0), -|x|, |x|)`; -0 counts as positive"""
-    size = abs_(ctx, x)
+    size = function(ctx, "abs", x)
     return ctx.where(ctx.binary("less", y, 0.0), ctx.mul(size, -1.0), size)
 
 
@@ -439,7 +360,7 @@ def atan2(ctx: Context, y: Operand, x: Operand) -> Operand:
     angle = ctx.unary("atan", ctx.div(y, safe))
     turn = ctx.where(ctx.binary("less", y, 0.0), -math.pi, math.pi)
     turned = ctx.where(ctx.binary("less", x, 0.0), ctx.add(angle, turn), angle)
-    return ctx.where(ctx.binary("equal", x, 0.0), ctx.mul(sign(ctx, y), math.pi / 2), turned)
+    return ctx.where(ctx.binary("equal", x, 0.0), ctx.mul(function(ctx, "sign", y), math.pi / 2), turned)
 
 
 @lowering("round.decimals")

@@ -15,7 +15,9 @@ from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.operands import Absent, Operand, Shape, mil_shape, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules import windows
-from ane_trainer.ane.compiler.lower.rules.maxima import (
+from ane_trainer.ane.compiler.lower.rules.scattering import scatter
+from ane_trainer.ane.compiler.lower.rules.slicing import along
+from ane_trainer.ane.compiler.lower.rules.windows import (
     Adaptive,
     Maxima,
     Places,
@@ -25,8 +27,6 @@ from ane_trainer.ane.compiler.lower.rules.maxima import (
     maxima,
     places,
 )
-from ane_trainer.ane.compiler.lower.rules.scattering import scatter
-from ane_trainer.ane.compiler.lower.rules.slicing import along
 
 _NO_INDICES = Absent("its indices are not computed, since nothing seemed to read them.")
 
@@ -135,7 +135,7 @@ def max_pool_backward(
     indices: object,
 ) -> Operand:
     """`max_pool2d_with_indices_backward(g, x) -> ` per axis and tap: `equal, select, sub`, then the taps
-    folded back (`maxima.give`)
+    folded back (`windows.give`)
     """
     axes = len(kernel)
     pool = _pool(shape_of(x)[-axes:], shape_of(g)[-axes:], kernel, stride, padding, dilation)

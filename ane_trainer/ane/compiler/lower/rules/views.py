@@ -1,8 +1,11 @@
-"""Shape changes that keep every element: view, permute, expand, repeat."""
+"""Shape changes that keep every element, concatenation, and constants that take their shape from a tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
@@ -117,3 +120,55 @@ def channel_shuffle(ctx: Context, x: Operand, groups: int) -> Operand:
     n, c, *rest = shape_of(x)
     grouped = ctx.reshape(x, (n, groups, c // groups, -1))
     return ctx.reshape(ctx.swap(grouped, 1, 2), (n, c, *rest))
+
+
+@lowering("cat.default concat.default")
+def cat(ctx: Context, tensors: Sequence[Operand], dim: int = 0) -> Operand:
+    """`cat(xs, d) -> concat(xs, axis=d)`"""
+    rank = len(ctx.shape)
+    return ctx.concat([x for x in tensors if len(shape_of(x)) == rank and 0 not in shape_of(x)], dim)
+
+
+@lowering("stack.default")
+def stack(ctx: Context, tensors: Sequence[Operand], dim: int = 0) -> Operand:
+    """`stack(xs, d) -> concat(reshape(xs, [..., 1, ...]), axis=d)`"""
+    shape = ctx.shape
+    dim %= len(shape)
+    one = tuple(1 if i == dim else n for i, n in enumerate(shape))
+    return ctx.concat([ctx.reshape(x, one) for x in tensors], dim)
+
+
+@lowering("full_like.default", accepts="encoded")
+def full_like(ctx: Context, x: Operand, value: float, **_: Any) -> Operand:
+    """`full_like(x, c) -> ` a constant"""
+    return torch.full(ctx.shape, value)
+
+
+@lowering("zeros_like.default new_zeros.default", accepts="encoded")
+def zeros_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
+    """`zeros_like(x) -> ` a constant"""
+    return torch.zeros(ctx.shape)
+
+
+@lowering("ones_like.default new_ones.default", accepts="encoded")
+def ones_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
+    """`ones_like(x) -> ` a constant"""
+    return torch.ones(ctx.shape)
+
+
+@lowering("empty_like.default new_empty.default", accepts="encoded")
+def empty_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
+    """`empty_like(x) -> ` zeros (any content is allowed)"""
+    return torch.zeros(ctx.shape)
+
+
+@lowering("new_full.default fill.Scalar", accepts="encoded")
+def new_full(ctx: Context, x: Operand, *arguments: Any, **_: Any) -> Operand:
+    """`new_full(x, size, c) -> ` a constant"""
+    return torch.full(ctx.shape, float(arguments[-1]))
+
+
+@lowering("fill.Tensor")
+def fill_tensor(ctx: Context, x: Operand, value: Operand) -> Operand:
+    """`fill(x, value) -> tile(value)`"""
+    return ctx.broadcast(value, ctx.shape)

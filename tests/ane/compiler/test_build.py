@@ -7,7 +7,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from ane_trainer.ane.compiler.emit import TEXT_FILE, WEIGHTS_FILE, cache_folder, compile_program
+from ane_trainer.ane.compiler.build import TEXT_FILE, WEIGHTS_FILE, cache_folder, compile_program
 from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Legalized, Lowered
 
