@@ -34,6 +34,7 @@ from ane_trainer.ane.capture.ports import (
     unique,
 )
 from ane_trainer.ane.capture.randomness import MaskMode
+from ane_trainer.ane.capture.range import scale_rows
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, gradients_fit, next_scale
 from ane_trainer.ane.capture.trace.sources import (
@@ -147,7 +148,8 @@ def batch_ports(example: Any, prefix: str) -> list[Port]:
 
 
 def finish(graph: torch.fx.GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) -> Captured:
-    """The graph without unused batch and scalar inputs, and its aliases; unchanged state is no output."""
+    """The graph within the engine's range, without unused inputs, and its aliases; unchanged state is no output."""
+    scale_rows(graph.graph)
     nodes = {n.name: n for n in graph.graph.nodes if n.op == "placeholder"}
     state = {p.target: p.name for p in inputs if p.role == "state"}
     output = graph.graph.output_node()

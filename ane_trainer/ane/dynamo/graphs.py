@@ -15,6 +15,7 @@ from torch._functorch.partitioners import default_partition
 from torch._higher_order_ops.effects import with_effects
 from torch.fx import Graph, GraphModule, Node
 
+from ane_trainer.ane.capture.range import scale_rows
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
@@ -67,6 +68,7 @@ def partition(
     for node in joint.graph.nodes:
         if str(node.target) in ACCEPTS["absent"] and "backward" in str(node.target):
             node.args = (*node.args[:-1], node.args[1])
+    scale_rows(joint.graph)
     forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
     forward.meta[USER_RESULTS] = num_fwd_outputs
     return forward, backward
@@ -81,6 +83,7 @@ def prepare_graph(module: GraphModule) -> Prepared:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     draws = _take_out_draws(graph, inputs)
     simplify(graph)
+    scale_rows(graph)
     places = {node: Source("input", number) for number, node in enumerate(inputs)}
     places |= {node: Source("draw", number) for number, (node, _) in enumerate(draws)}
     results: list[Source] = []

@@ -1,0 +1,5 @@
+"""The range pass: the captured graph in forms that do not leave the engine's range."""
+
+from ane_trainer.ane.capture.range.rows import scale_rows
+
+__all__ = ["scale_rows"]

@@ -1,0 +1,619 @@
+"""Norms that cannot leave fp16: each row is brought near 1 by a power of two before it is squared.
+
+    before: `r = rsqrt(mean(c * c) + eps); y = c * r`
+    after:  `d = c * s; r = rsqrt(mean(d * d) + eps * s * s); y = d * r`, s = 2^-10, 2^-4, 1 or 2^9 by the row's max |c|
+
+A square leaves fp16 from 256 on and vanishes below 2^-12; entries of one activation differ by more than both together
+(SmolLM2's residual stream: 24,370 in one row, 1 in the others), so that no power for all rows helps. Powers of two are
+exact: a row of ordinary size has the same bits as before. What follows is computed on the scaled numbers and carries
+the power beside them (`Scaled`), so that y and its gradient need the true root nowhere.
+
+Where: every square under a sum or mean whose root is taken (Layer, RMS, Batch, Group and InstanceNorm, std, normalize,
+vector norms), written out or fused, forward and backward. Tests: `tests/ane/capture/range/test_rows.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch.fx import Graph, Node
+
+from ane_trainer.ane.capture.range.editing import (
+    Editor,
+    Shape,
+    aten,
+    dims_of,
+    in_update,
+    is_float,
+    keeps_dims,
+    number,
+    padded,
+    shape_of,
+)
+
+#: A row whose largest entry is above the first is scaled by the second; the squares then stay below 2^12. Two steps,
+#: so that the root of what is left is never far below 1: a gradient is divided by it before it is scaled back.
+LARGE, DOWN = 2.0**6, 2.0**-4
+HUGE, FAR_DOWN = 2.0**10, 2.0**-10
+#: The same for rows below; their squares would be subnormal.
+SMALL, UP = 2.0**-4, 2.0**9
+#: A third step for norms without an epsilon to speak of.
+TINY, FAR_UP = 2.0**-13, 2.0**15
+#: From here on epsilon, scaled like the squares, decides before the third step (the second step) matters.
+EPSILON_OF_TINY, EPSILON_OF_SMALL = 2.0**-34, 2.0**-4
+
+#: Meta key of squares that are scaled already: a graph may come twice (before and after it is partitioned).
+DONE = "ane_rows"
+
+_ROOTS = (aten.sqrt.default, aten.rsqrt.default)
+_REDUCTIONS = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
+_NORM = aten.linalg_vector_norm.default
+_SHARED = (*_REDUCTIONS, aten.sub.Tensor, aten.mul.Tensor, aten.view.default, aten.expand.default)
+_PASSED = (
+    *_REDUCTIONS, aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.clamp.default, aten.clamp_min.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar,
+    aten.add.Tensor, aten.add.Scalar, aten.alias.default, aten.maximum.default,
+)  # fmt: skip
+
+
+#: Family of row scales -> the power of its scales in a value, and their shape beside it.
+Powers = Mapping[int, tuple[int, Shape]]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A value as `node * gain * s^power` for each family of row scales s; the shape is that of s beside the value."""
+
+    node: Node
+    powers: Powers = field(default_factory=dict)
+    gain: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        return not self.powers and self.gain == 1.0
+
+    def on(self, node: Node) -> Scaled:
+        """The same factors on another node."""
+        return Scaled(node, self.powers, self.gain)
+
+    def like(self, other: Scaled) -> bool:
+        """Whether the factors are the same."""
+        return self.powers == other.powers and self.gain == other.gain
+
+
+def scale_rows(graph: Graph) -> int:
+    """Rewrite all norms of a graph in place; returns their number."""
+    _share_centred(graph)
+    rows = Rows(graph)
+    for node in list(graph.nodes):
+        if node.op in ("call_function", "output") and not in_update(node):
+            rows.visit(node)
+        elif node.op in ("call_function", "output"):
+            rows.settle(node)
+    if rows.families:
+        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    return len(rows.families)
+
+
+def _share_centred(graph: Graph) -> None:
+    """One node for `x - mean(x, 1)`, `x - mean(x, -1)` and what the backward pass writes once more."""
+    seen: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        axes = dims_of(node) if node.op == "call_function" else None
+        if axes and len(node.args) > 1:
+            node.args = (node.args[0], axes, *node.args[2:])
+        if node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(cast("Node", node.args[0]))
+        if node.target is aten.view.default:
+            _collapse(node)
+        if node.target in _SHARED:
+            first = seen.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _collapse(node: Node) -> None:
+    """A view of a view as one; a view in its source's own shape as the source."""
+    source = cast("Node", node.args[0])
+    while source.target is aten.view.default:
+        source = cast("Node", source.args[0])
+    if shape_of(source) == shape_of(node) and source.meta["val"].dtype == node.meta["val"].dtype:
+        node.replace_all_uses_with(source)
+    else:
+        node.args = (source, list(shape_of(node)))
+
+
+class Rows(Editor):
+    """One walk over a graph: `values` are those that exist scaled only, `twins` scaled copies beside the original."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.values: dict[Node, Scaled] = {}
+        self.twins: dict[Node, Scaled] = {}
+        self.families: list[tuple[Node, Node]] = []  # s and 1/s
+        self._views: dict[tuple[int, Shape, bool], Node] = {}
+        self._settled: dict[Node, Node] = {}
+        self._sources: dict[Node, int] = {}
+        self._by_row: dict[tuple[Node, tuple[int, ...]], int] = {}
+
+    def visit(self, node: Node) -> None:
+        """Rewrite one node where it starts a norm or takes scaled values."""
+        self.here = node
+        if node.target is _NORM and _euclidean(node):
+            self._replace(node, self._vector_norm(node))
+            return
+        square = None if node.meta.get(DONE) else _squared(node)
+        axes = None if square is None else _norm_axes(node)
+        if square is not None and axes is not None:
+            twin = self._twin(square, axes, _epsilon(node))
+            product = self.emit(aten.mul.Tensor, twin.node, twin.node)
+            product.meta[DONE] = True
+            self._replace(node, Scaled(product, _times(twin.powers, 2)))
+            return
+        rule = _RULES.get(cast("Callable[..., object]", node.target))
+        if (rule is not None and is_float(node)) or str(node.target) in _COMPARISONS:
+            result = (rule or Rows._compare)(self, node)
+            if result is not None:
+                self._replace(node, result)
+                return
+        self.settle(node)
+
+    def settle(self, node: Node) -> None:
+        """Give the node the true values of its scaled arguments."""
+        self.here = node
+        for argument in node.all_input_nodes:
+            if argument in self.values:
+                if argument not in self._settled:
+                    self._settled[argument] = self.true(self.values[argument])
+                node.replace_input_with(argument, self._settled[argument])
+
+    def true(self, value: Scaled) -> Node:
+        """The value itself."""
+        node = self.times(value.node, value.gain)
+        for family, (power, shape) in value.powers.items():
+            for _ in range(abs(power)):
+                node = self.emit(aten.mul.Tensor, node, self.scale(family, shape, power < 0))
+        return node
+
+    def scale(self, family: int, shape: Shape, inverse: bool) -> Node:
+        """The row scales, or their inverses, in this shape."""
+        key = family, shape, inverse
+        if key not in self._views:
+            self._views[key] = self.view(self.families[family][inverse], shape)
+        return self._views[key]
+
+    def _replace(self, node: Node, value: Scaled) -> None:
+        if value.plain:
+            node.replace_all_uses_with(value.node)
+        else:
+            self.values[node] = value
+
+    # -- where scales begin
+
+    def _twin(self, c: Node, axes: list[int], epsilon: float) -> Scaled:
+        """`c` times its row scales; the rows run over `axes`."""
+        family = self._by_row.get((c, tuple(axes)))
+        if family is None:
+            family = self._family(c, axes, epsilon)
+            self._by_row[c, tuple(axes)] = family
+            s = self.families[family][0]
+            twin = Scaled(self.emit(aten.mul.Tensor, c, s), {family: (-1, shape_of(s))})
+            self.twins[c] = twin
+            source = _centred(c)
+            if source is not None:
+                self._sources[source] = family
+        return self.twins[c]
+
+    def _family(self, c: Node, axes: list[int], epsilon: float) -> int:
+        peak = self.emit(aten.amax.default, self.emit(aten.abs.default, c), axes, True)
+        steps = [(aten.gt.Scalar, LARGE, DOWN), (aten.gt.Scalar, HUGE, FAR_DOWN)]
+        if epsilon <= EPSILON_OF_SMALL:
+            steps.append((aten.lt.Scalar, SMALL, UP))
+        if epsilon <= EPSILON_OF_TINY:
+            steps.append((aten.lt.Scalar, TINY, FAR_UP))
+        tests = [(self.emit(test, peak, level), power) for test, level, power in steps]
+        one = self.emit(aten.full.default, list(shape_of(peak)), 1.0)
+        pair = [one, one]
+        for test, power in tests:
+            for place, factor in enumerate((power, 1.0 / power)):
+                constant = self.emit(aten.full.default, list(shape_of(peak)), factor)
+                pair[place] = self.emit(aten.where.self, test, constant, pair[place])
+        self.families.append((pair[0], pair[1]))
+        return len(self.families) - 1
+
+    def _vector_norm(self, node: Node) -> Scaled:
+        """`norm(x)` as the root of a mean of squares."""
+        x = cast("Node", node.args[0])
+        rank = len(shape_of(x))
+        given = node.args[2] if len(node.args) > 2 else None
+        some = [given] if isinstance(given, int) else given
+        axes = sorted(a % rank for a in cast("list[int]", some)) if some else list(range(rank))
+        twin = self._twin(x, axes, 0.0)
+        square = self.emit(aten.mul.Tensor, twin.node, twin.node)
+        square.meta[DONE] = True
+        keep = bool(node.args[3]) if len(node.args) > 3 else False
+        count = math.prod(shape_of(x)[a] for a in axes)
+        mean = self.emit(aten.mean.dim, square, axes, keep)
+        total = self._sum_of_mean(mean, Scaled(square, _times(twin.powers, 2)), count, shape_of(node))
+        return self._root(aten.sqrt.default, total)
+
+    def _sum_of_mean(self, mean: Node, value: Scaled, count: int, shape: Shape) -> Scaled:
+        """n times a mean; the powers of four in n stay beside it."""
+        gain = 4.0 ** ((count.bit_length() - 1) // 2)
+        powers = {f: (p, shape) for f, (p, _) in value.powers.items()}
+        return Scaled(self.times(mean, count / gain), powers, value.gain * gain)
+
+    # -- what scaled values go through
+
+    def operand(self, argument: object) -> Scaled | None:
+        """A node argument as a scaled value; None for numbers."""
+        if not isinstance(argument, Node):
+            return None
+        return self.values.get(argument) or Scaled(argument)
+
+    def _product(self, node: Node) -> Scaled | None:
+        """mul and div: factors join; a plain operand gives way to its twin where that cancels a factor."""
+        sign = -1 if node.target in (aten.div.Tensor, aten.div.Scalar) else 1
+        target = cast("Callable[..., object]", node.target)
+        a, b = self.operand(node.args[0]), self.operand(node.args[1])
+        if a is not None and b is not None and sign == 1:
+            a, b = self._cubes(a, b)
+        if a is None or b is None or len(node.args) > 2 or node.kwargs:
+            single = a or b
+            if single is None or len(node.args) > 2 or node.kwargs:
+                return None
+            return self._by_number(node, single, a is not None)
+        a, b = self._twinned(a, b, sign), self._twinned(b, a, sign) if sign == 1 else b
+        if a.plain and b.plain:
+            a, b = self._for_reduction(node, a, b, sign)
+        if a.plain and b.plain:
+            return None
+        powers = _joined(a.powers, _times(b.powers, sign))
+        if powers is None:
+            return None
+        return Scaled(self.emit(target, a.node, b.node), powers, a.gain * b.gain**sign)
+
+    def _cubes(self, a: Scaled, b: Scaled) -> tuple[Scaled, Scaled]:
+        """`g * r^3` as `((g * r) * r) * r`: the cube of a root may leave fp16 where the product does not."""
+        for cube, other in ((a, b), (b, a)):
+            if (
+                cube.plain
+                or cube.node.target is not aten.pow.Tensor_Scalar
+                or number(cube.node.args[1]) != 3.0
+            ):
+                continue
+            root, value = cast("Node", cube.node.args[0]), other.node
+            for _ in range(2):
+                value = self.emit(aten.mul.Tensor, value, root)
+            powers = {f: (p // 3, shape) for f, (p, shape) in cube.powers.items()}
+            joined = _joined(other.powers, _times(powers, 2))
+            if joined is not None:
+                return Scaled(value, joined, other.gain * cube.gain), Scaled(root, powers)
+        return a, b
+
+    def _by_number(self, node: Node, value: Scaled, first: bool) -> Scaled | None:
+        """A product with a number, or a quotient by one; twins are carried along."""
+        source = node.args[0] if first else node.args[1]
+        target = cast("Callable[..., object]", node.target)
+        if isinstance(source, Node) and source in self.twins and first:
+            twin = self.twins[source]
+            self.twins[node] = twin.on(self.emit(target, twin.node, node.args[1]))
+        if value.plain or (not first and node.target is aten.div.Tensor):
+            return None
+        return value.on(self.emit(target, value.node, node.args[1 if first else 0]))
+
+    def _twinned(self, x: Scaled, other: Scaled, sign: int) -> Scaled:
+        """x's twin if a factor of `other` cancels it; `x` of a scaled `x - mean(x)` gets one here."""
+        family = self._sources.get(x.node) if x.plain else None
+        if family is not None and family in other.powers and x.node not in self.twins:
+            shape = shape_of(self.families[family][0])
+            s = self.scale(family, shape, False)
+            self.twins[x.node] = Scaled(self.emit(aten.mul.Tensor, x.node, s), {family: (-1, shape)})
+        twin = self.twins.get(x.node) if x.plain else None
+        if twin is None:
+            return x
+        cancels = any(f in other.powers and sign * other.powers[f][0] > 0 for f in twin.powers)
+        return twin if cancels else x
+
+    def _for_reduction(self, node: Node, a: Scaled, b: Scaled, sign: int) -> tuple[Scaled, Scaled]:
+        """The twin of one operand where only reductions over its rows use the product: the sum of g * x."""
+        users = list(node.users)
+        for number_of, x in enumerate((a, b)):
+            twin = self.twins.get(x.node)
+            if twin is None or not users or (number_of and sign < 0):
+                continue
+            rank, shapes = len(shape_of(node)), [shape for _, shape in twin.powers.values()]
+            within = (
+                u.target in _REDUCTIONS
+                and all(padded(s, rank)[d] == 1 for s in shapes for d in dims_of(u) or ())
+                for u in users
+            )
+            if all(within) and a.node is b.node and sign > 0:
+                return twin, twin
+            if all(within):
+                return (twin, b) if number_of == 0 else (a, twin)
+        return a, b
+
+    def _total(self, node: Node) -> Scaled | None:
+        """sum and mean over axes along which the factors do not change."""
+        value = self.values.get(cast("Node", node.args[0]))
+        axes = dims_of(node)
+        if value is None or axes is None:
+            return None
+        rank = len(shape_of(value.node))
+        powers = {}
+        for family, (power, shape) in value.powers.items():
+            whole = padded(shape, rank)
+            if any(whole[a] != 1 for a in axes):
+                return None
+            left = whole if keeps_dims(node) else tuple(n for i, n in enumerate(whole) if i not in axes)
+            powers[family] = (power, left)
+        count = math.prod(shape_of(value.node)[a] for a in axes)
+        squares = node.target in (aten.sum.default, aten.sum.dim_IntList) and _is_square(value.node)
+        if squares:
+            mean = self.emit(aten.mean.dim, value.node, axes, keeps_dims(node))
+            total = self._sum_of_mean(mean, value, count, ())
+            return Scaled(total.node, powers, total.gain)
+        target = cast("Callable[..., object]", node.target)
+        return Scaled(self.emit(target, value.node, *node.args[1:]), powers, value.gain)
+
+    def _sum(self, node: Node) -> Scaled | None:
+        """add and sub: equal factors stay outside; an epsilon is divided by them."""
+        target = cast("Callable[..., object]", node.target)
+        if len(node.args) > 2 or node.kwargs:
+            return None
+        a, b = self.operand(node.args[0]), self.operand(node.args[1])
+        if a is not None and b is not None:
+            if a.plain and b.plain:
+                return None
+            if a.like(b):
+                return a.on(self.emit(target, a.node, b.node))
+            return None
+        value, other = (a, node.args[1]) if a is not None else (b, node.args[0])
+        constant = number(other)
+        if value is None or value.plain or constant is None or a is None:
+            return None
+        shift = self._shrunk(value, constant)
+        if shift is None:
+            return None
+        return value.on(self.emit(_TENSOR[str(node.target)], value.node, shift))
+
+    def _shrunk(self, value: Scaled, constant: float) -> Node | float | None:
+        """A constant in the value's factors; None where that would be a quotient by small scales."""
+        constant /= value.gain
+        if not value.powers:
+            return constant
+        node: Node | None = None
+        for family, (power, shape) in value.powers.items():
+            if power > 0:
+                return None
+            for _ in range(-power):
+                s = self.scale(family, shape, False)
+                node = self.times(s, constant) if node is None else self.emit(aten.mul.Tensor, node, s)
+        return node
+
+    def _root_rule(self, node: Node) -> Scaled | None:
+        source = cast("Node", node.args[0])
+        value, target = self.values.get(source), cast("Callable[..., object]", node.target)
+        if node.target is aten.pow.Tensor_Scalar:
+            exponent = number(node.args[1])
+            if exponent == 1.0:
+                node.replace_all_uses_with(source)
+                return None
+            if exponent not in (0.5, -0.5):
+                return self._power(node)
+            target = aten.sqrt.default if exponent == 0.5 else aten.rsqrt.default
+        if value is None or any(power % 2 for power, _ in value.powers.values()):
+            return None
+        return self._root(target, value)
+
+    def _root(self, target: Callable[..., object], value: Scaled) -> Scaled:
+        sign = 1 if target is aten.sqrt.default else -1
+        powers = {f: (sign * p // 2, shape) for f, (p, shape) in value.powers.items()}
+        return Scaled(self.emit(target, value.node), powers, value.gain ** (0.5 * sign))
+
+    def _power(self, node: Node) -> Scaled | None:
+        """An integer power; -1 is `reciprocal`."""
+        source = cast("Node", node.args[0])
+        exponent = -1.0 if node.target is aten.reciprocal.default else number(node.args[1])
+        value = self.values.get(source)
+        if value is None or exponent is None or exponent != int(exponent):
+            return None
+        result = self.emit(cast("Callable[..., object]", node.target), value.node, *node.args[1:])
+        return Scaled(result, _times(value.powers, int(exponent)), value.gain**exponent)
+
+    def _same(self, node: Node) -> Scaled | None:
+        """Operations that commute with positive factors, element by element."""
+        value = self.values.get(cast("Node", node.args[0]))
+        if value is None:
+            return None
+        return value.on(self.emit(cast("Callable[..., object]", node.target), value.node, *node.args[1:]))
+
+    def _reshaped(self, node: Node) -> Scaled | None:
+        """Views of a value that has one entry a row: the factors take the same shape."""
+        value = self.values.get(cast("Node", node.args[0]))
+        if value is None or node.kwargs:
+            return None
+        count = math.prod(shape_of(value.node))
+        if any(math.prod(shape) != count for _, shape in value.powers.values()):
+            return None
+        result = self.view(value.node, shape_of(node))
+        return Scaled(result, {f: (p, shape_of(node)) for f, (p, _) in value.powers.items()}, value.gain)
+
+    def _bounded(self, node: Node) -> Scaled | None:
+        """clamp by numbers: the bounds are divided by the factors."""
+        value = self.values.get(cast("Node", node.args[0]))
+        if value is None or node.kwargs:
+            return None
+        result = value.node
+        for bound, target in zip(node.args[1:], (aten.maximum.default, aten.minimum.default), strict=False):
+            limit = number(bound)
+            if bound is not None and limit is None:
+                return None
+            shrunk = None if limit is None else self._shrunk(value, limit)
+            if limit is not None and not isinstance(shrunk, Node):
+                return None
+            result = result if shrunk is None else self.emit(target, result, shrunk)
+        return value.on(result)
+
+    def _compare(self, node: Node) -> Scaled | None:
+        """A comparison with a number: the number is divided by the factors."""
+        value = self.values.get(cast("Node", node.args[0]))
+        limit = number(node.args[1])
+        if value is None or limit is None:
+            return None
+        if limit == 0:
+            return Scaled(self.emit(cast("Callable[..., object]", node.target), value.node, 0))
+        shrunk = self._shrunk(value, limit)
+        if not isinstance(shrunk, Node):
+            return None
+        return Scaled(self.emit(_COMPARISONS[str(node.target)], value.node, shrunk))
+
+    def _chosen(self, node: Node) -> Scaled | None:
+        """where(test, x, 0) and where(test, 0, x)."""
+        test, *sides = node.args
+        found = [self.values.get(side) if isinstance(side, Node) else None for side in sides]
+        if (found[0] is None) == (found[1] is None):
+            return None
+        place = 0 if found[0] is not None else 1
+        value, other = found[place], sides[1 - place]
+        if value is None or not _is_zero(other):
+            return None
+        new = (value.node, other) if place == 0 else (other, value.node)
+        return value.on(self.emit(aten.where.self, test, *new))
+
+
+def _joined(a: Powers, b: Powers) -> dict[int, tuple[int, Shape]] | None:
+    """The factors of a product; None where one family has two shapes that do not match."""
+    powers = dict(a)
+    for family, (power, shape) in b.items():
+        old, at = powers.pop(family, (0, shape))
+        if padded(at, len(shape)) != padded(shape, len(at)):
+            return None
+        if old + power:
+            powers[family] = (old + power, max(at, shape, key=len))
+    return powers
+
+
+def _times(powers: Powers, factor: int) -> dict[int, tuple[int, Shape]]:
+    return {f: (p * factor, shape) for f, (p, shape) in powers.items()}
+
+
+def _squared(node: Node) -> Node | None:
+    """x of `x * x`."""
+    if not is_float(node):
+        return None
+    x = node.args[0] if node.args else None
+    product = node.target is aten.mul.Tensor and x is node.args[1]
+    power = node.target is aten.pow.Tensor_Scalar and number(node.args[1]) == 2.0
+    return cast("Node", x) if product or power else None
+
+
+def _centred(c: Node) -> Node | None:
+    """x of `x - mean(x)`."""
+    if c.target is not aten.sub.Tensor or not isinstance(c.args[1], Node):
+        return None
+    mean, source = c.args[1], c.args[0]
+    while mean.target in (aten.view.default, aten.expand.default) and isinstance(mean.args[0], Node):
+        mean = mean.args[0]
+    return source if isinstance(source, Node) and dims_of(mean) and mean.args[0] is source else None
+
+
+def _is_square(node: Node) -> bool:
+    return _squared(node) is not None
+
+
+def _norm_axes(square: Node) -> list[int] | None:
+    """The axes over which a square is summed before its root is taken; None if it is not."""
+    for user in square.users:
+        if user.target in _REDUCTIONS and _to_root(user, set()):
+            return dims_of(user)
+    return None
+
+
+def _to_root(node: Node, seen: set[Node]) -> bool:
+    if node in seen or in_update(node):
+        return False
+    seen.add(node)
+    for user in node.users:
+        exponent = number(user.args[1]) if user.target is aten.pow.Tensor_Scalar else None
+        if user.target in _ROOTS or exponent in (0.5, -0.5):
+            return True
+        if user.target in _PASSED and _by_constant(user) and _to_root(user, seen):
+            return True
+    return False
+
+
+def _by_constant(node: Node) -> bool:
+    """Whether only one argument is a node that depends on data."""
+    return sum(n.op != "get_attr" and n.target is not aten.full.default for n in node.all_input_nodes) == 1
+
+
+def _epsilon(square: Node) -> float:
+    """The number that is added before the root, 0 if there is none."""
+    pending, seen = list(square.users), set()
+    while pending:
+        node = pending.pop()
+        if node in seen or node.target not in _PASSED:
+            continue
+        seen.add(node)
+        if node.target in (aten.add.Tensor, aten.add.Scalar) and (number(node.args[1]) or 0.0) > 0.0:
+            return number(node.args[1]) or 0.0
+        pending.extend(node.users)
+    return 0.0
+
+
+def _euclidean(node: Node) -> bool:
+    order = number(node.args[1]) if len(node.args) > 1 else 2.0
+    return (
+        order == 2.0 and is_float(node) and not in_update(node) and bool(shape_of(cast("Node", node.args[0])))
+    )
+
+
+def _is_zero(argument: object) -> bool:
+    if number(argument) == 0.0:
+        return True
+    if not isinstance(argument, Node):
+        return False
+    place = {"aten.scalar_tensor.default": 0, "aten.full.default": 1}.get(str(argument.target))
+    zeros = argument.target in (aten.zeros_like.default, aten.zeros.default)
+    return zeros or (place is not None and number(argument.args[place]) == 0.0)
+
+
+_TENSOR = {
+    f"aten.{name}.{kind}": getattr(aten, name).Tensor
+    for name in ("add", "sub")
+    for kind in ("Tensor", "Scalar")
+}
+_COMPARISONS = {
+    f"aten.{name}.Scalar": getattr(aten, name).Tensor for name in ("ge", "gt", "le", "lt", "eq", "ne")
+}
+_RULES: dict[Callable[..., object], Callable[[Rows, Node], Scaled | None]] = {
+    aten.mul.Tensor: Rows._product,
+    aten.mul.Scalar: Rows._product,
+    aten.div.Tensor: Rows._product,
+    aten.div.Scalar: Rows._product,
+    aten.add.Tensor: Rows._sum,
+    aten.add.Scalar: Rows._sum,
+    aten.sub.Tensor: Rows._sum,
+    aten.sub.Scalar: Rows._sum,
+    aten.sqrt.default: Rows._root_rule,
+    aten.rsqrt.default: Rows._root_rule,
+    aten.pow.Tensor_Scalar: Rows._root_rule,
+    aten.reciprocal.default: Rows._power,
+    aten.neg.default: Rows._same,
+    aten.alias.default: Rows._same,
+    aten.expand.default: Rows._same,
+    aten.view.default: Rows._reshaped,
+    aten.unsqueeze.default: Rows._reshaped,
+    aten.squeeze.dim: Rows._reshaped,
+    aten.squeeze.dims: Rows._reshaped,
+    aten.clamp.default: Rows._bounded,
+    aten.clamp_min.default: Rows._bounded,
+    aten.where.self: Rows._chosen,
+    **dict.fromkeys(_REDUCTIONS, Rows._total),
+}
