@@ -86,11 +86,6 @@ Json = Annotated[
 ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: run the command line and exit with the documented code."""
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
-
-
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; errors are printed, the exit code is returned."""
     setup_logging(logging.WARNING)

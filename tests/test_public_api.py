@@ -81,9 +81,22 @@ def test_import_brings_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_import_takes_less_than_twice_torch() -> None:
+def test_import_alone_does_not_import_torch() -> None:
     code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import ane_trainer; "
+        "import sys, ane_trainer as at\nassert 'torch' not in sys.modules\nassert 'Trainer' in dir(at)\n"
+        "try:\n    at.Trianer\nexcept AttributeError as error:\n    print(error)\n"
+        "from ane_trainer import Trainer\nassert at.Trainer is Trainer\nassert at.ane.simulate\n"
+        "assert at.interop.aneforge.install"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == "module 'ane_trainer' has no attribute 'Trianer'"
+
+
+def test_importing_all_of_it_takes_less_than_twice_torch() -> None:
+    code = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
+        "import ane_trainer as at; at.Trainer; "
         "print((time.perf_counter() - a) / (b - a))"
     )
     runs = [

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, Run, RunChip, RunFidelity, show
 
 
@@ -27,13 +28,24 @@ def export(
     examples: Annotated[int, typer.Option(help="Test examples that the file is checked on; 0: all.")] = 1000,
     chip: RunChip = None,
     fidelity: RunFidelity = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
 ) -> Output:
     """Write a run's model, or its training step, for apps, and check the file by running it again."""
+    if out is None and format is None:
+        raise UsageError(
+            "export: needs a format; got none. Give --format mlpackage, or --out model.mlpackage."
+        )
+    if out is not None and out.exists() and not overwrite:
+        raise UsageError(
+            f"export: needs a free path; {out} exists. Give --overwrite, or another --out.", code="ANE120"
+        )
     from ane_trainer import core
+    from ane_trainer.ane.export import format_of
 
+    kind = format_of(out or "", format)
     return show(
         core.export_run(
-            run, format, out, input=input, weights=weights, batch=batch, examples=examples or None, chip=chip,
+            run, kind, out, input=input, weights=weights, batch=batch, examples=examples or None, chip=chip,
             fidelity=fidelity,
         )
     )  # fmt: skip

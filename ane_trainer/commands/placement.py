@@ -29,8 +29,12 @@ _NAMES = {
 def placement(
     package: Annotated[Path, typer.Argument(help="An .mlpackage.", metavar="MODEL.mlpackage")],
 ) -> Output:
-    """Show where Core ML would run an .mlpackage: ops on the Neural Engine, the GPU and the CPU."""
-    return show(place_package(package))
+    """Show where Core ML would run an .mlpackage: ops on the Neural Engine, the GPU and the CPU.
+
+    Exit code 2: not known here.
+    """
+    found = place_package(package)
+    return show(found, 0 if found.operations is not None else 2)
 
 
 @dataclass(frozen=True)

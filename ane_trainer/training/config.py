@@ -48,6 +48,10 @@ class TrainConfig(BaseModel):
     activation: str | None = Field(
         None, description="gelu, relu, ... (default: gelu; cnn: relu).", json_schema_extra=_MODEL
     )
+    model_arg: dict[str, Any] = Field(
+        {}, description="Argument of the model's constructor, as often as needed, e.g. width=16.",
+        json_schema_extra=_MODEL,
+    )  # fmt: skip
     epochs: int = Field(5, ge=1, description="Passes over the data; with --resume: in all.")
     batch_size: int = Field(128, ge=1, description="Examples a step.")
     limit: int | None = Field(None, ge=1, description="Use only the first so many examples of each split.")
@@ -80,6 +84,16 @@ class TrainConfig(BaseModel):
     def _sizes_as_typed(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
 
+    @field_validator("model_arg", mode="before")
+    @classmethod
+    def _arguments_as_typed(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        pairs = [str(text).partition("=") for text in value]
+        if any(not (name.isidentifier() and equals) for name, equals, _ in pairs):
+            raise ValueError("needs NAME=VALUE, e.g. width=16")
+        return {name: _literal(text) for name, _, text in pairs}
+
     @field_validator("hidden")
     @classmethod
     def _positive_sizes(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -95,7 +109,7 @@ class TrainConfig(BaseModel):
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments for `build_model` that were given."""
         options = {"hidden": self.hidden, "activation": self.activation}
-        return {name: value for name, value in options.items() if value is not None}
+        return {**{name: value for name, value in options.items() if value is not None}, **self.model_arg}
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; options without a value are left out."""
@@ -144,6 +158,14 @@ def _explain(detail: Any) -> str:
     return f"{name}: {message[:1].lower()}{message[1:]}; got {_as_typed(detail['input'])}. {hint}"
 
 
+def _literal(text: str) -> object:
+    """A value of the command line as Python or TOML writes it (16, 0.5, true, [1, 2]), else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"True": True, "False": False}.get(text, text)
+
+
 def _as_typed(value: object) -> str:
     """A value for a message; a number that came as text stays as it was typed."""
     with contextlib.suppress(ValueError, TypeError):
@@ -157,6 +179,8 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {_toml_value(item)}' for name, item in value.items())}}}"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

@@ -140,9 +140,9 @@ def test_placement_is_unknown_where_nobody_tells(
     with pytest.raises(UsageError, match=r"needs an \.mlpackage"):
         placement.place_package(tmp_path)
     if sys.platform != "darwin":
-        assert run_command(["placement", str(path)]) == 0
+        assert run_command(["placement", str(path)]) == 2
         assert "placement unknown: only macOS" in capsys.readouterr().out
-        assert run_command(["placement", str(path), "--json"]) == 0
+        assert run_command(["placement", str(path), "--json"]) == 2
         assert json.loads(capsys.readouterr().out)["operations"] is None
     monkeypatch.setattr(placement, "on_apple_silicon", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -25,8 +25,8 @@ _MODEL_PATH = "@model_path/"
 def load_program(path: str | Path) -> Program:
     """The program in `path`.
 
-    `path` is a `.mil` text, a folder that holds `model.mil` (an e5rt build, a compiled `.mlmodelc`), or an
-    `.mlpackage` (needs the extra `coreml`).
+    `path` is a `.mil` text, a folder that holds `model.mil` (an e5rt build, a compiled `.mlmodelc`) or
+    `program.mil` (a training run), or an `.mlpackage` (needs the extra `coreml`).
 
     Weights named `@model_path/...` are read from the text's own folder (or its `weights` folder). Refused
     with `ProgramError`: a path that does not exist, another kind of file, what `parse_program` refuses.
@@ -34,13 +34,15 @@ def load_program(path: str | Path) -> Program:
     path = Path(path)
     if path.suffix == ".mlpackage" and path.is_dir():
         return _load_package(path)
-    if path.is_dir() and (path / "model.mil").is_file():
-        return _load_text(path / "model.mil")
+    for name in ("model.mil", "program.mil"):
+        if (path / name).is_file():
+            return _load_text(path / name)
     if path.suffix in (".mil", ".txt") and path.is_file():
         return _load_text(path)
     got = "nothing there" if not path.exists() else "something else"
     raise ProgramError(
-        f"{path}: needs a .mil text, a folder with model.mil, or an .mlpackage; got {got}.", code="MIL111"
+        f"{path}: needs a .mil text, a folder with model.mil or program.mil, or an .mlpackage; got {got}.",
+        code="MIL111",
     )
 
 
