@@ -144,7 +144,7 @@ def test_placement_is_unknown_where_nobody_tells(
         assert "placement unknown: only macOS" in capsys.readouterr().out
         assert run_command(["placement", str(path), "--json"]) == 2
         assert json.loads(capsys.readouterr().out)["operations"] is None
-    monkeypatch.setattr(placement, "on_apple_silicon", lambda: True)
+    monkeypatch.setattr("ane_trainer.ane.dispatch.devices.aneforge_runtime.on_apple_silicon", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'pip install "ane_trainer[coreml]"' in placement.place_package(path).how
 
