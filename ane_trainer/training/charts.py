@@ -1,0 +1,137 @@
+"""Draws line charts as SVG text and images as PNG data, without another package, for report.html and `runs plot`."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Colours of lines that stay apart for colour-blind eyes (Okabe and Ito), in the order of use.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 36
+
+Points = Sequence[tuple[float, float | None]]
+
+
+def line_chart(
+    series: Mapping[str, Points], title: str, *, x_label: str = "epoch", size: tuple[int, int] = (520, 260),
+    diagonal: bool = False,
+) -> str:  # fmt: skip
+    """An SVG of one line a series, with axes, ticks, a legend, and each value as a tooltip.
+
+    Values that are None or not finite leave a gap. `diagonal` draws y = x, dashed, over a square of 0 to 1.
+    """
+    width, height = size
+    known = {
+        name: [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+        for name, points in series.items()
+    }
+    flat = [point for points in known.values() for point in points]
+    if diagonal:
+        flat += [(0.0, 0.0), (1.0, 1.0)]
+    if not flat:
+        return ""
+    x_ticks, y_ticks = ticks(*_range(x for x, _ in flat)), ticks(*_range(y for _, y in flat))
+    inner = (width - _LEFT - _RIGHT, height - _TOP - _BOTTOM)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return _LEFT + inner[0] * across, _TOP + inner[1] * (1 - up)
+
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
+        'xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="11">',
+        f'<text x="{_LEFT}" y="16" font-size="13" font-weight="600" fill="currentColor">{escape(title)}</text>',
+    ]
+    for y in y_ticks:
+        left, level = place(x_ticks[0], y)
+        parts.append(
+            f'<path d="M{left:.1f} {level:.1f}h{inner[0]}" stroke="currentColor" stroke-opacity=".15"/>'
+        )
+        parts.append(_text(left - 6, level + 4, _short(y), "end"))
+    for x in x_ticks:
+        across, bottom = place(x, y_ticks[0])
+        parts.append(_text(across, bottom + 15, _short(x), "middle"))
+    parts.append(_text(_LEFT + inner[0] / 2, height - 4, x_label, "middle"))
+    if diagonal:
+        (a, b), (c, d) = place(0, 0), place(1, 1)
+        parts.append(
+            f'<path d="M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" stroke="currentColor" stroke-dasharray="4 3"/>'
+        )
+    for number, (name, points) in enumerate(known.items()):
+        parts += _line(
+            name, points, [place(x, y) for x, y in points], COLOURS[number % len(COLOURS)], len(known) > 1
+        )
+        parts += _legend(name, number, width) if len(known) > 1 else []
+    return "".join([*parts, "</svg>"])
+
+
+def _line(
+    name: str, points: Points, placed: Sequence[tuple[float, float]], colour: str, named: bool
+) -> list[str]:
+    """A polyline; its values as tooltips of dots, which are invisible where they would run together."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+    dots = 'r="2.5"' if len(points) <= 40 else 'r="4" fill-opacity="0"'
+    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>']
+    for (x, y), (across, down) in zip(points, placed, strict=True):
+        label = f"{name + ' ' if named else ''}{_short(x)}: {y:.5g}"
+        parts.append(
+            f'<circle cx="{across:.1f}" cy="{down:.1f}" {dots} fill="{colour}"><title>{escape(label)}</title></circle>'
+        )
+    return parts
+
+
+def _legend(name: str, number: int, width: int) -> list[str]:
+    down = _TOP + 12 + 15 * number
+    rule = (
+        f'<path d="M{width - 20} {down - 4}h12" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="3"/>'
+    )
+    return [rule, _text(width - 26, down, name, "end")]
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor">{escape(text)}</text>'
+
+
+def _range(values: Iterable[float]) -> tuple[float, float]:
+    found = list(values)
+    return min(found), max(found)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about so many."""
+    if high <= low:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * power for unit in (1, 2, 2.5, 5, 10) if unit * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def png(image_CHW: NDArray[np.floating]) -> str:
+    """A `data:` address of an image of 1 or 3 channels, its own least value black and its greatest white."""
+    low, high = float(image_CHW.min()), float(image_CHW.max())
+    scaled = (image_CHW - low) / (high - low if high > low else 1.0) * 255
+    pixels_HWC = np.ascontiguousarray(scaled.round().astype(np.uint8).transpose(1, 2, 0))
+    height, width, channels = pixels_HWC.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels_HWC)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
+    whole = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    return "data:image/png;base64," + base64.b64encode(whole).decode()
