@@ -16,6 +16,7 @@ from ane_trainer.utils import lazy_names
 if TYPE_CHECKING:
     from ane_trainer import ane as ane
     from ane_trainer import interop as interop
+    from ane_trainer.ane.capture.optimizers import register_optimizer as register_optimizer
     from ane_trainer.ane.dispatch import InferenceProgram as InferenceProgram
     from ane_trainer.ane.dispatch import TrainingStep as TrainingStep
     from ane_trainer.ane.dispatch import compile_forward as compile_forward
@@ -51,6 +52,7 @@ _PLACES = {
     "interop": "",
     "load_dataset": "ane_trainer.data",
     "make_config": "ane_trainer.training.config",
+    "register_optimizer": "ane_trainer.ane.capture.optimizers",
     "run_training": "ane_trainer.core",
 }
 

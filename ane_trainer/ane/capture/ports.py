@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.gradients import ACCUMULATED, GradientOptions
-from ane_trainer.ane.capture.optimizers.rules import RESIDUAL, RESIDUAL_SCALE, Rule
+from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.errors import Finding, UnsupportedModel
@@ -71,6 +71,17 @@ def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     return found
 
 
+def units_by_group(
+    parameters: Iterable[Parameter], groups: int, units: Mapping[str, float] | None = None
+) -> list[list[float]]:
+    """For each group of the optimizer the units of its trained parameters, in order; `units`: others by name."""
+    found: list[list[float]] = [[] for _ in range(groups)]
+    for p in parameters:
+        if p.group is not None:
+            found[p.group].append((units or {}).get(p.name, p.unit))
+    return found
+
+
 def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's floating-point buffers by dotted name (running statistics and tables).
 
@@ -102,12 +113,12 @@ def parameter_ports(
     if options.on_host:
         return ports
     ports.append(_state(f"{parameter.name}/{RESIDUAL}", shape, RESIDUAL_SCALE))
-    for slot in rule.slots(group):
+    for slot in rule.slots(group, shape):
         scale = slot.factor * parameter.unit**slot.power
-        ports.append(_state(f"{parameter.name}/{slot.name}", shape, scale))
+        ports.append(_state(f"{parameter.name}/{slot.name}", slot.shape or shape, scale))
         if slot.residual_scale:
             residual = f"{parameter.name}/{slot.name}/{RESIDUAL}"
-            ports.append(_state(residual, shape, scale * slot.residual_scale))
+            ports.append(_state(residual, slot.shape or shape, scale * slot.residual_scale))
     return ports
 
 

@@ -15,14 +15,8 @@ from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forward
 from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, rehearse
 from ane_trainer.ane.capture.gradients import GradientOptions, accumulate, clip_norm, clip_values
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
-from ane_trainer.ane.capture.optimizers.scalars import port_name, scalar_values
-from ane_trainer.ane.capture.optimizers.updates import (
-    LINEAR_UNIT,
-    ROOT_FLOORS,
-    Rule,
-    rule_for,
-    two_term_add,
-)
+from ane_trainer.ane.capture.optimizers.rule import ROOT_FLOORS, Rule, Update, two_term_add
+from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values
 from ane_trainer.ane.capture.ports import (
     SCALING_STATE,
     Parameter,
@@ -32,6 +26,7 @@ from ane_trainer.ane.capture.ports import (
     parameter_ports,
     scaling_ports,
     unique,
+    units_by_group,
 )
 from ane_trainer.ane.capture.randomness import MaskMode
 from ane_trainer.ane.capture.range import scale_rows
@@ -65,6 +60,8 @@ class StepCapture:
     captured: Captured
     loss_scale: float
     units: Mapping[str, float]
+    rule: Rule
+    parameters: tuple[Parameter, ...]
     changes: BufferChanges = field(default_factory=BufferChanges)
     classes: int | None = None
 
@@ -125,7 +122,7 @@ def capture_training(
     with forwarded(model) as final:
         rehearsal = rehearse(model, get_loss(loss), found, example)
     changes = find_changes(model, final)
-    parameters = tuple(_with_unit(p, rule, rehearsal, units) for p in found)
+    parameters = tuple(_with_unit(p, rehearsal, units) for p in found)
     plan = _plan(model, loss, optimizer, example, parameters, rehearsal, changes, options)
     scale = rehearsal.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
     plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, rehearsal.ceiling())))
@@ -133,7 +130,7 @@ def capture_training(
     graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
     captured = finish(graph, plan.inputs, tuple(outputs))
-    return StepCapture(captured, scale, chosen, changes, rehearsal.classes)
+    return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes)
 
 
 def batch_ports(example: Any, prefix: str) -> list[Port]:
@@ -185,10 +182,10 @@ def _plan(
     state += scaling_ports(gradients)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
-    names = [
-        *scalar_values(optimizer, 1, gradients.on_host), *gradients.scalars(last=True), *changes.scalars(),
-    ]  # fmt: skip
-    scalars = [Port(identifier(name), (1,), "scalar", name) for name in names]
+    units, floor = units_by_group(parameters, len(groups)), ROOT_FLOORS[options.precision]
+    sizes = {name: len(v) for name, v in scalar_values(optimizer, rule, 1, units, floor).items()}
+    sizes |= dict.fromkeys((*gradients.scalars(last=True), *changes.scalars()), 1)
+    scalars = [Port(identifier(name), (size,), "scalar", name) for name, size in sizes.items()]
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
     count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
     return _Plan(
@@ -199,13 +196,11 @@ def _plan(
     )  # fmt: skip
 
 
-def _with_unit(
-    parameter: Parameter, rule: Rule, rehearsal: Rehearsal, units: Mapping[str, float]
-) -> Parameter:
+def _with_unit(parameter: Parameter, rehearsal: Rehearsal, units: Mapping[str, float]) -> Parameter:
     """The parameter with its gradient's unit; one that the loss does not reach counts as frozen."""
     if not parameter.trained or parameter.name not in rehearsal.peaks:
         return dataclasses.replace(parameter, group=None)
-    unit = rehearsal.unit(parameter.name) if rule.calibrated else LINEAR_UNIT
+    unit = rehearsal.unit(parameter.name)
     return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
 
 
@@ -236,7 +231,7 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
         for p in plan.parameters:
             if p.name in scaled and not plan.gradients.on_host:
                 set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
-                new_state |= _update(plan, p, gradients[p.name], state, gated[p.group or 0])
+                new_state |= _update(plan, p, gradients[p.name], state, gated[p.name])
         set_source("loss scaling")
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
         following = next_scale(scale, inverse, good, ok, plan.ceiling)
@@ -282,16 +277,19 @@ def _loss_place(name: str) -> str:
     return f"loss {name} ({line})" if line else f"loss {name}"
 
 
-def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> list[Tensors]:
-    """For each parameter group its scalars, the gated ones times `ok`."""
-    groups = len(plan.optimizer.param_groups)
-    result = []
-    for number, group in enumerate(plan.optimizer.param_groups):
-        scalars = {}
-        for name in plan.rule.scalars(group, 1):
-            value = named[port_name(name, number, groups)]
-            scalars[name] = value * ok if name in plan.rule.gated else value
-        result.append(scalars)
+def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, Tensors]:
+    """For each parameter its scalars by name, the gated ones times `ok`."""
+    groups = plan.optimizer.param_groups
+    members = [[p.name for p in plan.parameters if p.group == number] for number in range(len(groups))]
+    result: dict[str, Tensors] = {name: {} for own in members for name in own}
+    for number, (group, own) in enumerate(zip(groups, members, strict=True)):
+        shared = plan.rule.scalars(plain(group), 1)
+        for name in (*shared, *plan.rule.unit_scalars(plain(group), 1, 1.0, 0.0)):
+            value = named[port_name(name, number, len(groups))]
+            value = value * ok if name in plan.rule.gated else value
+            for place, parameter in enumerate(own):
+                each = value if name in shared or len(own) == 1 else value[place : place + 1]
+                result[parameter][name] = each
     return result
 
 
@@ -327,6 +325,6 @@ def _update(plan: _Plan, p: Parameter, g: torch.Tensor, state: Tensors, scalars:
     prefix = f"{p.name}/"
     slots = {t.removeprefix(prefix): v for t, v in state.items() if t.startswith(prefix)}
     hi, lo = state[p.name], slots.pop("residual")
-    new, delta = plan.rule.update(hi, g, slots, scalars, p.unit, group, plan.floor)
+    new, delta = plan.rule.update(Update(hi, g, slots, scalars, group))
     new_hi, new_lo = two_term_add(hi, lo, delta)
     return {p.name: new_hi, f"{prefix}residual": new_lo, **{prefix + k: v for k, v in new.items()}}

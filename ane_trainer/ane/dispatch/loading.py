@@ -12,7 +12,7 @@ import torch
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
 from ane_trainer.ane.capture.calibrate import module_mode
-from ane_trainer.ane.capture.optimizers.scalars import structure
+from ane_trainer.ane.capture.optimizers.table import structure
 from ane_trainer.ane.capture.randomness import PREFIX
 from ane_trainer.ane.capture.step import GRADIENT, CaptureOptions
 from ane_trainer.ane.compiler.build import prepare
@@ -69,14 +69,13 @@ def load_step(
     assert target.chip is not None
     compiled = prepare(capture.captured, target.chip, target.path, target.precision)
     session, inputs = target.load(compiled), compiled.inputs
-    on_host = options.gradients.on_host
     mirror = Mirror(
-        session, inputs, subject.model, subject.optimizer, target.precision, on_host, capture.changes
+        session, inputs, subject.model, subject.optimizer, capture.rule, target.precision, capture.changes
     )
     mirror.set_scaling(capture.loss_scale)
     return LoadedStep(
         capture, compiled, session, Feeds(subject.example, ("x", "y"), inputs, target.precision), mirror,
-        structure(subject.optimizer, on_host),
+        structure(subject.optimizer, capture.rule),
         scalars=tuple(p for p in inputs if p.role == "scalar"),
         draws=tuple(p for p in inputs if p.target.startswith(PREFIX)),
         gradients=tuple(p for p in compiled.outputs if p.target.endswith(f"/{GRADIENT}")),

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.buffers import BufferChanges
-from ane_trainer.ane.capture.optimizers.updates import RESIDUAL, Rule, rule_for
+from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, Rule, Slot
 from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.dispatch.devices import Session
@@ -31,14 +31,14 @@ class Mirror:
         ports: Iterable[Port],
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
+        rule: Rule,
         precision: str = "fp16",
-        on_host: bool = False,
         changes: BufferChanges = BufferChanges(),  # noqa: B008  (immutable)
     ) -> None:
         self._range = RANGES[precision]
         self._session, self._optimizer = session, optimizer
         self._ports = {port.target: port for port in ports if port.role == "state"}
-        self._rule: Rule = rule_for(optimizer, on_host)
+        self._rule = rule
         found = find_parameters(model, optimizer)
         self._trained = [p for p in found if f"{p.name}/{RESIDUAL}" in self._ports]
         self._tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
@@ -76,6 +76,8 @@ class Mirror:
         """Engine -> `optimizer.state`, as torch would have it after `count` updates."""
         if count == 0:
             return
+        for settings in self._optimizer.param_groups:
+            settings.update(self._rule.group_counters(count))
         for parameter, group, slots in self._slots():
             state = self._optimizer.state[parameter.tensor]
             for name, number in self._rule.counters(group, count).items():
@@ -83,23 +85,24 @@ class Mirror:
             for slot in slots:
                 value = state.get(slot.name)
                 if value is None:
-                    value = state[slot.name] = torch.zeros_like(parameter.tensor)
+                    value = state[slot.name] = torch.zeros(slot.shape or parameter.tensor.shape)
                 self._combine(f"{parameter.name}/{slot.name}", value, slot.bias(group, count))
 
     @torch.no_grad()
     def push_moments(self) -> int:
         """`optimizer.state` -> engine; returns the number of updates it stands for."""
         count = 0
-        for parameter, _, _ in self._slots():
+        for parameter, group, _ in self._slots():
             state = self._optimizer.state.get(parameter.tensor, {})
             if state:
-                count = max(count, int(state.get("step", 1)))
+                steps = group if self._rule.group_counters(1) else state
+                count = max(count, int(steps.get("step", 1)))
         for parameter, group, slots in self._slots():
             state = self._optimizer.state.get(parameter.tensor, {})
             for slot in slots:
                 value = state.get(slot.name)
                 bias = slot.bias(group, count) if count else 1.0
-                value = torch.zeros_like(parameter.tensor) if value is None else value / bias
+                value = torch.zeros(slot.shape or parameter.tensor.shape) if value is None else value / bias
                 self._split(f"{parameter.name}/{slot.name}", value.float())
         return count
 
@@ -130,9 +133,9 @@ class Mirror:
             if target in tensors:
                 self._write(port, tensors[target].float().numpy() * np.float32(port.scale))
 
-    def _slots(self) -> list[tuple[Parameter, Mapping[str, Any], tuple[Any, ...]]]:
-        groups = self._optimizer.param_groups
-        return [(p, groups[p.group or 0], self._rule.slots(groups[p.group or 0])) for p in self._trained]
+    def _slots(self) -> list[tuple[Parameter, Mapping[str, Any], tuple[Slot, ...]]]:
+        found = [(p, self._optimizer.param_groups[p.group or 0]) for p in self._trained]
+        return [(p, group, self._rule.slots(group, tuple(p.tensor.shape) or (1,))) for p, group in found]
 
     def _combine(self, target: str, out: torch.Tensor, factor: float = 1.0) -> None:
         """out = (hi + lo) in torch's units."""

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ane_trainer.ane.capture.gradients import ACCUMULATED
-from ane_trainer.ane.capture.optimizers.rules import RESIDUAL
+from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
 from ane_trainer.ane.capture.ports import SCALING_STATE
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.errors import CheckpointError, UsageError

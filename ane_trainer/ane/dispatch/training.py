@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss
 from ane_trainer.ane.capture.gradients import GradientOptions
-from ane_trainer.ane.capture.optimizers.scalars import check_structure, scalar_values
-from ane_trainer.ane.capture.optimizers.updates import missing_rule
+from ane_trainer.ane.capture.optimizers.rule import ROOT_FLOORS
+from ane_trainer.ane.capture.optimizers.table import check_structure, missing_rule, scalar_values
+from ane_trainer.ane.capture.ports import units_by_group
 from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.step import GRADIENT
 from ane_trainer.ane.chips.cost import Cost, estimate
@@ -96,7 +97,7 @@ class TrainingStep:
         UsageError if a setting of the optimizer that is compiled in was changed.
         """
         optimizer, mirror = self._subject.optimizer, self._loaded.mirror
-        check_structure(optimizer, self._loaded.structure, self.gradient_options.on_host)
+        check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
         if mirror.changed():
             mirror.push_weights(changed_only=True)
         results = self._loaded.session.run(self.feeds(x, y))
@@ -136,13 +137,15 @@ class TrainingStep:
         feeds |= {p.name: draw(p.target, p.shape, self._draws).numpy() for p in loaded.draws}
         sent = {**self.scalars(ahead), **options.scalars(last=self._pending + 1 == options.accumulate)}
         sent |= loaded.capture.changes.host_values(self._subject.model, self._unsynced)
-        feeds |= {port.name: np.full(1, sent[port.target]) for port in loaded.scalars}
+        feeds |= {port.name: np.atleast_1d(np.asarray(sent[port.target])) for port in loaded.scalars}
         return {name: array.astype(loaded.dtype, copy=False) for name, array in feeds.items()}
 
-    def scalars(self, ahead: int = 0) -> dict[str, float]:
-        """Port target -> value of the optimizer's scalars for the next update, or one `ahead` steps after it."""
-        number = self.applied_steps + 1 + ahead
-        return scalar_values(self._subject.optimizer, number, self.gradient_options.on_host)
+    def scalars(self, ahead: int = 0) -> dict[str, list[float]]:
+        """Port target -> values of the optimizer's scalars for the next update, or one `ahead` steps after it."""
+        optimizer, capture = self._subject.optimizer, self._loaded.capture
+        units = units_by_group(capture.parameters, len(optimizer.param_groups))
+        step, floor = self.applied_steps + 1 + ahead, ROOT_FLOORS[self.target.precision]
+        return scalar_values(optimizer, capture.rule, step, units, floor)
 
     def port_state(self) -> dict[str, NDArray[Any]]:
         """A copy of the device's state by port, in the program's precision and units."""

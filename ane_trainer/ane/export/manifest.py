@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ane_trainer.ane.capture.optimizers.rules import RESIDUAL
+from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
 from ane_trainer.ane.capture.randomness import PREFIX
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.stages import Lowered, Port

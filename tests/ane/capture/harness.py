@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture import StepCapture
-from ane_trainer.ane.capture.optimizers.scalars import scalar_values
+from ane_trainer.ane.capture.optimizers.table import scalar_values
+from ane_trainer.ane.capture.ports import units_by_group
 from ane_trainer.ane.stages import Captured
 
 
@@ -22,7 +23,8 @@ class FxStep:
         scale: float | None = None,
     ) -> None:
         self.captured: Captured = capture.captured
-        self.optimizer, self.count = optimizer, 0
+        self.optimizer, self.count, self.rule = optimizer, 0, capture.rule
+        self.units = units_by_group(capture.parameters, len(optimizer.param_groups))
         scale = capture.loss_scale if scale is None else scale
         start = {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
         start["step/loss_scale"] = torch.full((1,), scale)
@@ -34,13 +36,13 @@ class FxStep:
         }
 
     def step(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-        scalars = scalar_values(self.optimizer, self.count + 1)
+        scalars = scalar_values(self.optimizer, self.rule, self.count + 1, self.units, 0.0)
         inputs: list[Any] = []
         for port in self.captured.inputs:
             if port.role == "state":
                 inputs.append(self.state[port.target])
             elif port.role == "scalar":
-                inputs.append(torch.tensor([scalars[port.target]], dtype=torch.float32))
+                inputs.append(torch.tensor(scalars[port.target], dtype=torch.float32))
             else:
                 inputs.append(batch[port.name])
         results = dict(zip(self.captured.outputs, self.captured.graph(*inputs), strict=True))

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ane_trainer.ane.capture import capture_training
-from ane_trainer.ane.capture.optimizers.scalars import check_structure, scalar_values, structure
-from ane_trainer.ane.capture.optimizers.updates import RESIDUAL_SCALE, rule_for, two_term_add
+from ane_trainer.ane.capture.optimizers.momentum import SGD
+from ane_trainer.ane.capture.optimizers.rule import RESIDUAL_SCALE, two_term_add
+from ane_trainer.ane.capture.optimizers.table import check_structure, rule_for, scalar_values, structure
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from tests.ane.capture.harness import FxStep, torch_step
 
@@ -67,6 +68,9 @@ CASES: dict[str, Optimizers] = {
         m.parameters(), lr=1e-3, eps=1e-4, momentum=0.9, centered=True
     ),
     "adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-2, eps=1e-4, lr_decay=0.1),
+    "adam-amsgrad-decay": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-4, amsgrad=True),
+    "adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2, weight_decay=0.1),
+    "adafactor-groups": lambda m: torch.optim.Adafactor(groups(m), lr=3e-2, eps=(1e-3, 1e-2), d=2.0),
     "adadelta": lambda m: torch.optim.Adadelta(m.parameters(), lr=1.0, weight_decay=0.01),
     "adadelta-groups": lambda m: torch.optim.Adadelta(groups(m), lr=0.5, maximize=True),
     "adamw-tensor-lr": lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(1e-3), eps=1e-4),
@@ -122,37 +126,44 @@ def test_moments_are_torch_moments_in_their_units() -> None:
     for (name, _), own in zip(model.named_parameters(), twin.parameters(), strict=True):
         state = reference.state[own]
         for slot in ("exp_avg", "exp_avg_sq"):
-            (kept,) = (s for s in rule_for(optimizer).slots(optimizer.param_groups[0]) if s.name == slot)
+            (kept,) = (
+                s for s in rule_for(optimizer).slots(optimizer.param_groups[0], (1,)) if s.name == slot
+            )
             value = step.value(f"{name}/{slot}") * kept.bias(optimizer.param_groups[0], 1)
             largest = state[slot].abs().max().item()
             torch.testing.assert_close(value.float(), state[slot], rtol=1e-4, atol=1e-6 * largest)
 
 
+def rates(optimizer: torch.optim.Optimizer, step: int) -> list[float]:
+    """Of SGD, for one parameter whose unit is 256."""
+    return scalar_values(optimizer, SGD, step, [[256.0]], 0.0)["rate"]
+
+
 def test_schedulers_act_without_a_new_capture() -> None:
     optimizer = CASES["sgd"](mlp())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    before = scalar_values(optimizer, 1)["rate"]
+    before = rates(optimizer, 1)[0]
     optimizer.step()
     scheduler.step()
-    assert scalar_values(optimizer, 2)["rate"] == before / 2
+    assert rates(optimizer, 2)[0] == before / 2
 
 
 def test_changed_structure_is_refused_and_a_changed_value_is_not() -> None:
     optimizer = CASES["sgd-momentum"](mlp())
-    compiled = structure(optimizer)
+    compiled = structure(optimizer, SGD)
     optimizer.param_groups[0]["momentum"] = 0.95
-    check_structure(optimizer, compiled)
+    check_structure(optimizer, SGD, compiled)
     optimizer.param_groups[0]["weight_decay"] = 0.01
     with pytest.raises(UsageError, match="Compile a new step"):
-        check_structure(optimizer, compiled)
+        check_structure(optimizer, SGD, compiled)
 
 
 def test_a_scalar_beyond_fp16_is_refused() -> None:
     model = mlp()
     limit = 65504.0 * 256 / RESIDUAL_SCALE
-    assert scalar_values(torch.optim.SGD(model.parameters(), lr=limit), 1)["rate"] == -65504.0
+    assert rates(torch.optim.SGD(model.parameters(), lr=limit), 1) == [-65504.0]
     with pytest.raises(UsageError, match="smaller learning rate"):
-        scalar_values(torch.optim.SGD(model.parameters(), lr=limit * 1.01), 1)
+        rates(torch.optim.SGD(model.parameters(), lr=limit * 1.01), 1)
 
 
 def test_unknown_optimizer_names_the_supported_ones() -> None:

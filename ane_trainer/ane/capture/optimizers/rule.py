@@ -1,0 +1,209 @@
+"""What an optimizer's rule is (`Rule`), and the arithmetic that rules share.
+
+Units. A gradient arrives as `unit * gradient`, `unit` a power of two of each parameter that the host chooses so
+that the largest entry is near 16. First moments are kept in that unit, second moments in its square times
+SQUARE_FACTOR. A weight is two fp16 numbers, `hi` (what the forward uses) and `lo` = 2^10 times what `hi` lacks;
+steps are computed in the scale of `lo`. Second moments are kept in the same form, since they change by a
+thousandth a step.
+
+Every change is an increment times a *gated* scalar, which the step sets to 0 when the gradients overflowed: a
+skipped step changes nothing and costs nothing. Scalars come from the host (`table.py`), which knows step count and
+units and does their arithmetic in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Slots = dict[str, torch.Tensor]
+Group = Mapping[str, Any]
+Shape = tuple[int, ...]
+
+#: What a weight's `lo` is multiplied by; the residual of an 11-bit significand then has the weight's size.
+RESIDUAL_SCALE = 1024.0
+#: Second moments are kept times this, so that those of entries 1e-4 of the largest are normal fp16 numbers.
+SQUARE_FACTOR = 16.0
+#: Their roots then come out times this.
+ROOT_FACTOR = 4.0
+#: The second term of second moments: twice what the first lacks, since their first steps are as large as they are.
+SQUARE_RESIDUAL_SCALE = 2.0
+#: Suffix of the slot that holds the residual of a two-term state.
+RESIDUAL = "residual"
+#: Least denominator under a first moment, by the program's precision: in fp16 the squares of anything smaller
+#: underflow; fp32 needs none, and with one Adam's losses leave PyTorch's by 3e-5.
+ROOT_FLOORS = {"fp16": 2.0**-14, "fp32": 0.0}
+#: Least denominator where the largest entry or the norm of a tensor is one: fp16's smallest number.
+LEAST = 2.0**-24
+_LARGEST_SUM = 2.0**15
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One state tensor of a parameter: torch's name for it, the power of the unit in it, times `factor`.
+
+    `residual_scale` is that of its second term, 0 if it has none. `bias(group, step)` is torch's value after
+    `step` updates divided by ours: Adam's moments are kept corrected for their bias, since in the first steps
+    the uncorrected ones are a thousand times smaller and would underflow. `shape`: None if the parameter's.
+    """
+
+    name: str
+    power: int
+    residual_scale: float = 0.0
+    bias: Callable[[Group, int], float] = lambda group, step: 1.0
+    factor: float = 1.0
+    shape: Shape | None = None
+
+
+def square_slot(
+    name: str, bias: Callable[[Group, int], float] | None = None, shape: Shape | None = None
+) -> Slot:
+    """A mean of squared gradients in two terms, as `average_square` updates it."""
+    return Slot(name, 2, SQUARE_RESIDUAL_SCALE, bias or (lambda group, step: 1.0), SQUARE_FACTOR, shape)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One parameter at its update: weight (`hi`), gradient in its unit, state and scalars by name, settings."""
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    slots: Slots
+    scalars: Slots
+    group: Group
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one optimizer class updates a parameter.
+
+    update        Update -> (new slots, step of the weight times RESIDUAL_SCALE)
+    slots         (group, shape of the parameter) -> its state tensors
+    scalars       (group, step) -> the host's values for update number `step` (1 for the first)
+    unit_scalars  (group, step, unit, floor) -> values that depend on the parameter's unit; `floor` as in ROOT_FLOORS
+    gated         scalars of either kind that are 0 on a skipped step
+    compiled      settings that are compiled in; changing one asks for a new program
+    counters      (group, step) -> torch's numbers in a parameter's state after `step` updates
+    group_counters  step -> numbers that the optimizer keeps in its groups instead
+    takes         whether the rule covers a group's settings
+    """
+
+    update: Callable[[Update], tuple[Slots, torch.Tensor]]
+    slots: Callable[[Group, Shape], tuple[Slot, ...]]
+    scalars: Callable[[Group, int], dict[str, float]]
+    gated: frozenset[str]
+    compiled: Callable[[Group], tuple[Any, ...]]
+    unit_scalars: Callable[[Group, int, float, float], dict[str, float]] = lambda group, step, unit, floor: {}
+    counters: Callable[[Group, int], dict[str, float]] = lambda group, step: {"step": float(step)}
+    takes: Callable[[Group], bool] = lambda group: True
+    group_counters: Callable[[int], Mapping[str, object]] = lambda step: {}
+
+
+def adapted(
+    rule: Rule,
+    settings: Callable[[Group], Group],
+    takes: Callable[[Group], bool],
+    group_counters: Callable[[int], Mapping[str, object]] = lambda step: {},
+) -> Rule:
+    """The rule for a class that names its settings otherwise; `settings` gives them under the rule's own names."""
+    return Rule(
+        update=lambda u: rule.update(dataclasses.replace(u, group=settings(u.group))),
+        slots=lambda group, shape: rule.slots(settings(group), shape),
+        scalars=lambda group, step: rule.scalars(settings(group), step),
+        gated=rule.gated,
+        compiled=lambda group: rule.compiled(settings(group)),
+        unit_scalars=lambda group, step, unit, floor: rule.unit_scalars(settings(group), step, unit, floor),
+        counters=rule.counters,
+        takes=lambda group: takes(group) and rule.takes(settings(group)),
+        group_counters=group_counters,
+    )
+
+
+# -- Arithmetic on the engine
+
+
+def two_term_add(
+    hi: torch.Tensor, lo: torch.Tensor, delta: torch.Tensor, scale: float = RESIDUAL_SCALE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hi + lo/scale) + delta/scale as a new pair; what rounding drops from hi stays in lo."""
+    total = lo + delta
+    new_hi = hi + total * (1.0 / scale)
+    return new_hi, total - (new_hi - hi) * scale
+
+
+def average(old: torch.Tensor, value: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """old + share * (value - old)."""
+    return old + (value - old) * share
+
+
+def average_square(u: Update, name: str, root: torch.Tensor, new: Slots, ports: str = "") -> torch.Tensor:
+    """v += forget_sq * (root^2 - v) in two terms, into `new`; returns v. The ports: see `square_scalars`."""
+    v = u.slots[name]
+    scaled = root * u.scalars[f"{ports}admit_sq"]
+    change = scaled * scaled - v * u.scalars[f"{ports}forget_sq"]
+    v, new[f"{name}/{RESIDUAL}"] = two_term_add(
+        v, u.slots[f"{name}/{RESIDUAL}"], change, SQUARE_RESIDUAL_SCALE
+    )
+    new[name] = v
+    return v
+
+
+def coupled_decay(u: Update) -> torch.Tensor:
+    """gradient + weight_decay * weight in the gradient's unit; the port: see `decay_scalars`."""
+    return u.gradient + u.weight * u.scalars["weight_decay"] if u.group["weight_decay"] else u.gradient
+
+
+def bounded(ratio: torch.Tensor, bound: float) -> torch.Tensor:
+    """The ratio within +-bound, which only denominators that left fp16 exceed."""
+    return torch.clamp(ratio, -bound, bound)
+
+
+def root_mean_square(x: torch.Tensor, axes: Sequence[int] | None = None) -> torch.Tensor:
+    """sqrt(mean(x^2)) over `axes` (all: [1]), kept; divided by the largest entry first, so nothing leaves fp16."""
+    if axes is None:
+        x, axes = x.reshape(-1), (0,)
+    peak = torch.clamp(x.abs().amax(tuple(axes), keepdim=True), min=LEAST)
+    ratio = x / peak
+    count = math.prod(x.shape[axis] for axis in axes)
+    power = max(0, math.ceil(math.log2(count / _LARGEST_SUM)))
+    half = math.ceil(power / 2)
+    if half:
+        ratio = ratio * 2.0**-half
+    return peak * torch.sqrt((ratio * ratio).sum(tuple(axes), keepdim=True) * (4.0**half / count))
+
+
+# -- Scalars from the host
+
+
+def square_scalars(forget: float) -> dict[str, float]:
+    """The ports of `average_square`: the share of the new square, and its root."""
+    return {
+        "forget_sq": forget * SQUARE_RESIDUAL_SCALE,
+        "admit_sq": math.sqrt(forget * SQUARE_FACTOR * SQUARE_RESIDUAL_SCALE),
+    }
+
+
+def decay_scalars(group: Group, unit: float) -> dict[str, float]:
+    """The port of `coupled_decay`, if there is weight decay."""
+    return {"weight_decay": float(group["weight_decay"]) * unit} if group["weight_decay"] else {}
+
+
+def root_epsilon(epsilon: float, unit: float, floor: float) -> float:
+    """Epsilon beside a root of second moments, `floor` at least."""
+    return max(epsilon * unit * ROOT_FACTOR, floor)
+
+
+def split(rate: float) -> tuple[float, float]:
+    """(rate / power, power): a rate that fp16 does not hold as two numbers that it does; `power` is one of two."""
+    exponent = min(0, max(-24, math.frexp(rate)[1])) if rate else 0
+    return rate * 2.0**-exponent, 2.0**exponent
+
+
+def step_rate(group: Group) -> float:
+    """Minus the learning rate, in the scale of weights' residuals."""
+    return -float(group["lr"]) * RESIDUAL_SCALE
