@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ane_trainer.ane.capture import capture_training
-from ane_trainer.ane.capture.optimizers.momentum import SGD
+from ane_trainer.ane.capture.optimizers.momentum import SGD, orthogonal
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL_SCALE, two_term_add
 from ane_trainer.ane.capture.optimizers.table import check_structure, rule_for, scalar_values, structure
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
@@ -174,6 +174,21 @@ def test_unknown_optimizer_names_the_supported_ones() -> None:
         with pytest.raises(UnsupportedModel, match=r"torch\.optim\.AdamW") as caught:
             rule_for(optimizer)
         assert type(optimizer).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (16, 16)])
+def test_orthogonal_maps_singular_values_by_its_polynomial(shape: tuple[int, int]) -> None:
+    """The witness: U p(s) V^T, the polynomial iterated on singular values in double precision."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 1e-3
+    a, b, c = factors = (3.4445, -4.7750, 2.0315)
+    left, s, right = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    found, power = orthogonal(x, factors, 5)
+    torch.testing.assert_close(
+        found.double() * 2.0**-power, left @ torch.diag(s) @ right, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_two_terms_keep_steps_that_half_precision_loses() -> None:
