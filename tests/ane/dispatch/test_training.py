@@ -259,7 +259,7 @@ def test_facts_about_a_step() -> None:
     model = mlp()
     x, y = batch()
     with compile_step(model, "cross_entropy", sgd(model), (x, y), threads=1) as step:
-        assert step.host_bytes_per_step == 2 * (16 * 20 + 16 + 1 + 2)  # x, y, rate; loss and the flag
+        assert step.host_bytes_per_step == 2 * (16 * 20 + 16 + 4 + 2)  # x, y, 4 rates; loss and the flag
         assert "matmul" in step.text()
         assert step.program is step.compiled.program
         assert step.cost().latency_us > 0
