@@ -1,4 +1,6 @@
-"""Checkpoints: tensors and JSON scalars in one safetensors file, models, and optimizers' settings.
+"""Checkpoints: tensors and JSON scalars in one safetensors file with a checksum, models, optimizers' settings.
+
+What the tensors are is described in `dispatch.state`, with the version.
 
 A model is stored by `torch.save` and read back by PyTorch's restricted loader, which gets leave for exactly
 the classes that the file names and that are nn.Modules, or functions of PyTorch, of modules already imported.
@@ -6,15 +8,18 @@ the classes that the file names and that are nn.Modules, or functions of PyTorch
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import json
+import math
 import pickle
 import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,15 +27,22 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from ane_trainer.ane.dispatch.state import FORMAT, READABLE, STEP, incomplete
 from ane_trainer.ane.errors import CheckpointError, EnvironmentFault
+from ane_trainer.training.loop import Progress
+from ane_trainer.training.results import Epoch
 from ane_trainer.utils import atomic_write
 
 #: The file name of a checkpoint in its folder.
 CHECKPOINT = "checkpoint.safetensors"
 
-#: Written into every file; raised when older versions could not read newer files.
-FORMAT = 1
+#: The checkpoint before the last one, for the case that the last one is damaged.
+BEFORE = "checkpoint-before.safetensors"
 
+#: The entry of a file's header that holds what is not tensors.
+_HEADER = "ane_trainer"
+
+T = TypeVar("T")
 
 #: What reading a damaged or foreign model file raises, by the place of the damage.
 _DAMAGED = (
@@ -46,50 +58,112 @@ class Checkpoint:
     scalars: dict[str, Any]
 
 
+def has_step(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint holds the state of a compiled step; one of before training does not."""
+    return any(name.startswith(STEP) for name in checkpoint.tensors)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any] | None = None
 ) -> None:
-    """Write one safetensors file atomically; `scalars` go as JSON into its header.
+    """Write one safetensors file atomically; version, checksum and `scalars` go as JSON into its header.
 
     The header has one entry only: safetensors writes several in an order that changes from run to run.
     """
-    content = json.dumps({"version": FORMAT, "scalars": scalars})
-    header = {"format": "pt"} if scalars is None else {"ane_trainer": content}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    atomic_write(path, save_tensors(plain, metadata=header))
+    content = json.dumps({"version": FORMAT, "checksum": checksum(plain), "scalars": scalars})
+    atomic_write(path, save_tensors(plain, metadata={_HEADER: content}))
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path, *, scalars: bool) -> Checkpoint:
     """Read a file of `write_tensors`, written with or without scalars.
 
-    CheckpointError if it is missing, damaged or of another format.
+    CheckpointError if it is missing, damaged, of another format, or if its checksum does not match.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}). "
-            "Check the path; a run writes this file after each epoch and when it is interrupted.",
+            "Check the path; a run writes checkpoints while it trains, and its weights at the end.",
             code="CKPT102",
         ) from None
     try:
         tensors = load_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        empty: dict[str, Any] = {"version": FORMAT, "scalars": {}}
-        content = json.loads(header["__metadata__"]["ane_trainer"]) if scalars else empty
-        version, found = content["version"], content["scalars"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        written = header.get("__metadata__", {}).get(_HEADER)
+        foreign: dict[str, Any] = {"version": 1, "scalars": {}}  # weights of version 1, or of another program
+        content = foreign if written is None and not scalars else json.loads(written)
+        version, found, wanted = content["version"], content["scalars"], content.get("checksum")
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"it is damaged or foreign ({error})") from None
+    if version not in READABLE:
         raise CheckpointError(
-            f"{path}: needs a safetensors file written by ane_trainer; it is damaged or foreign ({error}). "
-            "Use another run, or train again.",
-            code="CKPT103",
-        ) from None
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path}: needs format {FORMAT}; got {version}. Use the version of ane_trainer that wrote it.",
+            f"{path}: needs a format up to {FORMAT}; got {version}. Use the version of ane_trainer that wrote it.",
             code="CKPT103",
         )
-    return Checkpoint(tensors, found)
+    if (version > 1 or wanted is not None) and checksum(tensors) != wanted:
+        raise _damaged(path, "its tensors are not those that were written (the checksum differs)")
+    return Checkpoint(tensors, found or {})
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: needs a safetensors file written by ane_trainer; {why}. Use another run, or train again.",
+        code="CKPT103",
+    )
+
+
+def check_scalars(scalars: Mapping[str, Any]) -> tuple[Progress, list[Epoch]]:
+    """Where training stood and its record, out of a checkpoint's scalars. CheckpointError if they make no sense."""
+    progress, faults = read_fields(Progress, scalars.get("progress"), "progress")
+    records = scalars.get("history")
+    history: list[Epoch] = []
+    for number, record in enumerate(records if isinstance(records, list) else (), 1):
+        epoch, wrong = read_fields(Epoch, record, f"history {number}")
+        faults += wrong
+        if epoch is not None:
+            faults += [f"history {number} is of epoch {epoch.epoch}"] if epoch.epoch != number else []
+            history.append(epoch)
+    if not isinstance(records, list):
+        faults.append("there is no history")
+    elif progress is not None and progress.epoch != len(records):
+        faults.append(f"{len(records)} epochs in the history, {progress.epoch} in the progress")
+    if not isinstance(scalars.get("data"), dict | None):
+        faults.append("the state of the data is none")
+    if faults or progress is None:
+        raise incomplete("checkpoint", faults)
+    return progress, history
+
+
+def read_fields(kind: type[T], values: object, where: str) -> tuple[T | None, list[str]]:
+    """A dataclass of counts and numbers out of JSON, and the faults: missing, negative, of another type."""
+    if not isinstance(values, dict):
+        return None, [f"there is no {where}"]
+    faults, found = [], {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in values:
+            if field.default is dataclasses.MISSING:
+                faults.append(f"{where}: {field.name} is missing")
+            continue
+        value = found[field.name] = values[field.name]
+        if "None" in str(field.type) and value is None:
+            continue
+        count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not (count if field.type == "int" else number):
+            faults.append(f"{where}: {field.name} is {value!r}")
+    return (None if faults else kind(**found)), faults
 
 
 def unwritable(path: Path, error: OSError) -> EnvironmentFault:

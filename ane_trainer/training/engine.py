@@ -81,7 +81,7 @@ def compile_step(
     except UnsupportedModel:
         if fallback != "cpu":
             raise
-    step = PartitionedStep(model, get_loss(loss), optimizer, gradients, target)
+    step = PartitionedStep(model, get_loss(loss), optimizer, options, target)
     if state is not None:
         step.load_state_dict(state)
     return step
@@ -104,19 +104,27 @@ def make_step(
     example: tuple[Any, Any],
     target: Target,
     options: StepOptions,
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> Step:
     """The training step for a target: the engine's program, plain PyTorch on `cpu`, a step in parts.
 
+    It continues from `state`, the `state_dict` of an earlier step, where it is given.
+
     UnsupportedModel if the model does not fit the chip and `options.fallback` is "none".
     """
+    step: CpuStep
     if not target.runs_programs:
-        return CpuStep(model, get_loss(loss), optimizer, options.gradients)
-    try:
-        return build_step(model, loss, optimizer, example, target, options)
-    except UnsupportedModel:
-        if options.fallback != "cpu":
-            raise
-    return PartitionedStep(model, get_loss(loss), optimizer, options.gradients, target)
+        step = CpuStep(model, get_loss(loss), optimizer, options)
+    else:
+        try:
+            return build_step(model, loss, optimizer, example, target, options, state)
+        except UnsupportedModel:
+            if options.fallback != "cpu":
+                raise
+        step = PartitionedStep(model, get_loss(loss), optimizer, options, target)
+    if state is not None:
+        step.load_state_dict(state)
+    return step
 
 
 def make_forward(

@@ -6,14 +6,16 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.dispatch.state import incomplete
+from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.utils import seeded
 
 #: (x, y): x and y are tensors, or tuples or dicts of tensors.
 Batch = tuple[Any, Any]
@@ -24,7 +26,8 @@ class Progress:
     """Where training stands: `epoch` passes are finished, `batch` batches of the next one are used.
 
     Counters run over the whole training; `*_before_epoch` are their values when the current epoch began.
-    `skipped_steps` counts those before a resume, the compiled step counts the rest.
+    `skipped_steps` counts those before a resume, the compiled step counts the rest. `passed` is 1 when all
+    batches of the pass are used, and what remains of the epoch is its evaluation.
     """
 
     epoch: int = 0
@@ -39,6 +42,7 @@ class Progress:
     steps_before_epoch: int = 0
     skipped_before_epoch: int = 0
     seconds_before_epoch: float = 0.0
+    passed: int = 0
 
     def count(self, loss: float, *, skipped: bool) -> None:
         """One step with this loss is done."""
@@ -51,7 +55,7 @@ class Progress:
     def next_epoch(self, skipped_steps: int) -> None:
         """The current epoch is finished; `skipped_steps` is the count of the whole training."""
         self.epoch += 1
-        self.batch = self.loss_count = 0
+        self.batch = self.loss_count = self.passed = 0
         self.loss_sum = 0.0
         self.steps_before_epoch = self.steps
         self.skipped_before_epoch = skipped_steps
@@ -66,7 +70,10 @@ def open_pass(data: Iterable[Batch], epoch: int, batch: int, state: dict[str, An
     """
     continued = False
     if state is not None and hasattr(data, "load_state_dict"):
-        data.load_state_dict(state)
+        try:
+            data.load_state_dict(state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise incomplete("checkpoint", [f"the data cannot go on from its state ({error!r})"]) from None
         continued = True
     elif hasattr(data, "set_epoch"):
         data.set_epoch(epoch)
@@ -75,6 +82,25 @@ def open_pass(data: Iterable[Batch], epoch: int, batch: int, state: dict[str, An
         for _ in range(batch):
             next(iterator, None)
     return iterator
+
+
+def first_batch(data: Iterable[Batch], seed: int) -> Batch | None:
+    """The first batch of the first pass, which an earlier process compiled its step for; None if there is none.
+
+    Another batch would do, but its numbers might lead to other scales, and so to other bits.
+    """
+    if iter(data) is data:
+        return None
+    with seeded(seed):
+        for batch in open_pass(data, 0, 0, None):
+            return unpack(batch, "train: first batch")
+    return None
+
+
+def check_epochs(epochs: int) -> None:
+    """UsageError for anything but a whole number of passes."""
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
+        raise UsageError(f"fit: needs a whole number of epochs; got {epochs!r}. Choose one.", code="ANE104")
 
 
 def check_repeatable(data: Iterable[Batch], name: str, passes: int) -> None:
@@ -183,6 +209,13 @@ def check_classes(y: Any, classes: int | None, where: str) -> None:
         )
 
 
+def empty(what: str) -> DataError:
+    """The error for data without a batch."""
+    return DataError(
+        f"{what}: needs at least one batch; got none. Pass data that is not empty.", code="DATA104"
+    )
+
+
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
     """Within the block, errors about data begin with the place."""
@@ -196,24 +229,55 @@ def _text(shapes: list[torch.Size]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the block, the first Ctrl-C only makes the yielded function return True; the second one raises.
+class Stop:
+    """Whether training is to stop: after the step that runs, or, while nothing would be lost, at once.
 
-    Signals can be handled in the main thread only; elsewhere nothing is changed.
+    `signal` is the number of the signal that asked for it. Until `begun` is set a signal raises KeyboardInterrupt
+    where it comes; afterwards the first one is noted, and a second Ctrl-C while the checkpoint is being written
+    is ignored.
     """
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.begun = False
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def check(self) -> None:
+        """KeyboardInterrupt, with the signal's number, if training is to stop."""
+        if self.signal is not None:
+            raise KeyboardInterrupt(self.signal)
+
+    def note(self, number: int, _frame: object) -> None:
+        """The handler."""
+        first, self.signal = self.signal is None, self.signal or number
+        if first and not self.begun:
+            raise KeyboardInterrupt(number)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Stop]:
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP are noted by the `Stop` that is yielded.
+
+    A block within another one has the outer one's. Signals can be handled in the main thread only; elsewhere
+    nothing is changed. A signal that the process ignores (nohup) stays ignored.
+    """
+    outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if isinstance(outer, Stop):
+        yield outer
         return
-
-    def note(_signal: int, _frame: object) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = signal.signal(signal.SIGINT, note)
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, stop.note)
     try:
-        yield pressed.is_set
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.losses import CLASS_LOSSES, get_loss, loss_name
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.dispatch import StepOptions, TrainingStep
-from ane_trainer.ane.dispatch.state import MODEL, STEP, part
+from ane_trainer.ane.dispatch.state import MODEL, STEP, faults_of, incomplete, part
 from ane_trainer.ane.errors import (
     CheckpointError,
-    DataError,
     Diverged,
     UsageError,
 )
 from ane_trainer.ane.export import ExportOptions, ExportReport, format_of
 from ane_trainer.training import energy, engine, loop
+from ane_trainer.training.callbacks import Callback
 from ane_trainer.training.checkpoint import (
     CHECKPOINT,
     Checkpoint,
+    check_scalars,
     describe_optimizer,
+    has_step,
     read_model,
     read_tensors,
     rebuild_optimizer,
@@ -39,12 +40,13 @@ from ane_trainer.training.checkpoint import (
     write_model,
     write_tensors,
 )
+from ane_trainer.training.evaluation import Inference
 from ane_trainer.training.exporting import export_model, export_training
 from ane_trainer.training.loop import Batch, Progress
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
 from ane_trainer.training.steps import Step
-from ane_trainer.utils import RunningMean, count_correct, seeded
+from ane_trainer.utils import seeded
 
 Loss = str | Callable[[Any, Any], torch.Tensor]
 
@@ -103,42 +105,53 @@ class Trainer:
         self.seconds_compile = 0.0
         self._loss = get_loss(loss)
         self.report = report if report is not None else ConsoleReporter()
-        self._forwards: dict[Any, dict[int, Callable[[Any], Any]]] = {}
+        self._inference = Inference(model, self._loss, self.target, fallback)
         self._example: Batch | None = None
         self._restored: Checkpoint | None = None
         self._data_state: dict[str, Any] | None = None
         self._metrics: Metrics | None = None
         self._announced = False
-
-    # Training ---------------------------------------------------------------------------------------------
+        self.callbacks: tuple[Callback, ...] = ()
+        self.should_stop = False  #: set by a callback to end training after the epoch
+        self._pass: Iterable[Batch] | None = None  # the data while a pass over it is under way
 
     def fit(
         self, train: Iterable[Batch], epochs: int = 1, val: Iterable[Batch] | None = None, *,
-        after_epoch: Callable[[Epoch], None] | None = None,
+        after_epoch: Callable[[Epoch], None] | None = None, callbacks: Iterable[Callback] = (),
     ) -> Result:  # fmt: skip
         """Finish `epochs` more passes over `train`, evaluating on `val` after each.
 
         `train` and `val` are iterables of (x, y) that can be run through again, e.g. a DataLoader. A last
-        batch smaller than the first one is left out, since a program has fixed shapes. Ctrl-C stops between
-        two steps, with the parameters in order, by KeyboardInterrupt; `save` and `resume` go on from there.
+        batch smaller than the first one is left out, since a program has fixed shapes. Ctrl-C, SIGTERM and
+        SIGHUP stop between two steps, with the parameters in order, by KeyboardInterrupt (its argument is the
+        signal's number); `save` and `resume` go on from there.
 
         DataError: a batch of another shape, values that are not finite or beyond fp16, a class number out of
         range. Diverged: the loss stays not finite. UnsupportedModel: the model does not fit the chip.
         """
+        loop.check_epochs(epochs)
         loop.check_repeatable(train, "train", epochs)
+        self.callbacks, self.should_stop = tuple(callbacks), False
+        self._load_callbacks()
         self.announce()
         last, started = self.progress.epoch + epochs, time.perf_counter()
         try:
             with loop.interruptible() as stop, contextlib.closing(self.report):
-                while self.progress.epoch < last:
+                self._start(train, stop)
+                while self.progress.epoch < last and not self.should_stop:
                     whole = self.progress.batch == 0  # of a resumed epoch only a part is measured
                     with energy.measured(self.target.name) as reading:
                         self._train_epoch(train, last, stop)
-                    self._finish_epoch(val, reading.joules if whole else None)
+                    self._finish_epoch(val, reading.joules if whole else None, stop)
                     if after_epoch is not None:
                         after_epoch(self.history[-1])
-                if stop():
-                    raise KeyboardInterrupt
+                    self._call(lambda c: c.on_train_epoch_end(self, self.history[-1]))
+                    stop.check()
+                self._call(lambda c: c.on_train_end(self))
+        except BaseException as error:
+            for callback in self.callbacks:
+                callback.on_exception(self, error)
+            raise
         finally:
             self.progress.seconds += time.perf_counter() - started
         return self.result(dataset=getattr(train, "name", None))
@@ -146,17 +159,16 @@ class Trainer:
     def evaluate(self, data: Iterable[Batch]) -> Metrics:
         """Mean loss and accuracy of the model's inference program over `data`; a small batch is padded."""
         self._sync()
-        loss, correct, counted = RunningMean(), 0, False
-        for number, batch in enumerate(data, 1):
-            x, y = loop.unpack(batch, f"evaluate: batch {number}")
-            with loop.located(f"evaluate: batch {number}"):
-                output = self._infer(x)
-            loss.update(float(self._loss(output, y)), loop.batch_size_of(x))
-            if _has_classes(output, y):
-                correct, counted = correct + count_correct(output, y), True
-        if not loss.count:
-            raise _empty("evaluate")
-        return Metrics(loss.mean, correct / loss.count if counted else None, loss.count)
+        return self._inference.evaluate(data)
+
+    @property
+    def stop_training(self) -> bool:
+        """`should_stop`, by the name that Keras has for it."""
+        return self.should_stop
+
+    @stop_training.setter
+    def stop_training(self, value: bool) -> None:
+        self.should_stop = value
 
     def predict(self, x: ArrayLike | torch.Tensor | tuple[Any, ...] | dict[str, Any]) -> Any:
         """The model's output for examples x [N, ...], as float32: [N, ...], or such tensors in its structure.
@@ -164,21 +176,13 @@ class Trainer:
         A tuple or dict of tensors is what the model takes several of; a list is an array.
         """
         self._sync()
-        examples = x if isinstance(x, (torch.Tensor, tuple, dict)) else torch.from_numpy(np.asarray(x))
-        if not loop.batch_size_of(examples):
-            raise _empty("predict")
-        count = loop.batch_size_of(examples)
-        size = loop.batch_size_of(self._example[0]) if self._example else min(count, 128)
-        with loop.located("predict"):
-            return loop.joined([self._infer(part, size) for part in loop.split_rows(examples, size)])
+        return self._inference.predict(x)
 
     def announce(self) -> None:
         """Report, once, which device was chosen and why."""
         if not self._announced:
             self._announced = True
             self.report.headline(self.target.headline)
-
-    # Keeping ----------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint folder from which `resume` continues bit for bit; replaces an older one."""
@@ -260,12 +264,20 @@ class Trainer:
         scalars = {
             "progress": progress,
             "history": [record.to_json() for record in self.history],
-            "data": self._data_state,
+            "data": self._position(),
             "loss": loss_name(self.loss),
             "optimizer": describe_optimizer(self.optimizer, self.model),
             "options": self._settings(),
+            "program": compiled.fingerprint if (compiled := self.step and self.step.compiled) else None,
+            "callbacks": {type(c).__name__: state for c in self.callbacks if (state := c.state_dict())},
         }
         return Checkpoint(tensors, scalars)
+
+    def _position(self) -> dict[str, Any] | None:
+        """Where the data stands within a pass, if it can tell."""
+        if self._pass is None:
+            return self._data_state
+        return self._pass.state_dict() if hasattr(self._pass, "state_dict") else None
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that make a trainer like this one."""
@@ -279,28 +291,34 @@ class Trainer:
         }  # fmt: skip
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from `checkpoint`, which must be of the same model and optimizer."""
+        """Continue from `checkpoint`, which must be of the same model and optimizer.
+
+        CheckpointError, before anything changed, for one that is not whole or of another model.
+        """
+        progress, history = check_scalars(checkpoint.scalars)
         self.load_weights(part(checkpoint.tensors, MODEL), "checkpoint")
-        known = {field.name for field in fields(Progress)}
-        counters = {key: value for key, value in checkpoint.scalars["progress"].items() if key in known}
-        self.progress = Progress(**counters)
-        self.history = [Epoch(**record) for record in checkpoint.scalars["history"]]
+        self.progress, self.history = progress, history
         self._data_state = checkpoint.scalars["data"]
-        self._restored, self.step = checkpoint, None
+        self._restored, self.step, self._pass = checkpoint, None, None
         last = self.history[-1] if self.history else None
         if last is not None and last.val_loss is not None:
             self._metrics = Metrics(last.val_loss, last.val_accuracy, 0)
 
     def load_weights(self, state: Mapping[str, torch.Tensor], where: str) -> None:
-        """Put a state_dict into the model; CheckpointError if it is of another model."""
-        try:
-            self.model.load_state_dict(state)
-        except RuntimeError as error:
+        """Put a state_dict into the model; CheckpointError if it is of another model, or not finite."""
+        wanted = self.model.state_dict()
+        names = {name for name, _ in self.model.named_parameters()}
+        faults = faults_of(state, wanted, finite=names)
+        if any("nan" not in fault for fault in faults):
+            shown = ", ".join(faults[:4]) + (f" and {len(faults) - 4} more" if len(faults) > 4 else "")
             raise CheckpointError(
-                f"{where}: needs the model that it was written for; got another one ({error}). "
+                f"{where}: needs the weights of this model; got those of another one: {shown}. "
                 "Build the model as for the first run.",
                 code="CKPT106",
-            ) from None
+            )
+        if faults:
+            raise incomplete(where, faults)
+        self.model.load_state_dict(state)
 
     def result(self, **details: Any) -> Result:
         """What training did so far; `details` override or extend the fields."""
@@ -332,32 +350,47 @@ class Trainer:
         extra = {key: value for key, value in details.items() if key not in names}
         return Result(**{**facts, **known}, details=extra)
 
-    # One epoch --------------------------------------------------------------------------------------------
+    def _start(self, train: Iterable[Batch], stop: loop.Stop) -> None:
+        """In a resumed training: compile the step for the batch that it was compiled for at first."""
+        if self.step is None and self._restored is not None and has_step(self._restored):
+            first = loop.first_batch(train, self.seed)
+            if first is not None:
+                self._compiled(*first)
+        if self.step is not None:
+            self._begin(stop)
 
-    def _train_epoch(self, train: Iterable[Batch], last: int, stop: Callable[[], bool]) -> None:
+    def _begin(self, stop: loop.Stop) -> None:
+        """The step is ready: from here on there is something to lose."""
+        stop.begun = True
+        self._call(lambda c: c.on_train_start(self))
+
+    def _train_epoch(self, train: Iterable[Batch], last: int, stop: loop.Stop) -> None:
         progress, state, begun = self.progress, self._data_state, False
+        if progress.passed:
+            return
         where = f"train: epoch {progress.epoch + 1}, batch"
-        started = time.perf_counter()
+        started, length = time.perf_counter(), loop.length_of(train)
         with seeded(self.seed + progress.epoch):
             for batch in loop.open_pass(train, progress.epoch, progress.batch, state):
                 x, y = loop.unpack(batch, f"{where} {progress.batch + 1}")
                 if self.step is None:
                     self._compiled(x, y)
                     started += self.seconds_compile
+                    self._begin(stop)
                 if not begun:
-                    self.report.begin_epoch(progress.epoch + 1, last, loop.length_of(train), progress.batch)
-                    begun = True
+                    self.report.begin_epoch(progress.epoch + 1, last, length, progress.batch)
+                    self._call(lambda c: c.on_train_epoch_start(self))
+                    self._pass, begun = train, True
                 progress.batch += 1
                 self._train_batch(x, y, f"{where} {progress.batch}")
-                if stop():
-                    break
+                if stop() and progress.batch != length:
+                    progress.seconds_steps += time.perf_counter() - started
+                    self._sync()
+                    stop.check()
         progress.seconds_steps += time.perf_counter() - started
-        self._data_state = train.state_dict() if hasattr(train, "state_dict") else None
-        if begun and stop():
-            self._sync()
-            raise KeyboardInterrupt
         if not progress.batch:
-            raise _empty("train")
+            raise loop.empty("train")
+        progress.passed, self._pass, self._data_state = 1, None, None
 
     def _train_batch(self, x: Any, y: Any, where: str) -> None:
         step = self._compiled(x, y)
@@ -369,17 +402,20 @@ class Trainer:
             loss = float(step(x, y))
         self.progress.count(loss, skipped=step.skipped_steps > skipped)
         self.report.step(loss, step.loss_scale, self._skipped())
+        self._call(lambda c: c.on_train_batch_end(self, loss))
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
 
-    def _finish_epoch(self, val: Iterable[Batch] | None, joules: float | None) -> None:
+    def _finish_epoch(self, val: Iterable[Batch] | None, joules: float | None, stop: loop.Stop) -> None:
         progress = self.progress
         self._sync()
-        wrong = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
-        if wrong:
-            raise self._diverged(f"numbers that are not finite in {', '.join(wrong)}")
-        metrics = self.evaluate(val) if val is not None else None
-        self._metrics = metrics or self._metrics
+        self.check_finite()
+        metrics = self._inference.evaluate(val, stop) if val is not None else None
+        if metrics is not None:
+            if not math.isfinite(metrics.loss):
+                raise self._diverged(f"a loss of {metrics.loss:g} on the validation data")
+            self._metrics = metrics
+            self._call(lambda c: c.on_validation_end(self, metrics))
         record = Epoch(
             epoch=progress.epoch + 1,
             steps=progress.steps - progress.steps_before_epoch,
@@ -396,8 +432,28 @@ class Trainer:
             for text in self.step.placement().get("cpu", ()):
                 self.report.note("cpu", text)
         progress.next_epoch(self._skipped())
-        self._data_state = None
         self.report.end_epoch(record)
+
+    def check_finite(self) -> None:
+        """Diverged if a parameter is not finite, or the epoch so far had not one good step of many."""
+        wrong = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
+        if wrong:
+            raise self._diverged(f"numbers that are not finite in {', '.join(wrong)}")
+        progress = self.progress
+        steps = progress.steps - progress.steps_before_epoch
+        skipped = self._skipped() - progress.skipped_before_epoch
+        if progress.passed and steps and (not progress.loss_count or skipped == steps >= MAX_BAD_STEPS // 2):
+            raise self._diverged(f"an epoch of {steps} steps, all skipped or with a loss not finite")
+
+    def _call(self, moment: Callable[[Callback], None]) -> None:
+        for callback in self.callbacks:
+            moment(callback)
+
+    def _load_callbacks(self) -> None:
+        states = self._restored.scalars.get("callbacks", {}) if self._restored is not None else {}
+        for callback in self.callbacks:
+            if type(callback).__name__ in states:
+                callback.load_state_dict(states[type(callback).__name__])
 
     def _compiled(self, x: Any, y: Any) -> Step:
         """The step; at first it is compiled for batches like (x, y) and given the restored state."""
@@ -405,13 +461,16 @@ class Trainer:
             return self.step
         started = time.perf_counter()
         self.model.train()
+        state = part(self._restored.tensors, STEP) if self._restored is not None else {}
         with loop.located("train: first batch"):
-            step = engine.make_step(self.model, self.loss, self.optimizer, (x, y), self.target, self.options)
+            step = engine.make_step(
+                self.model, self.loss, self.optimizer, (x, y), self.target, self.options, state or None
+            )
         if self._restored is not None:
-            step.load_state_dict(part(self._restored.tensors, STEP))
             self.progress.skipped_steps -= step.skipped_steps
             self._restored = None
         self.step, self._example = step, (x, y)
+        self._inference.batch_size = loop.batch_size_of(x)
         self.seconds_compile = time.perf_counter() - started
         self.report.compiled(engine.program_facts(step, self.optimizer), self.seconds_compile)
         place = step.placement()
@@ -420,22 +479,6 @@ class Trainer:
             name = type(self.optimizer).__name__
             self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
         return step
-
-    def _infer(self, x: Any, size: int | None = None) -> Any:
-        """The forward program's output for x, compiled for `size` rows or more; spare rows repeat."""
-        count = loop.batch_size_of(x)
-        together = loop.is_batch_first(x)
-        compiled = self._forwards.setdefault(
-            tuple((t.shape[together:], t.dtype) for t in loop.tensors_of(x)), {}
-        )
-        wished = max(count, loop.batch_size_of(self._example[0])) if self._example else count
-        rows = size or min((known for known in compiled if known >= count), default=wished)
-        if not together:
-            rows = count
-        padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x) if together else x
-        if rows not in compiled:
-            compiled[rows] = engine.make_forward(self.model, padded, self.target, self.options.fallback)
-        return loop.first_rows(compiled[rows](padded), count, rows)
 
     def _sync(self) -> None:
         if self.step is not None:
@@ -457,19 +500,3 @@ class Trainer:
             "Lower the learning rate, or look for outliers in the data.",
             code="ANE401",
         )
-
-
-def _pad_rows(part: torch.Tensor, size: int) -> torch.Tensor:
-    return part if len(part) == size else part[torch.arange(size) % len(part)]
-
-
-def _has_classes(output: Any, y: Any) -> bool:
-    if not (isinstance(output, torch.Tensor) and isinstance(y, torch.Tensor)):
-        return False
-    return output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
-
-
-def _empty(what: str) -> DataError:
-    return DataError(
-        f"{what}: needs at least one batch; got none. Pass data that is not empty.", code="DATA104"
-    )

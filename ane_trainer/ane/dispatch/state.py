@@ -16,7 +16,8 @@ A step's state (`step/...` in a checkpoint), version 2:
     mask_generator                  uint8: the state of the generator of random draws
 
 The state of the `cpu` device, and of a step in parts, is the module's state_dict under `model/` and the
-optimizer's under `optimizer/<number>/<key>`.
+optimizer's under `optimizer/<number>/<key>`, with mask_generator, and between updates pending and
+`gradient/<parameter>`.
 
 Version 1 (ane_trainer 0.1 before checksums) has the same names. What it has besides, `choices`, is the state of
 an optimizer that was followed on the engine; it is refused, with the way to go on.
@@ -48,7 +49,11 @@ MODEL, STEP = "model/", "step/"
 OPTIMIZER = "optimizer/"
 
 _UNIT = "unit/"
-_COUNTERS, _PENDING, _GENERATOR, _FOLLOWED = "counters", "pending", "mask_generator", "choices"
+#: Names of the count of batches since the last update, and of the state of the generator of random draws.
+PENDING, GENERATOR = "pending", "mask_generator"
+#: Prefix in the state of the `cpu` device: gradients of batches since the last update.
+GRADIENT = "gradient/"
+_COUNTERS, _FOLLOWED = "counters", "choices"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -72,9 +77,9 @@ class StepState:
         found |= {_UNIT + name: torch.tensor(unit) for name, unit in self.units.items()}
         found |= {OPTIMIZER + name: value for name, value in self.host.items()}
         if self.pending is not None:
-            found[_PENDING] = torch.tensor(self.pending)
+            found[PENDING] = torch.tensor(self.pending)
         found[_COUNTERS] = torch.tensor([self.steps, self.applied_steps, self.skipped_steps])
-        found[_GENERATOR] = self.generator
+        found[GENERATOR] = self.generator
         return found
 
     @classmethod
@@ -84,7 +89,7 @@ class StepState:
         if faults:
             raise incomplete("state", faults)
         special = (_UNIT, OPTIMIZER)
-        names = (_COUNTERS, _PENDING, _GENERATOR)
+        names = (_COUNTERS, PENDING, GENERATOR)
         steps, applied, skipped = map(int, tensors[_COUNTERS])
         return cls(
             engine={k: v for k, v in tensors.items() if not k.startswith(special) and k not in names},
@@ -92,13 +97,13 @@ class StepState:
             steps=steps,
             applied_steps=applied,
             skipped_steps=skipped,
-            generator=tensors[_GENERATOR],
-            pending=int(tensors[_PENDING]) if _PENDING in tensors else None,
+            generator=tensors[GENERATOR],
+            pending=int(tensors[PENDING]) if PENDING in tensors else None,
             host=part(tensors, OPTIMIZER),
         )
 
-    def check(self, ports: Iterable[Port], *, on_host: bool) -> None:
-        """CheckpointError if the state is not what a step with these ports needs, whole and finite.
+    def check(self, ports: Iterable[Port], units: Collection[str], *, on_host: bool) -> None:
+        """CheckpointError if the state is not what a step with these ports and units needs, whole and finite.
 
         UsageError for the state of an optimizer that was in the other place.
         """
@@ -117,6 +122,7 @@ class StepState:
             if name not in self.engine and (name in required or not name.startswith(SCALING))
         ]
         faults += [f"{name} belongs to no state of this step" for name in self.engine if name not in wanted]
+        faults += [f"{_UNIT}{name} is missing" for name in units if name not in self.units]
         for name in wanted.keys() & self.engine.keys():
             faults += _faults_of_tensor(
                 name, self.engine[name], wanted[name], infinite=self._may_be_infinite(name)
@@ -171,6 +177,13 @@ def faults_of_numbers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     ]
 
 
+def faults_of_generator(state: torch.Tensor) -> list[str]:
+    """What is wrong with the state of a generator of random draws."""
+    like = torch.Generator().get_state()
+    fits = state.dtype == like.dtype and state.shape == like.shape
+    return [] if fits else [f"{GENERATOR} is no state of torch's generator"]
+
+
 def _faults_of_tensor(name: str, value: torch.Tensor, shape: tuple[int, ...], *, infinite: bool) -> list[str]:
     if tuple(value.shape) != shape:
         return [f"{name} has shape {list(value.shape)}, not {list(shape)}"]
@@ -188,17 +201,15 @@ def _faults_of_scalars(tensors: Mapping[str, torch.Tensor]) -> list[str]:
             "the engine. Take over its weights: read the checkpoint's `model/` tensors into the model, and train on.",
             code="CKPT108",
         )
-    faults = [f"{name} is missing" for name in (_COUNTERS, _GENERATOR) if name not in tensors]
+    faults = [f"{name} is missing" for name in (_COUNTERS, GENERATOR) if name not in tensors]
     counters = tensors.get(_COUNTERS, torch.zeros(3, dtype=torch.int64))
     if tuple(counters.shape) != (3,) or counters.is_floating_point() or bool((counters < 0).any()):
         faults.append(f"{_COUNTERS} are not three counts")
-    like = torch.Generator().get_state()
-    generator = tensors.get(_GENERATOR, like)
-    if generator.dtype != like.dtype or generator.shape != like.shape:
-        faults.append(f"{_GENERATOR} is no state of torch's generator")
-    pending = tensors.get(_PENDING, torch.tensor(0))
+    if GENERATOR in tensors:
+        faults += faults_of_generator(tensors[GENERATOR])
+    pending = tensors.get(PENDING, torch.tensor(0))
     if pending.numel() != 1 or pending.is_floating_point() or int(pending) < 0:
-        faults.append(f"{_PENDING} is no count")
+        faults.append(f"{PENDING} is no count")
     scales = {name: tensors[SCALING + name] for name in SCALING_STATE[:2] if SCALING + name in tensors}
     for name, value in {**part(tensors, _UNIT), **scales}.items():
         if value.numel() != 1 or not _is_power_of_two(float(value)):

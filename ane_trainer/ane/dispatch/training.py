@@ -190,7 +190,7 @@ class TrainingStep:
         Raises: CheckpointError, before anything changed, for a state that is not whole or not of this step.
         """
         state = StepState.of(tensors)
-        state.check(self.compiled.inputs, on_host=self._host is not None)
+        state.check(self.compiled.inputs, self._loaded.capture.units, on_host=self._host is not None)
         if state.units != self._loaded.capture.units:
             self._loaded.session.close()
             self._loaded = load_step(self._subject, self.target, self.options, state.units)

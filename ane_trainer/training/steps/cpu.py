@@ -10,9 +10,20 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.calibrate import call_model, module_mode
-from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.losses import class_count
-from ane_trainer.ane.dispatch.state import MODEL, OPTIMIZER, faults_of, faults_of_numbers, incomplete, part
+from ane_trainer.ane.dispatch import StepOptions
+from ane_trainer.ane.dispatch.state import (
+    GENERATOR,
+    GRADIENT,
+    MODEL,
+    OPTIMIZER,
+    PENDING,
+    faults_of,
+    faults_of_generator,
+    faults_of_numbers,
+    incomplete,
+    part,
+)
 from ane_trainer.ane.errors import DataError
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -22,12 +33,13 @@ class CpuStep:
     """One training step as every PyTorch user writes it."""
 
     def __init__(
-        self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, gradients: GradientOptions
+        self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, options: StepOptions
     ) -> None:
         self.classes: int | None = None
         self._model, self._loss, self._optimizer = model, loss, optimizer
-        self._gradients = gradients
-        self._pending = 0
+        self._gradients = options.gradients
+        self._pending = 0  # batches since the last update
+        self._draws = torch.Generator().manual_seed(options.seed).get_state()  # dropout's, and all like it
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
         """Forward, loss, backward, update; returns the loss. DataError for nan and inf."""
@@ -36,10 +48,13 @@ class CpuStep:
         self._model.train()
         if self._pending == 0:
             self._optimizer.zero_grad(set_to_none=True)
-        output = self.forward(x)
-        self.classes = class_count(self._loss, output, y)
-        loss = self._loss(output, y)
-        self.backward(loss / self._gradients.accumulate)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._draws)
+            output = self.forward(x)
+            self.classes = class_count(self._loss, output, y)
+            loss = self._loss(output, y)
+            self.backward(loss / self._gradients.accumulate)
+            self._draws = torch.get_rng_state()
         self._pending = (self._pending + 1) % self._gradients.accumulate
         if self._pending == 0:
             self._update()
@@ -115,16 +130,27 @@ class CpuStep:
             for key, value in state.items():
                 if value is not None:
                     tensors[f"{OPTIMIZER}{number}/{key}"] = torch.as_tensor(value)
+        tensors[GENERATOR] = self._draws
+        if self._pending:
+            tensors[PENDING] = torch.tensor(self._pending)
+            tensors |= {f"{GRADIENT}{n}": p.grad for n, p in self._parameters() if p.grad is not None}
         return tensors
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._model.named_parameters())
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state_dict` returned. CheckpointError, before anything changed, if it is not whole."""
         model, entries = part(tensors, MODEL), part(tensors, OPTIMIZER)
-        names = {name for name, _ in self._model.named_parameters()}
-        faults = faults_of(model, self._model.state_dict(), finite=names) + faults_of_numbers(entries)
+        faults = faults_of(model, self._model.state_dict(), finite={name for name, _ in self._parameters()})
+        faults += faults_of_numbers(entries) + faults_of_generator(tensors.get(GENERATOR, self._draws))
         if faults:
             raise incomplete("state", faults)
         self._model.load_state_dict(model)
+        self._draws = tensors.get(GENERATOR, self._draws)  # version 1 did not keep it
+        self._pending, gradients = int(tensors.get(PENDING, 0)), part(tensors, GRADIENT)
+        for name, parameter in self._parameters():
+            parameter.grad = gradients.get(name)
         state: dict[int, dict[str, Any]] = {}
         for name, value in entries.items():
             number, key = name.split("/", 1)

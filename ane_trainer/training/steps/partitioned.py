@@ -14,8 +14,7 @@ from torch import nn
 
 from ane_trainer.ane import dynamo
 from ane_trainer.ane.capture.calibrate import call_model
-from ane_trainer.ane.capture.gradients import GradientOptions
-from ane_trainer.ane.dispatch import Target
+from ane_trainer.ane.dispatch import StepOptions, Target
 from ane_trainer.ane.dynamo import ProgramRecord
 from ane_trainer.training.steps.cpu import CpuStep, Loss
 
@@ -55,10 +54,10 @@ class PartitionedStep(CpuStep):
         model: nn.Module,
         loss: Loss,
         optimizer: torch.optim.Optimizer,
-        gradients: GradientOptions,
+        options: StepOptions,
         target: Target,
     ) -> None:
-        super().__init__(model, loss, optimizer, gradients)
+        super().__init__(model, loss, optimizer, options)
         self._parts = Partitioned(model, target)
         self._target = target
 

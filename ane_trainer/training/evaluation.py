@@ -1,0 +1,83 @@
+"""The model in evaluation mode, by a compiled forward pass for each batch size: loss, accuracy, predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ane_trainer.ane.dispatch import Target
+from ane_trainer.training import engine, loop
+from ane_trainer.training.loop import Batch
+from ane_trainer.training.results import Metrics
+from ane_trainer.utils import RunningMean, count_correct
+
+#: Rows of a program for predictions where no training batch says how many.
+_ROWS = 128
+
+
+class Inference:
+    """Forward passes of `model` on `target`. `batch_size` is training's, once that is known."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], target: Target, fallback: str
+    ) -> None:
+        self.batch_size: int | None = None
+        self._model, self._loss, self._target, self._fallback = model, loss, target, fallback
+        self._compiled: dict[Any, dict[int, Callable[[Any], Any]]] = {}
+
+    def evaluate(self, data: Iterable[Batch], stop: loop.Stop | None = None) -> Metrics:
+        """Mean loss and accuracy over `data`; a small batch is padded. KeyboardInterrupt if `stop` says so."""
+        loss, correct, counted = RunningMean(), 0, False
+        for number, batch in enumerate(data, 1):
+            x, y = loop.unpack(batch, f"evaluate: batch {number}")
+            with loop.located(f"evaluate: batch {number}"):
+                output = self._forward(x)
+            loss.update(float(self._loss(output, y)), loop.batch_size_of(x))
+            if _has_classes(output, y):
+                correct, counted = correct + count_correct(output, y), True
+            if stop is not None:
+                stop.check()
+        if not loss.count:
+            raise loop.empty("evaluate")
+        return Metrics(loss.mean, correct / loss.count if counted else None, loss.count)
+
+    def predict(self, x: ArrayLike | torch.Tensor | tuple[Any, ...] | dict[str, Any]) -> Any:
+        """The model's output for examples x [N, ...], as float32."""
+        examples = x if isinstance(x, (torch.Tensor, tuple, dict)) else torch.from_numpy(np.asarray(x))
+        count = loop.batch_size_of(examples)
+        if not count:
+            raise loop.empty("predict")
+        size = self.batch_size or min(count, _ROWS)
+        with loop.located("predict"):
+            return loop.joined([self._forward(part, size) for part in loop.split_rows(examples, size)])
+
+    def _forward(self, x: Any, size: int | None = None) -> Any:
+        """The forward program's output for x, compiled for `size` rows or more; spare rows repeat."""
+        count = loop.batch_size_of(x)
+        together = loop.is_batch_first(x)
+        kind = tuple((t.shape[together:], t.dtype) for t in loop.tensors_of(x))
+        compiled = self._compiled.setdefault(kind, {})
+        wished = max(count, self.batch_size or 0)
+        rows = size or min((known for known in compiled if known >= count), default=wished)
+        if not together:
+            rows = count
+        padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x) if together else x
+        if rows not in compiled:
+            compiled[rows] = engine.make_forward(self._model, padded, self._target, self._fallback)
+        return loop.first_rows(compiled[rows](padded), count, rows)
+
+
+def _pad_rows(part: torch.Tensor, size: int) -> torch.Tensor:
+    return part if len(part) == size else part[torch.arange(size) % len(part)]
+
+
+def _has_classes(output: Any, y: Any) -> bool:
+    if not (isinstance(output, torch.Tensor) and isinstance(y, torch.Tensor)):
+        return False
+    return output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
