@@ -40,7 +40,9 @@ def hand_on(chip: str, fidelity: str, folders_shown: Sequence[str] = ()) -> Inst
         done.replace(os.environ, name, value)
     start: Any = subprocess.Popen.__init__
 
-    def init(self: Any, *arguments: Any, env: Mapping[str, str] | None = None, **options: Any) -> None:
+    def init(
+        self: object, *arguments: object, env: Mapping[str, str] | None = None, **options: object
+    ) -> None:
         start(self, *arguments, env=env and {**env, **_needed(env, told, folders)}, **options)
 
     done.replace(subprocess.Popen, "__init__", init)
@@ -73,7 +75,7 @@ class _Waiting:
     def __init__(self, chip: str, fidelity: str) -> None:
         self._chip, self._fidelity = chip, fidelity
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != "aneforge":
             return None
         sys.meta_path.remove(self)

@@ -52,7 +52,7 @@ class MacSys(ModuleType):
     def __getattribute__(self, name: str) -> Any:
         return "darwin" if name == "platform" else getattr(sys, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(sys, name, value)
 
 
@@ -90,14 +90,14 @@ def _asking(module: dict[str, Any], belongs: Callable[[str], bool]) -> bool:
 def _answer(
     real: Callable[..., Any], answer: Callable[[Any], Any], asks: Callable[[], bool]
 ) -> Callable[..., Any]:
-    def ask(*arguments: Any, **options: Any) -> Any:
+    def ask(*arguments: object, **options: object) -> Any:
         given = asks()
         return answer(real) if given else real(*arguments, **options)
 
     return ask
 
 
-def _always(answer: Any) -> Callable[[Any], Any]:
+def _always(answer: object) -> Callable[[Any], Any]:
     return lambda real: answer
 
 
@@ -113,7 +113,7 @@ def _mac_os_uname(real: Callable[..., Any]) -> Any:
 def _with_library(real: Callable[..., bool]) -> Callable[..., bool]:
     """`exists` that finds ANEForge's library wherever it is looked for, and every private framework."""
 
-    def exists(path: Any, *arguments: Any, **options: Any) -> bool:
+    def exists(path: object, *arguments: object, **options: object) -> bool:
         shown = str(path)
         return (
             shown.endswith(LIBRARY_NAME) or shown.startswith(_FRAMEWORKS) or real(path, *arguments, **options)

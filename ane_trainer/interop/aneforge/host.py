@@ -126,7 +126,7 @@ def _refuse_segments(compiler: Any) -> Callable[..., NoReturn]:
     return refuse
 
 
-def _replace_imported(done: Installation, name: str, value: Any) -> None:
+def _replace_imported(done: Installation, name: str, value: object) -> None:
     """Bridges import the function by name: load them all and replace it in each."""
     package = importlib.import_module("aneforge._bridges")
     for path in sorted(Path(str(package.__file__)).parent.glob("*_fused.py")):

@@ -70,9 +70,9 @@ class SimulatedLibrary:
     # -- compile and release --------------------------------------------------------------------------
 
     def _c_program_compile(
-        self, mil_path: Any, cache_dir: Any, device_mask: Any,
-        input_names: Any, input_sizes: Any, n_inputs: Any,
-        output_names: Any, output_sizes: Any, n_outputs: Any,
+        self, mil_path: object, cache_dir: object, device_mask: object,
+        input_names: object, input_sizes: object, n_inputs: object,
+        output_names: object, output_sizes: object, n_outputs: object,
     ) -> int | None:  # fmt: skip
         """Compile a MIL file and load it; the handle, or None."""
         inputs = _specs(input_names, input_sizes, n_inputs)
@@ -100,11 +100,13 @@ class SimulatedLibrary:
         check(program, self.context.chip)
         return bind_operation(program.main, self.context, inputs, outputs)
 
-    def _c_program_release(self, program: Any) -> None:
+    def _c_program_release(self, program: object) -> None:
         """Free a program and its place among the loaded ones."""
         self.loaded.pop(_number(program), None)
 
-    def _c_compile_check(self, mil_path: Any, cache_dir: Any, device_mask: Any, options: Any) -> int:
+    def _c_compile_check(
+        self, mil_path: object, cache_dir: object, device_mask: object, options: object
+    ) -> int:
         """0 if the chip of `TargetArchitecture=...` (by default the installed one) takes the program."""
         chip = _target_chip(_text(options), self.context.chip)
 
@@ -116,11 +118,13 @@ class SimulatedLibrary:
 
     # -- ports ----------------------------------------------------------------------------------------
 
-    def _c_program_set_input_fp16(self, program: Any, name: Any, data: Any, words: Any) -> int:
+    def _c_program_set_input_fp16(self, program: object, name: object, data: object, words: object) -> int:
         """Copy `words` 16-bit words into an input port."""
         return self._c_program_set_input_fp16_op(program, 0, name, data, words)
 
-    def _c_program_set_input_fp16_op(self, program: Any, index: Any, name: Any, data: Any, words: Any) -> int:
+    def _c_program_set_input_fp16_op(
+        self, program: object, index: object, name: object, data: object, words: object
+    ) -> int:
         def copy(loaded: LoadedProgram) -> int:
             port, nbytes = loaded.find("inputs", _number(index), _text(name)), 2 * _number(words)
             if nbytes > port.nbytes:
@@ -130,12 +134,12 @@ class SimulatedLibrary:
 
         return self._with(program, copy)
 
-    def _c_program_get_output_fp16(self, program: Any, name: Any, target: Any, words: Any) -> int:
+    def _c_program_get_output_fp16(self, program: object, name: object, target: object, words: object) -> int:
         """Copy at most `words` 16-bit words out of an output port."""
         return self._c_program_get_output_fp16_op(program, 0, name, target, words)
 
     def _c_program_get_output_fp16_op(
-        self, program: Any, index: Any, name: Any, target: Any, words: Any
+        self, program: object, index: object, name: object, target: object, words: object
     ) -> int:
         def copy(loaded: LoadedProgram) -> int:
             port = loaded.find("outputs", _number(index), _text(name))
@@ -144,15 +148,17 @@ class SimulatedLibrary:
 
         return self._with(program, copy)
 
-    def _c_program_input_buffer(self, program: Any, name: Any, address: Any, nbytes: Any) -> int:
+    def _c_program_input_buffer(self, program: object, name: object, address: object, nbytes: object) -> int:
         """The memory that an input port reads; valid until the program is released."""
         return self._with(program, lambda loaded: _expose(loaded, "inputs", _text(name), address, nbytes))
 
-    def _c_program_output_buffer(self, program: Any, name: Any, address: Any, nbytes: Any) -> int:
+    def _c_program_output_buffer(self, program: object, name: object, address: object, nbytes: object) -> int:
         """The memory that an output port writes."""
         return self._with(program, lambda loaded: _expose(loaded, "outputs", _text(name), address, nbytes))
 
-    def _c_program_share_buffer(self, program: Any, source: Any, out: Any, target: Any, into: Any) -> int:
+    def _c_program_share_buffer(
+        self, program: object, source: object, out: object, target: object, into: object
+    ) -> int:
         """Bind an input port of operation `target` to the buffer of an output port of operation `source`."""
 
         def share(loaded: LoadedProgram) -> int:
@@ -163,7 +169,7 @@ class SimulatedLibrary:
 
     # -- execution ------------------------------------------------------------------------------------
 
-    def _c_program_execute(self, program: Any) -> int:
+    def _c_program_execute(self, program: object) -> int:
         """Run all operations of a program."""
 
         def run(loaded: LoadedProgram) -> int:
@@ -174,7 +180,7 @@ class SimulatedLibrary:
 
     _c_program_execute_multi = _c_program_execute
 
-    def _c_program_execute_async(self, program: Any) -> int:
+    def _c_program_execute_async(self, program: object) -> int:
         """Run all operations; the simulator's runs end before they return. The events count the run."""
 
         def run(loaded: LoadedProgram) -> int:
@@ -183,7 +189,7 @@ class SimulatedLibrary:
 
         return self._with(program, run)
 
-    def _c_program_wait_for_completion(self, program: Any) -> int:
+    def _c_program_wait_for_completion(self, program: object) -> int:
         """0 for a run that `execute_async` began, once; -2 when there is none to wait for."""
         loaded = self.loaded.get(_number(program))
         if loaded is None or not loaded.submitted:
@@ -193,7 +199,7 @@ class SimulatedLibrary:
 
     # -- events: they count runs of execute_async, as on macOS (e5rt reference, section 5) ---------------
 
-    def _c_program_chain_ops(self, program: Any, source: Any, target: Any, name: Any) -> int:
+    def _c_program_chain_ops(self, program: object, source: object, target: object, name: object) -> int:
         """`target` waits for `source`; operations of a stream run in order anyway."""
 
         def chain(loaded: LoadedProgram) -> int:
@@ -202,7 +208,7 @@ class SimulatedLibrary:
 
         return self._with(program, chain)
 
-    def _c_program_get_chain_event_last_signaled(self, program: Any, index: Any, value: Any) -> int:
+    def _c_program_get_chain_event_last_signaled(self, program: object, index: object, value: object) -> int:
         """How many runs of `execute_async` operation `index` has ended."""
 
         def read(loaded: LoadedProgram) -> int:
@@ -215,7 +221,7 @@ class SimulatedLibrary:
 
     _c_program_get_event_last_signaled = _c_program_get_chain_event_last_signaled
 
-    def _c_program_get_final_event_signaled(self, program: Any, before: Any, after: Any) -> int:
+    def _c_program_get_final_event_signaled(self, program: object, before: object, after: object) -> int:
         """The last operation's count, before the latest `execute_async` and now; -1 before any run."""
 
         def read(loaded: LoadedProgram) -> int:
@@ -227,7 +233,7 @@ class SimulatedLibrary:
 
         return self._with(program, read)
 
-    def _c_make_completion_block(self, callback: Any, context: Any) -> int | None:
+    def _c_make_completion_block(self, callback: object, context: object) -> int | None:
         """A handle of a callback that nobody calls: there is no queue to hand it to. None for no callback."""
         if not callback:
             return None
@@ -235,16 +241,22 @@ class SimulatedLibrary:
         self._blocks[block] = (callback, context)
         return block
 
-    def _c_free_completion_block(self, block: Any) -> None:
+    def _c_free_completion_block(self, block: object) -> None:
         """Forget a callback."""
         self._blocks.pop(_number(block), None)
 
-    def _c_program_get_op_count(self, program: Any) -> int:
+    def _c_program_get_op_count(self, program: object) -> int:
         loaded = self.loaded.get(_number(program))
         return len(loaded.operations) if loaded else 0
 
     def _c_program_add_op(
-        self, program: Any, mil_path: Any, in_name: Any, in_size: Any, out_name: Any, out_size: Any
+        self,
+        program: object,
+        mil_path: object,
+        in_name: object,
+        in_size: object,
+        out_name: object,
+        out_size: object,
     ) -> int:
         """Compile one more single-input, single-output operation onto the program's stream; its index."""
 
@@ -258,7 +270,7 @@ class SimulatedLibrary:
 
     # -- error returns --------------------------------------------------------------------------------
 
-    def _with(self, program: Any, action: Callable[[LoadedProgram], int]) -> int:
+    def _with(self, program: object, action: Callable[[LoadedProgram], int]) -> int:
         loaded = self.loaded.get(_number(program))
         if loaded is None:
             return _FAILED
@@ -277,7 +289,7 @@ class SimulatedLibrary:
             return None
 
 
-def _expose(loaded: LoadedProgram, kind: str, name: str, address: Any, nbytes: Any) -> int:
+def _expose(loaded: LoadedProgram, kind: str, name: str, address: object, nbytes: object) -> int:
     port = loaded.find(kind, 0, name)
     _store(address, port.buffer.expose())
     _store(nbytes, port.nbytes)
