@@ -33,6 +33,9 @@ def train(
         Path | None, typer.Option(help="Folder for the run (default: a new one in runs/).", metavar="DIR")
     ] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show loss scale, skipped steps, traffic and more.")
+    ] = False,
     as_json: bool = False,
     options: Mapping[str, Any] = {},
 ) -> Output:
@@ -51,14 +54,18 @@ def train(
         raise UsageError("train: needs a dataset; got none. Try: ane-trainer train mnist", code="ANE100")
     read = read_config_file(config) if config else {"dataset": ""} if resume is not None else {}
     settings = make_config({**read, **given})
-    report = ConsoleReporter(sys.stderr if as_json else sys.stdout)
+    report = ConsoleReporter(sys.stderr if as_json else sys.stdout, verbose=verbose)
+    report.activity("importing PyTorch")
     from ane_trainer import core  # PyTorch is imported only for what can run
 
     if resume is not None:
         result = core.resume_training(resume, report=report, **settings.model_dump(include=set(given)))
     else:
         result = core.run_training(settings, out=out, report=report)
-    return Output(result.to_json(), summary(result, folder=result.details["run"], command=_command()))
+    text = summary(result, folder=result.details["run"], command=_command(), report=report)
+    if as_json:
+        print(text, file=sys.stderr)
+    return Output(result.to_json(), text)
 
 
 def _only_resumable(options: Collection[str], places: Mapping[str, Path | None]) -> None:

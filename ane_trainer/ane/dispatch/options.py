@@ -67,7 +67,8 @@ class Target:
         if self.chip is None:
             return "CPU: plain PyTorch fp32, for comparison; not the engine's arithmetic"
         chip = get_chip(self.chip)
-        text = f"SIMULATOR of {chip.title} (generation {chip.generation}), fidelity {self.fidelity}"
+        fast = "" if self.fidelity == "exact" else f", fidelity {self.fidelity}"
+        text = f"SIMULATOR of {chip.title} (generation {chip.generation}){fast}"
         if self.device != "sim":
             text = f"{self.device}: {self.placement()[0]}, {self.precision}, program checked for {chip.title}"
         return text if self.reason == "as asked for" else f"{text}   ({self.reason})"
