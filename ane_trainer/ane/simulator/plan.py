@@ -31,6 +31,7 @@ from ane_trainer.ane.simulator.kernels.integer import (
     with_encoding,
 )
 from ane_trainer.ane.simulator.kernels.movement import offset_on_last_axis, view_of
+from ane_trainer.ane.simulator.kernels.reduction import scaled_sum_into
 from ane_trainer.ane.simulator.numbers.fp16 import Array, empty, round_half_away, zeros
 from ane_trainer.ane.simulator.registry import KERNELS, WRITES, EngineContext, Kernel
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
@@ -126,7 +127,7 @@ class _Binder:
             if entry.fused:
                 self._bind_fused(index, entry)
             else:
-                self._bind_single(entry.ops[0], entry.constant)
+                self._bind_single(entry)
             self._note_steps(tuple(op.name for op in entry.ops))
         self._keep_old_state()
         self._copy_state_back()
@@ -166,7 +167,8 @@ class _Binder:
                         return None
         return target
 
-    def _bind_single(self, op: Op, constant: bool = False) -> None:
+    def _bind_single(self, entry: Entry) -> None:
+        op = entry.ops[0]
         call = bind(op.kind, dict(op.args))
         clamped = self.context.chip.width_slice_clamp is not None and offset_on_last_axis(call)
         if op.kind in VIEWS and isinstance(op.arg("x"), Value) and not clamped:
@@ -178,14 +180,18 @@ class _Binder:
                     self.base[value.name] = source
                 return
         outputs = []
-        for value in op.results:
+        for value in [v for op in entry.ops for v in op.results]:
             outputs.append(zeros(value.type.shape, storage_dtype(value.type)))
             self.buffers[value.name], self.base[value.name] = outputs[-1], value.name
         operands = self._operands(op)
-        step = self._integer_step(op, outputs) or _kernel_step(op, self.context, operands, outputs)
+        step = self._integer_step(op, outputs)
+        if entry.factor is not None:
+            step = scaled_sum_into(self.context, call, outputs, operands[0], entry.factor)
+        elif step is None:
+            step = _kernel_step(op, self.context, operands, outputs)
         if op.name in self.encoded:
             step = with_encoding(op, step, operands[0], operands[1], outputs[0])
-        if constant:
+        if entry.constant:
             step()
         else:
             self.steps.append(step)

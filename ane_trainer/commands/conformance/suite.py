@@ -7,6 +7,7 @@ case. Ops that the e5rt path refuses are not in it (`chips.op_status`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ane_trainer.ane.mil.program import Value, literal
 from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.commands.conformance.case import Build, Case, Sheet
 
-VERSION = 1
+VERSION = 2
 
 _UNARY = (
     "abs sign square floor ceil round sigmoid tanh erf silu sqrt exp2 sin cos atan rsqrt inverse log exp "
@@ -41,7 +42,7 @@ def suite() -> tuple[Case, ...]:
         "pointwise": _pointwise(), "reduction": _reduction(), "contraction": _contraction(),
         "convolution": _convolution(), "movement": _movement(), "pooling": _pooling(),
         "normalization": _normalization(), "resizing": _resizing(), "quantized": _quantized(),
-        "cliff": _cliffs(),
+        "cliff": _cliffs(), "sums": _sums(),
     }  # fmt: skip
     return tuple(Case(name, family, build) for family, cases in families.items() for name, build in cases)
 
@@ -312,3 +313,44 @@ def _cliffs() -> Cases:
     yield "reduce_sum near 2048", lambda s: s.op("reduce_sum", x=s.given(terms), axes=[1], keep_dims=True)
     yield "softplus near 11", lambda s: s.op("softplus", x=s.given(np.arange(10, 12, 1 / 128)))
     yield "square near 256", lambda s: s.op("square", x=s.given(np.arange(250, 262, 1 / 8)))
+
+
+def _sums() -> Cases:
+    """How a sum runs inside: the width and order of its partial sums, and what follows it (docs/simulator.md, Sums)."""
+
+    def total(s: Sheet, terms: Any, kind: str = "reduce_sum") -> Value:
+        return s.op(kind, x=s.given(np.asarray(terms)), axes=[1], keep_dims=True)
+
+    place, depth = np.arange(16), np.arange(1040)
+    one_large = np.where(
+        depth == place[:, None], 4096.0, 1.0
+    )  # 5116 to 5120 by the stage where 4096 meets ones
+    yield "reduce_sum of 4096 and ones", lambda s: total(s, one_large)
+    size = 2.0 ** np.arange(10, 16)
+    survivors = np.stack([np.concatenate([[m], np.ones(16), [-m]]) for m in (*size, *(size * 0.75))])
+    yield "reduce_sum survivors", lambda s: total(s, survivors)
+    large = np.array(
+        [[60000, 60000, -60000, -60000], [60000, -60000, 60000, -60000], [40000, 20000, 10000, -40000]]
+    )
+    yield "reduce_sum partials beyond 65504", lambda s: total(s, large)
+    rows = np.linspace(3000, 20000, 64)[:, None] * np.ones(16)  # totals from 48000 to 320000
+    for kind in ("reduce_sum", "reduce_mean", "reduce_sum_square", "reduce_l1_norm"):
+        terms = np.sqrt(rows) if kind == "reduce_sum_square" else rows
+        yield f"{kind} beyond 65504 times a number", partial(_scaled, kind=kind, terms=terms)
+
+    def read_twice(s: Sheet) -> Value:
+        found = total(s, rows)
+        return s.op("maximum", x=s.op("mul", x=found, y=0.0625), y=s.op("mul", x=found, y=0.03125))
+
+    yield "reduce_sum beyond 65504 read twice", read_twice
+    yield "reduce_sum beyond 65504 plus a number", lambda s: s.op("add", x=total(s, rows), y=-60000.0)
+    yield (
+        "reduce_sum beyond 65504 times a tensor",
+        lambda s: s.op("mul", x=total(s, rows), y=s.given(np.full((64, 1), 0.0625))),
+    )
+    yield "reduce_sum times a number", lambda s: s.op("mul", x=total(s, s.even(64, 100, scale=8.0)), y=0.01)
+
+
+def _scaled(s: Sheet, kind: str, terms: Any) -> Value:
+    """Totals of rows, times 1/16."""
+    return s.op("mul", x=s.op(kind, x=s.given(terms), axes=[1], keep_dims=True), y=0.0625)

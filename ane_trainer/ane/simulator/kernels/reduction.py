@@ -1,9 +1,12 @@
 """Reductions and softmax on the pointwise unit.
 
 The order of the engine's partial sums is not settled (ANE guide chapter 3 and M6 disagree). Sums and means take
-four consecutive elements of the last reduced axis in fp16, one after the other, then add wide and round once:
-this gives M1's 5116 for 4096 and 1,024 ones (ANE guide chapter 3), the integers up to 2048 and 2049 -> 2050 of
-six chips (ANEForge numeric_cliffs), and M5's published accuracy in ANEForge's seeded MNIST CNN (docs/aneforge.md).
+four consecutive elements of the last reduced axis one after the other, rounded to fp16's 11 bits, then add wide and
+round once: this gives M1's 5116 for 4096 and 1,024 ones (ANE guide chapter 3), the integers up to 2048 and 2049 ->
+2050 of six chips (ANEForge numeric_cliffs), and M5's published accuracy in ANEForge's seeded MNIST CNN
+(docs/aneforge.md). Partial sums have no limit and a number that multiplies the total meets it before it is rounded
+(`schedule.folded_factors`): M5's group_norm is right to 0.03 where both pass 65504. Not explained: the survivors of
+ones added at 3000 to 4090 (M1), and the larger errors of long sums and softmax (docs/fidelity.md).
 Other reductions sum in float64 and round once. Roots and logarithms of sums go through the tables.
 """
 
@@ -18,7 +21,7 @@ from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.simulator.loops.compiled import LINE, Pass, Step, chain, extreme_for, total_for
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
 from ane_trainer.ane.simulator.loops.jit import PARALLEL_ELEMENTS
-from ane_trainer.ane.simulator.numbers.fp16 import Array
+from ane_trainer.ane.simulator.numbers.fp16 import Array, to_11_bits
 from ane_trainer.ane.simulator.registry import KERNELS, EngineContext, kernel, writes
 
 _SUM = (
@@ -32,21 +35,36 @@ def _over(call: Call) -> dict[str, Any]:
     return {"axis": axes(call, "axes", call.type().rank), "keepdims": call.flag("keep_dims")}
 
 
-def _folding(ctx: EngineContext, call: Call, x: Array, out: Array) -> Step:
-    """The reduction as one loop over x, and what follows on its totals as another."""
+def scaled_sum_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array, factor: float) -> Step:
+    """A sum or mean, and the same times a number: the total meets the factor before it is rounded."""
+    return _folding(ctx, call, x, outputs[0], (outputs[1], factor))
+
+
+def _folding(
+    ctx: EngineContext, call: Call, x: Array, out: Array, scaled: tuple[Array, float] | None = None
+) -> Step:
+    """The reduction as one loop over x, and what follows on its totals as another; `scaled` is a second result and
+    its factor.
+    """
     kind, over = call.op.kind, _over(call)["axis"]
     if not over:
         over, x = (x.ndim,), x[..., None]
     if kind in _BY_FOURS and not ctx.fast:
-        return _by_fours(ctx, kind, x, over, out)
+        return _by_fours(ctx, kind, x, over, out, scaled)
     fold, table = _FOLDED[kind]
     shaped = out.reshape([1 if a in over else n for a, n in enumerate(x.shape)])
     last, total = Pass(ctx), shaped if fold in ("max", "min") else total_for(ctx, x, over)
     gather = _gather(ctx, fold, kind == "reduce_l1_norm", x, over, total)
     if total is shaped:
         return gather
-    result = last.total(total, x.size / total.size if kind == "reduce_mean" else 1)
-    return chain(gather, last.store(result if table is None else last.lookup(result, table), shaped))
+    count = x.size / total.size if kind == "reduce_mean" else 1
+    result = last.total(total, count)
+    found = last.store(result if table is None else last.lookup(result, table), shaped)
+    if scaled is None:
+        return chain(gather, found)
+    second, (target, factor) = Pass(ctx), scaled
+    product = second.add("mul", second.load(total), second.number(factor / count))
+    return chain(gather, found, second.store(product, target.reshape(shaped.shape)))
 
 
 def _gather(
@@ -84,7 +102,14 @@ def _fours(x: Array, axis: int) -> list[list[Array]]:
     return [group for group in groups if group]
 
 
-def _by_fours(ctx: EngineContext, kind: str, x: Array, over: tuple[int, ...], out: Array) -> Step:
+def _by_fours(
+    ctx: EngineContext,
+    kind: str,
+    x: Array,
+    over: tuple[int, ...],
+    out: Array,
+    scaled: tuple[Array, float] | None,
+) -> Step:
     """Sum or mean: one loop over the groups of four, one over what is left, then the look at the totals."""
     totals: list[Array] = []
     steps: list[Step] = []
@@ -93,7 +118,7 @@ def _by_fours(ctx: EngineContext, kind: str, x: Array, over: tuple[int, ...], ou
         apart = x.strides[max(over)] // x.itemsize
         value = work.load_of_four(views[0], 0)
         for place in range(1, len(views)):
-            value = work.add("add", value, work.load_of_four(views[0], place * apart))
+            value = work.add("partial", value, work.load_of_four(views[0], place * apart))
         steps.append(work.fold("sum", value, total))
         totals.append(total.reshape(out.shape))
     count = x.size / out.size if kind == "reduce_mean" else 1
@@ -101,7 +126,11 @@ def _by_fours(ctx: EngineContext, kind: str, x: Array, over: tuple[int, ...], ou
     def run() -> None:
         for step in steps:
             step()
-        out[...] = rounded(sum(totals[1:], totals[0]) / count)
+        total = sum(totals[1:], totals[0]) / count
+        if scaled is not None:
+            target, factor = scaled
+            target[...] = rounded(total * factor)
+        out[...] = rounded(total)
 
     return run
 
@@ -115,7 +144,7 @@ def _sum_by_fours(x: Array, over: dict[str, Any]) -> Array:
     for views in _fours(x, last):
         partial = views[0]
         for view in views[1:]:
-            partial = rounded(partial + view)
+            partial = to_11_bits(partial + view)
         total = total + np.sum(partial, dtype=np.float64, **over)
     return total
 

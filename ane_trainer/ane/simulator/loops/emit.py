@@ -203,6 +203,7 @@ _PLAIN: dict[str, Callable[..., Value]] = {
     "affine": lanes.affine,
     "round": lanes.rounded,
     "copysign": lambda x, sign: x.call("copysign", sign),
+    "partial": lambda x, y: lanes.to_11_bits(x + y),
     "product": lambda x, y: x * y,
     "fma": lambda total, x, y: total + x * y,
     "mac_round": lanes.mac_rounded,

@@ -3,8 +3,8 @@
 Values in registers are decoded fp16 (see `fp16.py`); add, sub and mul round half away from zero to 11 bits after
 every op, exactly like `round_half_away`; every other function of one variable is a gather from its table of 65,536
 results, so it cannot differ from the NumPy definition it was built from. `scale` multiplies by a power of two of at
-least 1, which rounds nothing. `product` and `fma` (acc + x * w) are raw float32; `mac_...` are steps of a
-multiply-accumulate (`lanes.py`).
+least 1, which rounds nothing. `partial` adds with 11 bits and no limit. `product` and `fma` (acc + x * w) are raw
+float32; `mac_...` are steps of a multiply-accumulate (`lanes.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Memory = NDArray[Any]
 BOOL_CODES = frozenset(["lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "load_bool"])
 
 #: Codes whose result may lie beyond the engine's range; loaded NaN patterns decode to more than its inf.
-_UNLIMITED = ("load", "product", "fma", "mac_start", "mac_add")
+_UNLIMITED = ("load", "partial", "product", "fma", "mac_start", "mac_add")
 
 
 @dataclass(frozen=True)

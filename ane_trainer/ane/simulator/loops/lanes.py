@@ -23,6 +23,13 @@ def rounded(x: Value) -> Value:
     return saturated((x.bits(I32) | 1).bits(F32).to(HALF).to(F32))
 
 
+def to_11_bits(x: Value) -> Value:
+    """A sum of decoded fp16 numbers half away from zero to 11 bits, of any size: multiples of 2^-24 have no more bits
+    below 2^-13, so the step is right there, too.
+    """
+    return (x.bits(I32) + (1 << 12) & -(1 << 13)).bits(F32)
+
+
 def saturated(x: Value) -> Value:
     """No result lies beyond the engine's inf, 65536 (operands may: NaN patterns decode to more)."""
     return x.call("minnum", 65536.0, flags="nnan ").call("maxnum", -65536.0, flags="nnan ")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ane_trainer.ane.simulator.loops.group import Group, Instr
-from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, decode, encode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, decode, encode, round_half_away, to_11_bits
 
 #: Cost of an instruction relative to an addition with its rounding (200,000 elements, AVX-512: add 28 us,
 #: lookup 104 us in cache; rows `add` and `exp` of bench/ops.py measure both).
@@ -47,6 +47,8 @@ def evaluate(instr: Instr, sources: Sequence[Array], tables: Sequence[Array]) ->
             return round_half_away(s[0] / divisor)
         case "round":
             return round_half_away(s[0])
+        case "partial":
+            return to_11_bits(s[0] + s[1])
         case "product":
             return np.asarray(s[0] * s[1])
         case "fma":

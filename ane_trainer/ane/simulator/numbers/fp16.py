@@ -75,6 +75,11 @@ def round_half_away(x: ArrayLike) -> F32:
     return _round_float64(np.asarray(array, dtype=np.float64))
 
 
+def to_11_bits(x: F32) -> F32:
+    """Round float32 sums of decoded fp16 numbers half away from zero to 11 bits, with no limit to their size."""
+    return np.asarray(((x.view(np.uint32) + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32))
+
+
 def _round_float32(x: F32) -> F32:
     bits = np.abs(x).view(np.uint32)
     kept = np.uint32(0xFFFFE000)
