@@ -10,7 +10,13 @@ from typing import Any
 from torch import nn
 
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.training.networks.torch_nets import ACTIVATIONS, VisionTransformer, cnn, mlp
+from ane_trainer.training.networks.torch_nets import (
+    ACTIVATIONS,
+    CharacterTransformer,
+    VisionTransformer,
+    cnn,
+    mlp,
+)
 from ane_trainer.training.networks.user import build_user_model, load_model_class
 from ane_trainer.utils import did_you_mean, seeded
 
@@ -22,6 +28,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "mlp": (mlp, "gelu"),
     "cnn": (cnn, "relu"),
     "transformer": (VisionTransformer, "gelu"),
+    "gpt": (CharacterTransformer, "gelu"),
 }
 
 
@@ -33,7 +40,8 @@ def build_model(
     """A new model that maps images [B, *in_shape] to class scores (logits) [B, num_classes].
 
     name        "mlp" (takes `hidden`); "cnn" (takes channels=(16, 64)); "transformer" (takes patch=7, or 4
-                where 7 does not divide the image, width=64, depth=2, heads=4); or
+                where 7 does not divide the image, width=64, depth=2, heads=4); "gpt", which maps
+                tokens [B, T] to scores [B, num_classes, T] of the next one (width, depth, heads); or
                 "path/to/file.py:ClassName", any class or function that returns an nn.Module: it is called
                 with all options given here, and with in_shape and num_classes if it has such parameters; or
                 "path/to/model.keras", saved by Keras 3 under any backend, with its weights.

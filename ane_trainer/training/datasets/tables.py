@@ -252,7 +252,7 @@ def encode_columns(table: Table, columns: Sequence[Column], where: str) -> NDArr
 
 def _encode(cells: NDArray[Any], column: Column, where: str) -> NDArray[np.float32]:
     if column.kind == "category":
-        texts = [_category(cell) for cell in cells]
+        texts = [cell_text(cell) for cell in cells]
         values = np.array([[text == known for known in column.categories] for text in texts], np.float32)
         absent = np.array([not text for text in texts])
     else:
@@ -270,7 +270,7 @@ def _encode(cells: NDArray[Any], column: Column, where: str) -> NDArray[np.float
     return np.concatenate([values, absent[:, None].astype(np.float32)], axis=1) if column.missing else values
 
 
-def _category(cell: Any) -> str:
+def cell_text(cell: Any) -> str:
     """A category's name: numbers that are whole without their fraction."""
     if isinstance(cell, float):
         return "" if math.isnan(cell) else f"{cell:g}" if not cell.is_integer() else str(int(cell))
@@ -295,7 +295,7 @@ def learn_target(
                 f"{where}: needs one column to classify; got {', '.join(names)}. Name one, or use columns of 0 and 1.",
                 code="DATA116",
             )
-        classes = tuple(_category(value) for value in np.unique(columns[0]).tolist())
+        classes = tuple(cell_text(value) for value in np.unique(columns[0]).tolist())
         return "classify", classes, encode_classes(columns[0], classes, where)
     if not numeric:
         raise DataError(f"{where}: needs numbers to {task}; got text in {', '.join(names)}.", code="DATA116")
@@ -316,7 +316,7 @@ def _find_task(columns: Sequence[NDArray[np.float64]]) -> str:
 def encode_classes(cells: NDArray[Any], class_names: Sequence[str], where: str) -> NDArray[np.int64]:
     """Class numbers [N]; DataError DATA117 for a class that is not known."""
     number = {name: index for index, name in enumerate(class_names)}
-    texts = [_category(cell) for cell in cells.tolist()]
+    texts = [cell_text(cell) for cell in cells.tolist()]
     if unknown := sorted({text for text in texts if text not in number}):
         raise DataError(
             f"{where}: needs the classes of the training part; got {', '.join(map(repr, unknown[:5]))}. "

@@ -67,11 +67,14 @@ def cnn(
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and a two-layer perceptron, each with a residual: [B, T, D] to [B, T, D]."""
+    """Pre-norm self-attention and a two-layer perceptron, each with a residual: [B, T, D] to [B, T, D].
 
-    def __init__(self, width: int, heads: int, activation: str) -> None:
+    With `causal`, a token sees only itself and those before it.
+    """
+
+    def __init__(self, width: int, heads: int, activation: str, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -82,7 +85,7 @@ class TransformerBlock(nn.Module):
         batch, tokens, width = x_BTD.shape
         qkv = self.qkv(self.norm1(x_BTD)).reshape(batch, tokens, 3, self.heads, width // self.heads)
         q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BHTd = nn.functional.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd)
+        mixed_BHTd = nn.functional.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=self.causal)
         x_BTD = x_BTD + self.project(mixed_BHTd.transpose(1, 2).reshape(batch, tokens, width))
         out_BTD: torch.Tensor = x_BTD + self.fc2(self.activation(self.fc1(self.norm2(x_BTD))))
         return out_BTD
@@ -124,6 +127,35 @@ class VisionTransformer(nn.Module):
         x_BTD = self.embed(patches.reshape(batch, rows * columns, -1)) + self.positions
         scores_BC: torch.Tensor = self.head(self.norm(self.blocks(x_BTD)).mean(dim=1))
         return scores_BC
+
+
+class CharacterTransformer(nn.Module):
+    """A language model: learned embeddings of tokens and positions, causal blocks, scores of the next token."""
+
+    def __init__(
+        self, in_shape: Sequence[int] = (64,), num_classes: int = 256, width: int = 64, depth: int = 2,
+        heads: int = 4, activation: str = "gelu",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if len(in_shape) != 1 or width % heads:
+            raise UsageError(
+                "build_model('gpt'): needs in_shape=(tokens,), and width divisible by heads; "
+                f"got {tuple(in_shape)}, width={width}, heads={heads}. Pass width=... or heads=...",
+                code="ANE103",
+            )
+        self.tokens = nn.Embedding(num_classes, width)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, in_shape[0], width))
+        blocks = (TransformerBlock(width, heads, activation, causal=True) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Scores [B, num_classes, T] of the token after each of [B, T]."""
+        x_BTD = self.blocks(self.tokens(tokens_BT) + self.positions)
+        scores_BTC: torch.Tensor = self.head(self.norm(x_BTD))
+        return scores_BTC.transpose(1, 2)
 
 
 def image_shape(name: str, in_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -1,0 +1,241 @@
+"""What users feed becomes what a step takes: tensors of the right types, targets that fit the loss, whole batches.
+
+A last, smaller batch is filled up with copies of its own examples, and each example weighs as much as its
+copies together, so that the loss is the mean over the real ones: bit for bit the same program, no second
+compile. That needs a loss with a value per example, and a model in which examples do not see each other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
+from torch.utils import _pytree as pytree
+
+from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss
+from ane_trainer.ane.errors import DataError
+from ane_trainer.training.datasets.batches import Batches
+from ane_trainer.training.datasets.description import one_hot
+
+#: The losses that compare number with number, by function and by class.
+_PLAIN = (F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss, F.binary_cross_entropy,
+          F.binary_cross_entropy_with_logits)  # fmt: skip
+_PLAIN_MODULES = (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.BCELoss, nn.BCEWithLogitsLoss)
+_CLASS_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def takes_classes(loss: Loss) -> bool:
+    """Whether the loss is one whose target may be class numbers."""
+    return loss in CLASS_LOSSES or isinstance(loss, _CLASS_MODULES)
+
+
+def compares_numbers(loss: Loss) -> bool:
+    """Whether the loss compares the output number by number with a target of the same shape."""
+    return loss in _PLAIN or isinstance(loss, _PLAIN_MODULES)
+
+
+# One batch ---------------------------------------------------------------------------------------------------
+
+
+def as_tensors(part: Any) -> Any:
+    """Arrays and lists of numbers as tensors, float64 as float32; DataError DATA105 for complex numbers."""
+    if isinstance(part, (list, tuple)) and part and all(isinstance(n, (int, float, np.number)) for n in part):
+        part = np.asarray(part)
+    return pytree.tree_map(_as_tensor, part)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        if leaf.dtype.kind not in "biufc":
+            raise DataError(f"needs numbers; got dtype {leaf.dtype}. Convert it.", code="DATA105")
+        leaf = torch.from_numpy(np.ascontiguousarray(leaf))
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if leaf.is_complex():
+        raise DataError(
+            "needs real numbers; got complex ones. Pass real and imaginary parts.", code="DATA105"
+        )
+    return leaf.float() if leaf.dtype == torch.float64 else leaf
+
+
+def check_rows(x: Any, y: Any) -> None:
+    """DataError DATA104, DATA105 for an empty batch, and for x and y of different lengths."""
+    lengths = [len(leaf) for part in (x, y) for leaf in pytree.tree_leaves(part) if _has_rows(leaf)]
+    if any(length == 0 for length in lengths):
+        raise DataError("needs at least one example; got none. Leave empty batches out.", code="DATA104")
+    x_rows, y_rows = (
+        next((len(leaf) for leaf in pytree.tree_leaves(part) if _has_rows(leaf)), None) for part in (x, y)
+    )
+    single = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    if single and None not in (x_rows, y_rows) and x_rows != y_rows:
+        raise DataError(
+            f"needs a target for each example; got {x_rows} examples and {y_rows} targets. Make them equal.",
+            code="DATA105",
+        )
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+
+
+def fit_target(loss: Loss, output_shape: Sequence[int], y: Any) -> Any:
+    """The target in the type and shape that the loss wants for outputs [B, ...] of `output_shape`.
+
+    Class numbers become int64; numbers float32; a missing or spare axis of one is added or taken; class
+    numbers become rows with a single 1 for a loss that compares numbers. DataError DATA105, DATA107.
+    """
+    if not isinstance(y, torch.Tensor) or not (takes_classes(loss) or compares_numbers(loss)):
+        return y
+    shape = tuple(output_shape)
+    if takes_classes(loss):
+        return _fit_classes(shape, y, getattr(loss, "ignore_index", None))
+    if y.shape == shape:
+        return y.float()
+    if (y.numel() == int(np.prod(shape)) and (*y.shape, 1) == shape) or y.shape == (*shape, 1):
+        return y.reshape(shape).float()
+    if len(shape) == 2 and y.dim() == 1 and not y.is_floating_point():
+        _check_range(y, shape[1])
+        return torch.from_numpy(one_hot(y.long().numpy(), shape[1]))
+    raise DataError(
+        f"y needs the shape of the model's output, {list(shape)}, for this loss; got {list(y.shape)}. "
+        "Reshape the targets, or take another loss.",
+        code="DATA105",
+    )
+
+
+def _fit_classes(shape: tuple[int, ...], y: torch.Tensor, ignored: int | None) -> torch.Tensor:
+    if len(shape) < 2 or (y.is_floating_point() and y.shape == shape):
+        return y
+    if y.dim() == len(shape) and y.shape == (shape[0], 1, *shape[2:]) and shape[1] != 1:
+        y = y.squeeze(1)
+    if y.is_floating_point():
+        if not bool((y == y.round()).all()):
+            raise DataError(
+                "y needs whole class numbers; got fractions. Round them, or regress.", code="DATA107"
+            )
+        y = y.long()
+    if y.shape != (shape[0], *shape[2:]):
+        raise DataError(
+            f"y needs class numbers of shape {[shape[0], *shape[2:]]} for outputs {list(shape)}; "
+            f"got {list(y.shape)}. The model's outputs need the classes as their second axis.",
+            code="DATA105",
+        )
+    _check_range(y if ignored is None else y[y != ignored], shape[1])
+    return y.long()
+
+
+def _check_range(y: torch.Tensor, classes: int) -> None:
+    if not y.numel():
+        return
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0 or highest >= classes:
+        raise DataError(
+            f"y needs class numbers 0 to {classes - 1}; got {lowest} to {highest}. "
+            "Check the labels, or give the model more outputs.",
+            code="DATA107",
+        )
+
+
+# A last, smaller batch ---------------------------------------------------------------------------------------
+
+
+def per_example(loss: Loss) -> Loss | None:
+    """The loss with a value for each example, of which it is the mean; None if that is not known of it."""
+    if loss in LOSSES.values():
+        return lambda output, y: cast(Any, loss)(output, y, reduction="none")
+    known = isinstance(loss, (*_PLAIN_MODULES, *_CLASS_MODULES)) and loss.reduction == "mean"
+    if not known or getattr(loss, "weight", None) is not None or type(loss).__module__ != _Loss.__module__:
+        return None
+    single = copy.copy(cast(_Loss, loss))
+    single.reduction = "none"
+    return single
+
+
+class WeightedLoss:
+    """The mean of a loss's values, each times its weight; the target is (y, weights), see `fill_up`."""
+
+    def __init__(self, loss: Loss) -> None:
+        single = per_example(loss)
+        assert single is not None
+        self._single = single
+
+    def __call__(self, output: Any, target: tuple[Any, torch.Tensor]) -> torch.Tensor:
+        """The weighted mean."""
+        y, weights = target
+        losses = self._single(output, y)
+        if losses.dim() > weights.dim():
+            losses = losses.flatten(weights.dim()).mean(dim=-1)
+        return (losses * weights).mean()
+
+
+def fill_up(
+    x: Any, y: torch.Tensor, rows: int, ignored: int | None
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """x and y with copies of their examples up to `rows`, and the weights of the losses' values, with mean 1.
+
+    A value that counts, of n that do, weighs 1 / n, divided among its copies, times the number of all values.
+    Weights have the shape of y where it holds class numbers (of which `ignored` does not count), else [rows].
+    """
+    count = len(y)
+    source = torch.arange(rows) % count
+    copies_R = torch.bincount(source, minlength=count)[source].float()
+    x = pytree.tree_map_only(torch.Tensor, lambda t: t[source], x)
+    if y.is_floating_point():
+        return x, y[source], rows / (count * copies_R)
+    counts = torch.ones_like(y, dtype=torch.bool) if ignored is None else y != ignored
+    total = max(int(counts.sum()), 1)
+    share = counts[source] / copies_R.reshape(-1, *([1] * (y.dim() - 1)))
+    return x, y[source], share * (share.numel() / total)
+
+
+def has_smaller_batch(data: Iterable[Any]) -> bool:
+    """Whether the data is known to end with a batch of fewer examples than the others."""
+    if isinstance(data, Batches):
+        return len(data) > 1 and not data.drop_last and data.num_examples % data.batch_size != 0
+    if isinstance(data, torch.utils.data.DataLoader):
+        size, dataset = data.batch_size, data.dataset
+        if size is None or data.drop_last or isinstance(dataset, torch.utils.data.IterableDataset):
+            return False
+        count = len(cast(Sized, data.sampler))
+        return count > size and count % size != 0
+    if isinstance(data, (list, tuple)) and len(data) > 1:
+        return _rows_of(data[-1]) < _rows_of(data[0])
+    return False
+
+
+def _rows_of(batch: Any) -> int:
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if hasattr(leaf, "shape") and len(leaf.shape)]
+    return len(leaves[0]) if leaves else 0
+
+
+def mixes_examples(model: nn.Module, call: Callable[[Any], Any], x: Any) -> bool:
+    """Whether an example's output in training depends on the others in its batch, as with batch norm.
+
+    Tried on the host: the first example's output must stay when the others are replaced. The module's
+    buffers, mode and PyTorch's generator are left as they were.
+    """
+    rows = len(pytree.tree_leaves(x)[0])
+    other = pytree.tree_map_only(torch.Tensor, lambda t: t[torch.arange(rows) * 0], x)
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        outputs = []
+        for given in (x, other):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model.train()
+                outputs.append(pytree.tree_leaves(call(given)))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for name, value in model.named_buffers():
+                value.copy_(buffers[name])
+    first = [[leaf[0] for leaf in output if _has_rows(leaf)] for output in outputs]
+    return not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*first, strict=True))
