@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss
+from ane_trainer.ane.capture.calibrate import call_model
+from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss, get_loss
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training.datasets.batches import Batches
 from ane_trainer.training.datasets.description import one_hot
@@ -239,3 +240,120 @@ def mixes_examples(model: nn.Module, call: Callable[[Any], Any], x: Any) -> bool
                 value.copy_(buffers[name])
     first = [[leaf[0] for leaf in output if _has_rows(leaf)] for output in outputs]
     return not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*first, strict=True))
+
+
+# A whole training --------------------------------------------------------------------------------------------
+
+
+class Intake:
+    """Batches of one training in the form of its step. `begin` settles that form on the first batch.
+
+    loss      what the step is to be compiled with: the given one, or one that takes weights.
+    example   the first batch, without weights.
+    notes     a sentence each about what was decided or is left out.
+    left_out  examples of batches that were left out so far.
+    """
+
+    def __init__(self, model: nn.Module, loss: str | Loss) -> None:
+        self.loss = loss
+        self.example: tuple[Any, Any] | None = None
+        self.notes: list[str] = []
+        self.left_out = 0
+        self._model, self._function = model, get_loss(loss)
+        self._tail: tuple[int, ...] | None = None  # of the output's shape, without the examples
+        self._ignored = (
+            getattr(self._function, "ignore_index", -100) if takes_classes(self._function) else None
+        )
+
+    @property
+    def weighted(self) -> bool:
+        """Whether targets come with weights, so that a smaller batch can be filled up."""
+        return isinstance(self.loss, WeightedLoss)
+
+    def begin(self, data: Iterable[Any], x: Any, y: Any) -> tuple[Any, Any]:
+        """Settle the form on the first batch of `data`; the batch in that form. DataError if it cannot be."""
+        smaller = has_smaller_batch(data)
+        if self._needs_output(x, y) or smaller:
+            self._tail = self._try(x)
+        self.example = (x, self._fitted(x, y))
+        rows = _rows_of(x)
+        if isinstance(data, Batches) and data.left_out:
+            self.notes.append(
+                f"{data.left_out:,} of {data.num_examples:,} examples are left out of each epoch, not always the "
+                f"same ones: batches are of {rows}"
+            )
+        elif smaller and (reason := self._cannot_weigh(x)) is not None:
+            self.notes.append(
+                f"the last batch of an epoch, of fewer than {rows} examples, is left out: {reason}"
+            )
+        elif smaller:
+            self.loss = WeightedLoss(self._function)
+        if isinstance(y, torch.Tensor) and isinstance(fitted := self.example[1], torch.Tensor):
+            if fitted.dim() > y.dim() and fitted.shape[-1] > 1:
+                self.notes.append(
+                    f"the class numbers become rows of {fitted.shape[-1]} with a single 1, for this loss"
+                )
+        return self._weighed(x, self.example[1], rows)
+
+    def __call__(self, x: Any, y: Any) -> tuple[Any, Any] | None:
+        """The batch in the form of the step; None for a smaller one that is left out (and counted)."""
+        assert self.example is not None
+        y = self._fitted(x, y)
+        rows, count = _rows_of(self.example[0]), _rows_of(x)
+        if count < rows and not self.weighted:
+            self.left_out += count
+            return None
+        return self._weighed(x, y, rows)
+
+    def _weighed(self, x: Any, y: Any, rows: int) -> tuple[Any, Any]:
+        if not self.weighted:
+            return x, y
+        x, y, weights = fill_up(x, y, rows, self._ignored)
+        return x, (y, weights)
+
+    def _fitted(self, x: Any, y: Any) -> Any:
+        return y if self._tail is None else fit_target(self._function, (_rows_of(x), *self._tail), y)
+
+    def _needs_output(self, x: Any, y: Any) -> bool:
+        """Whether the shape of the model's output is needed to settle the targets, or the inputs look wrong."""
+        odd = any(
+            leaf.dtype != torch.float32 for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.Tensor)
+        )
+        classes = isinstance(y, torch.Tensor) and y.dim() == 1 and not y.is_floating_point()
+        return odd or compares_numbers(self._function) or (takes_classes(self._function) and not classes)
+
+    def _try(self, x: Any) -> tuple[int, ...] | None:
+        """The shape of the model's output for x, by a pass on the host; None where it is not one tensor.
+
+        DataError where the model does not take x because of its type; other errors come when compiling.
+        """
+        modes = {module: module.training for module in self._model.modules()}
+        try:
+            with torch.no_grad():
+                output = call_model(self._model.eval(), {}, x)
+        except (RuntimeError, TypeError) as error:
+            types = {
+                str(leaf.dtype).removeprefix("torch.") for leaf in pytree.tree_leaves(x) if _has_rows(leaf)
+            }
+            if types <= {"float32"}:
+                return None
+            raise DataError(
+                f"x needs numbers of a type that the model takes, float32 for most; got {', '.join(sorted(types))} "
+                f"({str(error).splitlines()[0]}). Scale pixels, e.g. x.float() / 255, or open the data by "
+                "load_dataset, which does.",
+                code="DATA105",
+            ) from None
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return tuple(output.shape[1:]) if isinstance(output, torch.Tensor) and output.dim() else None
+
+    def _cannot_weigh(self, x: Any) -> str | None:
+        """Why a smaller batch cannot be filled up; None if it can."""
+        if per_example(self._function) is None:
+            return "the loss is not known to be a mean over examples"
+        if self._tail is None or not isinstance(self.example and self.example[1], torch.Tensor):
+            return "output and target are not one tensor each"
+        if mixes_examples(self._model, lambda given: call_model(self._model, {}, given), x):
+            return "examples of a batch influence each other in the model, as in batch norm"
+        return None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError, MissingDependency
 from ane_trainer.training.datasets import images, tables
-from ane_trainer.training.datasets.batches import Examples, Subset, seeded_by
+from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset, seeded_by
 from ane_trainer.training.datasets.description import DataDescription, Task
 from ane_trainer.training.datasets.splits import (
     DataOptions,
@@ -61,17 +61,21 @@ def open_arrays(found: Mapping[str, Arrays], where: str, options: DataOptions) -
 
 
 def _check_arrays(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
-    if not len(x) or len(x) != len(y):
-        raise DataError(
-            f"{where}: needs as many targets as examples, and some; got {len(x)} and {len(y)}. Make them equal.",
-            code="DATA105" if len(x) else "DATA104",
-        )
+    _check_lengths(x, y, where)
     if x.dtype.kind not in "uifb":
         raise DataError(f"{where}: needs numbers as x; got dtype {x.dtype}. Convert it.", code="DATA105")
     if not bool(np.isfinite(x).all()):
         wrong = int((~np.isfinite(x)).sum())
         raise DataError(
             f"{where}: needs finite numbers; got {wrong} that are nan or inf. Clean the data.", code="DATA106"
+        )
+
+
+def _check_lengths(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
+    if not len(x) or len(x) != len(y):
+        raise DataError(
+            f"{where}: needs as many targets as examples, and some; got {len(x)} and {len(y)}. Make them equal.",
+            code="DATA105" if len(x) else "DATA104",
         )
 
 
@@ -100,6 +104,33 @@ def open_datasets(datasets: Mapping[str, Any], where: str, options: DataOptions)
     whole = replace(train, y=y_by["train"])
     parts: dict[str, Examples] = {k: replace(part, y=y_by[k]) for k, part in opened.items() if k != "train"}
     return Parts({**parts, **{k: Subset(whole, chosen) for k, chosen in rows.items()}}, description)
+
+
+def holds_examples(dataset: Any) -> bool:
+    """Whether the items of a map-style dataset are examples, rather than batches of them."""
+    if isinstance(dataset, (Batches, torch.utils.data.DataLoader)) or not len(dataset):
+        return False
+    with seeded_by([0]):
+        first = dataset[0]
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        return False
+    if is_image(first[0]):
+        return True
+    x, y = (np.shape(as_array(part)) if not isinstance(part, (tuple, list, dict)) else None for part in first)
+    return x is not None and y is not None and (not x or not y or x[0] != y[0])
+
+
+def unscaled(data: Any, where: str) -> tuple[Examples, DataDescription]:
+    """Arrays (x, y), or a dataset, as they are; images of a dataset as 0 .. 1."""
+    if is_pair(data):
+        x, y = (as_array(part) for part in data)
+        _check_lengths(x, y, where)
+        examples: Examples = ArrayExamples(x, y)
+        return examples, DataDescription(where, "text", "regress", x.shape[1:])
+    items = open_items(data)
+    with seeded_by([0]):
+        pixels = items.take(np.arange(1))[0].dtype == np.uint8
+    return items, DataDescription(where, "array", "regress", items.shape, pixel_max=255.0 if pixels else 1.0)
 
 
 def open_hub(name: str, options: DataOptions) -> Parts:

@@ -135,6 +135,24 @@ def _by_split(data: Any) -> dict[str, Any] | None:
     return None
 
 
+def batches_of(data: Any, where: str, seed: int, batch_size: int = 128) -> Any:
+    """What can be run through as batches: arrays (x, y) and map-style datasets of examples are batched.
+
+    Numbers stay as they are; PIL images and bytes of a dataset are scaled to 0 .. 1. Anything else that can be
+    iterated is taken for batches. DataError DATA105 for what cannot.
+    """
+    if arrays.is_pair(data) or (arrays.is_dataset(data) and arrays.holds_examples(data)):
+        examples, description = arrays.unscaled(data, where)
+        return Batches(examples, description, batch_size=batch_size, seed=seed, shuffle=where == "train")
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"{where}: needs batches (x, y), e.g. of a DataLoader or load_dataset, arrays (x, y) or a dataset; "
+            f"got {data!r}. Pass one of these.",
+            code="DATA105",
+        )
+    return data
+
+
 def _assemble(parts: Parts, options: DataOptions, where: str) -> Splits:
     limits = (None, None) if parts.is_known else options.limit
     examples = {
