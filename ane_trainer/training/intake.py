@@ -288,11 +288,11 @@ class Intake:
             )
         elif smaller:
             self.loss = WeightedLoss(self._function)
-        if isinstance(y, torch.Tensor) and isinstance(fitted := self.example[1], torch.Tensor):
-            if fitted.dim() > y.dim() and fitted.shape[-1] > 1:
-                self.notes.append(
-                    f"the class numbers become rows of {fitted.shape[-1]} with a single 1, for this loss"
-                )
+        fitted = self.example[1]
+        if isinstance(y, torch.Tensor) and fitted.dim() > y.dim() and fitted.shape[-1] > 1:
+            self.notes.append(
+                f"class numbers become rows of {fitted.shape[-1]} with a single 1, for this loss"
+            )
         return self._weighed(x, self.example[1], rows)
 
     def __call__(self, x: Any, y: Any) -> tuple[Any, Any] | None:

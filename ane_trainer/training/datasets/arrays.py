@@ -126,7 +126,7 @@ def unscaled(data: Any, where: str) -> tuple[Examples, DataDescription]:
         x, y = (as_array(part) for part in data)
         _check_lengths(x, y, where)
         examples: Examples = ArrayExamples(x, y)
-        return examples, DataDescription(where, "text", "regress", x.shape[1:])
+        return examples, DataDescription(where, "array", "regress", x.shape[1:])
     items = open_items(data)
     with seeded_by([0]):
         pixels = items.take(np.arange(1))[0].dtype == np.uint8

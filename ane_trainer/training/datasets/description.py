@@ -97,8 +97,15 @@ class DataDescription:
         large = len(self.in_shape) == 3 and math.prod(self.in_shape) > 28 * 28
         return "cnn" if large and min(self.in_shape[1:]) >= 4 else "mlp"
 
-    def normalise(self, values_BX: NDArray[Any]) -> NDArray[np.float32]:
-        """Pixels or numbers [B, *in_shape] as the float32 values that the model sees."""
+    @property
+    def is_scaled(self) -> bool:
+        """Whether values are changed before the model sees them; tokens and encoded tables are not."""
+        return (self.pixel_max, self.mean, self.std) != (1.0, (0.0,), (1.0,))
+
+    def normalise(self, values_BX: NDArray[Any]) -> NDArray[Any]:
+        """Pixels or numbers [B, *in_shape] as the float32 values that the model sees; if not scaled, as they are."""
+        if not self.is_scaled:
+            return values_BX if values_BX.dtype != np.float64 else values_BX.astype(np.float32)
         x_BX = values_BX.astype(np.float32)
         if self.pixel_max != 1.0:
             x_BX /= np.float32(self.pixel_max)
