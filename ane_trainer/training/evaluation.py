@@ -11,8 +11,11 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.dispatch import Target
+from ane_trainer.ane.errors import DataError
 from ane_trainer.training import engine, loop
+from ane_trainer.training.intake import fit_target
 from ane_trainer.training.loop import Batch
 from ane_trainer.training.results import Metrics
 from ane_trainer.utils import RunningMean, count_correct
@@ -22,12 +25,12 @@ _ROWS = 128
 
 
 class Inference:
-    """Forward passes of `model` on `target`. `batch_size` is training's, once that is known."""
+    """Forward passes of `model` on `target`. `example` is the first batch of training, once that is known."""
 
     def __init__(
         self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], target: Target, fallback: str
     ) -> None:
-        self.batch_size: int | None = None
+        self.example: Any = None
         self._model, self._loss, self._target, self._fallback = model, loss, target, fallback
         self._compiled: dict[Any, dict[int, Callable[[Any], Any]]] = {}
 
@@ -38,9 +41,10 @@ class Inference:
             x, y = loop.unpack(batch, f"evaluate: batch {number}")
             with loop.located(f"evaluate: batch {number}"):
                 output = self._forward(x)
-            loss.update(float(self._loss(output, y)), loop.batch_size_of(x))
-            if _has_classes(output, y):
-                correct, counted = correct + count_correct(output, y), True
+                target = fit_target(self._loss, output.shape, y) if isinstance(output, torch.Tensor) else y
+            loss.update(float(self._loss(output, target)), loop.batch_size_of(x))
+            if _has_classes(output, labels := target if _has_classes(output, target) else y):
+                correct, counted = correct + count_correct(output, labels), True
             if stop is not None:
                 stop.check()
         if not loss.count:
@@ -49,11 +53,11 @@ class Inference:
 
     def predict(self, x: ArrayLike | torch.Tensor | tuple[Any, ...] | dict[str, Any]) -> Any:
         """The model's output for examples x [N, ...], as float32."""
-        examples = x if isinstance(x, (torch.Tensor, tuple, dict)) else torch.from_numpy(np.asarray(x))
+        examples = loop.as_tensors(x if isinstance(x, (torch.Tensor, tuple, dict)) else np.asarray(x))
         count = loop.batch_size_of(examples)
         if not count:
             raise loop.empty("predict")
-        size = self.batch_size or min(count, _ROWS)
+        size = self._batch_size or min(count, _ROWS)
         with loop.located("predict"):
             return loop.joined([self._forward(part, size) for part in loop.split_rows(examples, size)])
 
@@ -61,16 +65,47 @@ class Inference:
         """The forward program's output for x, compiled for `size` rows or more; spare rows repeat."""
         count = loop.batch_size_of(x)
         together = loop.is_batch_first(x)
-        kind = tuple((t.shape[together:], t.dtype) for t in loop.tensors_of(x))
+        kind = _kind(x)
         compiled = self._compiled.setdefault(kind, {})
-        wished = max(count, self.batch_size or 0)
+        wished = max(count, self._batch_size)
         rows = size or min((known for known in compiled if known >= count), default=wished)
         if not together:
             rows = count
         padded = pytree.tree_map_only(torch.Tensor, lambda part: _pad_rows(part, rows), x) if together else x
+        if not compiled and self.example is not None and kind != _kind(self.example):
+            self._check(x)
         if rows not in compiled:
             compiled[rows] = engine.make_forward(self._model, padded, self._target, self._fallback)
         return loop.first_rows(compiled[rows](padded), count, rows)
+
+    @property
+    def _batch_size(self) -> int:
+        """Training's; 0 where it is not known."""
+        return loop.batch_size_of(self.example) if self.example is not None else 0
+
+    def _check(self, x: Any) -> None:
+        """DataError for examples unlike those of training that do not go through the model."""
+        try:
+            with torch.no_grad():
+                call_model(self._model, {}, x)
+        except RuntimeError as error:
+            got, wanted = (
+                ", ".join(
+                    f"{list(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}"
+                    for t in loop.tensors_of(part)
+                )
+                for part in (x, self.example)
+            )
+            raise DataError(
+                f"x needs examples like those of training, {wanted}; got {got} ({str(error).splitlines()[0]}). "
+                "Prepare them alike.",
+                code="DATA105",
+            ) from None
+
+
+def _kind(x: Any) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    together = loop.is_batch_first(x)
+    return tuple((t.shape[together:], t.dtype) for t in loop.tensors_of(x))
 
 
 def _pad_rows(part: torch.Tensor, size: int) -> torch.Tensor:

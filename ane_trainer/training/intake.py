@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ane_trainer.ane.capture.calibrate import call_model
 from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss, get_loss
 from ane_trainer.ane.errors import DataError
+from ane_trainer.training import loop
 from ane_trainer.training.datasets.batches import Batches
 from ane_trainer.training.datasets.description import one_hot
 
@@ -42,47 +43,6 @@ def compares_numbers(loss: Loss) -> bool:
 
 
 # One batch ---------------------------------------------------------------------------------------------------
-
-
-def as_tensors(part: Any) -> Any:
-    """Arrays and lists of numbers as tensors, float64 as float32; DataError DATA105 for complex numbers."""
-    if isinstance(part, (list, tuple)) and part and all(isinstance(n, (int, float, np.number)) for n in part):
-        part = np.asarray(part)
-    return pytree.tree_map(_as_tensor, part)
-
-
-def _as_tensor(leaf: Any) -> Any:
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        if leaf.dtype.kind not in "biufc":
-            raise DataError(f"needs numbers; got dtype {leaf.dtype}. Convert it.", code="DATA105")
-        leaf = torch.from_numpy(np.ascontiguousarray(leaf))
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    if leaf.is_complex():
-        raise DataError(
-            "needs real numbers; got complex ones. Pass real and imaginary parts.", code="DATA105"
-        )
-    return leaf.float() if leaf.dtype == torch.float64 else leaf
-
-
-def check_rows(x: Any, y: Any) -> None:
-    """DataError DATA104, DATA105 for an empty batch, and for x and y of different lengths."""
-    lengths = [len(leaf) for part in (x, y) for leaf in pytree.tree_leaves(part) if _has_rows(leaf)]
-    if any(length == 0 for length in lengths):
-        raise DataError("needs at least one example; got none. Leave empty batches out.", code="DATA104")
-    x_rows, y_rows = (
-        next((len(leaf) for leaf in pytree.tree_leaves(part) if _has_rows(leaf)), None) for part in (x, y)
-    )
-    single = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
-    if single and None not in (x_rows, y_rows) and x_rows != y_rows:
-        raise DataError(
-            f"needs a target for each example; got {x_rows} examples and {y_rows} targets. Make them equal.",
-            code="DATA105",
-        )
-
-
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
 def fit_target(loss: Loss, output_shape: Sequence[int], y: Any) -> Any:
@@ -238,7 +198,7 @@ def mixes_examples(model: nn.Module, call: Callable[[Any], Any], x: Any) -> bool
         with torch.no_grad():
             for name, value in model.named_buffers():
                 value.copy_(buffers[name])
-    first = [[leaf[0] for leaf in output if _has_rows(leaf)] for output in outputs]
+    first = [[leaf[0] for leaf in output if loop.has_rows(leaf)] for output in outputs]
     return not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*first, strict=True))
 
 
@@ -276,7 +236,7 @@ class Intake:
         if self._needs_output(x, y) or smaller:
             self._tail = self._try(x)
         self.example = (x, self._fitted(x, y))
-        rows = _rows_of(x)
+        rows = loop.batch_size_of(x)
         if isinstance(data, Batches) and data.left_out:
             self.notes.append(
                 f"{data.left_out:,} of {data.num_examples:,} examples are left out of each epoch, not always the "
@@ -295,15 +255,15 @@ class Intake:
             )
         return self._weighed(x, self.example[1], rows)
 
-    def __call__(self, x: Any, y: Any) -> tuple[Any, Any] | None:
+    def __call__(self, x: Any, y: Any, where: str) -> tuple[Any, Any] | None:
         """The batch in the form of the step; None for a smaller one that is left out (and counted)."""
         assert self.example is not None
-        y = self._fitted(x, y)
-        rows, count = _rows_of(self.example[0]), _rows_of(x)
-        if count < rows and not self.weighted:
-            self.left_out += count
+        with loop.located(where):
+            y = self._fitted(x, y)
+        if not loop.fits_step(x, y, self.example, where) and not self.weighted:
+            self.left_out += loop.batch_size_of(x)
             return None
-        return self._weighed(x, y, rows)
+        return self._weighed(x, y, loop.batch_size_of(self.example[0]))
 
     def _weighed(self, x: Any, y: Any, rows: int) -> tuple[Any, Any]:
         if not self.weighted:
@@ -312,7 +272,9 @@ class Intake:
         return x, (y, weights)
 
     def _fitted(self, x: Any, y: Any) -> Any:
-        return y if self._tail is None else fit_target(self._function, (_rows_of(x), *self._tail), y)
+        return (
+            y if self._tail is None else fit_target(self._function, (loop.batch_size_of(x), *self._tail), y)
+        )
 
     def _needs_output(self, x: Any, y: Any) -> bool:
         """Whether the shape of the model's output is needed to settle the targets, or the inputs look wrong."""
@@ -333,7 +295,9 @@ class Intake:
                 output = call_model(self._model.eval(), {}, x)
         except (RuntimeError, TypeError) as error:
             types = {
-                str(leaf.dtype).removeprefix("torch.") for leaf in pytree.tree_leaves(x) if _has_rows(leaf)
+                str(leaf.dtype).removeprefix("torch.")
+                for leaf in pytree.tree_leaves(x)
+                if loop.has_rows(leaf)
             }
             if types <= {"float32"}:
                 return None

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -169,15 +170,65 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def unpack(batch: Any, where: str) -> tuple[Any, Any]:
-    """(x, y) of a batch; DataError if it is not a pair with tensors in it."""
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    if not pair or not all(tensors_of(part) for part in batch):
+    """(x, y) of a batch as tensors; DataError if it is not a pair of parts with numbers, of equal lengths."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        with located(where):
+            x, y = (as_tensors(part) for part in batch)
+            if tensors_of(x) and tensors_of(y):
+                check_rows(x, y)
+                return x, y
+    got = (
+        f"{type(batch).__name__} of {len(batch)}"
+        if isinstance(batch, (tuple, list))
+        else type(batch).__name__
+    )
+    raise DataError(
+        f"{where}: needs a pair (x, y) of tensors or arrays; got {got}. "
+        "Let the data yield pairs, e.g. torch.utils.data.DataLoader over (x, y) examples.",
+        code="DATA105",
+    )
+
+
+def as_tensors(part: Any) -> Any:
+    """Arrays and lists of numbers as tensors, float64 as float32; DataError DATA105 for complex numbers."""
+    if isinstance(part, (list, tuple)) and part and all(isinstance(n, (int, float, np.number)) for n in part):
+        part = np.asarray(part)
+    return pytree.tree_map(_as_tensor, part)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        if leaf.dtype.kind not in "biufc":
+            raise DataError(f"needs numbers; got dtype {leaf.dtype}. Convert it.", code="DATA105")
+        leaf = torch.from_numpy(np.ascontiguousarray(leaf))
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if leaf.is_complex():
         raise DataError(
-            f"{where}: needs a pair (x, y) of tensors; got {type(batch).__name__}. "
-            "Let the data yield pairs, e.g. torch.utils.data.DataLoader over (x, y) examples.",
+            "needs real numbers; got complex ones. Pass real and imaginary parts.", code="DATA105"
+        )
+    return leaf.float() if leaf.dtype == torch.float64 else leaf
+
+
+def check_rows(x: Any, y: Any) -> None:
+    """DataError DATA104, DATA105 for an empty batch, and for x and y of different lengths."""
+    lengths = [len(leaf) for part in (x, y) for leaf in pytree.tree_leaves(part) if has_rows(leaf)]
+    if any(length == 0 for length in lengths):
+        raise DataError("needs at least one example; got none. Leave empty batches out.", code="DATA104")
+    x_rows, y_rows = (
+        next((len(leaf) for leaf in pytree.tree_leaves(part) if has_rows(leaf)), None) for part in (x, y)
+    )
+    single = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    if single and None not in (x_rows, y_rows) and x_rows != y_rows:
+        raise DataError(
+            f"needs a target for each example; got {x_rows} examples and {y_rows} targets. Make them equal.",
             code="DATA105",
         )
-    return batch[0], batch[1]
+
+
+def has_rows(leaf: Any) -> bool:
+    """Whether it is a tensor with examples along its first axis."""
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
 def fits_step(x: Any, y: Any, example: tuple[Any, Any], where: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -40,8 +41,10 @@ from ane_trainer.training.checkpoint import (
     write_model,
     write_tensors,
 )
+from ane_trainer.training.datasets.opening import batches_of
 from ane_trainer.training.evaluation import Inference
-from ane_trainer.training.exporting import export_model, export_training
+from ane_trainer.training.exporting import CHECKED_STEPS, export_model, export_training
+from ane_trainer.training.intake import Intake
 from ane_trainer.training.loop import Batch, Progress
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
@@ -106,7 +109,8 @@ class Trainer:
         self._loss = get_loss(loss)
         self.report = report if report is not None else ConsoleReporter()
         self._inference = Inference(model, self._loss, self.target, fallback)
-        self._example: Batch | None = None
+        self._intake = Intake(model, loss)
+        self._train: Iterable[Batch] = ()  # what `fit` trains on
         self._restored: Checkpoint | None = None
         self._data_state: dict[str, Any] | None = None
         self._metrics: Metrics | None = None
@@ -121,8 +125,9 @@ class Trainer:
     ) -> Result:  # fmt: skip
         """Finish `epochs` more passes over `train`, evaluating on `val` after each.
 
-        `train` and `val` are iterables of (x, y) that can be run through again, e.g. a DataLoader. A last
-        batch smaller than the first one is left out, since a program has fixed shapes. Ctrl-C, SIGTERM and
+        `train` and `val` are iterables of (x, y) that can be run through again, e.g. a DataLoader; or arrays
+        (x, y) or a map-style dataset, in batches of 128. NumPy arrays do as tensors, float64 becomes float32. A
+        last batch smaller than the first one is trained on, too (`training.intake`), or it is said why not. Ctrl-C, SIGTERM and
         SIGHUP stop between two steps, with the parameters in order, by KeyboardInterrupt (its argument is the
         signal's number); `save` and `resume` go on from there.
 
@@ -130,6 +135,9 @@ class Trainer:
         range. Diverged: the loss stays not finite. UnsupportedModel: the model does not fit the chip.
         """
         loop.check_epochs(epochs)
+        train = batches_of(train, "train", self.seed)
+        val = batches_of(val, "val", self.seed) if val is not None else None
+        self._train = train
         loop.check_repeatable(train, "train", epochs)
         self.callbacks, self.should_stop = tuple(callbacks), False
         self._load_callbacks()
@@ -159,7 +167,7 @@ class Trainer:
     def evaluate(self, data: Iterable[Batch]) -> Metrics:
         """Mean loss and accuracy of the model's inference program over `data`; a small batch is padded."""
         self._sync()
-        return self._inference.evaluate(data)
+        return self._inference.evaluate(batches_of(data, "evaluate", self.seed))
 
     @property
     def stop_training(self) -> bool:
@@ -235,7 +243,8 @@ class Trainer:
         """
         kind = format_of(path, format)
         self._sync()
-        source = data if data is not None else [self._example] if self._example else None
+        example = self._intake.example
+        source = data if data is not None else [example] if example else None
         if source is None:
             raise UsageError("export: needs data to check the file; got none. Pass data=...", code="ANE117")
         options = ExportOptions(input, weights, batch, examples, self.chip, self.fidelity, state)
@@ -249,7 +258,9 @@ class Trainer:
                     'Train with device="sim" and fallback="none".',
                     code="ANE116",
                 )
-            return export_training(step, self.optimizer, path, kind, source, options)
+            ready = (self._ready(*loop.unpack(batch, "export: batch"), "export: batch") for batch in source)
+            whole = [pair for pair in itertools.islice(ready, CHECKED_STEPS) if pair is not None]
+            return export_training(step, self.optimizer, path, kind, whole, options)
         return export_model(self.model, path, kind, source, options, classes=self._loss in CLASS_LOSSES)
 
     def checkpoint(self) -> Checkpoint:
@@ -393,10 +404,10 @@ class Trainer:
         progress.passed, self._pass, self._data_state = 1, None, None
 
     def _train_batch(self, x: Any, y: Any, where: str) -> None:
-        step = self._compiled(x, y)
-        if self._example is None or not loop.fits_step(x, y, self._example, where):
+        step, ready = self._compiled(x, y), self._ready(x, y, where)
+        if ready is None:
             return
-        loop.check_classes(y, step.classes, where)
+        x, y = ready
         skipped = step.skipped_steps
         with loop.located(where):
             loss = float(step(x, y))
@@ -405,6 +416,13 @@ class Trainer:
         self._call(lambda c: c.on_train_batch_end(self, loss))
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
+
+    def _ready(self, x: Any, y: Any, where: str) -> Batch | None:
+        """The batch in the form of the compiled step; None for a smaller one that is left out."""
+        pair = self._intake(x, y, where)
+        if pair is not None and self.step is not None:
+            loop.check_classes(pair[1], self.step.classes, where)
+        return pair
 
     def _finish_epoch(self, val: Iterable[Batch] | None, joules: float | None, stop: loop.Stop) -> None:
         progress = self.progress
@@ -463,14 +481,17 @@ class Trainer:
         self.model.train()
         state = part(self._restored.tensors, STEP) if self._restored is not None else {}
         with loop.located("train: first batch"):
+            ready = self._intake.begin(self._train, x, y)
             step = engine.make_step(
-                self.model, self.loss, self.optimizer, (x, y), self.target, self.options, state or None
+                self.model, self._intake.loss, self.optimizer, ready, self.target, self.options, state or None
             )
         if self._restored is not None:
             self.progress.skipped_steps -= step.skipped_steps
             self._restored = None
-        self.step, self._example = step, (x, y)
-        self._inference.batch_size = loop.batch_size_of(x)
+        self.step = step
+        self._inference.example = x
+        for text in self._intake.notes:
+            self.report.note("data", text)
         self.seconds_compile = time.perf_counter() - started
         self.report.compiled(engine.program_facts(step, self.optimizer), self.seconds_compile)
         place = step.placement()

@@ -13,14 +13,13 @@ from ane_trainer.training.datasets.opening import batches_of
 from ane_trainer.training.intake import (
     Intake,
     WeightedLoss,
-    as_tensors,
-    check_rows,
     fill_up,
     fit_target,
     has_smaller_batch,
     mixes_examples,
     per_example,
 )
+from ane_trainer.training.loop import as_tensors, check_rows
 
 torch.manual_seed(0)
 
@@ -194,5 +193,5 @@ def test_what_is_left_out_is_said():
         intake.begin(data, torch.randn(4, 3), y)
         assert not intake.weighted
         assert text in intake.notes[0]
-        assert intake(x[:1], y[:1]) is None
+        assert intake(x[:1], y[:1], "here") is None
         assert intake.left_out == 1
