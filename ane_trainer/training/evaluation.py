@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.calibrate import call_model
+from ane_trainer.ane.capture.calibrate import call_model, module_mode
 from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import engine, loop
@@ -86,7 +86,7 @@ class Inference:
     def _check(self, x: Any) -> None:
         """DataError for examples unlike those of training that do not go through the model."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), module_mode(self._model, training=False):
                 call_model(self._model, {}, x)
         except RuntimeError as error:
             got, wanted = (

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.calibrate import call_model
+from ane_trainer.ane.capture.calibrate import call_model, module_mode
 from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss, get_loss
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import loop
@@ -184,17 +184,13 @@ def mixes_examples(model: nn.Module, call: Callable[[Any], Any], x: Any) -> bool
     rows = len(pytree.tree_leaves(x)[0])
     other = pytree.tree_map_only(torch.Tensor, lambda t: t[torch.arange(rows) * 0], x)
     buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
+    outputs = []
     try:
-        outputs = []
         for given in (x, other):
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), module_mode(model, training=True):
                 torch.manual_seed(0)
-                model.train()
                 outputs.append(pytree.tree_leaves(call(given)))
     finally:
-        for module, training in modes.items():
-            module.training = training
         with torch.no_grad():
             for name, value in model.named_buffers():
                 value.copy_(buffers[name])
@@ -289,10 +285,9 @@ class Intake:
 
         DataError where the model does not take x because of its type; other errors come when compiling.
         """
-        modes = {module: module.training for module in self._model.modules()}
         try:
-            with torch.no_grad():
-                output = call_model(self._model.eval(), {}, x)
+            with torch.no_grad(), module_mode(self._model, training=False):
+                output = call_model(self._model, {}, x)
         except (RuntimeError, TypeError) as error:
             types = {
                 str(leaf.dtype).removeprefix("torch.")
@@ -307,9 +302,6 @@ class Intake:
                 "load_dataset, which does.",
                 code="DATA105",
             ) from None
-        finally:
-            for module, training in modes.items():
-                module.training = training
         return tuple(output.shape[1:]) if isinstance(output, torch.Tensor) and output.dim() else None
 
     def _cannot_weigh(self, x: Any) -> str | None:

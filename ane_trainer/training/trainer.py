@@ -127,9 +127,9 @@ class Trainer:
 
         `train` and `val` are iterables of (x, y) that can be run through again, e.g. a DataLoader; or arrays
         (x, y) or a map-style dataset, in batches of 128. NumPy arrays do as tensors, float64 becomes float32. A
-        last batch smaller than the first one is trained on, too (`training.intake`), or it is said why not. Ctrl-C, SIGTERM and
-        SIGHUP stop between two steps, with the parameters in order, by KeyboardInterrupt (its argument is the
-        signal's number); `save` and `resume` go on from there.
+        last batch smaller than the first one is trained on, too (`training.intake`), or it is said why not.
+        Ctrl-C, SIGTERM and SIGHUP stop between two steps, with the parameters in order, by KeyboardInterrupt
+        (its argument is the signal's number); `save` and `resume` go on from there.
 
         DataError: a batch of another shape, values that are not finite or beyond fp16, a class number out of
         range. Diverged: the loss stays not finite. UnsupportedModel: the model does not fit the chip.
