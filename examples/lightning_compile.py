@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import ane_trainer  # registers the backend
+import ane_trainer
 
 
 class Classifier(lightning.LightningModule):

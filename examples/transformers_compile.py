@@ -7,12 +7,13 @@ import tempfile
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-import ane_trainer  # registers the backend
+import ane_trainer
 
 
 def main(steps: int = 30) -> tuple[float, float]:
     """First and last loss of a tiny BERT that learns which of two tokens is more frequent."""
     torch.manual_seed(0)
+    ane_trainer.interop.accelerate.install()  # its list of backends gets the name "ane"
     config = BertConfig(
         vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=16, attn_implementation="sdpa",

@@ -81,6 +81,21 @@ def test_import_brings_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_import_changes_nothing_in_other_packages() -> None:
+    """Finders of modules, torch's classes and functions: all as before."""
+    code = (
+        "import sys, torch, torch.utils.checkpoint; "
+        "seen = lambda: [list(sys.meta_path), list(sys.path_hooks), dict(vars(torch.utils.checkpoint)), "
+        "dict(vars(torch.nn.functional)), dict(vars(torch.Tensor))]; before = seen(); import ane_trainer as at; "
+        "[getattr(at, name) for name in at.__all__]; at.ane.dynamo; "
+        "print([a == b for a, b in zip(before, seen())], 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
+    assert done.stdout.split("] ") == ["[True, True, True, True, True", "False\n"]
+
+
 def test_import_alone_does_not_import_torch() -> None:
     code = (
         "import sys, ane_trainer as at\nassert 'torch' not in sys.modules\nassert 'Trainer' in dir(at)\n"

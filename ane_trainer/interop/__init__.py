@@ -1,5 +1,5 @@
-"""Other frameworks on the simulator: `interop.aneforge`."""
+"""Other frameworks: `interop.aneforge` on the simulator, `interop.accelerate` with the torch.compile backend."""
 
-from ane_trainer.interop import aneforge
+from ane_trainer.interop import accelerate, aneforge
 
-__all__ = ["aneforge"]
+__all__ = ["accelerate", "aneforge"]

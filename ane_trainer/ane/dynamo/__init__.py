@@ -3,7 +3,9 @@
     fast = torch.compile(model, backend="ane", options={"chip": "m4", "device": "sim"})
 
 Dynamo captures the model, AOTAutograd splits it into a forward and a backward graph, and each becomes a
-program by the same lower, legalize, compile and device as a whole training step. `report()` says what was
+program by the same lower, legalize, compile and device as a whole training step. Dynamo finds the backend by the
+installed package's entry point; in a source tree that is not installed, give `backend=ane_trainer.ane.dynamo.ane`.
+ `report()` says what was
 compiled, what runs on the host and where Dynamo cut the model.
 """
 
@@ -15,7 +17,6 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.dynamo.options import Options, read_options
-from ane_trainer.ane.dynamo.registration import register
 from ane_trainer.ane.dynamo.report import ProgramRecord, Report, begin_graph, report, reset
 
 __all__ = ["Options", "ProgramRecord", "Report", "ane", "report", "reset"]
@@ -41,6 +42,3 @@ def ane(
 
     settings = read_options(options)
     return Specializer(graph, settings, begin_graph(graph))
-
-
-register(ane)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils.flop_counter import flop_registry
 
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.legalize import legalize
@@ -60,6 +59,8 @@ def split(module: GraphModule, options: Options) -> list[Segment]:
 
 def cpu_flops(module: GraphModule) -> int:
     """Floating-point operations of a segment: torch's formulas where it has them, else one an element."""
+    from torch.utils.flop_counter import flop_registry  # imports triton where that is installed: 0.3 s
+
     total = 0
     for node in module.graph.nodes:
         value = node.meta.get("val")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
 
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
+from ane_trainer.ane.dynamo.torch_private import make_boxed_func
 
 #: A gradient of this magnitude or more counts as an overflow.
 OVERFLOW = 32768.0

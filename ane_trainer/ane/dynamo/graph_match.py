@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ane_trainer.ane.dynamo.torch_private import expression
+
 
 def sizes_only(graph: Graph) -> bool:
     """Whether there are symbolic inputs and each is a size of an input tensor."""
@@ -18,9 +20,9 @@ def sizes_only(graph: Graph) -> bool:
     sizes: set[Any] = set()
     for value in inputs:
         if isinstance(value, torch.Tensor):
-            sizes |= {_expression(size) for size in value.shape}
+            sizes |= {expression(size) for size in value.shape}
     symbols = [value for value in inputs if isinstance(value, (int, torch.SymInt))]
-    return bool(symbols) and all(_expression(value) in sizes for value in symbols)
+    return bool(symbols) and all(expression(value) in sizes for value in symbols)
 
 
 def same_but_for_sizes(fixed: Graph, symbolic: Graph) -> bool:
@@ -57,7 +59,3 @@ def _agree(a: Any, b: Any, pairs: dict[Node, Node]) -> bool:
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(_agree(a[k], b[k], pairs) for k in a)
     return type(a) is type(b) and bool(a == b)
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._functorch.partitioners import default_partition
-from torch._higher_order_ops.effects import with_effects
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.range import scale_rows
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
+from ane_trainer.ane.dynamo.torch_private import default_partition, with_effects
 
 aten = torch.ops.aten
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ane_trainer.ane.capture.ports import identifier, unique
+from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.devices import choose_precision, get_device
@@ -21,6 +20,7 @@ from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
+from ane_trainer.ane.dynamo.torch_private import make_boxed_func
 from ane_trainer.ane.stages import Captured, Port
 
 
@@ -45,7 +45,7 @@ class GraphFunction:
         self._dtypes = [_dtype(node) for node in module.graph.output_node().args[0]]  # type: ignore[union-attr]
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         shapes = tuple(tuple(node.meta["val"].shape) for node in placeholders if _tensor(node))
-        with _disable_current_modes():  # constants are to be real tensors
+        with without_modes():  # constants are to be real tensors
             self._prepared: Prepared = prepare_graph(module)
             self._segments = split(self._prepared.graph, options)
             self._parts = [

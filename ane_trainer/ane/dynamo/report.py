@@ -94,8 +94,9 @@ def begin_graph(graph: torch.fx.GraphModule) -> str:
                 GraphBreakWarning,
                 stacklevel=2,
             )
-    identity = torch._guards.CompileContext.current_compile_id()
-    return str(identity.frame_id if identity is not None else id(graph))
+    from ane_trainer.ane.dynamo.torch_private import compile_id  # imports Dynamo, which takes seconds
+
+    return compile_id() or str(id(graph))
 
 
 def _in_words(reason: Any) -> str:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._functorch.aot_autograd import aot_module_simplified
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
@@ -23,6 +21,7 @@ from ane_trainer.ane.dynamo.graph_match import same_but_for_sizes, sizes_only
 from ane_trainer.ane.dynamo.graphs import partition
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import forward_function
+from ane_trainer.ane.dynamo.torch_private import FakeTensorMode, aot_module_simplified
 from ane_trainer.ane.errors import UsageError
 
 Key = tuple[Any, ...]
