@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from ane_trainer.ane.capture.trace.torch_private import pytree
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def rehearse(
     values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
     trained = [values[p.name] for p in parameters if p.trained]
     mode = MaskMode()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(), mode:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
         output = call_model(model, {**values, **copies(model)}, example[0])
         classes = class_count(loss, output, example[1])
         value = call_loss(loss, output, example[1])
@@ -124,7 +124,10 @@ def _everywhere(model: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str,
     stand_ins = {id(tensor): tensors[name] for name, tensor in named if name in tensors}
     places = {}
     for path, module in model.named_modules():
-        for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+        for name, tensor in itertools.chain(
+            module.named_parameters(recurse=False, remove_duplicate=False),
+            module.named_buffers(recurse=False, remove_duplicate=False),
+        ):
             if id(tensor) in stand_ins:
                 places[f"{path}.{name}" if path else name] = stand_ins[id(tensor)]
     return places

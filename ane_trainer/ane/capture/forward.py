@@ -11,7 +11,7 @@ from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers, identifier, unique
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.step import batch_ports, finish
-from ane_trainer.ane.capture.trace.sources import SourceMode, watch_modules
+from ane_trainer.ane.capture.trace.sources import Place, SourceMode, watch_modules
 from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.stages import Captured, Port
 
@@ -29,11 +29,12 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
         for p, t in zip(ports, [*tensors.values(), *leaves], strict=True)
     }
     outputs: list[Port] = []
+    place = Place()
 
     def run_forward(*values: torch.Tensor) -> list[torch.Tensor]:
         x = structure.filled(values[len(state) :])
         named = {n: v.reshape(t.shape) for (n, t), v in zip(tensors.items(), values, strict=False)}
-        with torch.no_grad(), watch_modules(model) as stack, SourceMode(stack.here):
+        with torch.no_grad(), watch_modules(model) as stack, SourceMode(stack.here, place):
             results = tensors_of(call_model(model, {**copies(model), **named}, x))
         several = len(results) > 1
         names = [f"output_{i}" if several else "output" for i in range(len(results))]
@@ -43,5 +44,5 @@ def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
         return [r.reshape(p.shape) for r, p in zip(results, outputs, strict=True)]
 
     with module_mode(model, training=False):
-        graph = trace(run_forward, inputs, decomposition_table())
+        graph = trace(run_forward, inputs, decomposition_table(), place)
     return finish(graph, ports, tuple(outputs))

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, pytree
 
 
 class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from ane_trainer.ane.capture.gradients import ACCUMULATED, GradientOptions
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state
 from ane_trainer.ane.capture.scaling import FITS, SCALING
+from ane_trainer.ane.capture.trace.torch_private import non_persistent_buffers
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Port
 
@@ -91,7 +92,7 @@ def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     derived = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
+        for name in non_persistent_buffers(module)
     }
     named = dict(model.named_buffers()) | keras_state(model)
     return {n: buffer for n, buffer in named.items() if buffer.is_floating_point() and n not in derived}

@@ -18,14 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ane_trainer.ane.capture.rewrites import packed
-from ane_trainer.ane.capture.rewrites.composites import (
-    COMPOSITES,
-    RECURRENT,
-    attention,
-    drops,
-    inside,
-    recurrent,
-)
+from ane_trainer.ane.capture.rewrites.composites import COMPOSITES, RECURRENT, drops, recurrent
 
 #: function -> does it drop whole channels
 _DROPOUTS: dict[Callable[..., Any], bool] = {
@@ -83,9 +76,6 @@ class MaskMode(TorchFunctionMode):
             return (self.draw(tuple(args[0].shape), "random/uniform") < args[0]).to(args[0].dtype)
         if func in _IN_PLACE:
             return args[0].copy_(_IN_PLACE[func](self, *args, **kwargs))
-        if func is F.scaled_dot_product_attention:
-            with self:
-                return attention(*args, **kwargs)
         if getattr(func, "__name__", "") in RECURRENT and packed.is_packed_call(args):
             with self:
                 return packed.recurrent(func, *args, **kwargs)
@@ -94,7 +84,7 @@ class MaskMode(TorchFunctionMode):
                 return recurrent(func, *args, **kwargs)
         if func in COMPOSITES:
             with self:
-                return inside(func)(*args, **kwargs)
+                return COMPOSITES[func](*args, **kwargs)
         return func(*args, **kwargs)
 
     def draw(self, shape: tuple[int, ...], target: str) -> torch.Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
@@ -33,12 +32,13 @@ from ane_trainer.ane.capture.range import scale_rows
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, gradients_fit, next_scale
 from ane_trainer.ane.capture.trace.sources import (
+    Place,
     SourceMode,
     follow_backward,
-    set_source,
     user_line,
     watch_modules,
 )
+from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.stages import Alias, Captured, Port
 
@@ -127,7 +127,9 @@ def capture_training(
     scale = rehearsal.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
     plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, rehearsal.ceiling())))
     outputs: list[Port] = []
-    graph = trace(_function(plan, outputs), _example_inputs(plan, example), decomposition_table())
+    place = Place()
+    function = _function(plan, place, outputs)
+    graph = trace(function, _example_inputs(plan, example), decomposition_table(), place)
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
     captured = finish(graph, plan.inputs, tuple(outputs))
     return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes)
@@ -214,25 +216,25 @@ def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
     return inputs
 
 
-def _function(plan: _Plan, outputs: list[Port]) -> Any:
+def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
     """The step over the values of `plan.inputs`; fills `outputs` with the ports of its results."""
 
     def run_step(*values: torch.Tensor) -> list[torch.Tensor]:
         named = dict(zip((p.name for p in plan.inputs), values, strict=True))
         state = {p.target: named[p.name] for p in plan.state}
-        value, scaled, buffers = _differentiate(plan, named, state)
-        set_source("loss scaling")
+        value, scaled, buffers = _differentiate(plan, place, named, state)
+        place.text = "loss scaling"
         ok = gradients_fit(list(scaled.values()))
         inverse = state[f"{SCALING}loss_scale_inverse"]
-        gradients, changes, fits = process_gradients(plan, named, state, scaled, ok)
+        gradients, changes, fits = process_gradients(plan, place, named, state, scaled, ok)
         new_state: Tensors = {**buffers, **changes}
         gate = fits * named["last"] if plan.gradients.accumulate > 1 else fits
         gated = _gated_scalars(plan, named, gate)
         for p in plan.parameters:
             if p.name in scaled and not plan.gradients.on_host:
-                set_source(f"optimizer {type(plan.optimizer).__name__} ({p.name})")
+                place.text = f"optimizer {type(plan.optimizer).__name__} ({p.name})"
                 new_state |= _update(plan, p, gradients[p.name], state, gated[p.name])
-        set_source("loss scaling")
+        place.text = "loss scaling"
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
         following = next_scale(scale, inverse, good, ok, plan.ceiling)
         new_state |= {SCALING + n: v for n, v in zip(SCALING_STATE, following, strict=True)}
@@ -247,7 +249,9 @@ def _function(plan: _Plan, outputs: list[Port]) -> Any:
     return run_step
 
 
-def _differentiate(plan: _Plan, named: Tensors, state: Tensors) -> tuple[torch.Tensor, Tensors, Tensors]:
+def _differentiate(
+    plan: _Plan, place: Place, named: Tensors, state: Tensors
+) -> tuple[torch.Tensor, Tensors, Tensors]:
     """(loss, scaled gradients by parameter, new buffers)."""
     values = {p.name: state[p.name].reshape(p.tensor.shape) for p in plan.parameters}
     trained = {p.name: values[p.name].detach().requires_grad_() for p in plan.parameters if p.trained}
@@ -259,14 +263,14 @@ def _differentiate(plan: _Plan, named: Tensors, state: Tensors) -> tuple[torch.T
     others = copies(plan.model) | plan.changes.stand_ins(plan.model, sent)
     with torch.enable_grad(), watch_modules(plan.model) as stack:
         describe = stack.here
-        with MaskMode(masks), SourceMode(lambda: describe()):
+        with MaskMode(masks), SourceMode(lambda: describe(), place):
             with newest_statistics(plan.model, plan.changes), forwarded(plan.model) as final:
                 output = call_model(plan.model, {**others, **values, **trained, **buffers}, x)
             buffers |= {n: final[n].detach().reshape(shapes[n]) for n in buffers if n in final}
             buffers |= plan.changes.averages(state, buffers, sent)
             describe = lambda: _loss_place(plan.loss_text)  # noqa: E731
             value = call_loss(plan.loss, output, y)
-        follow_backward(value)
+        follow_backward(value, place)
         seed = state[f"{SCALING}loss_scale"].reshape(value.shape)
         gradients = torch.autograd.grad(value, list(trained.values()), seed)
     return value.detach(), dict(zip(trained, gradients, strict=True)), buffers
@@ -294,7 +298,7 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, T
 
 
 def process_gradients(
-    plan: _Plan, named: Tensors, state: Tensors, scaled: Tensors, ok: torch.Tensor
+    plan: _Plan, place: Place, named: Tensors, state: Tensors, scaled: Tensors, ok: torch.Tensor
 ) -> tuple[Tensors, Tensors, torch.Tensor]:
     """(gradients in their units, accumulated and clipped; new state; whether they fit)."""
     inverse, options = state[f"{SCALING}loss_scale_inverse"], plan.gradients
@@ -302,9 +306,9 @@ def process_gradients(
     gradients = {n: g.reshape(state[n].shape) * (inverse * units[n]) for n, g in scaled.items()}
     changes: Tensors = {}
     if options.accumulate > 1:
-        set_source("gradient accumulation")
+        place.text = "gradient accumulation"
         gradients, changes, ok = accumulate(gradients, state, options, ok, named["last"])
-    set_source("gradient clipping")
+    place.text = "gradient clipping"
     if options.clip_value is not None and gradients:
         gradients = clip_values(gradients, units, named["clip_value"])
     if options.clip_norm is not None and gradients:

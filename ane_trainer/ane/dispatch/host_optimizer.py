@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, pytree
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 _GROUP = "group/"
@@ -97,19 +95,21 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts floating-point operations: torch's formulas where it has them, else one an element."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton where that is installed: 0.3 s
+
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
+        self.flops, self._formulas = 0, flop_registry
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = self._formulas.get(func.overloadpacket)
         if formula is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         else:
-            leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             if not leaves:  # `_foreach_` operations change a list in place
-                leaves = [leaf for leaf in tree_leaves(args[:1]) if isinstance(leaf, torch.Tensor)]
+                leaves = [leaf for leaf in pytree.tree_leaves(args[:1]) if isinstance(leaf, torch.Tensor)]
             self.flops += sum(leaf.numel() for leaf in leaves if leaf.is_floating_point())
         return result

@@ -11,6 +11,7 @@ from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
+from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
@@ -92,9 +93,9 @@ class InferenceProgram:
     def _send_weights(self) -> None:
         dtype = self._range.dtype
         for port, tensor in self._state:
-            if self._sent.get(port.name) != tensor._version:
+            if self._sent.get(port.name) != version(tensor):
                 self._session.write(port.name, tensor.detach().to(dtype).numpy().reshape(port.shape))
-                self._sent[port.name] = tensor._version
+                self._sent[port.name] = version(tensor)
 
 
 def _output_of(model: torch.nn.Module, example: Any) -> tuple[Structure, list[tuple[int, ...]]]:

@@ -17,6 +17,7 @@ from ane_trainer.ane.capture.buffers import BufferChanges
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, Rule, Slot
 from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.scaling import FITS, SCALING
+from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
 from ane_trainer.ane.stages import Port
@@ -61,13 +62,13 @@ class Mirror:
     def push_weights(self, changed_only: bool = False) -> None:
         """Module -> engine; with `changed_only`, only tensors that were changed since the last copy."""
         for name, tensor in self._tensors.items():
-            if not changed_only or self._versions.get(name) != tensor._version:
+            if not changed_only or self._versions.get(name) != version(tensor):
                 self._split(name, tensor.detach().float())
         self._note_versions()
 
     def changed(self) -> bool:
         """Whether a parameter or buffer was changed by someone else since the last copy."""
-        return any(self._versions.get(name) != tensor._version for name, tensor in self._tensors.items())
+        return any(self._versions.get(name) != version(tensor) for name, tensor in self._tensors.items())
 
     # The optimizer's state
 
@@ -164,4 +165,4 @@ class Mirror:
         self._session.write(port.name, array.astype(self._range.numpy).reshape(port.shape))
 
     def _note_versions(self) -> None:
-        self._versions = {name: tensor._version for name, tensor in self._tensors.items()}
+        self._versions = {name: version(tensor) for name, tensor in self._tensors.items()}

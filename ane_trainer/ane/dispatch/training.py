@@ -18,6 +18,7 @@ from ane_trainer.ane.capture.optimizers.table import check_structure, missing_ru
 from ane_trainer.ane.capture.ports import units_by_group
 from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.step import GRADIENT
+from ane_trainer.ane.capture.trace.torch_private import mark_stepped
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer
@@ -103,7 +104,7 @@ class TrainingStep:
         results = self._loaded.session.run(self.feeds(x, y))
         self.steps += 1
         self._unsynced += 1
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers warn without it
+        mark_stepped(optimizer)
         self._pending = (self._pending + 1) % self.gradient_options.accumulate
         if self._pending == 0:
             self._count_update(bool(results["applied"][0]), results)

@@ -2,35 +2,163 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-#: Written in Python over other torch functions; a mode sees only the outermost call.
-COMPOSITES = frozenset(
-    {
-        F.multi_head_attention_forward, F.gumbel_softmax,
-    }
-)  # fmt: skip
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
-@functools.cache
-def inside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function's body without its hand-over to modes, so that a mode sees the calls it makes."""
-    assert isinstance(function, types.FunctionType)
-    scope = {
-        **function.__globals__, "has_torch_function": lambda *_: False,
-        "has_torch_function_unary": lambda *_: False, "has_torch_function_variadic": lambda *_: False,
-    }  # fmt: skip
-    result = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
-    result.__kwdefaults__ = function.__kwdefaults__
-    return result
+def gumbel_softmax(
+    logits: torch.Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> torch.Tensor:
+    """`F.gumbel_softmax`: softmax of (logits + noise) / tau; `hard`: one-hot, with the soft one's gradient."""
+    noise = -torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_().log()
+    soft = ((logits + noise) / tau).softmax(dim)
+    if not hard:
+        return soft
+    index = soft.max(dim, keepdim=True)[1]
+    zeros = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format)
+    return zeros.scatter_(dim, index, 1.0) - soft.detach() + soft
+
+
+def multi_head_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: torch.Tensor | None,
+    in_proj_bias: torch.Tensor | None,
+    bias_k: torch.Tensor | None,
+    bias_v: torch.Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: torch.Tensor,
+    out_proj_bias: torch.Tensor | None,
+    training: bool = True,
+    key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: torch.Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: torch.Tensor | None = None,
+    k_proj_weight: torch.Tensor | None = None,
+    v_proj_weight: torch.Tensor | None = None,
+    static_k: torch.Tensor | None = None,
+    static_v: torch.Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`F.multi_head_attention_forward` [L, N, E] (or [L, E]) in operations that a mode sees."""
+    batched = query.dim() == 3
+    if not batched:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    if is_causal and key_padding_mask is None and not need_weights:
+        attn_mask = None
+    else:
+        is_causal = is_causal and key_padding_mask is None
+    padding, mask = _additive(key_padding_mask, query.dtype), _additive(attn_mask, query.dtype)
+    if use_separate_proj_weight:
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        parts: Any = zip(
+            (query, key, value), (q_proj_weight, k_proj_weight, v_proj_weight), biases, strict=True
+        )
+        q, k, v = (F.linear(x, weight, bias) for x, weight, bias in parts)
+    else:
+        assert in_proj_weight is not None
+        q, k, v = _projections(query, key, value, in_proj_weight, in_proj_bias)
+    mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 2 else mask
+    length, batch, width = query.shape
+    more = 0
+    if bias_k is not None and bias_v is not None:
+        k, v, more = torch.cat([k, bias_k.repeat(1, batch, 1)]), torch.cat([v, bias_v.repeat(1, batch, 1)]), 1
+    q, k, v = (x.view(x.shape[0], batch * num_heads, width // num_heads).transpose(0, 1) for x in (q, k, v))
+    k, v = (x if static is None else static for x, static in ((k, static_k), (v, static_v)))
+    if add_zero_attn:
+        zeros = (batch * num_heads, 1, width // num_heads)
+        k, v = (torch.cat([x, torch.zeros(zeros, dtype=x.dtype)], dim=1) for x in (k, v))
+        more += 1
+    for _ in range(more):
+        mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
+    if padding is not None:
+        padding = padding.view(batch, 1, 1, k.shape[1]).expand(-1, num_heads, -1, -1)
+        padding = padding.reshape(batch * num_heads, 1, k.shape[1])
+        mask = padding if mask is None else mask + padding
+    options = mask, dropout_p if training else 0.0, (length, batch, num_heads)
+    seen, weights = (
+        _weighted(q, k, v, *options) if need_weights else (_fused(q, k, v, *options, is_causal), None)
+    )
+    result = F.linear(seen, out_proj_weight, out_proj_bias).view(length, batch, -1)
+    if weights is not None:
+        weights = weights.view(batch, num_heads, length, k.shape[1])
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+        weights = weights if batched else weights.squeeze(0)
+    return (result if batched else result.squeeze(1)), weights
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask of what is left out as one that is added: minus infinity there."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+
+
+def _projections(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> Sequence[torch.Tensor]:
+    """Query, key and value by one weight [3 E, E]; those of the same tensor in one product."""
+    if key is not value:
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        parts = zip((query, key, value), weight.chunk(3), biases, strict=True)
+        return [F.linear(x, w, b) for x, w, b in parts]
+    if query is key:
+        return _several(query, weight, bias, 3)
+    width = query.shape[-1]
+    w_query, w_both = torch.split(weight, [width, width * 2])
+    b_query, b_both = (None, None) if bias is None else torch.split(bias, [width, width * 2])
+    return [F.linear(query, w_query, b_query), *_several(key, w_both, b_both, 2)]
+
+
+def _several(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, count: int
+) -> list[torch.Tensor]:
+    product = torch.unflatten(F.linear(x, weight, bias), -1, (count, x.shape[-1]))
+    product = product.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+    return [product[number] for number in range(count)]
+
+
+def _weighted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
+    shape: tuple[int, int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(attention [L N, E], its weights [N heads, L, S]) of q, k, v [N heads, L, E / heads]."""
+    scaled, across = q * math.sqrt(1.0 / q.shape[-1]), k.transpose(-2, -1)
+    scores = torch.bmm(scaled, across) if mask is None else torch.baddbmm(mask, scaled, across)
+    weights = torch.softmax(scores, -1)
+    weights = F.dropout(weights, dropout) if dropout > 0.0 else weights
+    return torch.bmm(weights, v).transpose(0, 1).reshape(shape[0] * shape[1], -1), weights
+
+
+def _fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
+    shape: tuple[int, int, int], is_causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    """[N L, E], by `attention`."""
+    length, batch, heads = shape
+    if mask is not None:
+        one = mask.shape[0] == 1 and mask.dim() == 3
+        mask = mask.unsqueeze(0) if one else mask.view(batch, heads, -1, k.shape[1])
+    q, k, v = (x.view(batch, heads, x.shape[1], x.shape[2]) for x in (q, k, v))
+    seen = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+    return seen.permute(2, 0, 1, 3).reshape(batch * length, -1)
 
 
 def attention(
@@ -89,3 +217,11 @@ def recurrent(
         if layer < layers - 1:
             x = F.dropout(x, dropout)
     return (x, *(torch.cat(parts) for parts in zip(*ends, strict=True)))
+
+
+#: Written in Python over other torch functions, of which a mode sees only the outermost call: the same, seen inside.
+COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention,
+    F.gumbel_softmax: gumbel_softmax,
+    F.scaled_dot_product_attention: attention,
+}

@@ -1,14 +1,14 @@
 """Which ATen operations are taken apart during capture, and into what.
 
-Base: torch's core ATen table. Kept whole are the ops that MIL has under one name or that the lowering
-writes better (labels and indices as one-hot: the engine has no gather and scatter); added are backward ops
-that the core table leaves whole.
+Base: `torch.export.default_decompositions()`, torch's core ATen table. Kept whole are the ops that MIL has under
+one name or that the lowering writes better (labels and indices as one-hot: the engine has no gather and scatter);
+added are backward ops that the core table leaves whole.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ane_trainer.ane.capture.rewrites import experts
 from ane_trainer.ane.capture.rewrites.derivatives import DERIVATIVES
 from ane_trainer.ane.capture.rewrites.normalization import NORMALIZATIONS
 from ane_trainer.ane.capture.rewrites.sampling import SAMPLING
+from ane_trainer.ane.capture.trace.torch_private import decompositions_of
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ KEPT = (
     aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
     aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d, aten.flip, aten.roll,
     aten.replication_pad1d_backward, aten.replication_pad2d_backward, aten.replication_pad3d_backward,
-    aten.max_unpool2d, aten.max_unpool3d,
+    aten.max_unpool2d, aten.max_unpool3d, aten.linalg_vector_norm,
 )  # fmt: skip
 
 #: Beyond the core table.
@@ -51,16 +52,16 @@ ADDED = (
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
-    """The table for `make_fx`: overload -> function in terms of other ops."""
+    """The table for capture and AOTAutograd: overload -> function in terms of other ops."""
     return _own_table() | experts.decompositions()
 
 
 @functools.cache
 def _own_table() -> dict[Any, Callable[..., Any]]:
-    from torch._decomp import core_aten_decompositions, get_decompositions
+    from torch.export import default_decompositions  # takes seconds to import
 
-    added = [packet for packet in ADDED if isinstance(packet, torch._ops.OpOverloadPacket)]
-    table: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **get_decompositions(added)}
+    core: Mapping[Any, Callable[..., Any]] = default_decompositions()
+    table = {**core, **decompositions_of(ADDED)}
     kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}  # type: ignore[no-untyped-call]
     table = {op: function for op, function in table.items() if op not in kept}
     return table | NORMALIZATIONS | DERIVATIVES | SAMPLING

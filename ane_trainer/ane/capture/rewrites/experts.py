@@ -49,7 +49,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         ("grouped_mm_fallback", grouped_mm),
         ("grouped_mm_fallback_backward", grouped_mm_backward),
     ):
-        if torch._C._jit_get_schemas_for_operator(f"{_LIBRARY}::{name}"):
+        if hasattr(library, name):
             found[getattr(library, name).default] = function
     return found
 

@@ -7,6 +7,7 @@ long as it is not written to.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ane_trainer.ane.capture.trace.torch_private import SideTable, version
+
 Function = Callable[..., Any]
-_ORIGIN = "_ane_origin"
 
 
 @dataclass(frozen=True)
@@ -27,76 +29,71 @@ class _Origin:
     version: int
 
 
-def sigmoid(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`torch.sigmoid`, remembered."""
-    return _remember(torch.sigmoid(x, *args, **kwargs), x, F.logsigmoid)
+class Origins:
+    """What probabilities were made of, for each tensor of one capture that lives; `rewrites` are its functions."""
 
+    def __init__(self) -> None:
+        self._origins: SideTable[_Origin] = SideTable()
+        self.rewrites: dict[Function, Function] = {
+            torch.sigmoid: self._sigmoid, torch.Tensor.sigmoid: self._sigmoid, torch.softmax: self._softmax,
+            F.softmax: self._softmax, torch.Tensor.softmax: self._softmax, torch.log: self._logarithm,
+            torch.Tensor.log: self._logarithm, F.binary_cross_entropy: self._binary_cross_entropy,
+            **{function: functools.partial(self._moved, function) for function in _VIEWS},
+        }  # fmt: skip
 
-def softmax(x: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`torch.softmax` and `F.softmax`, remembered; the other arguments are `_stacklevel` and `dtype`."""
-    if dim is None:
-        return F.softmax(x, dim, *args, **kwargs)
-    dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
-    result = torch.softmax(x, dim, dtype=dtype)
-    return _remember(result, x, lambda scores: F.log_softmax(scores, dim, dtype=dtype))
+    def _sigmoid(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._remember(torch.sigmoid(x, *args, **kwargs), x, F.logsigmoid)
 
+    def _softmax(self, x: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`torch.softmax` and `F.softmax`; the other arguments are `_stacklevel` and `dtype`."""
+        if dim is None:
+            return F.softmax(x, dim, *args, **kwargs)
+        dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
+        result = torch.softmax(x, dim, dtype=dtype)
+        return self._remember(result, x, lambda scores: F.log_softmax(scores, dim, dtype=dtype))
 
-def logarithm(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`torch.log`: of a sigmoid `logsigmoid`, of a softmax `log_softmax`."""
-    origin = _origin(x)
-    if origin is None or args or kwargs:
-        return torch.log(x, *args, **kwargs)
-    result: torch.Tensor = origin.logarithm(origin.scores)
-    return result
-
-
-def binary_cross_entropy(
-    input: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> torch.Tensor:
-    """`F.binary_cross_entropy`; of a sigmoid it is `binary_cross_entropy_with_logits`."""
-    origin = _origin(input)
-    if origin is None or origin.logarithm is not F.logsigmoid:
-        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
-    return F.binary_cross_entropy_with_logits(origin.scores, target, weight, size_average, reduce, reduction)
-
-
-def moved(function: Function) -> Function:
-    """A view or reshape that passes on what a sigmoid's result was made of."""
-
-    def move(x: Any, *args: Any, **kwargs: Any) -> Any:
-        result = function(x, *args, **kwargs)
-        origin = _origin(x)
-        if origin is not None and origin.logarithm is F.logsigmoid and isinstance(result, torch.Tensor):
-            _remember(result, function(origin.scores, *args, **kwargs), F.logsigmoid)
+    def _logarithm(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`torch.log`: of a sigmoid `logsigmoid`, of a softmax `log_softmax`."""
+        origin = self._origin(x)
+        if origin is None or args or kwargs:
+            return torch.log(x, *args, **kwargs)
+        result: torch.Tensor = origin.logarithm(origin.scores)
         return result
 
-    return move
+    def _binary_cross_entropy(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        """`F.binary_cross_entropy`; of a sigmoid it is `binary_cross_entropy_with_logits`."""
+        origin, options = self._origin(input), (weight, size_average, reduce, reduction)
+        if origin is None or origin.logarithm is not F.logsigmoid:
+            return F.binary_cross_entropy(input, target, *options)
+        return F.binary_cross_entropy_with_logits(origin.scores, target, *options)
+
+    def _moved(self, function: Function, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A view or reshape, which passes on what a sigmoid's result was made of."""
+        result = function(x, *args, **kwargs)
+        origin = self._origin(x)
+        if origin is not None and origin.logarithm is F.logsigmoid and isinstance(result, torch.Tensor):
+            self._remember(result, function(origin.scores, *args, **kwargs), F.logsigmoid)
+        return result
+
+    def _remember(self, result: torch.Tensor, scores: torch.Tensor, logarithm: Function) -> torch.Tensor:
+        self._origins[result] = _Origin(scores, logarithm, version(result))
+        return result
+
+    def _origin(self, x: Any) -> _Origin | None:
+        origin = self._origins.get(x)
+        return origin if origin is not None and origin.version == version(x) else None
 
 
-def _remember(result: torch.Tensor, scores: torch.Tensor, logarithm: Function) -> torch.Tensor:
-    setattr(result, _ORIGIN, _Origin(scores, logarithm, result._version))
-    return result
-
-
-def _origin(x: Any) -> _Origin | None:
-    origin = getattr(x, _ORIGIN, None)
-    return origin if isinstance(origin, _Origin) and origin.version == x._version else None
-
-
-def _view_functions() -> dict[Function, Function]:
-    names = "squeeze unsqueeze view reshape flatten contiguous view_as float"
-    methods = [getattr(torch.Tensor, name) for name in names.split()]
-    functions = [getattr(torch, name) for name in ("squeeze", "unsqueeze", "reshape", "flatten")]
-    return {function: moved(function) for function in (*methods, *functions)}
-
-
-REWRITES: dict[Function, Function] = {
-    torch.sigmoid: sigmoid, torch.Tensor.sigmoid: sigmoid, torch.softmax: softmax, F.softmax: softmax,
-    torch.Tensor.softmax: softmax, torch.log: logarithm, torch.Tensor.log: logarithm,
-    F.binary_cross_entropy: binary_cross_entropy, **_view_functions(),
-}  # fmt: skip
+_VIEWS: tuple[Function, ...] = (
+    torch.Tensor.squeeze, torch.Tensor.unsqueeze, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten,
+    torch.Tensor.contiguous, torch.Tensor.view_as, torch.Tensor.float, torch.squeeze,
+    torch.unsqueeze, torch.reshape, torch.flatten,
+)  # fmt: skip

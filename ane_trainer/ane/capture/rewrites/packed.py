@@ -8,19 +8,17 @@ states and gradients are PyTorch's. What else reads the rows by themselves is re
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_packed_sequence
+from torch.overrides import wrap_torch_function
 
+from ane_trainer.ane.capture.trace.torch_private import SideTable
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
-_LENGTHS = "_ane_lengths"
-_ROWS = "_ane_packed_rows"
 #: Functions of rows that may be applied to a packed sequence's data, by name; their results are rows again.
 ROW_BY_ROW = frozenset(
     (
@@ -30,16 +28,87 @@ ROW_BY_ROW = frozenset(
 )
 
 
-def is_rows(value: Any) -> bool:
-    """Whether the tensor is the data of a packed sequence."""
-    return getattr(value, _ROWS, False)
+@dataclass(frozen=True)
+class Lengths:
+    """What a tensor of batch sizes stands for: the rows' lengths [B], and how many steps each row has."""
+
+    lengths: torch.Tensor
+    steps: int
 
 
-def rows_of(value: Any) -> Any:
-    """The tensor, marked as the data of a packed sequence."""
-    if isinstance(value, torch.Tensor):
-        setattr(value, _ROWS, True)
-    return value
+class PackedSequences:
+    """The packed sequences of one capture: their batch sizes and rows, as long as these tensors live.
+
+    `values_known`: functions run on the example's values, so that lengths can be looked at (calibration).
+    """
+
+    def __init__(self, values_known: bool) -> None:
+        self._lengths: SideTable[Lengths] = SideTable()
+        self._rows: SideTable[bool] = SideTable()
+        self._values_known = values_known
+
+    def lengths(self, batch_sizes: Any) -> Lengths | None:
+        """What `lengths_of` gives."""
+        return self._lengths.get(batch_sizes)
+
+    def is_rows(self, value: Any) -> bool:
+        """Whether the tensor is the data of a packed sequence."""
+        return bool(self._rows) and self._rows.get(value) is not None
+
+    def mark_rows(self, value: Any) -> Any:
+        """The tensor, from now on the data of a packed sequence."""
+        if isinstance(value, torch.Tensor):
+            self._rows[value] = True
+        return value
+
+    def pack(
+        self, x: torch.Tensor, lengths: torch.Tensor, batch_first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_pack_padded_sequence`: rows [T B, ...] and the batch sizes, as many as the longest row has steps."""
+        steps = x.transpose(0, 1) if batch_first else x
+        longest = int(lengths.max()) if self._values_known else steps.shape[0]
+        batch_sizes = torch.full((longest,), steps.shape[1], dtype=torch.int64)
+        self._lengths[batch_sizes] = Lengths(lengths, steps.shape[0])
+        return self.mark_rows(steps.flatten(0, 1)), batch_sizes
+
+    def pad(
+        self, rows: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, value: float, total: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_pad_packed_sequence`: [T, B, ...] or [B, T, ...] with `value` behind each length, and the lengths.
+
+        Without a total length PyTorch cuts it to the longest length; that must be T here, at least in the example.
+        """
+        known = self._lengths.get(batch_sizes)
+        assert known is not None
+        count = known.steps
+        if total < count:
+            reason = f"needs the longest length to be that of the padded batch, {count}; got {total}."
+            fix = f"Pass total_length={count}."
+            finding = Finding("pad_packed_sequence", "pad_packed_sequence", reason, fix)
+            raise UnsupportedModel("The step needs fixed shapes:", [finding])
+        steps = rows.reshape(count, rows.shape[0] // count, *rows.shape[1:])
+        inside = _inside(known.lengths, count).reshape(*steps.shape[:2], *(1 for _ in steps.shape[2:]))
+        steps = torch.where(inside, steps, value)
+        if total > count:
+            steps = F.pad(steps, (*(0 for _ in range(2 * (steps.dim() - 1))), 0, total - count), value=value)
+        return (steps.transpose(0, 1) if batch_first else steps), known.lengths
+
+
+@wrap_torch_function(lambda batch_sizes: (batch_sizes,))
+def lengths_of(batch_sizes: torch.Tensor) -> Lengths | None:
+    """The lengths that a tensor of batch sizes stands for, by the `RewriteMode` in force; None if it is another."""
+    return None
+
+
+@wrap_torch_function(lambda rows: (rows,))
+def as_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The tensor, marked by the `RewriteMode` in force as the data of a packed sequence."""
+    return rows
+
+
+def is_packed_call(args: Sequence[Any]) -> bool:
+    """Whether a recurrent function is called on a sequence that `PackedSequences` packed."""
+    return len(args) > 1 and isinstance(args[1], torch.Tensor) and lengths_of(args[1]) is not None
 
 
 def check_use(name: str) -> None:
@@ -51,51 +120,6 @@ def check_use(name: str) -> None:
         "Call pad_packed_sequence first, and leave the padding out with a mask.",
     )  # fmt: skip
     raise UnsupportedModel("The step needs fixed shapes:", [finding])
-
-
-def pack(x: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_pack_padded_sequence`: rows [T B, ...] and the batch sizes."""
-    steps = x.transpose(0, 1) if batch_first else x
-    batch_sizes = torch.full((steps.shape[0],), steps.shape[1], dtype=torch.int64)
-    setattr(batch_sizes, _LENGTHS, lengths)
-    return rows_of(steps.flatten(0, 1)), batch_sizes
-
-
-def pad(
-    rows: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, value: float, total: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_pad_packed_sequence`: [T, B, ...] or [B, T, ...] with `value` behind each length, and the lengths.
-
-    Without a total length PyTorch cuts it to the longest length; that must be T here, at least in the example.
-    """
-    lengths: torch.Tensor = getattr(batch_sizes, _LENGTHS)
-    count = batch_sizes.shape[0]
-    rehearsed = not hasattr(lengths, "_ane_slot")
-    if rehearsed and not _total_is_given() and int(lengths.max()) < count:
-        reason = (
-            f"needs the longest length to be that of the padded batch, {count}; got {int(lengths.max())}."
-        )
-        finding = Finding("pad_packed_sequence", "pad_packed_sequence", reason, f"Pass total_length={count}.")
-        raise UnsupportedModel("The step needs fixed shapes:", [finding])
-    steps = rows.reshape(count, rows.shape[0] // count, *rows.shape[1:])
-    inside = _inside(lengths, count).reshape(*steps.shape[:2], *(1 for _ in steps.shape[2:]))
-    steps = torch.where(inside, steps, value)
-    if total > count:
-        steps = F.pad(steps, (*(0 for _ in range(2 * (steps.dim() - 1))), 0, total - count), value=value)
-    return (steps.transpose(0, 1) if batch_first else steps), lengths
-
-
-def _total_is_given() -> bool:
-    """Whether `pad_packed_sequence`, which hands the number of steps on, was called with a total length."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not pad_packed_sequence.__code__:
-        frame = frame.f_back
-    return frame is not None and frame.f_locals.get("total_length") is not None
-
-
-def is_packed_call(args: Sequence[Any]) -> bool:
-    """Whether a recurrent function is called on a sequence that `pack` made."""
-    return len(args) > 1 and hasattr(args[1], _LENGTHS)
 
 
 def recurrent(
@@ -112,9 +136,10 @@ def recurrent(
 ) -> tuple[torch.Tensor, ...]:
     """`lstm`, `gru`, `rnn_tanh` or `rnn_relu` on packed rows: (rows of outputs, last states)."""
     states = list(start) if isinstance(start, (tuple, list)) else [start]
-    count = batch_sizes.shape[0]
-    x = rows.reshape(count, -1, rows.shape[-1])
-    inside = _inside(getattr(batch_sizes, _LENGTHS), count).unsqueeze(-1)
+    known = lengths_of(batch_sizes)
+    assert known is not None
+    x = rows.reshape(known.steps, -1, rows.shape[-1])
+    inside = _inside(known.lengths, known.steps).unsqueeze(-1)
     directions = 2 if bidirectional else 1
     each = len(weights) // (layers * directions)
     ends: list[list[torch.Tensor]] = []
@@ -130,7 +155,7 @@ def recurrent(
         x = torch.cat(outputs, -1) if directions > 1 else outputs[0]
         if dropout and training and layer < layers - 1:
             x = F.dropout(x, dropout)
-    return (rows_of(x.flatten(0, 1)), *(torch.stack(parts) for parts in zip(*ends, strict=True)))
+    return (as_rows(x.flatten(0, 1)), *(torch.stack(parts) for parts in zip(*ends, strict=True)))
 
 
 def _direction(

@@ -14,9 +14,7 @@ import torch
 from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 
-from ane_trainer.ane.capture.rewrites import logits, packed
 from ane_trainer.ane.capture.rewrites.bags import embedding_bag
 from ane_trainer.ane.capture.rewrites.criteria import (
     gaussian_nll,
@@ -27,57 +25,55 @@ from ane_trainer.ane.capture.rewrites.criteria import (
 )
 from ane_trainer.ane.capture.rewrites.ctc import ctc_loss
 from ane_trainer.ane.capture.rewrites.experts import histc
+from ane_trainer.ane.capture.rewrites.logits import Origins
+from ane_trainer.ane.capture.rewrites.packed import PackedSequences, as_rows, check_use, lengths_of
+from ane_trainer.ane.capture.trace.torch_private import checkpoints_run_once, is_all_true
 
 Function = Callable[..., Any]
 
 
 class RewriteMode(TorchFunctionMode):
-    """Replaces the functions of `REWRITES` by their replacements."""
+    """Replaces the functions of `REWRITES` by their replacements; holds what one capture knows of its tensors."""
+
+    def __init__(self, values_known: bool = False) -> None:
+        super().__init__()
+        self._packed = PackedSequences(values_known)
+        self._table: dict[Function, Function] = {
+            **REWRITES, **Origins().rewrites, lengths_of: self._packed.lengths, as_rows: self._packed.mark_rows,
+        }  # fmt: skip
+        #: By name: these have no function object of their own in Python.
+        self._by_name: dict[str, Function] = {
+            "_pack_padded_sequence": self._packed.pack, "_pad_packed_sequence": self._packed.pad,
+        }  # fmt: skip
 
     def __torch_function__(
         self, func: Function, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        replacement = _PACKED.get(name) or REWRITES.get(func)
+        replacement = self._by_name.get(name) or self._table.get(func)
         if replacement is not None:
             return replacement(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if args and packed.is_rows(args[0]):
-            packed.check_use(name)
-            packed.rows_of(result)
+        if args and self._packed.is_rows(args[0]):
+            check_use(name)
+            self._packed.mark_rows(result)
         return result
 
 
 @contextlib.contextmanager
-def rewriting() -> Iterator[None]:
-    """`RewriteMode`, and what changes torch otherwise while the block runs.
+def rewriting(values_known: bool = False) -> Iterator[None]:
+    """`RewriteMode`, and what changes torch otherwise while the block runs; `values_known` as in `PackedSequences`.
 
     `torch.distributions` does not look at its parameters' and samples' values (programs have no exceptions), and
     checkpointed parts run once: the program recomputes nothing, and their dropouts are drawn once.
     """
     checks = Distribution._validate_args
     Distribution.set_default_validate_args(False)
-    halves = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
-    checkpoint._checkpoint_without_reentrant_generator = _run_once
-    checkpoint.CheckpointFunction = _RunOnce  # type: ignore[misc,assignment]
     try:
-        with RewriteMode():
+        with checkpoints_run_once(), RewriteMode(values_known):
             yield
     finally:
         Distribution.set_default_validate_args(checks)
-        checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction = halves  # type: ignore[misc]
-
-
-def _run_once(*_: Any, **__: Any) -> Iterator[None]:
-    yield
-
-
-class _RunOnce:
-    """Stands for the autograd function of reentrant checkpoints."""
-
-    @staticmethod
-    def apply(function: Function, _preserve: bool, *args: Any) -> Any:
-        return function(*args)
 
 
 def _all_true(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,10 +123,8 @@ def _axes(part: Any) -> int:
 
 
 REWRITES: dict[Function, Function] = {
-    F.one_hot: one_hot, torch._is_all_true: _all_true, F.embedding: _embedding, F.embedding_bag: embedding_bag,
+    F.one_hot: one_hot, is_all_true: _all_true, F.embedding: _embedding, F.embedding_bag: embedding_bag,
     torch.Tensor.__getitem__: _getitem, F.gaussian_nll_loss: gaussian_nll, torch.logcumsumexp: logcumsumexp,
     torch.Tensor.logcumsumexp: logcumsumexp, F.multi_margin_loss: multi_margin,
-    F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, torch.histc: histc, **logits.REWRITES,
+    F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, torch.histc: histc,
 }  # fmt: skip
-#: By name: these have no function object of their own in Python.
-_PACKED: dict[str, Function] = {"_pack_padded_sequence": packed.pack, "_pad_packed_sequence": packed.pad}

@@ -19,23 +19,16 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ane_trainer.ane.capture.rewrites import complexes
-from ane_trainer.ane.capture.trace import sources
-from ane_trainer.ane.capture.trace.overloads import (
-    is_composite,
-    is_view,
-    out_argument,
-    pure_form,
-    written_argument,
-)
+from ane_trainer.ane.capture.rewrites.complexes import Pairs, takes
+from ane_trainer.ane.capture.trace.overloads import is_view, out_argument, pure_form, written_argument
+from ane_trainer.ane.capture.trace.sources import META_KEY, Place
+from ane_trainer.ane.capture.trace.torch_private import SideTable, TorchDispatchMode, can_decompose
 from ane_trainer.ane.capture.trace.unknown import finding
 from ane_trainer.ane.capture.trace.views import in_memory_order, undo
 from ane_trainer.ane.errors import Finding
 
 aten = torch.ops.aten
-_SLOT = "_ane_slot"
 
 
 @dataclass(eq=False)
@@ -61,7 +54,6 @@ class View:
 class Slot:
     """What the recorder knows of one tensor: the node with its present value, and what it is a view of."""
 
-    recorder: Recorder
     node: Node
     root: Root
     writes: int
@@ -72,11 +64,14 @@ class Slot:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use as a context around the function's run; `placeholder` first, `finish` last."""
 
-    def __init__(self, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(self, decompositions: Mapping[Any, Callable[..., Any]], place: Place) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.root_module = torch.nn.Module()
-        self._table = decompositions
+        self._table, self._place = decompositions, place
+        #: Tensor -> slot, for as long as the tensor lives.
+        self._slots: SideTable[Slot] = SideTable()
+        self._pairs = Pairs(place)
         self._constants: dict[int, tuple[torch.Tensor, Slot]] = {}
         #: What the function did that no program can (`unknown.py`).
         self.findings: list[Finding] = []
@@ -96,9 +91,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if complexes.takes(func, args):
+        if takes(func, args):
             with self:
-                return complexes.compute(func, args, kwargs)
+                return self._pairs.compute(func, args, kwargs)
         out = out_argument(func)
         if out is not None and out in kwargs:
             return self._write_out(func, out, args, kwargs)
@@ -113,7 +108,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         if func is aten.as_strided.default:
             return self._show_memory(func, args, kwargs)
-        if is_composite(func):
+        if can_decompose(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -127,7 +122,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         base = args[0]
         if not base.is_contiguous():
             with self:
-                return func(in_memory_order(base), *args[1:], **kwargs)
+                return func(in_memory_order(base, self._place.text), *args[1:], **kwargs)
         size, stride, offset = (*args[1:], *kwargs.values(), None)[:3]
         offset = base.storage_offset() if offset is None else offset
         result = func(base, size, stride, offset)
@@ -158,10 +153,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """A result that is no tensor: known at compile time, or refused."""
-        self._check(func, self._slots((args, kwargs)))
+        self._check(func, self._slots_of((args, kwargs)))
         return result
 
-    def _slots(self, arguments: Any) -> list[Slot]:
+    def _slots_of(self, arguments: Any) -> list[Slot]:
         slots: list[Slot] = []
         self._nodes(arguments, slots)
         return slots
@@ -169,16 +164,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _check(self, func: Any, slots: list[Slot]) -> bool:
         """Whether all arguments are known; if not, what `func` must not do with them becomes a finding."""
         known = all(slot.known for slot in slots)
-        found = None if known else finding(func, [slot.node for slot in slots if not slot.known])
+        found = None if known else self._finding(func, slots)
         if found is not None:
             self.findings.append(found)
         return known
+
+    def _finding(self, func: Any, slots: list[Slot]) -> Finding | None:
+        return finding(func, [slot.node for slot in slots if not slot.known], self._place.text)
 
     def _write_out(self, func: Any, out: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """`f(x, out=t)`: `t` becomes what `f(x)` gives, and takes its shape where it has another."""
         target: torch.Tensor = kwargs[out]
         with self:
-            value = pure_form(func)(*args, **{k: v for k, v in kwargs.items() if k != out})
+            value = pure_form(func, self._place.text)(*args, **{k: v for k, v in kwargs.items() if k != out})
         if target.shape != value.shape:
             target.resize_(value.shape)
             self._attach(target, self._read(self._slot(torch.empty_like(value))), known=True)
@@ -187,7 +185,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _write(self, func: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """An operation that changes argument `index` in place: compute the new value, then put it there."""
-        pure = None if func is aten.copy_.default else pure_form(func)
+        pure = None if func is aten.copy_.default else pure_form(func, self._place.text)
         target: torch.Tensor = args[index]
         with self:
             if pure is None:
@@ -199,7 +197,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = value.expand(target.shape) if value.shape != target.shape else value
         new = self._slot(value)
         if torch.Tag.inplace_view in func.tags:  # another shape of the same numbers
-            setattr(target, _SLOT, new)
+            self._slots[target] = new
             func(*args, **kwargs)
             return target
         slot = self._slot(target)
@@ -220,13 +218,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _attach(self, tensor: torch.Tensor, node: Node, known: bool, view: View | None = None) -> Slot:
         root = Root() if view is None else view.base.root
-        slot = Slot(self, node, root, root.writes, known, view)
-        setattr(tensor, _SLOT, slot)
+        slot = Slot(node, root, root.writes, known, view)
+        self._slots[tensor] = slot
         return slot
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
-        slot = getattr(tensor, _SLOT, None)
-        if isinstance(slot, Slot) and slot.recorder is self:
+        slot = self._slots.get(tensor)
+        if slot is not None:
             return slot
         if id(tensor) in self._constants:
             return self._constants[id(tensor)][1]
@@ -234,7 +232,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.root_module.register_buffer(name, tensor.detach().clone())
         node = self.graph.get_attr(name)
         node.meta["val"] = _meta(tensor)
-        slot = Slot(self, node, Root(), 0, known=True)
+        slot = Slot(node, Root(), 0, known=True)
         self._constants[id(tensor)] = (tensor, slot)
         return slot
 
@@ -268,9 +266,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Node:
         node = self.graph.create_node("call_function", func, args, kwargs)
-        source = sources.current()
-        if source is not None:
-            node.meta[sources.META_KEY] = source
+        if self._place.text is not None:
+            node.meta[META_KEY] = self._place.text
         return node
 
     def _item(self, node: Node, index: int, value: torch.Tensor) -> Node:

@@ -12,15 +12,24 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
+
+from ane_trainer.ane.capture.trace.torch_private import pytree
 
 META_KEY = "ane_source"
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 _OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+@dataclass
+class Place:
+    """Where the operations that run now come from, for one capture: `module.path (file.py:line)`, or None."""
+
+    text: str | None = None
 
 
 class ModuleStack:
@@ -60,44 +69,31 @@ def watch_modules(model: torch.nn.Module) -> Iterator[ModuleStack]:
 
 
 class SourceMode(TorchFunctionMode):
-    """Annotates every torch call with `describe()` and tags the autograd nodes that it made."""
+    """Sets the place to `describe()` for every torch call, and tags the autograd nodes that it made."""
 
-    def __init__(self, describe: Callable[[], str]) -> None:
+    def __init__(self, describe: Callable[[], str], place: Place) -> None:
         super().__init__()
-        self.describe = describe
+        self._describe, self._place = describe, place
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        source = self.describe()
-        set_source(source)
+        source = self._place.text = self._describe()
         result = func(*args, **(kwargs or {}))
         _tag(result, source)
         return result
-
-
-class _Here:
-    """What the operations that run now belong to."""
-
-    source: str | None = None
-
-
-def set_source(source: str | None) -> None:
-    """Annotate the FX nodes made from here on with `source`."""
-    _Here.source = source
-
-
-def current() -> str | None:
-    """The annotation in force, or None."""
-    return _Here.source
 
 
 def _metadata(node: torch.autograd.graph.Node) -> dict[str, Any]:
     return cast("dict[str, Any]", node.metadata)
 
 
-def follow_backward(root: torch.Tensor) -> None:
-    """Let the nodes of `root`'s backward annotate what they compute with the source of their forward."""
+def follow_backward(root: torch.Tensor, place: Place) -> None:
+    """Let the nodes of `root`'s backward set the place to the source of their forward."""
+
+    def enter(source: str) -> Callable[[Any], None]:
+        return lambda _gradients: setattr(place, "text", source)
+
     pending = [root.grad_fn]
     seen = set()
     while pending:
@@ -107,7 +103,7 @@ def follow_backward(root: torch.Tensor) -> None:
         seen.add(node)
         source = _metadata(node).get(META_KEY)
         if source is not None:
-            node.register_prehook(lambda _grads, source=source: set_source(source))
+            node.register_prehook(enter(source))
         pending.extend(parent for parent, _ in node.next_functions)
 
 
@@ -145,7 +141,7 @@ def _short(path: str) -> str:
 
 def _tag(result: Any, source: str) -> None:
     """Note `source` on all autograd nodes behind `result` that have no source yet."""
-    pending = [t.grad_fn for t in _pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    pending = [t.grad_fn for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
     while pending:
         node = pending.pop()
         if node is None or META_KEY in _metadata(node):

@@ -1,7 +1,4 @@
-"""From a Python function over tensors to a functional FX graph of ATen ops, with source locations.
-
-All of torch's private or unstable functions that capture needs are used in this file only.
-"""
+"""From a Python function over tensors to a functional FX graph of ATen ops, with source locations."""
 
 from __future__ import annotations
 
@@ -15,7 +12,8 @@ from torch.fx import traceback as fx_traceback
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.trace.recorder import Recorder
 from ane_trainer.ane.capture.trace.simplify import simplify
-from ane_trainer.ane.capture.trace.sources import set_source, spread_sources
+from ane_trainer.ane.capture.trace.sources import Place, spread_sources
+from ane_trainer.ane.capture.trace.torch_private import plain_kernels
 from ane_trainer.ane.capture.trace.unknown import refusal
 
 Overload = Any
@@ -25,18 +23,20 @@ def trace(
     function: Callable[..., Sequence[torch.Tensor]],
     inputs: Mapping[str, torch.Tensor],
     decompositions: Mapping[Overload, Callable[..., Any]],
+    place: Place | None = None,
 ) -> torch.fx.GraphModule:
     """Trace `function(*inputs.values())` into a graph without mutations or dead nodes.
 
-    `function` may run autograd and may change its own intermediates in place, but not its inputs.
+    `function` keeps `place` up to date, with which its operations are annotated. It may run autograd
+    and may change its own intermediates in place, but not its inputs.
     Raises: UnsupportedModel for all places that decide by values which are not known beforehand.
     Placeholders are called like the inputs. Nodes carry `meta["ane_source"]` where `sources` knows it.
     """
-    recorder = Recorder(decompositions)
+    place = place or Place()
+    recorder = Recorder(decompositions, place)
     values = [value.detach().clone() for value in inputs.values()]
     for name, value in zip(inputs, values, strict=True):
         recorder.placeholder(name, value)
-    set_source(None)
     with tracing():
         try:
             with recorder:
@@ -48,7 +48,6 @@ def trace(
         if recorder.findings:
             raise refusal(recorder.findings)
         graph_module = recorder.finish(results)
-    set_source(None)
     simplify(graph_module.graph)
     _name_placeholders(graph_module.graph, list(inputs))
     spread_sources(graph_module.graph)
@@ -64,13 +63,9 @@ def tracing() -> Iterator[None]:
 
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    # not torch.backends.mkldnn.flags: it also sets an option for Intel GPUs and warns that there is none
-    onednn = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    # models that look at values to choose a path (`if mask.all()`) take the one that fits all values
-    compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     try:
         with (
+            plain_kernels(),
             fx_traceback.preserve_node_meta(),
             torch.autograd.set_multithreading_enabled(False),
             sdpa_kernel(SDPBackend.MATH),
@@ -79,8 +74,6 @@ def tracing() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch._C._set_mkldnn_enabled(onednn)
-        torch.compiler._is_compiling_flag = compiling
 
 
 def _name_placeholders(graph: torch.fx.Graph, names: list[str]) -> None:

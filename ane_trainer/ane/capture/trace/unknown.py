@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ane_trainer.ane.capture.trace import sources
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten
@@ -19,9 +18,9 @@ _VALUE_READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_no
 _MASK = "mask_"
 
 
-def finding(func: Any, nodes: list[Node]) -> Finding | None:
+def finding(func: Any, nodes: list[Node], place: str | None) -> Finding | None:
     """Why `func` cannot be part of a step, on arguments that are not all known; None if it can."""
-    place = sources.current() or str(func)
+    place = place or str(func)
     # `index` keeps its shape but for masks, which its rule refuses
     if torch.Tag.dynamic_output_shape in func.tags and func is not aten.index.Tensor:
         return Finding(

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ane_trainer.ane.capture.trace import sources
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten
 Emit = Callable[[Any, tuple[Any, ...], Node], Node]
 
 
-def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+def in_memory_order(tensor: torch.Tensor, place: str | None) -> torch.Tensor:
     """A view with the axes in the order of memory, which strides and offsets are about."""
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
     ordered = tensor.permute(order)
     if not ordered.is_contiguous():
-        place = sources.current() or "aten.as_strided"
         reason = f"shows memory between the elements of its tensor, whose strides are {list(strides)}."
-        finding = Finding(place, "aten.as_strided.default", reason, "Call clone() first.")
+        finding = Finding(
+            place or "aten.as_strided", "aten.as_strided.default", reason, "Call clone() first."
+        )
         raise UnsupportedModel("The step reads memory in a way that cannot be captured:", [finding])
     return ordered
 

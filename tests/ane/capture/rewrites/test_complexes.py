@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.ports import find_parameters
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.compiler.lower.harness import captured, check, gradients, normal
@@ -62,3 +63,19 @@ def test_complex_parameters_are_refused() -> None:
     model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))})
     with pytest.raises(UnsupportedModel, match="w: parameter: is complex"):
         find_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_constant_changed_in_place_is_read_anew() -> None:
+    """The second capture once took the constant's pair from the first."""
+    constant = torch.tensor([1.0 + 2.0j, 3.0 - 1.0j])
+
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(torch.view_as_complex(x) * constant)
+
+    x = torch.ones(2, 2)
+    for _ in range(2):
+        (found,) = capture_forward(Net(), x).graph(x)
+        torch.testing.assert_close(found, Net()(x))
+        assert not vars(constant)
+        constant.mul_(2.0j)

@@ -1,0 +1,155 @@
+"""Everything of torch that capture uses and torch does not document; tests/ane/capture/trace/test_torch_private.py
+checks each on the installed release.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ane_trainer.ane.errors import EnvironmentFault
+
+__all__ = [
+    "SideTable", "TorchDispatchMode", "can_decompose", "checkpoints_run_once", "decompositions_of", "is_all_true",
+    "mark_stepped",
+    "non_persistent_buffers", "plain_kernels", "pytree", "schema", "version", "without_modes",
+]  # fmt: skip
+
+#: `Distribution` asks this of samples when it was made with its checks on.
+is_all_true: Callable[..., torch.Tensor] = torch._is_all_true
+#: Context: no function or dispatch mode sees what runs inside.
+without_modes: Callable[[], contextlib.AbstractContextManager[Any]] = _disable_current_modes
+#: Where torch's releases keep the generator of checkpoints without reentrance: up to 2.13, and from 2.14 on.
+_CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+
+
+V = TypeVar("V")
+
+
+class SideTable(Generic[V]):
+    """What one capture knows of tensors, for as long as each lives; nothing is hung on the tensors themselves."""
+
+    def __init__(self) -> None:
+        self._values: Any = WeakTensorKeyDictionary()
+
+    def __setitem__(self, tensor: torch.Tensor, value: V) -> None:
+        self._values[tensor] = value
+
+    def __bool__(self) -> bool:
+        return len(self._values) > 0
+
+    def get(self, key: object) -> V | None:
+        """The tensor's value; None for another tensor, and for what is no tensor."""
+        value: V | None = self._values.get(key) if isinstance(key, torch.Tensor) else None
+        return value
+
+
+def schema(overload: Any) -> Any:
+    """The overload's schema: `name`, and `arguments` with `name`, `is_out`, `alias_info`."""
+    return overload._schema
+
+
+def can_decompose(overload: Any) -> bool:
+    """Whether torch itself makes the overload of others."""
+    return bool(overload._can_decompose())
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor's memory was written to."""
+    return tensor._version
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tell learning-rate schedulers, which warn otherwise, that the optimizer has made an update."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def non_persistent_buffers(module: torch.nn.Module) -> set[str]:
+    """Names of the module's own buffers that are not saved."""
+    return module._non_persistent_buffers_set
+
+
+def decompositions_of(packets: Sequence[Any]) -> Mapping[Any, Callable[..., Any]]:
+    """torch's decompositions of these operations, all overloads, in its core table or not."""
+    from torch._decomp import get_decompositions
+
+    return get_decompositions(packets)
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Inside, CPU layers are made of plain matmuls, and code that asks is told that it is being compiled.
+
+    Not `torch.backends.mkldnn.flags`: it also sets an option for Intel GPUs and warns that there is none. Models
+    that look at values to choose a path (`if mask.all()`) take the one that fits all values.
+    """
+    onednn, compiling = torch._C._get_mkldnn_enabled(), torch.compiler._is_compiling_flag
+    torch._C._set_mkldnn_enabled(False)
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
+        torch.compiler._is_compiling_flag = compiling
+
+
+@contextlib.contextmanager
+def checkpoints_run_once() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint` calls its function once and recomputes nothing.
+
+    Raises: EnvironmentFault where the installed torch recomputes all the same.
+    """
+    names = [name for name in _CHECKPOINTS if hasattr(checkpoint, name)]
+    kept = {name: getattr(checkpoint, name) for name in (*names, "CheckpointFunction")}
+    for name in names:
+        setattr(checkpoint, name, _once)
+    setattr(checkpoint, "CheckpointFunction", _Once)  # noqa: B010  (mypy: assigning to a type)
+    try:
+        _check_checkpoints()
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)
+
+
+def _once(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+class _Once:
+    """Stands for the autograd function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _check_checkpoints() -> None:
+    """Whether the substitution takes effect: a checkpointed function runs once for forward and backward."""
+    plain = getattr(
+        checkpoint.checkpoint, "__wrapped__", checkpoint.checkpoint
+    )  # else Dynamo is imported: 2 s
+    for reentrant in (False, True):
+        calls: list[None] = []
+
+        def probe(x: torch.Tensor, calls: list[None] = calls) -> torch.Tensor:
+            calls.append(None)
+            return x * x
+
+        with torch.enable_grad():
+            x = torch.ones(1, requires_grad=True)
+            y: Any = plain(probe, x, use_reentrant=reentrant)
+            torch.autograd.grad(y, x)
+        if len(calls) != 1:
+            raise EnvironmentFault(
+                f"torch {torch.__version__}: needs checkpoints that can be run once; got one that is recomputed "
+                f"(use_reentrant={reentrant}). Install a release of torch that the README names.",
+                code="ANE210",
+            )
