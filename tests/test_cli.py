@@ -147,8 +147,11 @@ def test_plain_output_says_where_it_ran_and_what_to_type_next(tmp_path: Path) ->
     assert lines[0].startswith(f"ane_trainer {__version__} - device: SIMULATOR of M4")
     assert "auto:" in lines[0]
     assert any(line.startswith("epoch 1/1") for line in lines)
-    assert any(line.startswith("ran on   simulator of M4") and "known by" in line for line in lines)
-    assert "evaluate here" in lines[-1]
+    assert "ran on   simulator of M4, exact" in lines
+    assert "known by" not in done.stdout
+    time_line = next(line for line in lines if line.startswith("time  "))
+    assert all(phase in time_line for phase in ("start ", "compile ", "train ")), time_line
+    assert lines[-2].endswith("evaluate here")
     assert (tmp_path / "here" / "result.json").exists()
 
 

@@ -15,7 +15,7 @@ from ane_trainer.ane.errors import UsageError
 from ane_trainer.cli import run_command
 from ane_trainer.commands import placement
 from ane_trainer.training import energy
-from ane_trainer.training.report import Reporter, summary
+from ane_trainer.training.report import ConsoleReporter, Reporter, summary
 
 BATCHES = [(torch.rand(4, 6), torch.tensor([0, 1, 0, 1]))] * 3
 
@@ -56,7 +56,7 @@ def test_joules_of_each_epoch_and_of_all(on_a_mac: type[Monitor]) -> None:
     assert [epoch.energy_joules for epoch in result.history] == [0.25, 0.25]
     assert result.energy_joules == result.to_json()["energy_joules"] == 0.5
     assert result.to_json()["history"][0]["energy_joules"] == 0.25
-    assert "energy 0.50 J, 0.25 J an epoch" in summary(result)
+    assert "energy   0.50 J, 0.25 J an epoch" in summary(result)
 
 
 def test_a_missing_counter_is_unknown_and_not_zero(
@@ -83,7 +83,8 @@ def test_without_the_package_or_off_a_mac_it_is_unknown(monkeypatch: pytest.Monk
         assert reading.joules is None
     result = train(1)
     assert result.energy_joules is None
-    assert "energy not measured" in summary(result)
+    assert "energy" not in summary(result)
+    assert "energy   not measured" in summary(result, report=ConsoleReporter(verbose=True))
     monkeypatch.setattr(energy, "on_apple_silicon", lambda: True)
     monkeypatch.setitem(sys.modules, "zeus_apple_silicon", None)
     assert 'pip install "ane_trainer[energy]"' in str(energy.missing())
