@@ -40,6 +40,17 @@ COMMANDS = (
     Command("export", _TRAIN, "Write a run's model, or its training step, for apps.", "export"),
     Command("data list", _TRAIN, "List the known datasets, and which of them are in the cache.", "data"),
     Command("data fetch", _TRAIN, "Download a dataset, verified, so that training works offline.", "data"),
+    Command("init", _TRAIN, "Write a commented file of all options of `train`.", "init"),
+    Command(
+        "runs list",
+        _TRAIN,
+        "List the runs: what was trained, whether it came to its end, and how well.",
+        "runs",
+    ),
+    Command("runs show", _TRAIN, "Show a run: its options, its epochs and its result.", "runs"),
+    Command("runs compare", _TRAIN, "Compare runs side by side.", "runs"),
+    Command("runs plot", _TRAIN, "Draw a curve of each run into one SVG file.", "runs"),
+    Command("runs rm", _TRAIN, "Delete runs with everything in their folders.", "runs"),
     Command("check", _INSPECT, "Say whether a model trains on a chip, op by op.", "check"),
     Command(
         "estimate", _INSPECT, "Estimate the time and energy of a training step on the engine.", "estimate"
@@ -62,7 +73,10 @@ COMMANDS = (
 )
 
 #: Commands that only hold others -> what their help says.
-GROUPS = {"data": "Fetch datasets, and list what is known and cached."}
+GROUPS = {
+    "data": "Fetch datasets, and list what is known and cached.",
+    "runs": "List, show, compare, draw and delete runs.",
+}
 
 _ABOUT = "Train PyTorch models on the Apple Neural Engine, or anywhere on a simulator of its arithmetic."
 _EXIT_CODES = (
@@ -90,7 +104,7 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; errors are printed, the exit code is returned."""
     setup_logging(logging.WARNING)
     words = list(arguments)
-    if not words or (words[-1] in GROUPS and len(words) == 1):
+    if not words or (len(words) == 1 and words[0] in GROUPS):
         words.append("--help")
     try:
         return _run(words)

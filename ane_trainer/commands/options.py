@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Union, cast, get_args, get_origin
 
@@ -63,6 +63,17 @@ class _Found(Protocol):
 def show(found: _Found, exit_code: int = 0) -> Output:
     """The output of a result that has both forms itself."""
     return Output(found.to_json(), found.as_text(), exit_code)
+
+
+def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> list[str]:
+    """Rows with their columns side by side; those in `left` begin at the left, the others end at the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    sides = set(left)
+    return [
+        "  ".join(c.ljust(w) if i in sides else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        .rstrip()
+        for r in rows
+    ]  # fmt: skip
 
 
 def takes_train_options(

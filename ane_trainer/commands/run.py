@@ -28,7 +28,7 @@ from ane_trainer.ane.verify.profiling import (
     function_of,
     profile,
 )
-from ane_trainer.commands.options import Chip, Fidelity, Output, Threads, show
+from ane_trainer.commands.options import Chip, Fidelity, Output, Threads, show, table
 from ane_trainer.training.checkpoint import unwritable
 from ane_trainer.utils import atomic_write
 
@@ -353,7 +353,7 @@ def _ports(title: str, ports: Sequence[Port]) -> list[str]:
         return []
     rows: list[tuple[str, ...]] = [(title, "type", "min", "max", "mean", "")]
     rows += [(p.name, p.type, *map(_number, (p.low, p.high, p.mean)), p.place) for p in ports]
-    return ["", *_table(rows, left=(0, 1, 5))]
+    return ["", *table(rows, left=(0, 1, 5))]
 
 
 def _error_lines(errors: Sequence[OutputError]) -> list[str]:
@@ -362,7 +362,7 @@ def _error_lines(errors: Sequence[OutputError]) -> list[str]:
         d = e.distance
         numbers = (_number(d.largest), _number(d.largest_relative), _number(d.relative))
         rows.append((e.name, e.type, *numbers, str(e.infinities), f"{e.same:.1%}"))
-    return ["", *_table(rows, left=(0, 1))]
+    return ["", *table(rows, left=(0, 1))]
 
 
 def _profile_lines(found: Profile) -> list[str]:
@@ -375,7 +375,7 @@ def _profile_lines(found: Profile) -> list[str]:
         shown = tuple(op for op in found.ops if op.name in chosen)
     head = ("op", "kind", "min", "max", "to inf", "to 0", "own error", "own rms", "in all", "us", "")
     rows = [head, *(_op_row(op, worst) for op in shown)]
-    lines = ["", *_table(rows, left=(0, 1, 10))]
+    lines = ["", *table(rows, left=(0, 1, 10))]
     if len(shown) < len(found.ops):
         lines.append(f"{len(shown)} of {len(found.ops)} ops: the worst and the slowest; --json has all")
     overflows, underflows = sum(op.overflows for op in found.ops), sum(op.underflows for op in found.ops)
@@ -413,14 +413,3 @@ def _error(d: Distance) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _table(rows: Sequence[tuple[str, ...]], left: Iterable[int]) -> list[str]:
-    """Columns side by side; those in `left` begin at the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    sides = set(left)
-    return [
-        "  ".join(c.ljust(w) if i in sides else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        .rstrip()
-        for r in rows
-    ]  # fmt: skip

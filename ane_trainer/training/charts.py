@@ -118,7 +118,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.6g}"
 
 
 def png(image_CHW: NDArray[np.floating]) -> str:

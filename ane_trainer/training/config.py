@@ -113,7 +113,7 @@ class TrainConfig(BaseModel):
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; options without a value are left out."""
-        return "".join(f"{name} = {_toml_value(value)}\n" for name, value in self if value is not None)
+        return "".join(f"{name} = {toml_value(value)}\n" for name, value in self if value is not None)
 
 
 def make_config(options: Mapping[str, Any], *, where: str = "train") -> TrainConfig:
@@ -174,13 +174,14 @@ def _as_typed(value: object) -> str:
     return repr(value)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{name} = {_toml_value(item)}' for name, item in value.items())}}}"
+        return f"{{{', '.join(f'{name} = {toml_value(item)}' for name, item in value.items())}}}"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

@@ -112,9 +112,13 @@ def _curves(record: RunRecord) -> str:
     charts = [
         line_chart({"training": record.curve("train_loss"), "validation": record.curve("val_loss")}, "Loss"),
         line_chart({"accuracy": record.curve("val_accuracy")}, "Accuracy on validation data"),
-        line_chart({"loss scale": record.curve("loss_scale")}, "Loss scale"),
-        line_chart({"skipped": record.curve("skipped_steps")}, "Skipped steps (overflowing gradients)"),
     ]
+    for name, title in (
+        ("loss_scale", "Loss scale"),
+        ("skipped_steps", "Skipped steps (overflowing gradients)"),
+    ):
+        if len({value for _, value in record.curve(name)}) > 1:
+            charts.append(line_chart({name: record.curve(name)}, title))
     known = {"epoch", "steps", "train_loss", "val_loss", "val_accuracy", "loss_scale", "skipped_steps"}
     others = {
         name: None for row in record.history for name, value in row.items()
@@ -211,8 +215,8 @@ def _samples(analysis: ClassAnalysis | NumberAnalysis | None, kind: str, note: s
         figures = "".join(
             f"<figure><img src='{png(sample.x)}' alt='example {sample.index}'>"
             f"<span class='{'right' if sample.predicted == sample.truth else 'wrong'}'>{escape(sample.predicted)} "
-            f"{sample.probability:.0%}</span><br>true: {escape(sample.truth)}<br>no. {sample.index}, loss "
-            f"{sample.loss:.3g}</figure>"
+            f"{sample.probability:.0%}</span><br>true: {escape(sample.truth)}<br>loss {sample.loss:.2g}<br>"
+            f"no. {sample.index}</figure>"
             for sample in samples
         )
         return f"<p class='note'>{note}</p><div class='row'>{figures}</div>"

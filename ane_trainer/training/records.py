@@ -65,7 +65,7 @@ class RunRecord:
 
 
 def read_record(path: str | Path) -> RunRecord:
-    """The run in a folder, or `last`: the newest under runs/ in which something was trained.
+    """The run in a folder, in a folder of that name under runs/, or `last`: the newest there that was trained.
 
     What is damaged in metrics.jsonl or result.json is left out. CheckpointError (CKPT101) if there is no run.
     """
@@ -76,7 +76,7 @@ def read_record(path: str | Path) -> RunRecord:
                 "last: needs a run under runs/; there is none. Train one first.", code="CKPT101"
             )
         return found[-1]
-    folder = Path(path)
+    folder = Path(path) if Path(path).exists() else RUNS / path
     try:
         config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -86,9 +86,7 @@ def read_record(path: str | Path) -> RunRecord:
             code="CKPT101",
         ) from None
     modified = max(file.stat().st_mtime for file in (folder, *folder.glob("*.toml"), *folder.glob("*.json*")))
-    return RunRecord(
-        folder, config, _history(folder / "metrics.jsonl"), _json(folder / "result.json"), modified
-    )
+    return RunRecord(folder, config, read_history(folder), _json(folder / "result.json"), modified)
 
 
 def find_records(root: Path = RUNS) -> list[RunRecord]:
@@ -102,6 +100,20 @@ def find_records(root: Path = RUNS) -> list[RunRecord]:
     return sorted(found, key=lambda record: (record.modified, record.name))
 
 
+def read_history(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The lines of metrics.jsonl, one mapping an epoch; damaged ones are left out."""
+    path = folder / "metrics.jsonl"
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return tuple(found)
+
+
 def as_csv(history: Iterable[Mapping[str, Any]]) -> str:
     """One row an epoch under a row of names; what is not known is empty."""
     rows = list(history)
@@ -112,18 +124,6 @@ def as_csv(history: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
-
-
-def _history(path: Path) -> tuple[Mapping[str, Any], ...]:
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return tuple(found)
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:

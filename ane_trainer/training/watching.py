@@ -1,0 +1,78 @@
+"""What lies beside a run for those who watch it: metrics.csv, trackers, report.html and analysis.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ane_trainer.training.analysis import analyse
+from ane_trainer.training.loggers import make_loggers
+from ane_trainer.training.page import page
+from ane_trainer.training.records import as_csv, read_history, read_record
+from ane_trainer.training.report import Reporter, Reporters
+from ane_trainer.training.results import Epoch
+from ane_trainer.training.steps import Step
+from ane_trainer.utils import atomic_write, atomic_write_json, finite
+
+Batch = tuple[Any, Any]
+
+#: Examples that are looked at closely at the end; that takes as long as an epoch's evaluation on them.
+EXAMPLES = 10_000
+
+
+class CsvReporter(Reporter):
+    """Writes metrics.csv in a run's folder anew after each epoch: what metrics.jsonl has, and the epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def end_epoch(self, record: Epoch) -> None:
+        before = [row for row in read_history(self.folder) if int(row.get("epoch", 0)) < record.epoch]
+        atomic_write(self.folder / "metrics.csv", as_csv([*before, finite(record.to_json())]))
+
+
+def watchers(console: Reporter, folder: Path, trackers: Iterable[str], config: Mapping[str, Any]) -> Reporter:
+    """The console's reporter with metrics.csv and the trackers beside it; errors as `make_logger`."""
+    return Reporters(console, CsvReporter(folder), *make_loggers(trackers, folder, config))
+
+
+def write_report(
+    folder: Path,
+    predict: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    data: Iterable[Batch] = (),
+    step: Step | None = None,
+) -> Path:
+    """Write report.html, and analysis.json with the scores that it shows, from what the run's folder holds.
+
+    predict  the trained model; with `data`, held out and not shuffled, it is looked at closely.
+    step     the training step, whose ops are shown with their cost.
+
+    Raises: CheckpointError if there is no run.
+    """
+    about: Any = getattr(data, "description", None)
+    names: tuple[str, ...] = getattr(about, "class_names", ())
+    scale = (
+        (about.target_mean or (0.0,), about.target_std or (1.0,)) if about is not None else ((0.0,), (1.0,))
+    )
+    analysis = analyse(predict, _first(data, EXAMPLES), names, scale=scale) if predict is not None else None
+    if analysis is not None:
+        atomic_write_json(folder / "analysis.json", finite(analysis.to_json()))
+    cost = step.cost() if step is not None else None
+    ops = [{**asdict(op), "latency_us": op.latency_us} for op in cost.ops] if cost is not None else []
+    told = {"data": about.summary(), "notes": "; ".join(about.notes)} if about is not None else {}
+    text = page(read_record(folder), analysis, ops, {name: value for name, value in told.items() if value})
+    return atomic_write(folder / "report.html", text)
+
+
+def _first(data: Iterable[Batch], examples: int) -> Iterator[Batch]:
+    """Batches of tensors with so many examples in all, the last one cut."""
+    left = examples
+    for x, y in data:
+        if left <= 0 or not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+            return
+        yield x[:left], y[:left]
+        left -= len(x)
