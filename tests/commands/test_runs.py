@@ -245,7 +245,7 @@ def test_metrics_csv_has_the_epochs_of_metrics_jsonl(folder: Path) -> None:
     run = folder / "runs" / "good"
     record = Epoch(2, 5, 0.1, None, 0.75, 1.0, 0, 0.5)
     CsvReporter(run).end_epoch(record)  # epoch 2 again, as after a resume
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [(row["epoch"], row["val_accuracy"], row["val_loss"]) for row in rows] == [
         ("1", "0.5", "2.0"),
         ("2", "0.75", ""),
