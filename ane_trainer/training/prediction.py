@@ -192,13 +192,13 @@ def _as_text(record: Mapping[str, Any]) -> str:
 def write_answers(path: Path, records: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> None:
     """Write the answers as .csv (a row each, a column for each probability) or .json.
 
-    UsageError ANE119 for another ending.
+    UsageError ANE104 for another ending.
     """
     if path.suffix.lower() == ".json":
         atomic_write(path, json.dumps(list(records), indent=2, ensure_ascii=False) + "\n")
         return
     if path.suffix.lower() != ".csv":
-        raise UsageError(f"predict: needs --out FILE.csv or FILE.json; got {path}. Rename it.", code="ANE119")
+        raise UsageError(f"predict: needs --out FILE.csv or FILE.json; got {path}. Rename it.", code="ANE104")
     rows = [_flat(record, class_names) for record in records]
     names = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO(newline="")
