@@ -36,6 +36,7 @@ class Port:
     `fc1.weight/residual`, `step/loss_scale`. The port holds the user's value times `scale` (a power of two).
     `index_encoding` says how integers travel: "none" as they are, "coded" as the codes of `lower.indices.codes`,
     "split" as remainders by `PAIR` in this port and quotients (rounded down) in the port named by `quotients`.
+    `bounds`: least and largest integer of the example; in a lowered step, of what it takes.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Port:
     scale: float = 1.0
     index_encoding: str = "none"
     quotients: str = ""
+    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

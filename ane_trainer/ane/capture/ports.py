@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -149,5 +149,5 @@ def unique(ports: Iterable[Port]) -> list[Port]:
             number += 1
             name = f"{port.name}_{number}"
         taken.add(name)
-        result.append(Port(name, port.shape, port.role, port.target, port.scale))
+        result.append(replace(port, name=name))
     return result

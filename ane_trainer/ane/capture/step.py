@@ -142,8 +142,24 @@ def batch_ports(example: Any, prefix: str) -> list[Port]:
     ports = []
     for path, leaf in tensors:
         suffix = pytree.keystr(path).replace("]", "").replace("[", "_").replace("'", "")
-        ports.append(Port(identifier(prefix + suffix), tuple(leaf.shape) or (1,), "batch", prefix + suffix))
+        name, shape = identifier(prefix + suffix), tuple(leaf.shape) or (1,)
+        ports.append(Port(name, shape, "batch", prefix + suffix, bounds=_bounds(leaf)))
     return ports
+
+
+def _bounds(tensor: torch.Tensor) -> tuple[float, float] | None:
+    """Least and largest number of a tensor, if it holds integers or floats that fp16 rounds; else None."""
+    if (
+        tensor.is_complex()
+        or tensor.dtype == torch.bool
+        or not tensor.numel()
+        or tensor.layout != torch.strided
+    ):
+        return None
+    low, high = torch.aminmax(tensor.detach())
+    if tensor.is_floating_point() and bool((tensor.half() == tensor).all()):
+        return None
+    return (float(low), float(high))
 
 
 def finish(graph: torch.fx.GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) -> Captured:

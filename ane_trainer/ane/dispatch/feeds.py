@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.batches import Structure, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
+from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS
 from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
-from ane_trainer.ane.compiler.lower.indices.split import MOST_ROWS
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.program import MAX_FP16
 from ane_trainer.ane.stages import PAIR, Port
@@ -46,7 +46,8 @@ class Slot:
     """One tensor of the batch: its place in the user's structure, its port (None: not used) and shape.
 
     `wide`: integers above 2048 are sent as codes. `mask`: numbers below all that a score can be (minus infinity,
-    -1e9) are sent as minus infinity. `high`: the port of the integers' quotients, if they travel as pairs.
+    -1e9) are sent as minus infinity. `high`: the port of the integers' quotients, if they travel in two numbers.
+    `bounds`: least and largest integer.
     """
 
     place: str
@@ -55,13 +56,15 @@ class Slot:
     wide: bool = False
     mask: bool = False
     high: str | None = None
+    bounds: tuple[float, float] | None = None
 
 
 def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool) -> Slot:
     """The slot of a tensor that goes to `port`, if it goes anywhere."""
     if port is None:
         return Slot(place, None, shape, mask=mask)
-    return Slot(place, port.name, shape, port.index_encoding == "coded", mask, port.quotients or None)
+    coded, high = port.index_encoding == "coded", port.quotients or None
+    return Slot(place, port.name, shape, coded, mask, high, port.bounds)
 
 
 class Feeds:
@@ -133,7 +136,7 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
     leaf = leaf.detach()
     if leaf.numel() and leaf.dtype != torch.bool:
         low, high = torch.aminmax(leaf)
-        if slot.mask:
+        if slot.mask and leaf.is_floating_point():
             leaf = torch.where(leaf <= _LEAST_SCORE, -math.inf, leaf)
             low = low.clamp(min=-limits.largest)
         largest = max(-float(low), float(high))  # nan if any entry is
@@ -141,25 +144,28 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
             raise _not_representable(slot, leaf, largest, limits)
         if slot.wide and limits.largest_integer < largest < most_rows(limits.name) and float(low) >= -2048:
             leaf = coded(leaf)
-        elif not leaf.is_floating_point() and largest > limits.largest_integer:
-            raise DataError(
-                f"{slot.place}: needs integers up to {limits.largest_integer} "
-                f"({limits.name} holds no larger ones exactly); "
-                f"got {largest:g}. Use fewer classes or a smaller vocabulary.",
-                code="DATA107",
-            )
+        elif not leaf.is_floating_point():
+            most = limits.largest_integer
+            _check_integers(slot.place, low, high, slot.bounds or (-most, most))
     array: NDArray[Any] = leaf.to("cpu", limits.dtype).contiguous().numpy()
     return array.reshape(slot.shape or (1,))
+
+
+def _check_integers(place: str, low: torch.Tensor, high: torch.Tensor, bounds: tuple[float, float]) -> None:
+    """Raises: DataError for integers that the program was not compiled for."""
+    least, most = bounds
+    if int(high) > most or int(low) < least:
+        raise DataError(
+            f"{place}: needs integers from {least:.0f} to {most:.0f}, as compiled for the example or a table; "
+            f"got {int(high) if int(high) > most else int(low)}. Compile with an example that has the largest.",
+            code="DATA107",
+        )
 
 
 def to_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, NDArray[Any]]:
     """Integers as remainders and quotients by port."""
     low, high = torch.aminmax(leaf)
-    if int(high) >= MOST_ROWS or int(low) < -MOST_ROWS:
-        raise DataError(
-            f"{slot.place}: needs integers below {MOST_ROWS}; got {int(high)}. Use a smaller vocabulary.",
-            code="DATA107",
-        )
+    _check_integers(slot.place, low, high, slot.bounds or (-MOST_ROWS, MOST_ROWS - 1))
     assert slot.port is not None
     assert slot.high is not None
     parts = {slot.port: leaf % PAIR, slot.high: torch.div(leaf, PAIR, rounding_mode="floor")}

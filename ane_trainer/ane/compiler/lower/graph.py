@@ -14,7 +14,9 @@ from torch.fx import Node
 
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import split
-from ane_trainer.ane.compiler.lower.indices.choose import encodings, packet_name
+from ane_trainer.ane.compiler.lower.indices.arithmetic import joined
+from ane_trainer.ane.compiler.lower.indices.choose import Integers, choose
+from ane_trainer.ane.compiler.lower.indices.phases import exposed
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Shape, is_bool, mil_shape
 from ane_trainer.ane.compiler.lower.passes.pipeline import run_passes
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS, RULES, Refusal
@@ -54,7 +56,8 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     Raises: UnsupportedModel (ANE301) with one finding per op that has no rule or that its rule refuses.
     """
     ctx = Context(Builder(), dtype)
-    inputs, quotients = _declare_inputs(ctx, captured)
+    integers = choose(captured, dtype)
+    inputs, quotients = _declare_inputs(ctx, captured, integers)
     findings: list[Finding] = []
     results: Sequence[Any] = ()
     for node in captured.graph.graph.nodes:
@@ -63,16 +66,16 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
         elif node.op == "get_attr":
             ctx.operands[node] = operator.attrgetter(node.target)(captured.graph)
         elif node.op == "call_function":
-            _lower_node(ctx, node, findings)
+            _lower_node(ctx, integers, node, findings)
     for node in results:
         if isinstance(node, Node):
             ctx.operands[node] = _with_numbers(ctx, ctx.operands[node])
     findings += _absent_outputs(ctx, results)
-    if findings:
-        count = len(findings)
-        verb = "has" if count == 1 else "have"
-        summary = f"model: needs ops that have a lowering rule; got {count} that {verb} none."
-        raise UnsupportedModel(summary, findings, code="ANE301")
+    _refuse(findings, "ops that have a lowering rule; got {} without.")
+    _refuse(
+        _exposed(captured) if dtype == "fp16" else [],
+        "numbers that fp16 holds closely enough; got {} ops on others.",
+    )
     names = _output_names(inputs, captured.outputs)
     values = tuple(_as_output(ctx, ctx.operands[r] if isinstance(r, Node) else r) for r in results)
     function = run_passes(ctx.builder.finish(values))
@@ -86,6 +89,24 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     return Lowered(Program((function,)), (*inputs, *quotients), outputs, aliases)
 
 
+def _refuse(findings: list[Finding], needs: str) -> None:
+    """Raises: UnsupportedModel (ANE301) if there are findings."""
+    if findings:
+        raise UnsupportedModel(f"model: needs {needs.format(len(findings))}", findings, code="ANE301")
+
+
+def _exposed(captured: Captured) -> list[Finding]:
+    """Ops that an input's rounding reaches in full, see `indices.phases`."""
+    return [
+        Finding(
+            where(node), str(node.target),
+            f"reads numbers of {place} that fp16 rounds by up to {error:.2g}, which this op does not bear.",
+            "Compute it beforehand and pass the result as an input, or scale the numbers below 2048.",
+        )
+        for node, place, error in exposed(captured)
+    ]  # fmt: skip
+
+
 def _absent_outputs(ctx: Context, results: Sequence[Any]) -> list[Finding]:
     """Results that a rule left out and the graph returns."""
     found = [(r, ctx.operands[r]) for r in results if isinstance(r, Node)]
@@ -97,22 +118,26 @@ def where(node: Node) -> str:
     return str(node.meta.get("ane_source") or f"node {node.name}")
 
 
-def _declare_inputs(ctx: Context, captured: Captured) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+def _declare_inputs(
+    ctx: Context, captured: Captured, integers: Integers
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """The captured ports, and those that hold the quotients of integers in two numbers."""
-    chosen = encodings(captured, ctx.dtype)
     placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
     ports, quotients = [], []
     for node, port in zip(placeholders, captured.inputs, strict=True):
         tensor = node.meta["val"]
         border = TensorType(ctx.dtype, _at_border(mil_shape(tensor)))
         value = ctx.builder.input(_identifier(port.name), border)
-        parts, encoding = [value], chosen.get(node, "none")
+        parts, encoding = [value], integers.inputs.get(node, "none")
         if encoding == "split":
             parts.append(ctx.builder.input(f"{value.name}_high", border))
             high = parts[1].name
             quotients.append(Port(high, border.shape, "batch", f"{port.target}#high"))
             port = replace(port, quotients=high)
-        ports.append(replace(port, name=value.name, shape=border.shape, index_encoding=encoding))
+        taken = integers.taken(node) if node in integers.inputs else None
+        ports.append(
+            replace(port, name=value.name, shape=border.shape, index_encoding=encoding, bounds=taken)
+        )
         whole = [ctx.reshape(part, mil_shape(tensor)) for part in parts]
         if encoding != "none":
             ctx.operands[node] = Encoded(tuple(w for w in whole if isinstance(w, Value)), encoding)
@@ -144,7 +169,7 @@ def _flat(value: Any) -> list[Any]:
     return [value]
 
 
-def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
+def _lower_node(ctx: Context, integers: Integers, node: Node, findings: list[Finding]) -> None:
     """Compute one node's operand, or add a finding and a placeholder so that the walk goes on."""
     ctx.node, ctx.builder.source = node, node.meta.get("ane_source")
     arguments = torch.fx.node.map_arg(node.args, lambda n: ctx.operands[n])
@@ -175,8 +200,8 @@ def _lower_node(ctx: Context, node: Node, findings: list[Finding]) -> None:
             raise Refusal(absent.reason, absent.fix)
         _check_static(ctx)
         keywords = _without_placement(keywords)
-        if any(isinstance(leaf, Encoded) for leaf in _flat(arguments)):
-            result = split.apply(ctx, packet_name(node), rule, list(arguments), keywords)
+        if split.concerns(integers, node, _flat(arguments)):
+            result = split.lower(ctx, integers, rule, list(arguments), keywords)
         else:
             result = rule(ctx, *arguments, **keywords)
         ctx.operands[node] = _checked(ctx, result)
@@ -278,7 +303,7 @@ def _as_output(ctx: Context, operand: Any) -> Value:
     ctx.builder.source = None
     if isinstance(operand, torch.Tensor):
         operand = operand.double()
-    result = ctx.value(ctx.number(operand))
+    result = ctx.value(ctx.number(joined(ctx, operand)))
     assert not is_bool(result)
     return ctx.value(ctx.reshape(result, _at_border(result.type.shape)))
 

@@ -1,56 +1,151 @@
-"""The pass that chooses how the integers of each batch port travel: as they are, as codes, or in two numbers.
+"""The pass that chooses how integers travel: as they are, as codes, or in two numbers.
 
-fp16 holds integers up to 2048. Integers that look up a longer table are sent as codes (`codes.py`) where nothing but
-look-ups and comparisons reads them, else as remainder and quotient (`split.py`).
+fp16 holds integers up to 2048. Batch integers that look up a longer table are sent as codes (`codes.py`) where
+nothing but look-ups and equality reads them; integers that are computed with and leave that range, those of the batch
+and those that follow from them, go as remainder and quotient (`split.py`).
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
 
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES, most_rows
-from ane_trainer.ane.stages import Captured
+from ane_trainer.ane.compiler.lower.indices.phases import sensitive
+from ane_trainer.ane.compiler.lower.indices.ranges import (
+    Bounds,
+    bounds_of,
+    integral,
+    packet_name,
+    read_exactly,
+    too_large,
+)
+from ane_trainer.ane.mil.program import MAX_FP16
+from ane_trainer.ane.stages import PAIR, Captured, Port
 
+#: Integers in two numbers are below this in magnitude.
+MOST_ROWS = PAIR * EXACT_INTEGERS
+#: Integers of a batch of which no example is known and that nothing looks up.
+UNKNOWN = 2.0**17
+#: Bits by which batches may pass the example; fewer where the integers that follow leave two numbers.
+_SLACKS = (2, 0, -1)
 _SUMS = ("add", "sub")
 _CHOICES = ("_to_copy", "where", "masked_fill")
+_EQUALITY = ("eq", "ne")
+#: Nodes that take no more than a shape of them.
+_SHAPES = frozenset(
+    "full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
+)
 
 
-def encodings(captured: Captured, dtype: str) -> dict[Node, str]:
-    """The encoding of each integer batch input of a program of this float type: "none", "coded" or "split"."""
+@dataclass(frozen=True)
+class Integers:
+    """`inputs`: the encoding of each integer batch input. `split`: nodes whose results travel in two numbers.
+
+    `bounds`: of each integer node, where known. `rounded`: inputs that only turn into floats, which bear a rounding.
+    """
+
+    inputs: Mapping[Node, str] = field(default_factory=dict)
+    split: frozenset[Node] = frozenset()
+    bounds: Mapping[Node, Bounds] = field(default_factory=dict)
+    rounded: frozenset[Node] = frozenset()
+
+    def taken(self, node: Node) -> Bounds:
+        """What the port of an integer input takes."""
+        return (-MAX_FP16, MAX_FP16) if node in self.rounded else self.bounds[node]
+
+
+def choose(captured: Captured, dtype: str) -> Integers:
+    """The encodings in a program of this float type; only fp16 needs any."""
+    if dtype != "fp16":
+        return Integers()
     placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
-    ports = zip(placeholders, captured.inputs, strict=True)
-    batch = [n for n, p in ports if p.role == "batch" and integral(n.meta["val"])]
-    return {node: _encoding(node) if dtype == "fp16" else "none" for node in batch}
+    ports = dict(zip(placeholders, captured.inputs, strict=True))
+    batch = {n: p for n, p in ports.items() if p.role == "batch" and integral(n.meta["val"])}
+    exact = read_exactly(captured.graph)
+    inputs = {node: _encoding(node, port, node in exact) for node, port in batch.items()}
+    for slack in _SLACKS:
+        bounds = bounds_of(
+            captured.graph, {n: _input_bounds(n, ports[n], e, slack) for n, e in inputs.items()}
+        )
+        split = {n for n, b in bounds.items() if too_large(b) and n in exact and n.op == "call_function"}
+        if all(max(-bounds[n][0], bounds[n][1]) < MOST_ROWS for n in split):
+            break
+    rounded = {
+        n
+        for n, e in inputs.items()
+        if e == "none" and n not in exact and not any(sensitive(captured.graph, n, 1.0))
+    }
+    return Integers(inputs, frozenset(split), bounds, frozenset(rounded))
 
 
-def integral(value: Any) -> bool:
-    """Whether a (fake) tensor, or the first of several, holds integers."""
-    first = value[0] if isinstance(value, (list, tuple)) and value else value
-    dtype = getattr(first, "dtype", None)
-    return (
-        dtype is not None
-        and not dtype.is_floating_point
-        and not dtype.is_complex
-        and str(dtype) != "torch.bool"
-    )
-
-
-def packet_name(node: Node) -> str:
-    """The ATen name without namespace and overload."""
-    if node.target is operator.getitem:
-        return "getitem"
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-
-
-def _encoding(node: Node) -> str:
+def _encoding(node: Node, port: Port, exact: bool) -> str:
     found = list(_looked_up(node))
     if any(rows > (EXACT_INTEGERS if summed else most_rows("fp16")) for rows, summed in found):
         return "split"
-    return "coded" if any(rows > EXACT_INTEGERS + 1 for rows, _ in found) else "none"
+    large = exact and (port.bounds is None or too_large(port.bounds))
+    coded = any(rows > EXACT_INTEGERS + 1 for rows, _ in found)
+    if not coded and not large:
+        return "none"
+    beyond = port.bounds is not None and not _coded(port.bounds) and not coded
+    return "split" if beyond or _computed_with(node) else "coded"
+
+
+def _coded(bounds: Bounds) -> bool:
+    """Whether every integer within the bounds has a code."""
+    return bounds[0] >= -EXACT_INTEGERS and bounds[1] < most_rows("fp16")
+
+
+def _input_bounds(node: Node, port: Port, encoding: str, slack: int) -> Bounds:
+    """What the integers of a port are held to: fp16, the codes, the rows that they look up, or the example's range.
+
+    Labels and padding that are looked up may be as low as fp16 holds them. The example's largest is raised to a
+    power of two and `slack` bits more; as it is for a negative `slack`.
+    """
+    if encoding == "coded":
+        return (-float(EXACT_INTEGERS), float(most_rows("fp16") - 1))
+    if encoding == "none":
+        return (-float(EXACT_INTEGERS), float(EXACT_INTEGERS))
+    found = list(_looked_up(node))
+    if found:
+        rows = max(2 * rows if summed else rows for rows, summed in found)
+        return (-float(EXACT_INTEGERS), float(min(rows, MOST_ROWS) - 1))
+    if port.bounds is None:
+        return (-UNKNOWN, UNKNOWN)
+    low, high = port.bounds
+    most = max(-low, high)
+    if slack >= 0:
+        most = min(2.0 ** (math.ceil(math.log2(most + 1)) + slack), MOST_ROWS) - 1
+    return (-most if low < 0 else 0.0, most)
+
+
+def _computed_with(node: Node) -> bool:
+    """Whether anything but movement, look-ups, equality with small numbers and shapes reads the integers."""
+    pending, seen = [node], set()
+    while pending:
+        source = pending.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        for user in source.users:
+            name = packet_name(user)
+            whole = integral(user.meta.get("val"))
+            if name in MOVES or (name in _CHOICES and whole):
+                pending.append(user)
+            elif (
+                rows_of(user, source, name) is None and name not in _SHAPES and not _equals_small(user, name)
+            ):
+                return True
+    return False
+
+
+def _equals_small(user: Node, name: str) -> bool:
+    numbers = [a for a in user.args if isinstance(a, (int, float))]
+    return name in _EQUALITY and all(abs(n) <= EXACT_INTEGERS for n in numbers)
 
 
 def _looked_up(node: Node) -> Iterator[tuple[int, bool]]:
@@ -84,6 +179,8 @@ def rows_of(user: Node, index: Node, name: str) -> int | None:
     if name.startswith("nll_loss") and index in args[1:3]:
         scores = args[1] if "backward" in name else args[0]
         return int(scores.meta["val"].shape[1 if scores.meta["val"].dim() > 1 else 0])
-    if name == "gather" and args[2] is index:
+    if name in ("gather", "index_select", "scatter_add", "scatter") and args[2] is index:
         return int(args[0].meta["val"].shape[args[1]])
+    if name in ("index", "index_put", "_unsafe_index", "_unsafe_index_put") and index in args[1]:
+        return int(args[0].meta["val"].shape[args[1].index(index)])
     return None

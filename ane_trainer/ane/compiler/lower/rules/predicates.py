@@ -75,6 +75,17 @@ def logical_xor(ctx: Context, x: Operand, y: Operand) -> Operand:
     return ctx.boolean_of_01(ctx.unary("abs", ctx.sub(*_both(ctx, x, y))))
 
 
+@lowering(
+    "__lshift__.Scalar __rshift__.Scalar __lshift__.Tensor __rshift__.Tensor bitwise_left_shift.Tensor"
+    " bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar"
+)
+def shift(ctx: Context, x: Operand, y: Operand) -> Operand:
+    """`x >> k -> floor(mul(x, 2^-k))`, in two numbers (`indices.arithmetic`)"""
+    raise ctx.refuse(
+        "needs a number of bits that is known when compiling.", "Multiply or divide by a power of two."
+    )
+
+
 @lowering("where.self where.ScalarSelf where.ScalarOther where.Scalar")
 def where(ctx: Context, cond: Operand, a: Operand, b: Operand) -> Operand:
     """`where(c, a, b) -> select(cond=c, a, b)`; a constant condition becomes arithmetic (see

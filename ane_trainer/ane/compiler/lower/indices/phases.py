@@ -1,0 +1,73 @@
+"""Inputs whose rounding to fp16 shows in full: large times and positions under a sine, or cut to whole numbers.
+
+fp16 has 11 bits. A number of the batch above 2048 is rounded by up to half a unit and more; a loss or a layer bears
+that as every rounding, an angle in radians or a remainder does not.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES
+from ane_trainer.ane.compiler.lower.indices.ranges import integral, packet_name
+from ane_trainer.ane.stages import Captured
+
+#: Half a step of fp16, relative.
+_ROUNDING = 2.0**-12
+#: The largest error that an op with a period or steps of about 1 bears.
+_BEARABLE = {
+    **dict.fromkeys("sin cos tan".split(), 0.1),
+    **dict.fromkeys("floor ceil round frac trunc fmod remainder".split(), 0.25),
+}
+_SCALED = ("mul", "div", "mm", "bmm", "matmul", "outer", "ger")
+_LINEAR = ("_to_copy", "add", "sub", "neg", "index", "index_select", "repeat_interleave", *_SCALED)
+
+
+def exposed(captured: Captured) -> Iterator[tuple[Node, str, float]]:
+    """(op, place in the batch, largest error of its argument) for the example's numbers that fp16 rounds too much."""
+    placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
+    for node, port in zip(placeholders, captured.inputs, strict=True):
+        if port.role == "batch" and port.bounds is not None:
+            largest = max(-port.bounds[0], port.bounds[1])
+            if largest > EXACT_INTEGERS:
+                for op, size in sensitive(captured.graph, node, largest):
+                    if size * _ROUNDING > _BEARABLE[packet_name(op)]:
+                        yield op, port.target or port.name, size * _ROUNDING
+
+
+def sensitive(graph: GraphModule, node: Node, largest: float) -> Iterator[tuple[Node, float]]:
+    """(op with a period or steps, largest magnitude of its argument) that floats of an input reach by linear ops."""
+    pending, seen = [(node, largest)], set()
+    while pending:
+        source, size = pending.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        for user in source.users:
+            name = packet_name(user)
+            if name in _BEARABLE and not integral(user.meta.get("val")):
+                yield user, size
+            elif name in _SCALED:
+                pending.append((user, size * _factor(graph, user, source)))
+            elif ((name in MOVES or name in _LINEAR) and not integral(user.meta.get("val"))) or name in MOVES:
+                pending.append((user, size))
+
+
+def _factor(graph: GraphModule, user: Node, source: Node) -> float:
+    """The largest constant that the source is multiplied by; 1 for one that is not known."""
+    others: list[Any] = [a for a in user.args[:2] if a is not source]
+    if not others:
+        return 1.0
+    other = others[0]
+    if isinstance(other, Node) and other.op == "get_attr":
+        other = operator.attrgetter(str(other.target))(graph)
+    if isinstance(other, torch.Tensor):
+        other = float(other.detach().abs().amax()) if other.numel() else 1.0
+    if not isinstance(other, (int, float)) or not other:
+        return 1.0
+    return 1.0 / abs(other) if packet_name(user) == "div" else abs(float(other))
