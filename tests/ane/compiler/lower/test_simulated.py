@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.simulator.plan import prepare
-from ane_trainer.ane.simulator.registry import Context
+from ane_trainer.ane.simulator.registry import EngineContext
 from tests.ane.compiler.lower.harness import gradients, lowered, normal
 
 NETS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]] = {
@@ -36,7 +36,7 @@ def test_value_and_gradients_in_fp16(name: str, chip: str) -> None:
     function, shapes = NETS[name]
     inputs = [normal(*shape, seed=i).half().float() for i, shape in enumerate(shapes)]
     program = legalize(lowered(gradients(function), inputs, dtype="fp16"), chip).lowered
-    plan = prepare(program.program.main, Context(get_chip(chip), "exact", 1))
+    plan = prepare(program.program.main, EngineContext(get_chip(chip), "exact", 1))
     feeds = {p.name: t.numpy().astype(np.float16) for p, t in zip(program.inputs, inputs, strict=True)}
     results = plan.run(feeds)
     for port, want in zip(program.outputs, gradients(function)(*[t.double() for t in inputs]), strict=True):
