@@ -5,11 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VERSIONS ?= .venvs
 RUN_STAMP := $(VENV)/.ready-to-run
 DEV_STAMP := $(VENV)/.ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format lint types test-slow fuzz test-mac bench clean
+.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac bench clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -36,6 +38,29 @@ format: $(DEV_STAMP) ## Put the code into ruff's form
 test-slow: $(DEV_STAMP) ## The tests that take minutes: full training runs
 	$(BIN)/python -m pytest -m "slow and not mac" $(ARGS)
 
+test-versions: test-lowest test test-newest ## The tests with the lowest, pinned and newest releases of what is needed
+
+# Witnesses in the releases that fit: coreai-core needs numpy 2.3.
+TOOLS := pytest pytest-xdist hypothesis scikit-learn "aneforge>=0.4,<0.5" expecttest transformers pillow pyarrow \
+	onnx onnxscript onnxruntime "coremltools>=9.0,<10; python_version < '3.14'"
+test-lowest test-newest test-next: test-%: ## (one of them; next: release candidates too)
+	test -x $(VERSIONS)/$*/bin/python || $(PYTHON) -m venv $(VERSIONS)/$*
+	$(VERSIONS)/$*/bin/python -m pip install --quiet $(RELEASES_$*) $(TOOLS) --editable .
+	$(VERSIONS)/$*/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+RELEASES_lowest := --constraint requirements/lowest.txt
+RELEASES_newest := --upgrade coreai-core==1.0.0b3
+RELEASES_next := --upgrade --pre coreai-core==1.0.0b3
+
+pins: $(DEV_STAMP) ## Write the pinned versions down with the hashes of their files (ARGS=--upgrade takes newer ones)
+	$(PIP) uv
+	$(PINS) $(ARGS) pyproject.toml requirements/build.in --output-file requirements/base.txt
+	$(PINS) $(ARGS) --constraint requirements/base.txt --extra dev --extra energy pyproject.toml requirements/build.in \
+		--output-file requirements/dev.txt
+
+PINS := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	--overrides requirements/without-torch.txt
+
 fuzz: $(DEV_STAMP) ## A million mutated MIL texts, then the property tests with many more examples
 	$(BIN)/python -m tests.ane.mil.text.fuzz_parser --inputs 1000000
 	$(BIN)/python -m pytest -n $(JOBS) -m "hypothesis and not mac" --hypothesis-profile=fuzz $(ARGS)
@@ -54,11 +79,12 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 to 3.14; none found. Install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(RUN_STAMP): requirements/base.txt pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/base.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+$(RUN_STAMP): requirements/base.txt requirements/torch.txt pyproject.toml | $(BIN)/python
+	$(PIP) --no-deps --require-hashes -r requirements/base.txt
+	$(PIP) -r requirements/torch.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(DEV_STAMP): requirements/dev.txt $(RUN_STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(PIP) --no-deps --require-hashes -r requirements/dev.txt
 	@touch $@
