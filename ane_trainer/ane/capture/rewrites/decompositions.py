@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.rewrites import experts
-from ane_trainer.ane.capture.rewrites.derivatives import DERIVATIVES
+from ane_trainer.ane.capture.rewrites import ragged
 from ane_trainer.ane.capture.rewrites.normalization import NORMALIZATIONS
 from ane_trainer.ane.capture.rewrites.sampling import SAMPLING
 from ane_trainer.ane.capture.trace.torch_private import decompositions_of
@@ -51,9 +50,19 @@ ADDED = (
 )  # fmt: skip
 
 
+def softplus_backward(gradient: torch.Tensor, x: torch.Tensor, beta: float, threshold: float) -> torch.Tensor:
+    """`g * sigmoid(beta x)` instead of `g * exp(beta x) / (exp(beta x) + 1)`; g beyond the threshold."""
+    scaled = x * beta
+    return torch.where(scaled > threshold, gradient, gradient * torch.sigmoid(scaled))
+
+
+#: Gradients whose decomposition in torch leaves fp16 on its way.
+DERIVATIVES: dict[Any, Callable[..., Any]] = {aten.softplus_backward.default: softplus_backward}
+
+
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """The table for capture and AOTAutograd: overload -> function in terms of other ops."""
-    return _own_table() | experts.decompositions()
+    return _own_table() | ragged.decompositions()
 
 
 @functools.cache

@@ -15,18 +15,17 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ane_trainer.ane.capture.rewrites.bags import embedding_bag
 from ane_trainer.ane.capture.rewrites.criteria import (
+    ctc_loss,
     gaussian_nll,
     logcumsumexp,
     multi_label_margin,
     multi_margin,
     one_hot,
 )
-from ane_trainer.ane.capture.rewrites.ctc import ctc_loss
-from ane_trainer.ane.capture.rewrites.experts import histc
 from ane_trainer.ane.capture.rewrites.logits import Origins
 from ane_trainer.ane.capture.rewrites.packed import PackedSequences, as_rows, check_use, lengths_of
+from ane_trainer.ane.capture.rewrites.ragged import embedding_bag, histc
 from ane_trainer.ane.capture.trace.torch_private import checkpoints_run_once, is_all_true
 
 Function = Callable[..., Any]

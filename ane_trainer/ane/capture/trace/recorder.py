@@ -21,11 +21,17 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.rewrites.complexes import Pairs, takes
-from ane_trainer.ane.capture.trace.overloads import is_view, out_argument, pure_form, written_argument
+from ane_trainer.ane.capture.trace.operations import (
+    finding,
+    in_memory_order,
+    is_view,
+    out_argument,
+    pure_form,
+    undo,
+    written_argument,
+)
 from ane_trainer.ane.capture.trace.sources import META_KEY, Place
 from ane_trainer.ane.capture.trace.torch_private import SideTable, TorchDispatchMode, can_decompose
-from ane_trainer.ane.capture.trace.unknown import finding
-from ane_trainer.ane.capture.trace.views import in_memory_order, undo
 from ane_trainer.ane.errors import Finding
 
 aten = torch.ops.aten
@@ -73,7 +79,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._slots: SideTable[Slot] = SideTable()
         self._pairs = Pairs(place)
         self._constants: dict[int, tuple[torch.Tensor, Slot]] = {}
-        #: What the function did that no program can (`unknown.py`).
+        #: What the function did that no program can (`operations.finding`).
         self.findings: list[Finding] = []
 
     def placeholder(self, name: str, tensor: torch.Tensor) -> None:

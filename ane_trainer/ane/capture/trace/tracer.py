@@ -10,11 +10,11 @@ import torch
 from torch.fx import traceback as fx_traceback
 
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
+from ane_trainer.ane.capture.trace.operations import refusal
 from ane_trainer.ane.capture.trace.recorder import Recorder
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import Place, spread_sources
 from ane_trainer.ane.capture.trace.torch_private import plain_kernels
-from ane_trainer.ane.capture.trace.unknown import refusal
 
 Overload = Any
 

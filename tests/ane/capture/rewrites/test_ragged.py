@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ane_trainer.ane.capture.rewrites.experts import grouped_mm, grouped_mm_backward, histc
+from ane_trainer.ane.capture.rewrites.ragged import grouped_mm, grouped_mm_backward, histc
 from tests.ane.compiler.lower.harness import normal
 
 ROWS, WEIGHTS = normal(7, 4), normal(3, 4, 5, seed=1)
