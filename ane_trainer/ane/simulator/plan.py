@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from ane_trainer.ane.simulator.arrays import (
     storage_dtype,
     to_border,
 )
-from ane_trainer.ane.simulator.kernels import fused
+from ane_trainer.ane.simulator.kernels import fused, unfolding
 from ane_trainer.ane.simulator.kernels.host import host_function, runs_on_host
 from ane_trainer.ane.simulator.kernels.integer import (
     bind_integer,
@@ -32,9 +32,10 @@ from ane_trainer.ane.simulator.kernels.integer import (
 )
 from ane_trainer.ane.simulator.kernels.movement import offset_on_last_axis, view_of
 from ane_trainer.ane.simulator.kernels.reduction import scaled_sum_into
+from ane_trainer.ane.simulator.loops.compiled import copies
 from ane_trainer.ane.simulator.numbers.fp16 import Array, empty, round_half_away, zeros
 from ane_trainer.ane.simulator.registry import KERNELS, WRITES, EngineContext, Kernel
-from ane_trainer.ane.simulator.schedule import VIEWS, Entry, schedule
+from ane_trainer.ane.simulator.schedule import VIEWS, Entry, lazy_values, schedule
 from ane_trainer.ane.simulator.states import without_states
 
 Step = Callable[[], None]
@@ -117,6 +118,8 @@ class _Binder:
         self.steps: list[Step] = []
         self.step_ops: list[tuple[str, ...]] = []
         self.compiler = fused.Compiler(context)
+        self.lazy = lazy_values(function)
+        self.unfolded: dict[str, unfolding.Unfolded] = {}  # windows, read where they lie
         self.last_read = self._last_reads()
 
     def bind(self) -> Plan:
@@ -171,6 +174,8 @@ class _Binder:
         op = entry.ops[0]
         call = bind(op.kind, dict(op.args))
         clamped = self.context.chip.width_slice_clamp is not None and offset_on_last_axis(call)
+        if not clamped and not entry.constant and self._unfold(op, call):
+            return
         if op.kind in VIEWS and isinstance(op.arg("x"), Value) and not clamped:
             views = view_of(call, self.array_of(call.args["x"]))
             if views is not None:
@@ -183,8 +188,10 @@ class _Binder:
         for value in [v for op in entry.ops for v in op.results]:
             outputs.append(zeros(value.type.shape, storage_dtype(value.type)))
             self.buffers[value.name], self.base[value.name] = outputs[-1], value.name
-        operands = self._operands(op)
-        step = self._integer_step(op, outputs)
+        step = self._unfolded_product(op, call, outputs)
+        operands = [] if step is not None else self._operands(op)
+        if step is None:
+            step = self._integer_step(op, outputs)
         if entry.factor is not None:
             step = scaled_sum_into(self.context, call, outputs, operands[0], entry.factor)
         elif step is None:
@@ -195,6 +202,52 @@ class _Binder:
             step()
         else:
             self.steps.append(step)
+
+    def _unfold(self, op: Op, call: Call) -> bool:
+        """Keep the result as a view with more axes, where it is concatenated slices of one value or a view of such."""
+        name = op.results[0].name
+        if op.kind == "concat" and name in self.lazy and not call.flag("interleave"):
+            operands = list(op.operands())
+            roots = {self.base.get(value.name, "") for value in operands}
+            if len(roots) != 1 or "" in roots or roots & {v.name for v in self.function.inputs}:
+                return False
+            parts = [
+                self.unfolded.get(value.name) or unfolding.plain(self.buffers[value.name])
+                for value in operands
+            ]
+            found = unfolding.joined(parts, call.integer("axis") % len(parts[0].groups))
+        elif op.kind in VIEWS and name in self.lazy and (x := op.arg("x")) and self._is_unfolded(x):
+            found = unfolding.moved(call, self.unfolded[x.name])
+        else:
+            return False
+        if found is not None:
+            self.unfolded[name] = found
+            self.base[name] = self.base[next(op.operands()).name]
+        return found is not None
+
+    def _is_unfolded(self, argument: Arg) -> TypeGuard[Value]:
+        return isinstance(argument, Value) and argument.name in self.unfolded
+
+    def _unfolded_product(self, op: Op, call: Call, outputs: list[Array]) -> Step | None:
+        """The product of windows, which are not in memory."""
+        if op.kind != "matmul" or op.name in self.encoded or op.name in self.integer:
+            return None
+        operands = []
+        for name in ("x", "y"):
+            argument = call.args[name]
+            if self._is_unfolded(argument):
+                found = self.unfolded[argument.name]
+            else:
+                found = unfolding.plain(self.array_of(argument))
+            rank = len(found.groups)
+            if rank < 2:
+                return None
+            swapped = (*range(rank - 2), rank - 1, rank - 2)
+            operands.append(found.transposed(swapped) if call.flag(f"transpose_{name}") else found)
+        if all(max(found.groups) == 1 for found in operands):
+            return None
+        left, right = operands
+        return unfolding.product(self.context, left, right, outputs[0])
 
     def _integer_step(self, op: Op, outputs: list[Array]) -> Step | None:
         """The op on the int8 path, when both operands are int8 behind a dequantization."""
@@ -223,11 +276,20 @@ class _Binder:
 
     def array_of(self, argument: Arg) -> Array:
         """The memory of a value, or a literal as an array."""
+        if self._is_unfolded(argument) and argument.name not in self.buffers:
+            self._materialize(argument)
         if isinstance(argument, Value):
             return self.buffers[argument.name]
         if isinstance(argument, Literal):
             return literal_array(argument)
         raise SimulationError("plan: needs one operand; got several.", code="SIM100")
+
+    def _materialize(self, value: Value) -> None:
+        """Bring windows into memory."""
+        view = self.unfolded[value.name].view
+        room = empty(view.shape)
+        self.buffers[value.name], self.base[value.name] = room.reshape(value.type.shape), value.name
+        self.steps.append(copies([(room, view)], self.context.threads))
 
     def _keep_old_state(self) -> None:
         """Results that show a state's memory are copied before the new state comes there."""

@@ -59,6 +59,30 @@ def schedule(function: Function) -> list[Entry]:
     return entries
 
 
+def lazy_values(function: Function) -> frozenset[str]:
+    """Values that only moves, concatenations and matrix products read: they need no memory where they are views."""
+    readers: dict[str, list[Op]] = {}
+    for op in function.ops:
+        for value in op.operands():
+            readers.setdefault(value.name, []).append(op)
+    outputs, lazy = {value.name for value in function.outputs}, set[str]()
+    for op in reversed(function.ops):
+        for value in op.results:
+            if (
+                value.name not in outputs
+                and value.type.dtype == "fp16"
+                and all(
+                    reader.kind == "matmul" or (reader.kind in _MOVES and reader.result.name in lazy)
+                    for reader in readers.get(value.name, [])
+                )
+            ):
+                lazy.add(value.name)
+    return frozenset(lazy)
+
+
+_MOVES = (VIEWS | {"concat"}) - {"split"}
+
+
 def folded_factors(function: Function) -> dict[str, float]:
     """The multiplications by a number that the compiler folds into the sum before them: op name -> factor.
 

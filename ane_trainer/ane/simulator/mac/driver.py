@@ -44,8 +44,16 @@ FIELDS = (
     "bias_batch",
     "bias_row",
     "bias_column",
+    "a_rows",
+    "a_depths",
+    "b_depths",
+    "b_columns",
 )
-"""The int64 arguments of `block`, in order: addresses, sizes, strides in elements; `bias` may be 0."""
+"""The int64 arguments of `block`, in order: addresses, sizes, strides in elements; `bias` may be 0.
+
+The last four are addresses of int64 tables of offsets in elements, or 0: an element of a lies at
+a + a_rows[row] + a_depths[k] then (and its strides are 0), for example where a is the windows of an image.
+"""
 
 SCRATCH = ("packed_a", "packed_b", "tiles", "a_sums", "b_squares", "b_stats", "report")
 """Addresses of a thread's buffers, in order; `scratch_bytes` tells their sizes.
@@ -119,6 +127,11 @@ class _Arguments:
         array, i = self._places[name]
         return array.at(i, I64).load(PTR)
 
+    def table(self, name: str, first: Value) -> Value:
+        """A table of offsets from one of its elements on; null where there is none."""
+        table = self.address(name)
+        return table.is_null().choose(table, table.at(first, I64))
+
 
 def _panel(tile: Tile) -> Definition:
     """`panel(...)`: all tiles of one matrix += one panel of k; raises `largest_b` to the largest |b|."""
@@ -132,14 +145,15 @@ def _panel(tile: Tile) -> Definition:
     left = get.number("depth") - first_k
     depth = left.call("smin", PANEL_DEPTH)
     a_stats = f.room(F32, 2)
-    _pack_all_b(f, tile, get, b, depth, largest_b)
+    _pack_all_b(f, tile, get, b, (first_k, depth), largest_b)
     with f.loop(0, rows, tile.rows) as top:
         index = top // tile.rows
         height = (rows - top).call("smin", tile.rows)
         sums = get.address("a_sums").at(index * (2 * tile.padded_rows), F32)
         corner = a.at(top * get.number("a_row"), F32)
         strides = get.number("a_row"), get.number("a_k")
-        f.invoke("pack_a", corner, *strides, depth, height, get.address("packed_a"), a_stats, sums)
+        tables = get.table("a_rows", top), get.table("a_depths", first_k)
+        f.invoke("pack_a", corner, *strides, *tables, depth, height, get.address("packed_a"), a_stats, sums)
         tile_row = index * ((columns + (tile.columns - 1)) // tile.columns)
         with f.loop(0, columns, tile.columns) as edge:
             position = edge // tile.columns
@@ -160,8 +174,14 @@ def _panel(tile: Tile) -> Definition:
     return f.definition()
 
 
-def _pack_all_b(f: Function, tile: Tile, get: _Arguments, b: Value, depth: Value, largest_b: Value) -> None:
-    """Pack all panels of b, a few rows of all panels at a time: rows may lie on as many memory pages."""
+def _pack_all_b(
+    f: Function, tile: Tile, get: _Arguments, b: Value, part: tuple[Value, Value], largest_b: Value
+) -> None:
+    """Pack all panels of b, a few rows of all panels at a time: rows may lie on as many memory pages.
+
+    `part` is the first k and how many.
+    """
+    first_k, depth = part
     columns, stride_k, stride_n = get.number("columns"), get.number("b_k"), get.number("b_column")
     packed, all_stats, squares = get.address("packed_b"), get.address("b_stats"), get.address("b_squares")
     with f.loop(0, columns, tile.columns) as edge:
@@ -177,8 +197,10 @@ def _pack_all_b(f: Function, tile: Tile, get: _Arguments, b: Value, depth: Value
             source = line.at(edge * stride_n, F32)
             target = packed.at((position * _PITCH + top) * tile.columns, F32)
             stats = all_stats.at(position * 2, F32)
+            tables = get.table("b_columns", edge), get.table("b_depths", first_k + top)
+            sizes = height, width
             f.invoke(
-                "pack_b", source, stride_k, stride_n, height, width, target, stats, squares.at(edge, F32)
+                "pack_b", source, stride_k, stride_n, *tables, *sizes, target, stats, squares.at(edge, F32)
             )
             _raise(largest_b, stats.load(F32))
 

@@ -10,6 +10,7 @@ away from zero to fp16 and is never -0 (M6 notes/numerics.md, H11 for the bias).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ane_trainer.ane.simulator.loops.ir import F32, F64, I32, I64, PTR, Definition, Function, Value, Variable
 from ane_trainer.ane.simulator.loops.lanes import half_away
@@ -49,7 +50,8 @@ def tile_for(lanes: int) -> Tile:
 
 
 def pack_b(tile: Tile) -> Definition:
-    """`pack_b(source, sk, sn, depth, valid, packed, stats, squares)`: up to `columns` columns; strides sk, sn.
+    """`pack_b(source, sk, sn, columns, depths, depth, valid, packed, stats, squares)`: up to `columns` columns; strides
+    sk, sn, or where they are not null two tables of offsets.
 
     Each value is stored one float32 step away from zero (zeros stay). `stats` is two float32: the
     largest magnitude so far and the smallest nonzero magnitude so far. The columns' sums of squares are
@@ -61,19 +63,21 @@ def pack_b(tile: Tile) -> Definition:
         source=PTR,
         sk=I64,
         sn=I64,
+        columns=PTR,
+        depths=PTR,
         depth=I64,
         valid=I64,
         packed=PTR,
         stats=PTR,
         squares=PTR,
     )
-    source, sk, sn, depth, valid, packed, stats, all_squares = f.parameters
+    source, sk, sn, columns, depths, depth, valid, packed, stats, all_squares = f.parameters
     lanes, integers = tile.lanes, I32.of(tile.lanes)
     full = valid.compare("eq", tile.columns)
-    direct = sn.compare("eq", 1) & full
+    direct = sn.compare("eq", 1) & full & depths.is_null()
     origin, pitch = direct.choose(source, packed), direct.choose(sk, tile.columns)
     with f.when(~direct):
-        _copy(f, (source, sn, sk), packed, tile.columns, depth, valid, full)
+        _copy(f, Source(source, sn, sk, columns, depths), packed, tile.columns, (depth, valid), full)
     largest, smallest = f.variable(f.constant(integers, 0)), f.variable(f.constant(integers, LARGE_BITS))
     places = [all_squares.at(v * lanes, F32) for v in range(tile.vectors)]
     squares = [f.variable(place.load(F32.of(lanes))) for place in places]
@@ -95,7 +99,8 @@ def pack_b(tile: Tile) -> Definition:
 
 
 def pack_a(tile: Tile) -> Definition:
-    """`pack_a(source, sm, sk, depth, valid, packed, stats, sums)`: up to `rows` rows; strides sm, sk.
+    """`pack_a(source, sm, sk, rows, depths, depth, valid, packed, stats, sums)`: up to `rows` rows; strides sm, sk, or
+    where they are not null two tables of offsets.
 
     Per k: values times 2^16, then drop thresholds. `stats` gets two float32: the largest threshold, and
     the largest sum of eight neighbouring magnitudes of a row. The rows' sums of magnitudes, then their sums
@@ -107,16 +112,25 @@ def pack_a(tile: Tile) -> Definition:
         source=PTR,
         sm=I64,
         sk=I64,
+        rows=PTR,
+        depths=PTR,
         depth=I64,
         valid=I64,
         packed=PTR,
         stats=PTR,
         sums=PTR,
     )
-    source, sm, sk, depth, valid, packed, stats, sums = f.parameters
+    source, sm, sk, rows, depths, depth, valid, packed, stats, sums = f.parameters
     lanes = tile.padded_rows
     vector, integers = F32.of(lanes), I32.of(lanes)
-    _copy(f, (source, sm, sk), packed, 2 * lanes, depth, valid, valid.compare("eq", tile.rows))
+    _copy(
+        f,
+        Source(source, sm, sk, rows, depths),
+        packed,
+        2 * lanes,
+        (depth, valid),
+        valid.compare("eq", tile.rows),
+    )
     thresholds, eights = (f.variable(f.constant(integers, 0)) for _ in range(2))
     square_place = sums.at(lanes, F32)
     squares = f.variable(square_place.load(vector))
@@ -153,28 +167,34 @@ def threshold_bits(size: Value) -> Value:
     return matters.choose(wanted << 23, 0)
 
 
-def _copy(
-    f: Function,
-    source: tuple[Value, Value, Value],
-    packed: Value,
-    pitch: int,
-    depth: Value,
-    valid: Value,
-    full: Value,
-) -> None:
-    """packed[k * pitch + j] = source[k * sk + j * stride], first zeroing the panel if it is not full.
+class Source(NamedTuple):
+    """Where an operand's elements lie: its address, and strides along its lines and k, or tables of offsets."""
 
-    `source` is the address, `stride` and `sk`.
-    """
-    start, stride, sk = source
+    address: Value
+    line_stride: Value
+    depth_stride: Value
+    lines: Value
+    depths: Value
+
+
+def _copy(
+    f: Function, source: Source, packed: Value, pitch: int, sizes: tuple[Value, Value], full: Value
+) -> None:
+    """packed[k * pitch + j] = source[line j, k], first zeroing the panel if it is not full; `sizes` of k and j."""
+    depth, valid = sizes
     with f.when(~full):
         f.clear(packed, depth * (4 * pitch))
     with f.loop(0, depth, BLOCK_DEPTH) as first:
         last = (first + BLOCK_DEPTH).call("smin", depth)
-        with f.loop(0, valid) as j:
-            line, column = start.at(j * stride, F32), packed.at(j, F32)
+        strided = source.depths.is_null()
+        with f.when(strided), f.loop(0, valid) as j:
+            line, column = source.address.at(j * source.line_stride, F32), packed.at(j, F32)
             with f.loop(first, last) as k:
-                column.at(k * pitch, F32).store(line.at(k * sk, F32).load(F32))
+                column.at(k * pitch, F32).store(line.at(k * source.depth_stride, F32).load(F32))
+        with f.when(~strided), f.loop(0, valid) as j:
+            line, column = source.address.at(source.lines.at(j, I64).load(I64), F32), packed.at(j, F32)
+            with f.loop(first, last) as k:
+                column.at(k * pitch, F32).store(line.at(source.depths.at(k, I64).load(I64), F32).load(F32))
 
 
 def _add_square(total: Variable, value: Value) -> None:

@@ -31,6 +31,7 @@ from ane_trainer.ane.simulator.mac.micro import GROUP
 from ane_trainer.ane.simulator.mac.pack import Tile, tile_for
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 
 OVERFLOW = 32768.0
 """An accumulator of this magnitude is inf (ANEForge numeric_cliffs: the same on six chips)."""
@@ -76,6 +77,44 @@ def mac_bind(a: F32, b: F32, bias: F32 | None = None, *, threads: int, out: F32)
     a, b = _broadcast(a, (*shape[:-2], *a.shape[-2:])), _broadcast(b, (*shape[:-2], *b.shape[-2:]))
     bias = None if bias is None else _broadcast(bias, shape)
     blocks = [_Block(*parts) for parts in _cut(a, b, bias, out, threads)]
+    if len(blocks) == 1:
+        return blocks[0].run
+    calls = [(block,) for block in blocks]
+    return lambda: run_parallel(_Block.run, calls, threads)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A matrix whose element (row, column) is `memory[rows[row] + columns[column]]`: windows of an image, for example.
+
+    `memory` is flat float32, the tables int64.
+    """
+
+    memory: F32
+    rows: I64
+    columns: I64
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.columns)
+
+    @property
+    def swapped(self) -> Gathered:
+        """The transposed matrix."""
+        return Gathered(self.memory, self.columns, self.rows)
+
+    def part(self, rows: slice, columns: slice) -> Gathered:
+        """Some of its rows and columns."""
+        return Gathered(self.memory, self.rows[rows], self.columns[columns])
+
+    def dense(self) -> F32:
+        """The matrix itself, a copy."""
+        return np.asarray(self.memory[self.rows[:, None] + self.columns])
+
+
+def mac_bind_gathered(a: Gathered | F32, b: Gathered | F32, *, threads: int, out: F32) -> Callable[[], None]:
+    """As `mac_bind` of two matrices of which one or both are gathered; `out` overlaps neither."""
+    blocks = [_Block(*parts) for parts in _cut_matrix(a, b, out, threads)]
     if len(blocks) == 1:
         return blocks[0].run
     calls = [(block,) for block in blocks]
@@ -128,7 +167,7 @@ def _engine_of_width(lanes: int) -> _Engine:
     return _Engine(tile, functions["block"], functions["ordered"])
 
 
-_Parts = tuple[F32, F32, F32 | None, F32]
+_Parts = tuple[Gathered | F32, Gathered | F32, F32 | None, F32]
 
 
 def _cut(a: F32, b: F32, bias: F32 | None, out: F32, threads: int) -> Iterator[_Parts]:
@@ -153,6 +192,28 @@ def _cut(a: F32, b: F32, bias: F32 | None, out: F32, threads: int) -> Iterator[_
                 for n in column_cuts:
                     part = None if bias is None else bias[outer][g, m, n]
                     yield a[outer][g, m], b[outer][g, :, n], part, out[outer][g, m, n]
+
+
+def _cut_matrix(a: Gathered | F32, b: Gathered | F32, out: F32, threads: int) -> Iterator[_Parts]:
+    """As `_cut` for one matrix."""
+    tile = _engine().tile
+    rows, columns = out.shape
+    if 10 * _padded(columns, rows, tile) < 9 * _padded(rows, columns, tile):
+        a, b, out = _swapped(b), _swapped(a), out.T
+        rows, columns = columns, rows
+    wanted = _wanted(out.size * a.shape[-1], threads)
+    along_rows = -(-rows // tile.rows) >= -(-columns // tile.columns)
+    for m in _cuts(rows, tile.rows, _MOST_ROWS, wanted if along_rows else 1):
+        for n in _cuts(columns, tile.columns, _MOST_COLUMNS, 1 if along_rows else wanted):
+            yield _part(a, m, slice(None)), _part(b, slice(None), n), None, out[None, m, n]
+
+
+def _swapped(matrix: Gathered | F32) -> Gathered | F32:
+    return matrix.swapped if isinstance(matrix, Gathered) else matrix.T
+
+
+def _part(matrix: Gathered | F32, rows: slice, columns: slice) -> Gathered | F32:
+    return matrix.part(rows, columns) if isinstance(matrix, Gathered) else matrix[None, rows, columns]
 
 
 def _three(array: F32) -> F32:
@@ -199,20 +260,23 @@ def _scratch() -> _Scratch:
 class _Block:
     """One block [G, M, N] of a product, ready to run; holds the views it reads and writes."""
 
-    def __init__(self, a: F32, b: F32, bias: F32 | None, out: F32) -> None:
+    def __init__(self, a: Gathered | F32, b: Gathered | F32, bias: F32 | None, out: F32) -> None:
         self._arrays = a, b, bias, out
         self._depth = a.shape[-1]
+        (a_place, a_strides, a_tables), (b_place, b_strides, b_tables) = _source(a), _source(b)
         self._numbers = (ctypes.c_int64 * len(FIELDS))(
-            _address(a),
-            _address(b),
+            a_place,
+            b_place,
             _address(out),
             0 if bias is None else _address(bias),
             *out.shape,
             self._depth,
-            *_strides(a),
-            *_strides(b),
+            *a_strides,
+            *b_strides,
             *_strides(out),
             *((0, 0, 0) if bias is None else _strides(bias)),
+            *a_tables,
+            *b_tables,
         )
         self._address = ctypes.addressof(self._numbers)
 
@@ -224,8 +288,16 @@ class _Block:
         if _is_safe(min(bound, math.sqrt(bound_squared)), self._depth, largest_bias):
             return
         a, b, bias, out = self._arrays
+        a, b = (x.dense()[None] if isinstance(x, Gathered) else x for x in (a, b))
         for g in range(len(out)):
             _repair(a[g], b[g], None if bias is None else bias[g], out[g])
+
+
+def _source(x: Gathered | F32) -> tuple[int, tuple[int, ...], tuple[int, int]]:
+    """Address, strides and addresses of tables of an operand."""
+    if isinstance(x, Gathered):
+        return _address(x.memory), (0, 0, 0), (_address(x.rows), _address(x.columns))
+    return _address(x), _strides(x), (0, 0)
 
 
 def _address(array: NDArray[Any]) -> int:

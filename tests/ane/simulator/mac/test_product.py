@@ -255,3 +255,19 @@ def test_refused_out() -> None:
     a = np.zeros((2, 2), np.float32)
     with pytest.raises(ValueError, match="out"):
         mac_matmul(a, a, threads=1, out=np.zeros((2, 3), np.float32))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(37, 300, 16), (5, 20, 70), (500, 27, 16), (27, 700, 9)]
+)
+def test_gathered_operands(scale: float, rows: int, depth: int, columns: int) -> None:
+    """Either operand by tables, or both; sums that pass the limit too."""
+    rng = np.random.default_rng(0)
+    memory = round_half_away(rng.standard_normal(4000) * scale)
+    a = mac.Gathered(memory, rng.integers(0, 2000, rows), rng.integers(0, 2000, depth))
+    b = mac.Gathered(memory, rng.integers(0, 2000, depth), rng.integers(0, 2000, columns))
+    for left, right in ((a, b.dense()), (a.dense(), b), (a, b)):
+        out = np.empty((rows, columns), np.float32)
+        mac.mac_bind_gathered(left, right, threads=2, out=out)()
+        assert np.array_equal(out.view(np.uint32), mac_matmul_reference(a.dense(), b.dense()).view(np.uint32))
