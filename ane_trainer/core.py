@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
+import signal
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,18 @@ import numpy as np
 import torch
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.ane.errors import DataError, Interrupted, UsageError
+from ane_trainer.ane.errors import DataError, Diverged, Interrupted, UsageError
 from ane_trainer.ane.export import DEFAULT_NAMES, ExportReport, format_of
 from ane_trainer.data import Batches, find_dataset, load_dataset
 from ane_trainer.models import build_model
+from ane_trainer.training.checkpoint import has_step
 from ane_trainer.training.config import TrainConfig, make_config
+from ane_trainer.training.loop import interruptible
 from ane_trainer.training.optimizers import make_optimizer
+from ane_trainer.training.recording import Recorder
 from ane_trainer.training.report import ConsoleReporter, Reporter
-from ane_trainer.training.results import Epoch, Result
-from ane_trainer.training.runs import RunFolder, create_run, open_run
+from ane_trainer.training.results import Result
+from ane_trainer.training.runs import RunFolder, claim_run, open_run
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import format_count
 
@@ -32,25 +39,51 @@ def run_training(
 ) -> Result:
     """Load the data, build the model, train, evaluate; leaves everything in a run folder, `details["run"]`.
 
-    Ctrl-C: Interrupted, with a checkpoint written. See `Trainer.fit` for what else is refused.
+    Ctrl-C, SIGTERM, SIGHUP: Interrupted, with a checkpoint written. See `Trainer.fit` for what else is refused.
     """
     started = time.perf_counter()
-    trainer = _make_trainer(config, report if report is not None else ConsoleReporter())
-    model_name = Path(config.model.rpartition(":")[0] or config.model).stem
-    run = create_run(out, f"{find_dataset(config.dataset).name}-{model_name}")
-    run.write_config(config)
-    return _train_run(trainer, run, config, started)
+    with _stoppable():
+        config = config.resolved()
+        trainer = _make_trainer(config, report if report is not None else ConsoleReporter())
+        model_name = Path(config.model.rpartition(":")[0] or config.model).stem
+        with claim_run(out, f"{find_dataset(config.dataset).name}-{model_name}") as run:
+            return _train_run(trainer, run, config, started)
 
 
-def resume_training(path: str | Path, *, epochs: int | None = None, report: Reporter | None = None) -> Result:
-    """Go on with an interrupted run, or, with `epochs`, train a finished one until so many in all."""
+def resume_training(path: str | Path, *, report: Reporter | None = None, **changes: Any) -> Result:
+    """Go on with an interrupted run, or, with `epochs`, train a finished one until so many in all.
+
+    `changes` are options of `config.RESUMABLE`, which may differ from the run's. Everything is read and checked
+    before anything of the run is touched.
+    """
     started = time.perf_counter()
-    run = open_run(path)
-    config = run.read_config()
-    if epochs is not None:
-        config = make_config({**config.model_dump(), "epochs": epochs})
-    checkpoint = run.read_checkpoint()
-    trainer = _make_trainer(config, report if report is not None else ConsoleReporter())
+    report = report if report is not None else ConsoleReporter()
+    with _stoppable():
+        run = open_run(path)
+        old = run.read_config()
+        given = {name: value for name, value in changes.items() if value is not None}
+        config = make_config({**old.model_dump(), **given})
+        with run.locked():
+            model, remark = run.model_source(config.model)
+            trainer = _make_trainer(config, report, model=model)
+            if remark:
+                report.note("warning", remark)
+            if run.holds_training():
+                _restore(trainer, run, config)
+            return _train_run(trainer, run, config, started)
+
+
+def _restore(trainer: Trainer, run: RunFolder, config: TrainConfig) -> None:
+    checkpoint, damage = run.read_checkpoint()
+    if damage:
+        trainer.report.note("warning", f"the last checkpoint is left out, the one before is used: {damage}")
+    was_cpu = checkpoint.scalars.get("options", {}).get("device") == "cpu"
+    if was_cpu != (not trainer.target.runs_programs) and has_step(checkpoint):
+        raise UsageError(
+            f"{run.path}: needs {'device cpu' if was_cpu else 'a device that runs programs'}, as it was begun; "
+            f"got {trainer.target.device}. Leave --device out.",
+            code="ANE107",
+        )
     trainer.restore(checkpoint)
     done = trainer.progress.epoch
     if done > config.epochs or (done == config.epochs and run.has_result()):
@@ -59,9 +92,22 @@ def resume_training(path: str | Path, *, epochs: int | None = None, report: Repo
             f"Add more: --resume {run.path} --epochs {done + 5}",
             code="ANE107",
         )
-    run.write_config(config)
-    run.keep_metrics(done)
-    return _train_run(trainer, run, config, started)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within the block a signal ends in Interrupted, with the exit code that shells give it."""
+    with interruptible():
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            stopped = Interrupted("train: stopped before training began; there is nothing to go on from.")
+            raise _with_exit_code(stopped, error) from None
+
+
+def _with_exit_code(stopped: Interrupted, error: KeyboardInterrupt) -> Interrupted:
+    stopped.exit_code = 128 + (error.args[0] if error.args else signal.SIGINT)
+    return stopped
 
 
 def evaluate_run(path: str | Path, *, limit: int | None = None, **options: Any) -> dict[str, Any]:
@@ -73,6 +119,12 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: Any) 
     test = _test_split(config, limit)
     started = time.perf_counter()
     metrics = trainer.evaluate(test)
+    if not math.isfinite(metrics.loss):
+        raise Diverged(
+            f"{folder}: needs a loss that is finite; got {metrics.loss:g} on the test data. "
+            "Train again with a lower learning rate, or look for outliers in the data.",
+            code="ANE401",
+        )
     return {
         "run": str(folder),
         "dataset": config.dataset,
@@ -131,10 +183,10 @@ def export_run(
     device = "sim" if kind.startswith("step-") or config.device == "cpu" else config.device
     changed = {"device": device, "precision": "auto", **{k: v for k, v in options.items() if v is not None}}
     config = config.model_copy(update=changed)
-    trainer = _make_trainer(config, Reporter())
+    trainer = _run_trainer(run, config)
     target = Path(out) if out is not None else run.path / DEFAULT_NAMES[kind]
     if kind.startswith("step-"):
-        trainer.restore(run.read_checkpoint())
+        trainer.restore(run.read_checkpoint()[0])
         data, _ = _load(config)
     else:
         trainer.load_weights(run.read_weights(), str(run.path))
@@ -191,20 +243,23 @@ def _open_trained(path: str | Path, options: Mapping[str, Any]) -> tuple[Trainer
     """A silent trainer with the model and weights of a finished run."""
     run = open_run(path)
     config = run.read_config().model_copy(update={k: v for k, v in options.items() if v is not None})
-    trainer = _make_trainer(config, Reporter())
+    trainer = _run_trainer(run, config)
     trainer.load_weights(run.read_weights(), str(run.path))
     return trainer, config, run.path
 
 
-def _make_trainer(config: TrainConfig, report: Reporter, device: str | None = None) -> Trainer:
-    """The configured model and optimizer in a trainer; data is not needed yet."""
+def _make_trainer(
+    config: TrainConfig, report: Reporter, device: str | None = None, model: str | None = None
+) -> Trainer:
+    """The configured model and optimizer in a trainer; data is not needed yet. `model`: where it is found now."""
     info = find_dataset(config.dataset)
     classes = len(info.class_names)
-    model = build_model(config.model, info.in_shape, classes, seed=config.seed, **config.model_options())
+    options = config.model_options()
+    net = build_model(model or config.model, info.in_shape, classes, seed=config.seed, **options)
     return Trainer(
-        model,
+        net,
         config.loss,
-        make_optimizer(config, model),
+        make_optimizer(config, net),
         device=device or config.device,
         chip=config.chip,
         fidelity=config.fidelity,
@@ -212,7 +267,20 @@ def _make_trainer(config: TrainConfig, report: Reporter, device: str | None = No
         seed=config.seed,
         threads=config.threads,
         report=report,
+        clip_grad_norm=config.clip_grad_norm,
+        clip_grad_value=config.clip_grad_value,
+        accumulate=config.accumulate,
+        optimizer_on=config.optimizer_on,
+        fallback=config.fallback,
     )
+
+
+def _run_trainer(run: RunFolder, config: TrainConfig) -> Trainer:
+    """A silent trainer of a run's model, built from the run's own copy of its file."""
+    model, remark = run.model_source(config.model)
+    if remark:
+        warnings.warn(remark, stacklevel=3)
+    return _make_trainer(config, Reporter(), model=model)
 
 
 def _load(config: TrainConfig) -> tuple[Batches, Batches]:
@@ -220,26 +288,25 @@ def _load(config: TrainConfig) -> tuple[Batches, Batches]:
 
 
 def _train_run(trainer: Trainer, run: RunFolder, config: TrainConfig, started: float) -> Result:
-    """Train to the end with a checkpoint after each epoch and at Ctrl-C; write program, weights, result."""
+    """Train to the end, recorded in the run's folder; write program, weights, result."""
     before = trainer.progress.seconds
     trainer.announce()
     train, test = _load(config)
     _introduce(trainer, config, train, test)
-
-    def after_epoch(record: Epoch) -> None:
-        run.append_metrics(record.to_json())
-        run.write_checkpoint(trainer.checkpoint())
-
+    recorder = Recorder(run, config)
     try:
-        trainer.fit(train, config.epochs - trainer.progress.epoch, test, after_epoch=after_epoch)
+        trainer.fit(train, config.epochs - trainer.progress.epoch, test, callbacks=[recorder])
         seconds = before + time.perf_counter() - started
         reference = _train_reference(config, trainer.report) if config.compare_fp32 else None
-    except KeyboardInterrupt:
-        run.write_checkpoint(trainer.checkpoint())
-        raise Interrupted(
+    except KeyboardInterrupt as error:
+        if trainer.step is None:  # nothing was trained since the last checkpoint
+            raise
+        recorder.save(trainer)
+        stopped = Interrupted(
             f"train: stopped at epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}; "
             f"checkpoint in {run.path}. Go on: ane-trainer train --resume {run.path}"
-        ) from None
+        )
+        raise _with_exit_code(stopped, error) from None
     if trainer.step is not None and (compiled := trainer.step.compiled) is not None:
         run.write_program(compiled.text, compiled.weights)
     run.write_weights(trainer.model.state_dict())

@@ -184,11 +184,21 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
+        _sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power failure, where the system lets a folder be synced."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+        os.close(handle)
 
 
 def atomic_write_json(path: str | Path, value: Any) -> Path:

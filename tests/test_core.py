@@ -398,9 +398,9 @@ def test_run_folder_is_complete(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {
         "config.toml", "metrics.jsonl", "result.json", "weights.safetensors", "program.mil", "weights.bin",
-        "checkpoint.safetensors",
+        "checkpoint.safetensors", "checkpoint-before.safetensors", "best.safetensors",
     }  # fmt: skip
-    assert load_config(tmp_path / "run" / "config.toml") == config(compare_fp32=True)
+    assert load_config(tmp_path / "run" / "config.toml") == config(compare_fp32=True).resolved()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [Epoch(**json.loads(line)) for line in lines] == list(result.history)
     stored = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -12,11 +12,8 @@ import typer
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, takes_train_options
-from ane_trainer.training.config import make_config, read_config_file
+from ane_trainer.training.config import RESUMABLE, make_config, read_config_file
 from ane_trainer.training.report import ConsoleReporter, summary
-
-#: What may differ when a run goes on.
-_RESUMABLE = frozenset({"epochs"})
 
 
 @takes_train_options
@@ -69,12 +66,12 @@ def train(
 
 
 def _only_resumable(options: Collection[str], places: Mapping[str, Path | None]) -> None:
-    """A resumed run keeps its options; only those in `_RESUMABLE` may change."""
-    others = sorted({*options, *(name for name, path in places.items() if path is not None)} - _RESUMABLE)
+    """A resumed run keeps its options; only those in `RESUMABLE` may change."""
+    others = sorted({*options, *(name for name, path in places.items() if path is not None)} - RESUMABLE)
     if others:
         raise UsageError(
             f"train: --resume keeps the run's options; got {', '.join(others)} as well. "
-            "Leave them out, or start a new run.",
+            f"Leave them out, or start a new run. These may change: {', '.join(sorted(RESUMABLE))}.",
             code="ANE107",
         )
 

@@ -169,7 +169,8 @@ def read_fields(kind: type[T], values: object, where: str) -> tuple[T | None, li
 def unwritable(path: Path, error: OSError) -> EnvironmentFault:
     """The error for a folder or file that cannot be written."""
     return EnvironmentFault(
-        f"{path}: needs a place that can be written; {error.strerror or error}. Choose another (--out DIR).",
+        f"{path}: needs a place that can be written; {error.strerror or error}. "
+        "Make room there, or choose another (--out DIR).",
         code="ANE204",
     )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -22,9 +23,36 @@ from ane_trainer.utils import did_you_mean
 DEFAULT_LR: Mapping[str, float] = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 
 
+#: What a model takes where an option is not given.
+_MODEL_DEFAULTS: Mapping[str, dict[str, Any]] = {
+    "mlp": {"hidden": (256,), "activation": "gelu"},
+    "cnn": {"activation": "relu"},
+    "transformer": {"activation": "gelu"},
+}
+
+#: Options that may change when a run goes on: the weights do not depend on them, or they extend the run.
+RESUMABLE = frozenset({"compare_fp32", "device", "epochs", "keep_every", "save_every", "threads"})
+
 #: Groups of options in the help of `train`; an option that names none is under "Training".
 _MODEL: dict[str, Any] = {"panel": "Data and model"}
 _WHERE: dict[str, Any] = {"panel": "Where it runs"}
+
+
+class Interval(NamedTuple):
+    """So many steps, or so many seconds; 0: never."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def read_interval(text: str) -> Interval:
+    """ "500" is steps, "10min" minutes; ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?)?", text.strip()) if text else None
+    if not text:
+        return Interval()
+    if found is None or float(found[1]) <= 0 or (found[2] is None and "." in found[1]):
+        raise ValueError("needs a number of steps, or of minutes as in 10min")
+    return Interval(seconds=60.0 * float(found[1])) if found[2] else Interval(steps=int(found[1]))
 
 
 class TrainConfig(BaseModel):
@@ -61,9 +89,23 @@ class TrainConfig(BaseModel):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Pull of the weights to zero.")
+    clip_grad_norm: float | None = Field(
+        None, gt=0, le=65504, description="Scale all gradients together down to this norm."
+    )
+    clip_grad_value: float | None = Field(
+        None, gt=0, le=65504, description="Cut each entry of the gradients to within this number."
+    )
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged before an update.")
     loss: str = Field("cross_entropy", description="What is minimised: cross_entropy, mse, ...")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the weights and the order of the data.")
     compare_fp32: bool = Field(False, description="Train with plain PyTorch too, and show its accuracy.")
+    save_every: str | None = Field(
+        None,
+        description="Write a checkpoint each so many steps, or minutes as in 10min; always after an epoch.",
+    )
+    keep_every: int | None = Field(
+        None, ge=1, description="Keep the checkpoint of each so many epochs for good."
+    )
     chip: str = Field("m4", description="Whose arithmetic and limits: m1 ... m6.", json_schema_extra=_WHERE)
     device: str = Field(
         "auto", description="auto, sim, e5rt, coreai, cpu (plain PyTorch fp32).", json_schema_extra=_WHERE
@@ -78,6 +120,26 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Of the simulator; results do not depend on it (default: all cores).",
         json_schema_extra=_WHERE,
     )  # fmt: skip
+
+    optimizer_on: Literal["auto", "engine", "host"] = Field(
+        "auto", description="Where weights are updated; the host does it in fp32.", json_schema_extra=_WHERE
+    )
+    fallback: Literal["none", "cpu"] = Field(
+        "none", description="cpu: run there what does not fit the chip.", json_schema_extra=_WHERE
+    )
+
+    @field_validator("save_every", mode="before")
+    @classmethod
+    def _interval(cls, value: object) -> object:
+        text = str(value) if isinstance(value, int) else value
+        if isinstance(text, str):
+            read_interval(text)
+        return text
+
+    @property
+    def save_interval(self) -> Interval:
+        """`save_every` as numbers."""
+        return read_interval(self.save_every or "")
 
     @field_validator("hidden", mode="before")
     @classmethod
@@ -106,14 +168,23 @@ class TrainConfig(BaseModel):
         """`lr`, or the optimizer's default."""
         return self.lr if self.lr is not None else DEFAULT_LR[self.optimizer]
 
+    def resolved(self) -> TrainConfig:
+        """The same with the defaults that depend on other options written out, for a run to be repeated by."""
+        return self.model_copy(
+            update={"lr": self.learning_rate, **_MODEL_DEFAULTS.get(self.model, {}), **self.model_options()}
+        )
+
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments for `build_model` that were given."""
         options = {"hidden": self.hidden, "activation": self.activation}
         return {**{name: value for name, value in options.items() if value is not None}, **self.model_arg}
 
     def to_toml(self) -> str:
-        """The resolved configuration as TOML; options without a value are left out."""
-        return "".join(f"{name} = {toml_value(value)}\n" for name, value in self if value is not None)
+        """The resolved configuration as TOML; an option without a value is a comment."""
+        return "".join(
+            f"{name} = {toml_value(value)}\n" if value is not None else f"# {name} is not set\n"
+            for name, value in self
+        )
 
 
 def make_config(options: Mapping[str, Any], *, where: str = "train") -> TrainConfig:

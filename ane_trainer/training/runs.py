@@ -1,19 +1,24 @@
-"""The run folder: where a training run leaves its configuration, metrics, program, weights and checkpoint.
+"""The run folder: where a training run leaves its configuration, metrics, program, weights and checkpoints.
 
-    config.toml              the resolved options           metrics.jsonl   one line per epoch
-    result.json              the outcome                    program.mil     the training step as MIL text
-    weights.safetensors      the trained parameters         weights.bin     the program's weight blob
-    checkpoint.safetensors   everything needed to go on
+    config.toml              every option, resolved         metrics.jsonl   one line per epoch
+    model.py, source.json    the user's model file, copied  result.json     the outcome
+    weights.safetensors      the trained parameters         program.mil     the training step as MIL text
+    best.safetensors         those of the best epoch        weights.bin     the program's weight blob
+    checkpoint.safetensors   everything needed to go on; checkpoint-before.safetensors: the one before
+    checkpoints/             those that are kept for good (keep_every)
 
-Files appear whole or not at all.
+Files appear whole or not at all. A process that writes here holds a lock on the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +26,26 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.dispatch.state import MODEL, part
 from ane_trainer.ane.errors import CheckpointError
-from ane_trainer.training.checkpoint import CHECKPOINT, Checkpoint, read_tensors, unwritable, write_tensors
+from ane_trainer.training.checkpoint import (
+    BEFORE,
+    CHECKPOINT,
+    Checkpoint,
+    check_scalars,
+    read_tensors,
+    unwritable,
+    write_tensors,
+)
 from ane_trainer.training.config import TrainConfig, load_config
 from ane_trainer.utils import atomic_write, atomic_write_json, finite
 
 #: Where runs go when no folder is named.
 RUNS = Path("runs")
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
+KEPT = "checkpoints"
+_MODEL, _SOURCE, _LOCK = "model.py", "source.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -38,9 +54,26 @@ class RunFolder:
 
     path: Path
 
-    def write_config(self, config: TrainConfig) -> None:
-        """Write config.toml."""
+    def begin(self, config: TrainConfig, epochs_done: int) -> None:
+        """Training is about to write here: the configuration, the model's source, metrics up to `epochs_done`."""
         self._write("config.toml", config.to_toml())
+        self._copy_model(config.model)
+        lines: list[str] = []
+        if (self.path / "metrics.jsonl").exists() and epochs_done:
+            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+            lines = text.splitlines()[:epochs_done]
+        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        left_over = [
+            *self.path.glob(".*.tmp"),
+            *(self.path / KEPT).glob(".*.tmp"),
+        ]  # by a process that was killed
+        for path in (
+            self.path / "result.json",
+            self.path / WEIGHTS,
+            *left_over,
+        ):  # of an earlier end of this run
+            with self._writing(path.name):
+                path.unlink(missing_ok=True)
 
     def read_config(self) -> TrainConfig:
         """The run's configuration."""
@@ -57,16 +90,15 @@ class RunFolder:
         """True if the run came to its end."""
         return (self.path / "result.json").is_file()
 
+    def holds_training(self) -> bool:
+        """Whether there is something to go on from or to use: a checkpoint, weights, a result."""
+        names = (CHECKPOINT, BEFORE, WEIGHTS, "result.json")
+        return any((self.path / name).exists() for name in names)
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null."""
         with self._writing("metrics.jsonl"), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
-
-    def keep_metrics(self, epochs: int) -> None:
-        """Cut metrics.jsonl to its first `epochs` lines; what follows will be repeated."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines()[:epochs] if path.exists() else []
-        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json; numbers that are not finite become null."""
@@ -78,23 +110,71 @@ class RunFolder:
         self._write("program.mil", text)
         self._write("weights.bin", blob)
 
-    def write_weights(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Write weights.safetensors: the module's state_dict."""
-        with self._writing(WEIGHTS):
-            write_tensors(self.path / WEIGHTS, state)
+    def write_weights(self, state: Mapping[str, torch.Tensor], name: str = WEIGHTS) -> None:
+        """Write the module's state_dict."""
+        with self._writing(name):
+            write_tensors(self.path / name, state)
 
     def read_weights(self) -> dict[str, torch.Tensor]:
-        """The module's state_dict."""
+        """The module's state_dict; that of the last checkpoint where the run has not come to its end."""
+        if not (self.path / WEIGHTS).exists() and self.holds_training():
+            return part(self.read_checkpoint()[0].tensors, MODEL)
         return read_tensors(self.path / WEIGHTS, scalars=False).tensors
 
-    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Replace checkpoint.safetensors."""
+    def write_checkpoint(self, checkpoint: Checkpoint, *, keep_as: str | None = None) -> None:
+        """Make this the last checkpoint, and the last one the one before; `keep_as` names one kept for good."""
         with self._writing(CHECKPOINT):
+            _keep_one_before(self.path / CHECKPOINT, self.path / BEFORE)
             write_tensors(self.path / CHECKPOINT, checkpoint.tensors, checkpoint.scalars)
+            if keep_as is not None:
+                (self.path / KEPT).mkdir(exist_ok=True)
+                _link(self.path / CHECKPOINT, self.path / KEPT / f"{keep_as}.safetensors")
 
-    def read_checkpoint(self) -> Checkpoint:
-        """The last checkpoint."""
-        return read_tensors(self.path / CHECKPOINT, scalars=True)
+    def read_checkpoint(self) -> tuple[Checkpoint, str]:
+        """The last checkpoint, or, if it is damaged, the one before and what is wrong with the last."""
+        try:
+            return self._checked(CHECKPOINT), ""
+        except CheckpointError as error:
+            if not (self.path / BEFORE).exists():
+                raise
+            try:
+                return self._checked(BEFORE), f"{error}"
+            except CheckpointError:
+                raise error from None
+
+    def _checked(self, name: str) -> Checkpoint:
+        found = read_tensors(self.path / name, scalars=True)
+        check_scalars(found.scalars)
+        return found
+
+    def model_source(self, model: str) -> tuple[str, str]:
+        """How to build the run's model, and a remark if its file is not as it was; a known name stays as it is.
+
+        The copy in the run counts. Modules beside the original are found where it was.
+        """
+        copy, name = self.path / _MODEL, model.rpartition(":")[2]
+        if not copy.exists():
+            return model, ""
+        try:
+            source = json.loads((self.path / _SOURCE).read_text(encoding="utf-8"))
+            path, wanted = Path(source["path"]), source["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{copy}:{name}", f"{self.path / _SOURCE} cannot be read"
+        if path.parent.is_dir() and str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        remark = ""
+        if _hash(copy) != wanted:
+            remark = f"{copy} was changed since the run began"
+        elif path.exists() and _hash(path) != wanted:
+            remark = f"{path} was changed since the run began; the run's own copy is used"
+        return f"{copy}:{name}", remark
+
+    def _copy_model(self, model: str) -> None:
+        path = Path(model.rpartition(":")[0]).expanduser()
+        if not model.rpartition(":")[0] or not path.is_file() or (self.path / _MODEL).exists():
+            return
+        self._write(_MODEL, path.read_bytes())
+        self._write(_SOURCE, json.dumps({"path": str(path.resolve()), "sha256": _hash(path)}) + "\n")
 
     def _write(self, name: str, data: str | bytes) -> None:
         with self._writing(name):
@@ -107,44 +187,129 @@ class RunFolder:
         except OSError as error:
             raise unwritable(self.path / name, error) from None
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against other processes; CheckpointError CKPT109 says which one has it."""
+        with self._writing(_LOCK):
+            handle = os.open(self.path if os.name == "posix" else self.path / _LOCK, _LOCK_FLAGS, 0o666)
+        try:
+            if not _try_lock(handle):
+                raise CheckpointError(
+                    f"{self.path}: needs a folder that no other process writes to; process {self._holder()} does. "
+                    "Wait for it, or end it.",
+                    code="CKPT109",
+                )
+            self._write(_LOCK, f"{os.getpid()}\n")
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    (self.path / _LOCK).unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
-def create_run(out: str | Path | None, name: str) -> RunFolder:
-    """Make the folder of a new run: `out`, or runs/<name>-<date>-<number>.
+    def _holder(self) -> str:
+        try:
+            return (self.path / _LOCK).read_text(encoding="utf-8").strip()
+        except OSError:
+            return "(unknown)"
 
-    EnvironmentFault if it cannot be written, CheckpointError if `out` already holds a run.
-    """
-    path = Path(out) if out is not None else _fresh_path(name)
-    if (path / "config.toml").exists():
-        raise CheckpointError(
-            f"{path}: needs a folder without a run; it holds one already. "
-            f"Go on with it by --resume {path}, or give another --out.",
-            code="CKPT104",
-        )
+
+_LOCK_FLAGS = os.O_RDONLY if os.name == "posix" else os.O_RDWR | os.O_CREAT
+
+
+def _try_lock(handle: int) -> bool:
+    """Take the lock if it is free. The system gives it back when the process ends, however it ends."""
     try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def claim_run(out: str | Path | None, name: str) -> Iterator[RunFolder]:
+    """A folder for a new run, held while the block runs: `out`, or runs/<name>-<date>-<number>.
+
+    A folder that was made for the run goes again if the block fails before it holds a checkpoint.
+    EnvironmentFault if it cannot be written, CheckpointError if `out` already holds a run, or is in use.
+    """
+    path = Path(out) if out is not None else RUNS / name
+    try:
+        new = not path.exists()
+        if out is None:
+            path, new = _fresh_folder(name), True
         path.mkdir(parents=True, exist_ok=True)
-        os.unlink(atomic_write(path / ".writable", ""))
     except OSError as error:
         raise unwritable(path, error) from None
-    return RunFolder(path)
+    run = RunFolder(path)
+    try:
+        with run.locked():
+            if run.holds_training():
+                raise CheckpointError(
+                    f"{path}: needs a folder without a run; it holds one already. "
+                    f"Go on with it by --resume {path}, or give another --out.",
+                    code="CKPT104",
+                )
+            yield run
+    except BaseException:
+        if new and not run.holds_training():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def open_run(path: str | Path) -> RunFolder:
     """An existing run: a folder, or `last` for the newest one under runs/. CheckpointError if it is none."""
     if str(path) == "last" and not Path("last").exists():
         found = [config.parent for config in RUNS.glob("*/config.toml")]
-        if not found:
+        usable = [folder for folder in found if RunFolder(folder).holds_training()]
+        if not usable:
             raise CheckpointError(
                 "last: needs a run under runs/; there is none. Train one first.", code="CKPT101"
             )
-        path = max(found, key=lambda folder: (folder / "config.toml").stat().st_mtime_ns)
+        path = max(usable, key=lambda folder: (folder / "config.toml").stat().st_mtime_ns)
     run = RunFolder(Path(path))
     run.read_config()
     return run
 
 
-def _fresh_path(name: str) -> Path:
+def _fresh_folder(name: str) -> Path:
+    """A new folder runs/<name>-<date>-<number>: made here, so that no other process has it."""
     stem = f"{name}-{datetime.date.today().isoformat()}"
+    RUNS.mkdir(parents=True, exist_ok=True)
     number = 1
-    while (RUNS / f"{stem}-{number}").exists():
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (RUNS / f"{stem}-{number}").mkdir()
+            return RUNS / f"{stem}-{number}"
         number += 1
-    return RUNS / f"{stem}-{number}"
+
+
+def _keep_one_before(last: Path, before: Path) -> None:
+    """Give the last file a second name, by which it stays when it is replaced."""
+    if last.exists():
+        _link(last, before)
+
+
+def _link(file: Path, name: Path) -> None:
+    """Another name for a file, put in place at once; a copy where the file system has no links."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(file, temporary)
+    except OSError:
+        shutil.copyfile(file, temporary)
+    os.replace(temporary, name)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
