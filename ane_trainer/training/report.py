@@ -225,7 +225,7 @@ class ConsoleReporter(Reporter):
         self._live = self._task = None
 
     def _title(self) -> str:
-        return f"epoch {self._epoch}/{self._epochs}"
+        return f"epoch {self._epoch:>{len(str(self._epochs))}}/{self._epochs}"
 
     def _count(self) -> str:
         return f"{self._done}/{self._steps}" if self._steps else f"{self._done} steps"
@@ -248,14 +248,8 @@ class ConsoleReporter(Reporter):
     def _line(self, text: str) -> None:
         """One line, broken between words where a terminal is narrower."""
         self._stop_live()
-        if self.stream.isatty():
-            width = max(shutil.get_terminal_size().columns, 2 * _TOPIC)
-            text = textwrap.fill(
-                text, width, subsequent_indent=" " * _TOPIC, break_long_words=False, break_on_hyphens=False,
-                replace_whitespace=False, drop_whitespace=True,
-            )  # fmt: skip
         with self._reader_may_leave():
-            print(text, file=self.stream, flush=True)
+            print(_wrapped(text, self.stream), file=self.stream, flush=True)
 
     @contextlib.contextmanager
     def _reader_may_leave(self) -> Iterator[None]:
@@ -263,6 +257,17 @@ class ConsoleReporter(Reporter):
             yield
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def _wrapped(text: str, stream: TextIO) -> str:
+    """A line broken between words where the terminal is narrower; elsewhere as it is."""
+    if not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, 2 * _TOPIC)
+    return textwrap.fill(
+        text, width, subsequent_indent=" " * _TOPIC, break_long_words=False, break_on_hyphens=False,
+        replace_whitespace=False,
+    )  # fmt: skip
 
 
 def _clock(seconds: float) -> str:
@@ -291,7 +296,8 @@ def summary(
             f"next     {command} evaluate {folder}",
             f"         {command} predict {folder} --index 0",
         ]
-    return "\n".join(lines)
+    stream = report.stream if isinstance(report, ConsoleReporter) else None
+    return "\n".join(lines if stream is None else [_wrapped(line, stream) for line in lines])
 
 
 def program_line(program: Mapping[str, Any], seconds: float, verbose: bool = True) -> str:
@@ -329,7 +335,9 @@ def _time_lines(result: Result, phases: Phases | None, verbose: bool) -> Sequenc
         sure = "error not known" if band is None else f"+-{band:.0%}"
         total = result.estimate["latency_us"] * 1e-6 * result.steps
         title = result.estimate["title"]
-        lines.append(f"engine   these steps on {title}: about {format_seconds(total)} ({sure}, cost model)")
+        lines.append(
+            f"engine   {title}'s would need about {format_seconds(total)} for these steps ({sure}, cost model)"
+        )
     joules = result.energy_joules
     if joules is not None:
         epochs = max(len(result.history), 1)

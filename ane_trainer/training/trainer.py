@@ -477,6 +477,7 @@ class Trainer:
         """The step; at first it is compiled for batches like (x, y) and given the restored state."""
         if self.step is not None:
             return self.step
+        self.report.activity("compiling the training step")
         started = time.perf_counter()
         self.model.train()
         state = part(self._restored.tensors, STEP) if self._restored is not None else {}
