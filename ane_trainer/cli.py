@@ -170,7 +170,10 @@ def _load(command: Command) -> Callable[..., int]:
     told = parameters.pop("as_json", None) is not None
 
     def run(as_json: bool, **arguments: Any) -> int:
-        output = function(**arguments, **({"as_json": as_json} if told else {}))
+        try:
+            output = function(**arguments, **({"as_json": as_json} if told else {}))
+        except KeyboardInterrupt:  # typer would make a silent exit of it
+            raise Interrupted("stopped before there was anything to save.") from None
         print(json.dumps(finite(output.values)) if as_json else output.text, flush=True)
         return int(output.exit_code)
 

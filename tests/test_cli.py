@@ -347,3 +347,16 @@ def test_example_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert "predicted" in done.stdout
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_ctrl_c_and_a_reader_that_left_end_without_a_traceback(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stopped() -> None:
+        raise error
+
+    monkeypatch.setattr("ane_trainer.commands.data.dataset_rows", stopped)
+    code = run_command(["data", "list"])
+    told = capfd.readouterr().err
+    assert (code, told.count("\n")) == ((130, 1) if error is KeyboardInterrupt else (141, 0))
