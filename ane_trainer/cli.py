@@ -115,9 +115,6 @@ def run_command(arguments: Sequence[str]) -> int:
         return _fail(UsageError(f"command line: {text} See: {_help(words)}"), words)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(Interrupted("stopped before there was anything to save."), words)
-    except BrokenPipeError:  # the reader, for example `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _run(words: list[str]) -> int:
@@ -172,9 +169,12 @@ def _load(command: Command) -> Callable[..., int]:
     def run(as_json: bool, **arguments: Any) -> int:
         try:
             output = function(**arguments, **({"as_json": as_json} if told else {}))
-        except KeyboardInterrupt:  # typer would make a silent exit of it
+            print(json.dumps(finite(output.values)) if as_json else output.text, flush=True)
+        except KeyboardInterrupt:  # typer would make a silent exit of it, and of the next one
             raise Interrupted("stopped before there was anything to save.") from None
-        print(json.dumps(finite(output.values)) if as_json else output.text, flush=True)
+        except BrokenPipeError:  # the reader, for example `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         return int(output.exit_code)
 
     json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)

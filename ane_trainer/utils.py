@@ -221,3 +221,36 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+@contextlib.contextmanager
+def without_lines(start: str) -> Iterator[None]:
+    """Within the block, lines on the process's standard error that begin so are left out; others come after it.
+
+    For native libraries, which write past `sys.stderr`.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(start.encode()):
+                    os.write(2, line)
+
+
+@contextlib.contextmanager
+def without_warnings_of(logger: str) -> Iterator[None]:
+    """Within the block, a logger of another package says errors only."""
+    named = logging.getLogger(logger)
+    before = named.level
+    named.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        named.setLevel(before)

@@ -146,3 +146,18 @@ def test_setup_logging_uses_rich_on_a_terminal(package_logger, monkeypatch):
     logging.getLogger("ane_trainer").info("hello")
     assert "hello" in stream.getvalue()
     assert "INFO" in stream.getvalue()
+
+
+def test_a_native_librarys_line_is_left_out_and_others_are_not(capfd):
+    with utils.without_lines("NOISE "):
+        os.write(2, b"NOISE one\nreal\nNOISE two\n")
+    os.write(2, b"NOISE after\n")
+    assert capfd.readouterr().err == "real\nNOISE after\n"
+
+
+def test_a_loggers_warnings_are_left_out_in_the_block_only(caplog):
+    with utils.without_warnings_of("some.package"):
+        logging.getLogger("some.package").warning("noise")
+        logging.getLogger("some.package").error("real")
+    logging.getLogger("some.package").warning("after")
+    assert [record.message for record in caplog.records] == ["real", "after"]

@@ -23,6 +23,7 @@ from ane_trainer.ane.export.package import Description, write_package
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.simulator import make_context, prepare
+from ane_trainer.utils import without_warnings_of
 
 Runner = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -59,8 +60,8 @@ def write_onnx(
     _only_fp16("onnx", weights)
     need("onnxscript", "onnx")
     need("onnxruntime", "onnx")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), without_warnings_of("torch.onnx._internal.exporter._registration"):
+        warnings.simplefilter("ignore")  # and, of the logger, that torchvision is not installed
         program = torch.onnx.export(
             _deployed(model, signature), (_example(signature),), dynamo=True, verbose=False,
             input_names=[signature.input_name], output_names=[signature.output_name],

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import MissingDependency, SimulationError
+from ane_trainer.utils import without_lines
 
 T = TypeVar("T")
 
@@ -131,7 +132,8 @@ class LoadedAsset:
 
     def _function(self, name: str) -> Any:
         if name not in self._functions:
-            self._functions[name] = self._opened().load_function(name)
+            with without_lines("ODIE [default]: Loading function"):
+                self._functions[name] = self._opened().load_function(name)
         return self._functions[name]
 
     def _opened(self) -> Any:
