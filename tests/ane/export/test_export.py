@@ -204,7 +204,7 @@ def test_the_manifest_says_what_each_port_is(step: TrainingStep, tmp_path: Path)
     step.sync()
     for name, terms in found["weights"].items():
         folded = sum(state[term["port"]].astype(np.float64) * term["factor"] for term in terms)
-        parameter = dict(step._model.named_parameters())[name].detach().numpy()
+        parameter = dict(step._subject.model.named_parameters())[name].detach().numpy()
         np.testing.assert_allclose(folded.reshape(parameter.shape), parameter, rtol=1e-6, atol=1e-9)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_trainer.ane.simulator.loops import jit, team
+from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops import nest as loops
 from ane_trainer.ane.simulator.loops.convert import decode_into, encoded
 from ane_trainer.ane.simulator.loops.emit import pointwise_loop
@@ -27,7 +27,7 @@ def run_group(code, arrays, stores, tables=(), width=None):
     group = Group(tuple(code), len(arrays), len(tables), stores)
     text = module([pointwise_loop("f", group, nest, width)])
     function = jit.compile_ir(text, ["f"])["f"]
-    arguments = team.addresses(*[a.ctypes.data for a in (*arrays, *tables, *outputs)])
+    arguments = jit.addresses(*[a.ctypes.data for a in (*arrays, *tables, *outputs)])
     function(ctypes.addressof(arguments), 0, nest.extents[0])
     return outputs
 
@@ -107,7 +107,7 @@ def test_in_place_is_safe():
     nest = loops.nest(x.shape, [(1,), (1,)])
     code = (Instr("load", which=0), Instr("mul", (0, 0)))
     text = module([pointwise_loop("f", Group(code, 1, 0, (1,)), nest, 16)])
-    arguments = team.addresses(x.ctypes.data, x.ctypes.data)
+    arguments = jit.addresses(x.ctypes.data, x.ctypes.data)
     jit.compile_ir(text, ["f"])["f"](ctypes.addressof(arguments), 0, x.size)
     assert same_bits(x, round_half_away(before * before))
 
