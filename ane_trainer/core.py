@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,28 @@ import torch
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import DataError, Diverged, Interrupted, UsageError
 from ane_trainer.ane.export import DEFAULT_NAMES, ExportReport, format_of
-from ane_trainer.data import Batches, find_dataset, load_dataset
+from ane_trainer.data import (
+    Batches,
+    DataDescription,
+    DataOptions,
+    Splits,
+    find_dataset,
+    find_known,
+    open_data,
+)
 from ane_trainer.models import build_model
+from ane_trainer.training.analysis import Seen
 from ane_trainer.training.checkpoint import has_step
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.loop import interruptible
 from ane_trainer.training.optimizers import make_optimizer
+from ane_trainer.training.prediction import Inputs, answers, generate, parse_rows, read_inputs, target_text
 from ane_trainer.training.recording import Recorder
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
 from ane_trainer.training.runs import RunFolder, claim_run, open_run
 from ane_trainer.training.trainer import Trainer
-from ane_trainer.utils import format_count
+from ane_trainer.utils import finite, format_count
 
 __all__ = ["Trainer", "evaluate_run", "export_run", "predict_run", "resume_training", "run_training"]
 
@@ -43,11 +53,14 @@ def run_training(
     """
     started = time.perf_counter()
     with _stoppable():
-        config = config.resolved()
-        trainer = _make_trainer(config, report if report is not None else ConsoleReporter())
+        splits = open_data(config.dataset, _data_options(config))
+        config = _settled(config, splits.description)
+        trainer = _make_trainer(
+            config, splits.description, report if report is not None else ConsoleReporter()
+        )
         model_name = Path(config.model.rpartition(":")[0] or config.model).stem
-        with claim_run(out, f"{find_dataset(config.dataset).name}-{model_name}") as run:
-            return _train_run(trainer, run, config, started)
+        with claim_run(out, f"{Path(splits.description.name).stem}-{model_name}") as run:
+            return _train_run(trainer, run, config, splits, started)
 
 
 def resume_training(path: str | Path, *, report: Reporter | None = None, **changes: Any) -> Result:
@@ -65,12 +78,14 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
         config = make_config({**old.model_dump(), **given})
         with run.locked():
             model, remark = run.model_source(config.model)
-            trainer = _make_trainer(config, report, model=model)
+            splits = open_data(config.dataset, _data_options(config))
+            _check_same_data(run, splits.description)
+            trainer = _make_trainer(config, splits.description, report, model=model)
             if remark:
                 report.note("warning", remark)
             if run.holds_training():
                 _restore(trainer, run, config)
-            return _train_run(trainer, run, config, started)
+            return _train_run(trainer, run, config, splits, started)
 
 
 def _restore(trainer: Trainer, run: RunFolder, config: TrainConfig) -> None:
@@ -111,62 +126,91 @@ def _with_exit_code(stopped: Interrupted, error: KeyboardInterrupt) -> Interrupt
 
 
 def evaluate_run(path: str | Path, *, limit: int | None = None, **options: Any) -> dict[str, Any]:
-    """Loss and accuracy of a finished run on its dataset's test split, by an inference program.
+    """Loss, accuracy and scores by class of a run on its data's test part, by an inference program.
 
-    `options` (device, chip, fidelity, threads) override those of the run.
+    Without a test part it is validation, without that the training part; `split` says which. An interrupted
+    run is judged by its last checkpoint (`weights`). `options` (device, chip, fidelity, threads) override those
+    of the run.
     """
-    trainer, config, folder = _open_trained(path, options)
-    test = _test_split(config, limit)
-    started = time.perf_counter()
-    metrics = trainer.evaluate(test)
+    trainer, run, config, description = _open_trained(path, options)
+    held_out = _held_out(run, config, limit)
+    started, seen = time.perf_counter(), Seen()
+    metrics = trainer.evaluate(held_out, see=seen.add)
     if not math.isfinite(metrics.loss):
         raise Diverged(
-            f"{folder}: needs a loss that is finite; got {metrics.loss:g} on the test data. "
+            f"{run.path}: needs a loss that is finite; got {metrics.loss:g} on the {held_out.split} data. "
             "Train again with a lower learning rate, or look for outliers in the data.",
             code="ANE401",
         )
+    analysis = seen.analysis(
+        description.class_names, scale=(description.target_mean or (0.0,), description.target_std or (1.0,)),
+        labels=description.task == "multilabel",
+    )  # fmt: skip
     return {
-        "run": str(folder),
+        "run": str(run.path),
+        "weights": run.weights_origin(),
         "dataset": config.dataset,
         "model": config.model,
+        "split": held_out.split,
         "examples": metrics.examples,
         "test_accuracy": metrics.accuracy,
         "test_loss": metrics.loss,
+        **({"perplexity": math.exp(min(metrics.loss, 700.0))} if description.kind == "text" else {}),
+        "scores": finite(analysis.to_json()) if analysis is not None else None,
         **_where(trainer),
         "seconds": time.perf_counter() - started,
     }
 
 
 def predict_run(
-    run: str | Path, *, index: int | None = None, path: str | Path | None = None, **options: Any
-) -> dict[str, Any]:
-    """Classes and probabilities for one test example (`index`) or a .npy file of examples [N, ...] or [...].
+    run: str | Path, paths: Sequence[str | Path] = (), *, index: str | int | None = None, prompt: str | None = None,
+    limit: int | None = None, tokens: int = 200, temperature: float = 0.0, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What a run's model says of new examples, prepared as in training: `predictions`, a record each.
 
-    Numbers of dtype uint8 are taken as pixels and normalised, others as the model's inputs as they are.
+    paths    image files, folders of images, CSV or Parquet tables, .npy arrays (bytes are pixels).
+    index    held-out examples of the run's own data: 7, "0:10", "3,5".
+    prompt   of a text model: it goes on for `tokens` tokens, at `temperature`.
+    limit    predict the first so many examples.
     """
-    if (index is None) == (path is None):
+    if sum((bool(paths), index is not None, prompt is not None)) != 1:
         raise UsageError(
-            "predict: needs either an index or an input; give --index N or --input FILE.npy.", code="ANE108"
+            "predict: needs one of files, --index and --text. Try: ane-trainer predict last --index 0:10",
+            code="ANE108",
         )
-    trainer, config, folder = _open_trained(run, options)
-    test = _test_split(config)
-    truth: int | None = None
-    if index is not None:
-        if not 0 <= index < test.num_examples:
-            raise DataError(
-                f"predict: needs an index from 0 to {test.num_examples - 1}; got {index}. Choose another.",
-                code="DATA108",
+    trainer, folder, config, description = _open_trained(run, options)
+    records: list[dict[str, Any]] = []
+    if prompt is not None:
+        if description.kind != "text":
+            raise UsageError(
+                f"predict: --text needs a run on text; got {description.kind} data.", code="ANE108"
             )
-        x, truth = test.normalise(test.images[index : index + 1]), int(test.labels[index])
-    else:
-        x = _as_examples(_load_array(path), test)
-    output = trainer.predict(x)
+        text = generate(trainer.predict, prompt, description, tokens=tokens, temperature=temperature,
+                        seed=config.seed)  # fmt: skip
+        records.append({"input": prompt, "text": text})
+    parts = (part for path in paths for part in read_inputs(Path(path).expanduser(), description))
+    if index is not None:
+        parts = (_by_index(_held_out(folder, config), str(index)) for _ in range(1))
+    for part in parts:
+        if limit is not None:
+            part = part.first(limit - len(records))
+        records += answers(trainer.predict(part.x), part, description)
+        if limit is not None and len(records) >= limit:
+            break
     return {
-        "run": str(folder),
+        "run": str(folder.path),
+        "weights": folder.weights_origin(),
         **_where(trainer),
-        "predictions": [_prediction(row, test.class_names) for row in output],
-        "truth": test.class_names[truth] if truth is not None else None,
+        "classes": list(description.class_names),
+        "predictions": records,
     }
+
+
+def _by_index(held_out: Batches, selection: str) -> Inputs:
+    rows = np.array(parse_rows(selection, held_out.num_examples))
+    x, y = held_out.examples.take(rows)
+    truth = tuple(target_text(row, held_out.description) for row in y)
+    return Inputs(tuple(map(str, rows)), held_out.normalise(torch.from_numpy(x)), truth)
 
 
 def export_run(
@@ -183,55 +227,63 @@ def export_run(
     device = "sim" if kind.startswith("step-") or config.device == "cpu" else config.device
     changed = {"device": device, "precision": "auto", **{k: v for k, v in options.items() if v is not None}}
     config = config.model_copy(update=changed)
-    trainer = _run_trainer(run, config)
+    trainer = _run_trainer(run, config, _description_of(run, config))
     target = Path(out) if out is not None else run.path / DEFAULT_NAMES[kind]
     if kind.startswith("step-"):
         trainer.restore(run.read_checkpoint()[0])
-        data, _ = _load(config)
+        data = open_data(config.dataset, _data_options(config)).train
     else:
         trainer.load_weights(run.read_weights(), str(run.path))
-        data = _test_split(config)
+        data = _held_out(run, config)
     count = data.num_examples if examples is None else examples
     return trainer.export(target, kind, data=data, input=input, weights=weights, batch=batch, examples=count)
 
 
-def _test_split(config: TrainConfig, limit: int | None = None) -> Batches:
-    _, test = load_dataset(config.dataset, config.batch_size, config.seed, limit=limit, drop_last=False)
-    return test
+def _data_options(config: TrainConfig, limit: int | None = None) -> DataOptions:
+    """How a run's data is read; `limit` of the held-out examples in place of the run's."""
+    return DataOptions(
+        config.batch_size, config.seed, target=config.target or (), task=config.task, val_split=config.val_split,
+        test_split=config.test_split, size=config.size, channels=config.channels, context=config.context,
+        tokens=config.tokens, augment=config.augment or (), limit=(config.limit, limit or config.limit),
+        drop_last={"auto": None, "train": False, "drop": True}[config.last_batch],
+    )  # fmt: skip
 
 
-def _load_array(path: str | Path | None) -> np.ndarray[Any, Any]:
-    try:
-        loaded = np.load(str(path), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+def _settled(config: TrainConfig, description: DataDescription) -> TrainConfig:
+    """The configuration with what the data decides written out, and paths that hold from any folder."""
+    file, colon, function = config.dataset.rpartition(":")
+    path = file if file.endswith(".py") else config.dataset
+    here = Path(path).expanduser().resolve()
+    known = find_known(config.dataset) is not None
+    dataset = f"{here}{colon}{function}" if file.endswith(".py") else str(here)
+    return config.model_copy(
+        update={
+            "dataset": dataset if not known and here.exists() else config.dataset,
+            "model": description.default_model if config.model == "auto" else config.model,
+            "loss": description.default_loss if config.loss == "auto" else config.loss,
+        }
+    ).resolved()
+
+
+def _check_same_data(run: RunFolder, description: DataDescription) -> None:
+    """DataError DATA103 if the data is read in another way now than when the run began."""
+    stored = run.read_description()
+    names = ("kind", "task", "in_shape", "class_names", "mean", "std", "columns", "target_mean", "vocabulary")
+    changed = [
+        name for name in names if stored is not None and getattr(stored, name) != getattr(description, name)
+    ]
+    if changed:
         raise DataError(
-            f"predict: needs a .npy file with an array; got {path} ({error}). Write one with numpy.save.",
-            code="DATA109",
-        ) from None
-    if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "uif":
-        raise DataError(
-            f"predict: needs one array of numbers; got {path}. Write one with numpy.save.", code="DATA109"
+            f"{run.path}: needs the data that it was trained on; {', '.join(changed)} of {description.name} "
+            "differ now. Put the data back, or train a new run.",
+            code="DATA103",
         )
-    return loaded
 
 
-def _prediction(logits: torch.Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    probabilities = logits.softmax(dim=0)
-    best = int(probabilities.argmax())
-    return {"class": best, "name": names[best], "probabilities": [float(p) for p in probabilities]}
-
-
-def _as_examples(array: Any, data: Batches) -> torch.Tensor:
-    """Examples [N, *in_shape] from an array with or without the batch and channel dimensions."""
-    values = torch.from_numpy(np.ascontiguousarray(array))
-    size = int(np.prod(data.in_shape))
-    if not values.numel() or values.numel() % size or tuple(values.shape[-2:]) != data.in_shape[-2:]:
-        raise DataError(
-            f"predict: needs examples of shape {list(data.in_shape)}; got {list(values.shape)}. Reshape it.",
-            code="DATA105",
-        )
-    values = values.reshape(-1, *data.in_shape)
-    return data.normalise(values) if values.dtype == torch.uint8 else values.float()
+def _held_out(run: RunFolder, config: TrainConfig, limit: int | None = None) -> Batches:
+    splits = open_data(config.dataset, _data_options(config, limit))
+    _check_same_data(run, splits.description)
+    return splits.held_out
 
 
 def _where(trainer: Trainer) -> dict[str, Any]:
@@ -239,23 +291,32 @@ def _where(trainer: Trainer) -> dict[str, Any]:
     return {"device": device.name, "chip": device.chip, "fidelity": device.fidelity, "where": device.headline}
 
 
-def _open_trained(path: str | Path, options: Mapping[str, Any]) -> tuple[Trainer, TrainConfig, Path]:
-    """A silent trainer with the model and weights of a finished run."""
+def _open_trained(
+    path: str | Path, options: Mapping[str, Any]
+) -> tuple[Trainer, RunFolder, TrainConfig, DataDescription]:
+    """A silent trainer with the model and weights of a run, finished or not."""
     run = open_run(path)
     config = run.read_config().model_copy(update={k: v for k, v in options.items() if v is not None})
-    trainer = _run_trainer(run, config)
+    description = _description_of(run, config)
+    trainer = _run_trainer(run, config, description)
     trainer.load_weights(run.read_weights(), str(run.path))
-    return trainer, config, run.path
+    return trainer, run, config, description
+
+
+def _description_of(run: RunFolder, config: TrainConfig) -> DataDescription:
+    """What the run keeps about its data; runs of older versions are on known datasets."""
+    return run.read_description() or find_dataset(config.dataset).describe()
 
 
 def _make_trainer(
-    config: TrainConfig, report: Reporter, device: str | None = None, model: str | None = None
-) -> Trainer:
-    """The configured model and optimizer in a trainer; data is not needed yet. `model`: where it is found now."""
-    info = find_dataset(config.dataset)
-    classes = len(info.class_names)
+    config: TrainConfig, description: DataDescription, report: Reporter, device: str | None = None,
+    model: str | None = None,
+) -> Trainer:  # fmt: skip
+    """The configured model and optimizer in a trainer. `model`: where its file is now."""
     options = config.model_options()
-    net = build_model(model or config.model, info.in_shape, classes, seed=config.seed, **options)
+    net = build_model(
+        model or config.model, description.in_shape, description.num_outputs, seed=config.seed, **options
+    )
     return Trainer(
         net,
         config.loss,
@@ -275,29 +336,28 @@ def _make_trainer(
     )
 
 
-def _run_trainer(run: RunFolder, config: TrainConfig) -> Trainer:
+def _run_trainer(run: RunFolder, config: TrainConfig, description: DataDescription) -> Trainer:
     """A silent trainer of a run's model, built from the run's own copy of its file."""
     model, remark = run.model_source(config.model)
     if remark:
         warnings.warn(remark, stacklevel=3)
-    return _make_trainer(config, Reporter(), model=model)
+    return _make_trainer(config, description, Reporter(), model=model)
 
 
-def _load(config: TrainConfig) -> tuple[Batches, Batches]:
-    return load_dataset(config.dataset, config.batch_size, config.seed, limit=config.limit)
-
-
-def _train_run(trainer: Trainer, run: RunFolder, config: TrainConfig, started: float) -> Result:
+def _train_run(
+    trainer: Trainer, run: RunFolder, config: TrainConfig, splits: Splits, started: float
+) -> Result:
     """Train to the end, recorded in the run's folder; write program, weights, result."""
     before = trainer.progress.seconds
     trainer.announce()
-    train, test = _load(config)
-    _introduce(trainer, config, train, test)
-    recorder = Recorder(run, config)
+    _introduce(trainer, config, splits)
+    val = splits.val if splits.val is not None else splits.test
+    recorder = Recorder(run, config, splits.description)
     try:
-        trainer.fit(train, config.epochs - trainer.progress.epoch, test, callbacks=[recorder])
+        trainer.fit(splits.train, config.epochs - trainer.progress.epoch, val, callbacks=[recorder])
+        tested = _test(trainer, splits)
         seconds = before + time.perf_counter() - started
-        reference = _train_reference(config, trainer.report) if config.compare_fp32 else None
+        reference = _train_reference(config, splits, trainer.report) if config.compare_fp32 else None
     except KeyboardInterrupt as error:
         if trainer.step is None:  # nothing was trained since the last checkpoint
             raise
@@ -311,8 +371,9 @@ def _train_run(trainer: Trainer, run: RunFolder, config: TrainConfig, started: f
         run.write_program(compiled.text, compiled.weights)
     run.write_weights(trainer.model.state_dict())
     result = trainer.result(
-        dataset=train.name,
+        dataset=splits.description.name,
         model=config.model,
+        **tested,
         seconds_total=seconds,
         fp32_reference=reference.test_accuracy if reference else None,
         **_provenance(config, run, reference),
@@ -321,10 +382,21 @@ def _train_run(trainer: Trainer, run: RunFolder, config: TrainConfig, started: f
     return result
 
 
-def _introduce(trainer: Trainer, config: TrainConfig, train: Batches, test: Batches) -> None:
+def _test(trainer: Trainer, splits: Splits) -> dict[str, Any]:
+    """Test loss and accuracy for the result; the test part is looked at once, unless it is all there is."""
+    if splits.test is None:
+        return {"test_loss": None, "test_accuracy": None}
+    if splits.val is None:
+        return {}
+    metrics = trainer.evaluate(splits.test)
+    return {"test_loss": metrics.loss, "test_accuracy": metrics.accuracy}
+
+
+def _introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
     note, progress = trainer.report.note, trainer.progress
-    examples = f"{train.num_examples:,} train / {test.num_examples:,} test"
-    note("data", f"{train.name}  {examples}, from {train.source}")
+    note("data", splits.description.summary())
+    for text in splits.description.notes:
+        note("data", text)
     parameters = format_count(sum(parameter.numel() for parameter in trainer.model.parameters()))
     note(
         "model",
@@ -335,11 +407,12 @@ def _introduce(trainer: Trainer, config: TrainConfig, train: Batches, test: Batc
         note("resume", f"at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
 
 
-def _train_reference(config: TrainConfig, report: Reporter) -> Result:
+def _train_reference(config: TrainConfig, splits: Splits, report: Reporter) -> Result:
     """The same model, seed and batches with plain PyTorch in fp32."""
     report.note("fp32", "the same training with plain PyTorch, for comparison")
-    train, test = _load(config)
-    return _make_trainer(config, Reporter(), device="cpu").fit(train, config.epochs, test)
+    splits.train.set_epoch(0)
+    trainer = _make_trainer(config, splits.description, Reporter(), device="cpu")
+    return trainer.fit(splits.train, config.epochs, splits.test if splits.test is not None else splits.val)
 
 
 def _provenance(config: TrainConfig, run: RunFolder, reference: Result | None) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 from ane_trainer.training.datasets.batches import Batches
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.known import DATASETS, DatasetInfo, default_root, find_dataset
+from ane_trainer.training.datasets.known import find as find_known
 from ane_trainer.training.datasets.opening import open_data
 from ane_trainer.training.datasets.splits import DataOptions, Splits
 
 __all__ = [
     "DATASETS", "Batches", "DataDescription", "DataOptions", "DatasetInfo", "Splits", "default_root",
-    "find_dataset", "load_dataset", "open_data",
+    "find_dataset", "find_known", "load_dataset", "open_data",
 ]  # fmt: skip
 
 

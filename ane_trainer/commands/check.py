@@ -145,4 +145,4 @@ def compile_model(
     target = resolve_target("sim", chip, "exact")
     example = (torch.zeros(batch, *in_shape), torch.zeros(batch, dtype=torch.int64))
     options = StepOptions(sync="lazy")
-    return build_step(module, config.loss, make_optimizer(config, module), example, target, options)
+    return build_step(module, "cross_entropy", make_optimizer(config, module), example, target, options)

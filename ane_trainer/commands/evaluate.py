@@ -1,13 +1,17 @@
-"""`evaluate`: loss and accuracy of a finished run on its test data, by an inference program."""
+"""`evaluate`: loss, accuracy and scores by class of a run on its held-out data, by an inference program."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads
 from ane_trainer.training.report import headline
+
+#: How the parts of the data are called.
+_PARTS = {"val": "validation", "train": "training"}
 
 
 def evaluate(
@@ -16,12 +20,39 @@ def evaluate(
     device: RunDevice = None,
     fidelity: RunFidelity = None,
     threads: Threads = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many test examples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many examples.")] = None,
 ) -> Output:
-    """Measure a finished run on its test data."""
+    """Measure a run on its held-out data."""
     from ane_trainer import core
 
     found = core.evaluate_run(run, limit=limit, chip=chip, device=device, fidelity=fidelity, threads=threads)
-    accuracy = "unknown" if found["test_accuracy"] is None else f"{found['test_accuracy']:.2%}"
-    scores = f"test accuracy {accuracy}   test loss {found['test_loss']:.4f}   {found['examples']:,} examples"
-    return Output(found, f"{headline(found['where'])}\n{scores}")
+    part = _PARTS.get(found["split"], found["split"])
+    accuracy = "" if found["test_accuracy"] is None else f"{part} accuracy {found['test_accuracy']:.2%}   "
+    perplexity = f"   perplexity {found['perplexity']:.3f}" if "perplexity" in found else ""
+    lines = [
+        headline(found["where"]),
+        f"{accuracy}{part} loss {found['test_loss']:.4f}{perplexity}   {found['examples']:,} examples",
+    ]
+    if found["weights"] != "weights.safetensors":
+        lines.insert(
+            1, f"note     the run has not come to its end; these are the weights of {found['weights']}"
+        )
+    return Output(found, "\n".join([*lines, *_table(found["scores"] or {})]))
+
+
+def _table(scores: Mapping[str, Any]) -> Sequence[str]:
+    """Scores by class, or by predicted number, as lines."""
+    if "classes" in scores:
+        width = min(max(len("class"), *(len(row["name"]) for row in scores["classes"])), 32)
+        head = f"{'class':<{width}}  precision   recall      F1  examples"
+        rows = [
+            f"{row['name'][:width]:<{width}}  {row['precision']:9.2%} {row['recall']:8.2%} {row['f1']:7.4f}"
+            f"  {row['examples']:8,}"
+            for row in scores["classes"]
+        ]
+        return ["", head, *rows, f"mean F1 {scores['macro_f1']:.4f}"]
+    return [
+        f"{row['name']}: mean absolute error {row['mae']:.6g}, root mean square error {row['rmse']:.6g}, "
+        f"R2 {'unknown' if row['r2'] is None else format(row['r2'], '.4f')}"
+        for row in scores.get("numbers", ())
+    ]

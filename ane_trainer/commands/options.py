@@ -127,7 +127,7 @@ def _kind(annotation: Any) -> tuple[Any, str | None]:
     if get_origin(annotation) in (dict, Mapping):
         return list[str], "NAME=VALUE"
     if get_origin(annotation) in (tuple, list):
-        return str, "N,N,..."
+        return str, "NAME,..." if get_args(annotation)[0] is str else "N,N,..."
     return str, {int: "N", float: "X"}.get(annotation, "NAME")
 
 

@@ -1,4 +1,4 @@
-"""`predict`: classes and probabilities that a finished run's model gives for examples."""
+"""`predict`: what a run's model says of new examples: images, tables, arrays, text, or held-out examples."""
 
 from __future__ import annotations
 
@@ -12,21 +12,42 @@ from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFid
 
 def predict(
     run: Run,
-    input: Annotated[
-        Path | None, typer.Option("--input", help="A .npy file of examples [N, ...].", metavar="FILE")
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Images, folders of images, CSV or Parquet files, .npy arrays.", metavar="FILES"),
     ] = None,
-    index: Annotated[int | None, typer.Option(help="A test example by its number.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", help="The same, as an option.", metavar="FILE")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Held-out examples of the run's data: 7, 0:10 or 3,5.", metavar="N[:M]")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="What a text model goes on from.", metavar="TEXT")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="So many tokens of text.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Predict the first so many.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a .csv or .json file.", metavar="FILE")] = None,
     chip: RunChip = None,
     device: RunDevice = None,
     fidelity: RunFidelity = None,
 ) -> Output:
-    """Predict classes with a finished run's model."""
-    from ane_trainer import core
+    """Predict with a run's model, its own preprocessing included.
 
-    found = core.predict_run(run, index=index, path=input, chip=chip, device=device, fidelity=fidelity)
-    truth = "" if found["truth"] is None else f"   truth {found['truth']}"
-    lines = [
-        f"{number}: {row['name']}   probability {max(row['probabilities']):.4f}{truth}"
-        for number, row in enumerate(found["predictions"])
-    ]
-    return Output(found, "\n".join(lines))
+    ane-trainer predict last photo.jpg folder/
+
+    ane-trainer predict last new.csv --out answers.csv
+
+    ane-trainer predict last --index 0:10
+    """
+    from ane_trainer import core
+    from ane_trainer.training.prediction import as_lines, write_answers
+
+    paths = [*(inputs or ()), *([input] if input is not None else ())]
+    found = core.predict_run(
+        run, paths, index=index, prompt=text, tokens=tokens, temperature=temperature, limit=limit, chip=chip,
+        device=device, fidelity=fidelity,
+    )  # fmt: skip
+    if out is None:
+        return Output(found, as_lines(found["predictions"]))
+    write_answers(out, found["predictions"], found["classes"])
+    return Output(found, f"{len(found['predictions']):,} predictions in {out}")

@@ -99,30 +99,64 @@ class NumberAnalysis:
         return {"examples": self.examples, "numbers": [asdict(row) for row in self.numbers]}
 
 
+@dataclass(frozen=True)
+class LabelAnalysis:
+    """Labels of which several may hold for an example; one is given where its probability is above a half."""
+
+    examples: int
+    macro_f1: float
+    classes: tuple[ClassScores, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
 def analyse(
     predict: Callable[[torch.Tensor], torch.Tensor], data: Iterable[tuple[torch.Tensor, torch.Tensor]],
     names: Sequence[str] = (), *, scale: tuple[Sequence[float], Sequence[float]] = ((0.0,), (1.0,)), seed: int = 0,
-) -> ClassAnalysis | NumberAnalysis | None:  # fmt: skip
+) -> ClassAnalysis | NumberAnalysis | LabelAnalysis | None:  # fmt: skip
     """The analysis of a classifier (outputs [N, C], targets [N] of class numbers) or a regression ([N, K] both).
 
     None for anything else, such as a language model, and for data without examples. `scale` is (mean, std) by
     which regression targets were normalised; errors are told in the numbers' own unit.
     """
-    outputs, targets, inputs = [], [], []
+    seen = Seen()
     for x, y in data:
-        output = predict(x)
-        if not _is_table(output, y):
+        if not seen.add(x, predict(x), y):
             return None
-        outputs.append(output.detach().double().numpy())
-        targets.append(y.numpy())
-        inputs.append(x.float().numpy())
-    if not outputs:
-        return None
-    output_NC, target, x_NX = np.concatenate(outputs), np.concatenate(targets), np.concatenate(inputs)
-    if target.ndim == 1 and target.dtype.kind == "i":
-        return classes_of(output_NC, target, names, x_NX, seed)
-    mean, std = (np.asarray(part, np.float64) for part in scale)
-    return numbers_of(output_NC * std + mean, target.reshape(output_NC.shape) * std + mean, names)
+    return seen.analysis(names, scale=scale, seed=seed)
+
+
+class Seen:
+    """Inputs, outputs and targets of held-out data, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[NDArray[np.float32], Floats, NDArray[Any]]] = []
+
+    def add(self, x: object, output: object, y: object) -> bool:
+        """Keep a batch; False, and it is not kept, if it is of no kind that can be analysed."""
+        if not (_is_table(output, y) and isinstance(x, torch.Tensor)):
+            return False
+        assert isinstance(output, torch.Tensor)
+        assert isinstance(y, torch.Tensor)
+        self._batches.append((x.float().numpy(), output.detach().double().numpy(), y.numpy()))
+        return True
+
+    def analysis(
+        self, names: Sequence[str] = (), *, scale: tuple[Sequence[float], Sequence[float]] = ((0.0,), (1.0,)),
+        seed: int = 0, labels: bool = False,
+    ) -> ClassAnalysis | NumberAnalysis | LabelAnalysis | None:  # fmt: skip
+        """The analysis, as of `analyse`; with `labels`, several may hold for one example. None: nothing was kept."""
+        if not self._batches:
+            return None
+        x_NX, output_NC, target = (np.concatenate(parts) for parts in zip(*self._batches, strict=True))
+        if target.ndim == 1 and target.dtype.kind == "i":
+            return classes_of(output_NC, target, names, x_NX, seed)
+        if labels:
+            return labels_of(output_NC, target, names)
+        mean, std = (np.asarray(part, np.float64) for part in scale)
+        return numbers_of(output_NC * std + mean, target.reshape(output_NC.shape) * std + mean, names)
 
 
 def _is_table(output: object, y: object) -> bool:
@@ -169,6 +203,20 @@ def classes_of(
         tuple(sample(n) for n in np.argsort(-loss_N, kind="stable")[:SAMPLES]),
         tuple(sample(n) for n in np.sort(drawn)),
     )  # fmt: skip
+
+
+def labels_of(output_NK: Floats, target_NK: NDArray[Any], names: Sequence[str] = ()) -> LabelAnalysis:
+    """The analysis of label scores (logits) against zeros and ones."""
+    count, width = output_NK.shape
+    given_NK, due_NK = output_NK > 0, target_NK > 0.5
+    right_K, given_K, due_K = (part.sum(axis=0) for part in (given_NK & due_NK, given_NK, due_NK))
+    named = tuple(names) if len(names) == width else tuple(map(str, range(width)))
+    scores = tuple(
+        ClassScores(named[k], int(due_K[k]), _share(right_K[k], given_K[k]), _share(right_K[k], due_K[k]),
+                    _share(2 * right_K[k], given_K[k] + due_K[k]))
+        for k in range(width)
+    )  # fmt: skip
+    return LabelAnalysis(count, float(np.mean([row.f1 for row in scores])), scores)
 
 
 def calibration(confidence_N: Floats, right_N: NDArray[np.bool_]) -> tuple[Bin, ...]:

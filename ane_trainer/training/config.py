@@ -28,6 +28,7 @@ _MODEL_DEFAULTS: Mapping[str, dict[str, Any]] = {
     "mlp": {"hidden": (256,), "activation": "gelu"},
     "cnn": {"activation": "relu"},
     "transformer": {"activation": "gelu"},
+    "gpt": {"activation": "gelu"},
 }
 
 #: Options that may change when a run goes on: the weights do not depend on them, or they extend the run.
@@ -64,10 +65,46 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    dataset: str = Field(description="mnist, fashion-mnist or digits.", json_schema_extra=_MODEL)
-    model: str = Field(
-        "mlp", description="mlp, cnn, transformer, or path/to/file.py:ClassName.", json_schema_extra=_MODEL
+    dataset: str = Field(
+        description="A known name (mnist, cifar-10, ...), a folder of images, a CSV, Parquet, .npz or text file, "
+        "hf:NAME, file.py:function.", json_schema_extra=_MODEL,
+    )  # fmt: skip
+    target: tuple[str, ...] | None = Field(
+        None, description="Column or columns of a table to predict.", json_schema_extra=_MODEL
     )
+    task: Literal["auto", "classify", "regress", "multilabel"] = Field(
+        "auto", description="What is predicted, where the data leaves it open.", json_schema_extra=_MODEL
+    )
+    val_split: float | None = Field(
+        None, ge=0, lt=1, json_schema_extra=_MODEL,
+        description="Share of the training data held out for validation (default: 0.1 of own data without any).",
+    )  # fmt: skip
+    test_split: float = Field(
+        0.0, ge=0, lt=1, description="Likewise, for a test at the end.", json_schema_extra=_MODEL
+    )
+    size: int | None = Field(
+        None, ge=1, description="Side of own images in pixels (default: found).", json_schema_extra=_MODEL
+    )
+    channels: int | None = Field(
+        None, description="1 for grey, 3 for colour (default: found).", json_schema_extra=_MODEL
+    )
+    context: int = Field(64, ge=1, description="Tokens in a window of text.", json_schema_extra=_MODEL)
+    tokens: Literal["auto", "chars", "bytes"] = Field(
+        "auto", description="What a token of text is.", json_schema_extra=_MODEL
+    )
+    augment: tuple[str, ...] | None = Field(
+        None, json_schema_extra=_MODEL,
+        description="Random changes of training images: shift, flip, crop, rotate, erase, mixup, e.g. flip,shift=2.",
+    )  # fmt: skip
+    last_batch: Literal["auto", "train", "drop"] = Field(
+        "auto",
+        description="A last, smaller batch; auto drops it for known datasets.",
+        json_schema_extra=_MODEL,
+    )
+    model: str = Field(
+        "auto", json_schema_extra=_MODEL,
+        description="mlp, cnn, transformer, gpt, or path/to/file.py:ClassName; auto goes by the data.",
+    )  # fmt: skip
     hidden: tuple[int, ...] | None = Field(
         None,
         description="Widths of the mlp's hidden layers, e.g. 512,256 (default: 256).",
@@ -96,7 +133,9 @@ class TrainConfig(BaseModel):
         None, gt=0, le=65504, description="Cut each entry of the gradients to within this number."
     )
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged before an update.")
-    loss: str = Field("cross_entropy", description="What is minimised: cross_entropy, mse, ...")
+    loss: str = Field(
+        "auto", description="What is minimised: cross_entropy, mse, ...; auto goes by the data."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the weights and the order of the data.")
     compare_fp32: bool = Field(False, description="Train with plain PyTorch too, and show its accuracy.")
     save_every: str | None = Field(
@@ -141,9 +180,9 @@ class TrainConfig(BaseModel):
         """`save_every` as numbers."""
         return read_interval(self.save_every or "")
 
-    @field_validator("hidden", mode="before")
+    @field_validator("hidden", "target", "augment", mode="before")
     @classmethod
-    def _sizes_as_typed(cls, value: object) -> object:
+    def _parts_as_typed(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
 
     @field_validator("model_arg", mode="before")
@@ -171,7 +210,11 @@ class TrainConfig(BaseModel):
     def resolved(self) -> TrainConfig:
         """The same with the defaults that depend on other options written out, for a run to be repeated by."""
         return self.model_copy(
-            update={"lr": self.learning_rate, **_MODEL_DEFAULTS.get(self.model, {}), **self.model_options()}
+            update={
+                "lr": self.learning_rate,
+                **_MODEL_DEFAULTS.get(self.model, {}),
+                **self.model_options(),
+            }
         )
 
     def model_options(self) -> dict[str, Any]:

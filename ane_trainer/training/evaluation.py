@@ -34,8 +34,14 @@ class Inference:
         self._model, self._loss, self._target, self._fallback = model, loss, target, fallback
         self._compiled: dict[Any, dict[int, Callable[[Any], Any]]] = {}
 
-    def evaluate(self, data: Iterable[Batch], stop: loop.Stop | None = None) -> Metrics:
-        """Mean loss and accuracy over `data`; a small batch is padded. KeyboardInterrupt if `stop` says so."""
+    def evaluate(
+        self, data: Iterable[Batch], stop: loop.Stop | None = None,
+        see: Callable[[Any, Any, Any], object] | None = None,
+    ) -> Metrics:  # fmt: skip
+        """Mean loss and accuracy over `data`; a small batch is padded. KeyboardInterrupt if `stop` says so.
+
+        `see` is called with each batch's x, output and target.
+        """
         loss, correct, counted = RunningMean(), 0, False
         for number, batch in enumerate(data, 1):
             x, y = loop.unpack(batch, f"evaluate: batch {number}")
@@ -43,8 +49,11 @@ class Inference:
                 output = self._forward(x)
                 target = fit_target(self._loss, output.shape, y) if isinstance(output, torch.Tensor) else y
             loss.update(float(self._loss(output, target)), loop.batch_size_of(x))
-            if _has_classes(output, labels := target if _has_classes(output, target) else y):
-                correct, counted = correct + count_correct(output, labels), True
+            labels = target if _has_classes(output, target) else y
+            if _has_classes(output, labels):
+                correct, counted, target = correct + count_correct(output, labels), True, labels
+            if see is not None:
+                see(x, output, target)
             if stop is not None:
                 stop.check()
         if not loss.count:

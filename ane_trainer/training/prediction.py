@@ -32,6 +32,10 @@ class Inputs:
     x: torch.Tensor
     truth: tuple[str | None, ...] = ()
 
+    def first(self, count: int) -> Inputs:
+        """The first so many examples."""
+        return Inputs(self.names[:count], self.x[:count], self.truth[:count])
+
 
 def read_inputs(path: Path, description: DataDescription) -> Iterator[Inputs]:
     """The examples in a file or folder, a part at a time.
@@ -122,6 +126,18 @@ def answers(output: torch.Tensor, inputs: Inputs, description: DataDescription) 
         truth = {"truth": inputs.truth[number]} if inputs.truth else {}
         records.append({"input": name, **tell(row, description), **truth})
     return records
+
+
+def target_text(y: Any, description: DataDescription) -> str:
+    """A target of the run's own data in the task's terms."""
+    if description.task == "classify":
+        return description.class_names[int(y)]
+    if description.task == "multilabel":
+        return ", ".join(name for name, on in zip(description.class_names, y, strict=True) if on) or "(none)"
+    if description.task == "regress":
+        numbers = zip(np.ravel(y), description.target_mean, description.target_std, strict=True)
+        return ", ".join(f"{v * std + mean:.6g}" for v, mean, std in numbers)
+    return text.decode_text(np.ravel(y), description.vocabulary)
 
 
 def _class_answer(logits: torch.Tensor, description: DataDescription) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 
 from ane_trainer.training.callbacks import Callback
 from ane_trainer.training.config import TrainConfig
+from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.results import Epoch
 from ane_trainer.training.runs import BEST, RunFolder
 from ane_trainer.training.trainer import Trainer
@@ -14,13 +15,14 @@ from ane_trainer.training.trainer import Trainer
 class Recorder(Callback):
     """Writes to `run` from the moment that the step is ready: at step 0, each `save_every`, after each epoch."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: RunFolder, config: TrainConfig, description: DataDescription) -> None:
+        self._run, self._config, self._description = run, config, description
         self._best: float | None = None
         self._saved_steps, self._saved_at = 0, time.monotonic()
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._run.begin(self._config, trainer.progress.epoch)
+        self._run.write_description(self._description)
         self.save(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, loss: float) -> None:

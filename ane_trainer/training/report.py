@@ -320,6 +320,9 @@ def _accuracy_line(result: Result) -> str:
         loss = "not known" if result.train_loss is None else f"{result.train_loss:.4f}"
         if result.test_loss is not None:
             return f"test loss {result.test_loss:.4f}   train loss {loss}"
+        if result.history and (last := result.history[-1]).val_loss is not None:
+            accuracy = "" if last.val_accuracy is None else f"validation accuracy {last.val_accuracy:.2%}   "
+            return f"{accuracy}validation loss {last.val_loss:.4f}   train loss {loss}"
         return f"train loss {loss}   (no test data was given)"
     line = f"test accuracy {result.test_accuracy:.2%}   test loss {result.test_loss:.4f}"
     if result.fp32_reference is not None:

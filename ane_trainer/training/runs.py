@@ -1,6 +1,7 @@
 """The run folder: where a training run leaves its configuration, metrics, program, weights and checkpoints.
 
     config.toml              every option, resolved         metrics.jsonl   one line per epoch
+    data.json                what the data is, and how examples become numbers
     model.py, source.json    the user's model file, copied  result.json     the outcome
     weights.safetensors      the trained parameters         program.mil     the training step as MIL text
     best.safetensors         those of the best epoch        weights.bin     the program's weight blob
@@ -38,6 +39,7 @@ from ane_trainer.training.checkpoint import (
     write_tensors,
 )
 from ane_trainer.training.config import TrainConfig, load_config
+from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.utils import atomic_write, atomic_write_json, finite
 
 #: Where runs go when no folder is named.
@@ -45,6 +47,7 @@ RUNS = Path("runs")
 
 WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
 KEPT = "checkpoints"
+DATA = "data.json"
 _MODEL, _SOURCE, _LOCK = "model.py", "source.json", ".lock"
 
 
@@ -85,6 +88,27 @@ class RunFolder:
                 code="CKPT101",
             )
         return load_config(self.path / "config.toml")
+
+    def write_description(self, description: DataDescription) -> None:
+        """Write data.json."""
+        with self._writing(DATA):
+            atomic_write_json(self.path / DATA, description.to_json())
+
+    def read_description(self) -> DataDescription | None:
+        """What the run was trained on; None for runs of versions that did not keep it."""
+        path = self.path / DATA
+        try:
+            return DataDescription.from_json(json.loads(path.read_bytes())) if path.exists() else None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: needs the description of the data that `train` wrote; it is damaged ({error}). "
+                "Train again, or copy it from a run on the same data.",
+                code="CKPT103",
+            ) from None
+
+    def weights_origin(self) -> str:
+        """Which file `read_weights` takes: the finished run's weights, or the last checkpoint."""
+        return WEIGHTS if (self.path / WEIGHTS).exists() else CHECKPOINT
 
     def has_result(self) -> bool:
         """True if the run came to its end."""

@@ -164,10 +164,15 @@ class Trainer:
             self.progress.seconds += time.perf_counter() - started
         return self.result(dataset=getattr(train, "name", None))
 
-    def evaluate(self, data: Iterable[Batch]) -> Metrics:
-        """Mean loss and accuracy of the model's inference program over `data`; a small batch is padded."""
+    def evaluate(
+        self, data: Iterable[Batch], *, see: Callable[[Any, Any, Any], object] | None = None
+    ) -> Metrics:
+        """Mean loss and accuracy of the model's inference program over `data`; a small batch is padded.
+
+        `see` is called with each batch's x, output and target.
+        """
         self._sync()
-        return self._inference.evaluate(batches_of(data, "evaluate", self.seed))
+        return self._inference.evaluate(batches_of(data, "evaluate", self.seed), see=see)
 
     @property
     def stop_training(self) -> bool:

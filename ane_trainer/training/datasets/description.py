@@ -124,7 +124,10 @@ class DataDescription:
         """One line for the console: size, classes, splits, where it comes from."""
         counts = " / ".join(f"{count:,} {split}" for split, count in self.examples.items())
         origin = f", from {self.source}" if self.source not in ("", self.name) else ""
-        return f"{self.name}  {counts}, {self._what()}{origin}"
+        scaled = ""
+        if self.is_scaled and len(self.mean) == 1:
+            scaled = f", normalised by mean {self.mean[0]:.4g} and deviation {self.std[0]:.4g}"
+        return f"{self.name}  {counts}, {self._what()}{scaled}{origin}"
 
     def _what(self) -> str:
         if self.kind == "image":
