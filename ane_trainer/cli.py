@@ -35,8 +35,8 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("train", _TRAIN, "Train a model on a dataset.", "train"),
-    Command("evaluate", _TRAIN, "Measure a finished run on its test data.", "evaluate"),
-    Command("predict", _TRAIN, "Predict classes with a finished run's model.", "predict"),
+    Command("evaluate", _TRAIN, "Measure a run on its held-out data.", "evaluate"),
+    Command("predict", _TRAIN, "Predict with a run's model, its own preprocessing included.", "predict"),
     Command("export", _TRAIN, "Write a run's model, or its training step, for apps.", "export"),
     Command("data list", _TRAIN, "List the known datasets, and which of them are in the cache.", "data"),
     Command("data fetch", _TRAIN, "Download a dataset, verified, so that training works offline.", "data"),

@@ -53,7 +53,7 @@ def run_training(
     """
     started = time.perf_counter()
     with _stoppable():
-        splits = open_data(config.dataset, _data_options(config))
+        splits = open_data(config.dataset, _data_options(config, config.limit))
         config = _settled(config, splits.description)
         trainer = _make_trainer(
             config, splits.description, report if report is not None else ConsoleReporter()
@@ -78,7 +78,7 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
         config = make_config({**old.model_dump(), **given})
         with run.locked():
             model, remark = run.model_source(config.model)
-            splits = open_data(config.dataset, _data_options(config))
+            splits = open_data(config.dataset, _data_options(config, config.limit))
             _check_same_data(run, splits.description)
             trainer = _make_trainer(config, splits.description, report, model=model)
             if remark:
@@ -142,10 +142,9 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: Any) 
             "Train again with a lower learning rate, or look for outliers in the data.",
             code="ANE401",
         )
-    analysis = seen.analysis(
-        description.class_names, scale=(description.target_mean or (0.0,), description.target_std or (1.0,)),
-        labels=description.task == "multilabel",
-    )  # fmt: skip
+    scale = (description.target_mean or (0.0,), description.target_std or (1.0,))
+    names, labels = description.class_names, description.task == "multilabel"
+    analysis = seen.label_analysis(names) if labels else seen.analysis(names, scale=scale)
     return {
         "run": str(run.path),
         "weights": run.weights_origin(),
@@ -231,7 +230,7 @@ def export_run(
     target = Path(out) if out is not None else run.path / DEFAULT_NAMES[kind]
     if kind.startswith("step-"):
         trainer.restore(run.read_checkpoint()[0])
-        data = open_data(config.dataset, _data_options(config)).train
+        data = open_data(config.dataset, _data_options(config, config.limit)).train
     else:
         trainer.load_weights(run.read_weights(), str(run.path))
         data = _held_out(run, config)
@@ -239,12 +238,12 @@ def export_run(
     return trainer.export(target, kind, data=data, input=input, weights=weights, batch=batch, examples=count)
 
 
-def _data_options(config: TrainConfig, limit: int | None = None) -> DataOptions:
-    """How a run's data is read; `limit` of the held-out examples in place of the run's."""
+def _data_options(config: TrainConfig, limit: int | None) -> DataOptions:
+    """How a run's data is read, with so many held-out examples at most."""
     return DataOptions(
         config.batch_size, config.seed, target=config.target or (), task=config.task, val_split=config.val_split,
         test_split=config.test_split, size=config.size, channels=config.channels, context=config.context,
-        tokens=config.tokens, augment=config.augment or (), limit=(config.limit, limit or config.limit),
+        tokens=config.tokens, augment=config.augment or (), limit=(config.limit, limit),
         drop_last={"auto": None, "train": False, "drop": True}[config.last_batch],
     )  # fmt: skip
 

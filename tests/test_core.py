@@ -127,10 +127,10 @@ def test_predict_pads_and_cuts() -> None:
     assert torch.equal(trainer.predict(x[:3].numpy()), whole[:3])
 
 
-def test_small_last_batch_is_left_out_of_training() -> None:
+def test_small_last_batch_is_trained_on() -> None:
     x, y = torch.randn(10, 1, 8, 8), torch.arange(10)
     data = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
-    assert small_trainer().fit(data, epochs=2).steps == 4
+    assert small_trainer().fit(data, epochs=2).steps == 6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -399,8 +399,10 @@ def test_run_folder_is_complete(tmp_path: Path) -> None:
     assert written == {
         "config.toml", "metrics.jsonl", "result.json", "weights.safetensors", "program.mil", "weights.bin",
         "checkpoint.safetensors", "checkpoint-before.safetensors", "best.safetensors",
+        "data.json",
     }  # fmt: skip
-    assert load_config(tmp_path / "run" / "config.toml") == config(compare_fp32=True).resolved()
+    resolved = config(compare_fp32=True, model="mlp", loss="cross_entropy").resolved()
+    assert load_config(tmp_path / "run" / "config.toml") == resolved
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [Epoch(**json.loads(line)) for line in lines] == list(result.history)
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -422,13 +424,16 @@ def test_evaluate_and_predict_a_run(tmp_path: Path) -> None:
     limited = evaluate_run(tmp_path / "run", limit=256)
     assert limited["test_accuracy"] == result.test_accuracy
     assert limited["test_loss"] == pytest.approx(result.test_loss)
-    by_index = predict_run(tmp_path / "run", index=3)
+    by_index = predict_run(tmp_path / "run", index=3)["predictions"][0]
     assert by_index["truth"] == str(int(test.labels[3]))
     np.save(tmp_path / "x.npy", test.images[3:5].numpy())
-    by_file = predict_run(tmp_path / "run", path=tmp_path / "x.npy")
-    assert len(by_file["predictions"]) == 2
-    assert by_file["predictions"][0]["class"] == by_index["predictions"][0]["class"]
-    assert sum(by_file["predictions"][0]["probabilities"]) == pytest.approx(1)
+    by_file = predict_run(tmp_path / "run", [tmp_path / "x.npy"])["predictions"]
+    assert len(by_file) == 2
+    assert by_file[0]["class"] == by_index["class"]
+    assert sum(by_file[0]["probabilities"]) == pytest.approx(1)
+    several = predict_run(tmp_path / "run", index="2:4,7")["predictions"]
+    assert [row["input"] for row in several] == ["2", "3", "7"]
+    assert several[1]["probabilities"] == by_index["probabilities"]
 
 
 def test_interrupted_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:

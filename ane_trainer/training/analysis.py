@@ -115,7 +115,7 @@ class LabelAnalysis:
 def analyse(
     predict: Callable[[torch.Tensor], torch.Tensor], data: Iterable[tuple[torch.Tensor, torch.Tensor]],
     names: Sequence[str] = (), *, scale: tuple[Sequence[float], Sequence[float]] = ((0.0,), (1.0,)), seed: int = 0,
-) -> ClassAnalysis | NumberAnalysis | LabelAnalysis | None:  # fmt: skip
+) -> ClassAnalysis | NumberAnalysis | None:  # fmt: skip
     """The analysis of a classifier (outputs [N, C], targets [N] of class numbers) or a regression ([N, K] both).
 
     None for anything else, such as a language model, and for data without examples. `scale` is (mean, std) by
@@ -145,18 +145,24 @@ class Seen:
 
     def analysis(
         self, names: Sequence[str] = (), *, scale: tuple[Sequence[float], Sequence[float]] = ((0.0,), (1.0,)),
-        seed: int = 0, labels: bool = False,
-    ) -> ClassAnalysis | NumberAnalysis | LabelAnalysis | None:  # fmt: skip
-        """The analysis, as of `analyse`; with `labels`, several may hold for one example. None: nothing was kept."""
+        seed: int = 0,
+    ) -> ClassAnalysis | NumberAnalysis | None:  # fmt: skip
+        """The analysis, as of `analyse`; None if nothing was kept."""
         if not self._batches:
             return None
-        x_NX, output_NC, target = (np.concatenate(parts) for parts in zip(*self._batches, strict=True))
+        x_NX, output_NC, target = self._together()
         if target.ndim == 1 and target.dtype.kind == "i":
             return classes_of(output_NC, target, names, x_NX, seed)
-        if labels:
-            return labels_of(output_NC, target, names)
         mean, std = (np.asarray(part, np.float64) for part in scale)
         return numbers_of(output_NC * std + mean, target.reshape(output_NC.shape) * std + mean, names)
+
+    def label_analysis(self, names: Sequence[str] = ()) -> LabelAnalysis | None:
+        """The analysis of outputs of which each is a label of its own; None if nothing was kept."""
+        return labels_of(*self._together()[1:], names) if self._batches else None
+
+    def _together(self) -> tuple[NDArray[np.float32], Floats, NDArray[Any]]:
+        x, output, target = (np.concatenate(parts) for parts in zip(*self._batches, strict=True))
+        return x, output, target
 
 
 def _is_table(output: object, y: object) -> bool:

@@ -209,13 +209,9 @@ class TrainConfig(BaseModel):
 
     def resolved(self) -> TrainConfig:
         """The same with the defaults that depend on other options written out, for a run to be repeated by."""
-        return self.model_copy(
-            update={
-                "lr": self.learning_rate,
-                **_MODEL_DEFAULTS.get(self.model, {}),
-                **self.model_options(),
-            }
-        )
+        defaults = _MODEL_DEFAULTS.get(self.model, {})
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return self.model_copy(update={"lr": self.learning_rate, **missing})
 
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments for `build_model` that were given."""
