@@ -184,6 +184,9 @@ def attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = torch.softmax(scores, -1)
+    if attn_mask is not None and not is_causal:  # a row that sees nothing gives 0
+        seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
+        weights = weights * seen.any(-1, keepdim=True).to(weights.dtype)
     return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
 
 

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ane_trainer.ane.capture.rewrites import selections
 from ane_trainer.ane.capture.rewrites.criteria import (
     ctc_loss,
     gaussian_nll,
@@ -26,16 +27,19 @@ from ane_trainer.ane.capture.rewrites.criteria import (
 from ane_trainer.ane.capture.rewrites.logits import Origins
 from ane_trainer.ane.capture.rewrites.packed import PackedSequences, as_rows, check_use, lengths_of
 from ane_trainer.ane.capture.rewrites.ragged import embedding_bag, histc
+from ane_trainer.ane.capture.rewrites.selections import Masks, Selected
 from ane_trainer.ane.capture.trace.torch_private import checkpoints_run_once, is_all_true
 
 Function = Callable[..., Any]
+Knows = Callable[[torch.Tensor], bool]
 
 
 class RewriteMode(TorchFunctionMode):
     """Replaces the functions of `REWRITES` by their replacements; holds what one capture knows of its tensors."""
 
-    def __init__(self, values_known: bool = False) -> None:
+    def __init__(self, values_known: bool = False, knows: Knows | None = None) -> None:
         super().__init__()
+        self._masks = Masks(knows) if knows is not None else None
         self._packed = PackedSequences(values_known)
         self._table: dict[Function, Function] = {
             **REWRITES, **Origins().rewrites, lengths_of: self._packed.lengths, as_rows: self._packed.mark_rows,
@@ -49,19 +53,44 @@ class RewriteMode(TorchFunctionMode):
         self, func: Function, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
+        if self._masks is not None:
+            found = self._selection(self._masks, func, args, kwargs or {})
+            if found is not None:
+                return found[0]
         replacement = self._by_name.get(name) or self._table.get(func)
-        if replacement is not None:
-            return replacement(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if args and self._packed.is_rows(args[0]):
+        result = (replacement or func)(*args, **(kwargs or {}))
+        if self._masks is not None:
+            self._masks.note(func, args, kwargs, result)
+        if replacement is None and args and self._packed.is_rows(args[0]):
             check_use(name)
             self._packed.mark_rows(result)
         return result
 
+    def _selection(
+        self, masks: Masks, func: Function, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any] | None:
+        """The result of a call that selects by a computed mask, or that takes what was selected; None for others."""
+        if (
+            any(isinstance(a, Selected) for a in (*args, *kwargs.values()))
+            and func is not torch.Tensor.__setitem__
+        ):
+            with self:
+                return (selections.apply(func, args, kwargs),)
+        if func is torch.Tensor.__getitem__ and masks.is_computed(args[1]):
+            return (masks.select(args[0], args[1]),)
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], Selected):
+            masks.put(args[0], args[1], args[2])
+            return (None,)
+        if func in (torch.masked_select, torch.Tensor.masked_select):
+            return (masks.masked_select(*args, **kwargs),)
+        return None
+
 
 @contextlib.contextmanager
-def rewriting(values_known: bool = False) -> Iterator[None]:
+def rewriting(values_known: bool = False, knows: Knows | None = None) -> Iterator[None]:
     """`RewriteMode`, and what changes torch otherwise while the block runs; `values_known` as in `PackedSequences`.
+
+    `knows` tells tensors whose values are known: masks of other values select without a shape (`selections`).
 
     `torch.distributions` does not look at its parameters' and samples' values (programs have no exceptions), and
     checkpointed parts run once: the program recomputes nothing, and their dropouts are drawn once.
@@ -69,7 +98,7 @@ def rewriting(values_known: bool = False) -> Iterator[None]:
     checks = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:
-        with checkpoints_run_once(), RewriteMode(values_known):
+        with checkpoints_run_once(), RewriteMode(values_known, knows):
             yield
     finally:
         Distribution.set_default_validate_args(checks)

@@ -88,6 +88,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta["val"] = _meta(tensor)
         self._attach(tensor, node, known=False)
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's value is known when compiling."""
+        slot = self._slots.get(tensor)
+        return slot is None or slot.known
+
     def finish(self, results: Sequence[torch.Tensor]) -> GraphModule:
         """The graph with these tensors as its results."""
         self.graph.output([self._read(self._slot(t)) for t in results])

@@ -37,7 +37,7 @@ def trace(
     values = [value.detach().clone() for value in inputs.values()]
     for name, value in zip(inputs, values, strict=True):
         recorder.placeholder(name, value)
-    with tracing():
+    with tracing(recorder.knows):
         try:
             with recorder:
                 results = function(*values)
@@ -57,7 +57,7 @@ def trace(
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
+def tracing(knows: Callable[[torch.Tensor], bool] | None = None) -> Iterator[None]:
     """Node meta is kept, autograd stays on this thread, attention and RNNs are made of plain matmuls."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -69,7 +69,7 @@ def tracing() -> Iterator[None]:
             fx_traceback.preserve_node_meta(),
             torch.autograd.set_multithreading_enabled(False),
             sdpa_kernel(SDPBackend.MATH),
-            rewriting(),
+            rewriting(knows=knows),
         ):
             yield
     finally:

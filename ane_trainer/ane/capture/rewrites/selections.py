@@ -1,0 +1,284 @@
+"""`x[mask]` with a mask that the step computes, where what follows needs no shape that depends on data.
+
+The selected rows stay where they are, in the full tensor beside the mask (`Selected`): elementwise functions and layers
+on the other axes act on all, sums and means and losses count the selected, and `y[mask] = f(x[mask])` is a choice. Rows
+that are not selected hold 1 (integers 0), so that no function of them leaves the numbers.
+
+    before: `loss[m].mean()`      after: `(where(m, loss, 1) * m).mean() / m.mean()`
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ane_trainer.ane.capture.trace.torch_private import SideTable, version
+from ane_trainer.ane.errors import Finding, UnsupportedModel
+
+Function = Callable[..., Any]
+
+_OPERATORS = (
+    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __neg__ __mod__ "
+    "__floordiv__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__"
+).split()
+_IN_PLACE = "__iadd__ __isub__ __imul__ __itruediv__ add_ sub_ mul_ div_ relu_ sin_ tanh_".split()
+#: Functions of each element alone, by name; the other operands are numbers, or have no more axes than a row.
+_ELEMENTWISE = frozenset(
+    (
+        "abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tan tanh sigmoid relu gelu silu elu "
+        "selu celu mish hardtanh hardswish hardsigmoid leaky_relu softplus logsigmoid relu6 erf square sign floor ceil "
+        "round trunc frac clamp clamp_min clamp_max clip pow add sub mul div true_divide floor_divide remainder rsub "
+        "eq ne lt le gt ge logical_not logical_and logical_or maximum minimum fmax fmin float double half to type "
+        "long int bool detach clone contiguous where masked_fill dropout nan_to_num lerp addcmul addcdiv hypot atan2 "
+        "isfinite isnan multiply subtract divide absolute negative type_as requires_grad_"
+    ).split()
+    + _OPERATORS
+    + _IN_PLACE
+)
+#: Those that give the same on the same operands.
+_PURE = _ELEMENTWISE - {"dropout", "requires_grad_", "clone", *_IN_PLACE} | frozenset(
+    "__getitem__ select unsqueeze squeeze view reshape flatten expand sum any all argmax isin".split()
+)
+#: Functions of the last axes of a row.
+_ROWWISE = frozenset("linear layer_norm rms_norm normalize embedding __matmul__ matmul".split())
+#: Functions that reduce `dim`, an axis of the row.
+_ALONG = frozenset(
+    "sum mean amax amin logsumexp norm softmax log_softmax var std prod argmax all any cumsum".split()
+)
+_LOSSES = frozenset(
+    "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
+)
+_CLASSES = ("cross_entropy", "nll_loss")
+_FIX = "Keep the shape: torch.where, masked_fill, or a product with the mask."
+
+
+class Selected:
+    """Rows of `values` `[*mask's shape, *row]` where `mask` holds; stands for the tensor `[number of rows, *row]`."""
+
+    def __init__(self, values: torch.Tensor, mask: torch.Tensor, masks: Masks) -> None:
+        self.values, self.mask, self.masks = values, mask, masks
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Function, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return apply(func, args, dict(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(torch.Tensor, name)
+        if name in ("dtype", "device", "requires_grad", "is_cuda"):
+            return getattr(self.values, name)
+        if not callable(attribute):
+            raise _refusal(f"x[mask].{name}")
+        return functools.partial(_method, attribute, self)
+
+    def __len__(self) -> int:
+        raise _refusal("len(x[mask])")
+
+
+def _operator(name: str) -> Function:
+    def method(self: Selected, *others: Any) -> Any:
+        return apply(getattr(torch.Tensor, name), (self, *others), {})
+
+    return method
+
+
+for _name in (*_OPERATORS, *(n for n in _IN_PLACE if n.startswith("__")), "__matmul__", "__getitem__"):
+    setattr(Selected, _name, _operator(_name))
+
+
+class Masks:
+    """What one capture knows of tensors: which call made each, so that equal masks are found equal.
+
+    `knows` tells tensors whose values are known when compiling; they select as ever.
+    """
+
+    def __init__(self, knows: Callable[[torch.Tensor], bool]) -> None:
+        self._knows = knows
+        self._numbers: SideTable[int] = SideTable()
+        self._calls: dict[tuple[Any, ...], int] = {}
+
+    def note(self, func: Function, args: Any, kwargs: Any, result: Any) -> None:
+        """Remember a call: another of the same function on the same values gives the same."""
+        name = getattr(func, "__name__", "")
+        if name in _PURE and isinstance(result, torch.Tensor) and self._numbers.get(result) is None:
+            call = (
+                name,
+                *(self._key(a) for a in args),
+                *((k, self._key(v)) for k, v in (kwargs or {}).items()),
+            )
+            self._numbers[result] = self._calls.setdefault(call, len(self._calls) + 1)
+
+    def _key(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(self._key(item) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return repr(value)
+        number = self._numbers.get(value)
+        if number is None:
+            number = self._numbers[value] = self._calls.setdefault((object(),), len(self._calls) + 1)
+        return number, version(value)
+
+    def same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether two masks are one, or were made by equal calls."""
+        return bool(a is b or self._key(a) == self._key(b))
+
+    def is_computed(self, index: Any) -> bool:
+        """Whether an index is one boolean mask that the step computes."""
+        mask = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+        return (
+            isinstance(mask, torch.Tensor)
+            and mask.dtype == torch.bool
+            and mask.dim() > 0
+            and not self._knows(mask)
+        )
+
+    def masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        """`torch.masked_select(x, mask)`"""
+        if self._knows(mask):
+            return torch.masked_select(x, mask)
+        shape = torch.broadcast_shapes(x.shape, mask.shape)  # type: ignore[no-untyped-call]
+        return self.select(x.expand(shape), mask.expand(shape))
+
+    def select(self, x: torch.Tensor, index: Any) -> Selected:
+        """`x[mask]`"""
+        mask = index[0] if isinstance(index, tuple) else index
+        spread = mask.reshape(*mask.shape, *(1,) * (x.dim() - mask.dim()))
+        idle = 1.0 if x.is_floating_point() else 0
+        return Selected(torch.where(spread, x, torch.full((), idle, dtype=x.dtype)), mask, self)
+
+    def put(self, x: torch.Tensor, index: Any, value: Selected) -> None:
+        """`x[mask] = value`"""
+        mask = index[0] if isinstance(index, tuple) else index
+        if not self.same(mask, value.mask):
+            raise _refusal("x[mask] = y[other mask]")
+        x.copy_(torch.where(_spread(value), value.values.to(x.dtype), x))
+
+
+def _spread(x: Selected) -> torch.Tensor:
+    """The mask with an axis of extent 1 for each of a row."""
+    return x.mask.reshape(*x.mask.shape, *(1,) * (x.values.dim() - x.mask.dim()))
+
+
+def _refusal(what: str) -> UnsupportedModel:
+    finding = Finding(what, "mask", "gives a shape that depends on data.", _FIX)
+    return UnsupportedModel("The step depends on values that are not known beforehand:", [finding])
+
+
+def _method(attribute: Function, rows: Selected, *args: Any, **kwargs: Any) -> Any:
+    return apply(attribute, (rows, *args), kwargs)
+
+
+def apply(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A torch function of selected rows: on the full tensors, or counting the selected.
+
+    Raises: UnsupportedModel for what would need their number.
+    """
+    name = str(getattr(func, "__name__", func))
+    rows = next(a for a in [*args, *kwargs.values()] if isinstance(a, Selected))
+    inner = rows.values.dim() - rows.mask.dim()
+    if name == "__getitem__":
+        return _columns(rows, args[1])
+    if name in _CLASSES:
+        return _classes(func, args, kwargs)
+    if name in _LOSSES:
+        reduction = kwargs.pop("reduction", "mean")
+        each = _wrapped(
+            rows, func(*_full(rows, args, inner), **_named(rows, kwargs, inner), reduction="none")
+        )
+        return each if reduction == "none" else _reduced(each, reduction)
+    if name in ("sum", "mean", "all", "any") and not _dims(args, kwargs):
+        return _reduced(rows, name, **{k: v for k, v in kwargs.items() if k == "dtype"})
+    if name in _ALONG:
+        return _along(func, rows, args, kwargs)
+    if name in _ELEMENTWISE:
+        return _wrapped(rows, func(*_full(rows, args, inner), **_named(rows, kwargs, inner)))
+    if (name in _ROWWISE and inner) or name == "embedding":
+        return _wrapped(rows, func(*_full(rows, args, None), **_named(rows, kwargs, None)))
+    raise _refusal(f"{name}(x[mask])")
+
+
+def _wrapped(rows: Selected, values: torch.Tensor) -> Selected:
+    return Selected(values, rows.mask, rows.masks)
+
+
+def _full(rows: Selected, args: Any, inner: int | None) -> list[Any]:
+    return [_one(rows, a, inner) for a in args]
+
+
+def _named(rows: Selected, kwargs: Mapping[str, Any], inner: int | None) -> dict[str, Any]:
+    return {k: _one(rows, v, inner) for k, v in kwargs.items()}
+
+
+def _one(rows: Selected, value: Any, inner: int | None = None) -> Any:
+    """An operand in full: the rows of the same mask, or what has no more than the `inner` axes of a row."""
+    if isinstance(value, Selected):
+        if not rows.masks.same(rows.mask, value.mask):
+            raise _refusal("x[mask] with y[other mask]")
+        return value.values
+    if isinstance(value, torch.Tensor) and inner is not None and value.dim() > inner and value.numel() != 1:
+        raise _refusal("x[mask] with a tensor of as many rows")
+    return value
+
+
+def _dims(args: Any, kwargs: Mapping[str, Any]) -> Any:
+    return kwargs.get("dim", args[1] if len(args) > 1 and not isinstance(args[1], torch.dtype) else None)
+
+
+def _along(func: Function, rows: Selected, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A reduction of the row's own axes; axis 0, that of the rows, for a sum or mean of all."""
+    inner = rows.values.dim() - rows.mask.dim()
+    dims = _dims(args, kwargs)
+    places = [dims] if isinstance(dims, int) else list(dims or [])
+    if not places or any(d == 0 or d < -inner for d in places):
+        raise _refusal(f"{getattr(func, '__name__', func)} over the rows of x[mask]")
+    moved = [d if d < 0 else d + rows.mask.dim() - 1 for d in places]
+    rest = {k: v for k, v in kwargs.items() if k != "dim"}
+    return _wrapped(rows, func(rows.values, moved[0] if isinstance(dims, int) else moved, *args[2:], **rest))
+
+
+def _reduced(rows: Selected, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The sum or mean of all elements of the selected rows, or whether all or any hold."""
+    spread = _spread(rows)
+    if name in ("all", "any"):
+        return (rows.values.bool() | ~spread).all() if name == "all" else (rows.values.bool() & spread).any()
+    values = rows.values if dtype is None else rows.values.to(dtype)
+    kept = torch.where(spread, values, torch.zeros((), dtype=values.dtype))
+    return kept.sum() if name == "sum" else kept.mean() / rows.mask.to(values.dtype).mean()
+
+
+def _columns(rows: Selected, index: Any) -> Selected:
+    """`x[mask][:, i]`: the first entry keeps all rows."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if parts[:1] == (Ellipsis,):
+        return _wrapped(rows, rows.values[index])
+    if not isinstance(parts[0], slice) or parts[0] != slice(None):
+        raise _refusal("x[mask][i]")
+    return _wrapped(rows, rows.values[(slice(None),) * rows.mask.dim() + tuple(parts[1:])])
+
+
+def _classes(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    """`cross_entropy(x[mask], t[mask])`: labels of the others are ignored."""
+    names = ("input", "target", "weight")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    scores, target = given.pop("input"), given.pop("target")
+    if (
+        not isinstance(scores, Selected)
+        or not isinstance(target, Selected)
+        or scores.values.dim() != scores.mask.dim() + 1
+    ):
+        raise _refusal("cross_entropy of x[mask] with other rows")
+    labels = _one(scores, target)
+    ignored = given.get("ignore_index", -100)
+    count = math.prod(scores.mask.shape)
+    if labels.is_floating_point():
+        raise _refusal("cross_entropy of x[mask] with class probabilities")
+    labels = torch.where(scores.mask, labels, torch.full((), ignored, dtype=labels.dtype)).reshape(count)
+    result = func(scores.values.reshape(count, -1), labels, **given)
+    if given.get("reduction", "mean") == "none":
+        return _wrapped(scores, result.reshape(scores.mask.shape))
+    return result

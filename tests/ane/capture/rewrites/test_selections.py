@@ -1,0 +1,155 @@
+"""Boolean masks that the step computes, where nothing needs the number of selected rows: as PyTorch, or refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ane_trainer as at
+from ane_trainer.ane.errors import UnsupportedModel
+
+Layer = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Net(nn.Linear):
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(5, 3)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(super().forward(x))
+
+
+def both_sides(h: Tensor) -> Tensor:
+    out, inside = torch.zeros_like(h), h.abs() < 1
+    out[~inside], out[inside] = h[~inside], torch.tanh(h[inside])
+    return out
+
+
+def in_place(h: Tensor) -> Tensor:
+    h, k = h.clone(), h > 0
+    h[k] *= 2
+    return h
+
+
+def rows(h: Tensor) -> Tensor:
+    k, out = h[:, 0] > 0, torch.zeros_like(h)
+    out[k] = F.layer_norm(h[k], (3,)) + 1
+    return out
+
+
+def roots(h: Tensor) -> Tensor:
+    """Of the others, the root would not be a number."""
+    k, out = h > 0.1, torch.zeros_like(h)
+    out[k] = h[k].sqrt()
+    return out
+
+
+LAYERS: dict[str, Layer] = {"both sides": both_sides, "in place": in_place, "rows": rows, "roots": roots}
+LOSSES: dict[str, Loss] = {
+    "mean": lambda o, y: ((o - y) ** 2)[y > 0].mean(),
+    "masked_select": lambda o, y: torch.masked_select((o - y) ** 2, y > 0).sum(),
+    "mse": lambda o, y: F.mse_loss(o[y > 0], y[y > 0]),
+    "cross entropy": lambda o, y: F.cross_entropy(o[y[:, 0] > -1], (y[:, 0] > 0).long()[y[:, 0] > -1]),
+    "row sums": lambda o, y: (o[y[:, 1] > 0].sum(-1) ** 2).mean(),
+    "column": lambda o, y: F.smooth_l1_loss(o[y[:, 1] > 0][:, 1], y[y[:, 1] > 0][:, 1], reduction="sum"),
+    "count": lambda o, y: o[y > 0].sum() / (y > 0).sum(),
+    "product": lambda o, y: (o[y[:, 0] > 0] @ torch.ones(3, 2)).pow(2).mean(),
+}
+
+
+def follows(layer: Layer, loss: Loss) -> None:
+    """One step on the engine changes the weights as PyTorch does."""
+    torch.manual_seed(0)
+    model = Net(layer)
+    twin, x, y = copy.deepcopy(model), torch.randn(6, 5), torch.randn(6, 3)
+    step = at.compile_step(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), (x, y), fidelity="fast")
+    wanted = loss(twin(x), y)
+    wanted.backward()
+    torch.testing.assert_close(step(x, y), wanted.detach(), rtol=3e-3, atol=1e-3)
+    step.sync()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert theirs.grad is not None
+        off = (mine - theirs + 0.1 * theirs.grad).detach().norm()
+        assert float(off) < 0.02 * 0.1 * float(theirs.grad.norm())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_goes_back_to_its_mask(name: str) -> None:
+    follows(LAYERS[name], F.mse_loss)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_reduced(name: str) -> None:
+    follows(lambda h: h, LOSSES[name])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, y: o[y > 0].sum() / len(o[y > 0]),
+        lambda o, y: (o[y > 0] - y[(y > 0).roll(1, 0)]).sum(),
+        lambda o, y: o[y > 0].reshape(-1, 1).sum(),
+        lambda o, y: o[y[:, 0] > 0][0].sum(),
+    ],
+)
+def test_what_needs_the_number_of_rows_is_refused(loss: Loss) -> None:
+    model = Net(lambda h: h)
+    with pytest.raises(UnsupportedModel, match="gives a shape that depends on data") as caught:
+        at.compile_step(
+            model, loss, torch.optim.SGD(model.parameters(), lr=0.1), (torch.randn(6, 5), torch.randn(6, 3))
+        )
+    assert caught.value.code == "ANE300"
+
+
+def test_a_mask_that_changes_between_its_uses_is_another() -> None:
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        y = y.clone()
+        first = o[y > 0]
+        y.copy_(y.roll(1, 0))
+        return (first - y[y > 0]).sum()
+
+    model = Net(lambda h: h)
+    with pytest.raises(UnsupportedModel, match="other mask"):
+        at.compile_step(
+            model, loss, torch.optim.SGD(model.parameters(), lr=0.1), (torch.randn(6, 5), torch.randn(6, 3))
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.into(x).view(n, t, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        keep = valid[:, None, None, :] & torch.ones(t, t, dtype=torch.bool).tril()
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        found: Tensor = self.out(seen.transpose(1, 2).reshape(n, t, 8)).mean(1)
+        return found
+
+
+def test_a_row_that_attends_to_nothing_gives_zero() -> None:
+    """The first sequence is padded on the left: its first rows see no key, for which PyTorch gives 0."""
+    torch.manual_seed(0)
+    model, x, y = Attention(), torch.randn(3, 5, 8), torch.randint(0, 4, (3,))
+    valid = torch.ones(3, 5, dtype=torch.bool)
+    valid[0, :2] = False
+    twin = copy.deepcopy(model)
+    step = at.compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=1.0), ((x, valid), y), fidelity="fast"
+    )
+    wanted = F.cross_entropy(twin(x, valid), y)
+    wanted.backward()
+    torch.testing.assert_close(step((x, valid), y), wanted.detach(), rtol=2e-3, atol=0)
+    step.sync()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert theirs.grad is not None
+        assert float((mine - theirs + theirs.grad).detach().norm()) < 0.02 * float(theirs.grad.norm())
