@@ -32,9 +32,9 @@ from ane_trainer.training.analysis import Seen
 from ane_trainer.training.checkpoint import has_step
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.loop import interruptible
-from ane_trainer.training.optimizers import make_optimizer
+from ane_trainer.training.optimizers import freeze, make_optimizer
 from ane_trainer.training.prediction import Inputs, answers, generate, parse_rows, read_inputs, target_text
-from ane_trainer.training.recording import Recorder
+from ane_trainer.training.recording import Recorder, make_callbacks
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
 from ane_trainer.training.runs import RunFolder, claim_run, open_run
@@ -316,6 +316,7 @@ def _make_trainer(
     net = build_model(
         model or config.model, description.in_shape, description.num_outputs, seed=config.seed, **options
     )
+    freeze(net, config.freeze)
     return Trainer(
         net,
         config.loss,
@@ -353,7 +354,8 @@ def _train_run(
     val = splits.val if splits.val is not None else splits.test
     recorder = Recorder(run, config, splits.description)
     try:
-        trainer.fit(splits.train, config.epochs - trainer.progress.epoch, val, callbacks=[recorder])
+        callbacks = [*make_callbacks(config), recorder]
+        trainer.fit(splits.train, config.epochs - trainer.progress.epoch, val, callbacks=callbacks)
         tested = _test(trainer, splits)
         seconds = before + time.perf_counter() - started
         reference = _train_reference(config, splits, trainer.report) if config.compare_fp32 else None
@@ -411,7 +413,8 @@ def _train_reference(config: TrainConfig, splits: Splits, report: Reporter) -> R
     report.note("fp32", "the same training with plain PyTorch, for comparison")
     splits.train.set_epoch(0)
     trainer = _make_trainer(config, splits.description, Reporter(), device="cpu")
-    return trainer.fit(splits.train, config.epochs, splits.test if splits.test is not None else splits.val)
+    val = splits.test if splits.test is not None else splits.val
+    return trainer.fit(splits.train, config.epochs, val, callbacks=make_callbacks(config))
 
 
 def _provenance(config: TrainConfig, run: RunFolder, reference: Result | None) -> dict[str, Any]:

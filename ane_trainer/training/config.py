@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -32,7 +33,9 @@ _MODEL_DEFAULTS: Mapping[str, dict[str, Any]] = {
 }
 
 #: Options that may change when a run goes on: the weights do not depend on them, or they extend the run.
-RESUMABLE = frozenset({"compare_fp32", "device", "epochs", "keep_every", "save_every", "threads"})
+RESUMABLE = frozenset(
+    {"compare_fp32", "device", "epochs", "keep_every", "patience", "save_every", "threads", "time_limit"}
+)
 
 #: Groups of options in the help of `train`; an option that names none is under "Training".
 _MODEL: dict[str, Any] = {"panel": "Data and model"}
@@ -47,13 +50,21 @@ class Interval(NamedTuple):
 
 
 def read_interval(text: str) -> Interval:
-    """ "500" is steps, "10min" minutes; ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?)?", text.strip()) if text else None
-    if not text:
-        return Interval()
-    if found is None or float(found[1]) <= 0 or (found[2] is None and "." in found[1]):
-        raise ValueError("needs a number of steps, or of minutes as in 10min")
-    return Interval(seconds=60.0 * float(found[1])) if found[2] else Interval(steps=int(found[1]))
+    """Steps as in "500", or a time as in "10min"; ValueError for anything else."""
+    if text.strip().isdecimal() and int(text):
+        return Interval(steps=int(text))
+    try:
+        return Interval(seconds=read_duration(text)) if text else Interval()
+    except ValueError:
+        raise ValueError("needs a number of steps, or a time as in 10min") from None
+
+
+def read_duration(text: str) -> float:
+    """Seconds of "90s", "10min" (or "10m"), "2h"; ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise ValueError("needs a time as in 90s, 10min or 2h")
+    return float(found[1]) * {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}[found[2]]
 
 
 class TrainConfig(BaseModel):
@@ -133,6 +144,40 @@ class TrainConfig(BaseModel):
         None, gt=0, le=65504, description="Cut each entry of the gradients to within this number."
     )
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged before an update.")
+    schedule: Literal["constant", "cosine", "linear", "one-cycle", "step", "plateau"] = Field(
+        "constant", description="How the learning rate goes over the training."
+    )
+    warmup: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0 at first.")
+    lr_floor: float = Field(
+        0.0, ge=0, le=1, description="Share of the learning rate that the schedule keeps."
+    )
+    lr_decay: float = Field(
+        0.1, gt=0, lt=1, description="Of step and plateau: what the learning rate is times."
+    )
+    lr_every: int = Field(10, ge=1, description="Of step: epochs between two decays.")
+    lr_patience: int = Field(
+        3, ge=0, description="Of plateau: epochs without a better result before a decay."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many epochs without a better result (default: never)."
+    )
+    min_delta: float = Field(0.0, ge=0, description="What counts as better, for --patience.")
+    monitor: Literal["auto", "val_accuracy", "val_loss", "train_loss"] = Field(
+        "auto", description="The result that is watched; auto: the first of these that is known."
+    )
+    best: bool = Field(False, description="End with the weights of the best epoch, not of the last.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Evaluate and end with an average of the weights, e.g. 0.999 (default: off).",
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="Parameters that stay as they are, by name or pattern, e.g. 'conv*,head.bias'."
+    )
+    time_limit: str | None = Field(
+        None, description="Stop after so long: 90s, 10min, 2h (default: never); --resume goes on."
+    )
     loss: str = Field(
         "auto", description="What is minimised: cross_entropy, mse, ...; auto goes by the data."
     )
@@ -175,12 +220,24 @@ class TrainConfig(BaseModel):
             read_interval(text)
         return text
 
+    @field_validator("time_limit")
+    @classmethod
+    def _duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_duration(value)
+        return value
+
+    @property
+    def seconds_allowed(self) -> float:
+        """`time_limit` in seconds; infinite where there is none."""
+        return read_duration(self.time_limit) if self.time_limit is not None else math.inf
+
     @property
     def save_interval(self) -> Interval:
         """`save_every` as numbers."""
         return read_interval(self.save_every or "")
 
-    @field_validator("hidden", "target", "augment", mode="before")
+    @field_validator("hidden", "target", "augment", "freeze", mode="before")
     @classmethod
     def _parts_as_typed(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value

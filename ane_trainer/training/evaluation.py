@@ -31,7 +31,7 @@ class Inference:
         self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], target: Target, fallback: str
     ) -> None:
         self.example: Any = None
-        self._model, self._loss, self._target, self._fallback = model, loss, target, fallback
+        self.model, self._loss, self._target, self._fallback = model, loss, target, fallback
         self._compiled: dict[Any, dict[int, Callable[[Any], Any]]] = {}
 
     def evaluate(
@@ -84,7 +84,7 @@ class Inference:
         if not compiled and self.example is not None and kind != _kind(self.example):
             self._check(x)
         if rows not in compiled:
-            compiled[rows] = engine.make_forward(self._model, padded, self._target, self._fallback)
+            compiled[rows] = engine.make_forward(self.model, padded, self._target, self._fallback)
         return loop.first_rows(compiled[rows](padded), count, rows)
 
     @property
@@ -95,8 +95,8 @@ class Inference:
     def _check(self, x: Any) -> None:
         """DataError for examples unlike those of training that do not go through the model."""
         try:
-            with torch.no_grad(), module_mode(self._model, training=False):
-                call_model(self._model, {}, x)
+            with torch.no_grad(), module_mode(self.model, training=False):
+                call_model(self.model, {}, x)
         except RuntimeError as error:
             got, wanted = (
                 ", ".join(

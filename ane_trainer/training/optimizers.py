@@ -1,14 +1,17 @@
-"""The optimizers that a configuration can name, as torch.optim objects."""
+"""The optimizers that a configuration can name, as torch.optim objects, and the parameters that they train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.config import TrainConfig
+from ane_trainer.utils import did_you_mean
 
 _CLASSES: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -18,8 +21,39 @@ _CLASSES: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The configured optimizer over all parameters of the model."""
+    """The configured optimizer over the parameters of the model that are not frozen."""
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
-    return _CLASSES[config.optimizer](model.parameters(), **options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return _CLASSES[config.optimizer](trained, **options)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Keep parameters as they are: those whose name, or module's name, matches a pattern (`conv*`, `head`).
+
+    Returns their names. UsageError for a pattern without a match, and if nothing would be left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    frozen = set()
+    for pattern in patterns:
+        found = {n for n in names if any(fnmatchcase(part, pattern) for part in _places(n))}
+        if not found:
+            raise UsageError(
+                f"freeze: needs a parameter's name; got {pattern!r}. {did_you_mean(pattern, names)}",
+                code="ANE104",
+            )
+        frozen |= found
+    if frozen and frozen == set(names):
+        raise UsageError(
+            "freeze: needs parameters that are left to train; got all. Leave some out.", code="ANE104"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen and parameter.requires_grad)
+    return sorted(frozen)
+
+
+def _places(name: str) -> list[str]:
+    """The parameter's name and those of the modules around it: a.b.weight, a.b, a."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

@@ -1,15 +1,42 @@
-"""Keeps a run's folder up to date while it trains: checkpoints, metrics, the best weights."""
+"""The callbacks of a configured run: those that its options ask for, and the one that keeps its folder up to date."""
 
 from __future__ import annotations
 
 import time
 
-from ane_trainer.training.callbacks import Callback
+from ane_trainer.training.callbacks import (
+    BestWeights,
+    Callback,
+    EarlyStopping,
+    TimeLimit,
+    WeightAveraging,
+    score_of,
+)
 from ane_trainer.training.config import TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.results import Epoch
 from ane_trainer.training.runs import BEST, RunFolder
+from ane_trainer.training.schedules import LearningRateSchedule, Schedule
 from ane_trainer.training.trainer import Trainer
+
+
+def make_callbacks(config: TrainConfig) -> list[Callback]:
+    """What the options ask for, in the order in which it has to act."""
+    found: list[Callback] = []
+    schedule = Schedule(
+        config.schedule, config.warmup, config.lr_floor, config.lr_decay, config.lr_every, config.lr_patience
+    )
+    if schedule.name != "constant" or schedule.warmup:
+        found.append(LearningRateSchedule(schedule, config.epochs))
+    if config.ema is not None:
+        found.append(WeightAveraging(config.ema))
+    if config.patience is not None:
+        found.append(EarlyStopping(config.patience, config.min_delta, config.monitor))
+    if config.best:
+        found.append(BestWeights(config.monitor))
+    if config.time_limit is not None:
+        found.append(TimeLimit(config.seconds_allowed))
+    return found
 
 
 class Recorder(Callback):
@@ -18,7 +45,7 @@ class Recorder(Callback):
     def __init__(self, run: RunFolder, config: TrainConfig, description: DataDescription) -> None:
         self._run, self._config, self._description = run, config, description
         self._best: float | None = None
-        self._saved_steps, self._saved_at = 0, time.monotonic()
+        self._saved_steps, self._saved_at, self._ended = 0, time.monotonic(), False
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._run.begin(self._config, trainer.progress.epoch)
@@ -28,25 +55,31 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Trainer, loss: float) -> None:
         interval = self._config.save_interval
         steps = trainer.progress.steps - self._saved_steps
-        if (interval.steps and steps >= interval.steps) or (
-            interval.seconds and time.monotonic() - self._saved_at >= interval.seconds
-        ):
+        due = interval.steps and steps >= interval.steps
+        late = interval.seconds and time.monotonic() - self._saved_at >= interval.seconds
+        if trainer.stop_now or due or late:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, record: Epoch) -> None:
         self._run.append_metrics(record.to_json())
-        score = record.val_accuracy if record.val_accuracy is not None else record.val_loss
-        if score is not None:
-            score = score if record.val_accuracy is not None else -score
-            if self._best is None or score > self._best:
-                self._best = score
-                self._run.write_weights(trainer.model.state_dict(), BEST)
+        score = score_of(record, self._config.monitor)
+        if self._best is None or score > self._best:
+            self._best = score
+            self._run.write_weights(trainer.evaluated_model.state_dict(), BEST)
         every = self._config.keep_every
         kept = every is not None and record.epoch % every == 0
         self.save(trainer, keep_as=f"epoch-{record.epoch:04d}" if kept else None)
 
+    def on_train_end(self, trainer: Trainer) -> None:
+        self._ended = True
+
     def save(self, trainer: Trainer, keep_as: str | None = None) -> None:
-        """Write a checkpoint. Diverged, and the last one stays, if a parameter is not finite."""
+        """Write a checkpoint. Diverged, and the last one stays, if a parameter is not finite.
+
+        After the end nothing is written: the model may have other weights than the step by then.
+        """
+        if self._ended:
+            return
         checkpoint = trainer.checkpoint()
         trainer.check_finite()
         self._run.write_checkpoint(checkpoint, keep_as=keep_as)

@@ -6,8 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,18 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from ane_trainer.ane.capture.gradients import GradientOptions
-from ane_trainer.ane.capture.losses import CLASS_LOSSES, get_loss, loss_name
-from ane_trainer.ane.capture.scaling import SCALING
+from ane_trainer.ane.capture.losses import CLASS_LOSSES
 from ane_trainer.ane.dispatch import StepOptions, TrainingStep
-from ane_trainer.ane.dispatch.state import MODEL, STEP, faults_of, incomplete, part
+from ane_trainer.ane.dispatch.state import STEP, part
 from ane_trainer.ane.errors import (
-    CheckpointError,
     Diverged,
     UsageError,
 )
 from ane_trainer.ane.export import ExportOptions, ExportReport, format_of
 from ane_trainer.training import energy, engine, loop
-from ane_trainer.training.callbacks import Callback
+from ane_trainer.training.callbacks import Callback, Callbacks
 from ane_trainer.training.checkpoint import (
     CHECKPOINT,
-    Checkpoint,
-    check_scalars,
-    describe_optimizer,
     has_step,
     read_model,
     read_tensors,
@@ -42,23 +36,21 @@ from ane_trainer.training.checkpoint import (
     write_tensors,
 )
 from ane_trainer.training.datasets.opening import batches_of
-from ane_trainer.training.evaluation import Inference
 from ane_trainer.training.exporting import CHECKED_STEPS, export_model, export_training
 from ane_trainer.training.intake import Intake
-from ane_trainer.training.loop import Batch, Progress
+from ane_trainer.training.loop import Batch
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
+from ane_trainer.training.state import Loss, Training
 from ane_trainer.training.steps import Step
 from ane_trainer.utils import seeded
-
-Loss = str | Callable[[Any, Any], torch.Tensor]
 
 #: Steps in a row that may be skipped or give a loss that is not finite. Dynamic loss scaling needs up to 15
 #: skips to come down from 32768 to 1; more than twice that means that no scale helps.
 MAX_BAD_STEPS = 32
 
 
-class Trainer:
+class Trainer(Training):
     """Trains a PyTorch module by one compiled program a step.
 
     model      any nn.Module made of supported layers; its parameters follow the engine's after each epoch.
@@ -96,28 +88,17 @@ class Trainer:
         fallback: str = "none",
     ) -> None:
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
-        self.options = StepOptions(gradients, optimizer_on, fallback, sync="lazy", seed=seed)
-        self.model, self.loss = model, loss
-        self.optimizer = optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3)
-        self.target = engine.choose_target(device, chip, fidelity, precision, threads)
-        self.chip, self.fidelity, self.precision = chip, fidelity, precision
-        self.seed, self.threads = seed, threads
-        self.history: list[Epoch] = []
-        self.progress = Progress()
-        self.step: Step | None = None  #: the compiled training step, from the first batch on
-        self.seconds_compile = 0.0
-        self._loss = get_loss(loss)
+        super().__init__(
+            model,
+            loss,
+            optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3),
+            engine.choose_target(device, chip, fidelity, precision, threads),
+            StepOptions(gradients, optimizer_on, fallback, sync="lazy", seed=seed),
+            {"chip": chip, "fidelity": fidelity, "precision": precision},
+        )
         self.report = report if report is not None else ConsoleReporter()
-        self._inference = Inference(model, self._loss, self.target, fallback)
         self._intake = Intake(model, loss)
-        self._train: Iterable[Batch] = ()  # what `fit` trains on
-        self._restored: Checkpoint | None = None
-        self._data_state: dict[str, Any] | None = None
-        self._metrics: Metrics | None = None
         self._announced = False
-        self.callbacks: tuple[Callback, ...] = ()
-        self.should_stop = False  #: set by a callback to end training after the epoch
-        self._pass: Iterable[Batch] | None = None  # the data while a pass over it is under way
 
     def fit(
         self, train: Iterable[Batch], epochs: int = 1, val: Iterable[Batch] | None = None, *,
@@ -139,8 +120,9 @@ class Trainer:
         val = batches_of(val, "val", self.seed) if val is not None else None
         self._train = train
         loop.check_repeatable(train, "train", epochs)
-        self.callbacks, self.should_stop = tuple(callbacks), False
-        self._load_callbacks()
+        self.callbacks, self.should_stop, self.stop_now = Callbacks(callbacks), False, False
+        if self._restored is not None:
+            self.callbacks.load(self._restored.scalars.get("callbacks", {}), self._restored.tensors)
         self.announce()
         last, started = self.progress.epoch + epochs, time.perf_counter()
         try:
@@ -150,12 +132,17 @@ class Trainer:
                     whole = self.progress.batch == 0  # of a resumed epoch only a part is measured
                     with energy.measured(self.target.name) as reading:
                         self._train_epoch(train, last, stop)
+                    if not self.progress.passed:  # a callback wants no more steps
+                        self._metrics = self._inference.evaluate(val, stop) if val is not None else None
+                        break
                     self._finish_epoch(val, reading.joules if whole else None, stop)
                     if after_epoch is not None:
                         after_epoch(self.history[-1])
-                    self._call(lambda c: c.on_train_epoch_end(self, self.history[-1]))
+                    for callback in self.callbacks:
+                        callback.on_train_epoch_end(self, self.history[-1])
                     stop.check()
-                self._call(lambda c: c.on_train_end(self))
+                for callback in self.callbacks:
+                    callback.on_train_end(self)
         except BaseException as error:
             for callback in self.callbacks:
                 callback.on_exception(self, error)
@@ -171,24 +158,15 @@ class Trainer:
 
         `see` is called with each batch's x, output and target.
         """
-        self._sync()
+        self.sync()
         return self._inference.evaluate(batches_of(data, "evaluate", self.seed), see=see)
-
-    @property
-    def stop_training(self) -> bool:
-        """`should_stop`, by the name that Keras has for it."""
-        return self.should_stop
-
-    @stop_training.setter
-    def stop_training(self, value: bool) -> None:
-        self.should_stop = value
 
     def predict(self, x: ArrayLike | torch.Tensor | tuple[Any, ...] | dict[str, Any]) -> Any:
         """The model's output for examples x [N, ...], as float32: [N, ...], or such tensors in its structure.
 
         A tuple or dict of tensors is what the model takes several of; a list is an array.
         """
-        self._sync()
+        self.sync()
         return self._inference.predict(x)
 
     def announce(self) -> None:
@@ -247,7 +225,7 @@ class Trainer:
         UsageError: an unknown format or no data; MissingDependency: the extra to install.
         """
         kind = format_of(path, format)
-        self._sync()
+        self.sync()
         example = self._intake.example
         source = data if data is not None else [example] if example else None
         if source is None:
@@ -268,104 +246,6 @@ class Trainer:
             return export_training(step, self.optimizer, path, kind, whole, options)
         return export_model(self.model, path, kind, source, options, classes=self._loss in CLASS_LOSSES)
 
-    def checkpoint(self) -> Checkpoint:
-        """Everything that training needs to go on: parameters, the step's state, counters, data position."""
-        self._sync()
-        tensors = {MODEL + name: value for name, value in self.model.state_dict().items()}
-        if self.step is not None:
-            tensors |= {STEP + name: value for name, value in self.step.state_dict().items()}
-        elif self._restored is not None:
-            tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith(STEP)}
-        progress = {**asdict(self.progress), "skipped_steps": self._skipped()}
-        scalars = {
-            "progress": progress,
-            "history": [record.to_json() for record in self.history],
-            "data": self._position(),
-            "loss": loss_name(self.loss),
-            "optimizer": describe_optimizer(self.optimizer, self.model),
-            "options": self._settings(),
-            "program": compiled.fingerprint if (compiled := self.step and self.step.compiled) else None,
-            "callbacks": {type(c).__name__: state for c in self.callbacks if (state := c.state_dict())},
-        }
-        return Checkpoint(tensors, scalars)
-
-    def _position(self) -> dict[str, Any] | None:
-        """Where the data stands within a pass, if it can tell."""
-        if self._pass is None:
-            return self._data_state
-        return self._pass.state_dict() if hasattr(self._pass, "state_dict") else None
-
-    def _settings(self) -> dict[str, Any]:
-        """The arguments that make a trainer like this one."""
-        gradients = self.options.gradients
-        return {
-            "device": self.target.device, "chip": self.chip, "fidelity": self.fidelity,
-            "precision": self.precision, "seed": self.seed, "threads": self.threads,
-            "clip_grad_norm": gradients.clip_norm, "clip_grad_value": gradients.clip_value,
-            "accumulate": gradients.accumulate, "optimizer_on": self.options.optimizer_on,
-            "fallback": self.options.fallback,
-        }  # fmt: skip
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from `checkpoint`, which must be of the same model and optimizer.
-
-        CheckpointError, before anything changed, for one that is not whole or of another model.
-        """
-        progress, history = check_scalars(checkpoint.scalars)
-        self.load_weights(part(checkpoint.tensors, MODEL), "checkpoint")
-        self.progress, self.history = progress, history
-        self._data_state = checkpoint.scalars["data"]
-        self._restored, self.step, self._pass = checkpoint, None, None
-        last = self.history[-1] if self.history else None
-        if last is not None and last.val_loss is not None:
-            self._metrics = Metrics(last.val_loss, last.val_accuracy, 0)
-
-    def load_weights(self, state: Mapping[str, torch.Tensor], where: str) -> None:
-        """Put a state_dict into the model; CheckpointError if it is of another model, or not finite."""
-        wanted = self.model.state_dict()
-        names = {name for name, _ in self.model.named_parameters()}
-        faults = faults_of(state, wanted, finite=names)
-        if any("nan" not in fault for fault in faults):
-            shown = ", ".join(faults[:4]) + (f" and {len(faults) - 4} more" if len(faults) > 4 else "")
-            raise CheckpointError(
-                f"{where}: needs the weights of this model; got those of another one: {shown}. "
-                "Build the model as for the first run.",
-                code="CKPT106",
-            )
-        if faults:
-            raise incomplete(where, faults)
-        self.model.load_state_dict(state)
-
-    def result(self, **details: Any) -> Result:
-        """What training did so far; `details` override or extend the fields."""
-        step, progress = self.step, self.progress
-        facts: dict[str, Any] = {
-            "dataset": None,
-            "model": type(self.model).__name__,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "epochs": progress.epoch,
-            "steps": progress.steps,
-            "train_loss": self.history[-1].train_loss if self.history else None,
-            "test_loss": self._metrics.loss if self._metrics else None,
-            "test_accuracy": self._metrics.accuracy if self._metrics else None,
-            "device": self.target.name,
-            "chip": self.target.chip,
-            "fidelity": self.target.fidelity,
-            **engine.step_facts(step),
-            "skipped_steps": self._skipped(),
-            "seconds_total": progress.seconds,
-            "seconds_compile": self.seconds_compile,
-            "seconds_per_step": progress.seconds_steps / max(progress.steps, 1),
-            "placement": step.placement() if step is not None else {},
-            "estimate": engine.estimate_of(step, self.target),
-            "energy_joules": energy.total([record.energy_joules for record in self.history]),
-            "history": tuple(self.history),
-        }
-        names = {field.name for field in fields(Result)}
-        known = {key: value for key, value in details.items() if key in names}
-        extra = {key: value for key, value in details.items() if key not in names}
-        return Result(**{**facts, **known}, details=extra)
-
     def _start(self, train: Iterable[Batch], stop: loop.Stop) -> None:
         """In a resumed training: compile the step for the batch that it was compiled for at first."""
         if self.step is None and self._restored is not None and has_step(self._restored):
@@ -378,7 +258,8 @@ class Trainer:
     def _begin(self, stop: loop.Stop) -> None:
         """The step is ready: from here on there is something to lose."""
         stop.begun = True
-        self._call(lambda c: c.on_train_start(self))
+        for callback in self.callbacks:
+            callback.on_train_start(self)
 
     def _train_epoch(self, train: Iterable[Batch], last: int, stop: loop.Stop) -> None:
         progress, state, begun = self.progress, self._data_state, False
@@ -395,14 +276,16 @@ class Trainer:
                     self._begin(stop)
                 if not begun:
                     self.report.begin_epoch(progress.epoch + 1, last, length, progress.batch)
-                    self._call(lambda c: c.on_train_epoch_start(self))
+                    for callback in self.callbacks:
+                        callback.on_train_epoch_start(self)
                     self._pass, begun = train, True
                 progress.batch += 1
                 self._train_batch(x, y, f"{where} {progress.batch}")
-                if stop() and progress.batch != length:
+                if (stop() or self.stop_now) and progress.batch != length:
                     progress.seconds_steps += time.perf_counter() - started
-                    self._sync()
+                    self.sync()
                     stop.check()
+                    return
         progress.seconds_steps += time.perf_counter() - started
         if not progress.batch:
             raise loop.empty("train")
@@ -414,11 +297,14 @@ class Trainer:
             return
         x, y = ready
         skipped = step.skipped_steps
+        for callback in self.callbacks:
+            callback.on_train_batch_start(self)
         with loop.located(where):
             loss = float(step(x, y))
         self.progress.count(loss, skipped=step.skipped_steps > skipped)
         self.report.step(loss, step.loss_scale, self._skipped())
-        self._call(lambda c: c.on_train_batch_end(self, loss))
+        for callback in self.callbacks:
+            callback.on_train_batch_end(self, loss)
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
 
@@ -431,14 +317,15 @@ class Trainer:
 
     def _finish_epoch(self, val: Iterable[Batch] | None, joules: float | None, stop: loop.Stop) -> None:
         progress = self.progress
-        self._sync()
+        self.sync()
         self.check_finite()
         metrics = self._inference.evaluate(val, stop) if val is not None else None
         if metrics is not None:
             if not math.isfinite(metrics.loss):
                 raise self._diverged(f"a loss of {metrics.loss:g} on the validation data")
             self._metrics = metrics
-            self._call(lambda c: c.on_validation_end(self, metrics))
+            for callback in self.callbacks:
+                callback.on_validation_end(self, metrics)
         record = Epoch(
             epoch=progress.epoch + 1,
             steps=progress.steps - progress.steps_before_epoch,
@@ -468,16 +355,6 @@ class Trainer:
         if progress.passed and steps and (not progress.loss_count or skipped == steps >= MAX_BAD_STEPS // 2):
             raise self._diverged(f"an epoch of {steps} steps, all skipped or with a loss not finite")
 
-    def _call(self, moment: Callable[[Callback], None]) -> None:
-        for callback in self.callbacks:
-            moment(callback)
-
-    def _load_callbacks(self) -> None:
-        states = self._restored.scalars.get("callbacks", {}) if self._restored is not None else {}
-        for callback in self.callbacks:
-            if type(callback).__name__ in states:
-                callback.load_state_dict(states[type(callback).__name__])
-
     def _compiled(self, x: Any, y: Any) -> Step:
         """The step; at first it is compiled for batches like (x, y) and given the restored state."""
         if self.step is not None:
@@ -506,19 +383,6 @@ class Trainer:
             name = type(self.optimizer).__name__
             self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
         return step
-
-    def _sync(self) -> None:
-        if self.step is not None:
-            self.step.sync()
-
-    def _loss_scale(self) -> float:
-        """The present loss scale; before the step is compiled that of the restored state."""
-        if self.step is None and self._restored is not None:
-            return float(self._restored.tensors.get(f"{STEP}{SCALING}loss_scale", torch.ones(1)))
-        return self.step.loss_scale if self.step is not None else 1.0
-
-    def _skipped(self) -> int:
-        return self.progress.skipped_steps + (self.step.skipped_steps if self.step is not None else 0)
 
     def _diverged(self, what: str) -> Diverged:
         return Diverged(

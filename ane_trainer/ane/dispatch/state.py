@@ -43,8 +43,8 @@ FORMAT = 2
 #: Versions that can be read.
 READABLE = (1, 2)
 
-#: Prefixes in a checkpoint: the module's state_dict, the step's state.
-MODEL, STEP = "model/", "step/"
+#: Prefixes in a checkpoint: the module's state_dict, the step's state, tensors of callbacks (by class/name).
+MODEL, STEP, CALLBACK = "model/", "step/", "callback/"
 #: Prefix in a step's state: the optimizer that runs on the host, by parameter number and key.
 OPTIMIZER = "optimizer/"
 

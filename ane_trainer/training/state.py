@@ -1,0 +1,206 @@
+"""The state of a training: what a checkpoint holds, how it is taken up again, and its outcome as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from ane_trainer.ane.capture.losses import get_loss, loss_name
+from ane_trainer.ane.capture.scaling import SCALING
+from ane_trainer.ane.dispatch import StepOptions, Target
+from ane_trainer.ane.dispatch.state import MODEL, STEP, faults_of, incomplete, part
+from ane_trainer.ane.errors import CheckpointError
+from ane_trainer.training import energy, engine, loop
+from ane_trainer.training.callbacks import Callbacks
+from ane_trainer.training.checkpoint import Checkpoint, check_scalars, describe_optimizer
+from ane_trainer.training.evaluation import Inference
+from ane_trainer.training.loop import Batch, Progress
+from ane_trainer.training.results import Epoch, Metrics, Result
+from ane_trainer.training.steps import Step
+
+Loss = str | Callable[[Any, Any], torch.Tensor]
+
+
+class Training:
+    """A model in training: where it stands, on which target, with which step. `asked` is what the user named."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        target: Target,
+        options: StepOptions,
+        asked: Mapping[str, str],
+    ) -> None:
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.target, self.options = target, options
+        self.chip, self.fidelity, self.precision = asked["chip"], asked["fidelity"], asked["precision"]
+        self.seed, self.threads = options.seed, target.threads
+        self.history: list[Epoch] = []
+        self.progress = Progress()
+        self.step: Step | None = None  #: the compiled training step, from the first batch on
+        self.seconds_compile = 0.0
+        self.callbacks = Callbacks()
+        self.should_stop = False  #: set by a callback to end training after the epoch
+        self.stop_now = False  #: set by a callback to end training after the step
+        self._loss = get_loss(loss)
+        self._inference = Inference(model, self._loss, target, options.fallback)
+        self._train: Iterable[Batch] = ()  # what `fit` trains on
+        self._pass: Iterable[Batch] | None = None  # the same while a pass over it is under way
+        self._data_state: dict[str, Any] | None = None
+        self._restored: Checkpoint | None = None
+        self._metrics: Metrics | None = None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Batches of a pass over the training data, if it knows them."""
+        return loop.length_of(self._train)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated: `model`, or an average of it that a callback keeps."""
+        return self._inference.model
+
+    def evaluate_with(self, model: nn.Module) -> None:
+        """Evaluate and predict with this module from now on; it has `model`'s structure."""
+        example = self._inference.example
+        self._inference = Inference(model, self._loss, self.target, self.options.fallback)
+        self._inference.example = example
+
+    def finish_with(self, weights: Mapping[str, torch.Tensor], epoch: int) -> None:
+        """End training with these weights, those of `epoch`; results are that epoch's."""
+        self.sync()
+        self.model.load_state_dict(weights)
+        self.evaluate_with(self.model)
+        record = self.history[epoch - 1] if 0 < epoch <= len(self.history) else None
+        if record is not None and record.val_loss is not None:
+            self._metrics = Metrics(record.val_loss, record.val_accuracy, 0)
+
+    @property
+    def stop_training(self) -> bool:
+        """`should_stop`, by the name that Keras has for it."""
+        return self.should_stop
+
+    @stop_training.setter
+    def stop_training(self, value: bool) -> None:
+        self.should_stop = value
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that training needs to go on: parameters, the step's state, counters, data position."""
+        self.sync()
+        tensors = {MODEL + name: value for name, value in self.model.state_dict().items()}
+        if self.step is not None:
+            tensors |= {STEP + name: value for name, value in self.step.state_dict().items()}
+        elif self._restored is not None:
+            tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith(STEP)}
+        tensors |= self.callbacks.tensors()
+        progress = {**asdict(self.progress), "skipped_steps": self._skipped()}
+        scalars = {
+            "progress": progress,
+            "history": [record.to_json() for record in self.history],
+            "data": self._position(),
+            "loss": loss_name(self.loss),
+            "optimizer": describe_optimizer(self.optimizer, self.model),
+            "options": self._settings(),
+            "program": compiled.fingerprint if (compiled := self.step and self.step.compiled) else None,
+            "callbacks": self.callbacks.state_dict(),
+        }
+        return Checkpoint(tensors, scalars)
+
+    def _position(self) -> dict[str, Any] | None:
+        """Where the data stands within a pass, if it can tell."""
+        if self._pass is None:
+            return self._data_state
+        return self._pass.state_dict() if hasattr(self._pass, "state_dict") else None
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that make a trainer like this one."""
+        gradients = self.options.gradients
+        return {
+            "device": self.target.device, "chip": self.chip, "fidelity": self.fidelity,
+            "precision": self.precision, "seed": self.seed, "threads": self.threads,
+            "clip_grad_norm": gradients.clip_norm, "clip_grad_value": gradients.clip_value,
+            "accumulate": gradients.accumulate, "optimizer_on": self.options.optimizer_on,
+            "fallback": self.options.fallback,
+        }  # fmt: skip
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from `checkpoint`, which must be of the same model and optimizer.
+
+        CheckpointError, before anything changed, for one that is not whole or of another model.
+        """
+        progress, history = check_scalars(checkpoint.scalars)
+        self.load_weights(part(checkpoint.tensors, MODEL), "checkpoint")
+        self.progress, self.history = progress, history
+        self._data_state = checkpoint.scalars["data"]
+        self.callbacks = Callbacks()
+        self.callbacks.load(checkpoint.scalars.get("callbacks", {}), checkpoint.tensors)
+        self._restored, self.step, self._pass = checkpoint, None, None
+        last = self.history[-1] if self.history else None
+        if last is not None and last.val_loss is not None:
+            self._metrics = Metrics(last.val_loss, last.val_accuracy, 0)
+
+    def load_weights(self, state: Mapping[str, torch.Tensor], where: str) -> None:
+        """Put a state_dict into the model; CheckpointError if it is of another model, or not finite."""
+        wanted = self.model.state_dict()
+        names = {name for name, _ in self.model.named_parameters()}
+        faults = faults_of(state, wanted, finite=names)
+        if any("nan" not in fault for fault in faults):
+            shown = ", ".join(faults[:4]) + (f" and {len(faults) - 4} more" if len(faults) > 4 else "")
+            raise CheckpointError(
+                f"{where}: needs the weights of this model; got those of another one: {shown}. "
+                "Build the model as for the first run.",
+                code="CKPT106",
+            )
+        if faults:
+            raise incomplete(where, faults)
+        self.model.load_state_dict(state)
+
+    def result(self, **details: Any) -> Result:
+        """What training did so far; `details` override or extend the fields."""
+        step, progress = self.step, self.progress
+        facts: dict[str, Any] = {
+            "dataset": None,
+            "model": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "epochs": progress.epoch,
+            "steps": progress.steps,
+            "train_loss": self.history[-1].train_loss if self.history else None,
+            "test_loss": self._metrics.loss if self._metrics else None,
+            "test_accuracy": self._metrics.accuracy if self._metrics else None,
+            "device": self.target.name,
+            "chip": self.target.chip,
+            "fidelity": self.target.fidelity,
+            **engine.step_facts(step),
+            "skipped_steps": self._skipped(),
+            "seconds_total": progress.seconds,
+            "seconds_compile": self.seconds_compile,
+            "seconds_per_step": progress.seconds_steps / max(progress.steps, 1),
+            "placement": step.placement() if step is not None else {},
+            "estimate": engine.estimate_of(step, self.target),
+            "energy_joules": energy.total([record.energy_joules for record in self.history]),
+            "history": tuple(self.history),
+        }
+        names = {field.name for field in fields(Result)}
+        known = {key: value for key, value in details.items() if key in names}
+        extra = {key: value for key, value in details.items() if key not in names}
+        return Result(**{**facts, **known}, details=extra)
+
+    def sync(self) -> None:
+        """Bring the model's parameters and the optimizer's state up to date with the engine's."""
+        if self.step is not None:
+            self.step.sync()
+
+    def _loss_scale(self) -> float:
+        """The present loss scale; before the step is compiled that of the restored state."""
+        if self.step is None and self._restored is not None:
+            return float(self._restored.tensors.get(f"{STEP}{SCALING}loss_scale", torch.ones(1)))
+        return self.step.loss_scale if self.step is not None else 1.0
+
+    def _skipped(self) -> int:
+        return self.progress.skipped_steps + (self.step.skipped_steps if self.step is not None else 0)
