@@ -84,7 +84,7 @@ def _pointwise(rewriter: Rewriter, op: Op, names: tuple[str, ...], perm: Perm) -
         return
     plans: list[tuple[str, Value | Literal, Perm]] = []
     for name in names:
-        plan = _follow(rewriter, op.arg(name), perm)
+        plan = _follow(rewriter, op.arg(name), perm, full=op.kind == "select")
         if plan is None:
             rewriter.append(op)
             return
@@ -99,8 +99,13 @@ def _pointwise(rewriter: Rewriter, op: Op, names: tuple[str, ...], perm: Perm) -
     _emit_transposed(rewriter, op, args, perm)
 
 
-def _follow(rewriter: Rewriter, argument: Arg | None, perm: Perm) -> tuple[Value | Literal, Perm] | None:
-    """An operand before `perm` and the shape it then needs; None when it cannot follow."""
+def _follow(
+    rewriter: Rewriter, argument: Arg | None, perm: Perm, full: bool
+) -> tuple[Value | Literal, Perm] | None:
+    """An operand before `perm` and the shape it then needs; None when it cannot follow.
+
+    `full`: the op does not broadcast (`select` in coremltools 9), so axes of length 1 in front stay.
+    """
     source = _source(rewriter, argument, perm)
     if source is not None:
         return source, source.type.shape
@@ -113,7 +118,7 @@ def _follow(rewriter: Rewriter, argument: Arg | None, perm: Perm) -> tuple[Value
     if sum(n != 1 for n in padded) != 1:
         return None
     before = _before(padded, perm)
-    while len(before) > 1 and before[0] == 1:
+    while not full and len(before) > 1 and before[0] == 1:
         before = before[1:]
     if isinstance(argument, Literal):
         argument = Literal(TensorType(argument.type.dtype, before), argument.data, argument.name)
