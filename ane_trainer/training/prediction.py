@@ -243,7 +243,7 @@ def parse_rows(selection: str, count: int) -> list[int]:
     for part in selection.split(","):
         first, colon, last = part.strip().partition(":")
         try:
-            start = int(first) if first else 0
+            start = int(first) if first or not colon else 0
             stop = (int(last) if last else count) if colon else start + 1
         except ValueError:
             start, stop = -1, -1

@@ -22,23 +22,37 @@ MOST_CHARACTERS = 512
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `length` tokens that follow each other: x int64 [B, T], y [B, T] is x one token later."""
+    """Windows of `length` tokens from the places `starts`: x int64 [B, T], y [B, T] is x one token later."""
 
     tokens_N: NDArray[np.int64]
     length: int
+    starts: NDArray[np.int64]
     draws = False
 
     def __len__(self) -> int:
-        return max(len(self.tokens_N) - 1, 0) // self.length
+        return len(self.starts)
 
     def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Windows and their targets."""
-        places_BT = rows_B[:, None] * self.length + np.arange(self.length)
+        places_BT = self.starts[rows_B, None] + np.arange(self.length)
         return self.tokens_N[places_BT], self.tokens_N[places_BT + 1]
 
     def targets(self) -> NDArray[np.int64]:
         """The targets of all windows [N, T]."""
         return self.take(np.arange(len(self)))[1]
+
+
+def windows_of(tokens_N: NDArray[np.int64], length: int, seed: int | None) -> Windows:
+    """Windows that follow each other; with a seed each is moved on by a random part of its length.
+
+    Windows that all began at a multiple of their length would let a model learn a text's rhythm by position.
+    """
+    last = len(tokens_N) - length - 1
+    starts = np.arange(max(len(tokens_N) - 1, 0) // length) * length
+    if seed is not None:
+        random = np.random.Generator(np.random.PCG64([seed, 6]))
+        starts = np.minimum(starts + random.integers(0, length, len(starts)), max(last, 0))
+    return Windows(tokens_N, length, starts)
 
 
 def open_text(path: Path, options: DataOptions) -> Parts:
@@ -51,7 +65,10 @@ def open_text(path: Path, options: DataOptions) -> Parts:
         int
     )
     pieces = dict(zip(("train", "val", "test"), np.split(tokens, ends), strict=True))
-    parts: dict[str, Examples] = {split: Windows(piece, options.context) for split, piece in pieces.items()}
+    parts: dict[str, Examples] = {
+        split: windows_of(piece, options.context, options.seed if split == "train" else None)
+        for split, piece in pieces.items()
+    }
     if not len(parts["train"]):
         raise DataError(
             f"{path}: needs more than {options.context} tokens to train on; got {len(pieces['train'])}. "
