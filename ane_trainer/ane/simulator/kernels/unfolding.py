@@ -134,12 +134,18 @@ def moved(call: Call, x: Unfolded) -> Unfolded | None:
     return None
 
 
+_FEW, _LARGE = 4, 1 << 20
+"""Products of a batch that may be small; multiply-accumulates from which each is worth a call of its own."""
+
+
 def product(ctx: EngineContext, a: Unfolded, b: Unfolded, out: Array) -> Step | None:
     """The step `out = a @ b`, or None where the operands must be in memory."""
     if a.view.dtype != np.float32 or b.view.dtype != np.float32 or len(a.groups) != out.ndim or out.ndim > 3:
         return None
     if len(b.groups) > out.ndim or any(x.groups[0] != 1 for x in (a, b) if len(x.groups) == 3):
         return None
+    if out.ndim == 3 and len(out) > _FEW and math.prod(out.shape[1:]) * a.shape[-1] < _LARGE:
+        return None  # many small products (depthwise): one batched product of columns in memory
     pairs = [(a, b, out)]
     if out.ndim == 3:
         pairs = [(_entry(a, i, 3), _entry(b, i, 3), out[i]) for i in range(len(out))]
