@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.config import TrainConfig
 from ane_trainer.utils import did_you_mean
@@ -26,7 +27,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return _CLASSES[config.optimizer](trained, **options)
+    with optimizers_without_dynamo():
+        return _CLASSES[config.optimizer](trained, **options)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -5,21 +5,34 @@ checks each on the installed release.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ane_trainer.ane.errors import EnvironmentFault
 
 __all__ = [
-    "SideTable", "TorchDispatchMode", "can_decompose", "checkpoints_run_once", "decompositions_of", "is_all_true",
+    "SideTable",
+    "TorchDispatchMode",
+    "can_decompose",
+    "checkpoints_run_once",
+    "decompositions_of",
+    "is_all_true",
     "mark_stepped",
-    "non_persistent_buffers", "plain_kernels", "pytree", "schema", "version", "without_modes",
+    "non_persistent_buffers",
+    "optimizers_without_dynamo",
+    "plain_kernels",
+    "pytree",
+    "schema",
+    "version",
+    "without_modes",
 ]  # fmt: skip
 
 #: `Distribution` asks this of samples when it was made with its checks on.
@@ -29,6 +42,9 @@ without_modes: Callable[[], contextlib.AbstractContextManager[Any]] = _disable_c
 #: Where torch's releases keep the generator of checkpoints without reentrance: up to 2.13, and from 2.14 on.
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
+
+#: Where `torch._disable_dynamo` keeps, on a function, the form of it that Dynamo does not look into.
+_DISABLED = "__dynamo_disable"
 
 V = TypeVar("V")
 
@@ -51,6 +67,18 @@ class SideTable(Generic[V]):
         return value
 
 
+class TorchDispatchMode(_TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """torch's, which asks Dynamo to stay out of its way; where that is not imported, no seconds go to its import."""
+
+    def __enter__(self) -> Any:
+        plain = getattr(type(self).__torch_dispatch__, "__wrapped__", None)
+        if plain is not None and "torch._dynamo" not in sys.modules:
+            setattr(plain, _DISABLED, plain)
+        elif getattr(plain, _DISABLED, None) is plain is not None:
+            delattr(plain, _DISABLED)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+
 def schema(overload: Any) -> Any:
     """The overload's schema: `name`, and `arguments` with `name`, `is_out`, `alias_info`."""
     return overload._schema
@@ -69,6 +97,23 @@ def version(tensor: torch.Tensor) -> int:
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Tell learning-rate schedulers, which warn otherwise, that the optimizer has made an update."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def optimizers_without_dynamo() -> Iterator[None]:
+    """Within the block an optimizer is made without importing TorchDynamo, which takes as long as importing torch.
+
+    Optimizers only ask Dynamo to stay out of their way; they find here that it does.
+    """
+    plain = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
+    if plain is None or "torch._dynamo" in sys.modules:
+        yield
+        return
+    setattr(plain, "__dynamo_disable", plain)
+    try:
+        yield
+    finally:
+        delattr(plain, "__dynamo_disable")
 
 
 def non_persistent_buffers(module: torch.nn.Module) -> set[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,3 +167,33 @@ def test_a_side_table_lives_with_its_tensors() -> None:
     del x, y
     gc.collect()
     assert not table
+
+
+@pytest.mark.parametrize("first", ["", "import torch._dynamo"])
+def test_neither_an_optimizer_nor_a_capture_imports_dynamo(first: str) -> None:
+    code = (
+        f"{first}\n"
+        + """
+import sys, torch
+from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, optimizers_without_dynamo
+class Counting(TorchDispatchMode):
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+there = 'torch._dynamo' in sys.modules
+for _ in range(2):  # the second time Dynamo is there
+    with optimizers_without_dynamo():
+        optimizer = torch.optim.Adam(torch.nn.Linear(2, 2).parameters())
+    with Counting() as counting:
+        torch.ones(2) + 1
+    assert counting.count == 2
+    assert len(optimizer.param_groups[0]['params']) == 2
+    assert ('torch._dynamo' in sys.modules) == there
+    torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)  # outside of the block torch is as it was
+    there = True
+    assert 'torch._dynamo' in sys.modules
+"""
+    )
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
