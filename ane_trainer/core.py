@@ -39,6 +39,7 @@ from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
 from ane_trainer.training.runs import RunFolder, claim_run, open_run
 from ane_trainer.training.trainer import Trainer
+from ane_trainer.training.watching import watchers, write_report
 from ane_trainer.utils import finite, format_count
 
 __all__ = ["Trainer", "evaluate_run", "export_run", "predict_run", "resume_training", "run_training"]
@@ -52,12 +53,12 @@ def run_training(
     Ctrl-C, SIGTERM, SIGHUP: Interrupted, with a checkpoint written. See `Trainer.fit` for what else is refused.
     """
     started = time.perf_counter()
+    report = report if report is not None else ConsoleReporter()
+    report.activity("reading the data")
     with _stoppable():
         splits = open_data(config.dataset, _data_options(config, config.limit))
         config = _settled(config, splits.description)
-        trainer = _make_trainer(
-            config, splits.description, report if report is not None else ConsoleReporter()
-        )
+        trainer = _make_trainer(config, splits.description, report)
         model_name = Path(config.model.rpartition(":")[0] or config.model).stem
         with claim_run(out, f"{Path(splits.description.name).stem}-{model_name}") as run:
             return _train_run(trainer, run, config, splits, started)
@@ -353,6 +354,7 @@ def _train_run(
     _introduce(trainer, config, splits)
     val = splits.val if splits.val is not None else splits.test
     recorder = Recorder(run, config, splits.description)
+    trainer.report = watchers(trainer.report, run.path, config.log, config.model_dump())
     try:
         callbacks = [*make_callbacks(config), recorder]
         trainer.fit(splits.train, config.epochs - trainer.progress.epoch, val, callbacks=callbacks)
@@ -380,6 +382,10 @@ def _train_run(
         **_provenance(config, run, reference),
     )
     run.write_result(result.to_json())
+    trainer.report.activity("writing report.html", "report")
+    with contextlib.suppress(KeyboardInterrupt):  # the run is whole without it
+        write_report(run.path, trainer.predict, splits.held_out, trainer.step)
+    trainer.report.close()
     return result
 
 

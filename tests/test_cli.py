@@ -153,7 +153,14 @@ def test_plain_output_says_where_it_ran_and_what_to_type_next(tmp_path: Path) ->
     time_line = next(line for line in lines if line.startswith("time  "))
     assert all(phase in time_line for phase in ("start ", "compile ", "train ")), time_line
     assert lines[-2].endswith("evaluate here")
-    assert (tmp_path / "here" / "result.json").exists()
+    assert any(line.startswith("saved    here") for line in lines)
+    text = (tmp_path / "here" / "report.html").read_text()
+    for section in ("Curves", "Confusion matrix", "Worst samples", "Most expensive ops", "Environment"):
+        assert section in text
+    assert f"{json.loads((tmp_path / 'here' / 'analysis.json').read_text())['accuracy']:.2%}" in text
+    rows = (tmp_path / "here" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 2
+    assert rows[0].startswith("epoch,steps,train_loss")
 
 
 def test_terminal_gets_a_progress_bar(tmp_path: Path) -> None:

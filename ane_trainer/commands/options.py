@@ -104,9 +104,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flags = [f"--{name.replace('_', '-')}", *filter(None, [_ALSO.get(name)])]
     if kind is bool and field.default is True:
         flags[0] += f"/--no-{name.replace('_', '-')}"
-    default = (
-        "" if field.default is None or field.default is False else f" (default: {_plain(field.default)})"
-    )
+    unsaid = field.default is None or field.default is False or field.default in ((), {})
+    default = "" if unsaid else f" (default: {_plain(field.default)})"
     option = typer.Option(
         *flags, help=f"{field.description or ''}{default}", metavar=metavar, show_default=False,
         rich_help_panel=str(extra.get("panel", "Training")),

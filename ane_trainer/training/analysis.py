@@ -112,6 +112,9 @@ class LabelAnalysis:
         return asdict(self)
 
 
+Analysis = ClassAnalysis | LabelAnalysis | NumberAnalysis
+
+
 def analyse(
     predict: Callable[[torch.Tensor], torch.Tensor], data: Iterable[tuple[torch.Tensor, torch.Tensor]],
     names: Sequence[str] = (), *, scale: tuple[Sequence[float], Sequence[float]] = ((0.0,), (1.0,)), seed: int = 0,

@@ -34,7 +34,17 @@ _MODEL_DEFAULTS: Mapping[str, dict[str, Any]] = {
 
 #: Options that may change when a run goes on: the weights do not depend on them, or they extend the run.
 RESUMABLE = frozenset(
-    {"compare_fp32", "device", "epochs", "keep_every", "patience", "save_every", "threads", "time_limit"}
+    {
+        "compare_fp32",
+        "device",
+        "epochs",
+        "keep_every",
+        "log",
+        "patience",
+        "save_every",
+        "threads",
+        "time_limit",
+    }
 )
 
 #: Groups of options in the help of `train`; an option that names none is under "Training".
@@ -190,6 +200,9 @@ class TrainConfig(BaseModel):
     keep_every: int | None = Field(
         None, ge=1, description="Keep the checkpoint of each so many epochs for good."
     )
+    log: tuple[str, ...] = Field(
+        (), description="Trackers that get the numbers, e.g. tensorboard,wandb; also mlflow, trackio."
+    )
     chip: str = Field("m4", description="Whose arithmetic and limits: m1 ... m6.", json_schema_extra=_WHERE)
     device: str = Field(
         "auto", description="auto, sim, e5rt, coreai, cpu (plain PyTorch fp32).", json_schema_extra=_WHERE
@@ -237,7 +250,7 @@ class TrainConfig(BaseModel):
         """`save_every` as numbers."""
         return read_interval(self.save_every or "")
 
-    @field_validator("hidden", "target", "augment", "freeze", mode="before")
+    @field_validator("hidden", "target", "augment", "freeze", "log", mode="before")
     @classmethod
     def _parts_as_typed(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.training.analysis import ClassAnalysis, NumberAnalysis, Sample
+from ane_trainer.training.analysis import Analysis, ClassAnalysis, LabelAnalysis, NumberAnalysis, Sample
 from ane_trainer.training.charts import line_chart, png
 from ane_trainer.training.records import RunRecord
 from ane_trainer.utils import format_count, format_seconds
@@ -40,7 +40,7 @@ footer { margin-top: 3rem; opacity: .6; font-size: .8rem; }
 
 def page(
     record: RunRecord,
-    analysis: ClassAnalysis | NumberAnalysis | None = None,
+    analysis: Analysis | None = None,
     ops: Sequence[Mapping[str, Any]] = (),
     about_data: Mapping[str, Any] | None = None,
 ) -> str:
@@ -81,7 +81,7 @@ def _where(record: RunRecord) -> str:
     return str(placement.get("where") or record.config.get("device", "an unknown device"))
 
 
-def _tiles(record: RunRecord, analysis: ClassAnalysis | NumberAnalysis | None) -> str:
+def _tiles(record: RunRecord, analysis: Analysis | None) -> str:
     result = record.result or {}
     shown: list[tuple[str, str | None]] = [
         ("test accuracy", _percent(result.get("test_accuracy"))),
@@ -89,8 +89,9 @@ def _tiles(record: RunRecord, analysis: ClassAnalysis | NumberAnalysis | None) -
         ("train loss", _number(result.get("train_loss", record.last("train_loss")))),
         ("PyTorch fp32, same seed", _percent(result.get("fp32_reference"))),
     ]
-    if isinstance(analysis, ClassAnalysis):
+    if isinstance(analysis, (ClassAnalysis, LabelAnalysis)):
         shown += [("F1, mean of classes", f"{analysis.macro_f1:.3f}")]
+    if isinstance(analysis, ClassAnalysis):
         shown += [("accuracy, mean of classes", _percent(analysis.balanced_accuracy))]
         shown += [("among the first 5", _percent(analysis.top5_accuracy))]
     if isinstance(analysis, NumberAnalysis) and len(analysis.numbers) == 1:
@@ -128,8 +129,8 @@ def _curves(record: RunRecord) -> str:
     return f"<div class='row'>{''.join(charts)}</div>" if any(charts) else ""
 
 
-def _classes(analysis: ClassAnalysis | NumberAnalysis | None) -> str:
-    if not isinstance(analysis, ClassAnalysis):
+def _classes(analysis: Analysis | None) -> str:
+    if not isinstance(analysis, (ClassAnalysis, LabelAnalysis)):
         return ""
     rows = [
         (row.name, f"{row.examples:,}", f"{row.precision:.3f}", f"{row.recall:.3f}", f"{row.f1:.3f}")
@@ -139,7 +140,7 @@ def _classes(analysis: ClassAnalysis | NumberAnalysis | None) -> str:
     return _table(("class", "examples", "precision", "recall", "F1"), rows) + f"<p class='note'>{note}</p>"
 
 
-def _confusion(analysis: ClassAnalysis | NumberAnalysis | None) -> str:
+def _confusion(analysis: Analysis | None) -> str:
     if not isinstance(analysis, ClassAnalysis):
         return ""
     matrix, names = analysis.confusion_TP, [row.name for row in analysis.classes]
@@ -174,7 +175,7 @@ def _cell(right: bool, true: str, said: str, count: int, whole: int) -> str:
     return f"<td style='background:rgb({colour} / {share:.2f})' title='{title}'>{count or ''}</td>"
 
 
-def _calibration(analysis: ClassAnalysis | NumberAnalysis | None) -> str:
+def _calibration(analysis: Analysis | None) -> str:
     if not isinstance(analysis, ClassAnalysis) or not analysis.calibration:
         return ""
     points = [(found.confidence, found.accuracy) for found in analysis.calibration]
@@ -187,7 +188,7 @@ def _calibration(analysis: ClassAnalysis | NumberAnalysis | None) -> str:
     return f"<div class='row'>{chart}{table}</div><p class='note'>{error}</p>"
 
 
-def _numbers(analysis: ClassAnalysis | NumberAnalysis | None) -> str:
+def _numbers(analysis: Analysis | None) -> str:
     if not isinstance(analysis, NumberAnalysis):
         return ""
     rows = [(row.name, f"{row.mae:.5g}", f"{row.rmse:.5g}", f"{row.r2:.4f}") for row in analysis.numbers]
@@ -207,7 +208,7 @@ def _scatter(pairs: Sequence[Sequence[float]], name: str) -> str:
     return whole.replace('r="4" fill-opacity="0"', 'r="2" fill-opacity=".5"')
 
 
-def _samples(analysis: ClassAnalysis | NumberAnalysis | None, kind: str, note: str) -> str:
+def _samples(analysis: Analysis | None, kind: str, note: str) -> str:
     if not isinstance(analysis, ClassAnalysis):
         return ""
     samples: tuple[Sample, ...] = getattr(analysis, kind)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ane_trainer.training.analysis import analyse
+from ane_trainer.training.analysis import Analysis, Seen
+from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.loggers import make_loggers
 from ane_trainer.training.page import page
 from ane_trainer.training.records import as_csv, read_history, read_record
@@ -53,12 +54,13 @@ def write_report(
 
     Raises: CheckpointError if there is no run.
     """
-    about: Any = getattr(data, "description", None)
-    names: tuple[str, ...] = getattr(about, "class_names", ())
-    scale = (
-        (about.target_mean or (0.0,), about.target_std or (1.0,)) if about is not None else ((0.0,), (1.0,))
-    )
-    analysis = analyse(predict, _first(data, EXAMPLES), names, scale=scale) if predict is not None else None
+    about: DataDescription | None = getattr(data, "description", None)
+    seen = Seen()
+    if predict is not None:
+        for x, y in _first(data, EXAMPLES):
+            if not seen.add(x, predict(x), y):
+                break
+    analysis = _analysis(seen, about)
     if analysis is not None:
         atomic_write_json(folder / "analysis.json", finite(analysis.to_json()))
     cost = step.cost() if step is not None else None
@@ -66,6 +68,14 @@ def write_report(
     told = {"data": about.summary(), "notes": "; ".join(about.notes)} if about is not None else {}
     text = page(read_record(folder), analysis, ops, {name: value for name, value in told.items() if value})
     return atomic_write(folder / "report.html", text)
+
+
+def _analysis(seen: Seen, about: DataDescription | None) -> Analysis | None:
+    if about is None:
+        return seen.analysis()
+    if about.task == "multilabel":
+        return seen.label_analysis(about.class_names)
+    return seen.analysis(about.class_names, scale=(about.target_mean or (0.0,), about.target_std or (1.0,)))
 
 
 def _first(data: Iterable[Batch], examples: int) -> Iterator[Batch]:
