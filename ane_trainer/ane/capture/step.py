@@ -27,8 +27,8 @@ from ane_trainer.ane.capture.ports import (
     unique,
     units_by_group,
 )
-from ane_trainer.ane.capture.randomness import MaskMode
-from ane_trainer.ane.capture.range import scale_rows
+from ane_trainer.ane.capture.randomness import MaskMode, draw
+from ane_trainer.ane.capture.range import keep_in_range, scale_rows
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, gradients_fit, next_scale
 from ane_trainer.ane.capture.trace.sources import (
@@ -69,13 +69,15 @@ class StepCapture:
 @dataclass(frozen=True)
 class CaptureOptions:
     """How a step is captured. `units` are those of an earlier capture, to continue its state bit for bit; by
-    default they are chosen. `precision` is what the program will be lowered to, "fp16" or "fp32".
+    default they are chosen. `precision` is what the program will be lowered to, "fp16" or "fp32". The range pass
+    looks at the example and at `calibrate_on`, more batches of its shape.
     """
 
     gradients: GradientOptions = field(default_factory=GradientOptions)
     loss_scale: float | str = "auto"
     precision: str = "fp16"
     units: Mapping[str, float] | None = None
+    calibrate_on: Sequence[tuple[Any, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,9 @@ def capture_training(
     graph = trace(function, _example_inputs(plan, example), decomposition_table(), place)
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
     captured = finish(graph, plan.inputs, tuple(outputs))
+    if options.precision == "fp16":
+        batches = [example, *options.calibrate_on]
+        captured = keep_in_range(captured, [_calibration_inputs(plan, batch, scale) for batch in batches])
     return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes)
 
 
@@ -230,6 +235,22 @@ def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
         inputs[port.name] = (leaf.float() if leaf.is_floating_point() else leaf).reshape(port.shape)
     inputs |= {p.name: torch.ones(p.shape) for p in (*plan.masks, *plan.scalars)}
     return inputs
+
+
+def _calibration_inputs(plan: _Plan, batch: tuple[Any, Any], scale: float) -> Tensors:
+    """What the first step is fed: weights and buffers as they are, no moments, this batch and loss scale."""
+    inputs = _example_inputs(plan, batch)
+    known = {p.name for p in plan.parameters} | set(plan.buffers)
+    inputs |= {p.name: torch.zeros(p.shape) for p in plan.state if p.target not in known}
+    scaling = {"loss_scale": scale, "loss_scale_inverse": 1.0 / scale}
+    inputs |= {
+        p.name: torch.full(p.shape, v)
+        for p in plan.state
+        for k, v in scaling.items()
+        if p.target == SCALING + k
+    }
+    generator = torch.Generator().manual_seed(0)
+    return inputs | {p.name: draw(p.target, p.shape, generator) for p in plan.masks}
 
 
 def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:

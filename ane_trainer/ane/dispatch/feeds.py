@@ -47,7 +47,7 @@ class Slot:
 
     `wide`: integers above 2048 are sent as codes. `mask`: numbers below all that a score can be (minus infinity,
     -1e9) are sent as minus infinity. `high`: the port of the integers' quotients, if they travel in two numbers.
-    `bounds`: least and largest integer.
+    `bounds`: least and largest integer. Floats are sent times `scale`, a power of two.
     """
 
     place: str
@@ -57,6 +57,7 @@ class Slot:
     mask: bool = False
     high: str | None = None
     bounds: tuple[float, float] | None = None
+    scale: float = 1.0
 
 
 def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool) -> Slot:
@@ -64,7 +65,7 @@ def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool
     if port is None:
         return Slot(place, None, shape, mask=mask)
     coded, high = port.index_encoding == "coded", port.quotients or None
-    return Slot(place, port.name, shape, coded, mask, high, port.bounds)
+    return Slot(place, port.name, shape, coded, mask, high, port.bounds, port.scale)
 
 
 class Feeds:
@@ -134,6 +135,8 @@ def _wrong_shape(slot: Slot, leaf: torch.Tensor) -> DataError:
 def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
     """The tensor as a contiguous array (rounded ties to even, as a host converts); rank 0 becomes [1]."""
     leaf = leaf.detach()
+    if slot.scale != 1.0:
+        leaf = leaf.float() * slot.scale
     if leaf.numel() and leaf.dtype != torch.bool:
         low, high = torch.aminmax(leaf)
         if slot.mask and leaf.is_floating_point():

@@ -63,7 +63,7 @@ class InferenceProgram:
         self._send_weights()
         results = self._session.run(feeds)
         leaves = [
-            torch.from_numpy(results[port.name].astype(np.float32)).reshape(shape)
+            torch.from_numpy(results[port.name].astype(np.float32) / np.float32(port.scale)).reshape(shape)
             for port, shape in zip(self.compiled.outputs, self._shapes, strict=True)
         ]
         return self._structure.filled(leaves)

@@ -53,6 +53,11 @@ class LoadedStep:
     gradients: tuple[Port, ...]
     dtype: type[np.float16] | type[np.float32]
 
+    @property
+    def loss_unit(self) -> float:
+        """The power of two by which the program's loss is multiplied."""
+        return next(p.scale for p in self.compiled.outputs if p.target == "loss")
+
 
 def load_step(
     subject: Subject, target: Target, options: StepOptions, units: Mapping[str, float] | None = None

@@ -110,7 +110,7 @@ class TrainingStep:
             self._count_update(bool(results["applied"][0]), results)
         if self.options.sync == "always":
             self._pull_weights()
-        return torch.tensor(float(results["loss"][0]))
+        return torch.tensor(float(results["loss"][0]) / self._loaded.loss_unit)
 
     def _count_update(self, applied: bool, results: Mapping[str, NDArray[Any]]) -> None:
         """A batch that completes an update has run; on the host the update happens now."""

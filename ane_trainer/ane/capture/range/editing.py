@@ -18,18 +18,23 @@ aten = torch.ops.aten
 UPDATE = ("optimizer ", "loss scaling", "gradient ")
 
 
+#: Meta key of values that may vanish: epsilons.
+TINY = "ane_tiny"
+
+
 class Editor:
     """Makes nodes in front of `here`, with its source and the shape that the operation gives."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.here: Node = next(iter(graph.nodes))
+        self.marks: dict[str, object] = {}
 
     def emit(self, target: Callable[..., object], *args: Argument) -> Node:
         """`target(*args)` as a node."""
         with self.graph.inserting_before(self.here):
             node = self.graph.call_function(target, args)
-        node.meta = {k: v for k, v in self.here.meta.items() if k != "val"}
+        node.meta = {k: v for k, v in self.here.meta.items() if k not in ("val", TINY)} | self.marks
         node.meta["val"] = _without_data(target(*map_arg(args, lambda n: _without_data(n.meta["val"]))))
         return node
 
@@ -95,7 +100,7 @@ def number(value: object) -> float | None:
 
 def dims_of(node: Node) -> list[int] | None:
     """The axes that a sum or mean node reduces, counted from the front; None if it is neither."""
-    source = node.args[0]
+    source = node.args[0] if node.op == "call_function" and node.args else None
     if not isinstance(source, Node):
         return None
     rank = len(shape_of(source))

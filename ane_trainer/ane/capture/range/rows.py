@@ -22,6 +22,7 @@ from typing import cast
 from torch.fx import Graph, Node
 
 from ane_trainer.ane.capture.range.editing import (
+    TINY,
     Editor,
     Shape,
     aten,
@@ -41,9 +42,9 @@ HUGE, FAR_DOWN = 2.0**10, 2.0**-10
 #: The same for rows below; their squares would be subnormal.
 SMALL, UP = 2.0**-4, 2.0**9
 #: A third step for norms without an epsilon to speak of.
-TINY, FAR_UP = 2.0**-13, 2.0**15
+LEAST, FAR_UP = 2.0**-13, 2.0**15
 #: From here on epsilon, scaled like the squares, decides before the third step (the second step) matters.
-EPSILON_OF_TINY, EPSILON_OF_SMALL = 2.0**-34, 2.0**-4
+EPSILON_OF_LEAST, EPSILON_OF_SMALL = 2.0**-34, 2.0**-4
 
 #: Meta key of squares that are scaled already: a graph may come twice (before and after it is partitioned).
 DONE = "ane_rows"
@@ -213,8 +214,8 @@ class Rows(Editor):
         steps = [(aten.gt.Scalar, LARGE, DOWN), (aten.gt.Scalar, HUGE, FAR_DOWN)]
         if epsilon <= EPSILON_OF_SMALL:
             steps.append((aten.lt.Scalar, SMALL, UP))
-        if epsilon <= EPSILON_OF_TINY:
-            steps.append((aten.lt.Scalar, TINY, FAR_UP))
+        if epsilon <= EPSILON_OF_LEAST:
+            steps.append((aten.lt.Scalar, LEAST, FAR_UP))
         tests = [(self.emit(test, peak, level), power) for test, level, power in steps]
         one = self.emit(aten.full.default, list(shape_of(peak)), 1.0)
         pair = [one, one]
@@ -387,13 +388,16 @@ class Rows(Editor):
         constant /= value.gain
         if not value.powers:
             return constant
-        node: Node | None = None
-        for family, (power, shape) in value.powers.items():
-            if power > 0:
-                return None
-            for _ in range(-power):
-                s = self.scale(family, shape, False)
-                node = self.times(s, constant) if node is None else self.emit(aten.mul.Tensor, node, s)
+        if any(power > 0 for power, _ in value.powers.values()):
+            return None
+        scales = [
+            self.scale(f, shape, False) for f, (power, shape) in value.powers.items() for _ in range(-power)
+        ]
+        self.marks = {TINY: True}
+        node = self.times(scales[0], constant)
+        for s in scales[1:]:
+            node = self.emit(aten.mul.Tensor, node, s)
+        self.marks = {}
         return node
 
     def _root_rule(self, node: Node) -> Scaled | None:

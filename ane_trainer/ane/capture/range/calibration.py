@@ -1,0 +1,105 @@
+"""The magnitudes of every value of a captured graph, from runs on examples in full precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import Target
+
+from ane_trainer.ane.capture.range.editing import TINY, aten, in_update
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Of one value: its largest entry, the root mean square of those that are not 0, and their share.
+
+    `finite` is False where full precision itself gives infinities or nan.
+    """
+
+    peak: float
+    rms: float
+    density: float
+    finite: bool = True
+
+    def joined(self, other: Magnitude) -> Magnitude:
+        """Of both examples: the largest peak, the smallest size."""
+        sizes = [m.rms for m in (self, other) if m.rms > 0.0]
+        return Magnitude(
+            max(self.peak, other.peak),
+            min(sizes, default=0.0),
+            max(self.density, other.density),
+            self.finite and other.finite,
+        )
+
+
+#: Node name -> magnitude, or those of its results.
+Magnitudes = Mapping[str, Magnitude]
+
+
+def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) -> dict[str, Magnitude]:
+    """Run the graph on each example (values of its placeholders in order); what all of them show.
+
+    The update of the weights is left out: its numbers are in units of their own (`optimizers/rules.py`).
+    """
+    found: dict[str, Magnitude] = {}
+    for example in examples:
+        run = _Measured(module)
+        with torch.no_grad():
+            run.run(*example)
+        found = {name: m.joined(found[name]) if name in found else m for name, m in run.found.items()}
+    return found
+
+
+#: Numbers from here down stand for minus infinity where no other entry comes near them (masks of attention).
+_MASK, _GAP = -1e4, 16.0
+
+
+def measure(tensor: torch.Tensor) -> Magnitude:
+    """The magnitude of a tensor; entries that stand for minus infinity (masks) do not count."""
+    if tensor.numel() and float(tensor.detach().amin()) <= _MASK:
+        others = tensor.detach()[tensor.detach() > _MASK]
+        if others.numel() and float(others.abs().amax()) <= -_MASK / _GAP:
+            return measure(others)
+    values = tensor.detach().double().abs() if tensor.numel() < 4096 else tensor.detach().abs()
+    finite = bool(torch.isfinite(values).all())
+    if not finite:
+        values = values[torch.isfinite(values)]
+    count = int(torch.count_nonzero(values))
+    if not count:
+        return Magnitude(0.0, 0.0, 0.0, finite)
+    peak = float(values.amax())
+    rms = peak * float((values / peak).square().sum(dtype=torch.float64)) ** 0.5 / math.sqrt(count)
+    return Magnitude(peak, rms, count / tensor.numel(), finite)
+
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
+
+
+class _Measured(Interpreter):
+    """Runs a graph and notes the magnitude of each float value."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[str, Magnitude] = {}
+
+    def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """One operation; views of values that simplification left in another layout see them in order."""
+        if target in _VIEWS:
+            args = (args[0].contiguous(), *args[1:])
+        return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: Node) -> object:
+        result = super().run_node(n)
+        if (
+            not in_update(n)
+            and TINY not in n.meta
+            and isinstance(result, torch.Tensor)
+            and result.is_floating_point()
+        ):
+            self.found[n.name] = measure(result)
+        return result

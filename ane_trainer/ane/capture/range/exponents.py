@@ -1,0 +1,510 @@
+"""Powers of two beside values that fp16 or the accumulator would lose, chosen from the calibration.
+
+    before: `y = matmul(x, w)`, |x| near 1e-4        after: `y = matmul(x * 2^12, w)`, and y stands for y * 2^-12
+    before: `q = (o - y) ** 2`, |o - y| near 1000    after: `d = (o - y) * 2^-8; q = d * d`, and q stands for q * 2^16
+    before: `p.sum()` of 131,072 numbers             after: `p.mean() * 2`, and the sum stands for its 2^16-fold
+    before: `g / 131072`                             after: `g * 2^-8 * 2^-9`, no constant that fp16 rounds
+
+Each node of the graph holds its value times 2^-e, e = 0 unless the value itself leaves the range. An exponent goes
+through what is linear, joins in products, halves in roots, and is taken out where an operation needs the true value.
+A graph whose values are all in range is left as it is, node by node. Tests: `test_exponents.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import Argument
+
+from ane_trainer.ane.capture.range.calibration import Magnitude
+from ane_trainer.ane.capture.range.editing import (
+    Editor,
+    aten,
+    dims_of,
+    in_update,
+    is_float,
+    keeps_dims,
+    number,
+    shape_of,
+)
+
+#: A stored value is in range while its largest entry is below the first (squares: the second, since they grow twice
+#: as fast in later batches) and its entries are above the third on average.
+LARGEST, LARGEST_SQUARE, SMALLEST = 2.0**14, 2.0**10, 2.0**-13
+#: Where the largest entry of a value is put that was out of range.
+WANTED = 2.0**4
+#: Root mean square error of one product in the accumulator: it is rounded to 2^-16.
+PRODUCT_ERROR = 2.0**-16 / math.sqrt(12.0)
+#: Share of a contraction's result up to which that error is left alone; sums to which they are brought instead.
+TOLERATED, WANTED_SUM, LARGEST_SUM = 2.0**-8, 2.0**10, 2.0**14
+#: Factors that are left as they are.
+LEAST_FACTOR, LARGEST_FACTOR = 2.0**-14, 2.0**15
+
+Target = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One value that is carried with a power of two: the node's name, its source and the exponent."""
+
+    node: str
+    source: str
+    exponent: int
+
+
+def scale_values(graph: Graph, found: Mapping[str, Magnitude], fixed: Sequence[str] = ()) -> Exponents:
+    """Rewrite a graph in place; the result says which values carry which exponent.
+
+    `fixed` names the placeholders and `results` that must stay in their own units; others may get an exponent.
+    """
+    exponents = Exponents(graph, found, frozenset(fixed))
+    for node in list(graph.nodes):
+        exponents.visit(node)
+    if exponents.shifts:
+        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    return exponents
+
+
+class Exponents(Editor):
+    """One walk over a graph. `of[node]` is the exponent of a node, 0 where it is missing."""
+
+    def __init__(self, graph: Graph, found: Mapping[str, Magnitude], fixed: frozenset[str]) -> None:
+        super().__init__(graph)
+        self.found, self.fixed = dict(found), fixed
+        self.of: dict[Node, int] = {}
+        self.parts: dict[Node, list[int]] = {}  # of operations with several results
+        self.squares: set[Node] = set()
+        self.shifts: list[Shift] = []
+        self._shifted: dict[tuple[Node, int], Node] = {}
+
+    def visit(self, node: Node) -> None:
+        """Bring one node into range."""
+        self.here = node
+        if node.op == "placeholder":
+            if node.name not in self.fixed and self.risky(node, 0):
+                self._note(node, self.wanted(node, 0))
+        elif node.op == "call_function":
+            rule = _RULES.get(str(node.target))
+            if node.target is operator.getitem:
+                self._item(node)
+            elif rule is not None and ((rule in _ALWAYS and not in_update(node)) or self._concerns(node)):
+                rule(self, node)
+            else:
+                self.settle(node)
+
+    # -- what is in range
+
+    def risky(self, node: Node, exponent: int) -> bool:
+        """Whether the value, stored with this exponent, leaves the range."""
+        size = self.found.get(node.name)
+        if size is None or size.peak == 0.0:
+            return False
+        most = LARGEST_SQUARE if node in self.squares else LARGEST
+        return size.peak * 2.0**-exponent > most or size.rms * 2.0**-exponent < SMALLEST
+
+    def wanted(self, node: Node, natural: int) -> int:
+        """The exponent to store the value with: the natural one or none, if they do, else one near 1."""
+        for exponent in (natural, 0):
+            if not self.risky(node, exponent):
+                return exponent
+        size = self.found[node.name]
+        exponent = math.ceil(math.log2(size.peak / WANTED))
+        if size.rms * 2.0**-exponent < SMALLEST * 4:  # a few large entries
+            exponent = max(
+                math.ceil(math.log2(size.peak / LARGEST_SQUARE)),
+                math.floor(math.log2(size.rms / SMALLEST)) - 2,
+            )
+        return exponent
+
+    def _concerns(self, node: Node) -> bool:
+        if in_update(node):
+            return any(self.of.get(a) for a in node.all_input_nodes)
+        return self.risky(node, 0) or any(self.of.get(a) for a in node.all_input_nodes)
+
+    # -- shifting
+
+    def at(self, argument: Argument, exponent: int) -> Argument:
+        """A node argument stored with this exponent; a number divided by its power of two."""
+        value = number(argument)
+        if value is not None and exponent:
+            return math.ldexp(value, -exponent) if math.isfinite(value) else value
+        if not isinstance(argument, Node):
+            return argument
+        shift = self.of.get(argument, 0) - exponent
+        if shift == 0 or not is_float(argument):
+            return argument
+        if (argument, exponent) not in self._shifted:
+            self._shifted[argument, exponent] = self.times(argument, 2.0**shift)
+        return self._shifted[argument, exponent]
+
+    def settle(self, node: Node) -> None:
+        """Give the node the true values of its arguments."""
+        for argument in node.all_input_nodes:
+            if self.of.get(argument):
+                node.replace_input_with(argument, cast("Node", self.at(argument, 0)))
+
+    def _note(self, node: Node, exponent: int) -> None:
+        if exponent:
+            self.of[node] = exponent
+            self.shifts.append(Shift(node.name, str(node.meta.get("ane_source", node.name)), exponent))
+
+    def _item(self, node: Node) -> None:
+        source, index = cast("Node", node.args[0]), cast("int", node.args[1])
+        if source in self.parts:
+            self._note(node, self.parts[source][index])
+
+    # -- rules
+
+    def linear(self, node: Node) -> None:
+        """Operations that are linear in one argument: the exponent goes through; a result out of range shifts it."""
+        places = _LINEAR.get(str(node.target), (0,))
+        chosen = [node.args[p] for p in places if p < len(node.args)]
+        source = next((a for a in chosen if isinstance(a, Node)), None)
+        value = node.meta.get("val")
+        if source is None or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
+            return self.settle(node)
+        if in_update(node) and node.target is aten.amax.default:
+            return None  # whether a gradient overflowed is asked of what is stored
+        natural = self.of.get(source, 0)
+        if source in self.squares:
+            self.squares.add(node)
+        exponent = natural if in_update(node) else self.wanted(node, natural)
+        for argument in node.all_input_nodes:
+            wanted = exponent if argument is source else 0
+            node.replace_input_with(argument, cast("Node", self.at(argument, wanted)))
+        self._note(node, exponent)
+        value = node.meta.get("val")
+        if isinstance(value, (list, tuple)):
+            self.parts[node] = [
+                exponent if isinstance(v, torch.Tensor) and v.is_floating_point() else 0 for v in value
+            ]
+
+    def aligned(self, node: Node) -> None:
+        """add, sub, where, cat, maximum and the like: all operands with one exponent."""
+        places = _ALIGNED[str(node.target)]
+        operands = [node.args[p] for p in places if p < len(node.args)]
+        listed = bool(operands) and isinstance(operands[0], (list, tuple))
+        flat = list(cast("Sequence[Argument]", operands[0])) if listed else operands
+        nodes = [a for a in flat if isinstance(a, Node)]
+        if any(a in self.squares for a in nodes):
+            self.squares.add(node)
+        leading = max(nodes, key=self._true_peak, default=None)
+        natural = 0 if leading is None else self.of.get(leading, 0)
+        compares = not is_float(node)
+        exponent = natural if compares or in_update(node) else self.wanted(node, natural)
+        new = [self.at(a, exponent) for a in flat]
+        args = list(node.args)
+        if listed:
+            args[0] = cast("list[Node]", new)
+        else:
+            for place, value in zip(places, new, strict=False):
+                args[place] = cast("Node", value)
+        if compares and any(isinstance(a, float) for a in new) and isinstance(args[1], float):
+            args[1] = max(-65504.0, min(65504.0, args[1])) if math.isfinite(args[1]) else args[1]
+        node.args = tuple(args)
+        for argument in node.all_input_nodes:  # scales, masks
+            if argument not in new and self.of.get(argument):
+                node.replace_input_with(argument, cast("Node", self.at(argument, 0)))
+        if not compares:
+            self._note(node, exponent)
+
+    def _true_peak(self, node: Node) -> float:
+        size = self.found.get(node.name)
+        return 0.0 if size is None else size.peak
+
+    def product(self, node: Node) -> None:
+        """mul and div."""
+        sign = -1 if "div" in str(node.target) else 1
+        a, b = node.args[0], node.args[1]
+        if len(node.args) > 2 or node.kwargs:
+            return self.settle(node)
+        if not isinstance(b, Node) or not isinstance(a, Node):
+            return self._by_number(node, sign)
+        if a is b and sign == 1:
+            return self._power(node, a, 2)
+        natural = self.of.get(a, 0) + sign * self.of.get(b, 0)
+        if a in self.squares or (sign == 1 and b in self.squares):
+            self.squares.add(node)
+        exponent = 0 if in_update(node) else self.wanted(node, natural)
+        if exponent != natural:
+            self._place(node, a, b, sign, natural - exponent)
+        self._note(node, exponent)
+        return None
+
+    def _place(self, node: Node, a: Node, b: Node, sign: int, shift: int) -> None:
+        """Multiply the product by 2^shift at one of its operands, the smaller one where it stays in range."""
+        choices = [(math.prod(shape_of(x)), s, place, x) for place, (x, s) in enumerate(((a, 1), (b, sign)))]
+        choices.sort(key=lambda c: c[0])
+        for _, s, place, x in choices:
+            moved = self.of.get(x, 0) - s * shift
+            size = self.found.get(x.name)
+            fits = (
+                size is None
+                or size.peak == 0.0
+                or (size.peak * 2.0**-moved <= LARGEST * 2 and size.rms * 2.0**-moved >= SMALLEST / 2)
+            )
+            if fits:
+                new = list(node.args)
+                new[place] = cast("Node", self.at(x, moved))
+                node.args = tuple(new)
+                return
+        half = shift // 2  # both a little
+        node.args = (
+            cast("Node", self.at(a, self.of.get(a, 0) - half)),
+            cast("Node", self.at(b, self.of.get(b, 0) - sign * (shift - half))),
+        )
+
+    def _by_number(self, node: Node, sign: int) -> None:
+        """A product with a number: the number takes the shift; one that fp16 does not hold becomes two."""
+        first = isinstance(node.args[0], Node)
+        source = cast("Node", node.args[0 if first else 1])
+        constant = number(node.args[1 if first else 0])
+        if constant is None or not is_float(node) or (not first and sign < 0) or constant == 0.0:
+            if constant and not first and sign < 0:  # constant / x
+                return self._inverse(node, source, constant)
+            return self.settle(node)
+        natural = self.of.get(source, 0)
+        if source in self.squares:
+            self.squares.add(node)
+        factor = constant if sign == 1 else 1.0 / constant
+        exponent = 0 if in_update(node) else self.wanted(node, natural)
+        total = math.ldexp(factor, natural - exponent)
+        if (
+            exponent == natural
+            and LEAST_FACTOR * (2.0 if sign > 0 else 0.5) / 2 <= abs(factor) <= LARGEST_FACTOR
+        ):
+            return self._note(node, exponent)
+        if not in_update(node) and not LEAST_FACTOR <= abs(total) <= LARGEST_FACTOR:
+            power = math.frexp(factor)[1] - 1
+            if not self.risky(node, natural + power):  # the power stays beside the value
+                exponent, total = natural + power, math.ldexp(factor, -power)
+        node.target = aten.mul.Tensor
+        parts = self.times(source, total)
+        if parts is source:
+            node.replace_all_uses_with(source)
+        else:
+            node.args = parts.args
+        self._note(node if parts is not source else source, exponent)
+        return None
+
+    def _inverse(self, node: Node, source: Node, constant: float) -> None:
+        """constant / x"""
+        natural = -self.of.get(source, 0)
+        exponent = 0 if in_update(node) else self.wanted(node, natural)
+        if exponent != natural:
+            node.args = (math.ldexp(constant, natural - exponent), source)
+        self._note(node, exponent)
+
+    def power(self, node: Node) -> None:
+        """Integer powers, roots and reciprocals."""
+        source = cast("Node", node.args[0])
+        name = str(node.target)
+        fixed = {"aten.sqrt.default": 0.5, "aten.rsqrt.default": -0.5, "aten.reciprocal.default": -1.0}
+        degree = fixed.get(name) or number(node.args[1]) or 0.0
+        if in_update(node) or degree not in (2.0, 3.0, 4.0, 0.5, -0.5, -1.0, -2.0):
+            return self.settle(node)
+        return self._power(node, source, degree)
+
+    def _power(self, node: Node, source: Node, degree: float) -> None:
+        if degree > 1:
+            self.squares.add(node)
+        own = self.of.get(source, 0)
+        if degree in (0.5, -0.5) and own % 2:
+            own += 1
+        exponent = self.wanted(node, int(own * degree)) if not in_update(node) else 0
+        moved = exponent / degree
+        if moved != int(moved):
+            moved = math.ceil(moved)
+        if degree in (0.5, -0.5) and int(moved) % 2:
+            moved += 1
+        argument = cast("Node", self.at(source, int(moved)))
+        node.replace_input_with(source, argument)
+        self._note(node, int(moved * degree))
+
+    def total(self, node: Node) -> None:
+        """sum and mean; a sum that is too large becomes a mean, a mean too small a sum."""
+        source = cast("Node", node.args[0])
+        natural = self.of.get(source, 0)
+        if source in self.squares:
+            self.squares.add(node)
+        axes = dims_of(node)
+        if in_update(node) or axes is None or not self.risky(node, natural):
+            return self._note(node, natural)
+        exponent = self.wanted(node, natural)
+        count = math.prod(shape_of(source)[a] for a in axes) or 1
+        averages = node.target in (aten.mean.default, aten.mean.dim)
+        other = aten.sum.dim_IntList if averages else aten.mean.dim
+        size = self.found[node.name]
+        reduced = size.peak * 2.0**-natural * (count if averages else 1 / count)
+        small = size.rms * 2.0**-natural * (count if averages else 1 / count)
+        if reduced <= LARGEST and small >= SMALLEST:
+            node.target = other
+            node.args = (source, axes, keeps_dims(node))
+            node.kwargs = {}
+            inner = self.emit(other, *node.args)
+            factor = (1.0 / count if averages else float(count)) * 2.0 ** (natural - exponent)
+            outer = self.times(inner, factor)
+            if outer is inner:
+                return self._note(node, exponent)
+            node.target, node.args = aten.mul.Tensor, outer.args
+        else:
+            node.replace_input_with(source, cast("Node", self.at(source, exponent)))
+        return self._note(node, exponent)
+
+    def log_softmax(self, node: Node) -> None:
+        """`z = x - max(x)` keeps its exponent: `z - log(sum(exp(z * 2^e))) * 2^-e`; exp of what is below fp16 is 0."""
+        x, axis = cast("Node", node.args[0]), cast("int", node.args[1])
+        exponent = self.of.get(x, 0)
+        if not exponent or (not self.risky(node, 0) and not self.risky(x, 0)):
+            return self.settle(node)
+        z = self.emit(aten.sub.Tensor, x, self.emit(aten.amax.default, x, [axis], True))
+        total = self.emit(
+            aten.sum.dim_IntList, self.emit(aten.exp.default, self.times(z, 2.0**exponent)), [axis], True
+        )
+        log = self.times(self.emit(aten.log.default, total), 2.0**-exponent)
+        node.target, node.args = aten.sub.Tensor, (z, log)
+        return self._note(node, exponent)
+
+    def contraction(self, node: Node) -> None:
+        """mm, bmm, addmm, convolution: operands are shifted where their products would vanish or overflow."""
+        bias, left, right = _CONTRACTIONS[str(node.target)]
+        a, b = cast("Node", node.args[left]), cast("Node", node.args[right])
+        natural = self.of.get(a, 0) + self.of.get(b, 0)
+        shift = self._contraction_shift(node, a, b, natural)
+        pair = self._shared_shift(a, b, shift)
+        args = list(node.args)
+        args[left], args[right] = (
+            cast("Node", self.at(x, self.of.get(x, 0) - s)) for x, s in zip((a, b), pair, strict=True)
+        )
+        exponent = natural - sum(pair)
+        if bias is not None and isinstance(args[bias], Node):
+            args[bias] = cast("Node", self.at(args[bias], exponent))
+        node.args = tuple(args)
+        self._note(node, exponent)
+
+    def _contraction_shift(self, node: Node, a: Node, b: Node, natural: int) -> int:
+        wish, room = self._shift(node, a, b, self._terms(node, a), natural)
+        return min(wish, room) if wish > 0 else wish
+
+    def _shift(self, node: Node, a: Node, b: Node, terms: int, natural: int) -> tuple[int, int]:
+        """The power of two by which the products of a contraction are to grow, and by which they may."""
+        sizes = [self.found.get(x.name) for x in (a, b, node)]
+        if any(s is None or s.peak == 0.0 for s in sizes):
+            return 0, 0
+        left, right, result = cast("list[Magnitude]", sizes)
+        count = max(1.0, terms * left.density * right.density)
+        unit = 2.0**-natural
+        error = math.sqrt(count) * PRODUCT_ERROR
+        reach = max(result.peak, 4.0 * math.sqrt(count) * left.rms * right.rms) * unit
+        room = math.floor(math.log2(WANTED_SUM / reach))
+        if reach > LARGEST_SUM:
+            return room, room
+        if error > TOLERATED * result.rms * unit or self.risky(node, natural):
+            return max(0, math.ceil(math.log2(error / (TOLERATED / 16 * result.rms * unit)))), max(0, room)
+        return 0, max(0, room)
+
+    def _room(self, x: Node) -> int:
+        """The power of two by which a value may grow."""
+        size = self.found.get(x.name)
+        if size is None or size.peak == 0.0:
+            return 0
+        return max(0, math.floor(math.log2(LARGEST / size.peak) + self.of.get(x, 0)))
+
+    def _terms(self, node: Node, a: Node) -> int:
+        """How many products each sum has."""
+        name = str(node.target)
+        if "convolution" in name:
+            weight = shape_of(cast("Node", node.args[1]))
+            return math.prod(weight[1:])
+        return shape_of(a)[-1]
+
+    def _shared_shift(self, a: Node, b: Node, shift: int) -> tuple[int, int]:
+        """A shift divided between two operands so that both stay in fp16, at one of them if possible."""
+        if shift == 0:
+            return 0, 0
+        room = [self._room(x) for x in (a, b)]
+        small, large = (0, 1) if math.prod(shape_of(a)) <= math.prod(shape_of(b)) else (1, 0)
+        pair = [0, 0]
+        if shift < 0 or room[small] >= shift:
+            pair[small] = shift
+        elif room[large] >= shift:
+            pair[large] = shift
+        else:
+            pair[small] = max(0, min(room[small], shift))
+            pair[large] = max(0, min(room[large], shift - pair[small]))
+        return pair[0], pair[1]
+
+    def convolution_backward(self, node: Node) -> None:
+        """Three results: the exponents of gradient and weight, of gradient and input, of the gradient."""
+        g, x, w = (cast("Node", a) for a in node.args[:3])
+        eg, ex, ew = (self.of.get(a, 0) for a in (g, x, w))
+        results = {cast("int", u.args[1]): u for u in node.users if u.target is operator.getitem}
+        shape, kernel = shape_of(g), shape_of(w)
+        counts = math.prod(kernel) // max(1, kernel[1]), shape[0] * math.prod(shape[2:])
+        shifts, rooms = [], []
+        for place, (other, count) in enumerate(zip((w, x), counts, strict=True)):
+            if place in results:
+                wish, room = self._shift(results[place], g, other, count, eg + (ew, ex)[place])
+                shifts.append(wish)
+                rooms.append(room)
+        if shifts and any(shifts):
+            shift = min(shifts) if min(shifts) < 0 else min(max(shifts), *rooms, self._room(g))
+            node.args = (cast("Node", self.at(g, eg - shift)), *node.args[1:])
+            eg -= shift
+        self.parts[node] = [eg + ew, eg + ex, eg]
+
+
+def _aligned_with_number(name: str) -> dict[str, tuple[int, ...]]:
+    return {f"aten.{name}.{kind}": (0, 1) for kind in ("Tensor", "Scalar")}
+
+
+#: Operands that must have one exponent.
+_ALIGNED: dict[str, tuple[int, ...]] = {
+    **_aligned_with_number("add"), **_aligned_with_number("sub"),
+    **{k: v for n in ("eq", "ne", "lt", "le", "gt", "ge") for k, v in _aligned_with_number(n).items()},
+    "aten.maximum.default": (0, 1), "aten.minimum.default": (0, 1), "aten.where.self": (1, 2), "aten.cat.default": (0,),
+    "aten.stack.default": (0,), "aten.clamp.default": (0, 1, 2), "aten.clamp_min.default": (0, 1),
+    "aten.clamp_max.default": (0, 1), "aten.clamp.Tensor": (0, 1, 2), "aten.masked_fill.Scalar": (0, 2),
+    "aten.hardtanh.default": (0, 1, 2), "aten.select_scatter.default": (0, 1), "aten.slice_scatter.default": (0, 1),
+    "aten.constant_pad_nd.default": (0, 2),
+}  # fmt: skip
+#: The argument in which an operation is linear, where it is not the first.
+_LINEAR: dict[str, tuple[int, ...]] = {"aten.nll_loss_forward.default": (0,)}
+_FIRST = (
+    "neg abs relu view permute expand alias clone unsqueeze squeeze.dim squeeze.dims slice.Tensor select.int "
+    "leaky_relu amax amin flip roll repeat _to_copy gather index_select index.Tensor unbind.int split_with_sizes "
+    "slice_backward select_backward detach max_pool2d_with_indices avg_pool2d avg_pool2d_backward avg_pool1d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward embedding threshold_backward "
+    "embedding_dense_backward upsample_nearest2d upsample_bilinear2d gelu_backward silu_backward "
+    "leaky_relu_backward softplus_backward _softmax_backward_data _log_softmax_backward_data nll_loss_forward "
+    "nll_loss_backward tril triu cumsum max.dim min.dim max.default min.default diagonal "
+    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle pixel_unshuffle im2col col2im "
+    "elu_backward hardswish_backward mish_backward"
+)
+#: Contractions: places of bias, left and right operand.
+_CONTRACTIONS: dict[str, tuple[int | None, int, int]] = {
+    "aten.mm.default": (None, 0, 1), "aten.bmm.default": (None, 0, 1), "aten.addmm.default": (0, 1, 2),
+    "aten.baddbmm.default": (0, 1, 2), "aten.mv.default": (None, 0, 1), "aten.dot.default": (None, 0, 1),
+    "aten.convolution.default": (2, 0, 1), "aten.matmul.default": (None, 0, 1),
+}  # fmt: skip
+_TOTALS = ("aten.sum.default", "aten.sum.dim_IntList", "aten.mean.default", "aten.mean.dim")
+_POWERS = ("aten.pow.Tensor_Scalar", "aten.sqrt.default", "aten.rsqrt.default", "aten.reciprocal.default")
+_PRODUCTS = ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar")
+_RULES: dict[str, Callable[[Exponents, Node], None]] = {
+    **{f"aten.{n}" if "." in n else f"aten.{n}.default": Exponents.linear for n in _FIRST.split()},
+    **dict.fromkeys(_ALIGNED, Exponents.aligned),
+    **dict.fromkeys(_PRODUCTS, Exponents.product),
+    **dict.fromkeys(_POWERS, Exponents.power),
+    **dict.fromkeys(_TOTALS, Exponents.total),
+    **dict.fromkeys(_CONTRACTIONS, Exponents.contraction),
+    "aten._log_softmax.default": Exponents.log_softmax,
+    "aten.convolution_backward.default": Exponents.convolution_backward,
+}
+#: Rules that look beyond the values themselves: sums of products, constants.
+_ALWAYS = (Exponents.contraction, Exponents.product)

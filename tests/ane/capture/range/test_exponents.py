@@ -1,0 +1,196 @@
+"""Powers of two beside values that fp16 loses: the rewrites in graphs, and updates against PyTorch in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Interpreter
+from torch.nn import functional as F
+
+import ane_trainer as at
+from ane_trainer.ane.capture.range import apply
+from ane_trainer.ane.capture.range.calibration import Magnitude, measure
+from ane_trainer.ane.capture.range.exponents import Exponents
+from ane_trainer.ane.capture.step import capture_training
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Small(nn.Module):
+    """A layer whose input is multiplied by c, and its output divided by it."""
+
+    def __init__(self, c: float) -> None:
+        super().__init__()
+        self.c, self.a, self.o = c, nn.Linear(16, 16, bias=False), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.tanh(self.a(x * self.c) / self.c))
+
+
+class Branch(nn.Module):
+    """A residual branch under LayerScale."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        self.gamma, self.head = nn.Parameter(gamma * torch.ones(16)), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.gamma * self.branch(x))
+
+
+def dice(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    p = torch.sigmoid(o)
+    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+
+
+def charbonnier(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return ((o - y) ** 2 + 1e-3).sqrt().mean()
+
+
+def summed(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(o, y, reduction="sum")
+
+
+def classes(n: int) -> torch.Tensor:
+    return torch.randint(0, 3, (n,))
+
+
+def case(name: str) -> tuple[nn.Module, Loss, torch.Tensor, torch.Tensor]:
+    """Model, loss and batch: one of each kind that left the range."""
+    torch.manual_seed(0)
+    line = nn.Linear(8, 3)
+    wide = (torch.rand(64, 2048) > 0.9).float()
+    pixels = (torch.rand(4, 1, 192, 192) > 0.3).float()
+    cases: dict[str, Callable[[], tuple[nn.Module, Loss, torch.Tensor, torch.Tensor]]] = {
+        "products of 1e-5": lambda: (Small(1e-5), F.cross_entropy, torch.randn(16, 16), classes(16)),
+        "products of 1e-3": lambda: (Small(1e-3), F.cross_entropy, torch.randn(16, 16), classes(16)),
+        "inputs of 1e5": lambda: (line, F.cross_entropy, torch.randn(16, 8) * 1e5, classes(16)),
+        "inputs of 1e-6": lambda: (
+            nn.Sequential(nn.LayerNorm(8, eps=1e-14), line), F.cross_entropy, torch.randn(16, 8) * 1e-6, classes(16)
+        ),
+        "mean over 131072": lambda: (
+            nn.Linear(64, 2048), F.binary_cross_entropy_with_logits, torch.randn(64, 64), wide
+        ),
+        "sums over 147456": lambda: (nn.Conv2d(1, 1, 3, padding=1), dice, torch.randn(4, 1, 192, 192), pixels),
+        "targets of 1000": lambda: (line, F.mse_loss, torch.randn(16, 8), torch.randn(16, 3) * 1000),
+        "loss of 1e8": lambda: (line, summed, torch.randn(16, 8), torch.randn(16, 3) * 2000),
+        "loss of 1e-6": lambda: (line, lambda o, y: 1e-6 * F.mse_loss(o, y), torch.randn(16, 8), torch.randn(16, 3)),
+        "roots of 1e6": lambda: (line, charbonnier, torch.randn(16, 8), torch.randn(16, 3) * 1000),
+        "buffer of 1e6": lambda: (Shifted(), F.cross_entropy, torch.randn(16, 8), classes(16)),
+    }  # fmt: skip
+    return cases[name]()
+
+
+class Shifted(nn.Module):
+    """A table of large numbers, not saved with the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(1e5, 1e6, 8), persistent=False)
+        self.o = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(x * self.table / 3e5)
+
+
+NAMES = (
+    "products of 1e-5", "products of 1e-3", "inputs of 1e5", "inputs of 1e-6", "mean over 131072",
+    "sums over 147456", "targets of 1000", "loss of 1e8", "loss of 1e-6", "roots of 1e6", "buffer of 1e6",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_update_follow_fp64(name: str) -> None:
+    model, loss, x, y = case(name)
+    exact, start = copy.deepcopy(model).double(), copy.deepcopy(model.state_dict())
+    loss_value = loss(exact(x.double()), y.double() if y.is_floating_point() else y)
+    loss_value.backward()
+    want = float(loss_value.detach())
+    rate = 0.1 / max(float(p.grad.abs().max()) for p in exact.parameters())
+    step = at.compile_step(model, loss, torch.optim.SGD(model.parameters(), lr=rate), example=(x, y))
+    got = float(step(x, y))
+    assert step.skipped_steps == 0
+    assert got == pytest.approx(want, rel=5e-3)
+    for k, p in exact.named_parameters():
+        moved = (start[k] - dict(model.named_parameters())[k].detach()).double() / rate
+        assert float((moved - p.grad).norm()) < 0.02 * float(p.grad.norm()), k
+
+
+@pytest.mark.parametrize("gamma", [1e-2, 1e-5])
+def test_a_branch_under_layer_scale_moves(gamma: float) -> None:
+    """Adam's first step of the branch's weights, whose gradients are gamma times the others'."""
+    torch.manual_seed(0)
+    model, x, y = Branch(gamma), torch.randn(32, 16), classes(32)
+    exact, start = copy.deepcopy(model).double(), copy.deepcopy(model.state_dict())
+    F.cross_entropy(exact(x.double()), y).backward()
+    torch.optim.Adam(exact.parameters(), lr=1e-3).step()
+    at.compile_step(model, "cross_entropy", torch.optim.Adam(model.parameters(), lr=1e-3), example=(x, y))(
+        x, y
+    )
+    for k in ("branch.1.weight", "branch.3.weight"):
+        want, got = (m.state_dict()[k].double() - start[k] for m in (exact, model))
+        assert float((got - want).norm()) < 0.03 * float(want.norm()), k
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("buffer of 1e6", "inputs of 1e5")])
+def test_the_rewrite_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result is that of the graph before, times its port's scale."""
+    model, loss, x, y = case(name)
+    found: list = []
+
+    def both(captured: object, examples: list) -> object:
+        before = copy.deepcopy(captured.graph)
+        after = apply.keep_in_range(captured, examples)
+        found.append((captured, before, after, examples[0]))
+        return after
+
+    monkeypatch.setattr("ane_trainer.ane.capture.step.keep_in_range", both)
+    capture_training(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), (x, y))
+    captured, before, after, values = found[0]
+    values = {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
+    old = Interpreter(before).run(*[values[p.name] for p in captured.inputs])
+    fed = [
+        values[p.name] * p.scale if p.role == "batch" and p.scale != 1 else values[p.name]
+        for p in after.inputs
+    ]
+    new = Interpreter(after.graph).run(*fed)
+    ports = (*captured.inputs, *captured.outputs), (*after.inputs, *after.outputs)
+    rescaled = any(p.scale != q.scale for p, q in zip(*ports, strict=True))
+    assert rescaled or len(after.graph.graph.nodes) > len(before.graph.nodes)
+    for port, a, b in zip(after.outputs, old, new, strict=True):
+        if "residual" not in port.target and port.target != "applied":
+            scale = port.scale if port.role == "result" else 1.0
+            assert torch.allclose(a.double(), b.double() / scale, rtol=1e-5, atol=1e-12), port.name
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_networks_in_range_stay_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    seen: list[Exponents] = []
+
+    def spy(*args: object) -> Exponents:
+        seen.append(scale_values(*args))
+        return seen[-1]
+
+    scale_values = apply.scale_values
+    monkeypatch.setattr(apply, "scale_values", spy)
+    model = at.build_model(name, in_shape=(1, 28, 28), num_classes=10)
+    batch = torch.rand(64, 1, 28, 28), torch.randint(0, 10, (64,))
+    capture_training(model, "cross_entropy", torch.optim.Adam(model.parameters(), lr=1e-3), batch)
+    assert seen[0].shifts == []
+
+
+def test_a_mask_of_minus_infinity_is_no_magnitude() -> None:
+    scores = torch.tensor([[1.0, -1e9], [-2.0, float("-inf")]])
+    assert measure(scores).peak == 2.0
+    assert measure(torch.tensor([-2e4, 1.5e4])).peak == 2e4
+
+
+def test_examples_are_joined() -> None:
+    a, b = Magnitude(4.0, 1.0, 0.5), Magnitude(2.0, 0.25, 1.0)
+    assert a.joined(b) == Magnitude(4.0, 0.25, 1.0)
