@@ -22,9 +22,19 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from ane_trainer.ane.capture.range.bands import (
+    ALIGNED,
+    CONTRACTIONS,
+    LARGEST,
+    LINEAR,
+    POWERS,
+    PRODUCTS,
+    SMALLEST,
+    TOTALS,
+    Bands,
+)
 from ane_trainer.ane.capture.range.calibration import Magnitude
 from ane_trainer.ane.capture.range.editing import (
-    Editor,
     aten,
     dims_of,
     in_update,
@@ -33,12 +43,8 @@ from ane_trainer.ane.capture.range.editing import (
     number,
     shape_of,
 )
+from ane_trainer.ane.capture.range.rows import DONE
 
-#: A stored value is in range while its largest entry is below the first (squares: the second, since they grow twice
-#: as fast in later batches) and its entries are above the third on average.
-LARGEST, LARGEST_SQUARE, SMALLEST = 2.0**14, 2.0**10, 2.0**-13
-#: Where the largest entry of a value is put that was out of range.
-WANTED = 2.0**4
 #: Root mean square error of one product in the accumulator: it is rounded to 2^-16.
 PRODUCT_ERROR = 2.0**-16 / math.sqrt(12.0)
 #: Share of a contraction's result up to which that error is left alone; sums to which they are brought instead.
@@ -71,21 +77,22 @@ def scale_values(graph: Graph, found: Mapping[str, Magnitude], fixed: Sequence[s
     return exponents
 
 
-class Exponents(Editor):
+class Exponents(Bands):
     """One walk over a graph. `of[node]` is the exponent of a node, 0 where it is missing."""
 
     def __init__(self, graph: Graph, found: Mapping[str, Magnitude], fixed: frozenset[str]) -> None:
-        super().__init__(graph)
-        self.found, self.fixed = dict(found), fixed
+        super().__init__(graph, found)
+        self.fixed = fixed
         self.of: dict[Node, int] = {}
         self.parts: dict[Node, list[int]] = {}  # of operations with several results
-        self.squares: set[Node] = set()
         self.shifts: list[Shift] = []
         self._shifted: dict[tuple[Node, int], Node] = {}
 
     def visit(self, node: Node) -> None:
         """Bring one node into range."""
         self.here = node
+        if node.op == "call_function":
+            self.follow_noise(node)
         if node.op == "placeholder":
             if node.name not in self.fixed and self.risky(node, 0):
                 self._note(node, self.wanted(node, 0))
@@ -97,30 +104,6 @@ class Exponents(Editor):
                 rule(self, node)
             else:
                 self.settle(node)
-
-    # -- what is in range
-
-    def risky(self, node: Node, exponent: int) -> bool:
-        """Whether the value, stored with this exponent, leaves the range."""
-        size = self.found.get(node.name)
-        if size is None or size.peak == 0.0:
-            return False
-        most = LARGEST_SQUARE if node in self.squares else LARGEST
-        return size.peak * 2.0**-exponent > most or size.rms * 2.0**-exponent < SMALLEST
-
-    def wanted(self, node: Node, natural: int) -> int:
-        """The exponent to store the value with: the natural one or none, if they do, else one near 1."""
-        for exponent in (natural, 0):
-            if not self.risky(node, exponent):
-                return exponent
-        size = self.found[node.name]
-        exponent = math.ceil(math.log2(size.peak / WANTED))
-        if size.rms * 2.0**-exponent < SMALLEST * 4:  # a few large entries
-            exponent = max(
-                math.ceil(math.log2(size.peak / LARGEST_SQUARE)),
-                math.floor(math.log2(size.rms / SMALLEST)) - 2,
-            )
-        return exponent
 
     def _concerns(self, node: Node) -> bool:
         if in_update(node):
@@ -163,9 +146,7 @@ class Exponents(Editor):
 
     def linear(self, node: Node) -> None:
         """Operations that are linear in one argument: the exponent goes through; a result out of range shifts it."""
-        places = _LINEAR.get(str(node.target), (0,))
-        chosen = [node.args[p] for p in places if p < len(node.args)]
-        source = next((a for a in chosen if isinstance(a, Node)), None)
+        source = node.args[0] if isinstance(node.args[0], Node) else None
         value = node.meta.get("val")
         if source is None or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
             return self.settle(node)
@@ -179,15 +160,16 @@ class Exponents(Editor):
             wanted = exponent if argument is source else 0
             node.replace_input_with(argument, cast("Node", self.at(argument, wanted)))
         self._note(node, exponent)
-        value = node.meta.get("val")
         if isinstance(value, (list, tuple)):
-            self.parts[node] = [
-                exponent if isinstance(v, torch.Tensor) and v.is_floating_point() else 0 for v in value
-            ]
+            floats = [isinstance(v, torch.Tensor) and v.is_floating_point() for v in value]
+            self.parts[node] = [exponent if is_one else 0 for is_one in floats]
+            if str(node.target).startswith("aten.nll_loss"):  # the second is a count
+                self.parts[node][1] = 0
+        return None
 
     def aligned(self, node: Node) -> None:
         """add, sub, where, cat, maximum and the like: all operands with one exponent."""
-        places = _ALIGNED[str(node.target)]
+        places = ALIGNED[str(node.target)]
         operands = [node.args[p] for p in places if p < len(node.args)]
         listed = bool(operands) and isinstance(operands[0], (list, tuple))
         flat = list(cast("Sequence[Argument]", operands[0])) if listed else operands
@@ -312,7 +294,7 @@ class Exponents(Editor):
         return self._power(node, source, degree)
 
     def _power(self, node: Node, source: Node, degree: float) -> None:
-        if degree > 1:
+        if degree > 1 and DONE not in node.meta:  # norms bound their squares themselves
             self.squares.add(node)
         own = self.of.get(source, 0)
         if degree in (0.5, -0.5) and own % 2:
@@ -373,7 +355,7 @@ class Exponents(Editor):
 
     def contraction(self, node: Node) -> None:
         """mm, bmm, addmm, convolution: operands are shifted where their products would vanish or overflow."""
-        bias, left, right = _CONTRACTIONS[str(node.target)]
+        bias, left, right = CONTRACTIONS[str(node.target)]
         a, b = cast("Node", node.args[left]), cast("Node", node.args[right])
         natural = self.of.get(a, 0) + self.of.get(b, 0)
         shift = self._contraction_shift(node, a, b, natural)
@@ -389,7 +371,7 @@ class Exponents(Editor):
         self._note(node, exponent)
 
     def _contraction_shift(self, node: Node, a: Node, b: Node, natural: int) -> int:
-        wish, room = self._shift(node, a, b, self._terms(node, a), natural)
+        wish, room = self._shift(node, a, b, self.terms(node, a), natural)
         return min(wish, room) if wish > 0 else wish
 
     def _shift(self, node: Node, a: Node, b: Node, terms: int, natural: int) -> tuple[int, int]:
@@ -415,14 +397,6 @@ class Exponents(Editor):
         if size is None or size.peak == 0.0:
             return 0
         return max(0, math.floor(math.log2(LARGEST / size.peak) + self.of.get(x, 0)))
-
-    def _terms(self, node: Node, a: Node) -> int:
-        """How many products each sum has."""
-        name = str(node.target)
-        if "convolution" in name:
-            weight = shape_of(cast("Node", node.args[1]))
-            return math.prod(weight[1:])
-        return shape_of(a)[-1]
 
     def _shared_shift(self, a: Node, b: Node, shift: int) -> tuple[int, int]:
         """A shift divided between two operands so that both stay in fp16, at one of them if possible."""
@@ -453,56 +427,24 @@ class Exponents(Editor):
                 wish, room = self._shift(results[place], g, other, count, eg + (ew, ex)[place])
                 shifts.append(wish)
                 rooms.append(room)
-        if shifts and any(shifts):
+        if 2 in results and results[2].name in self.found:  # the sum of the gradient
+            peak = self.found[results[2].name].peak * 2.0**-eg
+            rooms.append(math.floor(math.log2(LARGEST_SUM / peak)) if peak else 0)
+            shifts.append(min(0, rooms[-1]))
+        if any(shifts):
             shift = min(shifts) if min(shifts) < 0 else min(max(shifts), *rooms, self._room(g))
             node.args = (cast("Node", self.at(g, eg - shift)), *node.args[1:])
             eg -= shift
         self.parts[node] = [eg + ew, eg + ex, eg]
 
 
-def _aligned_with_number(name: str) -> dict[str, tuple[int, ...]]:
-    return {f"aten.{name}.{kind}": (0, 1) for kind in ("Tensor", "Scalar")}
-
-
-#: Operands that must have one exponent.
-_ALIGNED: dict[str, tuple[int, ...]] = {
-    **_aligned_with_number("add"), **_aligned_with_number("sub"),
-    **{k: v for n in ("eq", "ne", "lt", "le", "gt", "ge") for k, v in _aligned_with_number(n).items()},
-    "aten.maximum.default": (0, 1), "aten.minimum.default": (0, 1), "aten.where.self": (1, 2), "aten.cat.default": (0,),
-    "aten.stack.default": (0,), "aten.clamp.default": (0, 1, 2), "aten.clamp_min.default": (0, 1),
-    "aten.clamp_max.default": (0, 1), "aten.clamp.Tensor": (0, 1, 2), "aten.masked_fill.Scalar": (0, 2),
-    "aten.hardtanh.default": (0, 1, 2), "aten.select_scatter.default": (0, 1), "aten.slice_scatter.default": (0, 1),
-    "aten.constant_pad_nd.default": (0, 2),
-}  # fmt: skip
-#: The argument in which an operation is linear, where it is not the first.
-_LINEAR: dict[str, tuple[int, ...]] = {"aten.nll_loss_forward.default": (0,)}
-_FIRST = (
-    "neg abs relu view permute expand alias clone unsqueeze squeeze.dim squeeze.dims slice.Tensor select.int "
-    "leaky_relu amax amin flip roll repeat _to_copy gather index_select index.Tensor unbind.int split_with_sizes "
-    "slice_backward select_backward detach max_pool2d_with_indices avg_pool2d avg_pool2d_backward avg_pool1d "
-    "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward embedding threshold_backward "
-    "embedding_dense_backward upsample_nearest2d upsample_bilinear2d gelu_backward silu_backward "
-    "leaky_relu_backward softplus_backward _softmax_backward_data _log_softmax_backward_data nll_loss_forward "
-    "nll_loss_backward tril triu cumsum max.dim min.dim max.default min.default diagonal "
-    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle pixel_unshuffle im2col col2im "
-    "elu_backward hardswish_backward mish_backward"
-)
-#: Contractions: places of bias, left and right operand.
-_CONTRACTIONS: dict[str, tuple[int | None, int, int]] = {
-    "aten.mm.default": (None, 0, 1), "aten.bmm.default": (None, 0, 1), "aten.addmm.default": (0, 1, 2),
-    "aten.baddbmm.default": (0, 1, 2), "aten.mv.default": (None, 0, 1), "aten.dot.default": (None, 0, 1),
-    "aten.convolution.default": (2, 0, 1), "aten.matmul.default": (None, 0, 1),
-}  # fmt: skip
-_TOTALS = ("aten.sum.default", "aten.sum.dim_IntList", "aten.mean.default", "aten.mean.dim")
-_POWERS = ("aten.pow.Tensor_Scalar", "aten.sqrt.default", "aten.rsqrt.default", "aten.reciprocal.default")
-_PRODUCTS = ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar")
 _RULES: dict[str, Callable[[Exponents, Node], None]] = {
-    **{f"aten.{n}" if "." in n else f"aten.{n}.default": Exponents.linear for n in _FIRST.split()},
-    **dict.fromkeys(_ALIGNED, Exponents.aligned),
-    **dict.fromkeys(_PRODUCTS, Exponents.product),
-    **dict.fromkeys(_POWERS, Exponents.power),
-    **dict.fromkeys(_TOTALS, Exponents.total),
-    **dict.fromkeys(_CONTRACTIONS, Exponents.contraction),
+    **dict.fromkeys(LINEAR, Exponents.linear),
+    **dict.fromkeys(ALIGNED, Exponents.aligned),
+    **dict.fromkeys(PRODUCTS, Exponents.product),
+    **dict.fromkeys(POWERS, Exponents.power),
+    **dict.fromkeys(TOTALS, Exponents.total),
+    **dict.fromkeys(CONTRACTIONS, Exponents.contraction),
     "aten._log_softmax.default": Exponents.log_softmax,
     "aten.convolution_backward.default": Exponents.convolution_backward,
 }

@@ -15,8 +15,7 @@ vector norms), written out or fused, forward and backward. Tests: `tests/ane/cap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import cast
 
 from torch.fx import Graph, Node
@@ -34,6 +33,18 @@ from ane_trainer.ane.capture.range.editing import (
     padded,
     shape_of,
 )
+from ane_trainer.ane.capture.range.norms import (
+    REDUCTIONS,
+    centred,
+    epsilon,
+    euclidean,
+    is_square,
+    is_zero,
+    norm_axes,
+    share_centred,
+    squared,
+)
+from ane_trainer.ane.capture.range.scaled import Scaled, joined, times
 
 #: A row whose largest entry is above the first is scaled by the second; the squares then stay below 2^12. Two steps,
 #: so that the root of what is left is never far below 1: a gradient is divided by it before it is scaled back.
@@ -49,45 +60,10 @@ EPSILON_OF_LEAST, EPSILON_OF_SMALL = 2.0**-34, 2.0**-4
 #: Meta key of squares that are scaled already: a graph may come twice (before and after it is partitioned).
 DONE = "ane_rows"
 
-_ROOTS = (aten.sqrt.default, aten.rsqrt.default)
-_REDUCTIONS = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
-_NORM = aten.linalg_vector_norm.default
-_SHARED = (*_REDUCTIONS, aten.sub.Tensor, aten.mul.Tensor, aten.view.default, aten.expand.default)
-_PASSED = (
-    *_REDUCTIONS, aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.clamp.default, aten.clamp_min.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar,
-    aten.add.Tensor, aten.add.Scalar, aten.alias.default, aten.maximum.default,
-)  # fmt: skip
-
-
-#: Family of row scales -> the power of its scales in a value, and their shape beside it.
-Powers = Mapping[int, tuple[int, Shape]]
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A value as `node * gain * s^power` for each family of row scales s; the shape is that of s beside the value."""
-
-    node: Node
-    powers: Powers = field(default_factory=dict)
-    gain: float = 1.0
-
-    @property
-    def plain(self) -> bool:
-        return not self.powers and self.gain == 1.0
-
-    def on(self, node: Node) -> Scaled:
-        """The same factors on another node."""
-        return Scaled(node, self.powers, self.gain)
-
-    def like(self, other: Scaled) -> bool:
-        """Whether the factors are the same."""
-        return self.powers == other.powers and self.gain == other.gain
-
 
 def scale_rows(graph: Graph) -> int:
     """Rewrite all norms of a graph in place; returns their number."""
-    _share_centred(graph)
+    share_centred(graph)
     rows = Rows(graph)
     for node in list(graph.nodes):
         if node.op in ("call_function", "output") and not in_update(node):
@@ -97,35 +73,6 @@ def scale_rows(graph: Graph) -> int:
     if rows.families:
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return len(rows.families)
-
-
-def _share_centred(graph: Graph) -> None:
-    """One node for `x - mean(x, 1)`, `x - mean(x, -1)` and what the backward pass writes once more."""
-    seen: dict[str, Node] = {}
-    for node in list(graph.nodes):
-        axes = dims_of(node) if node.op == "call_function" else None
-        if axes and len(node.args) > 1:
-            node.args = (node.args[0], axes, *node.args[2:])
-        if node.target in (aten.alias.default, aten.detach.default):
-            node.replace_all_uses_with(cast("Node", node.args[0]))
-        if node.target is aten.view.default:
-            _collapse(node)
-        if node.target in _SHARED:
-            first = seen.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
-
-
-def _collapse(node: Node) -> None:
-    """A view of a view as one; a view in its source's own shape as the source."""
-    source = cast("Node", node.args[0])
-    while source.target is aten.view.default:
-        source = cast("Node", source.args[0])
-    if shape_of(source) == shape_of(node) and source.meta["val"].dtype == node.meta["val"].dtype:
-        node.replace_all_uses_with(source)
-    else:
-        node.args = (source, list(shape_of(node)))
 
 
 class Rows(Editor):
@@ -144,16 +91,16 @@ class Rows(Editor):
     def visit(self, node: Node) -> None:
         """Rewrite one node where it starts a norm or takes scaled values."""
         self.here = node
-        if node.target is _NORM and _euclidean(node):
+        if euclidean(node):
             self._replace(node, self._vector_norm(node))
             return
-        square = None if node.meta.get(DONE) else _squared(node)
-        axes = None if square is None else _norm_axes(node)
+        square = None if node.meta.get(DONE) else squared(node)
+        axes = None if square is None else norm_axes(node)
         if square is not None and axes is not None:
-            twin = self._twin(square, axes, _epsilon(node))
+            twin = self._twin(square, axes, epsilon(node))
             product = self.emit(aten.mul.Tensor, twin.node, twin.node)
             product.meta[DONE] = True
-            self._replace(node, Scaled(product, _times(twin.powers, 2)))
+            self._replace(node, Scaled(product, times(twin.powers, 2)))
             return
         rule = _RULES.get(cast("Callable[..., object]", node.target))
         if (rule is not None and is_float(node)) or str(node.target) in _COMPARISONS:
@@ -204,7 +151,7 @@ class Rows(Editor):
             s = self.families[family][0]
             twin = Scaled(self.emit(aten.mul.Tensor, c, s), {family: (-1, shape_of(s))})
             self.twins[c] = twin
-            source = _centred(c)
+            source = centred(c)
             if source is not None:
                 self._sources[source] = family
         return self.twins[c]
@@ -239,7 +186,7 @@ class Rows(Editor):
         keep = bool(node.args[3]) if len(node.args) > 3 else False
         count = math.prod(shape_of(x)[a] for a in axes)
         mean = self.emit(aten.mean.dim, square, axes, keep)
-        total = self._sum_of_mean(mean, Scaled(square, _times(twin.powers, 2)), count, shape_of(node))
+        total = self._sum_of_mean(mean, Scaled(square, times(twin.powers, 2)), count, shape_of(node))
         return self._root(aten.sqrt.default, total)
 
     def _sum_of_mean(self, mean: Node, value: Scaled, count: int, shape: Shape) -> Scaled:
@@ -273,7 +220,7 @@ class Rows(Editor):
             a, b = self._for_reduction(node, a, b, sign)
         if a.plain and b.plain:
             return None
-        powers = _joined(a.powers, _times(b.powers, sign))
+        powers = joined(a.powers, times(b.powers, sign))
         if powers is None:
             return None
         return Scaled(self.emit(target, a.node, b.node), powers, a.gain * b.gain**sign)
@@ -291,9 +238,9 @@ class Rows(Editor):
             for _ in range(2):
                 value = self.emit(aten.mul.Tensor, value, root)
             powers = {f: (p // 3, shape) for f, (p, shape) in cube.powers.items()}
-            joined = _joined(other.powers, _times(powers, 2))
-            if joined is not None:
-                return Scaled(value, joined, other.gain * cube.gain), Scaled(root, powers)
+            both = joined(other.powers, times(powers, 2))
+            if both is not None:
+                return Scaled(value, both, other.gain * cube.gain), Scaled(root, powers)
         return a, b
 
     def _by_number(self, node: Node, value: Scaled, first: bool) -> Scaled | None:
@@ -329,7 +276,7 @@ class Rows(Editor):
                 continue
             rank, shapes = len(shape_of(node)), [shape for _, shape in twin.powers.values()]
             within = (
-                u.target in _REDUCTIONS
+                u.target in REDUCTIONS
                 and all(padded(s, rank)[d] == 1 for s in shapes for d in dims_of(u) or ())
                 for u in users
             )
@@ -354,7 +301,7 @@ class Rows(Editor):
             left = whole if keeps_dims(node) else tuple(n for i, n in enumerate(whole) if i not in axes)
             powers[family] = (power, left)
         count = math.prod(shape_of(value.node)[a] for a in axes)
-        squares = node.target in (aten.sum.default, aten.sum.dim_IntList) and _is_square(value.node)
+        squares = node.target in (aten.sum.default, aten.sum.dim_IntList) and is_square(value.node)
         if squares:
             mean = self.emit(aten.mean.dim, value.node, axes, keeps_dims(node))
             total = self._sum_of_mean(mean, value, count, ())
@@ -428,7 +375,7 @@ class Rows(Editor):
         if value is None or exponent is None or exponent != int(exponent):
             return None
         result = self.emit(cast("Callable[..., object]", node.target), value.node, *node.args[1:])
-        return Scaled(result, _times(value.powers, int(exponent)), value.gain**exponent)
+        return Scaled(result, times(value.powers, int(exponent)), value.gain**exponent)
 
     def _same(self, node: Node) -> Scaled | None:
         """Operations that commute with positive factors, element by element."""
@@ -485,107 +432,10 @@ class Rows(Editor):
             return None
         place = 0 if found[0] is not None else 1
         value, other = found[place], sides[1 - place]
-        if value is None or not _is_zero(other):
+        if value is None or not is_zero(other):
             return None
         new = (value.node, other) if place == 0 else (other, value.node)
         return value.on(self.emit(aten.where.self, test, *new))
-
-
-def _joined(a: Powers, b: Powers) -> dict[int, tuple[int, Shape]] | None:
-    """The factors of a product; None where one family has two shapes that do not match."""
-    powers = dict(a)
-    for family, (power, shape) in b.items():
-        old, at = powers.pop(family, (0, shape))
-        if padded(at, len(shape)) != padded(shape, len(at)):
-            return None
-        if old + power:
-            powers[family] = (old + power, max(at, shape, key=len))
-    return powers
-
-
-def _times(powers: Powers, factor: int) -> dict[int, tuple[int, Shape]]:
-    return {f: (p * factor, shape) for f, (p, shape) in powers.items()}
-
-
-def _squared(node: Node) -> Node | None:
-    """x of `x * x`."""
-    if not is_float(node):
-        return None
-    x = node.args[0] if node.args else None
-    product = node.target is aten.mul.Tensor and x is node.args[1]
-    power = node.target is aten.pow.Tensor_Scalar and number(node.args[1]) == 2.0
-    return cast("Node", x) if product or power else None
-
-
-def _centred(c: Node) -> Node | None:
-    """x of `x - mean(x)`."""
-    if c.target is not aten.sub.Tensor or not isinstance(c.args[1], Node):
-        return None
-    mean, source = c.args[1], c.args[0]
-    while mean.target in (aten.view.default, aten.expand.default) and isinstance(mean.args[0], Node):
-        mean = mean.args[0]
-    return source if isinstance(source, Node) and dims_of(mean) and mean.args[0] is source else None
-
-
-def _is_square(node: Node) -> bool:
-    return _squared(node) is not None
-
-
-def _norm_axes(square: Node) -> list[int] | None:
-    """The axes over which a square is summed before its root is taken; None if it is not."""
-    for user in square.users:
-        if user.target in _REDUCTIONS and _to_root(user, set()):
-            return dims_of(user)
-    return None
-
-
-def _to_root(node: Node, seen: set[Node]) -> bool:
-    if node in seen or in_update(node):
-        return False
-    seen.add(node)
-    for user in node.users:
-        exponent = number(user.args[1]) if user.target is aten.pow.Tensor_Scalar else None
-        if user.target in _ROOTS or exponent in (0.5, -0.5):
-            return True
-        if user.target in _PASSED and _by_constant(user) and _to_root(user, seen):
-            return True
-    return False
-
-
-def _by_constant(node: Node) -> bool:
-    """Whether only one argument is a node that depends on data."""
-    return sum(n.op != "get_attr" and n.target is not aten.full.default for n in node.all_input_nodes) == 1
-
-
-def _epsilon(square: Node) -> float:
-    """The number that is added before the root, 0 if there is none."""
-    pending, seen = list(square.users), set()
-    while pending:
-        node = pending.pop()
-        if node in seen or node.target not in _PASSED:
-            continue
-        seen.add(node)
-        if node.target in (aten.add.Tensor, aten.add.Scalar) and (number(node.args[1]) or 0.0) > 0.0:
-            return number(node.args[1]) or 0.0
-        pending.extend(node.users)
-    return 0.0
-
-
-def _euclidean(node: Node) -> bool:
-    order = number(node.args[1]) if len(node.args) > 1 else 2.0
-    return (
-        order == 2.0 and is_float(node) and not in_update(node) and bool(shape_of(cast("Node", node.args[0])))
-    )
-
-
-def _is_zero(argument: object) -> bool:
-    if number(argument) == 0.0:
-        return True
-    if not isinstance(argument, Node):
-        return False
-    place = {"aten.scalar_tensor.default": 0, "aten.full.default": 1}.get(str(argument.target))
-    zeros = argument.target in (aten.zeros_like.default, aten.zeros.default)
-    return zeros or (place is not None and number(argument.args[place]) == 0.0)
 
 
 _TENSOR = {
@@ -619,5 +469,5 @@ _RULES: dict[Callable[..., object], Callable[[Rows, Node], Scaled | None]] = {
     aten.clamp.default: Rows._bounded,
     aten.clamp_min.default: Rows._bounded,
     aten.where.self: Rows._chosen,
-    **dict.fromkeys(_REDUCTIONS, Rows._total),
+    **dict.fromkeys(REDUCTIONS, Rows._total),
 }
