@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.compiler.lower import lower
-from ane_trainer.ane.dispatch.devices import choose_precision, get_device
+from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Captured, Port
@@ -80,12 +80,11 @@ def _refused(module: GraphModule, options: Options) -> dict[str, Finding]:
     """Node name -> why the engine does not take it, with the user's place in it."""
     places = {node.name: node.meta.get(META_KEY) for node in module.graph.nodes}
     refused: dict[str, Finding] = {}
-    precision = choose_precision(get_device(options.device).device, options.precision)
     while True:
         found: dict[str, Finding] = {}
         for segment in _segments(module, refused):
             if not segment.on_cpu:
-                found |= _try(segment.graph, options, precision)
+                found |= _try(segment.graph, options.target)
         if not found:
             break
         refused |= found
@@ -95,7 +94,7 @@ def _refused(module: GraphModule, options: Options) -> dict[str, Finding]:
     }
 
 
-def _try(module: GraphModule, options: Options, precision: str) -> dict[str, Finding]:
+def _try(module: GraphModule, target: Target) -> dict[str, Finding]:
     """The findings of lowering and legalizing by node name.
 
     Raises: UnsupportedModel again if a finding belongs to no node (an input that is too large).
@@ -103,9 +102,9 @@ def _try(module: GraphModule, options: Options, precision: str) -> dict[str, Fin
     for node in module.graph.nodes:
         node.meta[META_KEY] = _MARK + node.name
     try:
-        lowered = lower(_captured(module), dtype=precision)
-        if precision == "fp16":
-            legalize(lowered, options.chip, options.path)
+        lowered = lower(_captured(module), dtype=target.precision)
+        if target.precision == "fp16" and target.chip is not None:
+            legalize(lowered, target.chip, target.path)
     except UnsupportedModel as error:
         marked = {f.where.removeprefix(_MARK): f for f in error.findings if f.where.startswith(_MARK)}
         for finding in error.findings:  # an input that the engine does not take: nor what uses it

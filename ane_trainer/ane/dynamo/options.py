@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ane_trainer.ane.dispatch import Target, resolve_target
+from ane_trainer.ane.dispatch.options import FALLBACKS
 from ane_trainer.ane.errors import UsageError
-
-FALLBACKS = ("none", "cpu")
+from ane_trainer.utils import did_you_mean
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how the programs run; see `ane`."""
+    """Where the programs run (`target`), and how many there may be; see `ane`."""
 
-    chip: str = "m4"
-    device: str = "sim"
-    fidelity: str = "exact"
-    precision: str = "auto"
-    threads: int | None = None
-    path: str = "e5rt"
+    target: Target
     recompile_limit: int = 8
     fallback: str = "none"
 
+    def __post_init__(self) -> None:
+        if self.fallback not in FALLBACKS:
+            raise UsageError(
+                f"options: needs fallback none or cpu; got {self.fallback!r}. Choose one of them."
+            )
+        if not isinstance(self.recompile_limit, int) or self.recompile_limit < 1:
+            raise UsageError(
+                f"options: needs a recompile_limit of at least 1; got {self.recompile_limit!r}. Choose one."
+            )
+
 
 def read_options(given: Any) -> Options:
-    """The options as a value.
+    """The options as a value, the device resolved.
 
-    Raises: UsageError for unknown names, a limit below 1, or an unknown fallback.
+    Raises: UsageError for unknown names, a limit below 1, or an unknown fallback; EnvironmentFault for a device
+    that is not here.
     """
-    known = [field.name for field in fields(Options)]
+    places = inspect.signature(resolve_target).parameters
+    own = [field.name for field in fields(Options) if field.name != "target"]
+    known = [*places, *own]
     for name in given or {}:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise UsageError(
-                f"options: needs one of {', '.join(known)}; got {name!r}. {hint}Choose a known one."
-            )
-    options = Options(**(given or {}))
-    if options.fallback not in FALLBACKS:
-        raise UsageError(
-            f"options: needs fallback none or cpu; got {options.fallback!r}. Choose one of them."
-        )
-    if not isinstance(options.recompile_limit, int) or options.recompile_limit < 1:
-        raise UsageError(
-            f"options: needs a recompile_limit of at least 1; got {options.recompile_limit!r}. Choose one."
-        )
-    return options
+            raise UsageError(f"options: needs a known one; got {name!r}. {did_you_mean(str(name), known)}")
+    chosen = {"device": "sim", **(given or {})}
+    target = resolve_target(**{name: value for name, value in chosen.items() if name in places})
+    return Options(target, **{name: value for name, value in chosen.items() if name in own})

@@ -14,7 +14,6 @@ from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.dispatch.devices import choose_precision, get_device
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, to_float, to_pair
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph
@@ -90,12 +89,13 @@ class EnginePart:
     """One program on a device; takes and gives tensors."""
 
     def __init__(self, module: GraphModule, options: Options) -> None:
-        device = get_device(options.device).device
-        self._range = RANGES[choose_precision(device, options.precision)]
+        target = options.target
+        assert target.chip is not None
+        self._range = RANGES[target.precision]
         captured = as_captured(module)
-        compiled = prepare(captured, options.chip, options.path, self._range.name)
+        compiled = prepare(captured, target.chip, target.path, target.precision)
         self.program = compiled.program
-        self._session = device.load(compiled, fidelity=options.fidelity, threads=options.threads)
+        self._session = target.load(compiled)
         self._inputs = [
             slot_of(
                 p.target, original.shape if len(original.shape) <= len(p.shape) else p.shape, p, mask=True
@@ -148,8 +148,8 @@ def _record(
     return ProgramRecord(
         role=role,
         shapes=shapes,
-        chip=options.chip,
-        device=options.device,
+        chip=options.target.chip or "",
+        device=options.target.device,
         programs=len(programs),
         ops=sum(len(program.main.ops) for program in programs),
         engine_flop_fraction=engine / (engine + host) if engine + host else 0.0,
