@@ -38,7 +38,9 @@ from ane_trainer.training.recording import Recorder, make_callbacks
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
 from ane_trainer.training.runs import RunFolder, claim_run, open_run
+from ane_trainer.training.steps import Step
 from ane_trainer.training.trainer import Trainer
+from ane_trainer.training.tuning import find_batch_size
 from ane_trainer.training.watching import watchers, write_report
 from ane_trainer.utils import finite, format_count
 
@@ -58,10 +60,40 @@ def run_training(
     with _stoppable():
         splits = open_data(config.dataset, _data_options(config, config.limit))
         config = _settled(config, splits.description)
+        if config.batch_size == "auto":
+            config = _with_batch_size(config, splits, report)
+            splits = open_data(config.dataset, _data_options(config, config.limit))
         trainer = _make_trainer(config, splits.description, report)
         model_name = Path(config.model.rpartition(":")[0] or config.model).stem
         with claim_run(out, f"{Path(splits.description.name).stem}-{model_name}") as run:
+            if config.lr == "auto":
+                config = _with_learning_rate(config, trainer, splits)
             return _train_run(trainer, run, config, splits, started)
+
+
+def _with_batch_size(config: TrainConfig, splits: Splits, report: Reporter) -> TrainConfig:
+    """The configuration with the batch size that is fastest on the chip, by the cost model."""
+    x, y = next(iter(splits.train))
+
+    def make(size: int) -> Step:
+        trainer = _make_trainer(config, splits.description, Reporter())
+        rows = torch.arange(size) % len(x)
+        return trainer.compiled(x[rows], y[rows])
+
+    report.activity("choosing a batch size")
+    size, why = find_batch_size(make, splits.train.num_examples)
+    report.note("batch", f"{size}: {why}")
+    return config.model_copy(update={"batch_size": size})
+
+
+def _with_learning_rate(config: TrainConfig, trainer: Trainer, splits: Splits) -> TrainConfig:
+    """The configuration, and the trainer, with a learning rate that a sweep found."""
+    trainer.report.activity("finding a learning rate")
+    found = trainer.find_lr(splits.train)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = found.rate
+    trainer.report.note("lr", f"{found.rate:.2g}: where the loss fell fastest in {len(found.rates)} steps")
+    return config.model_copy(update={"lr": found.rate})
 
 
 def resume_training(path: str | Path, *, report: Reporter | None = None, **changes: Any) -> Result:
@@ -78,9 +110,10 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
         given = {name: value for name, value in changes.items() if value is not None}
         config = make_config({**old.model_dump(), **given})
         with run.locked():
-            model, remark = run.model_source(config.model)
             splits = open_data(config.dataset, _data_options(config, config.limit))
             _check_same_data(run, splits.description)
+            config = _settled(config, splits.description)
+            model, remark = run.model_source(config.model)
             trainer = _make_trainer(config, splits.description, report, model=model)
             if remark:
                 report.note("warning", remark)
@@ -242,7 +275,7 @@ def export_run(
 def _data_options(config: TrainConfig, limit: int | None) -> DataOptions:
     """How a run's data is read, with so many held-out examples at most."""
     return DataOptions(
-        config.batch_size, config.seed, target=config.target or (), task=config.task, val_split=config.val_split,
+        config.examples_a_step, config.seed, target=config.target or (), task=config.task, val_split=config.val_split,
         test_split=config.test_split, size=config.size, channels=config.channels, context=config.context,
         tokens=config.tokens, augment=config.augment or (), limit=(config.limit, limit),
         drop_last={"auto": None, "train": False, "drop": True}[config.last_batch],

@@ -139,11 +139,13 @@ class TrainConfig(BaseModel):
         json_schema_extra=_MODEL,
     )  # fmt: skip
     epochs: int = Field(5, ge=1, description="Passes over the data; with --resume: in all.")
-    batch_size: int = Field(128, ge=1, description="Examples a step.")
+    batch_size: int | Literal["auto"] = Field(
+        128, description="Examples a step; auto: what is fastest by the cost model."
+    )
     limit: int | None = Field(None, ge=1, description="Use only the first so many examples of each split.")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="How weights are updated.")
-    lr: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Learning rate (default: 0.001; sgd: 0.05)."
+    lr: float | Literal["auto"] | None = Field(
+        None, description="Learning rate (default: 0.001; sgd: 0.05); auto: found by a short sweep."
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Pull of the weights to zero.")
@@ -233,6 +235,20 @@ class TrainConfig(BaseModel):
             read_interval(text)
         return text
 
+    @field_validator("batch_size")
+    @classmethod
+    def _some_examples(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("input should be greater than or equal to 1")
+        return value
+
+    @field_validator("lr")
+    @classmethod
+    def _finite_rate(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and not 0 < value < math.inf:
+            raise ValueError("input should be a finite number greater than 0")
+        return value
+
     @field_validator("time_limit")
     @classmethod
     def _duration(cls, value: str | None) -> str | None:
@@ -273,15 +289,20 @@ class TrainConfig(BaseModel):
         return sizes
 
     @property
+    def examples_a_step(self) -> int:
+        """`batch_size`, or 128 where it is still to be found."""
+        return self.batch_size if isinstance(self.batch_size, int) else 128
+
+    @property
     def learning_rate(self) -> float:
-        """`lr`, or the optimizer's default."""
-        return self.lr if self.lr is not None else DEFAULT_LR[self.optimizer]
+        """`lr`, or the optimizer's default where it is not given or still to be found."""
+        return self.lr if isinstance(self.lr, float) else DEFAULT_LR[self.optimizer]
 
     def resolved(self) -> TrainConfig:
         """The same with the defaults that depend on other options written out, for a run to be repeated by."""
         defaults = _MODEL_DEFAULTS.get(self.model, {})
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return self.model_copy(update={"lr": self.learning_rate, **missing})
+        return self.model_copy(update={"lr": self.lr if self.lr == "auto" else self.learning_rate, **missing})
 
     def model_options(self) -> dict[str, Any]:
         """The keyword arguments for `build_model` that were given."""

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
 from ane_trainer.training.state import Loss, Training
 from ane_trainer.training.steps import Step
+from ane_trainer.training.tuning import RateSweep, find_rate, geometric
 from ane_trainer.utils import seeded
 
 #: Steps in a row that may be skipped or give a loss that is not finite. Dynamic loss scaling needs up to 15
@@ -151,6 +152,32 @@ class Trainer(Training):
             self.progress.seconds += time.perf_counter() - started
         return self.result(dataset=getattr(train, "name", None))
 
+    def find_lr(
+        self, train: Iterable[Batch], *, lowest: float = 1e-6, highest: float = 1.0, steps: int = 100
+    ) -> RateSweep:
+        """A learning rate for this model and data, by `steps` steps at growing rates; nothing is changed by it."""
+        data = batches_of(train, "train", self.seed)
+        self._train = data
+
+        def batches() -> Iterator[Batch]:
+            for epoch in range(steps):
+                for number, batch in enumerate(loop.open_pass(data, epoch, 0, None), 1):
+                    where = f"find_lr: batch {number}"
+                    x, y = loop.unpack(batch, where)
+                    self.compiled(x, y)
+                    if (ready := self._ready(x, y, where)) is not None:
+                        yield ready
+
+        with seeded(self.seed):
+            pairs = batches()
+            first = next(pairs, None)
+            if first is None or self.step is None:
+                raise loop.empty("find_lr")
+            found = find_rate(
+                self.step, self.optimizer, itertools.chain([first], pairs), geometric(lowest, highest, steps)
+            )
+        return found
+
     def evaluate(
         self, data: Iterable[Batch], *, see: Callable[[Any, Any, Any], object] | None = None
     ) -> Metrics:
@@ -234,7 +261,7 @@ class Trainer(Training):
         if kind.startswith("step-"):
             step = self.step
             if step is None:
-                step = self._compiled(*loop.unpack(next(iter(source)), "export: first batch"))
+                step = self.compiled(*loop.unpack(next(iter(source)), "export: first batch"))
             if not isinstance(step, TrainingStep):
                 raise UsageError(
                     f"export: needs a training step that is one program; got {step.placement()['where']}. "
@@ -251,7 +278,7 @@ class Trainer(Training):
         if self.step is None and self._restored is not None and has_step(self._restored):
             first = loop.first_batch(train, self.seed)
             if first is not None:
-                self._compiled(*first)
+                self.compiled(*first)
         if self.step is not None:
             self._begin(stop)
 
@@ -271,7 +298,7 @@ class Trainer(Training):
             for batch in loop.open_pass(train, progress.epoch, progress.batch, state):
                 x, y = loop.unpack(batch, f"{where} {progress.batch + 1}")
                 if self.step is None:
-                    self._compiled(x, y)
+                    self.compiled(x, y)
                     started += self.seconds_compile
                     self._begin(stop)
                 if not begun:
@@ -292,7 +319,7 @@ class Trainer(Training):
         progress.passed, self._pass, self._data_state = 1, None, None
 
     def _train_batch(self, x: Any, y: Any, where: str) -> None:
-        step, ready = self._compiled(x, y), self._ready(x, y, where)
+        step, ready = self.compiled(x, y), self._ready(x, y, where)
         if ready is None:
             return
         x, y = ready
@@ -355,7 +382,7 @@ class Trainer(Training):
         if progress.passed and steps and (not progress.loss_count or skipped == steps >= MAX_BAD_STEPS // 2):
             raise self._diverged(f"an epoch of {steps} steps, all skipped or with a loss not finite")
 
-    def _compiled(self, x: Any, y: Any) -> Step:
+    def compiled(self, x: Any, y: Any) -> Step:
         """The step; at first it is compiled for batches like (x, y) and given the restored state."""
         if self.step is not None:
             return self.step
