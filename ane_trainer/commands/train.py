@@ -20,7 +20,12 @@ from ane_trainer.training.report import ConsoleReporter, summary
 def train(
     dataset: Annotated[
         str | None,
-        typer.Argument(help="mnist, fashion-mnist or digits.", metavar="DATASET", show_default=False),
+        typer.Argument(
+            help="A known name (mnist, cifar-10, ...), a folder of images, a CSV, Parquet, .npz or text file, "
+            "hf:NAME, or file.py:function.",
+            metavar="DATA",
+            show_default=False,
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -40,7 +45,9 @@ def train(
 
     ane-trainer train mnist
 
-    ane-trainer train digits --model cnn --epochs 3
+    ane-trainer train photos/ --epochs 20 --augment flip,shift=2
+
+    ane-trainer train houses.csv --target price
 
     ane-trainer train --resume last
     """

@@ -75,7 +75,8 @@ def change_pixels(
     count = len(pixels_BCHW)
     if "flip" in amounts:
         turned_B = random.random(count) < amounts["flip"]
-        pixels_BCHW = np.where(turned_B[:, None, None, None], pixels_BCHW[..., ::-1], pixels_BCHW)
+        pixels_BCHW = pixels_BCHW.copy()
+        pixels_BCHW[turned_B] = pixels_BCHW[turned_B][..., ::-1]
     if "shift" in amounts:
         most = int(amounts["shift"])
         pixels_BCHW = _shifted(pixels_BCHW, random.integers(-most, most + 1, (count, 2)))
@@ -87,19 +88,14 @@ def change_pixels(
 def _shifted(pixels_BCHW: NDArray[Any], offsets_B2: NDArray[np.int64]) -> NDArray[Any]:
     """Each image moved down and right by its offsets, exactly."""
     height, width = pixels_BCHW.shape[2:]
-    rows_BH = np.arange(height) - offsets_B2[:, :1]
-    columns_BW = np.arange(width) - offsets_B2[:, 1:]
-    inside_BHW = ((rows_BH >= 0) & (rows_BH < height))[:, :, None] & (
-        (columns_BW >= 0) & (columns_BW < width)
-    )[:, None]
-    picked = pixels_BCHW[
-        np.arange(len(pixels_BCHW))[:, None, None, None],
-        np.arange(pixels_BCHW.shape[1])[:, None, None],
-        rows_BH.clip(0, height - 1)[:, None, :, None],
-        columns_BW.clip(0, width - 1)[:, None, None, :],
-    ]
-    moved: NDArray[Any] = picked * inside_BHW[:, None]
-    return moved
+    moved_BCHW = np.zeros_like(pixels_BCHW)
+    for image_CHW, moved_CHW, (down, right) in zip(pixels_BCHW, moved_BCHW, offsets_B2.tolist(), strict=True):
+        rows, columns = height - abs(down), width - abs(right)
+        if rows > 0 and columns > 0:
+            top, left = max(-down, 0), max(-right, 0)
+            part_CHW = image_CHW[:, top : top + rows, left : left + columns]
+            moved_CHW[:, max(down, 0) :, max(right, 0) :][:, :rows, :columns] = part_CHW
+    return moved_BCHW
 
 
 def _resampled(

@@ -1,6 +1,6 @@
 """`Batches`: examples as an iterable of (x, y) batches, in an order and with changes that a seed fixes.
 
-A thread keeps the next batches ready while a step runs. What is delivered depends on the seed, the number of
+Threads keep the next batches ready while a step runs. What is delivered depends on the seed, the number of
 the pass and the number of the batch only, so a pass can be continued in its middle.
 """
 
@@ -26,8 +26,8 @@ from ane_trainer.training.datasets.description import DataDescription
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-#: Batches that the loading thread keeps ready.
-AHEAD = 4
+#: Batches that are kept ready, and the threads that make them.
+AHEAD, THREADS = 4, 2
 
 
 class Examples(Protocol):
@@ -296,14 +296,14 @@ def seeded_by(numbers: Sequence[int]) -> Iterator[None]:
 def _in_background(
     make: Callable[[int], Pair], numbers: Sequence[int], ahead: int
 ) -> Generator[Pair, None, None]:
-    """`make(number)` for each number in turn, of which a thread makes up to `ahead` before they are asked for.
+    """`make(number)` for each number in turn, up to `ahead` of them made by threads before they are asked for.
 
-    An error comes out where its batch would have; closing the iterator ends the thread.
+    An error comes out where its batch would have; closing the iterator ends the threads.
     """
     if ahead < 1 or len(numbers) < 2:
         yield from map(make, numbers)
         return
-    loader = ThreadPoolExecutor(1, thread_name_prefix="ane_trainer-batches")
+    loader = ThreadPoolExecutor(THREADS, thread_name_prefix="ane_trainer-batches")
     waiting: deque[Future[Pair]] = deque()
     try:
         for number in numbers:

@@ -159,15 +159,15 @@ def test_batches_are_made_ahead_while_a_step_runs_and_never_further():
     reader = iter(loading(examples, 3))
     next(reader)
     time.sleep(0.2)
-    assert examples.taken == [0, 1, 2, 3]
+    assert sorted(examples.taken) == [0, 1, 2, 3]
     assert len(list(reader)) == 9
 
 
-def test_a_pass_that_is_broken_off_ends_its_thread():
+def test_a_pass_that_is_broken_off_ends_its_threads():
     before = threading.active_count()
     reader = iter(loading(Slow(), 3))
     next(reader)
-    assert threading.active_count() == before + 1
+    assert before < threading.active_count() <= before + 2
     reader.close()
     assert threading.active_count() == before
 
