@@ -4,6 +4,9 @@ The selected rows stay where they are, in the full tensor beside the mask (`Sele
 on the other axes act on all, sums and means and losses count the selected, and `y[mask] = f(x[mask])` is a choice. Rows
 that are not selected hold 1 (integers 0), so that no function of them leaves the numbers.
 
+Masks that are known when compiling give rows of a known number; large ones go the same way, which costs nothing that
+grows with the square of their size, and become ordinary tensors (`whole`) where it leads no further.
+
     before: `loss[m].mean()`      after: `(where(m, loss, 1) * m).mean() / m.mean()`
 """
 
@@ -16,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.trace.torch_private import SideTable, version
+from ane_trainer.ane.capture.trace.torch_private import SideTable, pytree, version
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 Function = Callable[..., Any]
@@ -53,6 +56,8 @@ _LOSSES = frozenset(
     "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
 )
 _CLASSES = ("cross_entropy", "nll_loss")
+#: Known masks up to this many elements are taken by index.
+_SMALL = 512
 _FIX = "Keep the shape: torch.where, masked_fill, or a product with the mask."
 
 
@@ -61,6 +66,10 @@ class Selected:
 
     def __init__(self, values: torch.Tensor, mask: torch.Tensor, masks: Masks) -> None:
         self.values, self.mask, self.masks = values, mask, masks
+
+    def whole(self) -> torch.Tensor | None:
+        """The tensor that this stands for, if the mask is known."""
+        return torch.Tensor.__getitem__(self.values, self.mask) if self.masks.knows(self.mask) else None
 
     @classmethod
     def __torch_function__(
@@ -73,11 +82,17 @@ class Selected:
         if name in ("dtype", "device", "requires_grad", "is_cuda"):
             return getattr(self.values, name)
         if not callable(attribute):
-            raise _refusal(f"x[mask].{name}")
+            whole = self.whole()
+            if whole is None:
+                raise _refusal(f"x[mask].{name}")
+            return getattr(whole, name)
         return functools.partial(_method, attribute, self)
 
     def __len__(self) -> int:
-        raise _refusal("len(x[mask])")
+        whole = self.whole()
+        if whole is None:
+            raise _refusal("len(x[mask])")
+        return len(whole)
 
 
 def _operator(name: str) -> Function:
@@ -98,7 +113,7 @@ class Masks:
     """
 
     def __init__(self, knows: Callable[[torch.Tensor], bool]) -> None:
-        self._knows = knows
+        self.knows = knows
         self._numbers: SideTable[int] = SideTable()
         self._calls: dict[tuple[Any, ...], int] = {}
 
@@ -124,22 +139,21 @@ class Masks:
         return number, version(value)
 
     def same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Whether two masks are one, or were made by equal calls."""
-        return bool(a is b or self._key(a) == self._key(b))
+        """Whether two masks are one, were made by equal calls, or are known to be equal."""
+        if a is b or self._key(a) == self._key(b):
+            return True
+        return a.shape == b.shape and self.knows(a) and self.knows(b) and bool(torch.equal(a, b))
 
-    def is_computed(self, index: Any) -> bool:
-        """Whether an index is one boolean mask that the step computes."""
+    def takes(self, index: Any) -> bool:
+        """Whether an index is one boolean mask that the step computes, or a large one."""
         mask = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-        return (
-            isinstance(mask, torch.Tensor)
-            and mask.dtype == torch.bool
-            and mask.dim() > 0
-            and not self._knows(mask)
-        )
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or not mask.dim():
+            return False
+        return mask.numel() > _SMALL or not self.knows(mask)
 
     def masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
         """`torch.masked_select(x, mask)`"""
-        if self._knows(mask):
+        if self.knows(mask):
             return torch.masked_select(x, mask)
         shape = torch.broadcast_shapes(x.shape, mask.shape)  # type: ignore[no-untyped-call]
         return self.select(x.expand(shape), mask.expand(shape))
@@ -155,7 +169,11 @@ class Masks:
         """`x[mask] = value`"""
         mask = index[0] if isinstance(index, tuple) else index
         if not self.same(mask, value.mask):
-            raise _refusal("x[mask] = y[other mask]")
+            whole = value.whole()
+            if whole is None:
+                raise _refusal("x[mask] = y[other mask]")
+            torch.Tensor.__setitem__(x, mask, whole)
+            return
         x.copy_(torch.where(_spread(value), value.values.to(x.dtype), x))
 
 
@@ -174,12 +192,25 @@ def _method(attribute: Function, rows: Selected, *args: Any, **kwargs: Any) -> A
 
 
 def apply(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A torch function of selected rows: on the full tensors, or counting the selected.
+    """A torch function of selected rows: on the full tensors, counting the selected, or of the whole if it is known.
 
     Raises: UnsupportedModel for what would need their number.
     """
+    try:
+        return _apply(func, args, dict(kwargs))
+    except UnsupportedModel:
+        rows = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Selected)]
+        if not all(row.masks.knows(row.mask) for row in rows):
+            raise
+        args, kwargs = pytree.tree_map(lambda a: a.whole() if isinstance(a, Selected) else a, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _apply(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
     name = str(getattr(func, "__name__", func))
-    rows = next(a for a in [*args, *kwargs.values()] if isinstance(a, Selected))
+    rows = next((a for a in [*args, *kwargs.values()] if isinstance(a, Selected)), None)
+    if rows is None:  # in a list
+        raise _refusal(f"{name}([x[mask], ..])")
     inner = rows.values.dim() - rows.mask.dim()
     if name == "__getitem__":
         return _columns(rows, args[1])

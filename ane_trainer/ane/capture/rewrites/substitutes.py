@@ -76,7 +76,7 @@ class RewriteMode(TorchFunctionMode):
         ):
             with self:
                 return (selections.apply(func, args, kwargs),)
-        if func is torch.Tensor.__getitem__ and masks.is_computed(args[1]):
+        if func is torch.Tensor.__getitem__ and masks.takes(args[1]):
             return (masks.select(args[0], args[1]),)
         if func is torch.Tensor.__setitem__ and isinstance(args[2], Selected):
             masks.put(args[0], args[1], args[2])

@@ -153,3 +153,15 @@ def test_a_row_that_attends_to_nothing_gives_zero() -> None:
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert theirs.grad is not None
         assert float((mine - theirs + theirs.grad).detach().norm()) < 0.02 * float(theirs.grad.norm())
+
+
+def test_large_known_masks_compile_as_computed_ones_and_become_tensors_where_they_must() -> None:
+    mask = torch.rand(6, 3, 40, generator=torch.Generator().manual_seed(0)) > 0.5
+
+    def layer(h: Tensor) -> Tensor:
+        h = h.unsqueeze(-1) * torch.arange(1.0, 41.0)
+        h[mask] = h[mask] * 2
+        chosen = h[mask]
+        return h.sum(-1) + chosen.reshape(-1, 1)[:3, 0] * chosen.shape[0] / 100
+
+    follows(layer, F.mse_loss)
