@@ -44,6 +44,17 @@ def tensors_of(part: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
 
 
+def program_form(part: Any) -> Any:
+    """A structure with its tensors as a program takes them: dense, floats in single precision."""
+    return pytree.tree_map(lambda leaf: plain_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, part)
+
+
+def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in memory order without gaps: sparse ones made dense, floats of other precisions in single."""
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return dense.float() if dense.is_floating_point() else dense
+
+
 def _same(mine: Any, theirs: Any) -> bool:
     if mine is theirs:
         return True

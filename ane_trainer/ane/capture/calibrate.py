@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.batches import plain_tensor
 from ane_trainer.ane.capture.intermediates import gradients_and_flow
 from ane_trainer.ane.capture.losses import Loss, class_count
 from ane_trainer.ane.capture.ports import Parameter
@@ -74,7 +75,7 @@ def rehearse(
     trained = [values[p.name] for p in parameters if p.trained]
     mode = MaskMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
-        output = call_model(model, {**values, **copies(model)}, example[0])
+        output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
         classes = class_count(loss, output, example[1])
         value = call_loss(loss, output, example[1])
     if not trained or not value.requires_grad:
@@ -150,10 +151,14 @@ def module_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
             module.training = was_training
 
 
-def copies(model: torch.nn.Module) -> Tensors:
-    """Copies of all buffers, so that a forward in training mode changes nothing."""
+def copies(model: torch.nn.Module, *, with_sparse: bool = False) -> Tensors:
+    """Copies of all buffers, so that a forward in training mode changes nothing; sparse ones only `with_sparse`, dense.
+
+    A recorded forward gets those as state, since a program has no sparse tensors to make them of.
+    """
     buffers = dict(model.named_buffers()) | keras_state(model)
-    return {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    kept = {n: b for n, b in buffers.items() if with_sparse or b.layout is torch.strided}
+    return {name: plain_tensor(buffer.detach()).clone() for name, buffer in kept.items()}
 
 
 def _power_of_two(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.batches import Structure, tensors_of
+from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers, identifier, unique
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
@@ -18,6 +18,7 @@ from ane_trainer.ane.stages import Captured, Port
 
 def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
     """Trace `model.eval()(example)`; the model's training mode is put back afterwards."""
+    example = program_form(example)
     tensors = {**dict(model.named_parameters()), **float_buffers(model)}
     batch = batch_ports(example, "x")
     state = [Port(identifier(n), tuple(t.shape) or (1,), "state", n) for n, t in tensors.items()]

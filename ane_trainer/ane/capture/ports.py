@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.batches import plain_tensor
 from ane_trainer.ane.capture.gradients import ACCUMULATED, GradientOptions
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state
@@ -83,11 +84,12 @@ def units_by_group(
     return found
 
 
-def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def float_buffers(model: torch.nn.Module, *, dense: bool = True) -> dict[str, torch.Tensor]:
     """The model's floating-point buffers by dotted name (running statistics and tables).
 
     Those that are not saved with the model (`persistent=False`: tables made from its settings) are constants
-    of the program, so that what follows from them alone is computed beforehand in full precision.
+    of the program, so that what follows from them alone is computed beforehand in full precision. Sparse ones are
+    given `dense`, or as they are.
     """
     derived = {
         f"{path}.{name}" if path else name
@@ -95,7 +97,11 @@ def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name in non_persistent_buffers(module)
     }
     named = dict(model.named_buffers()) | keras_state(model)
-    return {n: buffer for n, buffer in named.items() if buffer.is_floating_point() and n not in derived}
+    return {
+        n: plain_tensor(b) if dense and b.layout is not torch.strided else b
+        for n, b in named.items()
+        if b.is_floating_point() and n not in derived
+    }
 
 
 def parameter_ports(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.batches import Structure, tensors_of
+from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
 from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, rehearse
 from ane_trainer.ane.capture.gradients import GradientOptions, accumulate, clip_norm, clip_values
@@ -117,7 +117,7 @@ def capture_training(
 
     Raises: UnsupportedModel for an optimizer that is to run on the engine and has no rule.
     """
-    options = options or CaptureOptions()
+    options, example = options or CaptureOptions(), (program_form(example[0]), program_form(example[1]))
     units = options.units or {}
     rule = rule_for(optimizer, options.gradients.on_host)
     found = find_parameters(model, optimizer)
@@ -292,7 +292,7 @@ def _differentiate(
     """(loss, scaled gradients by parameter, new buffers)."""
     values = {p.name: state[p.name].reshape(p.tensor.shape) for p in plan.parameters}
     trained = {p.name: values[p.name].detach().requires_grad_() for p in plan.parameters if p.trained}
-    shapes = {name: b.shape for name, b in float_buffers(plan.model).items()}
+    shapes = {name: b.shape for name, b in float_buffers(plan.model, dense=False).items()}
     buffers = {name: state[name].reshape(shapes[name]).clone() for name in plan.buffers}
     x, y = plan.structure.filled([named[p.name] for p in plan.batch])
     masks = [named[p.name] for p in plan.masks]

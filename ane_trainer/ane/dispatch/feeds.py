@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.capture.batches import Structure, tensors_of
+from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS
 from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
@@ -77,7 +77,7 @@ class Feeds:
         self._range = RANGES[precision]
         ports = {port.target: port for port in inputs if port.role == "batch"}
         self._parts = []
-        for part, name in zip(example, names, strict=True):
+        for part, name in zip(map(program_form, example), names, strict=True):
             wanted = batch_ports(part, name)
             slots = [
                 slot_of(p.target, tuple(t.shape), ports.get(p.target), mask=_is_mask(t))
@@ -106,7 +106,8 @@ class Feeds:
                     "a tensor, or compile another program for it.",
                     code="DATA105",
                 )
-            for slot, leaf in zip(slots, leaves, strict=True):
+            for slot, given in zip(slots, leaves, strict=True):
+                leaf = given if given.layout is torch.strided else given.to_dense()
                 if tuple(leaf.shape) != slot.shape:
                     raise _wrong_shape(slot, leaf)
                 if slot.high is not None:

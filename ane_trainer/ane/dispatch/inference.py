@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ane_trainer.ane.capture import capture_forward
-from ane_trainer.ane.capture.batches import Structure, tensors_of
+from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.capture.trace.torch_private import version
@@ -98,8 +98,13 @@ class InferenceProgram:
                 self._sent[port.name] = version(tensor)
 
 
+def _single(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters in single precision."""
+    return {name: p.detach().float() for name, p in model.named_parameters()}
+
+
 def _output_of(model: torch.nn.Module, example: Any) -> tuple[Structure, list[tuple[int, ...]]]:
     """Structure and shapes of the model's output, from one run in plain PyTorch."""
     with module_mode(model, training=False), torch.no_grad():
-        output = call_model(model, copies(model), example)
+        output = call_model(model, _single(model) | copies(model, with_sparse=True), program_form(example))
     return Structure.of(output), [tuple(leaf.shape) for leaf in tensors_of(output)]

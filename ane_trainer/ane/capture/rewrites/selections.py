@@ -69,7 +69,10 @@ class Selected:
 
     def whole(self) -> torch.Tensor | None:
         """The tensor that this stands for, if the mask is known."""
-        return torch.Tensor.__getitem__(self.values, self.mask) if self.masks.knows(self.mask) else None
+        if not self.masks.knows(self.mask):
+            return None
+        places = self.mask.reshape(-1).nonzero().reshape(-1)
+        return self.values.reshape(-1, *self.values.shape[self.mask.dim() :]).index_select(0, places)
 
     @classmethod
     def __torch_function__(
