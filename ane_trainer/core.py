@@ -284,14 +284,14 @@ def _data_options(config: TrainConfig, limit: int | None) -> DataOptions:
 
 def _settled(config: TrainConfig, description: DataDescription) -> TrainConfig:
     """The configuration with what the data decides written out, and paths that hold from any folder."""
-    file, colon, function = config.dataset.rpartition(":")
-    path = file if file.endswith(".py") else config.dataset
+    kind, _, path = config.dataset.rpartition("hf:")
+    path, colon, function = path.rpartition(":") if ".py:" in path else (path, "", "")
     here = Path(path).expanduser().resolve()
-    known = find_known(config.dataset) is not None
-    dataset = f"{here}{colon}{function}" if file.endswith(".py") else str(here)
+    is_path = find_known(config.dataset) is None and here.exists()
+    prefix = "hf:" if config.dataset.startswith("hf:") else kind
     return config.model_copy(
         update={
-            "dataset": dataset if not known and here.exists() else config.dataset,
+            "dataset": f"{prefix}{here}{colon}{function}" if is_path else config.dataset,
             "model": description.default_model if config.model == "auto" else config.model,
             "loss": description.default_loss if config.loss == "auto" else config.loss,
         }

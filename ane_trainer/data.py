@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ane_trainer.training.datasets.batches import Batches
@@ -20,10 +19,9 @@ __all__ = [
 
 
 def load_dataset(
-    name: Any, batch_size: int = 128, seed: int = 0, *, root: str | Path | None = None,
+    name: Any, batch_size: int = 128, seed: int = 0, *,
     limit: int | tuple[int | None, int | None] | None = None, shuffle: bool = True,
-    drop_last: bool | None = None, mean: float | None = None, std: float | None = None,
-    augment: Sequence[str] | str = (), **options: Any,
+    drop_last: bool | None = None, augment: Sequence[str] | str = (), **options: Any,
 ) -> tuple[Batches, Batches]:  # fmt: skip
     """Load data as (train, test), each an iterable of (x, y) batches; see `Batches`.
 
@@ -32,14 +30,14 @@ def load_dataset(
                 "file.py:function"; or arrays (x, y), a data frame, a torch dataset, or two or three of these.
     batch_size  examples a batch.
     seed        of the training order, the division and the changes of `augment` (>= 0).
-    root        the folder that holds, or is to hold, a known dataset's files (torchvision's layout); default:
-                the user's cache folder. Files are fetched once, checked at every load.
     limit       use at most so many examples of both parts, or (train, test) numbers.
     drop_last   leave out a last, smaller training batch; default: of known datasets only.
-    mean, std   of a known dataset's normalisation (byte / pixel_max - mean) / std; default: its own
-                (mnist 0.1307, 0.3081; fashion-mnist 0.2860, 0.3530; digits 0.3054, 0.3760).
     augment     changes of the training images: shift, flip, crop, rotate, erase, mixup, e.g. "flip,shift=2".
-    options     of `DataOptions`: target, task, val_split, test_split, size, channels, context, tokens.
+    options     of `DataOptions`: target, task, val_split, test_split, size, channels, context, tokens; and for
+                known datasets `root`, the folder that holds, or is to hold, the files (torchvision's layout;
+                default: the user's cache folder), and `mean`, `std` of the normalisation
+                (byte / pixel_max - mean) / std (mnist 0.1307, 0.3081; fashion-mnist 0.2860, 0.3530; digits
+                0.3054, 0.3760).
 
     The second part is the test part, or where the data has none, the part held out for validation. For all
     three, and what was found out, use `open_data`.
@@ -55,8 +53,7 @@ def load_dataset(
     splits = open_data(
         name,
         DataOptions(
-            batch_size, seed, limit=limits, root=root, shuffle=shuffle, drop_last=drop_last, mean=mean, std=std,
-            augment=changes, **options,
+            batch_size, seed, limit=limits, shuffle=shuffle, drop_last=drop_last, augment=changes, **options
         ),
     )  # fmt: skip
     return splits.train, splits.held_out

@@ -183,6 +183,8 @@ class ConsoleReporter(Reporter):
         self.phases.switch("save")
         self._rates.append(time.perf_counter() - self._began)
         accuracy = "" if record.val_accuracy is None else f"  accuracy {record.val_accuracy:.2%}"
+        if record.val_accuracy is None and record.val_loss is not None:
+            accuracy = f"  held out {record.val_loss:.4f}"
         line = f"{self._title()}  loss {record.train_loss:.4f}{accuracy}  {format_seconds(record.seconds)}"
         if self.verbose:
             rate = record.steps / record.seconds if record.seconds else 0.0

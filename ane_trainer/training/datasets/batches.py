@@ -106,12 +106,12 @@ class Batches:
     def __init__(
         self, examples: Examples, description: DataDescription, *, split: str = "train", batch_size: int = 128,
         seed: int = 0, shuffle: bool = False, drop_last: bool = False,
-        augment: Sequence[Augmentation] = (), ahead: int = AHEAD,
+        augment: Sequence[Augmentation] = (),
     ) -> None:  # fmt: skip
         self.examples, self.description, self.split = examples, description, split
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
         self.augmentations = tuple(augment)
-        self.ahead = 0 if examples.draws else ahead  # global generators are not for two threads
+        self.ahead = 0 if examples.draws else AHEAD  #: batches; global generators are not for two threads
         self.seconds_waited = 0.0  #: that consumers waited for batches, over all passes
         self._next_epoch = 0
         self._skip = 0  # batches of the next pass that were delivered before a resume

@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.training.datasets.idx import build_idx
-from ane_trainer.training.datasets.local import read_folders
+from ane_trainer.training.datasets.local import build_idx, read_folders
 from ane_trainer.training.datasets.table import DatasetInfo, IdxFile, SourceFailed
 from ane_trainer.utils import is_interactive
 

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError, MissingDependency
 from ane_trainer.training.datasets.carriers import restricted_load
-from ane_trainer.training.datasets.fetch import default_root, fetch_files
-from ane_trainer.training.datasets.idx import parse_idx
-from ane_trainer.training.datasets.mirrors import download, unreachable
+from ane_trainer.training.datasets.fetch import default_root, download, fetch_files, unreachable
+from ane_trainer.training.datasets.local import parse_idx
 from ane_trainer.training.datasets.table import DATASETS, Archive, DatasetInfo, SourceFailed
 from ane_trainer.utils import atomic_write, did_you_mean
 

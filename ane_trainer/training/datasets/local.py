@@ -1,4 +1,4 @@
-"""Copies of a dataset already on this machine: torchvision folders, Keras files, Debian's package."""
+"""Dataset files on this machine: the IDX format, and copies in torchvision's, Keras' and Debian's folders."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import gzip
 import hashlib
 import logging
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ane_trainer.training.datasets.idx import build_idx
 from ane_trainer.training.datasets.table import DatasetInfo, IdxFile, SourceFailed
 
 _log = logging.getLogger("ane_trainer.data")
@@ -107,3 +108,34 @@ def _keras_npz(path: Path, wanted: Sequence[IdxFile]) -> Iterator[tuple[IdxFile,
             yield file, raw
         else:
             _log.warning("%s: not the official content of %s; ignored", path, file.name)
+
+
+#: IDX: a big-endian header, then unsigned bytes, as MNIST has it.
+_UNSIGNED_BYTE = 0x08
+
+
+def parse_idx(raw: bytes) -> NDArray[np.uint8]:
+    """The array in an IDX file of unsigned bytes; ValueError if header and length do not agree."""
+    if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] != _UNSIGNED_BYTE:
+        raise ValueError(f"not an IDX file of unsigned bytes: starts with {raw[:4].hex()}")
+    header_bytes = 4 + 4 * raw[3]
+    if len(raw) < header_bytes:
+        raise ValueError(f"IDX header is cut off: needs {header_bytes} bytes, got {len(raw)}")
+    shape = struct.unpack(f">{raw[3]}I", raw[4:header_bytes])
+    values = np.frombuffer(raw, dtype=np.uint8, offset=header_bytes)
+    expected = 1
+    for size in shape:
+        expected *= size
+    if values.size != expected:
+        raise ValueError(
+            f"IDX data is cut off or too long: shape {shape} needs {expected} bytes, got {values.size}"
+        )
+    return values.reshape(shape)
+
+
+def build_idx(array: NDArray[np.uint8]) -> bytes:
+    """The IDX file holding an array of unsigned bytes; the inverse of `parse_idx`."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"IDX: needs uint8; got {array.dtype}")
+    header = struct.pack(f">HBB{array.ndim}I", 0, _UNSIGNED_BYTE, array.ndim, *array.shape)
+    return header + array.tobytes()

@@ -23,7 +23,9 @@ def batches(augment=(), ahead=4, count=40):
     random = np.random.default_rng(1)
     examples = ArrayExamples(random.integers(0, 256, (count, 3, 8, 8)).astype(np.uint8), np.arange(count) % 5)
     description = DataDescription("d", "image", "classify", (3, 8, 8), tuple("abcde"), (0.5,), (0.25,), 255.0)
-    return Batches(examples, description, batch_size=8, shuffle=True, seed=2, augment=augment, ahead=ahead)
+    made = Batches(examples, description, batch_size=8, shuffle=True, seed=2, augment=augment)
+    made.ahead = ahead
+    return made
 
 
 def test_shift_moves_pixels_exactly_and_fills_with_zero():
@@ -149,9 +151,9 @@ class Slow:
 
 
 def loading(examples, ahead):
-    return Batches(
-        examples, DataDescription("d", "array", "classify", (1,), ("a",)), batch_size=1, ahead=ahead
-    )
+    made = Batches(examples, DataDescription("d", "array", "classify", (1,), ("a",)), batch_size=1)
+    made.ahead = ahead
+    return made
 
 
 def test_batches_are_made_ahead_while_a_step_runs_and_never_further():

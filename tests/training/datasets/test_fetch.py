@@ -1,4 +1,4 @@
-"""Tests of ane_trainer/_data: caching, local copies, mirrors on a real server, and the final error."""
+"""Tests of ane_trainer/training/datasets/fetch.py: caching, local copies, a real server as mirror, the final error."""
 
 import gzip
 import hashlib
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from ane_trainer.ane.errors import DataError
-from ane_trainer.training.datasets import local, mirrors
+from ane_trainer.training.datasets import fetch, local
 from ane_trainer.training.datasets.fetch import Fetched, fetch_files, sources_for
-from ane_trainer.training.datasets.idx import build_idx, parse_idx
+from ane_trainer.training.datasets.local import build_idx, parse_idx
 from ane_trainer.training.datasets.table import FASHION_MNIST, MNIST, DatasetInfo, IdxFile, SourceFailed
 
 NAMES = [file.name for file in MNIST.files]
@@ -202,7 +202,7 @@ def test_when_nothing_works_every_source_is_listed_with_its_reason_and_the_recip
             fetch_files(tiny_info(closed, html.url), tmp_path)
     text = str(caught.value)
     assert (caught.value.code, caught.value.exit_code) == ("DATA110", 1)
-    assert time.monotonic() - started < mirrors.CONNECT_SECONDS + 5
+    assert time.monotonic() - started < fetch.CONNECT_SECONDS + 5
     assert f"{closed}: no connection" in text
     assert f"{html.url}: {NAMES[0]}.gz: wrong content" in text
     assert "copies of torchvision, Keras, Debian" in text
@@ -221,7 +221,7 @@ def test_a_silent_host_costs_only_the_time_limit():
             one.setblocking(False)
             one.connect_ex(server.getsockname())
         started = time.monotonic()
-        reasons = mirrors.unreachable([url, url + "b/"], seconds=0.5)
+        reasons = fetch.unreachable([url, url + "b/"], seconds=0.5)
         for one in waiting:
             one.close()
     assert time.monotonic() - started < 2
@@ -230,7 +230,7 @@ def test_a_silent_host_costs_only_the_time_limit():
 
 
 def test_a_reachable_host_is_not_reported(home, serve):
-    assert mirrors.unreachable([serve({}).url]) == {}
+    assert fetch.unreachable([serve({}).url]) == {}
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_says_so(home, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training.datasets import known
-from ane_trainer.training.datasets.idx import build_idx
+from ane_trainer.training.datasets.local import build_idx
 from ane_trainer.training.datasets.table import CIFAR_10, CIFAR_100, DATASETS, EMNIST, KMNIST, Archive
 
 RANDOM = np.random.default_rng(0)

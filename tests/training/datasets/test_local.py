@@ -1,11 +1,11 @@
-"""Tests of ane_trainer/training/datasets/idx.py."""
+"""Tests of ane_trainer/training/datasets/local.py: the IDX format."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
-from ane_trainer.training.datasets.idx import build_idx, parse_idx
+from ane_trainer.training.datasets.local import build_idx, parse_idx
 
 
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=4, max_side=5)))
