@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ane_trainer.ane.dispatch import TrainingStep as TrainingStep
     from ane_trainer.ane.dispatch import compile_forward as compile_forward
     from ane_trainer.ane.errors import AneTrainerError as AneTrainerError
+    from ane_trainer.ane.errors import NumericsWarning as NumericsWarning
     from ane_trainer.core import run_training as run_training
     from ane_trainer.data import load_dataset as load_dataset
     from ane_trainer.models import build_model as build_model
@@ -39,6 +40,7 @@ _PLACES = {
     "ConsoleReporter": "ane_trainer.training.report",
     "Epoch": "ane_trainer.training.results",
     "InferenceProgram": "ane_trainer.ane.dispatch",
+    "NumericsWarning": "ane_trainer.ane.errors",
     "Metrics": "ane_trainer.training.results",
     "Reporter": "ane_trainer.training.report",
     "Result": "ane_trainer.training.results",

@@ -116,6 +116,10 @@ class Interrupted(AneTrainerError):
     exit_code = 130
 
 
+class NumericsWarning(UserWarning):
+    """Numbers left the engine's range; the message names the module and what was done."""
+
+
 def error_json(error: AneTrainerError) -> dict[str, Any]:
     """An error as the JSON object that `--json` prints."""
     found = {"code": error.code, "message": error.args[0], "exit_code": error.exit_code}

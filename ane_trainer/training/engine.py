@@ -163,13 +163,14 @@ def step_facts(step: Step | None) -> dict[str, Any]:
     """The counters of a compiled step by their names in result.json; unknown ones before it is compiled."""
     if step is None:
         unknown = ("engine_flop_fraction", "host_bytes_per_step", "loss_scale")
-        return {"compiles": 0, "dispatches_per_step": 0, **dict.fromkeys(unknown)}
+        return {"compiles": 0, "dispatches_per_step": 0, "health": {}, **dict.fromkeys(unknown)}
     return {
         "compiles": step.compiles,
         "dispatches_per_step": step.dispatches_per_step,
         "engine_flop_fraction": step.engine_flop_fraction,
         "host_bytes_per_step": step.host_bytes_per_step,
         "loss_scale": step.loss_scale,
+        "health": step.health,
     }
 
 

@@ -292,6 +292,11 @@ def summary(
     phases = report.phases if isinstance(report, ConsoleReporter) else None
     lines = ["", _accuracy_line(result), *_time_lines(result, phases, verbose)]
     lines.append(f"ran on   {_where(result.placement, verbose)}")
+    if result.health:
+        counts = ", ".join(f"{module} {count}" for module, count in result.health.items())
+        lines.append(
+            f"skipped  {sum(result.health.values())} updates with gradients out of range, by module: {counts}"
+        )
     if folder is not None:
         lines += [
             f"saved    {folder}   (report.html shows it all)",

@@ -45,7 +45,8 @@ class Result:
     `steps` counts dispatched steps, skipped ones included; `seconds_total` is the wall time from loading the
     data to the last evaluation, `seconds_per_step` the mean of the loop without compiling. `placement` says
     where the step's ops ran and how that is known. `estimate` is the cost model's figure for one step on the
-    chip, `fp32_reference` the test accuracy of plain PyTorch. None always means "not known", never zero.
+    chip, `fp32_reference` the test accuracy of plain PyTorch, `health` counts by module the batches of which a gradient
+    left its range. None always means "not known", never zero.
     """
 
     dataset: str | None
@@ -72,6 +73,7 @@ class Result:
     placement: Mapping[str, Any] = field(default_factory=dict)
     estimate: Mapping[str, Any] | None = None
     energy_joules: float | None = None
+    health: Mapping[str, int] = field(default_factory=dict)
     history: tuple[Epoch, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 

@@ -30,7 +30,6 @@ Tensors = dict[str, torch.Tensor]
 #: Where calibration puts the largest scaled gradient, and the largest gradient in its parameter's unit.
 CALIBRATED_GRADIENT = 2048.0
 CALIBRATED_UNIT_PEAK = 16.0
-LARGEST_UNIT = 2.0**14
 #: Where the loss scale keeps gradients on their way: a quarter of fp16's range, since other batches have larger ones.
 FLOW_BOUND = 2.0**14
 #: The most that the loss scale is lowered for them: below, the accumulator's step of 2^-16 shows in the gradients.
@@ -41,13 +40,14 @@ LARGEST_CONCESSION = 64.0
 class Rehearsal:
     """What one plain PyTorch step on the example shows: dropout masks, the largest entry of each gradient.
 
-    `classes`: their number where the target holds class numbers.
+    `norm` is that of all gradients together; `classes`: their number where the target holds class numbers.
     """
 
     masks: tuple[Mask, ...]
     peaks: Mapping[str, float]
     flow: float = 0.0
     classes: int | None = None
+    norm: float = 0.0
 
     def loss_scale(self) -> float:
         """A power of two that brings the largest gradient near CALIBRATED_GRADIENT, and none out of fp16."""
@@ -59,9 +59,13 @@ class Rehearsal:
         """The loss scale up to which the gradients between the operations stay within FLOW_BOUND."""
         return _power_of_two(FLOW_BOUND, self.flow, SMALLEST_SCALE, LARGEST_SCALE, LARGEST_SCALE)
 
-    def unit(self, name: str) -> float:
-        """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK."""
-        return _power_of_two(CALIBRATED_UNIT_PEAK, self.peaks.get(name, 0.0), 1.0, LARGEST_UNIT)
+    def unit(self, name: str, bounds: tuple[float, float], least: float = 0.0) -> float:
+        """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK.
+
+        The gradient counts as `least` at least; one that is 0 in the example gets the unit of the largest.
+        """
+        peak = max(self.peaks.get(name, 0.0) or max(self.peaks.values()), least)
+        return _power_of_two(CALIBRATED_UNIT_PEAK, peak, *bounds)
 
 
 def rehearse(
@@ -83,7 +87,8 @@ def rehearse(
     gradients, flow = gradients_and_flow(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
     peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
-    return Rehearsal(tuple(mode.noted), peaks, flow, classes)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+    return Rehearsal(tuple(mode.noted), peaks, flow, classes, norm)
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:

@@ -18,6 +18,12 @@ from ane_trainer.ane.mil.program import MAX_FP16
 
 Tensors = dict[str, torch.Tensor]
 
+#: Port of the units of gradients, divided by UNIT_SCALE so that fp16 holds all of SMALLEST_UNIT ... LARGEST_UNIT.
+UNITS = "units"
+UNIT_SCALE = 2.0**9
+SMALLEST_UNIT, LARGEST_UNIT = 2.0**-15, 2.0**24
+#: Port of the largest magnitude of each gradient, in its unit, that an update takes.
+LIMITS = "gradient_limits"
 #: Suffix of the state that holds the sum of a parameter's gradients.
 ACCUMULATED = "accumulated"
 #: A sum of squares of numbers up to 1 stays below this by a static power of two.
@@ -53,11 +59,26 @@ class GradientOptions:
                 code="ANE104",
             )
 
-    def scalars(self, last: bool) -> dict[str, float]:
-        """Port name -> value; `last`: this batch completes an update."""
-        values = {"clip_norm": self.clip_norm, "clip_value": self.clip_value}
-        found = {name: float(value) for name, value in values.items() if value is not None}
-        return {**found, "last": float(last)} if self.accumulate > 1 else found
+
+def gradient_scalars(
+    options: GradientOptions, units: Sequence[float], shift: float, *, last: bool
+) -> dict[str, list[float]]:
+    """Port name -> values: the units of gradients, and what accumulation and clipping need of them.
+
+    units: of all trained parameters, in order. shift: a power of two that brings gradients back to the size that
+    their units give them after their norm was clipped. last: this batch completes an update.
+    """
+    found = {UNITS: [unit / UNIT_SCALE for unit in units]}
+    if options.accumulate > 1:
+        found["last"] = [float(last)]
+    if options.clip_value is not None:
+        found["clip_value"] = [min(options.clip_value * unit, MAX_FP16) for unit in units]
+    if options.clip_norm is not None:
+        common = min(units)
+        found["clip_norm"] = [min(options.clip_norm * common * shift, MAX_FP16)]
+        found["clip_shift"] = [shift]
+        found["clip_common"] = [common / unit for unit in units]
+    return found
 
 
 def accumulate(
@@ -76,29 +97,36 @@ def accumulate(
     return sums, {**new, SCALING + FITS: torch.maximum(fits, last)}, fits
 
 
-def clip_values(gradients: Tensors, units: Mapping[str, float], limit: torch.Tensor) -> Tensors:
-    """Every entry to within +-limit."""
-    bounds = {name: limit * units[name] for name in gradients}
-    return {n: torch.minimum(torch.maximum(g, -bounds[n]), bounds[n]) for n, g in gradients.items()}
+def clip_values(gradients: Tensors, bounds: torch.Tensor) -> Tensors:
+    """Every entry to within +-bound; `bounds`: one for each gradient, in its unit."""
+    each = {name: entry(bounds, i) for i, name in enumerate(gradients)}
+    return {n: torch.minimum(torch.maximum(g, -each[n]), each[n]) for n, g in gradients.items()}
 
 
-def clip_norm(gradients: Tensors, units: Mapping[str, float], limit: torch.Tensor) -> Tensors:
-    """All gradients times min(1, limit / norm of all together).
+def clip_norm(
+    gradients: Tensors, common: torch.Tensor, limit: torch.Tensor, shift: torch.Tensor
+) -> tuple[Tensors, torch.Tensor]:
+    """(all gradients times the factor, the factor): shift * min(1, limit / norm of all together), [1].
 
-    Squares are taken of gradients divided by the largest entry, and summed under static powers of two, so
-    that nothing overflows whatever the sizes: norm = peak/unit * root, root = sqrt(sum of squares of ratios).
+    `common` brings each gradient to the unit of the one with the largest entries; `limit` is in that unit, times
+    `shift`. Squares are taken of gradients divided by the largest entry, and summed under static powers of two,
+    so that nothing overflows whatever the sizes: norm = peak * root, root = sqrt(sum of squares of ratios).
     """
-    unit = min(units[name] for name in gradients)
-    common = {name: g * (unit / units[name]) if units[name] != unit else g for name, g in gradients.items()}
-    peak = _largest(list(common.values()))
+    alike = [g * entry(common, i) if len(gradients) > 1 else g for i, g in enumerate(gradients.values())]
+    peak = _largest(alike)
     power = _even_power(sum(g.numel() for g in gradients.values()))
-    squares = [_sum_of_squares(g / peak, power) for g in common.values()]
+    squares = [_sum_of_squares(g / peak, power) for g in alike]
     total = squares[0]
     for square in squares[1:]:
         total = total + square
     root = torch.sqrt(total) * 2.0 ** (power // 2)
-    factor = torch.clamp((limit / root) * (unit / peak), max=1.0)
-    return {name: g * factor for name, g in gradients.items()}
+    factor = torch.minimum((limit / peak) / root, shift)
+    return {name: g * factor for name, g in gradients.items()}, factor
+
+
+def entry(values: torch.Tensor, index: int) -> torch.Tensor:
+    """[1]: one entry of a vector."""
+    return values if values.shape[0] == 1 else values[index : index + 1]
 
 
 def _largest(gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,20 +13,19 @@ FITS = "accumulated_fits"
 #: A scaled gradient of this magnitude or more counts as an overflow (the accumulator's range ends here).
 OVERFLOW = 32768.0
 LARGEST_SCALE = 32768.0
-SMALLEST_SCALE = 1.0
+SMALLEST_SCALE = 2.0**-6
 #: Good steps before the scale doubles; the counter is fp16, exact to 2048.
 GROWTH_INTERVAL = 500
 
 
-def gradients_fit(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[1]: 1.0 if every scaled gradient is below OVERFLOW in magnitude, else 0.0."""
-    largest = None
-    for gradient in gradients:
-        peak = gradient.abs().amax().reshape(1)
-        largest = peak if largest is None else torch.maximum(largest, peak)
-    if largest is None:
-        return torch.ones(1)
-    return (largest < OVERFLOW).to(torch.float32)
+def gradient_peaks(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[number of gradients]: the largest magnitude of each."""
+    return torch.cat([gradient.abs().amax().reshape(1) for gradient in gradients])
+
+
+def all_below(values: torch.Tensor, limit: torch.Tensor | float) -> torch.Tensor:
+    """[1]: 1.0 if every value is below the limit, else 0.0."""
+    return (values.amax().reshape(1) < limit).to(torch.float32)
 
 
 def next_scale(

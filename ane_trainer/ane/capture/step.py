@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,19 @@ import torch
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
 from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, rehearse
-from ane_trainer.ane.capture.gradients import GradientOptions, accumulate, clip_norm, clip_values
+from ane_trainer.ane.capture.gradients import (
+    LARGEST_UNIT,
+    LIMITS,
+    SMALLEST_UNIT,
+    UNIT_SCALE,
+    UNITS,
+    GradientOptions,
+    accumulate,
+    clip_norm,
+    clip_values,
+    entry,
+    gradient_scalars,
+)
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.optimizers.rule import ROOT_FLOORS, Rule, Update, two_term_add
 from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values
@@ -30,7 +43,14 @@ from ane_trainer.ane.capture.ports import (
 from ane_trainer.ane.capture.randomness import MaskMode, draw
 from ane_trainer.ane.capture.range import keep_in_range, scale_rows
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
-from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SCALING, gradients_fit, next_scale
+from ane_trainer.ane.capture.scaling import (
+    LARGEST_SCALE,
+    OVERFLOW,
+    SCALING,
+    all_below,
+    gradient_peaks,
+    next_scale,
+)
 from ane_trainer.ane.capture.trace.sources import (
     Place,
     SourceMode,
@@ -46,8 +66,11 @@ Tensors = dict[str, torch.Tensor]
 
 #: Suffix of the targets of results that are gradients.
 GRADIENT = "gradient"
-#: Key of the largest loss scale among the units.
-CEILING = "step/largest_scale"
+#: Keys among the units: the largest loss scale, and the power of two after clipping.
+CEILING, SHIFT = "step/largest_scale", "step/clip_shift"
+#: Target of the result with the largest magnitude of each gradient in its unit, whether the scaled ones fit (1 or
+#: 0), and the factor of clipping their norm, times the shift.
+HEALTH = "health"
 
 
 @dataclass(frozen=True)
@@ -124,7 +147,7 @@ def capture_training(
     with forwarded(model) as final:
         rehearsal = rehearse(model, get_loss(loss), found, example)
     changes = find_changes(model, final)
-    parameters = tuple(_with_unit(p, rehearsal, units) for p in found)
+    parameters = tuple(_with_unit(p, rule, optimizer, rehearsal, units) for p in found)
     plan = _plan(model, loss, optimizer, example, parameters, rehearsal, changes, options)
     scale = rehearsal.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
     plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, rehearsal.ceiling())))
@@ -132,7 +155,10 @@ def capture_training(
     place = Place()
     function = _function(plan, place, outputs)
     graph = trace(function, _example_inputs(plan, example), decomposition_table(), place)
-    chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling}
+    shift = units.get(
+        SHIFT, _shift(options.gradients, rehearsal, largest_shift(rule, optimizer, parameters, {}))
+    )
+    chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling, SHIFT: shift}
     captured = finish(graph, plan.inputs, tuple(outputs))
     if options.precision == "fp16":
         batches = [example, *options.calibrate_on]
@@ -207,7 +233,11 @@ def _plan(
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
     units, floor = units_by_group(parameters, len(groups)), ROOT_FLOORS[options.precision]
     sizes = {name: len(v) for name, v in scalar_values(optimizer, rule, 1, units, floor).items()}
-    sizes |= dict.fromkeys((*gradients.scalars(last=True), *changes.scalars()), 1)
+    trained = [p.unit for p in parameters if p.trained]
+    if trained:
+        sizes |= {n: len(v) for n, v in gradient_scalars(gradients, trained, 1.0, last=True).items()}
+        sizes[LIMITS] = len(trained)
+    sizes |= dict.fromkeys(changes.scalars(), 1)
     scalars = [Port(identifier(name), (size,), "scalar", name) for name, size in sizes.items()]
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
     count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
@@ -219,12 +249,56 @@ def _plan(
     )  # fmt: skip
 
 
-def _with_unit(parameter: Parameter, rehearsal: Rehearsal, units: Mapping[str, float]) -> Parameter:
+def _with_unit(
+    parameter: Parameter,
+    rule: Rule,
+    optimizer: torch.optim.Optimizer,
+    rehearsal: Rehearsal,
+    units: Mapping[str, float],
+) -> Parameter:
     """The parameter with its gradient's unit; one that the loss does not reach counts as frozen."""
-    if not parameter.trained or parameter.name not in rehearsal.peaks:
+    if parameter.group is None or parameter.name not in rehearsal.peaks:
         return dataclasses.replace(parameter, group=None)
-    unit = rehearsal.unit(parameter.name)
+    group = plain(optimizer.param_groups[parameter.group])
+    unit = rehearsal.unit(parameter.name, unit_bounds(rule, group), least_gradient(parameter, rule, group))
     return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
+
+
+def unit_bounds(rule: Rule, group: Mapping[str, Any]) -> tuple[float, float]:
+    """The smallest and largest unit that ports and the rule's scalars allow."""
+    low, high = rule.unit_range(group)
+    decay = rule.unit_scalars(group, 1, 1.0, 0.0).get("weight_decay", 0.0)
+    low, high = max(low, SMALLEST_UNIT), min(high, LARGEST_UNIT, 2.0**15 / decay if decay else math.inf)
+    low = 2.0 ** math.ceil(math.log2(low))
+    return low, max(2.0 ** math.floor(math.log2(high)), low)
+
+
+def least_gradient(parameter: Parameter, rule: Rule, group: Mapping[str, Any]) -> float:
+    """The magnitude that coupled weight decay alone gives the parameter's gradient."""
+    decay = rule.unit_scalars(group, 1, 1.0, 0.0).get("weight_decay", 0.0)
+    if not decay or not parameter.tensor.numel():
+        return 0.0
+    return decay * float(parameter.tensor.detach().abs().amax())
+
+
+def _shift(options: GradientOptions, rehearsal: Rehearsal, largest: float) -> float:
+    """The power of two that undoes what clipping takes from the example's gradients."""
+    if options.clip_norm is None or not 0.0 < rehearsal.norm < math.inf:
+        return 1.0
+    factor = min(1.0, options.clip_norm / rehearsal.norm)
+    return min(2.0 ** -math.floor(math.log2(factor)), largest)
+
+
+def largest_shift(
+    rule: Rule, optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], units: Mapping[str, float]
+) -> float:
+    """The largest power of two after clipping with which all units stay within their bounds; 2^15 at most."""
+    found = 2.0**15
+    for p in parameters:
+        if p.group is not None:
+            _, high = unit_bounds(rule, plain(optimizer.param_groups[p.group]))
+            found = min(found, max(high, 1.0) / units.get(p.name, p.unit))
+    return max(found, 1.0)
 
 
 def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
@@ -261,11 +335,10 @@ def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
         state = {p.target: named[p.name] for p in plan.state}
         value, scaled, buffers = _differentiate(plan, place, named, state)
         place.text = "loss scaling"
-        ok = gradients_fit(list(scaled.values()))
         inverse = state[f"{SCALING}loss_scale_inverse"]
-        gradients, changes, fits = process_gradients(plan, place, named, state, scaled, ok)
-        new_state: Tensors = {**buffers, **changes}
-        gate = fits * named["last"] if plan.gradients.accumulate > 1 else fits
+        gradients, changes, checks = process_gradients(plan, place, named, state, scaled)
+        new_state: Tensors = {**_kept(plan, state, buffers, checks.batch), **changes}
+        gate = checks.fits * named["last"] if plan.gradients.accumulate > 1 else checks.fits
         gated = _gated_scalars(plan, named, gate)
         for p in plan.parameters:
             if p.name in scaled and not plan.gradients.on_host:
@@ -273,15 +346,18 @@ def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
                 new_state |= _update(plan, p, gradients[p.name], state, gated[p.name])
         place.text = "loss scaling"
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
-        following = next_scale(scale, inverse, good, ok, plan.ceiling)
+        following = next_scale(scale, inverse, good, checks.scaled, plan.ceiling)
         new_state |= {SCALING + n: v for n, v in zip(SCALING_STATE, following, strict=True)}
+        results = {"loss": value.reshape(1), "applied": checks.fits}
+        if checks.health is not None:
+            results[HEALTH] = checks.health
         changed = [p for p in plan.state if p.target in new_state]
-        outputs[:] = [Port(name, (1,), "result", name) for name in ("loss", "applied")]
+        outputs[:] = [Port(name, tuple(v.shape), "result", name) for name, v in results.items()]
         read = [p for p in plan.parameters if p.name in gradients] if plan.gradients.on_host else []
         outputs.extend(_gradient_port(p, gradients[p.name]) for p in read)
         outputs.extend(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in changed)
-        results = [value.reshape(1), fits, *(gradients[p.name] for p in read)]
-        return [*results, *(new_state[p.target].reshape(p.shape) for p in changed)]
+        found = [*results.values(), *(gradients[p.name] for p in read)]
+        return [*found, *(new_state[p.target].reshape(p.shape) for p in changed)]
 
     return run_step
 
@@ -334,23 +410,51 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, T
     return result
 
 
+@dataclass(frozen=True)
+class _Checks:
+    """[1] each, 1.0 or 0.0: whether the scaled gradients fit, all of the batch, all since the last update."""
+
+    scaled: torch.Tensor
+    batch: torch.Tensor
+    fits: torch.Tensor
+    health: torch.Tensor | None
+
+
 def process_gradients(
-    plan: _Plan, place: Place, named: Tensors, state: Tensors, scaled: Tensors, ok: torch.Tensor
-) -> tuple[Tensors, Tensors, torch.Tensor]:
+    plan: _Plan, place: Place, named: Tensors, state: Tensors, scaled: Tensors
+) -> tuple[Tensors, Tensors, _Checks]:
     """(gradients in their units, accumulated and clipped; new state; whether they fit)."""
-    inverse, options = state[f"{SCALING}loss_scale_inverse"], plan.gradients
-    units = {p.name: p.unit for p in plan.parameters if p.name in scaled}
-    gradients = {n: g.reshape(state[n].shape) * (inverse * units[n]) for n, g in scaled.items()}
+    if not scaled:
+        one = torch.ones(1)
+        return {}, {}, _Checks(one, one, one, None)
+    options = plan.gradients
+    peaks = gradient_peaks(list(scaled.values()))
+    ok = all_below(peaks, OVERFLOW)
+    factors = named[UNITS] * (state[f"{SCALING}loss_scale_inverse"] * UNIT_SCALE)
+    own = peaks * factors
+    batch = fits = ok * (own < named[LIMITS]).to(torch.float32).amin().reshape(1)
+    gradients = {n: g.reshape(state[n].shape) * entry(factors, i) for i, (n, g) in enumerate(scaled.items())}
+    health = [own, ok]
     changes: Tensors = {}
     if options.accumulate > 1:
         place.text = "gradient accumulation"
-        gradients, changes, ok = accumulate(gradients, state, options, ok, named["last"])
+        gradients, changes, fits = accumulate(gradients, state, options, batch, named["last"])
     place.text = "gradient clipping"
-    if options.clip_value is not None and gradients:
-        gradients = clip_values(gradients, units, named["clip_value"])
-    if options.clip_norm is not None and gradients:
-        gradients = clip_norm(gradients, units, named["clip_norm"])
-    return gradients, changes, ok
+    if options.clip_value is not None:
+        gradients = clip_values(gradients, named["clip_value"])
+    if options.clip_norm is not None:
+        ports = (named[name] for name in ("clip_common", "clip_norm", "clip_shift"))
+        gradients, factor = clip_norm(gradients, *ports)
+        health.append(factor.reshape(1))
+    return gradients, changes, _Checks(ok, batch, fits, torch.cat(health))
+
+
+def _kept(plan: _Plan, state: Tensors, buffers: Tensors, ok: torch.Tensor) -> Tensors:
+    """The new buffers, or the old ones where the batch did not fit."""
+    return {
+        name: torch.where(ok.reshape([1] * new.ndim) > 0, new, state[name].reshape(new.shape))
+        for name, new in buffers.items()
+    }
 
 
 def _gradient_port(p: Parameter, gradient: torch.Tensor) -> Port:

@@ -12,9 +12,10 @@ import torch
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
 from ane_trainer.ane.capture.calibrate import module_mode
+from ane_trainer.ane.capture.gradients import LIMITS
 from ane_trainer.ane.capture.optimizers.table import structure
 from ane_trainer.ane.capture.randomness import PREFIX
-from ane_trainer.ane.capture.step import GRADIENT, CaptureOptions
+from ane_trainer.ane.capture.step import GRADIENT, SHIFT, CaptureOptions
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
@@ -39,7 +40,8 @@ class LoadedStep:
     """A compiled step on its device, with what feeds it and what copies its state to and from PyTorch.
 
     `structure`: what of the optimizer's settings is compiled in. `scalars` and `draws` are the ports of the
-    host's numbers and random draws, `gradients` those of the gradients that a host optimizer reads.
+    host's numbers and random draws, `gradients` those of the gradients that a host optimizer reads, `limits` the
+    name of the one with the largest gradients that an update takes.
     """
 
     capture: StepCapture
@@ -51,6 +53,7 @@ class LoadedStep:
     scalars: tuple[Port, ...]
     draws: tuple[Port, ...]
     gradients: tuple[Port, ...]
+    limits: str
     dtype: type[np.float16] | type[np.float32]
 
     @property
@@ -77,6 +80,7 @@ def load_step(
     mirror = Mirror(
         session, inputs, subject.model, subject.optimizer, capture.rule, target.precision, capture.changes
     )
+    mirror.set_units({p.name: p.unit for p in capture.parameters if p.trained}, capture.units[SHIFT])
     mirror.set_scaling(capture.loss_scale)
     return LoadedStep(
         capture, compiled, session, Feeds(subject.example, ("x", "y"), inputs, target.precision), mirror,
@@ -84,6 +88,7 @@ def load_step(
         scalars=tuple(p for p in inputs if p.role == "scalar"),
         draws=tuple(p for p in inputs if p.target.startswith(PREFIX)),
         gradients=tuple(p for p in compiled.outputs if p.target.endswith(f"/{GRADIENT}")),
+        limits=next((p.name for p in inputs if p.target == LIMITS), ""),
         dtype=limits.numpy,
     )  # fmt: skip
 

@@ -6,6 +6,8 @@ number in torch's own units and layout, so that state dicts and checkpoints are 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.buffers import BufferChanges
+from ane_trainer.ane.capture.gradients import ACCUMULATED
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, Rule, Slot
 from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.scaling import FITS, SCALING
@@ -21,6 +24,9 @@ from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
 from ane_trainer.ane.stages import Port
+
+#: The largest magnitude of state after its unit moved up.
+_MOVED_PEAK = 2.0**13
 
 
 class Mirror:
@@ -106,6 +112,44 @@ class Mirror:
                 value = torch.zeros(slot.shape or parameter.tensor.shape) if value is None else value / bias
                 self._split(f"{parameter.name}/{slot.name}", value.float())
         return count
+
+    # Units
+
+    def set_units(self, units: Mapping[str, float], shift: float) -> None:
+        """The units that the state is kept in from here on, and the power of two after clipping; nothing is scaled."""
+        for name, unit in units.items():
+            for target, power, factor in self._in_units(name):
+                own = unit if target.endswith(f"/{ACCUMULATED}") else unit * shift
+                self._ports[target] = dataclasses.replace(self._ports[target], scale=factor * own**power)
+
+    def room(self, name: str) -> float:
+        """The largest power of two that a parameter's unit can grow by without its state leaving the precision."""
+        found = 2.0**24
+        for target, power, _ in self._in_units(name):
+            peak = float(np.abs(self._session.values(self._ports[target].name)).max(initial=0.0))
+            if peak > 0.0:
+                found = min(found, 2.0 ** (math.floor(math.log2(_MOVED_PEAK / peak)) // power))
+        return max(found, 1.0)
+
+    def move(self, name: str, before_clipping: float, after_clipping: float) -> None:
+        """Scale a parameter's state to a unit that changed by these factors (powers of two)."""
+        for target, power, _ in self._in_units(name):
+            factor = before_clipping if target.endswith(f"/{ACCUMULATED}") else after_clipping
+            port = self._ports[target]
+            if factor != 1.0:
+                self._write(port, self._session.values(port.name) * np.float32(factor**power))
+                self._ports[target] = dataclasses.replace(port, scale=port.scale * factor**power)
+
+    def _in_units(self, name: str) -> list[tuple[str, int, float]]:
+        """(target, power of the unit in it, factor besides) of a parameter's state that is kept in its unit."""
+        found = [(f"{name}/{ACCUMULATED}", 1, 1.0)]
+        for parameter, _, slots in self._slots():
+            if parameter.name == name:
+                for slot in slots:
+                    target = f"{name}/{slot.name}"
+                    found.append((target, slot.power, slot.factor))
+                    found.append((f"{target}/{RESIDUAL}", slot.power, slot.factor * slot.residual_scale))
+        return [(t, power, factor) for t, power, factor in found if t in self._ports and power]
 
     # Loss scaling
 

@@ -8,7 +8,9 @@ A step's state (`step/...` in a checkpoint), version 2:
     <parameter>/accumulated         the sum of gradients where batches are accumulated
     step/loss_scale, ...            loss scaling: the scale, its inverse, steps since it moved, whether all fitted
     unit/<parameter>                the power of two that the parameter's gradient is multiplied by
+    level/<parameter>               the recent largest magnitude of its gradient in that unit
     unit/step/largest_scale         the loss scale's ceiling
+    unit/step/clip_shift            the power of two after clipping, level/... the factor of clipping times it
     optimizer/<number>/<key>        the state of an optimizer that runs on the host; /number: a Python number
     optimizer/group/<number>/<key>  an integer that it counts in a parameter group
     pending                         batches since the last update, where they are accumulated
@@ -35,6 +37,7 @@ from ane_trainer.ane.capture.gradients import ACCUMULATED
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
 from ane_trainer.ane.capture.ports import SCALING_STATE
 from ane_trainer.ane.capture.scaling import FITS, SCALING
+from ane_trainer.ane.capture.step import SHIFT
 from ane_trainer.ane.errors import CheckpointError, UsageError
 from ane_trainer.ane.stages import Port
 
@@ -48,7 +51,7 @@ MODEL, STEP, CALLBACK = "model/", "step/", "callback/"
 #: Prefix in a step's state: the optimizer that runs on the host, by parameter number and key.
 OPTIMIZER = "optimizer/"
 
-_UNIT = "unit/"
+_UNIT, _LEVEL = "unit/", "level/"
 #: Names of the count of batches since the last update, and of the state of the generator of random draws.
 PENDING, GENERATOR = "pending", "mask_generator"
 #: Prefix in the state of the `cpu` device: gradients of batches since the last update.
@@ -64,6 +67,7 @@ class StepState:
 
     engine: Tensors
     units: Mapping[str, float]
+    levels: Mapping[str, float]
     steps: int
     applied_steps: int
     skipped_steps: int
@@ -75,6 +79,7 @@ class StepState:
         """As the flat dictionary that is stored."""
         found = dict(self.engine)
         found |= {_UNIT + name: torch.tensor(unit) for name, unit in self.units.items()}
+        found |= {_LEVEL + name: torch.tensor(level) for name, level in self.levels.items()}
         found |= {OPTIMIZER + name: value for name, value in self.host.items()}
         if self.pending is not None:
             found[PENDING] = torch.tensor(self.pending)
@@ -88,12 +93,13 @@ class StepState:
         faults = _faults_of_scalars(tensors)
         if faults:
             raise incomplete("state", faults)
-        special = (_UNIT, OPTIMIZER)
+        special = (_UNIT, _LEVEL, OPTIMIZER)
         names = (_COUNTERS, PENDING, GENERATOR)
         steps, applied, skipped = map(int, tensors[_COUNTERS])
         return cls(
             engine={k: v for k, v in tensors.items() if not k.startswith(special) and k not in names},
             units={name: float(unit) for name, unit in part(tensors, _UNIT).items()},
+            levels={name: float(level) for name, level in part(tensors, _LEVEL).items()},
             steps=steps,
             applied_steps=applied,
             skipped_steps=skipped,
@@ -122,7 +128,7 @@ class StepState:
             if name not in self.engine and (name in required or not name.startswith(SCALING))
         ]
         faults += [f"{name} belongs to no state of this step" for name in self.engine if name not in wanted]
-        faults += [f"{_UNIT}{name} is missing" for name in units if name not in self.units]
+        faults += [f"{_UNIT}{name} is missing" for name in units if name not in self.units and name != SHIFT]
         for name in wanted.keys() & self.engine.keys():
             faults += _faults_of_tensor(
                 name, self.engine[name], wanted[name], infinite=self._may_be_infinite(name)

@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss
 from ane_trainer.ane.capture.gradients import GradientOptions
-from ane_trainer.ane.capture.optimizers.rule import ROOT_FLOORS
-from ane_trainer.ane.capture.optimizers.table import check_structure, missing_rule, scalar_values
-from ane_trainer.ane.capture.ports import units_by_group
+from ane_trainer.ane.capture.optimizers.table import check_structure, missing_rule
 from ane_trainer.ane.capture.randomness import draw
-from ane_trainer.ane.capture.step import GRADIENT
+from ane_trainer.ane.capture.step import CEILING, GRADIENT, HEALTH
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.chips.counting import flops
@@ -25,6 +23,7 @@ from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.state import StepState
+from ane_trainer.ane.dispatch.units import GradientUnits
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.stages import Compiled
 
@@ -89,6 +88,7 @@ class TrainingStep:
         self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
+        self._units = GradientUnits.of(loaded.capture, subject.optimizer, target.precision)
         self.load()
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
@@ -101,13 +101,16 @@ class TrainingStep:
         check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
         if mirror.changed():
             mirror.push_weights(changed_only=True)
-        results = self._loaded.session.run(self.feeds(x, y))
+        feeds = self.feeds(x, y)
+        results = self._loaded.session.run(feeds)
         self.steps += 1
         self._unsynced += 1
         mark_stepped(optimizer)
         self._pending = (self._pending + 1) % self.gradient_options.accumulate
         if self._pending == 0:
             self._count_update(bool(results["applied"][0]), results)
+        if HEALTH in results:
+            self._watch_units(results[HEALTH], feeds)
         if self.options.sync == "always":
             self._pull_weights()
         return torch.tensor(float(results["loss"][0]) / self._loaded.loss_unit)
@@ -119,34 +122,39 @@ class TrainingStep:
         self._stale_moments |= applied
         if self._host is not None and applied:
             self._pull_weights()
+            units = {f"{name}/{GRADIENT}": unit for name, unit in self._units.after_clipping().items()}
             self._host.update(
                 {
                     port.target.removesuffix(f"/{GRADIENT}"): torch.from_numpy(
-                        results[port.name].astype(np.float32) / np.float32(port.scale)
+                        results[port.name].astype(np.float32) / np.float32(units[port.target])
                     )
                     for port in self._loaded.gradients
                 }
             )
+
+    def _watch_units(self, health: NDArray[Any], feeds: Mapping[str, NDArray[Any]]) -> None:
+        """Move the units of gradients that left their band; the state that is kept in them moves along."""
+        mirror, limits = self._loaded.mirror, feeds[self._loaded.limits]
+        for move in self._units.observe(health.tolist(), limits.tolist(), self.steps, mirror.room):
+            mirror.move(move.name, move.before_clipping, move.after_clipping)
 
     def feeds(self, x: Any, y: Any, ahead: int = 0) -> dict[str, NDArray[Any]]:
         """What a step on this batch is fed, by port: batch, new random draws, the optimizer's scalars.
 
         The scalars are those of the next update, or of one that comes `ahead` steps after it.
         """
-        loaded, options = self._loaded, self.gradient_options
+        loaded = self._loaded
         feeds = loaded.feeds(x, y)
         feeds |= {p.name: draw(p.target, p.shape, self._draws).numpy() for p in loaded.draws}
-        sent = {**self.scalars(ahead), **options.scalars(last=self._pending + 1 == options.accumulate)}
-        sent |= loaded.capture.changes.host_values(self._subject.model, self._unsynced)
+        counts = loaded.capture.changes.host_values(self._subject.model, self._unsynced)
+        sent: dict[str, float | list[float]] = {**self.scalars(ahead), **counts}
         feeds |= {port.name: np.atleast_1d(np.asarray(sent[port.target])) for port in loaded.scalars}
         return {name: array.astype(loaded.dtype, copy=False) for name, array in feeds.items()}
 
     def scalars(self, ahead: int = 0) -> dict[str, list[float]]:
         """Port target -> values of the optimizer's scalars for the next update, or one `ahead` steps after it."""
-        optimizer, capture = self._subject.optimizer, self._loaded.capture
-        units = units_by_group(capture.parameters, len(optimizer.param_groups))
-        step, floor = self.applied_steps + 1 + ahead, ROOT_FLOORS[self.target.precision]
-        return scalar_values(optimizer, capture.rule, step, units, floor)
+        last = self._pending + 1 == self.gradient_options.accumulate
+        return self._units.scalars(self.applied_steps + 1 + ahead, self.gradient_options, last=last)
 
     def port_state(self) -> dict[str, NDArray[Any]]:
         """A copy of the device's state by port, in the program's precision and units."""
@@ -176,7 +184,8 @@ class TrainingStep:
             mirror.push_weights(changed_only=True)
         return StepState(
             engine=mirror.state(),
-            units=self._loaded.capture.units,
+            units={**self._loaded.capture.units, **self._units.named()},
+            levels=self._units.named_levels(),
             steps=self.steps,
             applied_steps=self.applied_steps,
             skipped_steps=self.skipped_steps,
@@ -186,17 +195,19 @@ class TrainingStep:
         ).to_tensors()
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from `state_dict`, bit for bit; a state in other units compiles the program anew.
+        """Continue from `state_dict`, bit for bit; one with another largest loss scale compiles anew.
 
         Raises: CheckpointError, before anything changed, for a state that is not whole or not of this step.
         """
         state = StepState.of(tensors)
         state.check(self.compiled.inputs, self._loaded.capture.units, on_host=self._host is not None)
-        if state.units != self._loaded.capture.units:
+        if state.units[CEILING] != self._loaded.capture.units[CEILING]:
             self._loaded.session.close()
             self._loaded = load_step(self._subject, self.target, self.options, state.units)
             self.compiles += 1
         mirror = self._loaded.mirror
+        self._units.restore(state.units, state.levels)
+        mirror.set_units(self._units.named(), self._units.shift)
         mirror.set_state(state.engine)
         self._pending = state.pending or 0
         if self._host is not None:
@@ -221,6 +232,15 @@ class TrainingStep:
     def classes(self) -> int | None:
         """The number of classes where the target holds class numbers, else None."""
         return self._loaded.capture.classes
+
+    @property
+    def health(self) -> dict[str, int]:
+        """By module, the batches in which the gradient of one of its parameters left its range: skipped updates."""
+        found: dict[str, int] = {}
+        for name, count in self._units.overflows.items():
+            module = name.rpartition(".")[0] or name
+            found[module] = found.get(module, 0) + count
+        return found
 
     @property
     def optimizer_on(self) -> str:

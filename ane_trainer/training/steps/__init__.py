@@ -46,6 +46,10 @@ class Step(Protocol):
     def skipped_steps(self) -> int:
         """Steps whose gradients overflowed: they changed nothing but the loss scale."""
 
+    @property
+    def health(self) -> dict[str, int]:
+        """By module, the batches in which a gradient left its range."""
+
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
         """Train on a batch; the loss, a float32 tensor of rank 0. DataError for values that cannot be used."""
 

@@ -110,6 +110,11 @@ class CpuStep:
         """No step is skipped."""
         return 0
 
+    @property
+    def health(self) -> dict[str, int]:
+        """Single precision holds all gradients."""
+        return {}
+
     def placement(self) -> dict[str, Any]:
         """Where the step runs."""
         return {"where": "CPU, plain PyTorch", "how": "this device has no other executor"}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture import StepCapture
-from ane_trainer.ane.capture.optimizers.table import scalar_values
-from ane_trainer.ane.capture.ports import units_by_group
+from ane_trainer.ane.capture.gradients import GradientOptions
+from ane_trainer.ane.dispatch.units import GradientUnits
 from ane_trainer.ane.stages import Captured
 
 
@@ -23,8 +23,8 @@ class FxStep:
         scale: float | None = None,
     ) -> None:
         self.captured: Captured = capture.captured
-        self.optimizer, self.count, self.rule = optimizer, 0, capture.rule
-        self.units = units_by_group(capture.parameters, len(optimizer.param_groups))
+        self.optimizer, self.count = optimizer, 0
+        self.units = GradientUnits.of(capture, optimizer, "fp32")
         scale = capture.loss_scale if scale is None else scale
         start = {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
         start["step/loss_scale"] = torch.full((1,), scale)
@@ -36,7 +36,7 @@ class FxStep:
         }
 
     def step(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-        scalars = scalar_values(self.optimizer, self.rule, self.count + 1, self.units, 0.0)
+        scalars = self.units.scalars(self.count + 1, GradientOptions(), last=True)
         inputs: list[Any] = []
         for port in self.captured.inputs:
             if port.role == "state":

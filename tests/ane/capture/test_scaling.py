@@ -7,14 +7,21 @@ import torch
 from torch import nn
 
 from ane_trainer.ane.capture import CaptureOptions, capture_training
-from ane_trainer.ane.capture.scaling import GROWTH_INTERVAL, OVERFLOW, gradients_fit, next_scale
+from ane_trainer.ane.capture.scaling import (
+    GROWTH_INTERVAL,
+    OVERFLOW,
+    SMALLEST_SCALE,
+    all_below,
+    gradient_peaks,
+    next_scale,
+)
 from tests.ane.capture.harness import FxStep
 
 
 @pytest.mark.parametrize(("largest", "fits"), [(OVERFLOW, 0.0), (OVERFLOW * (1 - 2**-11), 1.0), (0.0, 1.0)])
 def test_the_flag_is_about_the_largest_magnitude(largest: float, fits: float) -> None:
     gradients = [torch.zeros(3), torch.tensor([[1.0, -largest]])]
-    assert gradients_fit(gradients).tolist() == [fits]
+    assert all_below(gradient_peaks(gradients), OVERFLOW).tolist() == [fits]
 
 
 def scale_after(scale: float, good: float, ok: float) -> tuple[float, float, float]:
@@ -26,7 +33,7 @@ def test_scale_halves_grows_and_stays_within_bounds() -> None:
     assert scale_after(1024.0, 17.0, 0.0) == (512.0, 1 / 512, 0.0)
     assert scale_after(1024.0, 17.0, 1.0) == (1024.0, 1 / 1024, 18.0)
     assert scale_after(1024.0, GROWTH_INTERVAL - 1.0, 1.0) == (2048.0, 1 / 2048, 0.0)
-    assert scale_after(1.0, 3.0, 0.0) == (1.0, 1.0, 0.0)
+    assert scale_after(SMALLEST_SCALE, 3.0, 0.0) == (SMALLEST_SCALE, 1 / SMALLEST_SCALE, 0.0)
     assert scale_after(32768.0, GROWTH_INTERVAL - 1.0, 1.0) == (32768.0, 1 / 32768, 0.0)
 
 

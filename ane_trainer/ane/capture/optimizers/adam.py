@@ -32,6 +32,7 @@ from ane_trainer.ane.capture.optimizers.rule import (
     square_slot,
     step_rate,
     two_term_add,
+    units_for,
 )
 
 #: Ratios beyond this come from denominators that left fp16.
@@ -83,6 +84,10 @@ def _decay(group: Group) -> dict[str, float]:
 def _unit_scalars(group: Group, step: int, unit: float, floor: float) -> dict[str, float]:
     decay = {} if _decoupled(group) else decay_scalars(group, unit)
     return {"eps": root_epsilon(float(group["eps"]), unit, floor), **decay}
+
+
+def _unit_range(group: Group) -> tuple[float, float]:
+    return units_for(float(group["eps"]))
 
 
 def _compiled(group: Group) -> tuple[Any, ...]:
@@ -148,6 +153,7 @@ ADAM = Rule(
     slots=_adam_slots,
     scalars=_adam_scalars,
     unit_scalars=_unit_scalars,
+    unit_range=_unit_range,
     gated=_GATED | {"shrink"},
     compiled=lambda group: (*_compiled(group), group["amsgrad"]),
 )
@@ -203,6 +209,7 @@ LAMB = Rule(
     slots=lambda group, shape: (_FIRST, _SECOND),
     scalars=_lamb_scalars,
     unit_scalars=_lamb_unit_scalars,
+    unit_range=_unit_range,
     gated=_GATED,
     compiled=lambda group: (*_compiled(group), _corrected(group), group.get("largest_norm")),
 )
@@ -238,6 +245,7 @@ ADAMAX = Rule(
         "eps": max(float(group["eps"]) * unit, min(floor, LEAST)),
         **decay_scalars(group, unit),
     },
+    unit_range=_unit_range,
     gated=frozenset({"rate", "forget", "forget_peak", "admit"}),
     compiled=_compiled,
 )
@@ -288,6 +296,7 @@ NADAM = Rule(
     slots=lambda group, shape: (_FIRST, _SECOND),
     scalars=_nadam_scalars,
     unit_scalars=_unit_scalars,
+    unit_range=_unit_range,
     gated=_GATED,
     compiled=_compiled,
     counters=lambda group, step: {"step": float(step), "mu_product": _mu_product(group, step)},
@@ -333,6 +342,7 @@ RADAM = Rule(
         **_decay(group),
     },
     unit_scalars=_radam_unit_scalars,
+    unit_range=_unit_range,
     gated=_GATED | {"plain_rate"},
     compiled=_compiled,
 )

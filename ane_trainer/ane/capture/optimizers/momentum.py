@@ -47,6 +47,12 @@ def _sgd_scalars(group: Group, step: int) -> dict[str, float]:
     return {**scalars, "momentum": momentum} if group["nesterov"] else scalars
 
 
+def _sgd_units(group: Group) -> tuple[float, float]:
+    """Units whose rate is a normal fp16 number, with a margin."""
+    rate = abs(step_rate(group))
+    return rate * 2.0**-15, max(rate * 2.0**13, 1.0)
+
+
 SGD = Rule(
     update=_sgd,
     slots=lambda group, shape: (Slot("momentum_buffer", 1),) if group["momentum"] else (),
@@ -55,6 +61,7 @@ SGD = Rule(
         "rate": step_rate(group) / unit,
         **decay_scalars(group, unit),
     },
+    unit_range=_sgd_units,
     gated=frozenset({"rate", "forget", "admit"}),
     compiled=lambda group: (
         bool(group["momentum"]), bool(group["nesterov"]), bool(group["weight_decay"]), group["maximize"],

@@ -41,6 +41,8 @@ ROOT_FLOORS = {"fp16": 2.0**-14, "fp32": 0.0}
 #: Least denominator where the largest entry or the norm of a tensor is one: fp16's smallest number.
 LEAST = 2.0**-24
 _LARGEST_SUM = 2.0**15
+#: Momentum sums gradients, so they end well below fp16's range.
+_LARGEST_GRADIENT = 2.0**11
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Rule:
     counters      (group, step) -> torch's numbers in a parameter's state after `step` updates
     group_counters  step -> numbers that the optimizer keeps in its groups instead
     takes         whether the rule covers a group's settings
+    unit_range    (group) -> the smallest and largest unit that its scalars allow
     """
 
     update: Callable[[Update], tuple[Slots, torch.Tensor]]
@@ -102,6 +105,7 @@ class Rule:
     counters: Callable[[Group, int], dict[str, float]] = lambda group, step: {"step": float(step)}
     takes: Callable[[Group], bool] = lambda group: True
     group_counters: Callable[[int], Mapping[str, object]] = lambda step: {}
+    unit_range: Callable[[Group], tuple[float, float]] = lambda group: (0.0, math.inf)
 
 
 def adapted(
@@ -121,6 +125,7 @@ def adapted(
         counters=rule.counters,
         takes=lambda group: takes(group) and rule.takes(settings(group)),
         group_counters=group_counters,
+        unit_range=lambda group: rule.unit_range(settings(group)),
     )
 
 
@@ -193,6 +198,14 @@ def decay_scalars(group: Group, unit: float) -> dict[str, float]:
     return {"weight_decay": float(group["weight_decay"]) * unit} if group["weight_decay"] else {}
 
 
+def largest_gradient(scalars: Mapping[str, float], unit_scalars: Mapping[str, float]) -> float:
+    """The magnitude in units that an update takes: its square, the mean of squares and the step must stay in fp16."""
+    forget, rate = scalars.get("forget_sq", 0.0) / SQUARE_RESIDUAL_SCALE, abs(unit_scalars.get("rate", 0.0))
+    square = 45.0 / math.sqrt(forget) if forget else _LARGEST_GRADIENT
+    step = scalars.get("forget", 1.0) * 2.0**15 / rate if rate else _LARGEST_GRADIENT
+    return min(square, step, _LARGEST_GRADIENT)
+
+
 def root_epsilon(epsilon: float, unit: float, floor: float) -> float:
     """Epsilon beside a root of second moments, `floor` at least."""
     return max(epsilon * unit * ROOT_FACTOR, floor)
@@ -202,6 +215,11 @@ def split(rate: float) -> tuple[float, float]:
     """(rate / power, power): a rate that fp16 does not hold as two numbers that it does; `power` is one of two."""
     exponent = min(0, max(-24, math.frexp(rate)[1])) if rate else 0
     return rate * 2.0**-exponent, 2.0**exponent
+
+
+def units_for(epsilon: float) -> tuple[float, float]:
+    """Units with which `root_epsilon` stays within fp16, divided by the root of a bias as small as 1e-3 as well."""
+    return 0.0, 2.0**9 / epsilon if epsilon else math.inf
 
 
 def step_rate(group: Group) -> float:

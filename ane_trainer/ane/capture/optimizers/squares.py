@@ -29,6 +29,7 @@ from ane_trainer.ane.capture.optimizers.rule import (
     square_scalars,
     square_slot,
     step_rate,
+    units_for,
 )
 
 #: Ratios beyond this come from denominators that left fp16.
@@ -95,6 +96,7 @@ RMSPROP = Rule(
     update=_rmsprop,
     slots=_rmsprop_slots,
     scalars=_rmsprop_scalars,
+    unit_range=lambda group: units_for(float(group["eps"])),
     unit_scalars=lambda group, step, unit, floor: {
         "eps": root_epsilon(float(group["eps"]) / math.sqrt(_rms_bias(group, step)), unit, floor),
         **decay_scalars(group, unit),
@@ -126,6 +128,7 @@ ADAGRAD = Rule(
     update=_adagrad,
     slots=lambda group, shape: (square_slot("sum", lambda group, step: float(step)),),
     scalars=_adagrad_scalars,
+    unit_range=lambda group: units_for(float(group["eps"])),
     unit_scalars=lambda group, step, unit, floor: {
         "eps": root_epsilon(float(group["eps"]) / math.sqrt(step), unit, floor),
         **decay_scalars(group, unit),
@@ -180,6 +183,7 @@ ADADELTA = Rule(
     update=_adadelta,
     slots=_adadelta_slots,
     scalars=_adadelta_scalars,
+    unit_range=lambda group: (0.0, 16.0 / math.sqrt(float(group["eps"]) or 1e-18)),
     unit_scalars=lambda group, step, unit, floor: {
         "eps": max(float(group["eps"]) * unit**2 * SQUARE_FACTOR / _rho_bias(group, step), floor**2 / 16.0),
         **decay_scalars(group, unit),
@@ -229,10 +233,14 @@ def _adafactor_scalars(group: Group, step: int) -> dict[str, float]:
     return {**scalars, "decay": rate * decay * RESIDUAL_SCALE} if decay else scalars
 
 
+def _first_epsilon(group: Group) -> float:
+    given = group["eps"][0]
+    return torch.finfo(torch.float32).eps if given is None else float(given)
+
+
 def _adafactor_unit_scalars(group: Group, step: int, unit: float, floor: float) -> dict[str, float]:
     """The mean of rows is at least eps1, a root at least eps1."""
-    given = group["eps"][0]
-    epsilon = torch.finfo(torch.float32).eps if given is None else float(given)
+    epsilon = _first_epsilon(group)
     return {
         "eps": root_epsilon(epsilon, unit, floor),
         "mean_eps": root_epsilon(math.sqrt(epsilon), unit, floor),
@@ -244,6 +252,7 @@ ADAFACTOR = Rule(
     slots=_adafactor_slots,
     scalars=_adafactor_scalars,
     unit_scalars=_adafactor_unit_scalars,
+    unit_range=lambda group: units_for(math.sqrt(_first_epsilon(group)) / 32.0),
     gated=_GATED | {"decay"},
     compiled=_compiled,
 )

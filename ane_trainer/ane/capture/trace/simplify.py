@@ -35,6 +35,7 @@ def simplify(graph: Graph) -> None:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
     _share_repeated(graph)
+    _drop_needless_choices(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
@@ -165,6 +166,14 @@ def _share_repeated(graph: Graph) -> None:
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _drop_needless_choices(graph: Graph) -> None:
+    """`where(c, x, x)` -> `x`."""
+    for node in list(graph.nodes):
+        if node.target is aten.where.self and node.args[1] is node.args[2]:
+            node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
 
 

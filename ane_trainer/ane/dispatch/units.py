@@ -1,0 +1,203 @@
+"""The units of gradients while training: chosen from an example, watched after each step, moved by powers of two.
+
+A program takes each gradient times its unit, a power of two that the host feeds, and returns the largest magnitude of
+each in that unit. One beyond what the update takes makes the program skip the update; then, and when gradients have
+become small, the host moves the unit and scales the state that is kept in it. Nothing is compiled again.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ane_trainer.ane.capture import StepCapture
+from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK
+from ane_trainer.ane.capture.gradients import LIMITS, GradientOptions, gradient_scalars
+from ane_trainer.ane.capture.optimizers.rule import ROOT_FLOORS, Group, Rule, largest_gradient
+from ane_trainer.ane.capture.optimizers.table import plain, scalar_values
+from ane_trainer.ane.capture.ports import Parameter, units_by_group
+from ane_trainer.ane.capture.step import SHIFT, largest_shift, least_gradient, unit_bounds
+from ane_trainer.ane.errors import NumericsWarning
+
+#: Gradients above this in their unit move it down, those below _LOW for a while up.
+_HIGH, _LOW = 2.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
+#: What is left of the level after a step with smaller gradients: from 16 to 2 in 20 steps.
+_FADE = 0.9
+#: Units move up in one of so many steps: it takes reading the state.
+_UP_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Move:
+    """A parameter's state is to be scaled: the factor of its unit, and of the unit after clipping."""
+
+    name: str
+    before_clipping: float
+    after_clipping: float
+
+
+@dataclass
+class GradientUnits:
+    """The present units of the trained parameters, in order. `levels`: recent largest magnitudes in them.
+
+    `shift` is the power of two that follows clipping, `shift_level` the recent factor of clipping times it.
+    `overflows` counts by parameter the batches in which its gradient was the one that did not fit.
+    """
+
+    parameters: tuple[Parameter, ...]
+    rule: Rule
+    optimizer: torch.optim.Optimizer
+    precision: str
+    values: list[float]
+    shift: float = 1.0
+    levels: list[float] = field(default_factory=list)
+    shift_level: float = 1.0
+    overflows: dict[str, int] = field(default_factory=dict)
+    _warned: bool = False
+
+    @classmethod
+    def of(cls, capture: StepCapture, optimizer: torch.optim.Optimizer, precision: str) -> GradientUnits:
+        """Those that a capture chose."""
+        trained = tuple(p for p in capture.parameters if p.trained)
+        found = cls(trained, capture.rule, optimizer, precision, [p.unit for p in trained])
+        found.shift = capture.units.get(SHIFT, 1.0)
+        found.levels = [CALIBRATED_UNIT_PEAK] * len(trained)
+        return found
+
+    def named(self) -> dict[str, float]:
+        """The units by parameter, and the shift, as a state keeps them."""
+        return {p.name: value for p, value in zip(self.parameters, self.values, strict=True)} | {
+            SHIFT: self.shift
+        }
+
+    def after_clipping(self) -> dict[str, float]:
+        """The unit of each gradient as the optimizer gets it."""
+        return {p.name: value * self.shift for p, value in zip(self.parameters, self.values, strict=True)}
+
+    def named_levels(self) -> dict[str, float]:
+        """What decides about moves, as a state keeps it."""
+        return {p.name: v for p, v in zip(self.parameters, self.levels, strict=True)} | {
+            SHIFT: self.shift_level
+        }
+
+    def restore(self, units: Mapping[str, float], levels: Mapping[str, float]) -> None:
+        """Take over what `named` and `named_levels` gave; levels that are missing start anew."""
+        self.values = [units[p.name] for p in self.parameters]
+        self.levels = [levels.get(p.name, CALIBRATED_UNIT_PEAK) for p in self.parameters]
+        self.shift, self.shift_level = units.get(SHIFT, 1.0), levels.get(SHIFT, 1.0)
+
+    def scalars(self, step: int, options: GradientOptions, *, last: bool) -> dict[str, list[float]]:
+        """Port target -> values for update number `step`."""
+        groups = self.optimizer.param_groups
+        own = self.after_clipping()
+        units = units_by_group(self.parameters, len(groups), own)
+        floor = ROOT_FLOORS[self.precision]
+        found = scalar_values(self.optimizer, self.rule, step, units, floor)
+        if self.values:
+            found |= gradient_scalars(options, self.values, self.shift, last=last)
+            found[LIMITS] = self._limits(step, own)
+        return found
+
+    def _limits(self, step: int, units: Mapping[str, float]) -> list[float]:
+        """For each parameter the largest gradient that its update takes."""
+        shared: dict[int, dict[str, float]] = {}
+        limits = []
+        for p in self.parameters:
+            group = self._group(p)
+            if p.group not in shared:
+                shared[p.group or 0] = self.rule.scalars(group, step)
+            own = self.rule.unit_scalars(group, step, units[p.name], ROOT_FLOORS[self.precision])
+            limits.append(largest_gradient(shared[p.group or 0], own))
+        return limits
+
+    def _group(self, parameter: Parameter) -> Group:
+        return plain(self.optimizer.param_groups[parameter.group or 0])
+
+    def observe(
+        self, health: Sequence[float], limits: Sequence[float], number: int, room: Callable[[str], float]
+    ) -> list[Move]:
+        """The moves that the health of step `number` asks for; the units are those after them.
+
+        limits: as they were fed. room: the factor that a parameter's state can be scaled by within fp16.
+        """
+        count = len(self.parameters)
+        if not health[count] > 0.0:  # the scaled gradients did not fit: the loss scale moves instead
+            ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]
+            self._count(max(range(count), key=lambda i: _size(ratios[i])))
+            return []
+        wanted = [1.0] * count
+        for i, (peak, limit) in enumerate(zip(health[:count], limits, strict=True)):
+            wanted[i] = self._wanted(i, float(peak), float(limit), number % _UP_EVERY == 0)
+        clipped = len(health) > count + 1
+        shift = self._wanted_shift(float(health[count + 1]), number % _UP_EVERY == 0) if clipped else 1.0
+        if shift > 1.0:
+            shift = min(shift, *(room(p.name) for p in self.parameters))
+        for i, p in enumerate(self.parameters):
+            if wanted[i] > 1.0:
+                wanted[i] = min(wanted[i], max(1.0, room(p.name) / max(shift, 1.0)))
+        return self._moved(wanted, shift)
+
+    def _wanted(self, index: int, peak: float, limit: float, up: bool) -> float:
+        """The factor that a unit is to change by."""
+        parameter = self.parameters[index]
+        if not peak < limit:
+            self._count(index)
+            self._warn(index, peak, limit)
+        if peak > 0.0:
+            self.levels[index] = max(peak, _FADE * self.levels[index]) if math.isfinite(peak) else 65504.0
+        level = self.levels[index]
+        if level <= _HIGH and peak < limit and (level >= _LOW or not up):
+            return 1.0
+        group, unit = self._group(parameter), self.values[index]
+        level = max(level, least_gradient(parameter, self.rule, group) * unit)
+        low, high = unit_bounds(self.rule, group)
+        target = unit * 2.0 ** math.floor(math.log2(CALIBRATED_UNIT_PEAK / level))
+        return min(max(target, low), high) / unit
+
+    def _count(self, index: int) -> None:
+        name = self.parameters[index].name
+        self.overflows[name] = self.overflows.get(name, 0) + 1
+
+    def _warn(self, index: int, peak: float, limit: float) -> None:
+        """Say it once: the first gradient beyond its unit, and what becomes of it."""
+        if self._warned:
+            return
+        self._warned = True
+        parameter, unit = self.parameters[index], self.values[index]
+        stuck = unit <= unit_bounds(self.rule, self._group(parameter))[0]
+        fix = "Lower the learning rate." if stuck else "Its power of two moves; training goes on."
+        warnings.warn(
+            f"{parameter.name}: needs a gradient below {limit / unit:.3g} for this update; got {peak / unit:.3g}. "
+            f"The update was skipped. {fix} Later ones are counted in `step.health`.",
+            NumericsWarning,
+            stacklevel=6,
+        )
+
+    def _wanted_shift(self, factor: float, up: bool) -> float:
+        self.shift_level = max(factor, _FADE * self.shift_level)
+        if self.shift_level <= 2.0 and (self.shift_level >= 0.125 or not up):
+            return 1.0
+        target = self.shift * 2.0 ** -math.floor(math.log2(self.shift_level))
+        own = dict(zip((p.name for p in self.parameters), self.values, strict=True))
+        largest = largest_shift(self.rule, self.optimizer, self.parameters, own)
+        return max(1.0, min(target, largest)) / self.shift
+
+    def _moved(self, wanted: Sequence[float], shift: float) -> list[Move]:
+        self.shift *= shift
+        self.shift_level *= shift
+        moves = []
+        for i, factor in enumerate(wanted):
+            self.values[i] *= factor
+            self.levels[i] *= factor
+            if factor != 1.0 or shift != 1.0:
+                moves.append(Move(self.parameters[i].name, factor, factor * shift))
+        return moves
+
+
+def _size(value: float) -> float:
+    """The value; what is no number counts as the largest."""
+    return value if value == value else math.inf

@@ -1,0 +1,209 @@
+"""Gradients of any size under every optimizer: units chosen from the example, moved while training, counted."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ane_trainer as at
+from ane_trainer import compile_step
+from ane_trainer.ane.dispatch import TrainingStep
+from tests.ane.dispatch.test_gradients import batches, distance, mlp
+from tests.ane.dispatch.test_optimizers import Lamb, Lion
+
+Make = Callable[[Any], torch.optim.Optimizer]
+optim = torch.optim
+
+#: Each with a gradient that it is right for: the steps of SGD, and RAdam's first, are as long as the gradient.
+OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "sgd": lambda p, size: optim.SGD(p, lr=0.1 / size, momentum=0.9),
+    "adam": lambda p, size: optim.Adam(p),
+    "adamw": lambda p, size: optim.AdamW(p),
+    "amsgrad": lambda p, size: optim.Adam(p, amsgrad=True),
+    "adamax": lambda p, size: optim.Adamax(p),
+    "nadam": lambda p, size: optim.NAdam(p),
+    "radam": lambda p, size: optim.RAdam(p, lr=1e-3 / size),
+    "rmsprop": lambda p, size: optim.RMSprop(p, lr=1e-3),
+    "rmsprop-all": lambda p, size: optim.RMSprop(p, lr=1e-3, centered=True, momentum=0.9),
+    "adagrad": lambda p, size: optim.Adagrad(p),
+    "adadelta": lambda p, size: optim.Adadelta(p),
+    "adafactor": lambda p, size: optim.Adafactor(p, eps=(2.0**-23, 1e-3)),
+    "lion": lambda p, size: Lion(p),
+    "lamb": lambda p, size: Lamb(p),
+}
+
+
+class Known(nn.Module):
+    """Gradients that are the batch: entries from the largest to 1e-4 of it, in both signs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(0.3 * torch.randn(6, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.w
+
+    @staticmethod
+    def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        signs = (torch.randint(0, 2, (count, 6, 8), generator=generator) * 2 - 1) * torch.logspace(0, -4, 8)
+        return [(x, torch.zeros(6, 8)) for x in signs]
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_are_fp32s_for_gradients_of_any_size(name: str, size: float) -> None:
+    """Exact arithmetic; each column of entries, 1 to 1e-4 of the largest, within 2 % of fp64's way, or
+    within 1e-7: what fp32 weights of this size round off.
+    """
+    if (name, size) in {("sgd", 1e-6), ("radam", 1e-6)}:
+        size = 1e-5  # the least of which the rates are numbers of fp16
+    root, model = size**0.5, Known()
+    twin, start, data = copy.deepcopy(model).double(), copy.deepcopy(model), Known.batches(3)
+    step = compile_step(
+        model,
+        lambda output, zero: ((output * root) * (1 + zero)).sum() * root,
+        OPTIMIZERS[name](model.parameters(), size),
+        data[0],
+        sync="lazy",
+    )
+    reference = OPTIMIZERS[name](twin.parameters(), size)
+    for x, y in data:
+        step(x, y)
+        reference.zero_grad()
+        (twin(x.double()) * size).sum().backward()
+        reference.step()
+    step.sync()
+    assert (step.optimizer_on, step.skipped_steps, step.compiles) == ("engine", 0, 1)
+    moved = twin.w.detach() - start.w.detach().double()
+    error = (model.w.detach().double() - twin.w.detach()).norm(dim=0) / moved.norm(dim=0).clamp(min=5e-6)
+    assert float(error.max()) < 0.02, error
+
+
+def sized(make: Make, sizes: Sequence[float], **options: Any) -> tuple[float, TrainingStep]:
+    """(distance to fp32, which leaves out the updates that were skipped; step): batch i's loss is times sizes[i]."""
+    model, labels = mlp(), torch.arange(16) % 5
+    twin, start = copy.deepcopy(model), copy.deepcopy(model)
+
+    def loss(output: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return (F.cross_entropy(output, labels, reduction="none") * size).mean()
+
+    data = [(x, torch.full((16,), size)) for (x, _), size in zip(batches(len(sizes)), sizes, strict=True)]
+    step = compile_step(
+        model, loss, make(model.parameters()), data[0], fidelity="fast", sync="lazy", **options
+    )
+    reference, count = make(twin.parameters()), options.get("accumulate", 1)
+    for number, (x, y) in enumerate(data):
+        skipped = step.skipped_steps
+        step(x, y)
+        if number % count == 0:
+            reference.zero_grad()
+        (loss(twin(x), y) / count).backward()
+        if number % count == count - 1 and step.skipped_steps == skipped:
+            if "clip_grad_norm" in options:
+                nn.utils.clip_grad_norm_(twin.parameters(), options["clip_grad_norm"])
+            reference.step()
+    step.sync()
+    return distance(model, twin, start), step
+
+
+GROWING = [1.0] * 5 + [100.0] * 5 + [1e4] * 6
+FALLING = [100.0] * 5 + [1.0] * 40 + [0.01] * 40
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+@pytest.mark.parametrize("sizes", [GROWING, FALLING], ids=["growing", "falling"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adafactor"])
+def test_units_move_while_training(name: str, sizes: list[float]) -> None:
+    error, step = sized(lambda p: OPTIMIZERS[name](p, 1e4), sizes)
+    assert step.compiles == 1
+    assert error < 0.005
+    assert (step.skipped_steps > 0) is (sizes is GROWING)
+    assert sum(step.health.values()) >= step.skipped_steps
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+@pytest.mark.parametrize("limit", [1e-4, 1.0, 100.0])
+def test_clipping_to_any_norm(limit: float) -> None:
+    for make, sizes in (
+        (lambda p: optim.Adam(p), GROWING),
+        (lambda p: optim.SGD(p, lr=0.01 / limit), FALLING),
+    ):
+        error, step = sized(make, sizes, clip_grad_norm=limit)
+        assert step.compiles == 1
+        assert error < 0.01
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+def test_accumulated_gradients_move_with_their_units() -> None:
+    assert sized(lambda p: optim.Adam(p), FALLING, accumulate=5)[0] < 0.02
+    error, step = sized(lambda p: optim.Adam(p), [1.0] * 5 + [30.0] * 15, accumulate=5, clip_grad_norm=0.1)
+    assert error < 0.01
+    assert step.applied_steps + step.skipped_steps == 4
+
+
+def test_the_first_gradient_out_of_range_is_named_once() -> None:
+    with pytest.warns(
+        at.NumericsWarning, match=r"^\d\.\w+: needs a gradient below .*update was skipped"
+    ) as caught:
+        _, step = sized(lambda p: optim.Adam(p), [1.0, 1.0, 8.0, 1.0, 60.0], loss_scale=1.0)
+    assert len([w for w in caught if w.category is at.NumericsWarning]) == 1
+    assert step.skipped_steps >= 1
+    assert set(step.health) <= {"0", "2"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", at.NumericsWarning)
+        _, quiet = sized(lambda p: optim.Adam(p), [1.0, 1.5, 2.0, 1.0])
+    assert (quiet.skipped_steps, quiet.health) == (0, {})
+
+
+def test_moved_units_are_part_of_the_state() -> None:
+    """Bit for bit after units moved down and up, in the middle of a move's wait."""
+    model, labels = mlp(), torch.arange(16) % 5
+    sizes = [1.0] * 4 + [1 / 64] * 40
+    data = [(x, torch.full((16,), size)) for (x, _), size in zip(batches(44), sizes, strict=True)]
+
+    def loss(output: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return (F.cross_entropy(output, labels, reduction="none") * size).mean()
+
+    def compiled(own: nn.Module, **options: Any) -> TrainingStep:
+        optimizer = optim.Adam(own.parameters())
+        return compile_step(own, loss, optimizer, data[0], fidelity="fast", sync="lazy", **options)
+
+    step = compiled(model)
+    for x, y in data[:27]:
+        step(x, y)
+    kept, first = step.state_dict(), step.port_state()
+    for x, y in data[27:]:
+        step(x, y)
+    assert step.state_dict()["unit/0.weight"] > kept["unit/0.weight"]
+    other = mlp()
+    again = compiled(other, state=kept)
+    assert again.compiles == 1
+    assert all((first[name] == value).all() for name, value in again.port_state().items())
+    for x, y in data[27:]:
+        again(x, y)
+    last = again.port_state()
+    assert all((value == last[name]).all() for name, value in step.port_state().items())
+
+
+def test_a_batch_that_does_not_fit_leaves_buffers_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    x, y = torch.randn(8, 4), torch.randn(8, 2)
+    step = compile_step(model, lambda o, t: F.mse_loss(o, t), optim.SGD(model.parameters(), lr=0.1), (x, y))
+    step(x, y)
+    before = {name: value.clone() for name, value in model.named_buffers() if value.is_floating_point()}
+    step(x, y * 30000)
+    assert step.skipped_steps == 1
+    for name, value in before.items():
+        assert torch.equal(value, dict(model.named_buffers())[name]), name
+    step(x, y)
+    assert step.applied_steps == 2
