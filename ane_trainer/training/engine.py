@@ -52,7 +52,7 @@ def compile_step(
 
     example     (x, y) as the loop yields them; their shapes are fixed from here on.
     loss        a name ("cross_entropy", "mse", ...) or a callable(output, target) -> scalar.
-    loss_scale  where dynamic loss scaling starts: a power of two from 1 to 32768, or "auto".
+    loss_scale  where dynamic loss scaling starts: a power of two from 1/64 to 32768, or "auto".
     sync        "always": the module's parameters follow after every call; "lazy": on `step.sync()`.
     seed        of the dropout masks.
     precision   "fp16", "fp32" where the device runs it, or "auto": the device's own choice.

@@ -29,7 +29,10 @@ Tensors = dict[str, torch.Tensor]
 
 #: Where calibration puts the largest scaled gradient, and the largest gradient in its parameter's unit.
 CALIBRATED_GRADIENT = 2048.0
-CALIBRATED_UNIT_PEAK = 16.0
+CALIBRATED_UNIT_PEAK = 8.0
+#: A gradient counts as this share of the largest at least: what is smaller in fp32 may be rounding in fp16, as that
+#: of a bias before batch norm. Units of gradients that are truly that small move in the first steps.
+LEAST_SHARE = 2.0**-10
 #: Where the loss scale keeps gradients on their way: a quarter of fp16's range, since other batches have larger ones.
 FLOW_BOUND = 2.0**14
 #: The most that the loss scale is lowered for them: below, the accumulator's step of 2^-16 shows in the gradients.
@@ -64,7 +67,8 @@ class Rehearsal:
 
         The gradient counts as `least` at least; one that is 0 in the example gets the unit of the largest.
         """
-        peak = max(self.peaks.get(name, 0.0) or max(self.peaks.values()), least)
+        largest = max(self.peaks.values())
+        peak = max(self.peaks.get(name, 0.0) or largest, least, LEAST_SHARE * largest)
         return _power_of_two(CALIBRATED_UNIT_PEAK, peak, *bounds)
 
 

@@ -27,7 +27,7 @@ from ane_trainer.ane.capture.gradients import (
     gradient_scalars,
 )
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
-from ane_trainer.ane.capture.optimizers.rule import ROOT_FLOORS, Rule, Update, two_term_add
+from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update, two_term_add
 from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values
 from ane_trainer.ane.capture.ports import (
     SCALING_STATE,
@@ -120,7 +120,7 @@ class _Plan:
     masks: tuple[Port, ...]
     scalars: tuple[Port, ...]
     gradients: GradientOptions
-    floor: float
+    least_root: float
     changes: BufferChanges
     ceiling: float = LARGEST_SCALE
 
@@ -231,8 +231,8 @@ def _plan(
     state += scaling_ports(gradients)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
     masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
-    units, floor = units_by_group(parameters, len(groups)), ROOT_FLOORS[options.precision]
-    sizes = {name: len(v) for name, v in scalar_values(optimizer, rule, 1, units, floor).items()}
+    units = units_by_group(parameters, len(groups))
+    sizes = {name: len(v) for name, v in scalar_values(optimizer, rule, 1, units).items()}
     trained = [p.unit for p in parameters if p.trained]
     if trained:
         sizes |= {n: len(v) for n, v in gradient_scalars(gradients, trained, 1.0, last=True).items()}
@@ -244,7 +244,7 @@ def _plan(
     return _Plan(
         model, get_loss(loss), loss_name(loss), optimizer, rule, parameters, tuple(buffers),
         Structure.of(example), tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]),
-        tuple(ports[count[1] : count[2]]), tuple(ports[: count[0]]), gradients, ROOT_FLOORS[options.precision],
+        tuple(ports[count[1] : count[2]]), tuple(ports[: count[0]]), gradients, LEAST_ROOTS[options.precision],
         changes,
     )  # fmt: skip
 
@@ -267,7 +267,7 @@ def _with_unit(
 def unit_bounds(rule: Rule, group: Mapping[str, Any]) -> tuple[float, float]:
     """The smallest and largest unit that ports and the rule's scalars allow."""
     low, high = rule.unit_range(group)
-    decay = rule.unit_scalars(group, 1, 1.0, 0.0).get("weight_decay", 0.0)
+    decay = rule.unit_scalars(group, 1, 1.0).get("weight_decay", 0.0)
     low, high = max(low, SMALLEST_UNIT), min(high, LARGEST_UNIT, 2.0**15 / decay if decay else math.inf)
     low = 2.0 ** math.ceil(math.log2(low))
     return low, max(2.0 ** math.floor(math.log2(high)), low)
@@ -275,7 +275,7 @@ def unit_bounds(rule: Rule, group: Mapping[str, Any]) -> tuple[float, float]:
 
 def least_gradient(parameter: Parameter, rule: Rule, group: Mapping[str, Any]) -> float:
     """The magnitude that coupled weight decay alone gives the parameter's gradient."""
-    decay = rule.unit_scalars(group, 1, 1.0, 0.0).get("weight_decay", 0.0)
+    decay = rule.unit_scalars(group, 1, 1.0).get("weight_decay", 0.0)
     if not decay or not parameter.tensor.numel():
         return 0.0
     return decay * float(parameter.tensor.detach().abs().amax())
@@ -401,7 +401,7 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, T
     result: dict[str, Tensors] = {name: {} for own in members for name in own}
     for number, (group, own) in enumerate(zip(groups, members, strict=True)):
         shared = plan.rule.scalars(plain(group), 1)
-        for name in (*shared, *plan.rule.unit_scalars(plain(group), 1, 1.0, 0.0)):
+        for name in (*shared, *plan.rule.unit_scalars(plain(group), 1, 1.0)):
             value = named[port_name(name, number, len(groups))]
             value = value * ok if name in plan.rule.gated else value
             for place, parameter in enumerate(own):
@@ -470,6 +470,6 @@ def _update(plan: _Plan, p: Parameter, g: torch.Tensor, state: Tensors, scalars:
     prefix = f"{p.name}/"
     slots = {t.removeprefix(prefix): v for t, v in state.items() if t.startswith(prefix)}
     hi, lo = state[p.name], slots.pop("residual")
-    new, delta = plan.rule.update(Update(hi, g, slots, scalars, group))
+    new, delta = plan.rule.update(Update(hi, g, slots, scalars, group, plan.least_root))
     new_hi, new_lo = two_term_add(hi, lo, delta)
     return {p.name: new_hi, f"{prefix}residual": new_lo, **{prefix + k: v for k, v in new.items()}}

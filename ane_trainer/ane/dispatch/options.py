@@ -108,7 +108,7 @@ class StepOptions:
 
     optimizer_on  "engine", "host" (fp32 in PyTorch), or "auto": the engine where it has a rule.
     fallback      "none": refuse what does not fit the chip; "cpu": run those parts on the CPU.
-    loss_scale    where dynamic loss scaling starts: a power of two from 1 to 32768, or "auto".
+    loss_scale    where dynamic loss scaling starts: a power of two from 1/64 to 32768, or "auto".
     sync          "always": the module's parameters follow after every step; "lazy": on `sync()`.
     seed          of the random draws (dropout).
 

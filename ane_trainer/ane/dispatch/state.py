@@ -51,6 +51,8 @@ MODEL, STEP, CALLBACK = "model/", "step/", "callback/"
 #: Prefix in a step's state: the optimizer that runs on the host, by parameter number and key.
 OPTIMIZER = "optimizer/"
 
+#: State that earlier versions, which kept no levels, kept without the correction for its bias.
+_CORRECTED = ("/square_avg", "/sum", "/acc_delta", "/max_exp_avg_sq", "/exp_inf")
 _UNIT, _LEVEL = "unit/", "level/"
 #: Names of the count of batches since the last update, and of the state of the generator of random draws.
 PENDING, GENERATOR = "pending", "mask_generator"
@@ -205,6 +207,14 @@ def _faults_of_scalars(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         raise CheckpointError(
             "state: needs an optimizer with a rule or on the host; got one that an earlier version followed on "
             "the engine. Take over its weights: read the checkpoint's `model/` tensors into the model, and train on.",
+            code="CKPT108",
+        )
+    uncorrected = [n for n in tensors if n.endswith(_CORRECTED) and not n.startswith(OPTIMIZER)]
+    if uncorrected and not part(tensors, _LEVEL):
+        raise CheckpointError(
+            f"state: needs means of squares corrected for their bias; got those of an earlier version "
+            f"({uncorrected[0]}). Take over its weights: read the checkpoint's `model/` tensors into the model, and "
+            "train on.",
             code="CKPT108",
         )
     faults = [f"{name} is missing" for name in (_COUNTERS, GENERATOR) if name not in tensors]

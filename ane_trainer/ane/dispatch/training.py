@@ -88,7 +88,7 @@ class TrainingStep:
         self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
-        self._units = GradientUnits.of(loaded.capture, subject.optimizer, target.precision)
+        self._units = GradientUnits.of(loaded.capture, subject.optimizer)
         self.load()
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:

@@ -17,18 +17,18 @@ import torch
 from ane_trainer.ane.capture import StepCapture
 from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK
 from ane_trainer.ane.capture.gradients import LIMITS, GradientOptions, gradient_scalars
-from ane_trainer.ane.capture.optimizers.rule import ROOT_FLOORS, Group, Rule, largest_gradient
+from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, scalar_values
 from ane_trainer.ane.capture.ports import Parameter, units_by_group
 from ane_trainer.ane.capture.step import SHIFT, largest_shift, least_gradient, unit_bounds
 from ane_trainer.ane.errors import NumericsWarning
 
 #: Gradients above this in their unit move it down, those below _LOW for a while up.
-_HIGH, _LOW = 2.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
-#: What is left of the level after a step with smaller gradients: from 16 to 2 in 20 steps.
+_HIGH, _LOW = 4.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
+#: What is left of the level after a step with smaller gradients: from 8 to 1 in 20 steps.
 _FADE = 0.9
-#: Units move up in one of so many steps: it takes reading the state.
-_UP_EVERY = 16
+#: Units move up after these steps and then every _UP_EVERY: it takes reading the state.
+_UP_FIRST, _UP_EVERY = (1, 2, 4, 8), 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class GradientUnits:
     parameters: tuple[Parameter, ...]
     rule: Rule
     optimizer: torch.optim.Optimizer
-    precision: str
     values: list[float]
     shift: float = 1.0
     levels: list[float] = field(default_factory=list)
@@ -60,12 +59,12 @@ class GradientUnits:
     _warned: bool = False
 
     @classmethod
-    def of(cls, capture: StepCapture, optimizer: torch.optim.Optimizer, precision: str) -> GradientUnits:
+    def of(cls, capture: StepCapture, optimizer: torch.optim.Optimizer) -> GradientUnits:
         """Those that a capture chose."""
         trained = tuple(p for p in capture.parameters if p.trained)
-        found = cls(trained, capture.rule, optimizer, precision, [p.unit for p in trained])
+        found = cls(trained, capture.rule, optimizer, [p.unit for p in trained])
         found.shift = capture.units.get(SHIFT, 1.0)
-        found.levels = [CALIBRATED_UNIT_PEAK] * len(trained)
+        found.levels = [0.0] * len(trained)
         return found
 
     def named(self) -> dict[str, float]:
@@ -87,7 +86,7 @@ class GradientUnits:
     def restore(self, units: Mapping[str, float], levels: Mapping[str, float]) -> None:
         """Take over what `named` and `named_levels` gave; levels that are missing start anew."""
         self.values = [units[p.name] for p in self.parameters]
-        self.levels = [levels.get(p.name, CALIBRATED_UNIT_PEAK) for p in self.parameters]
+        self.levels = [levels.get(p.name, 0.0) for p in self.parameters]
         self.shift, self.shift_level = units.get(SHIFT, 1.0), levels.get(SHIFT, 1.0)
 
     def scalars(self, step: int, options: GradientOptions, *, last: bool) -> dict[str, list[float]]:
@@ -95,8 +94,7 @@ class GradientUnits:
         groups = self.optimizer.param_groups
         own = self.after_clipping()
         units = units_by_group(self.parameters, len(groups), own)
-        floor = ROOT_FLOORS[self.precision]
-        found = scalar_values(self.optimizer, self.rule, step, units, floor)
+        found = scalar_values(self.optimizer, self.rule, step, units)
         if self.values:
             found |= gradient_scalars(options, self.values, self.shift, last=last)
             found[LIMITS] = self._limits(step, own)
@@ -110,7 +108,7 @@ class GradientUnits:
             group = self._group(p)
             if p.group not in shared:
                 shared[p.group or 0] = self.rule.scalars(group, step)
-            own = self.rule.unit_scalars(group, step, units[p.name], ROOT_FLOORS[self.precision])
+            own = self.rule.unit_scalars(group, step, units[p.name])
             limits.append(largest_gradient(shared[p.group or 0], own))
         return limits
 
@@ -129,11 +127,11 @@ class GradientUnits:
             ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]
             self._count(max(range(count), key=lambda i: _size(ratios[i])))
             return []
-        wanted = [1.0] * count
+        wanted, up = [1.0] * count, number in _UP_FIRST or number % _UP_EVERY == 0
         for i, (peak, limit) in enumerate(zip(health[:count], limits, strict=True)):
-            wanted[i] = self._wanted(i, float(peak), float(limit), number % _UP_EVERY == 0)
+            wanted[i] = self._wanted(i, float(peak), float(limit), up)
         clipped = len(health) > count + 1
-        shift = self._wanted_shift(float(health[count + 1]), number % _UP_EVERY == 0) if clipped else 1.0
+        shift = self._wanted_shift(float(health[count + 1]), up) if clipped else 1.0
         if shift > 1.0:
             shift = min(shift, *(room(p.name) for p in self.parameters))
         for i, p in enumerate(self.parameters):
@@ -150,6 +148,8 @@ class GradientUnits:
         if peak > 0.0:
             self.levels[index] = max(peak, _FADE * self.levels[index]) if math.isfinite(peak) else 65504.0
         level = self.levels[index]
+        if level == 0.0:  # no gradient so far
+            return 1.0
         if level <= _HIGH and peak < limit and (level >= _LOW or not up):
             return 1.0
         group, unit = self._group(parameter), self.values[index]

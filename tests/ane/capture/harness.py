@@ -24,7 +24,7 @@ class FxStep:
     ) -> None:
         self.captured: Captured = capture.captured
         self.optimizer, self.count = optimizer, 0
-        self.units = GradientUnits.of(capture, optimizer, "fp32")
+        self.units = GradientUnits.of(capture, optimizer)
         scale = capture.loss_scale if scale is None else scale
         start = {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
         start["step/loss_scale"] = torch.full((1,), scale)

@@ -225,7 +225,7 @@ def test_wrong_shapes_and_labels_are_refused() -> None:
         step((x, x), y)
 
 
-@pytest.mark.parametrize("scale", [0.5, 3, 65536, "dynamic"])
+@pytest.mark.parametrize("scale", [2.0**-7, 3, 65536, "dynamic"])
 def test_loss_scales_that_are_no_power_of_two_in_range_are_refused(scale: Any) -> None:
     model = mlp()
     with pytest.raises(UsageError, match="power of two"):
@@ -259,7 +259,9 @@ def test_facts_about_a_step() -> None:
     model = mlp()
     x, y = batch()
     with compile_step(model, "cross_entropy", sgd(model), (x, y), threads=1) as step:
-        assert step.host_bytes_per_step == 2 * (16 * 20 + 16 + 4 + 2)  # x, y, 4 rates; loss and the flag
+        assert step.host_bytes_per_step == 2 * (
+            16 * 20 + 16 + 3 * 4 + 2 + 5
+        )  # x, y; rates, units, limits; loss, flag; health
         assert "matmul" in step.text()
         assert step.program is step.compiled.program
         assert step.cost().latency_us > 0

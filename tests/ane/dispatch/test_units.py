@@ -154,7 +154,7 @@ def test_the_first_gradient_out_of_range_is_named_once() -> None:
     with pytest.warns(
         at.NumericsWarning, match=r"^\d\.\w+: needs a gradient below .*update was skipped"
     ) as caught:
-        _, step = sized(lambda p: optim.Adam(p), [1.0, 1.0, 8.0, 1.0, 60.0], loss_scale=1.0)
+        _, step = sized(lambda p: optim.Adam(p), [1.0, 60.0, 1.0, 1.0], loss_scale=1.0)
     assert len([w for w in caught if w.category is at.NumericsWarning]) == 1
     assert step.skipped_steps >= 1
     assert set(step.health) <= {"0", "2"}

@@ -25,6 +25,7 @@ from ane_trainer.ane.capture.optimizers.rule import (
     bounded,
     coupled_decay,
     decay_scalars,
+    denominator,
     root_epsilon,
     root_mean_square,
     split,
@@ -58,10 +59,10 @@ def _decoupled(group: Group) -> bool:
 
 
 def _moments(u: Update, new: Slots) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(g with decay, first moment, root of the second times ROOT_FACTOR); both moments also into `new`."""
+    """(g with decay, first moment, denominator); both moments also into `new`."""
     g = u.gradient if _decoupled(u.group) else coupled_decay(u)
     new["exp_avg"] = m = average(u.slots["exp_avg"], g, u.scalars["forget"])
-    return g, m, torch.sqrt(average_square(u, "exp_avg_sq", g, new))
+    return g, m, denominator(u, average_square(u, "exp_avg_sq", g, new))
 
 
 def _decayed(u: Update, delta: torch.Tensor) -> torch.Tensor:
@@ -81,9 +82,9 @@ def _decay(group: Group) -> dict[str, float]:
     return {"decay": float(group["lr"]) * float(group["weight_decay"]) * RESIDUAL_SCALE}
 
 
-def _unit_scalars(group: Group, step: int, unit: float, floor: float) -> dict[str, float]:
+def _unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
     decay = {} if _decoupled(group) else decay_scalars(group, unit)
-    return {"eps": root_epsilon(float(group["eps"]), unit, floor), **decay}
+    return {"eps": root_epsilon(float(group["eps"]), unit), **decay}
 
 
 def _unit_range(group: Group) -> tuple[float, float]:
@@ -102,11 +103,11 @@ _GATED = frozenset({"rate", "forget", "forget_sq", "admit_sq", "decay"})
 def _adam(u: Update) -> tuple[Slots, torch.Tensor]:
     """m += forget*(g-m); v += forget_sq*(g^2-v) in two terms; step = rate * m/(sqrt(v)+eps)."""
     new: Slots = {}
-    _, m, root = _moments(u, new)
+    _, m, below = _moments(u, new)
     if u.group["amsgrad"]:
-        root = torch.sqrt(_largest_square(u, new))
+        below = denominator(u, _largest_square(u, new))
     bound = _ratio_bound(*map(float, u.group["betas"])) / ROOT_FACTOR
-    return new, _decayed(u, bounded(m / (root + u.scalars["eps"]), bound) * u.scalars["rate"])
+    return new, _decayed(u, bounded(m / below, bound) * u.scalars["rate"])
 
 
 def _largest_square(u: Update, new: Slots) -> torch.Tensor:
@@ -165,8 +166,8 @@ def _lamb(u: Update) -> tuple[Slots, torch.Tensor]:
     """direction = m/(sqrt(v)+eps) + weight_decay*w; step = rate * |w|/|direction| * direction."""
     new: Slots = {}
     m = new["exp_avg"] = average(u.slots["exp_avg"], u.gradient, u.scalars["forget"])
-    root = torch.sqrt(average_square(u, "exp_avg_sq", u.gradient, new))
-    ratio = bounded(m / (root + u.scalars["eps"]), _RATIO_BOUND / ROOT_FACTOR)
+    below = denominator(u, average_square(u, "exp_avg_sq", u.gradient, new))
+    ratio = bounded(m / below, _RATIO_BOUND / ROOT_FACTOR)
     direction = ratio * u.scalars["correction"]
     if u.group["weight_decay"] and not _decoupled(u.group):
         direction = direction + u.weight * u.scalars["weight_decay"]
@@ -199,9 +200,9 @@ def _lamb_scalars(group: Group, step: int) -> dict[str, float]:
     return scalars
 
 
-def _lamb_unit_scalars(group: Group, step: int, unit: float, floor: float) -> dict[str, float]:
+def _lamb_unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
     epsilon = float(group["eps"]) / (1.0 if _corrected(group) else math.sqrt(_bias_sq(group, step)))
-    return {"eps": root_epsilon(epsilon, unit, floor)}
+    return {"eps": root_epsilon(epsilon, unit)}
 
 
 LAMB = Rule(
@@ -241,8 +242,8 @@ ADAMAX = Rule(
         "forget": _averages(group, step)["forget"],
         "forget_peak": (1.0 - float(group["betas"][1])) * _PEAK_SCALE,
     },
-    unit_scalars=lambda group, step, unit, floor: {
-        "eps": max(float(group["eps"]) * unit, min(floor, LEAST)),
+    unit_scalars=lambda group, step, unit: {
+        "eps": max(float(group["eps"]) * unit, LEAST),
         **decay_scalars(group, unit),
     },
     unit_range=_unit_range,
@@ -285,8 +286,8 @@ def _nadam_scalars(group: Group, step: int) -> dict[str, float]:
 def _nadam(u: Update) -> tuple[Slots, torch.Tensor]:
     """step = rate * (gradient_share*g + moment_share*m) / (sqrt(v)+eps)."""
     new: Slots = {}
-    g, m, root = _moments(u, new)
-    ratio = (g * u.scalars["gradient_share"] + m * u.scalars["moment_share"]) / (root + u.scalars["eps"])
+    g, m, below = _moments(u, new)
+    ratio = (g * u.scalars["gradient_share"] + m * u.scalars["moment_share"]) / below
     bound = max(_RATIO_BOUND, math.ceil(2.0 / math.sqrt(1.0 - float(u.group["betas"][1])))) / ROOT_FACTOR
     return new, _decayed(u, bounded(ratio, bound) * u.scalars["rate"])
 
@@ -316,18 +317,18 @@ def _radam_rates(group: Group, step: int) -> tuple[float, float]:
     return step_rate(group) * share, 0.0
 
 
-def _radam_unit_scalars(group: Group, step: int, unit: float, floor: float) -> dict[str, float]:
-    scalars = _unit_scalars(group, step, unit, 0.0)
+def _radam_unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
+    scalars = _unit_scalars(group, step, unit)
     epsilon = scalars["eps"] / math.sqrt(_bias_sq(group, step))
     plain, power = split(_radam_rates(group, step)[1] / unit)
-    return {**scalars, "eps": max(epsilon, floor), "plain_rate": plain, "plain_power": power}
+    return {**scalars, "eps": epsilon, "plain_rate": plain, "plain_power": power}
 
 
 def _radam(u: Update) -> tuple[Slots, torch.Tensor]:
     """step = rate * m/(sqrt(v)+eps) + plain_rate * m; one of the rates is 0."""
     new: Slots = {}
-    _, m, root = _moments(u, new)
-    ratio = bounded(m / (root + u.scalars["eps"]), _RATIO_BOUND / ROOT_FACTOR)
+    _, m, below = _moments(u, new)
+    ratio = bounded(m / below, _RATIO_BOUND / ROOT_FACTOR)
     return new, _decayed(
         u, ratio * u.scalars["rate"] + (m * u.scalars["plain_rate"]) * u.scalars["plain_power"]
     )

@@ -57,7 +57,7 @@ SGD = Rule(
     update=_sgd,
     slots=lambda group, shape: (Slot("momentum_buffer", 1),) if group["momentum"] else (),
     scalars=_sgd_scalars,
-    unit_scalars=lambda group, step, unit, floor: {
+    unit_scalars=lambda group, step, unit: {
         "rate": step_rate(group) / unit,
         **decay_scalars(group, unit),
     },

@@ -35,9 +35,9 @@ ROOT_FACTOR = 4.0
 SQUARE_RESIDUAL_SCALE = 2.0
 #: Suffix of the slot that holds the residual of a two-term state.
 RESIDUAL = "residual"
-#: Least denominator under a first moment, by the program's precision: in fp16 the squares of anything smaller
-#: underflow; fp32 needs none, and with one Adam's losses leave PyTorch's by 3e-5.
-ROOT_FLOORS = {"fp16": 2.0**-14, "fp32": 0.0}
+#: Least denominator that is the root of second moments, by the program's precision: in fp16 the root of the smallest
+#: number, which stands for all that underflow; fp32 needs none.
+LEAST_ROOTS = {"fp16": 2.0**-12, "fp32": 0.0}
 #: Least denominator where the largest entry or the norm of a tensor is one: fp16's smallest number.
 LEAST = 2.0**-24
 _LARGEST_SUM = 2.0**15
@@ -71,13 +71,17 @@ def square_slot(
 
 @dataclass(frozen=True)
 class Update:
-    """One parameter at its update: weight (`hi`), gradient in its unit, state and scalars by name, settings."""
+    """One parameter at its update: weight (`hi`), gradient in its unit, state and scalars by name, settings.
+
+    `least`: the least root of second moments, of LEAST_ROOTS.
+    """
 
     weight: torch.Tensor
     gradient: torch.Tensor
     slots: Slots
     scalars: Slots
     group: Group
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Rule:
     update        Update -> (new slots, step of the weight times RESIDUAL_SCALE)
     slots         (group, shape of the parameter) -> its state tensors
     scalars       (group, step) -> the host's values for update number `step` (1 for the first)
-    unit_scalars  (group, step, unit, floor) -> values that depend on the parameter's unit; `floor` as in ROOT_FLOORS
+    unit_scalars  (group, step, unit) -> values that depend on the parameter's unit
     gated         scalars of either kind that are 0 on a skipped step
     compiled      settings that are compiled in; changing one asks for a new program
     counters      (group, step) -> torch's numbers in a parameter's state after `step` updates
@@ -101,7 +105,7 @@ class Rule:
     scalars: Callable[[Group, int], dict[str, float]]
     gated: frozenset[str]
     compiled: Callable[[Group], tuple[Any, ...]]
-    unit_scalars: Callable[[Group, int, float, float], dict[str, float]] = lambda group, step, unit, floor: {}
+    unit_scalars: Callable[[Group, int, float], dict[str, float]] = lambda group, step, unit: {}
     counters: Callable[[Group, int], dict[str, float]] = lambda group, step: {"step": float(step)}
     takes: Callable[[Group], bool] = lambda group: True
     group_counters: Callable[[int], Mapping[str, object]] = lambda step: {}
@@ -121,7 +125,7 @@ def adapted(
         scalars=lambda group, step: rule.scalars(settings(group), step),
         gated=rule.gated,
         compiled=lambda group: rule.compiled(settings(group)),
-        unit_scalars=lambda group, step, unit, floor: rule.unit_scalars(settings(group), step, unit, floor),
+        unit_scalars=lambda group, step, unit: rule.unit_scalars(settings(group), step, unit),
         counters=rule.counters,
         takes=lambda group: takes(group) and rule.takes(settings(group)),
         group_counters=group_counters,
@@ -161,6 +165,12 @@ def average_square(u: Update, name: str, root: torch.Tensor, new: Slots, ports: 
 def coupled_decay(u: Update) -> torch.Tensor:
     """gradient + weight_decay * weight in the gradient's unit; the port: see `decay_scalars`."""
     return u.gradient + u.weight * u.scalars["weight_decay"] if u.group["weight_decay"] else u.gradient
+
+
+def denominator(u: Update, squares: torch.Tensor) -> torch.Tensor:
+    """sqrt(squares) + eps, times ROOT_FACTOR; the port `eps`: see `root_epsilon`."""
+    found = torch.sqrt(squares) + u.scalars["eps"]
+    return torch.clamp(found, min=u.least) if u.least else found
 
 
 def bounded(ratio: torch.Tensor, bound: float) -> torch.Tensor:
@@ -206,9 +216,9 @@ def largest_gradient(scalars: Mapping[str, float], unit_scalars: Mapping[str, fl
     return min(square, step, _LARGEST_GRADIENT)
 
 
-def root_epsilon(epsilon: float, unit: float, floor: float) -> float:
-    """Epsilon beside a root of second moments, `floor` at least."""
-    return max(epsilon * unit * ROOT_FACTOR, floor)
+def root_epsilon(epsilon: float, unit: float) -> float:
+    """Epsilon beside a root of second moments."""
+    return epsilon * unit * ROOT_FACTOR
 
 
 def split(rate: float) -> tuple[float, float]:

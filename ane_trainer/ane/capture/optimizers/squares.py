@@ -24,6 +24,7 @@ from ane_trainer.ane.capture.optimizers.rule import (
     bounded,
     coupled_decay,
     decay_scalars,
+    denominator,
     root_epsilon,
     root_mean_square,
     square_scalars,
@@ -85,7 +86,7 @@ def _rmsprop(u: Update) -> tuple[Slots, torch.Tensor]:
         new["grad_avg"] = mean = average(u.slots["grad_avg"], g, s["forget"])
         rest = new[f"square_avg/{RESIDUAL}"] * (1.0 / SQUARE_RESIDUAL_SCALE)
         v = torch.clamp((v - mean * mean * s["bias"]) + rest, min=0.0)
-    ratio = bounded((g / (torch.sqrt(v) + s["eps"])) * s["size"], _RATIO_BOUND)
+    ratio = bounded((g / denominator(u, v)) * s["size"], _RATIO_BOUND)
     if u.group["momentum"]:
         buffer = u.slots["momentum_buffer"]
         new["momentum_buffer"] = ratio = buffer + (ratio * s["admit"] - buffer * s["forget_buffer"])
@@ -97,8 +98,8 @@ RMSPROP = Rule(
     slots=_rmsprop_slots,
     scalars=_rmsprop_scalars,
     unit_range=lambda group: units_for(float(group["eps"])),
-    unit_scalars=lambda group, step, unit, floor: {
-        "eps": root_epsilon(float(group["eps"]) / math.sqrt(_rms_bias(group, step)), unit, floor),
+    unit_scalars=lambda group, step, unit: {
+        "eps": root_epsilon(float(group["eps"]) / math.sqrt(_rms_bias(group, step)), unit),
         **decay_scalars(group, unit),
     },
     gated=_GATED | {"forget", "admit", "forget_buffer"},
@@ -114,8 +115,8 @@ def _adagrad(u: Update) -> tuple[Slots, torch.Tensor]:
     """mean += (g^2-mean)/t; step = rate * g/(sqrt(mean)+eps), rate and eps divided by sqrt(t)."""
     new: Slots = {}
     g = coupled_decay(u)
-    root = torch.sqrt(average_square(u, "sum", g, new))
-    return new, bounded(g / (root + u.scalars["eps"]), _RATIO_BOUND / ROOT_FACTOR) * u.scalars["rate"]
+    below = denominator(u, average_square(u, "sum", g, new))
+    return new, bounded(g / below, _RATIO_BOUND / ROOT_FACTOR) * u.scalars["rate"]
 
 
 def _adagrad_scalars(group: Group, step: int) -> dict[str, float]:
@@ -129,8 +130,8 @@ ADAGRAD = Rule(
     slots=lambda group, shape: (square_slot("sum", lambda group, step: float(step)),),
     scalars=_adagrad_scalars,
     unit_range=lambda group: units_for(float(group["eps"])),
-    unit_scalars=lambda group, step, unit, floor: {
-        "eps": root_epsilon(float(group["eps"]) / math.sqrt(step), unit, floor),
+    unit_scalars=lambda group, step, unit: {
+        "eps": root_epsilon(float(group["eps"]) / math.sqrt(step), unit),
         **decay_scalars(group, unit),
     },
     gated=_GATED,
@@ -149,7 +150,8 @@ def _adadelta(u: Update) -> tuple[Slots, torch.Tensor]:
     """d = sqrt(a+eps) * g/sqrt(v+eps); a += forget_sq*(d^2-a); step = rate * d."""
     new: Slots = {}
     s, g = u.scalars, coupled_decay(u)
-    below = torch.sqrt(average_square(u, "square_avg", g, new) + s["eps"])
+    v = average_square(u, "square_avg", g, new) + s["eps"]
+    below = torch.sqrt(torch.clamp(v, min=u.least**2) if u.least else v)
     above = torch.sqrt(u.slots["acc_delta"] + s["step_eps"])
     step = bounded(bounded(g / below, _RATIO_BOUND / ROOT_FACTOR) * above, _STEP_BOUND)
     average_square(u, "acc_delta", step, new, "step_")
@@ -184,8 +186,8 @@ ADADELTA = Rule(
     slots=_adadelta_slots,
     scalars=_adadelta_scalars,
     unit_range=lambda group: (0.0, 16.0 / math.sqrt(float(group["eps"]) or 1e-18)),
-    unit_scalars=lambda group, step, unit, floor: {
-        "eps": max(float(group["eps"]) * unit**2 * SQUARE_FACTOR / _rho_bias(group, step), floor**2 / 16.0),
+    unit_scalars=lambda group, step, unit: {
+        "eps": float(group["eps"]) * unit**2 * SQUARE_FACTOR / _rho_bias(group, step),
         **decay_scalars(group, unit),
     },
     gated=_GATED | {"step_forget_sq", "step_admit_sq"},
@@ -208,7 +210,9 @@ def _adafactor(u: Update) -> tuple[Slots, torch.Tensor]:
         )
         mean = torch.maximum(root_mean_square(rows, (g.ndim - 2,)), s["mean_eps"])
         root = rows * (columns / mean)
-    direction = bounded(g / torch.maximum(root, s["eps"]), _RATIO_BOUND / ROOT_FACTOR)
+    root = torch.maximum(root, s["eps"])
+    root = torch.clamp(root, min=u.least) if u.least else root
+    direction = bounded(g / root, _RATIO_BOUND / ROOT_FACTOR)
     length = torch.clamp(root_mean_square(direction) * s["inverse_d"], min=1.0)
     size = torch.maximum(root_mean_square(u.weight), s["least_weight"])
     delta = direction * ((size / length) * s["rate"]).reshape(1)
@@ -238,12 +242,12 @@ def _first_epsilon(group: Group) -> float:
     return torch.finfo(torch.float32).eps if given is None else float(given)
 
 
-def _adafactor_unit_scalars(group: Group, step: int, unit: float, floor: float) -> dict[str, float]:
+def _adafactor_unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
     """The mean of rows is at least eps1, a root at least eps1."""
     epsilon = _first_epsilon(group)
     return {
-        "eps": root_epsilon(epsilon, unit, floor),
-        "mean_eps": root_epsilon(math.sqrt(epsilon), unit, floor),
+        "eps": root_epsilon(epsilon, unit),
+        "mean_eps": root_epsilon(math.sqrt(epsilon), unit),
     }
 
 

@@ -169,7 +169,6 @@ def scalar_values(
     rule: Rule,
     step: int,
     units: Sequence[Sequence[float]],
-    floor: float,
 ) -> dict[str, list[float]]:
     """Port name -> values for update number `step` (1 for the first): one, or one for each parameter of the group.
 
@@ -181,7 +180,7 @@ def scalar_values(
     values: dict[str, list[float]] = {}
     for number, (group, own) in enumerate(zip(map(plain, groups), units, strict=True)):
         named = {name: [value] for name, value in rule.scalars(group, step).items()}
-        by_unit = {unit: rule.unit_scalars(group, step, unit, floor) for unit in set(own)}
+        by_unit = {unit: rule.unit_scalars(group, step, unit) for unit in set(own)}
         for name in by_unit[own[0]] if own else ():
             named[name] = [by_unit[unit][name] for unit in own]
         for name, found in named.items():

@@ -77,7 +77,7 @@ def _steps(
     rule: Rule, step: int, group: Group, weights: list[torch.Tensor], states: list[Slots]
 ) -> list[torch.Tensor]:
     """The change of each weight by the rule in units of 1; `states` are replaced."""
-    scalars = {**rule.scalars(group, step), **rule.unit_scalars(group, step, 1.0, 0.0)}
+    scalars = {**rule.scalars(group, step), **rule.unit_scalars(group, step, 1.0)}
     found = []
     for number, (weight, parameter) in enumerate(zip(weights, group["params"], strict=True)):
         shape = tuple(weight.shape) or (1,)

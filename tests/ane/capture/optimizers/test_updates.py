@@ -136,7 +136,7 @@ def test_moments_are_torch_moments_in_their_units() -> None:
 
 def rates(optimizer: torch.optim.Optimizer, step: int) -> list[float]:
     """Of SGD, for one parameter whose unit is 256."""
-    return scalar_values(optimizer, SGD, step, [[256.0]], 0.0)["rate"]
+    return scalar_values(optimizer, SGD, step, [[256.0]])["rate"]
 
 
 def test_schedulers_act_without_a_new_capture() -> None:
