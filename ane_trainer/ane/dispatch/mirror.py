@@ -122,6 +122,13 @@ class Mirror:
                 own = unit if target.endswith(f"/{ACCUMULATED}") else unit * shift
                 self._ports[target] = dataclasses.replace(self._ports[target], scale=factor * own**power)
 
+    def scaled(self, ports: Iterable[Port]) -> tuple[Port, ...]:
+        """The ports, those of the state with the scales that they have now."""
+        return tuple(
+            dataclasses.replace(port, scale=self._ports[port.target].scale) if port.role == "state" else port
+            for port in ports
+        )
+
     def room(self, name: str) -> float:
         """The largest power of two that a parameter's unit can grow by without its state leaving the precision."""
         found = 2.0**24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from types import TracebackType
@@ -220,8 +221,14 @@ class TrainingStep:
 
     @property
     def compiled(self) -> Compiled:
-        """The program with its ports."""
-        return self._loaded.compiled
+        """The program with its ports, whose scales are those of the present units."""
+        compiled = self._loaded.compiled
+        lowered = compiled.legalized.lowered
+        inputs, outputs = (self._loaded.mirror.scaled(ports) for ports in (lowered.inputs, lowered.outputs))
+        lowered = dataclasses.replace(lowered, inputs=inputs, outputs=outputs)
+        return dataclasses.replace(
+            compiled, legalized=dataclasses.replace(compiled.legalized, lowered=lowered)
+        )
 
     @property
     def program(self) -> Program:
