@@ -7,8 +7,8 @@ Rooms, each importing only from those above it:
     mac/        the Q15.16 multiply-accumulate unit (loops)
     registry, arrays    what a kernel is and depends on; literals, parameters, values at the border (loops)
     kernels/    what each op computes, with its evidence; how pointwise ops fuse (all above)
-    schedule, states, refusal, plan    the order of work, states as inputs, what a chip refuses; memory laid out, steps
-                bound and run
+    schedule, states, refusal, lifetimes, plan    the order of work, states as inputs, what a chip refuses; memory
+                laid out and handed on, steps bound and run
 
 It imports nothing of capture, compiler or `mil.semantics`: it must not share their mistakes.
 """

@@ -32,6 +32,7 @@ from ane_trainer.ane.simulator.kernels.integer import (
 )
 from ane_trainer.ane.simulator.kernels.movement import offset_on_last_axis, view_of
 from ane_trainer.ane.simulator.kernels.reduction import scaled_sum_into
+from ane_trainer.ane.simulator.lifetimes import Pool, last_uses
 from ane_trainer.ane.simulator.loops.compiled import copies
 from ane_trainer.ane.simulator.numbers.fp16 import Array, empty, round_half_away, zeros
 from ane_trainer.ane.simulator.registry import KERNELS, WRITES, EngineContext, Kernel
@@ -45,8 +46,9 @@ Step = Callable[[], None]
 class Plan:
     """A function bound to memory. `run` executes it; `write` and `read` reach resident inputs.
 
-    `step_ops` names the ops that each step works out (none for copies of state); views, and what depends on
-    no input, need no step.
+    `step_ops` names the ops that each step works out (none for copies of state); views, and what depends on no input,
+    need no step. `buffers` has every value; after a run only inputs, outputs and constants still hold theirs, the
+    others have shared the blocks `shared`.
     """
 
     function: Function
@@ -56,6 +58,7 @@ class Plan:
     resident: frozenset[str]
     results: tuple[Value, ...]
     step_ops: tuple[tuple[str, ...], ...] = ()
+    shared: tuple[Array, ...] = ()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Execute once. `feeds` gives every input that is not resident; returns the outputs that are not
@@ -121,6 +124,8 @@ class _Binder:
         self.lazy = lazy_values(function)
         self.unfolded: dict[str, unfolding.Unfolded] = {}  # windows, read where they lie
         self.last_read = self._last_reads()
+        hidden = {name: found.q.name for name, found in self.integer.items()}
+        self.pool = Pool(last_uses(function, self.entries, hidden), len(self.entries))
 
     def bind(self) -> Plan:
         for value in self.function.inputs:
@@ -132,6 +137,7 @@ class _Binder:
             else:
                 self._bind_single(entry)
             self._note_steps(tuple(op.name for op in entry.ops))
+            self.pool.release(index)
         self._keep_old_state()
         self._copy_state_back()
         self._note_steps(())
@@ -140,8 +146,9 @@ class _Binder:
         results = tuple(v for v in self.function.outputs if v.name not in aliased)
         resident = frozenset(self.next_input.values())
         return Plan(
-            self.function, self.context, self.buffers, self.steps, resident, results, tuple(self.step_ops)
-        )
+            self.function, self.context, self.buffers, self.steps, resident, results, tuple(self.step_ops),
+            tuple(self.pool.blocks()),
+        )  # fmt: skip
 
     def _note_steps(self, names: tuple[str, ...]) -> None:
         """The steps added since the last call work out the ops `names`."""
@@ -152,8 +159,7 @@ class _Binder:
         outputs = [op.result for op in entry.ops if self.last_read.get(op.result.name, -1) > index]
         for value in outputs:
             target = self._in_place_target(value, index, made)
-            buffer = self.buffers[target] if target else empty(value.type.shape, storage_dtype(value.type))
-            self.buffers[value.name] = buffer
+            self.buffers[value.name] = self.buffers[target] if target else self._memory(value)
             self.base[value.name] = target or value.name
         self.steps.append(self.compiler.add(entry.ops, outputs, self.array_of))
 
@@ -186,7 +192,7 @@ class _Binder:
                 return
         outputs = []
         for value in [v for op in entry.ops for v in op.results]:
-            outputs.append(zeros(value.type.shape, storage_dtype(value.type)))
+            outputs.append(self._memory(value, entry.constant))
             self.buffers[value.name], self.base[value.name] = outputs[-1], value.name
         step = self._unfolded_product(op, call, outputs)
         operands = [] if step is not None else self._operands(op)
@@ -202,6 +208,11 @@ class _Binder:
             step()
         else:
             self.steps.append(step)
+
+    def _memory(self, value: Value, constant: bool = False) -> Array:
+        """Memory for a result; a constant keeps its own."""
+        shape, dtype = value.type.shape, storage_dtype(value.type)
+        return empty(shape, dtype) if constant else self.pool.take(value.name, shape, dtype)
 
     def _unfold(self, op: Op, call: Call) -> bool:
         """Keep the result as a view with more axes, where it is concatenated slices of one value or a view of such."""
@@ -287,7 +298,7 @@ class _Binder:
     def _materialize(self, value: Value) -> None:
         """Bring windows into memory."""
         view = self.unfolded[value.name].view
-        room = empty(view.shape)
+        room = self.pool.take(value.name, view.shape, np.float32)
         self.buffers[value.name], self.base[value.name] = room.reshape(value.type.shape), value.name
         self.steps.append(copies([(room, view)], self.context.threads))
 

@@ -5,13 +5,14 @@ A result that can be a view of its operand's memory is one (`view_of`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
-from ane_trainer.ane.simulator.loops.compiled import Pass, Step, copies
+from ane_trainer.ane.simulator.loops.compiled import Pass, Step, copies, in_turn
 from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
@@ -135,13 +136,12 @@ def pad(ctx: EngineContext, call: Call, x: Array) -> Array:
 
 @writes("pad")
 def pad_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> Step:
-    """x copied to the middle; constant elements around it are written now, others copied from there axis by axis."""
+    """x copied to the middle; around it constant elements, or others copied from there, axis by axis."""
     out, amounts, mode = outputs[0], _amounts(call, x.ndim), call.text("mode")
     middle = [slice(b, b + n) for n, (b, _) in zip(x.shape, amounts, strict=True)]
     pairs = [(out[tuple(middle)], x)]
     if mode == "constant":
-        out[...] = _filling(call, x)
-        return copies(pairs, ctx.threads)
+        return in_turn(partial(_fill_border, out, middle, _filling(call, x)), copies(pairs, ctx.threads))
     for axis, ((before, after), extent) in enumerate(zip(amounts, x.shape, strict=True)):
         done = (*(slice(None),) * axis,)
         for place, source in _edges(mode, before, after, extent):
@@ -149,6 +149,14 @@ def pad_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> 
                 (out[(*done, place, *middle[axis + 1 :])], out[(*done, source, *middle[axis + 1 :])])
             )
     return copies([pair for pair in pairs if pair[0].size], ctx.threads)
+
+
+def _fill_border(out: Array, middle: list[slice], value: Any) -> None:
+    """Write a number around the middle: before and after it along each axis, within it along the axes before."""
+    for axis, place in enumerate(middle):
+        lead = tuple(middle[:axis])
+        out[(*lead, slice(0, place.start))] = value
+        out[(*lead, slice(place.stop, None))] = value
 
 
 def _amounts(call: Call, rank: int) -> list[tuple[int, int]]:
