@@ -34,7 +34,7 @@ from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.loop import interruptible
 from ane_trainer.training.optimizers import freeze, make_optimizer
 from ane_trainer.training.prediction import Inputs, answers, generate, parse_rows, read_inputs, target_text
-from ane_trainer.training.recording import Recorder, make_callbacks
+from ane_trainer.training.recording import Recorder, changed_options, make_callbacks
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
 from ane_trainer.training.runs import RunFolder, claim_run, open_run
@@ -131,6 +131,12 @@ def _restore(trainer: Trainer, run: RunFolder, config: TrainConfig) -> None:
         raise UsageError(
             f"{run.path}: needs {'device cpu' if was_cpu else 'a device that runs programs'}, as it was begun; "
             f"got {trainer.target.device}. Leave --device out.",
+            code="ANE107",
+        )
+    if changed := changed_options(config, checkpoint):
+        raise UsageError(
+            f"{run.path}: needs the options that it was begun with; {', '.join(changed)} of its config.toml differ "
+            "now. Put them back, or start a new run.",
             code="ANE107",
         )
     trainer.restore(checkpoint)

@@ -336,7 +336,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise UsageError(
             f"{path}: needs a readable TOML file; {error.strerror or error}. Check the path.", code="ANE105"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML: {error}. Correct that line.", code="ANE105") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from ane_trainer.training.callbacks import (
     BestWeights,
@@ -12,7 +13,8 @@ from ane_trainer.training.callbacks import (
     WeightAveraging,
     score_of,
 )
-from ane_trainer.training.config import TrainConfig
+from ane_trainer.training.checkpoint import Checkpoint
+from ane_trainer.training.config import RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.results import Epoch
 from ane_trainer.training.runs import BEST, RunFolder
@@ -85,8 +87,15 @@ class Recorder(Callback):
         self._run.write_checkpoint(checkpoint, keep_as=keep_as)
         self._saved_steps, self._saved_at = trainer.progress.steps, time.monotonic()
 
-    def state_dict(self) -> dict[str, float]:
-        return {} if self._best is None else {"best": self._best}
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "config": self._config.model_dump(mode="json")}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best = state.get("best")
+
+
+def changed_options(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
+    """The options that differ from those that the checkpoint was trained with, but for those that may."""
+    before = checkpoint.scalars.get("callbacks", {}).get(Recorder.__name__, {}).get("config", {})
+    now = config.model_dump(mode="json")
+    return sorted(name for name in before.keys() & now.keys() - RESUMABLE if before[name] != now[name])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,39 @@ def test_threads_and_device_may_change_on_resume_and_others_may_not(tmp_path: Pa
         resume_training(tmp_path / "cut", report=Reporter(), device="cpu", epochs=3)
 
 
+def test_a_changed_seed_is_noticed_on_resume(tmp_path: Path) -> None:
+    interrupted(tmp_path, device="cpu")
+    path = tmp_path / "config.toml"
+    path.write_text(path.read_text().replace("seed = 0", "seed = 1"))
+    with pytest.raises(UsageError, match=r"seed of its config\.toml differ"):
+        resume_training(tmp_path, report=Reporter())
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"a = " + b"[" * 100_000, b"seed ="])
+def test_a_configuration_that_is_none_is_said(data: bytes, tmp_path: Path) -> None:
+    interrupted(tmp_path, device="cpu")
+    (tmp_path / "config.toml").write_bytes(data)
+    with pytest.raises(UsageError, match="not TOML"):
+        resume_training(tmp_path, report=Reporter())
+
+
+def test_metrics_that_cannot_be_read_block_nothing(tmp_path: Path) -> None:
+    interrupted(tmp_path, 6, device="cpu")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    assert resume_training(tmp_path, report=Reporter()).epochs == 2
+
+
+def test_sigterm_while_importing_says_so_in_one_line() -> None:
+    command = [sys.executable, "-m", "ane_trainer", "train", "digits", "--epochs", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert told.count("\n") == 1
+    assert told.startswith("ANE130")
+
+
 def test_an_interrupted_run_can_be_evaluated(tmp_path: Path) -> None:
     interrupted(tmp_path / "run", 5, device="cpu")
     assert evaluate_run(tmp_path / "run", limit=128)["examples"] == 128
@@ -281,8 +315,9 @@ def killed_and_resumed(options: dict[str, Any], out: Path, kills: int, seed: int
 
 def options_of(kind: str, folder: Path, **options: Any) -> dict[str, Any]:
     (folder / "nets.py").write_text(MODEL)
-    model = {"model": f"{folder / 'nets.py'}:Net", "hidden": None} if kind == "cnn" else {}
-    return config(save_every="1", **options).model_dump() | model
+    model = {"model": f"{folder / 'nets.py'}:Net", "hidden": None} if kind != "mlp" else {}
+    more = {"augment": ("shift=1",), "schedule": "cosine", "ema": 0.9} if kind == "augmented" else {}
+    return config(save_every="1", **options).model_dump() | model | more
 
 
 @pytest.mark.parametrize("kind", ["cnn"])
@@ -296,7 +331,7 @@ def test_kill_9_at_any_moment_costs_no_bit(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "augmented"])
 def test_fifty_kills_cost_no_bit(kind: str, tmp_path: Path) -> None:
     options = options_of(kind, tmp_path, epochs=40)
     run_training(make_config(options), out=tmp_path / "whole", report=Reporter())
