@@ -28,7 +28,11 @@ from ane_trainer.ane.capture.rewrites.logits import Origins
 from ane_trainer.ane.capture.rewrites.packed import PackedSequences, as_rows, check_use, lengths_of
 from ane_trainer.ane.capture.rewrites.ragged import embedding_bag, histc
 from ane_trainer.ane.capture.rewrites.selections import Masks, Selected
-from ane_trainer.ane.capture.trace.torch_private import checkpoints_run_once, is_all_true
+from ane_trainer.ane.capture.trace.torch_private import (
+    causal_masks_as_given,
+    checkpoints_run_once,
+    is_all_true,
+)
 
 Function = Callable[..., Any]
 Knows = Callable[[torch.Tensor], bool]
@@ -98,7 +102,7 @@ def rewriting(values_known: bool = False, knows: Knows | None = None) -> Iterato
     checks = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:
-        with checkpoints_run_once(), RewriteMode(values_known, knows):
+        with checkpoints_run_once(), causal_masks_as_given(), RewriteMode(values_known, knows):
             yield
     finally:
         Distribution.set_default_validate_args(checks)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
@@ -22,6 +23,7 @@ __all__ = [
     "SideTable",
     "TorchDispatchMode",
     "can_decompose",
+    "causal_masks_as_given",
     "checkpoints_run_once",
     "decompositions_of",
     "is_all_true",
@@ -162,6 +164,24 @@ def checkpoints_run_once() -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(checkpoint, name, value)
+
+
+@contextlib.contextmanager
+def causal_masks_as_given() -> Iterator[None]:
+    """Inside, `nn.Transformer` and its like do not compare a mask with the causal one, which would read its values.
+
+    Unless the caller says `is_causal=True`, the mask is used as it is, which gives the same.
+    A release without this comparison needs none left out.
+    """
+    name = "_detect_is_causal_mask"
+    kept = getattr(transformer, name, None)
+    if kept is not None:
+        setattr(transformer, name, lambda mask, is_causal=None, size=None: is_causal is True)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            setattr(transformer, name, kept)
 
 
 def _once(*_: Any, **__: Any) -> Iterator[None]:

@@ -165,3 +165,27 @@ def test_large_known_masks_compile_as_computed_ones_and_become_tensors_where_the
         return h.sum(-1) + chosen.reshape(-1, 1)[:3, 0] * chosen.shape[0] / 400
 
     follows(layer, F.mse_loss)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self.layers(x, mask=mask)
+        return found
+
+
+def test_a_transformers_mask_may_be_an_input() -> None:
+    """torch compares it with the causal one, which would read its values."""
+    torch.manual_seed(0)
+    model, x, y = Encoder(), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    twin, mask = copy.deepcopy(model), nn.Transformer.generate_square_subsequent_mask(5)
+    step = at.compile_step(
+        model, "mse", torch.optim.SGD(model.parameters(), lr=0.0), ((x, mask), y), fidelity="fast"
+    )
+    for given in (mask, torch.zeros(5, 5)):
+        wanted = F.mse_loss(twin(x, given), y)
+        torch.testing.assert_close(step((x, given), y), wanted.detach(), rtol=0.02, atol=0)

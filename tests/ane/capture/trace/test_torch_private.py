@@ -158,6 +158,20 @@ def test_a_release_that_recomputes_all_the_same_is_refused(monkeypatch: pytest.M
     assert checkpoint.CheckpointFunction is before
 
 
+def test_transformers_use_a_mask_without_reading_it() -> None:
+    """The causal mask itself is not told from others, unless the caller says so."""
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
+    layer = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(8, 2, 8), 1, enable_nested_tensor=False
+    )
+    wanted = layer(torch.ones(4, 1, 8), mask=mask)
+    with torch_private.causal_masks_as_given():
+        assert not torch.nn.modules.transformer._detect_is_causal_mask(mask)
+        assert torch.nn.modules.transformer._detect_is_causal_mask(mask, True)
+    assert torch.nn.modules.transformer._detect_is_causal_mask(mask)
+    assert wanted.shape == (4, 1, 8)
+
+
 def test_a_side_table_lives_with_its_tensors() -> None:
     table: torch_private.SideTable[str] = torch_private.SideTable()
     x, y = torch.ones(1), torch.ones(1)

@@ -288,6 +288,8 @@ _RULES: dict[str, Callable[[Node, _Of], Bounds]] = {
     "bitwise_and": _bitwise, "bitwise_or": _bitwise, "bitwise_xor": _bitwise, "__and__": _bitwise, "__or__": _bitwise,
     "__xor__": _bitwise, "bitwise_not": lambda node, of: (-of(node.args[0])[1] - 1, -of(node.args[0])[0] - 1),
     "bitwise_left_shift": _shifted, "bitwise_right_shift": _shifted, "__lshift__": _shifted, "__rshift__": _shifted,
-    "sign": lambda node, of: (-1.0, 1.0), "masked_scatter": _union(0, 2), "slice_scatter": _union(0, 1),
+    "bucketize": lambda node, of: (0.0, float(EXACT_INTEGERS)),
+    "sign": lambda node, of: (-1.0, 1.0), "masked_scatter": _union(0, 2),
+    "slice_scatter": _union(0, 1),
     "select_scatter": _union(0, 1),
 }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
 from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers
-from ane_trainer.ane.compiler.lower.indices.codes import MOVES, coded
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES, coded
 from ane_trainer.ane.compiler.lower.indices.ranges import (
     COMPARISONS,
     DIVISIONS,
@@ -256,6 +256,30 @@ def _bitwise(kind: str) -> Callable[..., Operand]:
     return rule
 
 
+def _place(kind: str) -> Callable[..., Operand]:
+    def rule(
+        ctx: Context, integers: Integers, x: Operand, dim: int | None = None, keepdim: bool = False
+    ) -> Operand:
+        """The first place of an extremum: its quotient first, then the remainder among those that have it."""
+        if dim is None:
+            x, dim = ctx.reshape(x, (torch.Size(shape_of(x)).numel(),)), 0
+        shape = shape_of(x)
+        axis, extent = dim % len(shape), shape[dim]
+        places = torch.arange(extent, dtype=torch.float64)
+        places = places.reshape([extent if i == axis else 1 for i in range(len(shape))])
+        best = ctx.binary("equal", x, ctx.reduce(kind, x, [axis], keep=True))
+        found: list[Operand] = []
+        for part in (torch.floor(places / PAIR), places % PAIR):
+            candidates = ctx.where(best, part.expand(shape), float(EXACT_INTEGERS))
+            found.append(ctx.reduce("min", candidates, [axis], keep=True))
+            best = ctx.boolean_of_01(
+                ctx.mul(ctx.number(best), ctx.number(ctx.binary("equal", candidates, found[-1])))
+            )
+        return exact.pair(found[1], found[0]).each(lambda part: ctx.reshape(part, ctx.shape))
+
+    return rule
+
+
 def _shift(ctx: Context, integers: Integers, x: Operand, by: Operand) -> Operand | None:
     if isinstance(by, (Value, Encoded)):
         return None
@@ -279,6 +303,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "__and__": _bitwise("and"), "__or__": _bitwise("or"), "__xor__": _bitwise("xor"),
     "bitwise_not": lambda ctx, integers, x: exact.subtract(ctx, -1.0, x),
     "bitwise_left_shift": _shift, "bitwise_right_shift": _shift, "__lshift__": _shift, "__rshift__": _shift,
+    "argmax": _place("max"), "argmin": _place("min"),
     "full_like": lambda ctx, integers, x, value, **_: exact.as_pair(ctx, torch.full(ctx.shape, float(value))),
 }  # fmt: skip
 

@@ -121,15 +121,25 @@ def embedding(
 def embedding_backward(
     ctx: Context, g: Operand, index: Operand, rows: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Operand:
-    """`embedding_dense_backward(g, i) -> matmul(onehot(i), g, transpose_x=True)`; the padding row stays 0"""
-    if scale_grad_by_freq:
-        raise ctx.refuse("scale_grad_by_freq is not supported.", "Create the embedding without it.")
+    """`embedding_dense_backward(g, i) -> matmul(onehot(i), g, transpose_x=True)`; the padding row stays 0
+
+    With scale_grad_by_freq divided by how often the row is looked up.
+    """
     count = math.prod(shape_of(index))
     flat = ctx.reshape(index, (count,))
     gradient = ctx.reshape(g, (count, shape_of(g)[-1]))
     if isinstance(flat, Encoded) and flat.encoding == "split":
+        if scale_grad_by_freq:
+            raise ctx.refuse(
+                "needs a smaller table for scale_grad_by_freq.", "Create the embedding without it."
+            )
         return split.add_up(ctx, gradient, flat, rows, padding_idx)
-    return ctx.matmul(flat_one_hot(ctx, flat, rows, skip=padding_idx), gradient, tx=True)
+    picks = flat_one_hot(ctx, flat, rows, skip=padding_idx)
+    added = ctx.matmul(picks, gradient, tx=True)
+    if not scale_grad_by_freq:
+        return added
+    times = ctx.reshape(ctx.sum(picks, [0]), (rows, 1))
+    return ctx.div(added, ctx.binary("maximum", times, 1.0))
 
 
 def flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = None, on: float = 1.0) -> Operand:

@@ -16,6 +16,7 @@ from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.indexing import move_axis_back
+from ane_trainer.ane.mil.program import MAX_FP16
 
 _Pair = tuple[Operand, Operand]
 
@@ -94,3 +95,65 @@ def median_of_all(ctx: Context, x: Operand) -> Operand:
     """`median(x) -> ` as `sort` of all elements, place (n - 1) / 2"""
     n = torch.Size(shape_of(x)).numel()
     return _ordered(ctx, ctx.reshape(x, (n,)), 0, descending=False, take=((n - 1) // 2, (n - 1) // 2 + 1))[0]
+
+
+@lowering("bucketize.Tensor")
+def bucketize(
+    ctx: Context, x: Operand, boundaries: Operand, *, out_int32: bool = False, right: bool = False
+) -> Operand:
+    """`bucketize(x, b) -> reduce_sum(less(b, reshape(x, [.., 1])))`, with `right` less_equal"""
+    return _count_below(ctx, boundaries, x, right)
+
+
+@lowering("searchsorted.Tensor")
+def searchsorted(
+    ctx: Context, ordered: Operand, x: Operand, *, out_int32: bool = False, right: bool = False,
+    side: str | None = None, sorter: Operand | None = None,
+) -> Operand:  # fmt: skip
+    """`searchsorted(b, x) -> reduce_sum(less(reshape(b, [.., 1, n]), reshape(x, [.., 1])))`, as `bucketize`"""
+    if sorter is not None:
+        raise ctx.refuse(
+            "needs an ordered sequence; got a sorter.", "Index the sequence with the sorter first."
+        )
+    shape = shape_of(ordered)
+    rows = ctx.reshape(ordered, (*shape[:-1], 1, shape[-1])) if len(shape) > 1 else ordered
+    return _count_below(ctx, rows, x, right or side == "right")
+
+
+def _count_below(ctx: Context, boundaries: Operand, x: Operand, right: bool) -> Operand:
+    """How many of the last axis' boundaries are below x (or equal to it)."""
+    n = shape_of(boundaries)[-1]
+    if n > EXACT_INTEGERS:
+        raise ctx.refuse(f"needs at most {EXACT_INTEGERS} boundaries; got {n}.", "Search in two steps.")
+    below = ctx.binary("less_equal" if right else "less", boundaries, ctx.reshape(x, (*shape_of(x), 1)))
+    return ctx.reshape(ctx.sum(below, [-1]), ctx.shape)
+
+
+@lowering("cummax.default")
+def cummax(ctx: Context, x: Operand, dim: int) -> _Pair:
+    """`cummax(x, d) -> maximum(x, x shifted by 1, 2, 4, ...)`, log2(n) times, and where they are"""
+    return _running_extremum(ctx, x, dim, "maximum", "greater", -MAX_FP16)
+
+
+@lowering("cummin.default")
+def cummin(ctx: Context, x: Operand, dim: int) -> _Pair:
+    """`cummin(x, d) -> minimum(x, x shifted by 1, 2, 4, ...)`, log2(n) times, and where they are"""
+    return _running_extremum(ctx, x, dim, "minimum", "less", MAX_FP16)
+
+
+def _running_extremum(ctx: Context, x: Operand, dim: int, kind: str, beats: str, lowest: float) -> _Pair:
+    """Of equal elements the last counts, as torch has it."""
+    shape = shape_of(x)
+    axis, n = dim % len(shape), shape[dim]
+    if n > EXACT_INTEGERS:
+        raise ctx.refuse(f"needs an axis of at most {EXACT_INTEGERS} elements; got {n}.", "Split the axis.")
+    order = torch.arange(n, dtype=torch.float64).reshape([n if i == axis else 1 for i in range(len(shape))])
+    place: Operand = order.expand(shape)
+    shift = 1
+    while shift < n:
+        behind = ctx.pad_axis(ctx.slice(x, axis, 0, n - shift), axis, shift, 0, lowest)
+        if ctx.used(1):
+            earlier = ctx.pad_axis(ctx.slice(place, axis, 0, n - shift), axis, shift, 0)
+            place = ctx.where(ctx.binary(beats, behind, x), earlier, place)
+        x, shift = ctx.binary(kind, x, behind), 2 * shift
+    return x, place
