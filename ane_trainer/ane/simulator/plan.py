@@ -220,7 +220,7 @@ class _Binder:
         if op.kind == "concat" and name in self.lazy and not call.flag("interleave"):
             operands = list(op.operands())
             roots = {self.base.get(value.name, "") for value in operands}
-            if len(roots) != 1 or "" in roots or roots & {v.name for v in self.function.inputs}:
+            if len(roots) != 1 or "" in roots or roots & set(self.next_input.values()):
                 return False
             parts = [
                 self.unfolded.get(value.name) or unfolding.plain(self.buffers[value.name])

@@ -58,19 +58,9 @@ def pack_b(tile: Tile) -> Definition:
     added to the `columns` float32 in `squares`.
     """
     f = Function(
-        "pack_b",
-        internal=True,
-        source=PTR,
-        sk=I64,
-        sn=I64,
-        columns=PTR,
-        depths=PTR,
-        depth=I64,
-        valid=I64,
-        packed=PTR,
-        stats=PTR,
-        squares=PTR,
-    )
+        "pack_b", internal=True, source=PTR, sk=I64, sn=I64, columns=PTR, depths=PTR, depth=I64, valid=I64,
+        packed=PTR, stats=PTR, squares=PTR,
+    )  # fmt: skip
     source, sk, sn, columns, depths, depth, valid, packed, stats, all_squares = f.parameters
     lanes, integers = tile.lanes, I32.of(tile.lanes)
     full = valid.compare("eq", tile.columns)
@@ -107,19 +97,9 @@ def pack_a(tile: Tile) -> Definition:
     of squares, are added to the 2 * `padded_rows` float32 in `sums`.
     """
     f = Function(
-        "pack_a",
-        internal=True,
-        source=PTR,
-        sm=I64,
-        sk=I64,
-        rows=PTR,
-        depths=PTR,
-        depth=I64,
-        valid=I64,
-        packed=PTR,
-        stats=PTR,
-        sums=PTR,
-    )
+        "pack_a", internal=True, source=PTR, sm=I64, sk=I64, rows=PTR, depths=PTR, depth=I64, valid=I64,
+        packed=PTR, stats=PTR, sums=PTR,
+    )  # fmt: skip
     source, sm, sk, rows, depths, depth, valid, packed, stats, sums = f.parameters
     lanes = tile.padded_rows
     vector, integers = F32.of(lanes), I32.of(lanes)

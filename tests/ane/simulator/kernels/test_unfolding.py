@@ -118,7 +118,9 @@ def test_a_state_is_not_read_after_it_has_changed():
     )
     y = b.op("matmul", x=cols, y=w, transpose_x=False, transpose_y=False)
     function = b.finish((y, new))
+    assert cols.name not in prepare(function, make_context("m4")).buffers
     plan = prepare(function, make_context("m4"), [(new.name, "x")])
+    assert cols.name in plan.buffers
     start = np.arange(32, dtype=np.float16).reshape(8, 4) / 8
     plan.write("x", start)
     (got,) = plan.run({}).values()
