@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from ane_trainer.core import run_training as run_training
     from ane_trainer.data import load_dataset as load_dataset
     from ane_trainer.models import build_model as build_model
+    from ane_trainer.training.callbacks import BestWeights as BestWeights
+    from ane_trainer.training.callbacks import Callback as Callback
+    from ane_trainer.training.callbacks import EarlyStopping as EarlyStopping
+    from ane_trainer.training.callbacks import TimeLimit as TimeLimit
+    from ane_trainer.training.callbacks import WeightAveraging as WeightAveraging
     from ane_trainer.training.config import TrainConfig as TrainConfig
     from ane_trainer.training.config import make_config as make_config
     from ane_trainer.training.engine import compile_step as compile_step
@@ -33,9 +38,18 @@ if TYPE_CHECKING:
     from ane_trainer.training.results import Epoch as Epoch
     from ane_trainer.training.results import Metrics as Metrics
     from ane_trainer.training.results import Result as Result
+    from ane_trainer.training.schedules import LearningRateSchedule as LearningRateSchedule
+    from ane_trainer.training.schedules import Schedule as Schedule
     from ane_trainer.training.trainer import Trainer as Trainer
 
 _PLACES = {
+    "Schedule": "ane_trainer.training.schedules",
+    "LearningRateSchedule": "ane_trainer.training.schedules",
+    "WeightAveraging": "ane_trainer.training.callbacks",
+    "TimeLimit": "ane_trainer.training.callbacks",
+    "EarlyStopping": "ane_trainer.training.callbacks",
+    "Callback": "ane_trainer.training.callbacks",
+    "BestWeights": "ane_trainer.training.callbacks",
     "AneTrainerError": "ane_trainer.ane.errors",
     "ConsoleReporter": "ane_trainer.training.report",
     "Epoch": "ane_trainer.training.results",

@@ -29,7 +29,7 @@ def make_callbacks(config: TrainConfig) -> list[Callback]:
         config.schedule, config.warmup, config.lr_floor, config.lr_decay, config.lr_every, config.lr_patience
     )
     if schedule.name != "constant" or schedule.warmup:
-        found.append(LearningRateSchedule(schedule, config.epochs))
+        found.append(LearningRateSchedule(schedule))
     if config.ema is not None:
         found.append(WeightAveraging(config.ema))
     if config.patience is not None:

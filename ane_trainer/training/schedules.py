@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.callbacks import Callback, score_of
 from ane_trainer.training.results import Epoch
+from ane_trainer.utils import did_you_mean
 
 if TYPE_CHECKING:
     from ane_trainer.training.trainer import Trainer
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 #: Of one-cycle, as in torch.optim.lr_scheduler.OneCycleLR: where it starts and ends, and how long it rises.
 _START, _END, _RISE = 1 / 25, 1 / 25e4, 0.3
 
-#: name -> factor at `progress` (0: first step, towards 1: last), with `decay` and its number of times so far.
+NAMES = ("constant", "cosine", "linear", "one-cycle", "step", "plateau")
+
+#: name -> factor at `progress` (0: first step, towards 1: last), of those that have no more to them.
 _SHAPES: Mapping[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
@@ -42,6 +45,13 @@ class Schedule:
     decay: float = 0.1
     every: int = 10
     patience: int = 3
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise UsageError(
+                f"schedule: needs a known name; got {self.name!r}. {did_you_mean(self.name, NAMES)}",
+                code="ANE104",
+            )
 
     def factor(self, step: int, total: int, epoch: int) -> float:
         """Of the learning rate at step number `step` (from 0) of `total`; plateau's decays come on top."""
@@ -71,8 +81,8 @@ def _between(start: float, end: float, share: float) -> float:
 class LearningRateSchedule(Callback):
     """Sets the learning rate of every parameter group before each step; what the groups have is its top."""
 
-    def __init__(self, schedule: Schedule, epochs: int) -> None:
-        self._schedule, self._epochs = schedule, epochs
+    def __init__(self, schedule: Schedule | str = "cosine") -> None:
+        self._schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
         self._tops: list[float] = []
         self._plateau, self._best, self._waited = 1.0, -math.inf, 0
 
@@ -86,7 +96,7 @@ class LearningRateSchedule(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer) -> None:
-        total = self._epochs * (trainer.steps_per_epoch or 0)
+        total = trainer.max_epochs * (trainer.steps_per_epoch or 0)
         factor = self._schedule.factor(trainer.progress.steps, total, trainer.progress.epoch) * self._plateau
         for group, top in zip(trainer.optimizer.param_groups, self._tops, strict=True):
             group["lr"] = top * factor

@@ -45,6 +45,7 @@ class Training:
         self.progress = Progress()
         self.step: Step | None = None  #: the compiled training step, from the first batch on
         self.seconds_compile = 0.0
+        self.max_epochs = 0  #: where `fit` is to end, counted from the very beginning
         self.callbacks = Callbacks()
         self.should_stop = False  #: set by a callback to end training after the epoch
         self.stop_now = False  #: set by a callback to end training after the step

@@ -126,6 +126,7 @@ class Trainer(Training):
             self.callbacks.load(self._restored.scalars.get("callbacks", {}), self._restored.tensors)
         self.announce()
         last, started = self.progress.epoch + epochs, time.perf_counter()
+        self.max_epochs = last
         try:
             with loop.interruptible() as stop, contextlib.closing(self.report):
                 self._start(train, stop)

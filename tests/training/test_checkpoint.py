@@ -225,3 +225,19 @@ def test_a_second_ctrl_c_changes_nothing(tmp_path: Path) -> None:
         cut.fit(batches(), epochs=2)
     assert cut.progress.steps == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_an_interrupt_between_two_updates_keeps_the_gradients(device: str, tmp_path: Path) -> None:
+    def make() -> Trainer:
+        net = model()
+        return Trainer(net, device=device, accumulate=4, threads=1, report=Reporter())
+
+    whole, cut = make(), make()
+    whole.fit(batches(), epochs=2)
+    cut.report = Moment(3)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(batches(), epochs=2)
+    again = Trainer.resume(cut.save(tmp_path), model=model(), report=Reporter())
+    again.fit(batches(), epochs=2)
+    assert same(weights(again), weights(whole))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,14 @@ import pytest
 import torch
 
 from ane_trainer import Reporter
-from ane_trainer.ane.errors import AneTrainerError, CheckpointError, Diverged, Interrupted, UsageError
+from ane_trainer.ane.errors import (
+    AneTrainerError,
+    CheckpointError,
+    Diverged,
+    EnvironmentFault,
+    Interrupted,
+    UsageError,
+)
 from ane_trainer.core import evaluate_run, resume_training, run_training
 from ane_trainer.training.checkpoint import BEFORE, CHECKPOINT, read_tensors, write_tensors
 from ane_trainer.training.config import TrainConfig, load_config, make_config
@@ -250,6 +258,28 @@ def test_sigterm_while_importing_says_so_in_one_line() -> None:
     assert process.returncode == 143
     assert told.count("\n") == 1
     assert told.startswith("ANE130")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    run_training(config(device="cpu", epochs=3), out=tmp_path / "whole", report=Reporter())
+    out = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[0][1]))
+
+    try:
+        with pytest.raises(EnvironmentFault, match="Make room") as caught:
+            run_training(config(device="cpu", epochs=3), out=out, report=At(5, full))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+    assert caught.value.code == "ANE204"
+    assert not list(out.glob(".*.tmp"))
+    assert RunFolder(out).read_checkpoint()[0].scalars["progress"]["epoch"] == 1
+    resume_training(out, report=Reporter())
+    assert same(weights(out), weights(tmp_path / "whole"))
 
 
 def test_an_interrupted_run_can_be_evaluated(tmp_path: Path) -> None:

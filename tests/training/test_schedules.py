@@ -65,7 +65,7 @@ def test_step_and_plateau_are_torch_s() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.8)
     plateau = lr_scheduler.ReduceLROnPlateau(optimizer, patience=2, factor=0.5, threshold=0.0)
     trainer = Trainer(mlp(), device="cpu", report=Reporter())
-    ours_too = LearningRateSchedule(Schedule("plateau", decay=0.5, patience=2), 12)
+    ours_too = LearningRateSchedule(Schedule("plateau", decay=0.5, patience=2))
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.8)
     ours_too.on_train_start(trainer)
     for number, loss in enumerate(losses, 1):
@@ -94,7 +94,7 @@ def trainer_of(net: nn.Module, lr: float = 0.1) -> Trainer:
 
 def test_a_schedule_trains_as_torch_s_loop_does() -> None:
     ours = trainer_of(mlp())
-    ours.fit(batches(), epochs=4, callbacks=[LearningRateSchedule(Schedule("cosine", warmup=3), 4)])
+    ours.fit(batches(), epochs=4, callbacks=[LearningRateSchedule(Schedule("cosine", warmup=3))])
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     schedule = Schedule("cosine", warmup=3)
@@ -213,4 +213,9 @@ def test_a_schedule_over_data_of_unknown_length_is_refused() -> None:
             return iter(batches())
 
     with pytest.raises(UsageError, match="len"):
-        trainer_of(mlp()).fit(Unsized(), callbacks=[LearningRateSchedule(Schedule("cosine"), 1)])
+        trainer_of(mlp()).fit(Unsized(), callbacks=[LearningRateSchedule("cosine")])
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'cosine'"):
+        LearningRateSchedule("cosin")

@@ -1,5 +1,6 @@
 """`Trainer`'s gradient options, host optimizers and the CPU fallback."""
 
+import dataclasses
 import io
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ane_trainer import ConsoleReporter, Reporter, Trainer
-from ane_trainer.ane.errors import UnsupportedModel, UsageError
+from ane_trainer import ConsoleReporter, Reporter, Trainer, compile_forward, compile_step
+from ane_trainer.ane.errors import DataError, UnsupportedModel, UsageError
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -106,3 +107,68 @@ def test_options_survive_saving(tmp_path: Any) -> None:
     assert again.options == trainer.options
     again.fit(data(), epochs=1)
     assert again.step.applied_steps == 2
+
+
+def test_the_choice_of_a_device_is_resolved_once_and_told() -> None:
+    _, chosen = fit(mlp(), 1, device="auto")
+    _, asked = fit(mlp(), 1, device="sim")
+    assert chosen.placement["choice"].startswith("auto: ")
+    assert asked.placement["choice"] == "as asked for"
+
+
+def test_compile_step_takes_a_fallback_as_the_trainer_does() -> None:
+    net = Odd()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    example = data()[0]
+    with pytest.raises(UnsupportedModel, match="bessel"):
+        compile_step(net, "cross_entropy", optimizer, example)
+    torch._dynamo.reset()
+    step = compile_step(net, "cross_entropy", optimizer, example, fallback="cpu")
+    losses = [float(step(*example)) for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert step.compiled is None
+    assert any("bessel" in text for text in step.placement()["cpu"])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("value", "good"), [(float("nan"), False), (1e30, False), (65504.0, True), (-66000.0, False)]
+)
+def test_weights_that_the_precision_does_not_hold_are_refused(value: float, good: bool) -> None:
+    net = mlp()
+    with torch.no_grad():
+        net[0].bias[3] = value
+    step = lambda: compile_step(net, "cross_entropy", torch.optim.SGD(net.parameters(), 0.1), data()[0])  # noqa: E731
+    for compiled in (step, lambda: compile_forward(net, data()[0][0])):
+        if good:
+            compiled().close()
+        else:
+            with pytest.raises(DataError, match=r"0\.bias up to") as caught:
+                compiled()
+            assert caught.value.code == "DATA106"
+
+
+def test_a_label_beyond_the_classes_is_named_and_the_ignored_one_is_not() -> None:
+    net = mlp()
+    x, y = data()[0]
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(DataError, match="class numbers 0 to 2") as caught:
+        compile_step(net, "cross_entropy", optimizer, (x, y.clamp(min=3)))
+    assert caught.value.code == "DATA107"
+    ignored = torch.where(torch.arange(len(y)) < 4, -100, y)
+    assert float(compile_step(net, "cross_entropy", optimizer, (x, ignored))(x, ignored)) > 0
+
+
+def test_limits_of_clipping_can_be_changed_while_training() -> None:
+    net = mlp()
+    step = compile_step(
+        net, "cross_entropy", torch.optim.SGD(net.parameters(), 1.0), data()[0], clip_grad_norm=1e-3
+    )
+    before = net[0].weight.detach().clone()
+    step(*data()[0])
+    small = float((net[0].weight.detach() - before).norm())
+    step.gradient_options = dataclasses.replace(step.gradient_options, clip_norm=1.0)
+    step(*data()[0])
+    assert float((net[0].weight.detach() - before).norm()) > 20 * small
+    with pytest.raises(UsageError, match="clip_grad_norm"):
+        dataclasses.replace(step.gradient_options, clip_norm=0.0)
