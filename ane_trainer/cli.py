@@ -13,12 +13,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.ane.errors import AneTrainerError, Interrupted, UsageError, error_json
+from ane_trainer.ane.errors import AneTrainerError, EnvironmentFault, Interrupted, UsageError, error_json
 from ane_trainer.utils import finite, setup_logging, with_parameters
 
 _TRAIN, _INSPECT, _MAC = "Train and use models", "Inspect", "Mac only"
@@ -175,10 +176,27 @@ def _load(command: Command) -> Callable[..., int]:
         except BrokenPipeError:  # the reader, for example `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except (OSError, MemoryError, RuntimeError) as error:
+            raise _of_the_machine(error) from None
         return int(output.exit_code)
 
     json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     return with_parameters(run, [*parameters.values(), json_option], like=function)
+
+
+def _of_the_machine(error: Exception) -> Exception:
+    """What no file or no memory is there for, as an error with a code; anything else as it is."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        place = Path(os.fsdecode(error.filename))
+        where = place.parent if place.suffix == ".tmp" else place
+        text = f"{where}: needs a place that can be read or written; {error.strerror}. Choose another."
+        return EnvironmentFault(text, code="ANE204")
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return EnvironmentFault(
+            "memory: needs more than this machine has left. Make the model, the batch or the input smaller.",
+            code="ANE210",
+        )
+    return error
 
 
 def _help(words: Sequence[str]) -> str:

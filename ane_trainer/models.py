@@ -17,7 +17,7 @@ from ane_trainer.training.networks.torch_nets import (
     cnn,
     mlp,
 )
-from ane_trainer.training.networks.user import build_user_model, load_model_class
+from ane_trainer.training.networks.user import build_user_model, classes_in, load_model_class
 from ane_trainer.utils import did_you_mean, seeded
 
 __all__ = ["ACTIVATIONS", "FRAMEWORKS", "MODELS", "build_model", "load_model_class"]
@@ -63,6 +63,10 @@ def build_model(
         if ".py:" in name:
             return build_user_model(
                 name, {"in_shape": tuple(in_shape), "num_classes": num_classes}, arguments
+            )
+        if name.endswith(".py"):
+            raise UsageError(
+                f"model: needs {name}:ClassName; got the file alone. {classes_in(name)}", code="ANE102"
             )
         if name.endswith(".keras"):
             from ane_trainer.training.networks.keras_nets import load_keras_model

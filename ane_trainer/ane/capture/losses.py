@@ -62,6 +62,13 @@ def class_count(loss: Loss, output: Any, target: Any) -> int | None:
     tensors = isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)
     if loss not in CLASS_LOSSES or not tensors or target.is_floating_point() or output.ndim < 2:
         return None
+    if output.ndim > target.ndim + 1:
+        wanted = ", ".join(map(str, [len(target), "classes", *target.shape[1:]]))
+        raise DataError(
+            f"the model's output needs the shape [{wanted}] for these class numbers; "
+            f"got {list(output.shape)}. End the model with nn.Flatten() and nn.Linear(..., classes).",
+            code="DATA105",
+        )
     classes = int(output.shape[1])
     used = target[target != _IGNORED]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import sys
@@ -49,6 +50,19 @@ def load_model_class(spec: str) -> Callable[..., Any]:
             f"model: needs a class or function in {path_text}; got {attribute!r}. {hint}", code="ANE102"
         )
     return found  # type: ignore[no-any-return]
+
+
+def classes_in(path: str) -> str:
+    """A sentence that names the classes and functions of a Python file, which is read and not run."""
+    try:
+        tree = ast.parse(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return "There is no such file that can be read."
+    found = [
+        node.name for node in tree.body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
+    ]  # fmt: skip
+    return f"It has: {', '.join(found)}." if found else "It has no class or function."
 
 
 def build_user_model(spec: str, offered: dict[str, Any], options: dict[str, Any]) -> nn.Module:

@@ -184,17 +184,18 @@ def scalar_values(
         for name in by_unit[own[0]] if own else ():
             named[name] = [by_unit[unit][name] for unit in own]
         for name, found in named.items():
-            _check_range(name, number, found)
+            _check_range(name, number, found, group.get("lr"))
             values[port_name(name, number, len(groups))] = found
     return values
 
 
-def _check_range(name: str, group: int, values: Iterable[float]) -> None:
+def _check_range(name: str, group: int, values: Iterable[float], rate: Any) -> None:
     for value in values:
         if not abs(value) <= LARGEST:
+            given = f"a learning rate of {float(rate):.12g}, which is " if rate is not None else ""
             raise UsageError(
-                f"optimizer: {name} of parameter group {group} needs a magnitude of at most {LARGEST:g} "
-                f"in the engine's units; got {value:g}. Choose a smaller learning rate or weight decay."
+                f"optimizer: {name} of parameter group {group} needs a magnitude of at most {LARGEST:g}; "
+                f"got {given}{value:g} in the engine's units. Choose a smaller learning rate or weight decay."
             )
 
 
