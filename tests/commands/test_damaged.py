@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("train", "--resume", "deep"), 1, "ANE105 deep/config.toml: not TOML"),
         (("train", "digits", "--hidden", "1000000000000", *SHORT), 2, "ANE210 memory: needs more"),
         (("train", "digits", "--lr", "1e6", *SHORT), 1, "got a learning rate of 1000000, which is"),
-        (("train", "digits", "--model", "net.py", *SHORT), 1, "needs net.py:ClassName; got the file alone. It has: Net, build."),
+        (("train", "digits", "--model", "net.py", *SHORT), 1, "got the file alone. It has: Net, build."),
         (("check", "nothing.py"), 1, "There is no such file"),
         (("train", "digits", "--model", "net.py:Net", *SHORT), 1, "the model's output needs the shape [128, classes]"),
         (("train", "digits", "--log", "nothing", *SHORT), 1, "ANE121 log: needs a known tracker"),
