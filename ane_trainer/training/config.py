@@ -338,9 +338,6 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML: {error}. Correct that line.", code="ANE105") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        what = "text in UTF-8" if isinstance(error, UnicodeDecodeError) else "brackets that close"
-        raise UsageError(f"{path}: not TOML: needs {what}. Write the file anew.", code="ANE105") from None
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -42,8 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("train", "--config", "bytes.toml"), 1, "ANE105 bytes.toml: not TOML: needs text in UTF-8"),
-        (("train", "--config", "deep.toml"), 1, "ANE105 deep.toml: not TOML: needs brackets that close"),
+        (("train", "--config", "bytes.toml"), 1, "ANE105 bytes.toml: not TOML"),
+        (("train", "--config", "deep.toml"), 1, "ANE105 deep.toml: not TOML"),
         (("evaluate", "bytes"), 1, "ANE105 bytes/config.toml: not TOML"),
         (("train", "--resume", "deep"), 1, "ANE105 deep/config.toml: not TOML"),
         (("train", "digits", "--hidden", "1000000000000", *SHORT), 2, "ANE210 memory: needs more"),
