@@ -194,7 +194,7 @@ def _of_the_machine(error: Exception) -> Exception:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return EnvironmentFault(
             "memory: needs more than this machine has left. Make the model, the batch or the input smaller.",
-            code="ANE210",
+            code="ANE211",
         )
     return error
 

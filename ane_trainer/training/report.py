@@ -176,7 +176,7 @@ class ConsoleReporter(Reporter):
                 )
         elif now - self._shown > _PLAIN_SECONDS:
             self._shown = now
-            self._line(f"{self._title()}  {self._count()}  {self._running(loss_scale, skipped_steps, now)}")
+            self._line(f"{self._title()}  {self._running(loss_scale, skipped_steps, now)}")
 
     def end_epoch(self, record: Epoch) -> None:
         self.phases.switch("test", max(self._last_step, self._began))
@@ -237,7 +237,9 @@ class ConsoleReporter(Reporter):
         done = self._done - self._first
         elapsed = max(now - self._began, 1e-9)
         text = f"loss {self._loss_sum / max(done, 1):.4f}"
-        if self._steps:
+        if not self._steps:
+            text = f"{self._count()}  {text}"
+        else:
             left = elapsed / max(done, 1) * (self._steps - self._done)
             ahead = (self._rates[-1] if self._rates else elapsed + left) * (self._epochs - self._epoch)
             whole = f"  all done in {_clock(left + ahead)}" if ahead else ""

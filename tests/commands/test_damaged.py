@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("train", "--config", "deep.toml"), 1, "ANE105 deep.toml: not TOML"),
         (("evaluate", "bytes"), 1, "ANE105 bytes/config.toml: not TOML"),
         (("train", "--resume", "deep"), 1, "ANE105 deep/config.toml: not TOML"),
-        (("train", "digits", "--hidden", "1000000000000", *SHORT), 2, "ANE210 memory: needs more"),
+        (("train", "digits", "--hidden", "1000000000000", *SHORT), 2, "ANE211 memory: needs more"),
         (("train", "digits", "--lr", "1e6", *SHORT), 1, "got a learning rate of 1000000, which is"),
         (("train", "digits", "--model", "net.py", *SHORT), 1, "got the file alone. It has: Net, build."),
         (("check", "nothing.py"), 1, "There is no such file"),
