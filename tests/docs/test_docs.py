@@ -38,7 +38,11 @@ def test_every_error_code_is_documented_and_no_other() -> None:
 
 
 def test_exit_codes_are_those_of_the_documented_groups() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.AneTrainerError)]
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.AneTrainerError)
+    ]
     groups = sections()
     for kind in kinds:
         allowed = re.search(r"\(exit codes? ([^)]*)\)", groups[kind.code])
