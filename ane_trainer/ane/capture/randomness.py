@@ -122,6 +122,14 @@ class MaskMode(TorchFunctionMode):
         return result
 
 
+def bounds(mask: Mask) -> tuple[float, float] | None:
+    """Least and largest of a draw of integers; None for others."""
+    kind, *limits = mask.target.partition("/")[2].split(":")
+    if kind == "integer":
+        return float(limits[0]), float(int(limits[1]) - 1)
+    return (0.0, float(mask.shape[0] - 1)) if kind == "permutation" else None
+
+
 def draw(target: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """The numbers for a port with this target, in float32."""
     kind, _, amount = target.partition("/")
@@ -216,8 +224,21 @@ def _randperm(mode: MaskMode, n: int, **kwargs: Any) -> torch.Tensor:
     return mode.draw((int(n),), "random/permutation").to(kwargs.get("dtype") or torch.int64)
 
 
+def _multinomial(
+    mode: MaskMode, weights: torch.Tensor, num_samples: int, replacement: bool = False, **kwargs: Any
+) -> torch.Tensor:
+    """With replacement, the place of a uniform number among the sums of weights; else a race of exponential times."""
+    if replacement or num_samples == 1:
+        sums = weights.cumsum(-1)
+        limits = mode.draw((*weights.shape[:-1], num_samples), "random/uniform") * sums[..., -1:]
+        return (limits.unsqueeze(-1) >= sums[..., :-1].unsqueeze(-2)).sum(-1)
+    times = mode.draw(tuple(weights.shape), "random/exponential")
+    return (weights / times).topk(num_samples, -1)[1]
+
+
 _DRAWS: dict[Any, Callable[..., torch.Tensor]] = {
-    F.rrelu: _rrelu, torch.randint: _randint, torch.randint_like: _randint_like, torch.randperm: _randperm,
+    torch.multinomial: _multinomial, torch.Tensor.multinomial: _multinomial, F.rrelu: _rrelu,
+    torch.randint: _randint, torch.randint_like: _randint_like, torch.randperm: _randperm,
 }  # fmt: skip
 _IN_PLACE: dict[Any, Callable[..., torch.Tensor]] = {
     torch.Tensor.bernoulli_: _bernoulli_, torch.Tensor.normal_: _normal_, torch.Tensor.uniform_: _uniform_,

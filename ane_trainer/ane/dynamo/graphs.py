@@ -26,7 +26,7 @@ USER_RESULTS = "ane_user_results"
 
 _CHECKS = (aten._linalg_check_errors.default,)
 
-#: Random operations that depend on shapes and numbers only.
+#: Random operations of whose tensors only the shape counts.
 _RANDOM = {
     aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default,
     aten.bernoulli.p, aten.uniform.default, aten.normal_functional.default, aten.exponential.default,
@@ -80,7 +80,7 @@ def prepare_graph(module: GraphModule) -> Prepared:
     _drop_checks(graph)
     _spell_out_dropout(graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    draws = _take_out_draws(graph, inputs)
+    draws = _take_out_draws(module, inputs)
     simplify(graph)
     scale_rows(graph)
     places = {node: Source("input", number) for number, node in enumerate(inputs)}
@@ -180,18 +180,33 @@ def _spell_out_dropout(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _take_out_draws(graph: Graph, inputs: list[Node]) -> list[tuple[Node, Callable[[], torch.Tensor]]]:
+def _take_out_draws(module: GraphModule, inputs: list[Node]) -> list[tuple[Node, Callable[[], torch.Tensor]]]:
     """Random nodes become placeholders after the inputs; returns each with what draws its value."""
+    graph = module.graph
     found: list[tuple[Node, Callable[[], torch.Tensor]]] = []
-    for node in list(graph.nodes):
-        if node.target in _RANDOM and not node.users:
-            graph.erase_node(node)
-        elif node.target in _RANDOM:
+    for node in [node for node in graph.nodes if _is_random(node)]:
+        if node.users:
+            drawing = _drawing(node) if node.target in _RANDOM else _running(module, node)
             placeholder = _placeholder(graph, inputs, len(found), node.meta["val"])
             node.replace_all_uses_with(placeholder)
-            found.append((placeholder, _drawing(node)))
-            graph.erase_node(node)
+            found.append((placeholder, drawing))
+        graph.erase_node(node)
     return found
+
+
+def _is_random(node: Node) -> bool:
+    """Whether the host can draw the node's value: it depends on shapes, numbers and constants only."""
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(
+        node.target, "tags", ()
+    ):
+        return False
+    return node.target in _RANDOM or not any(n.op == "placeholder" for n in _ancestors([node]))
+
+
+def _running(module: GraphModule, node: Node) -> Callable[[], torch.Tensor]:
+    """Computes the node and what it follows from (`randint`, `randperm`, `multinomial` of constant weights)."""
+    part = _host_module(module, [], [node])
+    return lambda: part()[0]
 
 
 def _placeholder(graph: Graph, inputs: list[Node], number: int, value: Any) -> Node:
@@ -230,16 +245,23 @@ def _only_integers(node: Node, seen: set[Node] | None = None) -> bool:
     return all(_only_integers(source, seen) for source in node.all_input_nodes)
 
 
-def _host_module(module: GraphModule, inputs: list[Node], results: Iterable[Node]) -> GraphModule:
-    """The ancestors of `results` as a module over all inputs."""
-    graph = Graph()
-    new: dict[Node, Node] = {node: graph.placeholder(node.name) for node in inputs}
-    wanted, pending = set(), list(results)
+def _ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes and all that they follow from."""
+    wanted: set[Node] = set()
+    pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in wanted:
             wanted.add(node)
             pending.extend(node.all_input_nodes)
+    return wanted
+
+
+def _host_module(module: GraphModule, inputs: list[Node], results: Iterable[Node]) -> GraphModule:
+    """The ancestors of `results` as a module over all inputs."""
+    graph = Graph()
+    new: dict[Node, Node] = {node: graph.placeholder(node.name) for node in inputs}
+    wanted = _ancestors(results)
     for node in module.graph.nodes:
         if node in wanted and node not in new:
             new[node] = graph.node_copy(node, lambda n: new[n])
