@@ -38,7 +38,7 @@ def compile_step(
     threads: int | None = None,
     loss_scale: float | str = "auto",
     sync: str = "always",
-    seed: int = 0,
+    seed: int | None = None,
     path: str = "e5rt",
     precision: str = "auto",
     state: Mapping[str, torch.Tensor] | None = None,
@@ -54,7 +54,7 @@ def compile_step(
     loss        a name ("cross_entropy", "mse", ...) or a callable(output, target) -> scalar.
     loss_scale  where dynamic loss scaling starts: a power of two from 1/64 to 32768, or "auto".
     sync        "always": the module's parameters follow after every call; "lazy": on `step.sync()`.
-    seed        of the dropout masks.
+    seed        of dropout and other random draws; None: torch's own generator draws them (torch.manual_seed).
     precision   "fp16", "fp32" where the device runs it, or "auto": the device's own choice.
     state       a `state_dict` of an earlier step to continue bit for bit.
     clip_grad_norm, clip_grad_value

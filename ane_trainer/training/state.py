@@ -40,7 +40,7 @@ class Training:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.target, self.options = target, options
         self.chip, self.fidelity, self.precision = asked["chip"], asked["fidelity"], asked["precision"]
-        self.seed, self.threads = options.seed, target.threads
+        self.seed, self.threads = options.seed or 0, target.threads
         self.history: list[Epoch] = []
         self.progress = Progress()
         self.step: Step | None = None  #: the compiled training step, from the first batch on

@@ -87,6 +87,45 @@ def newest_statistics(model: torch.nn.Module, changes: BufferChanges) -> Iterato
             module.momentum = None  # type: ignore[assignment]
 
 
+@contextlib.contextmanager
+def kept_views(model: torch.nn.Module, stand_ins: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Attributes that are views of parameters and buffers (`self.row = self.memory[1:2]`) show the stand-ins."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    homes = {
+        t.untyped_storage().data_ptr(): (t, stand_ins[n])
+        for n, t in named.items()
+        if n in stand_ins and t.numel() and t.layout == torch.strided
+    }
+    kept: list[tuple[dict[str, object], str, object]] = []
+    try:
+        for module in model.modules():
+            space = vars(module)
+            for name, value in list(space.items()):
+                shown = _shown(value, homes)
+                if shown is not value:
+                    kept.append((space, name, value))
+                    space[name] = shown
+        yield
+    finally:
+        for space, name, value in kept:
+            space[name] = value
+
+
+def _shown(value: object, homes: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> object:
+    """The same view of the tensor's stand-in; of a list or tuple, its items; other things as they are."""
+    if type(value) in (list, tuple):
+        items = [_shown(item, homes) for item in value]  # type: ignore[attr-defined]
+        same = all(new is old for new, old in zip(items, value, strict=True))  # type: ignore[call-overload]
+        return value if same else type(value)(items)  # type: ignore[call-arg]
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or not value.numel():
+        return value
+    tensor, stand_in = homes.get(value.untyped_storage().data_ptr(), (None, None))
+    if tensor is None or stand_in is None or not tensor.is_contiguous() or value.dtype != tensor.dtype:
+        return value
+    whole = stand_in if value.requires_grad else stand_in.detach()
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset() - tensor.storage_offset())
+
+
 def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> BufferChanges:
     """What a rehearsed forward changed: `final` are the buffers after it, the model's own are as before.
 

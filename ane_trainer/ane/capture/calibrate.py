@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.batches import plain_tensor
+from ane_trainer.ane.capture.buffers import kept_views
 from ane_trainer.ane.capture.intermediates import gradients_and_flow
 from ane_trainer.ane.capture.losses import Loss, class_count
 from ane_trainer.ane.capture.ports import Parameter
@@ -95,6 +96,15 @@ def rehearse(
     return Rehearsal(tuple(mode.noted), peaks, flow, classes, norm)
 
 
+def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[Any, Any]) -> float:
+    """The loss in plain PyTorch, with the same draws at each call; nothing of the model's tensors changes."""
+    values = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), rewriting(values_known=True), MaskMode():
+        torch.manual_seed(0)
+        output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
+        return float(call_loss(loss, output, example[1]))
+
+
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
     """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments.
 
@@ -103,7 +113,7 @@ def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> An
     args, keywords = ((), dict(x)) if isinstance(x, dict) else (_positional(model, x), {})
     keywords |= training_argument(model)
     places = _everywhere(model, tensors)
-    with variables_as(model, tensors):
+    with variables_as(model, tensors), kept_views(model, tensors):
         return torch.func.functional_call(model, places, args, keywords, tie_weights=False)
 
 

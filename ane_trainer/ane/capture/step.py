@@ -12,7 +12,7 @@ import torch
 
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
-from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, rehearse
+from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, loss_of, rehearse
 from ane_trainer.ane.capture.gradients import (
     LARGEST_UNIT,
     LIMITS,
@@ -29,6 +29,7 @@ from ane_trainer.ane.capture.gradients import (
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update, two_term_add
 from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values
+from ane_trainer.ane.capture.outside import nothing_outside
 from ane_trainer.ane.capture.ports import (
     SCALING_STATE,
     Parameter,
@@ -40,7 +41,7 @@ from ane_trainer.ane.capture.ports import (
     unique,
     units_by_group,
 )
-from ane_trainer.ane.capture.randomness import MaskMode, draw
+from ane_trainer.ane.capture.randomness import MaskMode, bounds, draw
 from ane_trainer.ane.capture.range import keep_in_range, scale_rows
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import (
@@ -144,7 +145,10 @@ def capture_training(
     units = options.units or {}
     rule = rule_for(optimizer, options.gradients.on_host)
     found = find_parameters(model, optimizer)
-    with forwarded(model) as final:
+    with (
+        forwarded(model) as final,
+        nothing_outside(model, loss, lambda: loss_of(model, get_loss(loss), example)),
+    ):
         rehearsal = rehearse(model, get_loss(loss), found, example)
     changes = find_changes(model, final)
     parameters = tuple(_with_unit(p, rule, optimizer, rehearsal, units) for p in found)
@@ -230,7 +234,9 @@ def _plan(
     state += [Port(identifier(n), tuple(b.shape) or (1,), "state", n) for n, b in buffers.items()]
     state += scaling_ports(gradients)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
-    masks = [Port(f"mask_{i}", m.shape, "batch", m.target) for i, m in enumerate(rehearsal.masks)]
+    masks = [
+        Port(f"mask_{i}", m.shape, "batch", m.target, bounds=bounds(m)) for i, m in enumerate(rehearsal.masks)
+    ]
     units = units_by_group(parameters, len(groups))
     sizes = {name: len(v) for name, v in scalar_values(optimizer, rule, 1, units).items()}
     trained = [p.unit for p in parameters if p.trained]

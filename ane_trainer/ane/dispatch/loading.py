@@ -27,12 +27,16 @@ from ane_trainer.ane.stages import Compiled, Port
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained: a model, its loss and optimizer, and a batch (x, y) that fixes the shapes."""
+    """What is trained: a model, its loss and optimizer, and a batch (x, y) that fixes the shapes.
+
+    `as_it_is`: capture in the mode that the model is in, also where that is evaluation.
+    """
 
     model: torch.nn.Module
     loss: str | Loss
     optimizer: torch.optim.Optimizer
     example: tuple[Any, Any]
+    as_it_is: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,23 @@ def load_step(
 
     Raises: UnsupportedModel with every reason at once; DataError for parameters beyond the precision.
     """
-    limits = RANGES[target.precision]
-    check_parameters(subject.model, limits)
+    return load_compiled(subject, target, *compile_step_of(subject, target, options, units))
+
+
+def compile_step_of(
+    subject: Subject, target: Target, options: StepOptions, units: Mapping[str, float] | None = None
+) -> tuple[StepCapture, Compiled]:
+    """Capture, lower, legalize, compile."""
+    check_parameters(subject.model, RANGES[target.precision])
     capture = _capture(
         subject, CaptureOptions(options.gradients, options.loss_scale, target.precision, units)
     )
     assert target.chip is not None
-    compiled = prepare(capture.captured, target.chip, target.path, target.precision)
+    return capture, prepare(capture.captured, target.chip, target.path, target.precision)
+
+
+def load_compiled(subject: Subject, target: Target, capture: StepCapture, compiled: Compiled) -> LoadedStep:
+    """A compiled step on its device, with the loss scale that the capture chose."""
     session, inputs = target.load(compiled), compiled.inputs
     mirror = Mirror(
         session, inputs, subject.model, subject.optimizer, capture.rule, target.precision, capture.changes
@@ -89,7 +103,7 @@ def load_step(
         draws=tuple(p for p in inputs if p.target.startswith(PREFIX)),
         gradients=tuple(p for p in compiled.outputs if p.target.endswith(f"/{GRADIENT}")),
         limits=next((p.name for p in inputs if p.target == LIMITS), ""),
-        dtype=limits.numpy,
+        dtype=RANGES[target.precision].numpy,
     )  # fmt: skip
 
 
@@ -113,5 +127,5 @@ def check_parameters(model: torch.nn.Module, limits: Range) -> None:
 def _capture(subject: Subject, options: CaptureOptions) -> StepCapture:
     """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
     kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    with kept if subject.model.training else module_mode(subject.model, training=True):
+    with kept if subject.model.training or subject.as_it_is else module_mode(subject.model, training=True):
         return capture_training(subject.model, subject.loss, subject.optimizer, subject.example, options)

@@ -23,6 +23,7 @@ from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
+from ane_trainer.ane.dispatch.fingerprint import Fingerprints
 from ane_trainer.ane.stages import Port
 
 #: The largest magnitude of state after its unit moved up.
@@ -52,7 +53,8 @@ class Mirror:
         # parameters that a step does not change keep their bits: frozen ones, and all if the host updates them
         self._changing = {p.name for p in self._trained} | set(float_buffers(model))
         self._model, self._changes = model, changes
-        self._versions: dict[str, int] = {}
+        self._fingerprints = Fingerprints(self._tensors)
+        self._moments: tuple[Any, ...] = ()
 
     # Weights and buffers
 
@@ -62,19 +64,22 @@ class Mirror:
         for name in self._changing:
             self._combine(name, self._tensors[name])
         self._changes.count(self._model, steps)
-        self._note_versions()
+        self._fingerprints.note()
 
     @torch.no_grad()
     def push_weights(self, changed_only: bool = False) -> None:
         """Module -> engine; with `changed_only`, only tensors that were changed since the last copy."""
-        for name, tensor in self._tensors.items():
-            if not changed_only or self._versions.get(name) != version(tensor):
-                self._split(name, tensor.detach().float())
-        self._note_versions()
+        for name in self._fingerprints.changed() if changed_only else self._tensors:
+            self._split(name, self._tensors[name].detach().float())
+        self._fingerprints.note()
+
+    def shares(self, other: Mirror, name: str) -> bool:
+        """Whether a parameter or buffer is the same tensor in both."""
+        return self._tensors.get(name) is other._tensors.get(name)
 
     def changed(self) -> bool:
         """Whether a parameter or buffer was changed by someone else since the last copy."""
-        return any(self._versions.get(name) != version(tensor) for name, tensor in self._tensors.items())
+        return bool(self._fingerprints.changed())
 
     # The optimizer's state
 
@@ -94,10 +99,27 @@ class Mirror:
                 if value is None:
                     value = state[slot.name] = torch.zeros(slot.shape or parameter.tensor.shape)
                 self._combine(f"{parameter.name}/{slot.name}", value, slot.bias(group, count))
+        self._moments = self._moments_now()
+
+    def moments_changed(self) -> bool:
+        """Whether someone else changed `optimizer.state` since the last copy."""
+        return bool(self._trained) and self._moments != self._moments_now()
+
+    def _moments_now(self) -> tuple[Any, ...]:
+        """Identities and versions of what `optimizer.state` holds."""
+        state = self._optimizer.state
+        held = [value for entries in state.values() for value in entries.values()]
+        return id(state), [(id(v), version(v)) if isinstance(v, torch.Tensor) else v for v in held]
 
     @torch.no_grad()
-    def push_moments(self) -> int:
-        """`optimizer.state` -> engine; returns the number of updates it stands for."""
+    def push_moments(self, changed_only: bool = False) -> int:
+        """`optimizer.state` -> engine; returns the number of updates it stands for.
+
+        With `changed_only`, those entries that were changed since the last copy, unless all are other objects; the
+        number is 0 then, for the others' count goes on.
+        """
+        before, self._moments = self._moments, self._moments_now()
+        old = set(before[1]) if changed_only and before and before[0] == self._moments[0] else set()
         count = 0
         for parameter, group, _ in self._slots():
             state = self._optimizer.state.get(parameter.tensor, {})
@@ -108,10 +130,12 @@ class Mirror:
             state = self._optimizer.state.get(parameter.tensor, {})
             for slot in slots:
                 value = state.get(slot.name)
+                if value is not None and (id(value), version(value)) in old:
+                    continue
                 bias = slot.bias(group, count) if count else 1.0
                 value = torch.zeros(slot.shape or parameter.tensor.shape) if value is None else value / bias
                 self._split(f"{parameter.name}/{slot.name}", value.float())
-        return count
+        return 0 if old else count
 
     # Units
 
@@ -214,6 +238,3 @@ class Mirror:
 
     def _write(self, port: Port, array: NDArray[Any]) -> None:
         self._session.write(port.name, array.astype(self._range.numpy).reshape(port.shape))
-
-    def _note_versions(self) -> None:
-        self._versions = {name: version(tensor) for name, tensor in self._tensors.items()}

@@ -110,7 +110,7 @@ class StepOptions:
     fallback      "none": refuse what does not fit the chip; "cpu": run those parts on the CPU.
     loss_scale    where dynamic loss scaling starts: a power of two from 1/64 to 32768, or "auto".
     sync          "always": the module's parameters follow after every step; "lazy": on `sync()`.
-    seed          of the random draws (dropout).
+    seed          of the random draws (dropout); None: torch's own generator draws them.
 
     Raises: UsageError for values out of range.
     """
@@ -120,7 +120,7 @@ class StepOptions:
     fallback: str = "none"
     loss_scale: float | str = "auto"
     sync: str = "always"
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         known = (

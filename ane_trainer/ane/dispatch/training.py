@@ -20,6 +20,7 @@ from ane_trainer.ane.capture.step import CEILING, GRADIENT, HEALTH
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.chips.counting import flops
+from ane_trainer.ane.dispatch.adapting import Variants
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
@@ -84,24 +85,28 @@ class TrainingStep:
         self.gradient_options: GradientOptions = options.gradients
         self.compiles, self.steps, self.applied_steps, self.skipped_steps = 1, 0, 0, 0
         self._subject, self._loaded, self._host_reason = subject, loaded, host_reason
-        self._draws = torch.Generator().manual_seed(options.seed)
+        own = options.seed is not None
+        self._draws = torch.Generator().manual_seed(options.seed or 0) if own else torch.default_generator
         self._host = HostOptimizer(subject.model, subject.optimizer) if options.gradients.on_host else None
         self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
         self._units = GradientUnits.of(loaded.capture, subject.optimizer)
+        self._variants = Variants(subject, target, options, loaded)
         self.load()
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
         """One training step on a batch; the loss before the update, a float32 tensor of rank 0.
 
+        What the loop changed since the last step is followed: weights and buffers (also through `.data`), the
+        optimizer's state and scalars; flags and Python numbers of the model and loss by another program, 8 at most.
+
         Raises: DataError for a batch of another shape or with values that the precision does not hold;
-        UsageError if a setting of the optimizer that is compiled in was changed.
+        UsageError if a setting of the optimizer that is compiled in was changed, or Python values too often.
         """
-        optimizer, mirror = self._subject.optimizer, self._loaded.mirror
+        optimizer = self._subject.optimizer
         check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
-        if mirror.changed():
-            mirror.push_weights(changed_only=True)
+        self._follow()
         feeds = self.feeds(x, y)
         results = self._loaded.session.run(feeds)
         self.steps += 1
@@ -115,6 +120,22 @@ class TrainingStep:
         if self.options.sync == "always":
             self._pull_weights()
         return torch.tensor(float(results["loss"][0]) / self._loaded.loss_unit)
+
+    def _follow(self) -> None:
+        """What was changed from outside since the last step: weights, optimizer state, Python values."""
+        mirror = self._loaded.mirror
+        if mirror.changed():
+            mirror.push_weights(changed_only=True)
+        if mirror.moments_changed():
+            self.applied_steps = mirror.push_moments(changed_only=self._stale_moments) or self.applied_steps
+        if self._variants.changed():
+            self._pull_weights()
+            before, self._loaded = self._loaded, self._variants.adapted(self._loaded)
+            if self._loaded is not before:
+                self.compiles += 1
+                self._units = GradientUnits.of(self._loaded.capture, self._subject.optimizer)
+                if self._host is not None:
+                    self._host = HostOptimizer(self._subject.model, self._subject.optimizer)
 
     def _count_update(self, applied: bool, results: Mapping[str, NDArray[Any]]) -> None:
         """A batch that completes an update has run; on the host the update happens now."""
@@ -205,6 +226,7 @@ class TrainingStep:
         if state.units[CEILING] != self._loaded.capture.units[CEILING]:
             self._loaded.session.close()
             self._loaded = load_step(self._subject, self.target, self.options, state.units)
+            self._variants.restart(self._loaded)
             self.compiles += 1
         mirror = self._loaded.mirror
         self._units.restore(state.units, state.levels)

@@ -39,7 +39,8 @@ class CpuStep:
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._gradients = options.gradients
         self._pending = 0  # batches since the last update
-        self._draws = torch.Generator().manual_seed(options.seed).get_state()  # dropout's, and all like it
+        own = None if options.seed is None else torch.Generator().manual_seed(options.seed)
+        self._draws = (own or torch.default_generator).get_state()  # dropout's, and all like it
 
     def __call__(self, x: Any, y: Any) -> torch.Tensor:
         """Forward, loss, backward, update; returns the loss. DataError for nan and inf."""

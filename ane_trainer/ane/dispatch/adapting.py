@@ -1,0 +1,114 @@
+"""A training step that follows its Python state: another program where a flag or number changed, with the state kept.
+
+Programs are known by the state they were compiled for, so that going back to one compiles nothing. A change that gives
+the same program is left alone once it did so a few times (what a forward stores for others to look at).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ane_trainer.ane.capture import StepCapture
+from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
+from ane_trainer.ane.capture.scaling import SCALING
+from ane_trainer.ane.dispatch.guards import Guards
+from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, compile_step_of, load_compiled
+from ane_trainer.ane.dispatch.options import StepOptions, Target
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.stages import Compiled
+
+#: Different programs that one step may be compiled to.
+MOST_PROGRAMS = 8
+#: After so many changes without an effect on the program a name is not compared any more.
+_HARMLESS = 3
+
+
+class Variants:
+    """The programs of one step by Python state. `changed` is asked before each step, `adapted` where it says yes."""
+
+    def __init__(self, subject: Subject, target: Target, options: StepOptions, loaded: LoadedStep) -> None:
+        self._subject, self._target, self._options = subject, target, options
+        self._as_it_is = subject.model.training
+        self._harmless: dict[str, int] = {}
+        self._start(loaded)
+
+    def _start(self, loaded: LoadedStep) -> None:
+        self._guards = self._fresh()
+        # the guards hold the objects whose identities are in the key
+        self._known = {self._guards.key(): (self._guards, loaded.capture, loaded.compiled)}
+
+    def restart(self, loaded: LoadedStep) -> None:
+        """Forget all programs but this one."""
+        self._start(loaded)
+
+    def changed(self) -> bool:
+        """Whether the Python state may be another one than that of the present program."""
+        return self._guards.changed()
+
+    def adapted(self, loaded: LoadedStep) -> LoadedStep:
+        """The program for the present Python state; `loaded` itself if that is the same.
+
+        Raises: UsageError ANE131 beyond MOST_PROGRAMS; UnsupportedModel for what the new state leads to.
+        """
+        differences, fresh = self._guards.differences(), self._fresh()
+        self._as_it_is |= self._subject.model.training
+        known = self._known.get(fresh.key())
+        if known is None:
+            subject = dataclasses.replace(self._subject, as_it_is=self._as_it_is)
+            capture, compiled = compile_step_of(subject, self._target, self._options)
+            known = fresh, *self._same_program(capture, compiled)
+            self._check_budget(known, differences)
+            self._known[fresh.key()] = known
+        self._guards = fresh
+        _, capture, compiled = known
+        if compiled.fingerprint == loaded.compiled.fingerprint:
+            for name in (text.partition(": ")[0] for text in differences):
+                self._harmless[name] = self._harmless.get(name, 0) + 1
+                if self._harmless[name] == _HARMLESS:
+                    self._guards = self._fresh()
+            return loaded
+        new = load_compiled(self._subject, self._target, capture, compiled)
+        move_state(loaded, new)
+        loaded.session.close()
+        return new
+
+    def _fresh(self) -> Guards:
+        ignored = frozenset(name for name, count in self._harmless.items() if count >= _HARMLESS)
+        return Guards(self._subject.model, self._subject.loss, ignored)
+
+    def _same_program(self, capture: StepCapture, compiled: Compiled) -> tuple[StepCapture, Compiled]:
+        """An equal program that is known already, with its units."""
+        for _, known_capture, known in self._known.values():
+            if known.fingerprint == compiled.fingerprint:
+                return known_capture, known
+        return capture, compiled
+
+    def _check_budget(self, new: tuple[Guards, StepCapture, Compiled], differences: list[str]) -> None:
+        programs = {compiled.fingerprint for _, _, compiled in (*self._known.values(), new)}
+        if len(programs) > MOST_PROGRAMS:
+            raise UsageError(
+                f"compile_step: needs at most {MOST_PROGRAMS} different states of the model's and loss's Python "
+                f"values (each is a program of its own); got another one: {', '.join(differences[:3])}. Feed what "
+                "changes often as a tensor of the batch, x=(inputs, value), or keep it as a buffer and write to that.",
+                code="ANE131",
+            )
+
+
+def move_state(old: LoadedStep, new: LoadedStep) -> None:
+    """The engine's state goes over; what only the new program keeps comes from the module and the optimizer."""
+    state = old.mirror.state()
+    scale = min(new.capture.loss_scale, old.mirror.scaling("loss_scale"))
+    new.mirror.push_weights()
+    new.mirror.push_moments()
+    kept = {target: value for target, value in state.items() if not target.startswith(SCALING)}
+    trained = {target.removesuffix(f"/{RESIDUAL}") for target in kept if target.endswith(f"/{RESIDUAL}")}
+    ports = {port.target for port in new.compiled.inputs}
+    for target in list(kept):
+        name = target.removesuffix(f"/{RESIDUAL}")
+        frozen = (
+            f"{name}/{RESIDUAL}" in ports and name not in trained
+        )  # fp16 there; the module has all its digits
+        if frozen or not new.mirror.shares(old.mirror, name):
+            del kept[target]
+    new.mirror.set_state(kept)
+    new.mirror.set_scaling(scale)

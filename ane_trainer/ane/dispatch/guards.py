@@ -1,0 +1,284 @@
+"""What a compiled step read of Python: flags, numbers and which tensors are where, compared before each step.
+
+A program has the values that a forward and a loss saw when they were captured: modules' attributes, `training`,
+`requires_grad`, numbers in lists, closures and globals of the user's functions, tensors that are no state. `Guards`
+holds them; `changed` takes tens of microseconds for hundreds of modules, `differences` names what changed.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ane_trainer.ane.dispatch.fingerprint import Fingerprints
+
+#: Values that are compared as such; of others it counts which object they are.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
+_CONTAINERS = (list, tuple, dict, set)
+#: torch's own entries of a module's `__dict__`: tensors and children, which are compared by themselves, and hooks.
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DEEPEST = 6
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Part of what was read: `read` gives its values now, `names` are what messages call them."""
+
+    names: tuple[str, ...]
+    read: Callable[[], Sequence[Any]]
+    values: tuple[Any, ...]
+
+    def changes(self) -> Iterator[str]:
+        """`name: old -> new` of every value that is not as it was."""
+        try:
+            now = tuple(self.read())
+        except (KeyError, ValueError):  # a name or a closure's variable that is gone
+            now = ()
+        for name, old, new in zip(self.names, self.values, now, strict=False):
+            if not _same(old, new):
+                plain = isinstance(old, _PLAIN) and isinstance(new, _PLAIN)
+                yield f"{name}: {old!r} -> {new!r}" if plain else f"{name}: another {type(new).__name__}"
+        if len(now) != len(self.values):
+            place = self.names[0].rpartition(".")[0] if self.names else "a container"
+            yield f"{place}: {len(self.values)} entries -> {len(now)}"
+
+
+class Guards:
+    """A model's and a loss's Python state as it was when this was made; names in `ignored` do not count."""
+
+    def __init__(self, model: nn.Module, loss: object, ignored: frozenset[str] = frozenset()) -> None:
+        walk = _Walk(ignored)
+        walk.module_tree(model, type(model).__name__)
+        walk.value(loss, "loss")
+        self._sources = walk.sources
+        self._saved = [source.values for source in walk.sources]
+        self._reads = [source.read for source in walk.sources]
+        self._spaces, self._entries = walk.spaces, sum(map(len, walk.spaces))
+        self._homes = walk.homes
+        self._held = list(chain.from_iterable(map(dict.values, self._homes)))
+        self._ids = list(map(id, self._held))
+        self._parameters = [t for t in self._held if isinstance(t, torch.Tensor)]
+        self._trained = list(map(_trained, self._parameters))
+        self._constants = Fingerprints(walk.constants)
+
+    def changed(self) -> bool:
+        """Whether anything may have changed; quick, and right when it says no."""
+        try:
+            return (
+                self._saved != [read() for read in self._reads]
+                or self._entries != sum(map(len, self._spaces))
+                or self._ids != list(map(id, chain.from_iterable(map(dict.values, self._homes))))
+                or self._trained != list(map(_trained, self._parameters))
+                or bool(self._constants.changed())
+            )
+        except (KeyError, ValueError, RuntimeError, TypeError):  # gone, or not comparable: not as it was
+            return True
+
+    def differences(self) -> list[str]:
+        """What changed, in words; empty if nothing did."""
+        found = list(dict.fromkeys(text for source in self._sources for text in source.changes()))
+        if self._ids != list(map(id, chain.from_iterable(map(dict.values, self._homes)))):
+            found.append("a parameter, buffer or submodule: another object")
+        elif self._trained != list(map(_trained, self._parameters)):
+            found.append("requires_grad")
+        if self._entries != sum(map(len, self._spaces)):
+            found.append("attributes or hooks of a module: more or fewer")
+        return found + [f"{name}: written to" for name in self._constants.changed()]
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal states; the objects it tells apart by their identity are held by this."""
+        values = tuple(tuple(map(_frozen, values)) for values in self._saved)
+        return values, self._entries, tuple(self._ids), tuple(self._trained), self._constants.digest()
+
+
+class _Walk:
+    """Collects the sources that a step may read."""
+
+    def __init__(self, ignored: frozenset[str]) -> None:
+        self._ignored = ignored
+        self.sources: list[_Source] = []
+        self.spaces: list[Any] = []  # dicts whose number of entries counts
+        self.homes: list[Any] = []  # dicts of parameters, buffers and children
+        self.constants: dict[str, torch.Tensor] = {}
+        self._state: set[int] = set()
+        self._seen: set[int] = set()
+
+    def module_tree(self, root: nn.Module, label: str) -> None:
+        """All modules of a model: attributes, flags, tensors, children, hooks, and what their classes' code reads."""
+        self._state |= {id(t) for t in chain(root.parameters(), root.buffers())}
+        for path, module in root.named_modules():
+            self._module(module, f"{label}.{path}" if path else label)
+
+    def _module(self, module: nn.Module, label: str) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        space = vars(module)
+        self.homes += [home for home in (space["_parameters"], space["_buffers"], space["_modules"]) if home]
+        self.spaces += [space, *(space[name] for name in _HOOKS)]
+        self._names(space, [name for name in space if name not in _TORCHS], label, 0)
+        self._class(type(module), label)
+
+    def value(self, value: object, label: str, depth: int = 0) -> None:
+        """Whatever a user's code may hold on to."""
+        if (
+            isinstance(value, _PLAIN)
+            or depth > _DEEPEST
+            or id(value) in self._seen
+            or id(value) in self._state
+        ):
+            return
+        if isinstance(value, nn.Module):
+            self.module_tree(value, label)
+            return
+        self._seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.device.type == "cpu" and value.layout == torch.strided:
+                self.constants[label] = value
+        elif isinstance(value, np.ndarray):
+            if value.dtype.kind in "fiub" and value.flags.writeable:
+                self.constants[label] = torch.from_numpy(value)
+        elif isinstance(value, dict):
+            self.spaces.append(value)
+            self._names(value, list(value), label, depth)
+        elif isinstance(value, (list, tuple, set)):
+            self._items(value, label, depth)
+        elif isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                self.value(part, label, depth + 1)
+        elif isinstance(value, types.MethodType):
+            self.value(value.__self__, label, depth + 1)
+            self.value(value.__func__, label, depth + 1)
+        elif isinstance(value, types.FunctionType):
+            self._function(value, label, depth)
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
+            value, (type, types.ModuleType)
+        ):
+            self.spaces.append(vars(value))
+            self._names(vars(value), list(vars(value)), label, depth)
+            self._class(type(value), label)
+
+    def _items(self, value: list[Any] | tuple[Any, ...] | set[Any], label: str, depth: int) -> None:
+        held = tuple(value)
+        if not isinstance(value, tuple):
+            names = tuple(f"{label}[{i}]" for i in range(len(held)))
+            self.sources.append(_Source(names, functools.partial(tuple, value), held))
+        for number, item in enumerate(held):
+            self.value(item, f"{label}[{number}]", depth + 1)
+
+    def _names(self, space: Mapping[Any, Any], names: Sequence[Any], label: str, depth: int) -> None:
+        """Some entries of a namespace or dict."""
+        names = [name for name in names if f"{label}.{name}" not in self._ignored]
+        if names:
+            labels = tuple(f"{label}.{name}" for name in names)
+            read = functools.partial(itemgetter(names[0], *names), space)
+            self.sources.append(_Source((labels[0], *labels), read, read()))
+        for name in names:
+            self.value(space[name], f"{label}.{name}", depth + 1)
+
+    def _class(self, kind: type, label: str) -> None:
+        """Class attributes, and what the methods of the user's classes read."""
+        for base in kind.__mro__:
+            if _own(base.__module__) and id(base) not in self._seen:
+                self._seen.add(id(base))
+                space = vars(base)
+                plain = [
+                    n
+                    for n, v in space.items()
+                    if isinstance(v, (*_PLAIN, *_CONTAINERS)) and not n.startswith("__")
+                ]
+                self._names(space, plain, label, 1)
+                for function in space.values():
+                    if isinstance(function, types.FunctionType):
+                        self.value(function, label, 1)
+
+    def _function(self, function: types.FunctionType, label: str, depth: int) -> None:
+        """Variables of the closure, defaults, and the globals that the code names."""
+        cells = [cell for cell in function.__closure__ or () if _filled(cell)]
+        if cells:
+            names = [
+                name
+                for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+                if _filled(cell)
+            ]
+            read = functools.partial(_contents, cells)
+            self.sources.append(_Source(tuple(f"{label}: {name}" for name in names), read, read()))
+            for name, held in zip(names, read(), strict=True):
+                self.value(held, f"{label}: {name}", depth + 1)
+        for held in (function.__defaults__, function.__kwdefaults__):
+            self.value(held, label, depth + 1)
+        if _own(function.__module__ or "") and _written_by_user(function.__code__):
+            space = function.__globals__
+            for code in _codes(function.__code__):
+                named = [n for n in code.co_names if n in space]
+                self._names(
+                    space,
+                    [n for n in named if isinstance(space[n], (*_PLAIN, *_CONTAINERS))],
+                    "global",
+                    depth,
+                )
+                for name in named:
+                    if not isinstance(space[name], (type, types.ModuleType)):
+                        self.value(space[name], f"global {name}", depth + 1)
+                    elif isinstance(space[name], types.ModuleType) and _own(space[name].__name__):
+                        plain = [n for n in code.co_names if isinstance(vars(space[name]).get(n), _PLAIN)]
+                        plain = [n for n in plain if n in vars(space[name])]
+                        self._names(vars(space[name]), plain, f"module {name}", depth)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+_trained = attrgetter("requires_grad")
+
+
+def _contents(cells: Sequence[types.CellType]) -> tuple[Any, ...]:
+    return tuple(cell.cell_contents for cell in cells)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _own(module: str) -> bool:
+    """Whether a module may be the user's: not of Python, torch, numpy or this package."""
+    root = module.partition(".")[0]
+    return (
+        root not in sys.stdlib_module_names | {"torch", "numpy", "ane_trainer", "keras"} or root == "__main__"
+    )
+
+
+def _written_by_user(code: types.CodeType) -> bool:
+    """Libraries' functions do not read globals that change."""
+    return "site-packages" not in code.co_filename
+
+
+def _same(old: object, new: object) -> bool:
+    return old is new or (type(old) is type(new) and isinstance(old, _PLAIN) and old == new)
+
+
+def _frozen(value: object) -> object:
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    return id(value)

@@ -1,0 +1,207 @@
+"""A step follows what the loop changes: flags, numbers, tensors, optimizer state, each as PyTorch does or refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ane_trainer as at
+from ane_trainer.ane.dispatch.guards import Guards
+
+SCALE = 1.0
+X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+
+
+class Net(nn.Module):
+    """Python state of many kinds."""
+
+    gain = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.register_buffer("shift", torch.zeros(8))
+        self.power, self.mask, self.config = 1.0, torch.ones(8), types.SimpleNamespace(steps=[1.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.a(x))) * self.mask + self.shift
+        return self.b(h) * (self.gain * self.power * self.config.steps[0] * SCALE)  # type: ignore[no-any-return]
+
+
+class Weighted:
+    """A loss with a weight."""
+
+    weight = 1.0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.weight * F.cross_entropy(output, target)
+
+
+def compiled(model: nn.Module, loss: Any = "cross_entropy") -> Any:
+    return at.compile_step(
+        model, loss, torch.optim.SGD(model.parameters(), lr=0.1), example=(X, Y), device="sim"
+    )
+
+
+def scale(value: float) -> None:
+    global SCALE
+    SCALE = value
+
+
+def steps(
+    change: Callable[[Any, Any, Any], object], loss: Any = None, optimizer: Any = None
+) -> tuple[Any, ...]:
+    """(step, its losses, PyTorch's, both models) of 5 steps; `change(model, optimizer, loss)` before the third."""
+    loss, make = loss or Weighted(), optimizer or functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    model = Net()
+    reference, loss_2 = copy.deepcopy(model), copy.deepcopy(loss)
+    own, theirs = make(model.parameters()), make(reference.parameters())
+    step = at.compile_step(model, loss, own, example=(X, Y), device="sim")
+    found, expected = [], []
+    scale(1.0)
+    for number in range(5):
+        if number == 2:
+            change(model, own, loss)
+            change(reference, theirs, loss_2)
+        found.append(float(step(X, Y)))
+        theirs.zero_grad()
+        value = loss_2(reference(X), Y)
+        value.backward()
+        theirs.step()
+        expected.append(float(value.detach()))
+    step.sync()
+    scale(1.0)
+    return step, found, expected, model, reference
+
+
+def freeze(model: Any, *_: Any) -> None:
+    model.a.weight.requires_grad_(False)
+
+
+def clip(model: Any, *_: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.1, 0.1)
+
+
+def other_buffer(model: Any, *_: Any) -> None:
+    model.shift = torch.full((8,), 0.25)
+
+
+def clear_momentum(model: Any, optimizer: Any, _loss: Any) -> None:
+    for entries in optimizer.state.values():
+        entries["momentum_buffer"] = torch.zeros_like(entries["momentum_buffer"])
+
+
+CHANGES: dict[str, Callable[[Any, Any, Any], object]] = {
+    "an attribute": lambda m, o, f: setattr(m, "power", 0.5),
+    "a class attribute, shadowed": lambda m, o, f: setattr(m, "gain", 0.5),
+    "a number in a list": lambda m, o, f: m.config.steps.__setitem__(0, 0.5),
+    "a global": lambda m, o, f: scale(0.5),
+    "the loss's weight": lambda m, o, f: setattr(f, "weight", 3.0),
+    "a tensor that is no buffer": lambda m, o, f: m.mask.mul_(0.5),
+    "evaluation mode": lambda m, o, f: m.eval(),
+    "evaluation mode of a part": lambda m, o, f: m.norm.eval(),
+    "a frozen weight": freeze,
+    "p.data": clip,
+    "p.data of another tensor": lambda m, o, f: setattr(m.b.bias, "data", torch.ones(3)),
+    "a buffer's .data": lambda m, o, f: m.shift.data.fill_(0.25),
+    "another buffer": other_buffer,
+    "an eps of a layer": lambda m, o, f: setattr(m.norm, "eps", 0.5),
+    "a momentum of a layer": lambda m, o, f: setattr(m.norm, "momentum", 0.9),
+    "a learning rate": lambda m, o, f: o.param_groups[0].update(lr=0.01),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_between_steps_is_followed(name: str) -> None:
+    step, found, expected, model, reference = steps(CHANGES[name])
+    assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
+    for mine, theirs in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.05, atol=5e-3)
+    kept = name in ("a learning rate", "p.data", "p.data of another tensor", "a buffer's .data")
+    assert step.compiles == (1 if kept else 2)
+
+
+def test_optimizer_state_set_from_outside_is_followed() -> None:
+    model, reference = Net(), Net()
+    own, theirs = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, reference))
+    step = at.compile_step(model, "cross_entropy", own, example=(X, Y), device="sim")
+    for number in range(6):
+        if number == 3:
+            step.sync()
+            clear_momentum(model, own, None)
+            clear_momentum(reference, theirs, None)
+        loss = float(step(X, Y))
+        theirs.zero_grad()
+        value = F.cross_entropy(reference(X), Y)
+        value.backward()
+        theirs.step()
+        assert loss == pytest.approx(float(value.detach()), rel=0.02)
+
+
+def test_going_back_compiles_nothing() -> None:
+    model = Net()
+    step = at.compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), example=(X, Y), device="sim"
+    )
+    texts = []
+    for number in range(20):
+        model.norm.train(number % 2 == 0)
+        step(X, Y)
+        texts.append(step.text())
+    assert len(set(texts)) == 2
+    assert texts[0::2] == texts[:1] * 10
+
+
+def test_too_many_states_are_refused_and_one_fewer_is_not() -> None:
+    loss = Weighted()
+    model = nn.Linear(6, 3)
+    step = at.compile_step(
+        model, loss, torch.optim.SGD(model.parameters(), lr=0.1), example=(X, Y), device="sim"
+    )
+    for number in range(8):
+        loss.weight = 1.0 + number
+        step(X, Y)
+    loss.weight = 100.0
+    with pytest.raises(at.AneTrainerError, match=r"loss.weight: 8.0 -> 100.0.*tensor of the batch") as caught:
+        step(X, Y)
+    assert caught.value.code == "ANE131"
+
+
+def test_a_change_without_effect_compiles_no_program() -> None:
+    model = nn.Linear(6, 3)
+    step = at.compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), example=(X, Y), device="sim"
+    )
+    for number in range(20):
+        model.note = number
+        step(X, Y)
+    assert step.compiles == 1
+
+
+def test_guards_are_quick() -> None:
+    """Measured beside a loop over the same modules in Python, which takes about 20 us."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(200)))
+    guards = Guards(model, F.mse_loss)
+
+    def least(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(300):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    yardstick = least(lambda: [m.training for m in model.modules()])
+    assert not guards.changed()
+    assert least(guards.changed) < max(10 * yardstick, 2e-4)
