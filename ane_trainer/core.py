@@ -290,11 +290,12 @@ def _data_options(config: TrainConfig, limit: int | None) -> DataOptions:
 
 def _settled(config: TrainConfig, description: DataDescription) -> TrainConfig:
     """The configuration with what the data decides written out, and paths that hold from any folder."""
-    kind, _, path = config.dataset.rpartition("hf:")
-    path, colon, function = path.rpartition(":") if ".py:" in path else (path, "", "")
+    prefix = "hf:" if config.dataset.startswith("hf:") else ""
+    path, colon, function = config.dataset.removeprefix("hf:"), "", ""
+    if ".py:" in path:
+        path, colon, function = path.rpartition(":")
     here = Path(path).expanduser().resolve()
     is_path = find_known(config.dataset) is None and here.exists()
-    prefix = "hf:" if config.dataset.startswith("hf:") else kind
     return config.model_copy(
         update={
             "dataset": f"{prefix}{here}{colon}{function}" if is_path else config.dataset,

@@ -42,10 +42,12 @@ def export_model(
         )
     x, y = _first_examples(data, options.examples)
     names = tuple(getattr(data, "class_names", ())) if classes else ()
-    signature = Signature(tuple(x.shape[1:]), options.batch, _normalisation(data, options.input), names)
+    tokens = not x.is_floating_point()
+    scale = _normalisation(data, options.input)
+    signature = Signature(tuple(x.shape[1:]), options.batch, scale, names, tokens)
     texts = {"description": f"{type(model).__name__}, trained with ane_trainer", "version": __version__}
-    labels = y if isinstance(y, torch.Tensor) and not y.is_floating_point() else None
-    return export_inference(model, path, format, signature, x, labels, replace(options, texts=texts))
+    labels = y if isinstance(y, torch.Tensor) and y.dim() == 1 and not y.is_floating_point() else None
+    return export_inference(model, path, format, signature, x.float(), labels, replace(options, texts=texts))
 
 
 def export_training(

@@ -119,6 +119,7 @@ def test_text_is_continued(tmp_path):
     assert evaluate_run(run)["perplexity"] < 1.2
     with pytest.raises(DataError, match="got 'z'"):
         predict_run(run, prompt="z")
+    assert export_run(run, "torch", tmp_path / "m.pt2").to_json()["examples"] == 9
 
 
 def test_labels_are_scored_and_predicted(tmp_path):

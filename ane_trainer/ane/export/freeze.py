@@ -28,12 +28,14 @@ class Signature:
     pixels 0 to 255 and the model normalises them as training did; without, it is the tensor that training
     fed.
     `class_names`: the outputs' names; the output is then their probabilities, else what the model returns.
+    `tokens`: the model takes whole numbers; the file takes them as floats, which all formats have.
     """
 
     shape: tuple[int, ...]
     batch: int = 1
     normalise: tuple[float, float] | None = None
     class_names: tuple[str, ...] = ()
+    tokens: bool = False
 
     @property
     def input_name(self) -> str:
@@ -57,11 +59,14 @@ class Deployed(nn.Module):
         mean, std = signature.normalise or (0.0, 1.0)
         self.scale = 1.0 / (PIXEL_MAX * std) if signature.normalise else None
         self.shift = -mean / std
+        self.tokens = signature.tokens
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs [N, ...] for inputs [N, ...]."""
         if self.scale is not None:
             x = x * self.scale + self.shift
+        if self.tokens:
+            x = x.to(torch.int64)
         y: torch.Tensor = self.model(x)
         return y.softmax(-1) if self.softmax else y
 
