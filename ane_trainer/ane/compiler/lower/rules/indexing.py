@@ -117,6 +117,22 @@ def embedding(
     return ctx.reshape(ctx.mul(ctx.matmul(picks, weight), 1.0 / LOOKUP_SCALE), ctx.shape)
 
 
+@lowering("embedding_renorm.default", accepts="encoded")
+def embedding_renorm(
+    ctx: Context, weight: Operand, index: Operand, max_norm: float, norm_type: float
+) -> Operand:
+    """`embedding_renorm(w, i) -> mul(w, select(greater(norms, max), max / norms, 1))` for rows that are looked up"""
+    if norm_type not in (1, 2):
+        raise ctx.refuse(f"needs norm_type 1 or 2; got {norm_type}.", "Use one of them.")
+    rows = shape_of(weight)[0]
+    flat = ctx.reshape(index, (math.prod(shape_of(index)),))
+    looked_up = ctx.reshape(ctx.reduce("max", flat_one_hot(ctx, flat, rows), [0]), (rows, 1))
+    norms = ctx.reduce(f"l{int(norm_type)}_norm", weight, [1], keep=True)
+    over = ctx.mul(ctx.number(ctx.binary("greater", norms, max_norm)), looked_up)
+    shrunk = ctx.where(ctx.boolean_of_01(over), ctx.div(max_norm, ctx.add(norms, 1e-7)), 1.0)
+    return ctx.mul(weight, shrunk)
+
+
 @lowering("embedding_dense_backward.default", accepts="encoded")
 def embedding_backward(
     ctx: Context, g: Operand, index: Operand, rows: int, padding_idx: int, scale_grad_by_freq: bool

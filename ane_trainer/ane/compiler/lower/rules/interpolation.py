@@ -233,6 +233,47 @@ def upsample_cubic_backward(
     return g
 
 
+_ANTIALIASED = {
+    "linear": torch.ops.aten._upsample_bilinear2d_aa.default, "cubic": torch.ops.aten._upsample_bicubic2d_aa.default
+}  # fmt: skip
+
+
+def _antialiased(kind: str, n: int, m: int, align_corners: bool, scale: float | None) -> torch.Tensor:
+    """`[m, n]`: the weights of torch's antialiased filter, which is linear: those that it gives unit vectors."""
+    unit = torch.eye(n, dtype=torch.float64)[None, None]
+    matrix: torch.Tensor = _ANTIALIASED[kind](unit, [m, n], align_corners, scale, None)
+    return matrix[0, 0]
+
+
+def _antialiased_rules(kind: str) -> None:
+    name = f"_upsample_bi{kind}2d_aa"
+
+    @lowering(f"{name}.default")
+    def forward(
+        ctx: Context, x: Operand, size: Sequence[int], align_corners: bool, *scales: float | None
+    ) -> Operand:
+        """`_upsample_bilinear2d_aa(x) -> matmul` with constant weights per axis; bicubic alike"""
+        for i, scale in enumerate(scales or (None, None)):
+            axis = len(shape_of(x)) - 2 + i
+            x = along(ctx, x, axis, _antialiased(kind, shape_of(x)[axis], int(size[i]), align_corners, scale))
+        return x
+
+    @lowering(f"{name}_backward.default")
+    def backward(
+        ctx: Context, g: Operand, size: Sequence[int], input_size: Sequence[int], align_corners: bool,
+        *scales: float | None,
+    ) -> Operand:  # fmt: skip
+        """`_upsample_bilinear2d_aa_backward(g) -> matmul` with the transposed weights per axis; bicubic alike"""
+        for i, scale in enumerate(scales or (None, None)):
+            axis, n = len(shape_of(g)) - 2 + i, int(input_size[2 + i])
+            g = along(ctx, g, axis, _antialiased(kind, n, shape_of(g)[axis], align_corners, scale).T)
+        return g
+
+
+for _kind in _ANTIALIASED:
+    _antialiased_rules(_kind)
+
+
 def _nearest_exact(n: int, m: int, scale: float | None) -> torch.Tensor:
     """`[m, n]`: row i picks floor((i + 0.5) n / m)."""
     ratio = torch.tensor(1.0 / scale if scale else n / m, dtype=torch.float32)
