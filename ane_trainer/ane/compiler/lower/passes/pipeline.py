@@ -11,6 +11,7 @@ from dataclasses import replace
 from ane_trainer.ane.compiler.lower.passes.layout import sink_transposes
 from ane_trainer.ane.compiler.lower.passes.ranks import merge_axes
 from ane_trainer.ane.compiler.lower.passes.rewriting import Rewriter, int_list, integers
+from ane_trainer.ane.compiler.lower.passes.widths import factor_widths
 from ane_trainer.ane.mil.opset import family
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value, literal
 
@@ -18,7 +19,7 @@ from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, 
 def run_passes(function: Function) -> Function:
     """All passes in order."""
     steps = (dead_code, share, algebra, sink_tiles, transposes, sink_transposes, transposes, matmul_flags)
-    for step in (*steps, merge_axes, share, transposes, share, dead_code):
+    for step in (*steps, merge_axes, factor_widths, share, transposes, share, dead_code):
         function = step(function)
     return function
 
