@@ -25,7 +25,7 @@ from ane_trainer.utils import did_you_mean
 def open_data(data: Any, options: DataOptions | None = None) -> Splits:
     """Open `data` (see the module) as batches; DataError says what is wrong with it and where."""
     chosen = options or DataOptions()
-    where = f"load_dataset({str(data)!r})" if isinstance(data, (str, Path)) else "load_dataset"
+    where = str(data) if isinstance(data, (str, Path)) else "data"
     chosen.check(where)
     return _assemble(_open(data, chosen), chosen, where)
 
@@ -35,7 +35,11 @@ def _open(data: Any, options: DataOptions) -> Parts:
         return _open_object(data, "data", options)
     spec, path = str(data), Path(data).expanduser()
     if isinstance(data, str) and (info := known.find(spec)) is not None:
-        return _open_known(info, options)
+        parts = _open_known(info, options)
+        if path.is_dir():
+            note = f"this is the known dataset; for the folder of that name give ./{spec}"
+            parts = replace(parts, description=replace(parts.description, notes=(note,)))
+        return parts
     if spec.startswith("hf:"):
         return arrays.open_hub(spec.removeprefix("hf:"), options)
     if ".py:" in spec:
@@ -59,6 +63,12 @@ def _open_file(path: Path, options: DataOptions) -> Parts:
         return arrays.open_arrays(arrays.read_npz(path), str(path), options)
     if suffix in text.SUFFIXES:
         return text.open_text(path, options)
+    if suffix == ".py":
+        raise DataError(
+            f"{path}: needs the name of a function in it that returns the data; got none. "
+            f"Give {path}:FUNCTION.",
+            code="DATA115",
+        )
     raise DataError(
         f"{path}: needs a folder of images, or a file that ends in {', '.join(tables.SUFFIXES)}, .npz or "
         f"{', '.join(text.SUFFIXES)}; got {suffix or 'no ending'!r}. Rename or convert it.",
@@ -176,7 +186,8 @@ def _assemble(parts: Parts, options: DataOptions, where: str) -> Splits:
     if not len(train):
         raise DataError(
             f"{where}: needs at least one full batch; got {train.num_examples:,} training examples for "
-            f"batch_size {options.batch_size}. Lower batch_size, raise limit, or pass drop_last=False.",
+            f"batch_size {options.batch_size}. Lower batch_size, raise limit, or keep the smaller batch: "
+            "drop_last=False, on the command line --last-batch train.",
             code="DATA102",
         )
     others = {

@@ -381,3 +381,13 @@ def test_what_does_not_exist_or_has_no_known_ending_is_refused(tmp_path):
     assert "DATA101" in refusal(tmp_path / "nothing")
     (tmp_path / "x.doc").write_text("?")
     assert "got '.doc'" in refusal(tmp_path / "x.doc")
+    (tmp_path / "mine.py").write_text("def make(): ...")
+    assert "mine.py:FUNCTION" in refusal(tmp_path / "mine.py")
+
+
+def test_a_folder_called_like_a_known_dataset_is_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_data("digits").description.notes == ()
+    make_images(tmp_path / "digits", {"a": 4, "b": 4})
+    assert "./digits" in open_data("digits").description.notes[0]
+    assert open_data("./digits").description.class_names == ("a", "b")
