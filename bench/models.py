@@ -66,8 +66,9 @@ def gpt2() -> Built:
 
     sizes = {"vocab_size": 2000, "n_positions": 64, "n_embd": 256, "n_layer": 4, "n_head": 4}
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    ends = {"bos_token_id": None, "eos_token_id": None}
     ids = torch.randint(0, 2000, (4, 64))
-    return hugging("GPT2LMHeadModel", GPT2Config(use_cache=False, **sizes, **dropouts)), ids, ids
+    return hugging("GPT2LMHeadModel", GPT2Config(use_cache=False, **sizes, **dropouts, **ends)), ids, ids
 
 
 def llama() -> Built:

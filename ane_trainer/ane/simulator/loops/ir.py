@@ -193,6 +193,14 @@ class Value:
         text = f"shufflevector {old} {self.name}, {old} poison, <{lanes} x i32> <{order}>"
         return self.function.emit(self.type.of(lanes), text)
 
+    def interleaved(self, other: Value, high: bool) -> Value:
+        """The low or the high halves of two vectors, element by element in turn."""
+        lanes, old = self.type.lanes, self.type.text
+        first = lanes // 2 if high else 0
+        order = ", ".join(f"i32 {first + i // 2 + lanes * (i % 2)}" for i in range(lanes))
+        text = f"shufflevector {old} {self.name}, {old} {other.name}, <{lanes} x i32> <{order}>"
+        return self.function.emit(self.type, text)
+
     def reduce(self, how: str, flags: str = "") -> Value:
         """One number from all lanes by an LLVM vector reduction (`smax`, `fmax`, `or`, ...); sums start at 0.0."""
         one, old = self.type.of(1), self.type

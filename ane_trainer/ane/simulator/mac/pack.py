@@ -164,17 +164,58 @@ def _copy(
     depth, valid = sizes
     with f.when(~full):
         f.clear(packed, depth * (4 * pitch))
-    with f.loop(0, depth, BLOCK_DEPTH) as first:
+    strided = source.depths.is_null()
+    dense = strided & source.depth_stride.compare("eq", 1)
+    with f.when(dense):
+        _copy_dense(f, source, packed, pitch, sizes)
+    with f.when(~dense), f.loop(0, depth, BLOCK_DEPTH) as first:
         last = (first + BLOCK_DEPTH).call("smin", depth)
-        strided = source.depths.is_null()
-        with f.when(strided), f.loop(0, valid) as j:
-            line, column = source.address.at(j * source.line_stride, F32), packed.at(j, F32)
-            with f.loop(first, last) as k:
-                column.at(k * pitch, F32).store(line.at(k * source.depth_stride, F32).load(F32))
+        with f.when(strided):
+            _copy_lines(f, source, packed, pitch, (0, valid), (first, last))
         with f.when(~strided), f.loop(0, valid) as j:
             line, column = source.address.at(source.lines.at(j, I64).load(I64), F32), packed.at(j, F32)
             with f.loop(first, last) as k:
                 column.at(k * pitch, F32).store(line.at(source.depths.at(k, I64).load(I64), F32).load(F32))
+
+
+_SQUARE = 4
+"""Lines and k of the squares that `_copy_dense` turns over in registers."""
+
+
+def _copy_dense(f: Function, source: Source, packed: Value, pitch: int, sizes: tuple[Value, Value]) -> None:
+    """The copy where k is dense in memory: by squares, then what they leave."""
+    depth, valid = sizes
+    whole_k, whole_j = depth // _SQUARE * _SQUARE, valid // _SQUARE * _SQUARE
+    with f.loop(0, whole_k, _SQUARE) as k:
+        with f.loop(0, whole_j, _SQUARE) as j:
+            places = [source.address.at((j + i) * source.line_stride + k, F32) for i in range(_SQUARE)]
+            for i, column in enumerate(_turned([place.load(F32.of(_SQUARE)) for place in places])):
+                packed.at((k + i) * pitch + j, F32).store(column)
+        _copy_lines(f, source, packed, pitch, (whole_j, valid), (k, k + _SQUARE))
+    _copy_lines(f, source, packed, pitch, (0, valid), (whole_k, depth))
+
+
+def _turned(rows: list[Value]) -> list[Value]:
+    """A square of values with rows and columns exchanged."""
+    half = len(rows) // 2
+    for _ in range(len(rows).bit_length() - 1):
+        rows = [rows[i // 2].interleaved(rows[i // 2 + half], bool(i % 2)) for i in range(len(rows))]
+    return rows
+
+
+def _copy_lines(
+    f: Function,
+    source: Source,
+    packed: Value,
+    pitch: int,
+    lines: tuple[Value | int, Value],
+    depths: tuple[Value, Value],
+) -> None:
+    """The copy element by element, of lines and k from the first to before the last."""
+    with f.loop(*lines) as j:
+        line, column = source.address.at(j * source.line_stride, F32), packed.at(j, F32)
+        with f.loop(*depths) as k:
+            column.at(k * pitch, F32).store(line.at(k * source.depth_stride, F32).load(F32))
 
 
 def _add_square(total: Variable, value: Value) -> None:
