@@ -60,19 +60,24 @@ def run_training(
     with _stoppable():
         splits = open_data(config.dataset, _data_options(config, config.limit))
         config = _settled(config, splits.description)
+        found = ""
         if config.batch_size == "auto":
-            config = _with_batch_size(config, splits, report)
+            report.activity("choosing a batch size")
+            config, found = _with_batch_size(config, splits)
             splits = open_data(config.dataset, _data_options(config, config.limit))
         trainer = _make_trainer(config, splits.description, report)
         model_name = Path(config.model.rpartition(":")[0] or config.model).stem
         with claim_run(out, f"{Path(splits.description.name).stem}-{model_name}") as run:
+            trainer.announce()
+            if found:
+                report.note("batch", found)
             if config.lr == "auto":
                 config = _with_learning_rate(config, trainer, splits)
             return _train_run(trainer, run, config, splits, started)
 
 
-def _with_batch_size(config: TrainConfig, splits: Splits, report: Reporter) -> TrainConfig:
-    """The configuration with the batch size that is fastest on the chip, by the cost model."""
+def _with_batch_size(config: TrainConfig, splits: Splits) -> tuple[TrainConfig, str]:
+    """The configuration with the batch size that is fastest on the chip, by the cost model, and a line on it."""
     x, y = next(iter(splits.train))
 
     def make(size: int) -> Step:
@@ -80,10 +85,8 @@ def _with_batch_size(config: TrainConfig, splits: Splits, report: Reporter) -> T
         rows = torch.arange(size) % len(x)
         return trainer.compiled(x[rows], y[rows])
 
-    report.activity("choosing a batch size")
     size, why = find_batch_size(make, splits.train.num_examples)
-    report.note("batch", f"{size}: {why}")
-    return config.model_copy(update={"batch_size": size})
+    return config.model_copy(update={"batch_size": size}), f"{size}: {why}"
 
 
 def _with_learning_rate(config: TrainConfig, trainer: Trainer, splits: Splits) -> TrainConfig:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ane_trainer.ane.errors import UnsupportedModel, UsageError
+from ane_trainer.ane.errors import NumericsWarning, UnsupportedModel, UsageError
 from ane_trainer.training.loop import Batch
 from ane_trainer.training.steps import Step
 
@@ -21,6 +22,8 @@ _FIRST, _LAST = 10, 5
 _FALLS = 0.97
 
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
+#: Of an epoch, at least.
+_STEPS = 20
 #: Of two batch sizes the smaller is taken if the larger one's throughput is not this much better.
 _WORTH = 1.1
 
@@ -49,7 +52,9 @@ def find_rate(
         for number, (rate, (x, y)) in enumerate(zip(rates, batches, strict=False), 1):
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = float(step(x, y))
+            with warnings.catch_warnings():  # the last rates are too large on purpose
+                warnings.simplefilter("ignore", NumericsWarning)
+                loss = float(step(x, y))
             mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
             smoothed.append(mean / (1 - _SMOOTHING**number))
             if not math.isfinite(loss) or smoothed[-1] > _DIVERGED * min(smoothed):
@@ -80,10 +85,13 @@ def geometric(lowest: float, highest: float, count: int) -> list[float]:
 def find_batch_size(make: Callable[[int], Step], examples: int) -> tuple[int, str]:
     """The batch size of the most examples a second by the cost model, and why; `make` compiles a step for one.
 
-    A size that does not fit the chip ends the search. UnsupportedModel if the smallest does not fit.
+    An epoch keeps `_STEPS` steps or more where that can be: a model does not learn from few large ones. A size
+    that does not fit the chip ends the search. UnsupportedModel if the smallest does not fit.
     """
     speeds: dict[int, float] = {}
-    for size in [size for size in BATCH_SIZES if size <= examples] or [examples]:
+    for size in [size for size in BATCH_SIZES if size * _STEPS <= examples] or [
+        min(BATCH_SIZES[0], examples)
+    ]:
         try:
             step = make(size)
         except UnsupportedModel:
@@ -94,7 +102,7 @@ def find_batch_size(make: Callable[[int], Step], examples: int) -> tuple[int, st
         step.close()
         latency = cost.latency_us if cost is not None else None
         if not latency:
-            return min(128, examples), "nothing is known of the chip's speed"
+            return size, "nothing is known of the chip's speed"
         speeds[size] = size / latency * 1e6
     chosen = next(iter(speeds))
     for size, speed in speeds.items():

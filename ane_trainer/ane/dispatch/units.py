@@ -88,6 +88,8 @@ class GradientUnits:
         self.values = [units[p.name] for p in self.parameters]
         self.levels = [levels.get(p.name, 0.0) for p in self.parameters]
         self.shift, self.shift_level = units.get(SHIFT, 1.0), levels.get(SHIFT, 1.0)
+        self.overflows.clear()
+        self._warned = False
 
     def scalars(self, step: int, options: GradientOptions, *, last: bool) -> dict[str, list[float]]:
         """Port target -> values for update number `step`."""
