@@ -56,6 +56,7 @@ _PLACES = {
     "InferenceProgram": "ane_trainer.ane.dispatch",
     "NumericsWarning": "ane_trainer.ane.errors",
     "Metrics": "ane_trainer.training.results",
+    "NumericsWarning": "ane_trainer.ane.errors",
     "Reporter": "ane_trainer.training.report",
     "Result": "ane_trainer.training.results",
     "TrainConfig": "ane_trainer.training.config",

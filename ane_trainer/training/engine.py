@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ane_trainer.ane.dispatch import (
     build_step,
     resolve_target,
 )
+from ane_trainer.ane.dispatch.agreement import Agreement
 from ane_trainer.ane.dispatch.options import CPU
 from ane_trainer.ane.errors import UnsupportedModel
 from ane_trainer.training.steps import Step
@@ -47,6 +48,8 @@ def compile_step(
     accumulate: int = 1,
     optimizer_on: str = "auto",
     fallback: str = "none",
+    verify: str | int = "first",
+    calibrate_on: Sequence[tuple[Any, Any]] = (),
 ) -> TrainingStep | PartitionedStep:
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
 
@@ -68,13 +71,18 @@ def compile_step(
     fallback    "none": refuse what does not fit the chip; "cpu": run those parts on the CPU. The step is then a
                 `PartitionedStep` without a program; otherwise it is a `TrainingStep`.
 
+    verify      "first": compare the first step with fp32 (`step.agreement`; `NumericsWarning` where it departs by more
+                than fp16 costs); a number: every so many steps as well; "off".
+    calibrate_on
+                more batches (x, y) that show how large the model's numbers get, besides the example.
+
     A model in evaluation mode is captured in training mode.
 
     Raises: UnsupportedModel with every reason at once (ops, limits of the chip, the optimizer), UsageError
     for unknown names, EnvironmentFault for a device that is not here.
     """
     gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
-    options = StepOptions(gradients, optimizer_on, fallback, loss_scale, sync, seed)
+    options = StepOptions(gradients, optimizer_on, fallback, loss_scale, sync, seed, verify, calibrate_on)
     target = resolve_target(device, chip, fidelity, precision, threads, path)
     try:
         return build_step(model, loss, optimizer, example, target, options, state)
@@ -159,11 +167,17 @@ def estimate_of(step: Step | None, target: Target) -> dict[str, Any] | None:
     }
 
 
+def agreement_of(step: Step) -> Agreement | None:
+    """How a step agrees with fp32, where it was compared."""
+    return step.agreement if isinstance(step, TrainingStep) else None
+
+
 def step_facts(step: Step | None) -> dict[str, Any]:
     """The counters of a compiled step by their names in result.json; unknown ones before it is compiled."""
     if step is None:
         unknown = ("engine_flop_fraction", "host_bytes_per_step", "loss_scale")
         return {"compiles": 0, "dispatches_per_step": 0, "health": {}, **dict.fromkeys(unknown)}
+    agreement = agreement_of(step)
     return {
         "compiles": step.compiles,
         "dispatches_per_step": step.dispatches_per_step,
@@ -171,6 +185,7 @@ def step_facts(step: Step | None) -> dict[str, Any]:
         "host_bytes_per_step": step.host_bytes_per_step,
         "loss_scale": step.loss_scale,
         "health": step.health,
+        **({} if agreement is None else {"agreement": agreement.to_json()}),
     }
 
 

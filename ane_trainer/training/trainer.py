@@ -67,6 +67,7 @@ class Trainer(Training):
     clip_grad_norm, clip_grad_value, accumulate, optimizer_on
                as in `compile_step`: gradient clipping and accumulation, where the optimizer runs.
     fallback   "none": refuse what does not fit the chip; "cpu": run those parts on the CPU, and report them.
+    verify     "first": compare the first step with fp32 and say how they agree; N: every N steps; "off".
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Trainer(Training):
         accumulate: int = 1,
         optimizer_on: str = "auto",
         fallback: str = "none",
+        verify: str | int = "first",
     ) -> None:
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
         super().__init__(
@@ -94,12 +96,12 @@ class Trainer(Training):
             loss,
             optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3),
             engine.choose_target(device, chip, fidelity, precision, threads),
-            StepOptions(gradients, optimizer_on, fallback, sync="lazy", seed=seed),
+            StepOptions(gradients, optimizer_on, fallback, sync="lazy", seed=seed, verify=verify),
             {"chip": chip, "fidelity": fidelity, "precision": precision},
         )
         self.report = report if report is not None else ConsoleReporter()
         self._intake = Intake(model, loss)
-        self._announced = False
+        self._announced = self._compared = False
 
     def fit(
         self, train: Iterable[Batch], epochs: int = 1, val: Iterable[Batch] | None = None, *,
@@ -329,6 +331,10 @@ class Trainer(Training):
             callback.on_train_batch_start(self)
         with loop.located(where):
             loss = float(step(x, y))
+        agreement = engine.agreement_of(step)
+        if agreement is not None and not self._compared:
+            self.report.note("numerics", str(agreement))
+            self._compared = True
         self.progress.count(loss, skipped=step.skipped_steps > skipped)
         self.report.step(loss, step.loss_scale, self._skipped())
         for callback in self.callbacks:

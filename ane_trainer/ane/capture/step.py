@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +79,8 @@ HEALTH = "health"
 class StepCapture:
     """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
 
-    `classes` is their number where the target holds class numbers.
+    `classes` is their number where the target holds class numbers. `values(batch)` are those of the inputs in a
+    first step, in full precision.
     """
 
     captured: Captured
@@ -88,6 +90,7 @@ class StepCapture:
     parameters: tuple[Parameter, ...]
     changes: BufferChanges = field(default_factory=BufferChanges)
     classes: int | None = None
+    values: Callable[[tuple[Any, Any]], Tensors] = field(default=lambda batch: {}, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,9 @@ def capture_training(
     captured = finish(graph, plan.inputs, tuple(outputs))
     if options.precision == "fp16":
         batches = [example, *options.calibrate_on]
-        captured = keep_in_range(captured, [_calibration_inputs(plan, batch, scale) for batch in batches])
-    return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes)
+        captured = keep_in_range(captured, [_calibration_inputs(plan, scale, batch) for batch in batches])
+    values = functools.partial(_calibration_inputs, plan, scale)
+    return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes, values)
 
 
 def batch_ports(example: Any, prefix: str) -> list[Port]:
@@ -317,7 +321,7 @@ def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
     return inputs
 
 
-def _calibration_inputs(plan: _Plan, batch: tuple[Any, Any], scale: float) -> Tensors:
+def _calibration_inputs(plan: _Plan, scale: float, batch: tuple[Any, Any]) -> Tensors:
     """What the first step is fed: weights and buffers as they are, no moments, this batch and loss scale."""
     inputs = _example_inputs(plan, batch)
     known = {p.name for p in plan.parameters} | set(plan.buffers)

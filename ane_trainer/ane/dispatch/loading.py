@@ -82,7 +82,8 @@ def compile_step_of(
     """Capture, lower, legalize, compile."""
     check_parameters(subject.model, RANGES[target.precision])
     capture = _capture(
-        subject, CaptureOptions(options.gradients, options.loss_scale, target.precision, units)
+        subject,
+        CaptureOptions(options.gradients, options.loss_scale, target.precision, units, options.calibrate_on),
     )
     assert target.chip is not None
     return capture, prepare(capture.captured, target.chip, target.path, target.precision)

@@ -81,6 +81,11 @@ class Mirror:
         """Whether a parameter or buffer was changed by someone else since the last copy."""
         return bool(self._fingerprints.changed())
 
+    @torch.no_grad()
+    def pull(self, name: str, out: torch.Tensor) -> None:
+        """Engine -> `out`, one parameter as the engine holds it; the module stays as it is."""
+        self._combine(name, out)
+
     # The optimizer's state
 
     @torch.no_grad()

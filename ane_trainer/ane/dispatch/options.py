@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
@@ -111,6 +113,9 @@ class StepOptions:
     loss_scale    where dynamic loss scaling starts: a power of two from 1/64 to 32768, or "auto".
     sync          "always": the module's parameters follow after every step; "lazy": on `sync()`.
     seed          of the random draws (dropout); None: torch's own generator draws them.
+    verify        "first": compare the first step with fp32 (`step.agreement`); a number: each so many steps, too;
+                  "off".
+    calibrate_on  more batches that the range pass looks at, besides the example.
 
     Raises: UsageError for values out of range.
     """
@@ -121,6 +126,8 @@ class StepOptions:
     loss_scale: float | str = "auto"
     sync: str = "always"
     seed: int | None = None
+    verify: str | int = "first"
+    calibrate_on: Sequence[tuple[Any, Any]] = ()
 
     def __post_init__(self) -> None:
         known = (
@@ -133,6 +140,18 @@ class StepOptions:
                     code="ANE104",
                 )
         _check_scale(self.loss_scale)
+        whole = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify >= 1
+        if self.verify not in ("first", "off") and not whole:
+            raise UsageError(
+                f'verify: needs "first", "off" or a number of steps; got {self.verify!r}. Choose one of them.',
+                code="ANE104",
+            )
+
+    def verifies(self, step: int) -> bool:
+        """Whether step number `step`, from 0, is compared with fp32."""
+        if self.verify == "off":
+            return False
+        return step == 0 or (isinstance(self.verify, int) and step % self.verify == 0)
 
     def with_optimizer_on_host(self) -> StepOptions:
         """The same, the gradients being results that the host's optimizer reads."""

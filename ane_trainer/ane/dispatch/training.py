@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,14 @@ from ane_trainer.ane.capture.trace.torch_private import mark_stepped
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.dispatch.adapting import Variants
+from ane_trainer.ane.dispatch.agreement import (
+    Agreement,
+    Reference,
+    compare,
+    explained,
+    reference,
+    rounded_run,
+)
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
@@ -88,6 +96,9 @@ class TrainingStep:
         own = options.seed is not None
         self._draws = torch.Generator().manual_seed(options.seed or 0) if own else torch.default_generator
         self._host = HostOptimizer(subject.model, subject.optimizer) if options.gradients.on_host else None
+        #: How the last step that was compared agrees with fp32; None before, or if it could not be compared.
+        self.agreement: Agreement | None = None
+        self._skipped_before = 0
         self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
@@ -107,6 +118,7 @@ class TrainingStep:
         optimizer = self._subject.optimizer
         check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
         self._follow()
+        expected = self._expected(x, y) if self.options.verifies(self.steps) else None
         feeds = self.feeds(x, y)
         results = self._loaded.session.run(feeds)
         self.steps += 1
@@ -119,7 +131,41 @@ class TrainingStep:
             self._watch_units(results[HEALTH], feeds)
         if self.options.sync == "always":
             self._pull_weights()
-        return torch.tensor(float(results["loss"][0]) / self._loaded.loss_unit)
+        loss = float(results["loss"][0]) / self._loaded.loss_unit
+        if expected is not None:
+            self._compare(expected, loss, x, y)
+        return torch.tensor(loss)
+
+    def _expected(self, x: Any, y: Any) -> tuple[Reference, dict[str, torch.Tensor]] | None:
+        """PyTorch's step on this batch, and the parameters as the engine holds them before its own."""
+        found = reference(self._subject, self.gradient_options, self._draws, x, y)
+        if found is None:
+            return None
+        self._skipped_before = self.skipped_steps
+        return found, self._parameters(found.changes or {})
+
+    def _parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Parameters as whoever updates them holds them."""
+        known = dict(self._subject.model.named_parameters())
+        values = {name: known[name].detach().float().clone() for name in names}
+        if self._host is None:
+            for name, value in values.items():
+                self._loaded.mirror.pull(name, value)
+        return values
+
+    def _compare(
+        self, expected: tuple[Reference, dict[str, torch.Tensor]], loss: float, x: Any, y: Any
+    ) -> None:
+        """Note how this step agrees with fp32; of a skipped one only the loss."""
+        found, before = expected
+        if self.skipped_steps > self._skipped_before:
+            found, before = found.without_update(), {}
+        after = self._parameters(before)
+        changes = {name: after[name] - value for name, value in before.items()}
+        self.agreement = compare(self.steps, loss, changes, found)
+        if not self.agreement.agrees:
+            run = rounded_run(self._loaded, x, y)
+            self.agreement = explained(self.agreement, changes, found, loss, run)
 
     def _follow(self) -> None:
         """What was changed from outside since the last step: weights, optimizer state, Python values."""

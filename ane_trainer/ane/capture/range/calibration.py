@@ -48,7 +48,7 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
     """
     found: dict[str, Magnitude] = {}
     for example in examples:
-        run = _Measured(module)
+        run = Measured(module)
         with torch.no_grad():
             run.run(*example)
         found = {name: m.joined(found[name]) if name in found else m for name, m in run.found.items()}
@@ -80,7 +80,7 @@ def measure(tensor: torch.Tensor) -> Magnitude:
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
 
 
-class _Measured(Interpreter):
+class Measured(Interpreter):
     """Runs a graph and notes the magnitude of each float value."""
 
     def __init__(self, module: GraphModule) -> None:

@@ -1,0 +1,119 @@
+"""Names the first operation of a captured step whose numbers fp16 does not hold: a run with every result rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ane_trainer.ane.capture.range.calibration import Measured
+from ane_trainer.ane.capture.range.editing import in_update
+from ane_trainer.ane.capture.trace.sources import META_KEY
+from ane_trainer.ane.stages import Captured
+
+#: What an operation may add to the error of its operands before it counts as the place where numbers depart.
+_STEP = 0.02
+_LARGEST = 65504.0
+#: Error of one product in the accumulator.
+_PRODUCT = 2.0**-16 / math.sqrt(12.0)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """An operation by source and name, and what happens to its numbers."""
+
+    where: str
+    op: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.op} {self.reason}"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What a run in rounded arithmetic shows: the error of the gradients, and where it begins."""
+
+    gradient_error: float
+    first: Departure | None
+
+
+def run_rounded(captured: Captured, values: Mapping[str, torch.Tensor]) -> Rounded:
+    """Run the graph twice, exactly and with fp16 results, on the values of its ports."""
+    inputs = [values[p.name] for p in captured.inputs]
+    exact, rounded = _Kept(captured), _Half(captured)
+    with torch.no_grad():
+        exact.run(*inputs)
+        rounded.run(*inputs)
+    errors = {n: _error(rounded.kept[n], v) for n, v in exact.kept.items()}
+    first = next((n for n in exact.kept if _departs(n, errors)), None)
+    ends = [n for n in exact.kept if any(in_update(u) for u in n.users)]
+    worst = max((errors[n] for n in ends), default=0.0)
+    return Rounded(
+        worst, None if first is None else _described(first, exact.kept[first], rounded.kept[first])
+    )
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    size = float(want.double().norm())
+    if not size or not math.isfinite(size):
+        return 0.0
+    return float((got.double() - want.double()).norm()) / size
+
+
+def _departs(node: Node, errors: Mapping[Node, float]) -> bool:
+    before = max((errors.get(a, 0.0) for a in node.all_input_nodes), default=0.0)
+    return errors[node] > _STEP + 2.0 * before
+
+
+def _described(node: Node, want: torch.Tensor, got: torch.Tensor) -> Departure:
+    where = str(node.meta.get(META_KEY, node.name))
+    peak = float(want.abs().amax())
+    if float(got.abs().amax()) >= _LARGEST:
+        reason = f"reaches {peak:.3g}, beyond what fp16 holds; divide what goes in"
+    elif peak < 2.0**-10:
+        reason = f"is {peak:.3g} at most, too small for fp16; multiply what goes in"
+    else:
+        reason = "loses its small entries, or the difference of near numbers; subtract or normalise earlier"
+    return Departure(where, str(node.target).removeprefix("aten.").partition(".")[0], reason)
+
+
+class _Kept(Measured):
+    """Keeps every float value in front of the update."""
+
+    def __init__(self, captured: Captured) -> None:
+        super().__init__(captured.graph)
+        self.kept: dict[Node, torch.Tensor] = {}
+
+    def run_node(self, n: Node) -> object:
+        """Run one node and keep its result."""
+        result = self.changed(n, super(Measured, self).run_node(n))
+        if (
+            isinstance(result, torch.Tensor)
+            and result.is_floating_point()
+            and result.numel()
+            and not in_update(n)
+        ):
+            self.kept[n] = result
+        return result
+
+    def changed(self, n: Node, result: object) -> object:
+        """The result that the next nodes see."""
+        return result
+
+
+class _Half(_Kept):
+    """Rounds each result to fp16; products below the accumulator's step vanish, sums beyond its range overflow."""
+
+    def changed(self, n: Node, result: object) -> object:
+        """The rounded result."""
+        if in_update(n) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+            return result
+        name = str(n.target)
+        if n.op == "call_function" and ("mm" in name or "convolution" in name):
+            result = torch.where(result.abs() < _PRODUCT, 0.0, result)
+            result = torch.where(result.abs() >= 32768.0, result.sign() * _LARGEST * 1.0005, result)
+        return result.clamp(-65536.0, 65536.0).half().float()

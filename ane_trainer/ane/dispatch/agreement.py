@@ -1,0 +1,190 @@
+"""The proof of a step: its loss and its update of each parameter against plain PyTorch in fp32."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ane_trainer.ane.capture import get_loss
+from ane_trainer.ane.capture.calibrate import call_loss, call_model
+from ane_trainer.ane.capture.gradients import GradientOptions
+from ane_trainer.ane.capture.randomness import drawn_by
+from ane_trainer.ane.capture.range.departure import Departure, Rounded, run_rounded
+from ane_trainer.ane.dispatch.loading import LoadedStep, Subject
+from ane_trainer.ane.errors import NumericsWarning
+
+#: Relative differences up to which a step agrees without question; beyond, fp16's own error is asked for.
+LOSS_TOLERANCE, UPDATE_TOLERANCE = 0.01, 0.02
+#: A step may differ by this many times what rounding every result to fp16 does.
+_OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
+#: Share of a gradient's mean size by which its entries may be off, and how much an update may change by that.
+_NOISE, _ALIKE = 2.0**-9, 0.1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How step number `step` compares with fp32: relative differences of the loss, of all updates together, and of
+    each parameter's, over the entries that rounding leaves determined. `fp16` is what rounding alone does to the
+    gradients, None where it was not asked for; `first` names the operation that departs.
+    """
+
+    step: int
+    loss: float
+    update: float
+    updates: Mapping[str, float] = field(repr=False)
+    fp16: float | None = None
+    first: Departure | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the differences are within what fp16 itself costs."""
+        own = _OWN_ERRORS * min(self.fp16 or 0.0, _LARGEST_OWN)
+        return self.loss <= max(LOSS_TOLERANCE, own) and self.update <= max(UPDATE_TOLERANCE, own)
+
+    def __str__(self) -> str:
+        verb = "agrees with" if self.agrees else "departs from"
+        return f"{verb} fp32: loss {self.loss:.0e}, updates {100 * self.update:.1f} %".replace("e-0", "e-")
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in result.json."""
+        worst = max(self.updates, key=lambda name: self.updates[name], default=None)
+        return {
+            "step": self.step, "agrees": self.agrees, "loss": self.loss, "update": self.update,
+            "worst_parameter": worst, "worst_update": None if worst is None else self.updates[worst],
+            "fp16": self.fp16, "first": None if self.first is None else str(self.first),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch makes of a batch: the loss, each parameter's change (None while batches accumulate), and for a
+    relative error of gradients the entries of the change that are determined all the same.
+    """
+
+    loss: float
+    changes: Mapping[str, torch.Tensor] | None
+    determined: Callable[[float], Mapping[str, torch.Tensor]] = field(default=lambda noise: {}, repr=False)
+
+    def without_update(self) -> Reference:
+        """The loss alone, of a step that was skipped."""
+        return Reference(self.loss, None)
+
+
+def reference(
+    subject: Subject, options: GradientOptions, generator: torch.Generator, x: Any, y: Any
+) -> Reference | None:
+    """One step in fp32 on copies of model, loss and optimizer; None where they cannot be copied."""
+    try:
+        model, loss, optimizer = copy.deepcopy((subject.model, subject.loss, subject.optimizer))
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        return None
+    draws = torch.Generator().set_state(generator.get_state())
+    model.train(subject.model.training)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer.zero_grad()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), drawn_by(draws):
+        value = call_loss(get_loss(loss), call_model(model, {}, x), y)
+        torch.autograd.backward(value)
+    if options.accumulate > 1:
+        return Reference(float(value.detach()), None)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if options.clip_value is not None:
+        torch.nn.utils.clip_grad_value_(parameters, options.clip_value)
+    if options.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+    try:
+        changes = _changes(model, optimizer, before)
+    except TypeError:  # a step that needs a closure
+        return Reference(float(value.detach()), None)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    determined = functools.partial(_determined, model, optimizer, before, gradients, changes)
+    return Reference(float(value.detach()), changes, determined)
+
+
+def _changes(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, before: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What `optimizer.step()` does to each parameter with a gradient; parameters and state are put back."""
+    kept = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    changes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and name in before:
+            changes[name] = parameter.detach() - before[name]
+            parameter.data.copy_(before[name])
+    optimizer.load_state_dict(kept)
+    return changes
+
+
+def _determined(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    before: Mapping[str, torch.Tensor],
+    gradients: Mapping[str, torch.Tensor],
+    changes: Mapping[str, torch.Tensor],
+    noise: float,
+) -> dict[str, torch.Tensor]:
+    """The entries that move alike if each gradient changes by `noise` of its mean size, up and down.
+
+    Adam's first step is the gradient's sign: of the rest no arithmetic of eleven bits can tell it.
+    """
+    sure = {name: torch.ones_like(change, dtype=torch.bool) for name, change in changes.items()}
+    for sign in (noise, -noise):
+        for name, parameter in model.named_parameters():
+            if name in gradients:
+                g = gradients[name]
+                parameter.grad = g + sign * g.square().mean().sqrt()
+        for name, moved in _changes(model, optimizer, before).items():
+            sure[name] &= (moved - changes[name]).abs() <= max(_ALIKE, 2 * noise) * changes[name].abs()
+    return sure
+
+
+def compare(
+    step: int, loss: float, changes: Mapping[str, torch.Tensor], expected: Reference, noise: float = _NOISE
+) -> Agreement:
+    """The relative differences between what a step did and what it should have done."""
+    updates, errors, sizes = {}, 0.0, 0.0
+    determined = expected.determined(noise)
+    for name, want in (expected.changes or {}).items():
+        sure = determined[name]
+        error, size = float(((changes[name] - want) * sure).norm()), float((want * sure).norm())
+        updates[name] = error / size if size else 0.0 if not error else math.inf
+        errors, sizes = errors + error**2, sizes + size**2
+    update = math.sqrt(errors / sizes) if sizes else 0.0
+    scale = max(abs(expected.loss), 1e-12)
+    return Agreement(step, abs(loss - expected.loss) / scale, update, updates)
+
+
+def explained(
+    agreement: Agreement, changes: Mapping[str, torch.Tensor], expected: Reference, loss: float, run: Rounded
+) -> Agreement:
+    """The agreement with fp16's own error and the first operation that departs; warns if it is beyond that."""
+    noise = max(_NOISE, 2.0 * run.gradient_error)
+    again = compare(agreement.step, loss, changes, expected, noise)
+    result = dataclasses.replace(again, fp16=run.gradient_error, first=run.first)
+    if not result.agrees:
+        worst = max(result.updates, key=lambda n: result.updates[n], default="none")
+        place = f" First {run.first}." if run.first is not None else ""
+        warnings.warn(
+            f"step {result.step} {result}; rounding to fp16 alone costs {100 * run.gradient_error:.1f} %. "
+            f"Most in {worst}.{place} step.agreement.updates has every parameter.",
+            NumericsWarning,
+            stacklevel=4,
+        )
+    return result
+
+
+def rounded_run(loaded: LoadedStep, x: Any, y: Any) -> Rounded:
+    """The captured step on this batch in rounded arithmetic."""
+    captured = loaded.capture.captured
+    values = loaded.capture.values((x, y))
+    batch = [p for p in captured.inputs if p.role == "batch" and p.scale != 1.0]
+    return run_rounded(captured, values | {p.name: values[p.name] * p.scale for p in batch})
