@@ -185,7 +185,7 @@ def step_facts(step: Step | None) -> dict[str, Any]:
         "host_bytes_per_step": step.host_bytes_per_step,
         "loss_scale": step.loss_scale,
         "health": step.health,
-        **({} if agreement is None else {"agreement": agreement.to_json()}),
+        "agreement": None if agreement is None else agreement.to_json(),
     }
 
 

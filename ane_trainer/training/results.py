@@ -46,7 +46,7 @@ class Result:
     data to the last evaluation, `seconds_per_step` the mean of the loop without compiling. `placement` says
     where the step's ops ran and how that is known. `estimate` is the cost model's figure for one step on the
     chip, `fp32_reference` the test accuracy of plain PyTorch, `health` counts by module the batches of which a gradient
-    left its range. None always means "not known", never zero.
+    left its range, `agreement` compares the first step with fp32. None always means "not known", never zero.
     """
 
     dataset: str | None
@@ -74,6 +74,7 @@ class Result:
     estimate: Mapping[str, Any] | None = None
     energy_joules: float | None = None
     health: Mapping[str, int] = field(default_factory=dict)
+    agreement: Mapping[str, Any] | None = None
     history: tuple[Epoch, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 

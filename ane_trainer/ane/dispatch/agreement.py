@@ -27,6 +27,8 @@ LOSS_TOLERANCE, UPDATE_TOLERANCE = 0.01, 0.02
 _OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
 #: Share of a gradient's mean size by which its entries may be off, and how much an update may change by that.
 _NOISE, _ALIKE = 2.0**-9, 0.1
+#: Below this share of the largest gradient's size one counts as what cancellation left.
+_LEAST_GRADIENT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,13 @@ def _determined(
     Adam's first step is the gradient's sign: of the rest no arithmetic of eleven bits can tell it.
     """
     sure = {name: torch.ones_like(change, dtype=torch.bool) for name, change in changes.items()}
+    sizes = {name: float(g.square().mean().sqrt()) for name, g in gradients.items()}
+    least = _LEAST_GRADIENT * max(sizes.values(), default=0.0)  # a bias before a batch norm has 1e-9
     for sign in (noise, -noise):
         for name, parameter in model.named_parameters():
             if name in gradients:
                 g = gradients[name]
-                parameter.grad = g + sign * g.square().mean().sqrt()
+                parameter.grad = g + sign * max(sizes[name], least)
         for name, moved in _changes(model, optimizer, before).items():
             sure[name] &= (moved - changes[name]).abs() <= max(_ALIKE, 2 * noise) * changes[name].abs()
     return sure
