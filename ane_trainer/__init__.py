@@ -54,7 +54,6 @@ _PLACES = {
     "ConsoleReporter": "ane_trainer.training.report",
     "Epoch": "ane_trainer.training.results",
     "InferenceProgram": "ane_trainer.ane.dispatch",
-    "NumericsWarning": "ane_trainer.ane.errors",
     "Metrics": "ane_trainer.training.results",
     "NumericsWarning": "ane_trainer.ane.errors",
     "Reporter": "ane_trainer.training.report",
