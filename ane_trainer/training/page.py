@@ -243,6 +243,8 @@ def _health(record: RunRecord) -> str:
         for name in ("health", "agreement")
         if result.get(name)
     ]
+    if result.get("health") == {}:
+        parts.insert(0, "<p>No update had gradients out of the engine's range.</p>")
     return "".join(parts)
 
 

@@ -218,6 +218,9 @@ def test_the_page_of_a_regression_and_of_a_run_without_a_result(folder: Path) ->
     assert "price: predicted over true" in text
     assert text.count("<circle") >= 50
     assert "Confusion" not in text
+    assert "Health" not in text
+    (folder / "runs" / "cut" / "result.json").write_text('{"health": {}}')
+    assert "No update had gradients out of the engine's range" in page(read_record(folder / "runs" / "cut"))
 
 
 def test_many_classes_are_told_by_their_commonest_mistakes(folder: Path) -> None:
