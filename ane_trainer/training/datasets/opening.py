@@ -43,7 +43,9 @@ def _open(data: Any, options: DataOptions) -> Parts:
     if spec.startswith("hf:"):
         return arrays.open_hub(spec.removeprefix("hf:"), options)
     if ".py:" in spec:
-        return _open_object(arrays.call_with_seed(load_model_class(spec), options.seed), spec, options)
+        return _open_object(
+            arrays.call_with_seed(load_model_class(spec, "data"), options.seed), spec, options
+        )
     if path.is_dir():
         return _open_folder(path, options)
     if path.is_file():

@@ -16,7 +16,7 @@ from ane_trainer.ane.errors import UsageError
 from ane_trainer.utils import did_you_mean
 
 
-def load_model_class(spec: str) -> Callable[..., Any]:
+def load_model_class(spec: str, where: str = "model") -> Callable[..., Any]:
     """The class or function that "path/to/file.py:ClassName" names; UsageError ANE102 if there is none.
 
     The file is run, as by `python file.py` but with a name of its own, and may import modules beside it.
@@ -24,15 +24,15 @@ def load_model_class(spec: str) -> Callable[..., Any]:
     path_text, _, attribute = spec.rpartition(":")
     path = Path(path_text).expanduser().resolve()
     if not path_text or not attribute:
-        raise UsageError(f"model: needs path/to/file.py:ClassName; got {spec!r}.", code="ANE102")
+        raise UsageError(f"{where}: needs path/to/file.py:ClassName; got {spec!r}.", code="ANE102")
     if not path.is_file():
         raise UsageError(
-            f"model: needs a Python file; got {path_text!r}, which does not exist.", code="ANE102"
+            f"{where}: needs a Python file; got {path_text!r}, which does not exist.", code="ANE102"
         )
     module_name = f"ane_trainer_user_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
-        raise UsageError(f"model: needs a Python file (.py); got {path_text!r}.", code="ANE102")
+        raise UsageError(f"{where}: needs a Python file (.py); got {path_text!r}.", code="ANE102")
     module = importlib.util.module_from_spec(module_spec)
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
@@ -41,13 +41,13 @@ def load_model_class(spec: str) -> Callable[..., Any]:
         module_spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
         del sys.modules[module_name]
-        raise UsageError(f"model: {path_text} cannot be imported: {error}", code="ANE102") from error
+        raise UsageError(f"{where}: {path_text} cannot be imported: {error}", code="ANE102") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
         hint = did_you_mean(attribute, own)
         raise UsageError(
-            f"model: needs a class or function in {path_text}; got {attribute!r}. {hint}", code="ANE102"
+            f"{where}: needs a class or function in {path_text}; got {attribute!r}. {hint}", code="ANE102"
         )
     return found  # type: ignore[no-any-return]
 

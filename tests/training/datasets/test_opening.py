@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.data import DataDescription, DataOptions, load_dataset, open_data
 from ane_trainer.training.datasets.splits import divide
 
@@ -303,6 +303,8 @@ def test_objects_of_other_kinds(tmp_path):
     )
     assert float(open_data(f"{tmp_path / 'mine.py'}:make", DataOptions(seed=7)).train.images[0, 0]) == 7
     assert "DATA105" in refusal(f"{tmp_path / 'mine.py'}:broken")
+    with pytest.raises(UsageError, match=r"data: needs a class or function .*'absent'.*broken, make"):
+        open_data(f"{tmp_path / 'mine.py'}:absent")
 
 
 def test_what_is_wrong_with_arrays_is_said():
