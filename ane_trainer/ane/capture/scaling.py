@@ -18,9 +18,9 @@ SMALLEST_SCALE = 2.0**-6
 GROWTH_INTERVAL = 500
 
 
-def gradient_peaks(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[number of gradients]: the largest magnitude of each."""
-    return torch.cat([gradient.abs().amax().reshape(1) for gradient in gradients])
+def gradient_peaks(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """[1] each: the largest magnitude of a gradient."""
+    return [gradient.abs().amax().reshape(1) for gradient in gradients]
 
 
 def all_below(values: torch.Tensor, limit: torch.Tensor | float) -> torch.Tensor:

@@ -439,9 +439,9 @@ def process_gradients(
         return {}, {}, _Checks(one, one, one, None)
     options = plan.gradients
     peaks = gradient_peaks(list(scaled.values()))
-    ok = all_below(peaks, OVERFLOW)
+    ok = all_below(torch.cat(peaks), OVERFLOW)
     factors = named[UNITS] * (state[f"{SCALING}loss_scale_inverse"] * UNIT_SCALE)
-    own = peaks * factors
+    own = torch.cat([peak * entry(factors, i) for i, peak in enumerate(peaks)])
     batch = fits = ok * (own < named[LIMITS]).to(torch.float32).amin().reshape(1)
     gradients = {n: g.reshape(state[n].shape) * entry(factors, i) for i, (n, g) in enumerate(scaled.items())}
     health = [own, ok]

@@ -88,6 +88,25 @@ def test_updates_are_fp32s_for_gradients_of_any_size(name: str, size: float) -> 
     assert float(error.max()) < 0.02, error
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e4])
+def test_health_is_the_size_of_true_gradients(size: float) -> None:
+    """Also where the range pass carries a power of two beside them: fp32's peaks are the witness."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 5))
+    x, y, root = torch.randn(32, 32), torch.randint(0, 5, (32,)), size**0.5
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output, target) * root * root
+
+    loss(model(x), y).backward()
+    peaks = [float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None]
+    step = compile_step(model, loss, optim.Adam(model.parameters()), (x, y))
+    health = step._loaded.session.run(step.feeds(x, y))["health"]
+    found = [float(own) / unit for own, unit in zip(health, step._units.values, strict=False)]
+    assert found == pytest.approx(peaks, rel=0.03)
+    assert float(health[-1]) == 1.0
+
+
 def sized(make: Make, sizes: Sequence[float], **options: Any) -> tuple[float, TrainingStep]:
     """(distance to fp32, which leaves out the updates that were skipped; step): batch i's loss is times sizes[i]."""
     model, labels = mlp(), torch.arange(16) % 5

@@ -150,8 +150,6 @@ class Exponents(Bands):
         value = node.meta.get("val")
         if source is None or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
             return self.settle(node)
-        if in_update(node) and node.target is aten.amax.default:
-            return None  # whether a gradient overflowed is asked of what is stored
         natural = self.of.get(source, 0)
         if source in self.squares:
             self.squares.add(node)
@@ -169,6 +167,8 @@ class Exponents(Bands):
 
     def aligned(self, node: Node) -> None:
         """add, sub, where, cat, maximum and the like: all operands with one exponent."""
+        if in_update(node) and node.target is aten.cat.default:
+            return  # whether gradients overflowed is asked of what is stored
         places = ALIGNED[str(node.target)]
         operands = [node.args[p] for p in places if p < len(node.args)]
         listed = bool(operands) and isinstance(operands[0], (list, tuple))
