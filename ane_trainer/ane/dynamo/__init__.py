@@ -5,12 +5,12 @@
 Dynamo captures the model, AOTAutograd splits it into a forward and a backward graph, and each becomes a
 program by the same lower, legalize, compile and device as a whole training step. Dynamo finds the backend by the
 installed package's entry point; in a source tree that is not installed, give `backend=ane_trainer.ane.dynamo.ane`.
- `report()` says what was
-compiled, what runs on the host and where Dynamo cut the model.
+`report()` says what was compiled, what runs on the host, where Dynamo cut the model and what it left to PyTorch.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +22,7 @@ from ane_trainer.ane.dynamo.report import ProgramRecord, Report, begin_graph, re
 __all__ = ["Options", "ProgramRecord", "Report", "ane", "report", "reset"]
 
 
-def ane(
+def _ane(
     graph: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
@@ -42,3 +42,25 @@ def ane(
 
     settings = read_options(options)
     return Specializer(graph, settings, begin_graph(graph))
+
+
+def _reset() -> None:
+    """Dynamo was reset, which ends the watch: it begins anew when the backend is next asked for."""
+    from ane_trainer.ane.dynamo.torch_private import forget_backend
+
+    forget_backend("ane", lambda: __getattr__("ane"))
+
+
+_ane.__name__ = _ane.__qualname__ = "ane"
+_ane.reset = _reset  # type: ignore[attr-defined]  # Dynamo calls it
+
+
+def __getattr__(name: str) -> Any:
+    """`ane`: whoever asks for it with Dynamo at hand is about to compile, and is told what Dynamo leaves out."""
+    if name != "ane":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "torch._dynamo" in sys.modules:
+        from ane_trainer.ane.dynamo.silence import watch
+
+        watch(_ane)
+    return _ane

@@ -41,11 +41,12 @@ class ProgramRecord:
 
 @dataclass
 class Report:
-    """Everything since the start or `reset()`."""
+    """Everything since the start or `reset()`. `on_cpu`: code of which Dynamo made no graph."""
 
     graphs: int = 0
     graph_breaks: list[str] = field(default_factory=list)
     programs: list[ProgramRecord] = field(default_factory=list)
+    on_cpu: list[str] = field(default_factory=list)
 
     @property
     def compiles(self) -> int:
@@ -60,7 +61,8 @@ class Report:
     def __str__(self) -> str:
         head = f"{self.graphs} graphs, {self.compiles} programs, {self.dispatches} dispatches"
         breaks = [f"graph break: {text}" for text in self.graph_breaks]
-        return "\n".join([head, *breaks, *map(str, self.programs)])
+        left = [f"no graph, on the CPU: {text}" for text in self.on_cpu]
+        return "\n".join([head, *breaks, *left, *map(str, self.programs)])
 
 
 _REPORT = Report()
