@@ -460,6 +460,7 @@ def _introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
 def _train_reference(config: TrainConfig, splits: Splits, report: Reporter) -> Result:
     """The same model, seed and batches with plain PyTorch in fp32."""
     report.note("fp32", "the same training with plain PyTorch, for comparison")
+    report.activity("training with plain PyTorch", "fp32")
     splits.train.set_epoch(0)
     trainer = _make_trainer(config, splits.description, Reporter(), device="cpu")
     val = splits.test if splits.test is not None else splits.val
