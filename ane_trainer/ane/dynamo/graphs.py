@@ -120,7 +120,7 @@ def _note_sources(graph: Graph) -> None:
     """`module.path (file.py:line)` on every node that Dynamo knows it for."""
     for node in graph.nodes:
         path = _module_path(node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"))
-        line = _last_line(node.meta.get("stack_trace"))
+        line = last_line(node.meta.get("stack_trace"))
         if path or line:
             node.meta[META_KEY] = f"{path or 'model'} ({line})" if line else path
 
@@ -134,7 +134,7 @@ def _module_path(stack: Any) -> str:
     return path.replace("['", "").replace("']", "").strip(".")
 
 
-def _last_line(trace: str | None) -> str:
+def last_line(trace: str | None) -> str:
     """`File "net.py", line 7, in forward` -> `net.py:7` for the last frame outside torch."""
     frames = [line.strip() for line in (trace or "").splitlines() if line.strip().startswith("File ")]
     own = [line for line in frames if "/torch/" not in line]

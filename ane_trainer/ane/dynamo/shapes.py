@@ -18,11 +18,16 @@ from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.tracer import tracing
 from ane_trainer.ane.dynamo.gradient import backward_function
 from ane_trainer.ane.dynamo.graph_match import same_but_for_sizes, sizes_only
-from ane_trainer.ane.dynamo.graphs import partition
+from ane_trainer.ane.dynamo.graphs import last_line, partition
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import forward_function
-from ane_trainer.ane.dynamo.torch_private import FakeTensorMode, aot_module_simplified
-from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.dynamo.report import ProgramRecord, report
+from ane_trainer.ane.dynamo.torch_private import (
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    aot_module_simplified,
+)
+from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
 
 Key = tuple[Any, ...]
 
@@ -63,7 +68,23 @@ class Specializer:
             if known is not None:
                 return lambda *values: known(*(v for v in values if isinstance(v, torch.Tensor)))
         self._count(inputs)
-        return self._compile(list(inputs))
+        try:
+            return self._compile(list(inputs))
+        except DynamicOutputShapeException as error:
+            return self._without_engine(str(error), inputs)
+
+    def _without_engine(self, operation: str, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The graph in PyTorch, for one whose tensors have shapes that depend on data, if `fallback` allows it."""
+        found = Finding(
+            _last_place(self._graph), operation, "gives a shape that depends on data (a mask as an index).",
+            'Keep the shape: torch.where or a product with the mask; or use compile_step, or fallback="cpu".',
+        )  # fmt: skip
+        if self._options.fallback != "cpu":
+            raise UnsupportedModel("The function depends on values that are not known beforehand:", [found])
+        shapes = tuple(tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor))
+        chip, device = self._options.target.chip or "", self._options.target.device
+        report().programs.append(ProgramRecord("forward", shapes, chip, device, 0, 0, 0.0, (), (str(found),)))
+        return self._graph
 
     def _count(self, inputs: Sequence[Any]) -> None:
         shapes = tuple(tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor))
@@ -96,6 +117,15 @@ class Specializer:
                 ignore_shape_env=True,
             )
         return compiled
+
+
+def _last_place(graph: torch.fx.GraphModule) -> str:
+    """The user's line of the last operation that takes a mask as an index."""
+    indexing = [
+        n for n in graph.graph.nodes if getattr(n.target, "__name__", n.target) in ("getitem", "setitem")
+    ]
+    lines = [last_line(n.meta.get("stack_trace")) for n in indexing]
+    return next((line for line in reversed(lines) if line), "torch.compile")
 
 
 def _description(value: Any) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 import functorch.compile
 import torch
 from torch._higher_order_ops.effects import with_effects
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 __all__ = [
-    "FakeTensorMode", "aot_module_simplified", "at_end_of_frames", "break_reasons", "compile_id", "compiles_for",
-    "default_partition", "expression", "forget_backend", "gist", "given_up", "make_boxed_func", "with_effects",
+    "DynamicOutputShapeException", "FakeTensorMode", "aot_module_simplified", "at_end_of_frames", "break_reasons",
+    "compile_id", "compiles_for", "default_partition", "expression", "forget_backend", "gist", "given_up",
+    "make_boxed_func", "with_effects",
 ]  # fmt: skip
 
 
