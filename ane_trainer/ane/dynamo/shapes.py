@@ -43,7 +43,7 @@ class Specializer:
     """Callable in the graph's place; `function` identifies the user's function that the graph is of."""
 
     def __init__(self, graph: torch.fx.GraphModule, options: Options, function: str) -> None:
-        self._graph, self._options, self._function = graph, options, function
+        self._graph, self._options, self._function = _without_reads(graph), options, function
         self._compiled: dict[Key, Callable[..., Any]] = {}
         self._earlier: list[Specializer] = []
         family = _GRAPHS.setdefault(function, weakref.WeakSet())
@@ -126,6 +126,27 @@ def _last_place(graph: torch.fx.GraphModule) -> str:
     ]
     lines = [last_line(n.meta.get("stack_trace")) for n in indexing]
     return next((line for line in reversed(lines) if line), "torch.compile")
+
+
+def _without_reads(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Numbers that change from call to call, which Dynamo hands over as tensors to be read, stay tensors.
+
+    before: `tau = L_tau_.item(); y = x / tau`      after: `tau = L_tau_.to(torch.float32); y = x / tau`
+    """
+    for node in list(module.graph.nodes):
+        if node.op == "call_method" and node.target == "item" and _is_float_input(node.args[0]):
+            with module.graph.inserting_before(node):
+                kept = module.graph.call_method("to", (node.args[0], torch.float32))
+            kept.meta = dict(node.args[0].meta)
+            node.replace_all_uses_with(kept)
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _is_float_input(node: Any) -> bool:
+    value = node.meta.get("example_value")
+    return node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _description(value: Any) -> Any:
