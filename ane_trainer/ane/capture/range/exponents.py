@@ -44,11 +44,13 @@ from ane_trainer.ane.capture.range.editing import (
     shape_of,
 )
 from ane_trainer.ane.capture.range.rows import DONE
+from ane_trainer.ane.capture.scaling import OVERFLOW
 
 #: Root mean square error of one product in the accumulator: it is rounded to 2^-16.
 PRODUCT_ERROR = 2.0**-16 / math.sqrt(12.0)
 #: Share of a contraction's result up to which that error is left alone; sums to which they are brought instead.
 TOLERATED, WANTED_SUM, LARGEST_SUM = 2.0**-8, 2.0**10, 2.0**14
+LARGEST_HALF = 65504.0
 #: Factors that are left as they are.
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-14, 2.0**15
 
@@ -86,6 +88,7 @@ class Exponents(Bands):
         self.of: dict[Node, int] = {}
         self.parts: dict[Node, list[int]] = {}  # of operations with several results
         self.shifts: list[Shift] = []
+        self._peaks: set[Node] = set()
         self._shifted: dict[tuple[Node, int], Node] = {}
 
     def visit(self, node: Node) -> None:
@@ -123,8 +126,17 @@ class Exponents(Bands):
         if shift == 0 or not is_float(argument):
             return argument
         if (argument, exponent) not in self._shifted:
-            self._shifted[argument, exponent] = self.times(argument, 2.0**shift)
+            self._shifted[argument, exponent] = self._with_overflow(
+                argument, self.times(argument, 2.0**shift)
+            )
         return self._shifted[argument, exponent]
+
+    def _with_overflow(self, peak: Node, value: Node) -> Node:
+        """The largest entry of a gradient that is stored larger than it is: beyond fp16 if what is stored is."""
+        if peak not in self._peaks:
+            return value
+        beyond = self.emit(aten.full.default, list(shape_of(peak)), LARGEST_HALF)
+        return self.emit(aten.where.self, self.emit(aten.ge.Scalar, peak, OVERFLOW), beyond, value)
 
     def settle(self, node: Node) -> None:
         """Give the node the true values of its arguments."""
@@ -150,6 +162,8 @@ class Exponents(Bands):
         value = node.meta.get("val")
         if source is None or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
             return self.settle(node)
+        if in_update(node) and node.target is aten.amax.default and self.of.get(source, 0) < 0:
+            self._peaks.add(node)
         natural = self.of.get(source, 0)
         if source in self.squares:
             self.squares.add(node)
