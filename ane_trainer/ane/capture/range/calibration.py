@@ -57,11 +57,15 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
 
 #: Numbers from here down stand for minus infinity where no other entry comes near them (masks of attention).
 _MASK, _GAP = -1e4, 16.0
+#: From here down they do whatever else there is (torch.finfo(...).min, -1e9).
+_INFINITE = -1e8
 
 
 def measure(tensor: torch.Tensor) -> Magnitude:
     """The magnitude of a tensor; entries that stand for minus infinity (masks) do not count."""
     if tensor.numel() and float(tensor.detach().amin()) <= _MASK:
+        if float(tensor.detach().amin()) <= _INFINITE:
+            return measure(tensor.detach()[tensor.detach() > _INFINITE])
         others = tensor.detach()[tensor.detach() > _MASK]
         if others.numel() and float(others.abs().amax()) <= -_MASK / _GAP:
             return measure(others)

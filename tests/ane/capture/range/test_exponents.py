@@ -188,6 +188,7 @@ def test_networks_in_range_stay_as_they_are(name: str, monkeypatch: pytest.Monke
 def test_a_mask_of_minus_infinity_is_no_magnitude() -> None:
     scores = torch.tensor([[1.0, -1e9], [-2.0, float("-inf")]])
     assert measure(scores).peak == 2.0
+    assert measure(torch.tensor(torch.finfo(torch.float32).min)).peak == 0.0
     assert measure(torch.tensor([-2e4, 1.5e4])).peak == 2e4
 
 
