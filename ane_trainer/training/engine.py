@@ -61,23 +61,19 @@ def compile_step(
     precision   "fp16", "fp32" where the device runs it, or "auto": the device's own choice.
     state       a `state_dict` of an earlier step to continue bit for bit.
     clip_grad_norm, clip_grad_value
-                clip the norm of all gradients together, each entry; on the engine. The limits can be changed
-                later through `step.gradient_options`.
+                clip the norm of all gradients, each entry; `step.gradient_options` changes the limits later.
     accumulate  batches whose gradients are averaged before an update: every so many calls the weights move.
     optimizer_on
-                "engine", "host" (fp32 in PyTorch, the gradients are read back each step), or "auto": the
-                engine if it has a rule for the optimizer and its settings (docs/pytorch.md), else the host.
-                `step.optimizer_on` says which, `placement()` why.
+                "engine", "host" (fp32 in PyTorch), or "auto": the engine if it has a rule for the optimizer
+                and its settings (docs/pytorch.md); `step.optimizer_on` says which, `placement()` why.
     fallback    "none": refuse what does not fit the chip; "cpu": run those parts on the CPU. The step is then a
                 `PartitionedStep` without a program; otherwise it is a `TrainingStep`.
-
     verify      "first": compare the first step with fp32 (`step.agreement`; `NumericsWarning` where it departs by more
                 than fp16 costs); a number: every so many steps as well; "off".
     calibrate_on
                 more batches (x, y) that show how large the model's numbers get, besides the example.
 
     A model in evaluation mode is captured in training mode.
-
     Raises: UnsupportedModel with every reason at once (ops, limits of the chip, the optimizer), UsageError
     for unknown names, EnvironmentFault for a device that is not here.
     """
@@ -89,7 +85,10 @@ def compile_step(
     except UnsupportedModel:
         if fallback != "cpu":
             raise
-    step = PartitionedStep(model, get_loss(loss), optimizer, options, target)
+    return _partitioned(PartitionedStep(model, get_loss(loss), optimizer, options, target), state)
+
+
+def _partitioned(step: PartitionedStep, state: Mapping[str, torch.Tensor] | None) -> PartitionedStep:
     if state is not None:
         step.load_state_dict(state)
     return step

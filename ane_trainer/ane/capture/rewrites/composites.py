@@ -57,20 +57,11 @@ def multi_head_attention(
     if not batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    if is_causal and key_padding_mask is None and not need_weights:
-        attn_mask = None
-    else:
-        is_causal = is_causal and key_padding_mask is None
+    is_causal = is_causal and key_padding_mask is None
+    attn_mask = None if is_causal and not need_weights else attn_mask
     padding, mask = _additive(key_padding_mask, query.dtype), _additive(attn_mask, query.dtype)
-    if use_separate_proj_weight:
-        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-        parts: Any = zip(
-            (query, key, value), (q_proj_weight, k_proj_weight, v_proj_weight), biases, strict=True
-        )
-        q, k, v = (F.linear(x, weight, bias) for x, weight, bias in parts)
-    else:
-        assert in_proj_weight is not None
-        q, k, v = _projections(query, key, value, in_proj_weight, in_proj_bias)
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
+    q, k, v = _projected((query, key, value), separate, in_proj_weight, in_proj_bias)
     mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 2 else mask
     length, batch, width = query.shape
     more = 0
@@ -84,10 +75,7 @@ def multi_head_attention(
         more += 1
     for _ in range(more):
         mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
-    if padding is not None:
-        padding = padding.view(batch, 1, 1, k.shape[1]).expand(-1, num_heads, -1, -1)
-        padding = padding.reshape(batch * num_heads, 1, k.shape[1])
-        mask = padding if mask is None else mask + padding
+    mask = _both(mask, padding, num_heads)
     options = mask, dropout_p if training else 0.0, (length, batch, num_heads)
     seen, weights = (
         _weighted(q, k, v, *options) if need_weights else (_fused(q, k, v, *options, is_causal), None)
@@ -95,9 +83,39 @@ def multi_head_attention(
     result = F.linear(seen, out_proj_weight, out_proj_bias).view(length, batch, -1)
     if weights is not None:
         weights = weights.view(batch, num_heads, length, k.shape[1])
-        weights = weights.mean(dim=1) if average_attn_weights else weights
-        weights = weights if batched else weights.squeeze(0)
+        weights = _averaged(weights, average_attn_weights, batched)
     return (result if batched else result.squeeze(1)), weights
+
+
+def _averaged(weights: torch.Tensor, average: bool, batched: bool) -> torch.Tensor:
+    """Weights [N, heads, L, S], averaged over heads where asked for, without N where there was none."""
+    weights = weights.mean(dim=1) if average else weights
+    return weights if batched else weights.squeeze(0)
+
+
+def _both(mask: torch.Tensor | None, padding: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+    """The sum of two additive masks: one of [L, S] or [N * heads, L, S], one of [N, S] for the keys."""
+    if padding is None:
+        return mask
+    batch, keys = padding.shape
+    padding = padding.view(batch, 1, 1, keys).expand(-1, heads, -1, -1)
+    padding = padding.reshape(batch * heads, 1, keys)
+    return padding if mask is None else mask + padding
+
+
+def _projected(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    separate: tuple[torch.Tensor | None, ...] | None,
+    joined: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values by three weights, or by one that holds all three."""
+    if separate is None:
+        assert joined is not None
+        return _projections(*inputs, joined, bias)
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    parts: Any = zip(inputs, separate, biases, strict=True)
+    return tuple(F.linear(x, weight, b) for x, weight, b in parts)
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
