@@ -167,7 +167,7 @@ def _load(command: Command) -> Callable[..., int]:
     parameters = dict(inspect.signature(function, eval_str=True).parameters)
     told = parameters.pop("as_json", None) is not None
 
-    def run(as_json: bool, **arguments: Any) -> int:
+    def run(as_json: bool, **arguments: object) -> int:
         try:
             output = function(**arguments, **({"as_json": as_json} if told else {}))
             print(json.dumps(finite(output.values)) if as_json else output.text, flush=True)

@@ -99,7 +99,7 @@ def _with_learning_rate(config: TrainConfig, trainer: Trainer, splits: Splits) -
     return config.model_copy(update={"lr": found.rate})
 
 
-def resume_training(path: str | Path, *, report: Reporter | None = None, **changes: Any) -> Result:
+def resume_training(path: str | Path, *, report: Reporter | None = None, **changes: object) -> Result:
     """Go on with an interrupted run, or, with `epochs`, train a finished one until so many in all.
 
     `changes` are options of `config.RESUMABLE`, which may differ from the run's. Everything is read and checked
@@ -168,7 +168,7 @@ def _with_exit_code(stopped: Interrupted, error: KeyboardInterrupt) -> Interrupt
     return stopped
 
 
-def evaluate_run(path: str | Path, *, limit: int | None = None, **options: Any) -> dict[str, Any]:
+def evaluate_run(path: str | Path, *, limit: int | None = None, **options: object) -> dict[str, Any]:
     """Loss, accuracy and scores by class of a run on its data's test part, by an inference program.
 
     Without a test part it is validation, without that the training part; `split` says which. An interrupted
@@ -206,7 +206,7 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: Any) 
 
 def predict_run(
     run: str | Path, paths: Sequence[str | Path] = (), *, index: str | int | None = None, prompt: str | None = None,
-    limit: int | None = None, tokens: int = 200, temperature: float = 0.0, **options: Any,
+    limit: int | None = None, tokens: int = 200, temperature: float = 0.0, **options: object,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run's model says of new examples, prepared as in training: `predictions`, a record each.
 
@@ -257,7 +257,7 @@ def _by_index(held_out: Batches, selection: str) -> Inputs:
 
 def export_run(
     path: str | Path, format: str, out: str | Path | None = None, *, input: str = "auto",
-    weights: str = "fp16", batch: int = 1, examples: int | None = None, **options: Any,
+    weights: str = "fp16", batch: int = 1, examples: int | None = None, **options: object,
 ) -> ExportReport:  # fmt: skip
     """Write a finished run's model, or its training step, as a file, checked on its dataset's test split.
 
@@ -335,7 +335,7 @@ def _where(trainer: Trainer) -> dict[str, Any]:
 
 
 def _open_trained(
-    path: str | Path, options: Mapping[str, Any]
+    path: str | Path, options: Mapping[str, object]
 ) -> tuple[Trainer, RunFolder, TrainConfig, DataDescription]:
     """A silent trainer with the model and weights of a run, finished or not."""
     run = open_run(path)

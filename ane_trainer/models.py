@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
 def build_model(
     name: str, in_shape: Sequence[int] = (1, 28, 28), num_classes: int = 10, *,
     hidden: Sequence[int] | int | None = None, activation: str | None = None, framework: str = "torch",
-    seed: int | None = None, **options: Any,
+    seed: int | None = None, **options: object,
 ) -> nn.Module:  # fmt: skip
     """A new model that maps images [B, *in_shape] to class scores (logits) [B, num_classes].
 
@@ -86,7 +86,7 @@ def build_model(
         return builder(**arguments)
 
 
-def _given(**arguments: Any) -> dict[str, Any]:
+def _given(**arguments: object) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if value is not None}
 
 

@@ -76,7 +76,7 @@ def lazy_names(
 
 
 def with_parameters(
-    command: Callable[..., Any], parameters: Sequence[inspect.Parameter], *, like: Callable[..., Any]
+    command: Callable[..., object], parameters: Sequence[inspect.Parameter], *, like: Callable[..., object]
 ) -> Callable[..., Any]:
     """`command` with the name and docstring of `like` and a signature of these parameters."""
     command.__name__, command.__doc__ = like.__name__, like.__doc__
@@ -201,7 +201,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def atomic_write_json(path: str | Path, value: Any) -> Path:
+def atomic_write_json(path: str | Path, value: object) -> Path:
     """Write `value` as indented JSON through `atomic_write`; nan and inf are refused (ValueError)."""
     return atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -212,7 +212,7 @@ def _umask() -> int:
     return mask
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """`value` with nan and inf replaced by None, as JSON wants it."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None

@@ -87,7 +87,7 @@ def takes_train_options(
     own = inspect.signature(function, eval_str=True)
     fields = {name: field for name, field in TrainConfig.model_fields.items() if name not in own.parameters}
 
-    def command(**arguments: Any) -> Output:
+    def command(**arguments: object) -> Output:
         options = {name: arguments.pop(name) for name in fields if name not in without}
         return function(**arguments, options={n: v for n, v in options.items() if v is not None and v != []})
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from ane_trainer.ane.chips.lookup import PATHS
 from ane_trainer.ane.errors import SimulationError, UsageError
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.mil.program import Function, Value
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import make_context, prepare, refusal
 from ane_trainer.ane.verify.profiling import (
     Distance,
@@ -32,7 +32,6 @@ from ane_trainer.commands.options import Chip, Fidelity, Output, Threads, show, 
 from ane_trainer.training.checkpoint import unwritable
 from ane_trainer.utils import atomic_write
 
-Array = NDArray[Any]
 Feeds = list[dict[str, Array]]
 
 #: Rows of the profile's table; a longer program shows the ops that matter.

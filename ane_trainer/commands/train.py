@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -39,7 +39,7 @@ def train(
         bool, typer.Option("--verbose", "-v", help="Show loss scale, skipped steps, traffic and more.")
     ] = False,
     as_json: bool = False,
-    options: Mapping[str, Any] = {},
+    options: Mapping[str, object] = {},
 ) -> Output:
     """Train a model on a dataset.
 

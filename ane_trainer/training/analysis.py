@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ane_trainer.ane.mil.weights import Array
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -135,7 +137,7 @@ class Seen:
     """Inputs, outputs and targets of held-out data, gathered batch by batch."""
 
     def __init__(self) -> None:
-        self._batches: list[tuple[NDArray[np.float32], Floats, NDArray[Any]]] = []
+        self._batches: list[tuple[NDArray[np.float32], Floats, Array]] = []
 
     def add(self, x: object, output: object, y: object) -> bool:
         """Keep a batch; False, and it is not kept, if it is of no kind that can be analysed."""
@@ -163,7 +165,7 @@ class Seen:
         """The analysis of outputs of which each is a label of its own; None if nothing was kept."""
         return labels_of(*self._together()[1:], names) if self._batches else None
 
-    def _together(self) -> tuple[NDArray[np.float32], Floats, NDArray[Any]]:
+    def _together(self) -> tuple[NDArray[np.float32], Floats, Array]:
         x, output, target = (np.concatenate(parts) for parts in zip(*self._batches, strict=True))
         return x, output, target
 
@@ -214,7 +216,7 @@ def classes_of(
     )  # fmt: skip
 
 
-def labels_of(output_NK: Floats, target_NK: NDArray[Any], names: Sequence[str] = ()) -> LabelAnalysis:
+def labels_of(output_NK: Floats, target_NK: Array, names: Sequence[str] = ()) -> LabelAnalysis:
     """The analysis of label scores (logits) against zeros and ones."""
     count, width = output_NK.shape
     given_NK, due_NK = output_NK > 0, target_NK > 0.5

@@ -64,7 +64,7 @@ def has_step(checkpoint: Checkpoint) -> bool:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any] | None = None
+    path: Path, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, object] | None = None
 ) -> None:
     """Write one safetensors file atomically; version, checksum and `scalars` go as JSON into its header.
 
@@ -124,7 +124,7 @@ def _damaged(path: Path, why: str) -> CheckpointError:
     )
 
 
-def check_scalars(scalars: Mapping[str, Any]) -> tuple[Progress, list[Epoch]]:
+def check_scalars(scalars: Mapping[str, object]) -> tuple[Progress, list[Epoch]]:
     """Where training stood and its record, out of a checkpoint's scalars. CheckpointError if they make no sense."""
     progress, faults = read_fields(Progress, scalars.get("progress"), "progress")
     records = scalars.get("history")
@@ -175,7 +175,7 @@ def unwritable(path: Path, error: OSError) -> EnvironmentFault:
     )
 
 
-def write_model(path: Path, model: nn.Module, loss: str | Callable[..., Any]) -> bool:
+def write_model(path: Path, model: nn.Module, loss: str | Callable[..., object]) -> bool:
     """Write the module and the loss; False, and no file, if they hold something that cannot be stored."""
     buffer = io.BytesIO()
     try:
@@ -260,9 +260,9 @@ def rebuild_optimizer(description: Mapping[str, Any], model: nn.Module) -> torch
     return build(groups, lr=groups[0]["lr"])
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, tuple))
 
 
-def _untupled(value: Any) -> Any:
+def _untupled(value: object) -> Any:
     return tuple(value) if isinstance(value, list) else value

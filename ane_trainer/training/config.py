@@ -375,7 +375,7 @@ def _as_typed(value: object) -> str:
     return repr(value)
 
 
-def toml_value(value: Any) -> str:
+def toml_value(value: object) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -31,7 +31,7 @@ def compile_step(
     model: nn.Module,
     loss: str | Loss,
     optimizer: torch.optim.Optimizer,
-    example: tuple[Any, Any],
+    example: tuple[object, object],
     chip: str = "m4",
     device: str = "sim",
     fidelity: str = "exact",
@@ -49,7 +49,7 @@ def compile_step(
     optimizer_on: str = "auto",
     fallback: str = "none",
     verify: str | int = "first",
-    calibrate_on: Sequence[tuple[Any, Any]] = (),
+    calibrate_on: Sequence[tuple[object, object]] = (),
 ) -> TrainingStep | PartitionedStep:
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
 
@@ -108,7 +108,7 @@ def make_step(
     model: nn.Module,
     loss: str | Loss,
     optimizer: torch.optim.Optimizer,
-    example: tuple[Any, Any],
+    example: tuple[object, object],
     target: Target,
     options: StepOptions,
     state: Mapping[str, torch.Tensor] | None = None,
@@ -135,7 +135,7 @@ def make_step(
 
 
 def make_forward(
-    model: nn.Module, example: Any, target: Target, fallback: str = "none"
+    model: nn.Module, example: object, target: Target, fallback: str = "none"
 ) -> Callable[[Any], Any]:
     """The forward pass in evaluation mode for a target.
 

@@ -60,7 +60,7 @@ class Inference:
             raise loop.empty("evaluate")
         return Metrics(loss.mean, correct / loss.count if counted else None, loss.count)
 
-    def predict(self, x: ArrayLike | torch.Tensor | tuple[Any, ...] | dict[str, Any]) -> Any:
+    def predict(self, x: ArrayLike | torch.Tensor | tuple[object, ...] | dict[str, Any]) -> Any:
         """The model's output for examples x [N, ...], as float32."""
         examples = loop.as_tensors(x if isinstance(x, (torch.Tensor, tuple, dict)) else np.asarray(x))
         count = loop.batch_size_of(examples)
@@ -70,7 +70,7 @@ class Inference:
         with loop.located("predict"):
             return loop.joined([self._forward(part, size) for part in loop.split_rows(examples, size)])
 
-    def _forward(self, x: Any, size: int | None = None) -> Any:
+    def _forward(self, x: object, size: int | None = None) -> Any:
         """The forward program's output for x, compiled for `size` rows or more; spare rows repeat."""
         count = loop.batch_size_of(x)
         together = loop.is_batch_first(x)
@@ -92,7 +92,7 @@ class Inference:
         """Training's; 0 where it is not known."""
         return loop.batch_size_of(self.example) if self.example is not None else 0
 
-    def _check(self, x: Any) -> None:
+    def _check(self, x: object) -> None:
         """DataError for examples unlike those of training that do not go through the model."""
         try:
             with torch.no_grad(), module_mode(self.model, training=False):
@@ -112,7 +112,7 @@ class Inference:
             ) from None
 
 
-def _kind(x: Any) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+def _kind(x: object) -> tuple[tuple[torch.Size, torch.dtype], ...]:
     together = loop.is_batch_first(x)
     return tuple((t.shape[together:], t.dtype) for t in loop.tensors_of(x))
 
@@ -121,7 +121,7 @@ def _pad_rows(part: torch.Tensor, size: int) -> torch.Tensor:
     return part if len(part) == size else part[torch.arange(size) % len(part)]
 
 
-def _has_classes(output: Any, y: Any) -> bool:
+def _has_classes(output: object, y: object) -> bool:
     if not (isinstance(output, torch.Tensor) and isinstance(y, torch.Tensor)):
         return False
     return output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()

@@ -25,7 +25,7 @@ def export_model(
     model: nn.Module,
     path: str | Path,
     format: str,
-    data: Iterable[Any],
+    data: Iterable[object],
     options: ExportOptions,
     *,
     classes: bool,
@@ -76,11 +76,11 @@ def _about(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str,
     }
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     return isinstance(value, (bool, int, float, str, tuple, list))
 
 
-def _normalisation(data: Iterable[Any], input: str) -> tuple[float, float] | None:
+def _normalisation(data: Iterable[object], input: str) -> tuple[float, float] | None:
     if input not in INPUTS:
         raise UsageError(
             f"input: needs one of {', '.join(INPUTS)}; got {input!r}. Choose one.", code="ANE115"

@@ -45,7 +45,7 @@ def compares_numbers(loss: Loss) -> bool:
 # One batch ---------------------------------------------------------------------------------------------------
 
 
-def fit_target(loss: Loss, output_shape: Sequence[int], y: Any) -> Any:
+def fit_target(loss: Loss, output_shape: Sequence[int], y: object) -> Any:
     """The target in the type and shape that the loss wants for outputs [B, ...] of `output_shape`.
 
     Class numbers become int64; numbers float32; a missing or spare axis of one is added or taken; class
@@ -126,7 +126,7 @@ class WeightedLoss:
         assert single is not None
         self._single = single
 
-    def __call__(self, output: Any, target: tuple[Any, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, output: object, target: tuple[object, torch.Tensor]) -> torch.Tensor:
         """The weighted mean."""
         y, weights = target
         losses = self._single(output, y)
@@ -136,7 +136,7 @@ class WeightedLoss:
 
 
 def fill_up(
-    x: Any, y: torch.Tensor, rows: int, ignored: int | None
+    x: object, y: torch.Tensor, rows: int, ignored: int | None
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """x and y with copies of their examples up to `rows`, and the weights of the losses' values, with mean 1.
 
@@ -155,7 +155,7 @@ def fill_up(
     return x, y[source], share * (share.numel() / total)
 
 
-def has_smaller_batch(data: Iterable[Any]) -> bool:
+def has_smaller_batch(data: Iterable[object]) -> bool:
     """Whether the data is known to end with a batch of fewer examples than the others."""
     if isinstance(data, Batches):
         return len(data) > 1 and not data.drop_last and data.num_examples % data.batch_size != 0
@@ -170,12 +170,12 @@ def has_smaller_batch(data: Iterable[Any]) -> bool:
     return False
 
 
-def _rows_of(batch: Any) -> int:
+def _rows_of(batch: object) -> int:
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if hasattr(leaf, "shape") and len(leaf.shape)]
     return len(leaves[0]) if leaves else 0
 
 
-def mixes_examples(model: nn.Module, call: Callable[[Any], Any], x: Any) -> bool:
+def mixes_examples(model: nn.Module, call: Callable[[Any], object], x: object) -> bool:
     """Whether an example's output in training depends on the others in its batch, as with batch norm.
 
     Tried on the host: the first example's output must stay when the others are replaced. The module's
@@ -226,7 +226,7 @@ class Intake:
         """Whether targets come with weights, so that a smaller batch can be filled up."""
         return isinstance(self.loss, WeightedLoss)
 
-    def begin(self, data: Iterable[Any], x: Any, y: Any) -> tuple[Any, Any]:
+    def begin(self, data: Iterable[object], x: object, y: object) -> tuple[Any, Any]:
         """Settle the form on the first batch of `data`; the batch in that form. DataError if it cannot be."""
         smaller = has_smaller_batch(data)
         if self._needs_output(x, y) or smaller:
@@ -251,7 +251,7 @@ class Intake:
             )
         return self._weighed(x, self.example[1], rows)
 
-    def __call__(self, x: Any, y: Any, where: str) -> tuple[Any, Any] | None:
+    def __call__(self, x: object, y: object, where: str) -> tuple[Any, Any] | None:
         """The batch in the form of the step; None for a smaller one that is left out (and counted)."""
         assert self.example is not None
         with loop.located(where):
@@ -267,12 +267,12 @@ class Intake:
         x, y, weights = fill_up(x, y, rows, self._ignored)
         return x, (y, weights)
 
-    def _fitted(self, x: Any, y: Any) -> Any:
+    def _fitted(self, x: object, y: object) -> Any:
         return (
             y if self._tail is None else fit_target(self._function, (loop.batch_size_of(x), *self._tail), y)
         )
 
-    def _needs_output(self, x: Any, y: Any) -> bool:
+    def _needs_output(self, x: object, y: object) -> bool:
         """Whether the shape of the model's output is needed to settle the targets, or the inputs look wrong."""
         odd = any(
             leaf.dtype != torch.float32 for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.Tensor)
@@ -280,7 +280,7 @@ class Intake:
         classes = isinstance(y, torch.Tensor) and y.dim() == 1 and not y.is_floating_point()
         return odd or compares_numbers(self._function) or (takes_classes(self._function) and not classes)
 
-    def _try(self, x: Any) -> tuple[int, ...] | None:
+    def _try(self, x: object) -> tuple[int, ...] | None:
         """The shape of the model's output for x, by a pass on the host; None where it is not one tensor.
 
         DataError where the model does not take x because of its type; other errors come when compiling.
@@ -304,7 +304,7 @@ class Intake:
             ) from None
         return tuple(output.shape[1:]) if isinstance(output, torch.Tensor) and output.dim() else None
 
-    def _cannot_weigh(self, x: Any) -> str | None:
+    def _cannot_weigh(self, x: object) -> str | None:
         """Why a smaller batch cannot be filled up; None if it can."""
         if per_example(self._function) is None:
             return "the loss is not known to be a mean over examples"

@@ -71,7 +71,7 @@ def numbers_of(record: Epoch) -> dict[str, float]:
     return found
 
 
-def make_logger(name: str, folder: str | Path, config: Mapping[str, Any] | None = None) -> Logger:
+def make_logger(name: str, folder: str | Path, config: Mapping[str, object] | None = None) -> Logger:
     """The logger of a tracker for the run in `folder`, whose name the tracker shows, with its options.
 
     UsageError (ANE121) for an unknown name; MissingDependency for a package that is not installed.
@@ -93,7 +93,9 @@ def make_logger(name: str, folder: str | Path, config: Mapping[str, Any] | None 
         return Logger(tracker.open(module, Path(folder), dict(config or {})))
 
 
-def make_loggers(names: Iterable[str], folder: str | Path, config: Mapping[str, Any]) -> tuple[Logger, ...]:
+def make_loggers(
+    names: Iterable[str], folder: str | Path, config: Mapping[str, object]
+) -> tuple[Logger, ...]:
     """The loggers of several trackers."""
     return tuple(make_logger(name, folder, config) for name in dict.fromkeys(names))
 

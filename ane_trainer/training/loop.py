@@ -122,18 +122,18 @@ def length_of(data: object) -> int | None:
         return None
 
 
-def batch_size_of(x: Any) -> int:
+def batch_size_of(x: object) -> int:
     """The number of examples: the first dimension of the first tensor."""
     return len(tensors_of(x)[0])
 
 
-def is_batch_first(x: Any) -> bool:
+def is_batch_first(x: object) -> bool:
     """Whether all tensors of a batch part have the examples as their first dimension."""
     count = batch_size_of(x)
     return all(t.dim() and len(t) == count for t in tensors_of(x))
 
 
-def split_rows(x: Any, size: int) -> list[Any]:
+def split_rows(x: object, size: int) -> list[Any]:
     """Parts of at most `size` examples; a part whose tensors have other first dimensions stays whole."""
     count = batch_size_of(x)
     if not is_batch_first(x):
@@ -145,7 +145,7 @@ def split_rows(x: Any, size: int) -> list[Any]:
     return [part(start) for start in range(0, count, size)]
 
 
-def first_rows(output: Any, count: int, rows: int) -> Any:
+def first_rows(output: object, count: int, rows: int) -> Any:
     """An output of `rows` examples, of which the first `count` are wanted."""
     return pytree.tree_map_only(
         torch.Tensor, lambda t: t[:count] if t.dim() and len(t) == rows else t, output
@@ -164,12 +164,12 @@ def joined(outputs: list[Any]) -> Any:
     return pytree.tree_unflatten(merged, specs[0])
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: object) -> list[torch.Tensor]:
     """The tensors of a batch part: a tensor, or a tuple, list or dict of tensors."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def unpack(batch: Any, where: str) -> tuple[Any, Any]:
+def unpack(batch: object, where: str) -> tuple[Any, Any]:
     """(x, y) of a batch as tensors; DataError if it is not a pair of parts with numbers, of equal lengths."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         with located(where):
@@ -189,14 +189,14 @@ def unpack(batch: Any, where: str) -> tuple[Any, Any]:
     )
 
 
-def as_tensors(part: Any) -> Any:
+def as_tensors(part: object) -> Any:
     """Arrays and lists of numbers as tensors, float64 as float32; DataError DATA105 for complex numbers."""
     if isinstance(part, (list, tuple)) and part and all(isinstance(n, (int, float, np.number)) for n in part):
         part = np.asarray(part)
     return pytree.tree_map(_as_tensor, part)
 
 
-def _as_tensor(leaf: Any) -> Any:
+def _as_tensor(leaf: object) -> Any:
     if isinstance(leaf, (np.ndarray, np.generic)):
         if leaf.dtype.kind not in "biufc":
             raise DataError(f"needs numbers; got dtype {leaf.dtype}. Convert it.", code="DATA105")
@@ -210,7 +210,7 @@ def _as_tensor(leaf: Any) -> Any:
     return leaf.float() if leaf.dtype == torch.float64 else leaf
 
 
-def check_rows(x: Any, y: Any) -> None:
+def check_rows(x: object, y: object) -> None:
     """DataError DATA104, DATA105 for an empty batch, and for x and y of different lengths."""
     lengths = [len(leaf) for part in (x, y) for leaf in pytree.tree_leaves(part) if has_rows(leaf)]
     if any(length == 0 for length in lengths):
@@ -226,12 +226,12 @@ def check_rows(x: Any, y: Any) -> None:
         )
 
 
-def has_rows(leaf: Any) -> bool:
+def has_rows(leaf: object) -> bool:
     """Whether it is a tensor with examples along its first axis."""
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
-def fits_step(x: Any, y: Any, example: tuple[Any, Any], where: str) -> bool:
+def fits_step(x: object, y: object, example: tuple[object, object], where: str) -> bool:
     """True if the batch has the shapes of `example`, False for a smaller last batch; DataError otherwise."""
     shapes = [tensor.shape for tensor in tensors_of((x, y))]
     wanted = [tensor.shape for tensor in tensors_of(example)]

@@ -41,8 +41,8 @@ footer { margin-top: 3rem; opacity: .6; font-size: .8rem; }
 def page(
     record: RunRecord,
     analysis: Analysis | None = None,
-    ops: Sequence[Mapping[str, Any]] = (),
-    about_data: Mapping[str, Any] | None = None,
+    ops: Sequence[Mapping[str, object]] = (),
+    about_data: Mapping[str, object] | None = None,
 ) -> str:
     """The page of a run. `ops` are the costs of the step's ops (`chips.cost.OpCost` as a mapping, `latency_us`).
 
@@ -301,7 +301,7 @@ def _environment(record: RunRecord) -> str:
     return _mapping({**shown, **({"known by": placement["how"]} if placement.get("how") else {})})
 
 
-def _mapping(values: Mapping[str, Any]) -> str:
+def _mapping(values: Mapping[str, object]) -> str:
     rows = "".join(
         f"<tr><td>{escape(str(name))}</td><td class='wrap'>{escape(_plain(value))}</td></tr>"
         for name, value in values.items()

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets import images, tables, text
 from ane_trainer.training.datasets.arrays import as_model_input, load_array
 from ane_trainer.training.datasets.description import DataDescription
@@ -79,7 +80,7 @@ def _from_pixels(pixels: NDArray[np.uint8], description: DataDescription) -> tor
     return torch.from_numpy(description.normalise(scaled))
 
 
-def _from_array(array: NDArray[Any], description: DataDescription, where: str) -> torch.Tensor:
+def _from_array(array: Array, description: DataDescription, where: str) -> torch.Tensor:
     """Examples [N, *in_shape] from an array with or without batch and channel axes.
 
     Bytes are pixels of the training data's own scale and are normalised; other numbers are the model's inputs.
@@ -188,7 +189,7 @@ def generate(
     return text.decode_text(known, description.vocabulary)
 
 
-def as_lines(records: Sequence[Mapping[str, Any]]) -> str:
+def as_lines(records: Sequence[Mapping[str, object]]) -> str:
     """The answers for a terminal, a line each."""
     width = min(max((len(str(record["input"])) for record in records), default=0), 48)
     return "\n".join(f"{record['input']:<{width}}  {_as_text(record)}" for record in records)
@@ -205,7 +206,7 @@ def _as_text(record: Mapping[str, Any]) -> str:
     return str(record.get("text", record.get("next", "")))
 
 
-def write_answers(path: Path, records: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> None:
+def write_answers(path: Path, records: Sequence[Mapping[str, object]], class_names: Sequence[str]) -> None:
     """Write the answers as .csv (a row each, a column for each probability) or .json.
 
     UsageError ANE104 for another ending.

@@ -114,7 +114,7 @@ def read_history(folder: Path) -> tuple[Mapping[str, Any], ...]:
     return tuple(found)
 
 
-def as_csv(history: Iterable[Mapping[str, Any]]) -> str:
+def as_csv(history: Iterable[Mapping[str, object]]) -> str:
     """One row an epoch under a row of names; what is not known is empty."""
     rows = list(history)
     out = io.StringIO()

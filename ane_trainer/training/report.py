@@ -37,7 +37,7 @@ class Reporter:
     def note(self, topic: str, text: str) -> None:
         """One fact about the run: data, model, device, compile, numerics."""
 
-    def compiled(self, program: Mapping[str, Any] | None, seconds: float) -> None:
+    def compiled(self, program: Mapping[str, object] | None, seconds: float) -> None:
         """The training step is compiled; None where the device needs no program."""
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int | None, first_step: int = 0) -> None:
@@ -71,7 +71,7 @@ class Reporters(Reporter):
         for reporter in self.reporters:
             reporter.note(topic, text)
 
-    def compiled(self, program: Mapping[str, Any] | None, seconds: float) -> None:
+    def compiled(self, program: Mapping[str, object] | None, seconds: float) -> None:
         for reporter in self.reporters:
             reporter.compiled(program, seconds)
 
@@ -150,7 +150,7 @@ class ConsoleReporter(Reporter):
     def note(self, topic: str, text: str) -> None:
         self._line(f"{topic:<{_TOPIC}}{text}")
 
-    def compiled(self, program: Mapping[str, Any] | None, seconds: float) -> None:
+    def compiled(self, program: Mapping[str, object] | None, seconds: float) -> None:
         now = time.perf_counter()
         self.phases.switch("compile", now - seconds)
         self.phases.switch("train", now)
@@ -359,7 +359,7 @@ def _time_lines(result: Result, phases: Phases | None, verbose: bool) -> Sequenc
     return lines
 
 
-def _where(placement: Mapping[str, Any], verbose: bool) -> str:
+def _where(placement: Mapping[str, object], verbose: bool) -> str:
     if not placement:
         return "unknown"
     return f"{placement['where']}   (known by: {placement['how']})" if verbose else str(placement["where"])

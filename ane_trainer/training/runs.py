@@ -23,7 +23,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -119,12 +118,12 @@ class RunFolder:
         names = (CHECKPOINT, BEFORE, WEIGHTS, "result.json")
         return any((self.path / name).exists() for name in names)
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
+    def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null."""
         with self._writing("metrics.jsonl"), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: Mapping[str, object]) -> None:
         """Write result.json; numbers that are not finite become null."""
         with self._writing("result.json"):
             atomic_write_json(self.path / "result.json", finite(result))

@@ -162,7 +162,7 @@ class Training:
             raise incomplete(where, faults)
         self.model.load_state_dict(state)
 
-    def result(self, **details: Any) -> Result:
+    def result(self, **details: object) -> Result:
         """What training did so far; `details` override or extend the fields."""
         step, progress = self.step, self.progress
         facts: dict[str, Any] = {

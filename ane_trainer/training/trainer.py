@@ -191,7 +191,7 @@ class Trainer(Training):
         self.sync()
         return self._inference.evaluate(batches_of(data, "evaluate", self.seed), see=see)
 
-    def predict(self, x: ArrayLike | torch.Tensor | tuple[Any, ...] | dict[str, Any]) -> Any:
+    def predict(self, x: ArrayLike | torch.Tensor | tuple[object, ...] | dict[str, Any]) -> Any:
         """The model's output for examples x [N, ...], as float32: [N, ...], or such tensors in its structure.
 
         A tuple or dict of tensors is what the model takes several of; a list is an array.
@@ -220,7 +220,7 @@ class Trainer(Training):
     @classmethod
     def resume(
         cls, path: str | Path, *, model: nn.Module | None = None, loss: Loss | None = None,
-        optimizer: torch.optim.Optimizer | None = None, report: Reporter | None = None, **options: Any,
+        optimizer: torch.optim.Optimizer | None = None, report: Reporter | None = None, **options: object,
     ) -> Trainer:  # fmt: skip
         """The trainer that `save` wrote. Whatever could not be stored has to be passed again.
 
@@ -321,7 +321,7 @@ class Trainer(Training):
             raise loop.empty("train")
         progress.passed, self._pass, self._data_state = 1, None, None
 
-    def _train_batch(self, x: Any, y: Any, where: str) -> None:
+    def _train_batch(self, x: object, y: object, where: str) -> None:
         step, ready = self.compiled(x, y), self._ready(x, y, where)
         if ready is None:
             return
@@ -342,7 +342,7 @@ class Trainer(Training):
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
 
-    def _ready(self, x: Any, y: Any, where: str) -> Batch | None:
+    def _ready(self, x: object, y: object, where: str) -> Batch | None:
         """The batch in the form of the compiled step; None for a smaller one that is left out."""
         pair = self._intake(x, y, where)
         if pair is not None and self.step is not None:
@@ -389,7 +389,7 @@ class Trainer(Training):
         if progress.passed and steps and (not progress.loss_count or skipped == steps >= MAX_BAD_STEPS // 2):
             raise self._diverged(f"an epoch of {steps} steps, all skipped or with a loss not finite")
 
-    def compiled(self, x: Any, y: Any) -> Step:
+    def compiled(self, x: object, y: object) -> Step:
         """The step; at first it is compiled for batches like (x, y) and given the restored state."""
         if self.step is not None:
             return self.step

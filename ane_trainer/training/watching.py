@@ -36,7 +36,9 @@ class CsvReporter(Reporter):
         atomic_write(self.folder / "metrics.csv", as_csv([*before, finite(record.to_json())]))
 
 
-def watchers(console: Reporter, folder: Path, trackers: Iterable[str], config: Mapping[str, Any]) -> Reporter:
+def watchers(
+    console: Reporter, folder: Path, trackers: Iterable[str], config: Mapping[str, object]
+) -> Reporter:
     """The console's reporter with metrics.csv and the trackers beside it; errors as `make_logger`."""
     return Reporters(console, CsvReporter(folder), *make_loggers(trackers, folder, config))
 

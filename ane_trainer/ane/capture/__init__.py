@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ane_trainer.ane.capture.forward import capture_inference
@@ -21,7 +19,7 @@ def capture_step(
     model: torch.nn.Module,
     loss: str | Loss,
     optimizer: torch.optim.Optimizer,
-    example: tuple[Any, Any],
+    example: tuple[object, object],
     *,
     loss_scale: float | str = "auto",
 ) -> Captured:
@@ -36,6 +34,6 @@ def capture_step(
     return capture_training(model, loss, optimizer, example, CaptureOptions(loss_scale=loss_scale)).captured
 
 
-def capture_forward(model: torch.nn.Module, example: Any) -> Captured:
+def capture_forward(model: torch.nn.Module, example: object) -> Captured:
     """Capture `model(example)` in evaluation mode: parameters and buffers are state, `output*` results."""
     return capture_inference(model, example)

@@ -19,7 +19,7 @@ class Structure:
     constants: tuple[tuple[int, Any], ...] = field(default=())
 
     @staticmethod
-    def of(example: Any) -> Structure:
+    def of(example: object) -> Structure:
         """The structure of `example`, with None, numbers, strings and other things that are no tensors."""
         leaves, spec = pytree.tree_flatten(example)
         others = [(i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
@@ -32,19 +32,19 @@ class Structure:
             leaves.insert(number, value)
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def differing(self, other: Any) -> list[tuple[Any, Any]]:
+    def differing(self, other: object) -> list[tuple[Any, Any]]:
         """(own, other's) for every leaf of `other` that is no tensor and not what was compiled in."""
         leaves = pytree.tree_leaves(other)
         pairs = [(value, leaves[i] if i < len(leaves) else None) for i, value in self.constants]
         return [(mine, theirs) for mine, theirs in pairs if not _same(mine, theirs)]
 
 
-def tensors_of(part: Any) -> list[torch.Tensor]:
+def tensors_of(part: object) -> list[torch.Tensor]:
     """The tensors of a structure in order."""
     return [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
 
 
-def program_form(part: Any) -> Any:
+def program_form(part: object) -> Any:
     """A structure with its tensors as a program takes them: dense, floats in single precision."""
     return pytree.tree_map(lambda leaf: plain_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, part)
 
@@ -55,7 +55,7 @@ def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return dense.float() if dense.is_floating_point() else dense
 
 
-def _same(mine: Any, theirs: Any) -> bool:
+def _same(mine: object, theirs: object) -> bool:
     if mine is theirs:
         return True
     return type(mine) is type(theirs) and bool(mine == theirs)

@@ -74,7 +74,7 @@ class Rehearsal:
 
 
 def rehearse(
-    model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[Any, Any]
+    model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[object, object]
 ) -> Rehearsal:
     """One forward and backward in plain PyTorch on copies; neither the model nor the random state changes.
 
@@ -96,7 +96,7 @@ def rehearse(
     return Rehearsal(tuple(mode.noted), peaks, flow, classes, norm)
 
 
-def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[Any, Any]) -> float:
+def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[object, object]) -> float:
     """The loss in plain PyTorch, with the same draws at each call; nothing of the model's tensors changes."""
     values = {name: p.detach().clone().float() for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), rewriting(values_known=True), MaskMode():
@@ -117,14 +117,14 @@ def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> An
         return torch.func.functional_call(model, places, args, keywords, tie_weights=False)
 
 
-def _positional(model: torch.nn.Module, x: Any) -> tuple[Any, ...]:
+def _positional(model: torch.nn.Module, x: object) -> tuple[Any, ...]:
     if not isinstance(x, (tuple, list)):
         return (x,)
     signature = inspect.signature(model.forward)
     return tuple(x) if _binds(signature, tuple(x)) or not _binds(signature, (x,)) else (x,)
 
 
-def _binds(signature: inspect.Signature, args: tuple[Any, ...]) -> bool:
+def _binds(signature: inspect.Signature, args: tuple[object, ...]) -> bool:
     try:
         signature.bind(*args)
     except TypeError:
@@ -132,7 +132,7 @@ def _binds(signature: inspect.Signature, args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _everywhere(model: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _everywhere(model: torch.nn.Module, tensors: Mapping[str, object]) -> dict[str, Any]:
     """`tensors` under one name for each place of the model that holds the tensor they stand for.
 
     Tied tensors have several places. A module with two names has its own once: `functional_call` would put the
@@ -153,7 +153,7 @@ def _everywhere(model: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str,
     return places
 
 
-def call_loss(loss: Loss, output: Any, target: Any) -> torch.Tensor:
+def call_loss(loss: Loss, output: object, target: object) -> torch.Tensor:
     """`loss(output, target)`; its name marks in a stack where the user's code begins."""
     return loss(output, target)
 

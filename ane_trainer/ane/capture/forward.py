@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
@@ -16,7 +14,7 @@ from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.stages import Captured, Port
 
 
-def capture_inference(model: torch.nn.Module, example: Any) -> Captured:
+def capture_inference(model: torch.nn.Module, example: object) -> Captured:
     """Trace `model.eval()(example)`; the model's training mode is put back afterwards."""
     example = program_form(example)
     tensors = {**dict(model.named_parameters()), **float_buffers(model)}

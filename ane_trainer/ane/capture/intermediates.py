@@ -17,7 +17,7 @@ from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, pytre
 class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the largest entry of every result, with operations taken apart as the capture does."""
 
-    def __init__(self, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(self, decompositions: Mapping[Any, Callable[..., object]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._table = decompositions
         self.peaks: list[torch.Tensor] = []
@@ -42,7 +42,9 @@ class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def gradients_and_flow(
-    value: torch.Tensor, parameters: Sequence[torch.Tensor], decompositions: Mapping[Any, Callable[..., Any]]
+    value: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    decompositions: Mapping[Any, Callable[..., object]],
 ) -> tuple[tuple[torch.Tensor | None, ...], float]:
     """(gradients of `value`, the largest finite number on the way to them that is proportional to them).
 

@@ -57,7 +57,7 @@ def _watched_draws(model: torch.nn.Module, found: dict[str, Finding]) -> Iterato
     handles = []
     for path, module in model.named_modules():
 
-        def leave(_module: torch.nn.Module, _args: Any, _output: Any, path: str = path) -> None:
+        def leave(_module: torch.nn.Module, _args: object, _output: object, path: str = path) -> None:
             states, now = stack.pop(), _generators()
             inner = any(name.startswith(f"{path}." if path else "") for name in found)
             if states != now and not inner:
@@ -77,7 +77,7 @@ def _generators() -> tuple[Any, ...]:
     return random.getstate(), (state["state"]["pos"], state["state"]["key"].tobytes(), state["has_gauss"])
 
 
-def _drawn(where: str, before: tuple[Any, ...], after: tuple[Any, ...]) -> Finding:
+def _drawn(where: str, before: tuple[object, ...], after: tuple[object, ...]) -> Finding:
     name = "random" if before[0] != after[0] else "numpy.random"
     return Finding(
         where, name, f"draws from Python's {name} in the forward; every step would have the same number.",

@@ -6,7 +6,6 @@ import keyword
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -105,7 +104,7 @@ def float_buffers(model: torch.nn.Module, *, dense: bool = True) -> dict[str, to
 
 
 def parameter_ports(
-    parameter: Parameter, rule: Rule | None, group: Mapping[str, Any] | None, options: GradientOptions
+    parameter: Parameter, rule: Rule | None, group: Mapping[str, object] | None, options: GradientOptions
 ) -> list[Port]:
     """The state ports of one parameter: hi, and if trained the residual and the optimizer's slots.
 

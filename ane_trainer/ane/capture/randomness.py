@@ -180,7 +180,7 @@ def _bernoulli_(mode: MaskMode, x: torch.Tensor, p: Any = 0.5, **kwargs: Any) ->
 
 
 def _normal_(
-    mode: MaskMode, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **kwargs: Any
+    mode: MaskMode, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **kwargs: object
 ) -> torch.Tensor:
     return mode.draw(tuple(x.shape), "random/normal") * std + mean
 
@@ -192,7 +192,7 @@ def _uniform_(
     return mode.draw(tuple(x.shape), "random/uniform") * (high - low) + low
 
 
-def _exponential_(mode: MaskMode, x: torch.Tensor, rate: float = 1.0, **kwargs: Any) -> torch.Tensor:
+def _exponential_(mode: MaskMode, x: torch.Tensor, rate: float = 1.0, **kwargs: object) -> torch.Tensor:
     return mode.draw(tuple(x.shape), "random/exponential") * (1.0 / rate)
 
 
@@ -216,7 +216,7 @@ def _randint(mode: MaskMode, *args: Any, **kwargs: Any) -> torch.Tensor:
     return result.to(kwargs.get("dtype") or torch.int64)
 
 
-def _randint_like(mode: MaskMode, x: torch.Tensor, *bounds: int, **kwargs: Any) -> torch.Tensor:
+def _randint_like(mode: MaskMode, x: torch.Tensor, *bounds: int, **kwargs: object) -> torch.Tensor:
     return _randint(mode, *bounds, tuple(x.shape), dtype=kwargs.get("dtype") or x.dtype)
 
 
@@ -225,7 +225,7 @@ def _randperm(mode: MaskMode, n: int, **kwargs: Any) -> torch.Tensor:
 
 
 def _multinomial(
-    mode: MaskMode, weights: torch.Tensor, num_samples: int, replacement: bool = False, **kwargs: Any
+    mode: MaskMode, weights: torch.Tensor, num_samples: int, replacement: bool = False, **kwargs: object
 ) -> torch.Tensor:
     """With replacement, the place of a uniform number among the sums of weights; else a race of exponential times."""
     if replacement or num_samples == 1:

@@ -137,7 +137,7 @@ def capture_training(
     model: torch.nn.Module,
     loss: str | Loss,
     optimizer: torch.optim.Optimizer,
-    example: tuple[Any, Any],
+    example: tuple[object, object],
     options: CaptureOptions | None = None,
 ) -> StepCapture:
     """Capture forward, loss, backward and update of one step; see `capture_step`.
@@ -174,7 +174,7 @@ def capture_training(
     return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes, values)
 
 
-def batch_ports(example: Any, prefix: str) -> list[Port]:
+def batch_ports(example: object, prefix: str) -> list[Port]:
     """Ports of a batch: `x` for one tensor, `x_0`, `x_1`, ... or `x_<key>` for a structure of tensors."""
     leaves = pytree.tree_leaves_with_path(example)
     tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -223,7 +223,7 @@ def _plan(
     model: torch.nn.Module,
     loss: str | Loss,
     optimizer: torch.optim.Optimizer,
-    example: tuple[Any, Any],
+    example: tuple[object, object],
     parameters: tuple[Parameter, ...],
     rehearsal: Rehearsal,
     changes: BufferChanges,
@@ -274,7 +274,7 @@ def _with_unit(
     return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
 
 
-def unit_bounds(rule: Rule, group: Mapping[str, Any]) -> tuple[float, float]:
+def unit_bounds(rule: Rule, group: Mapping[str, object]) -> tuple[float, float]:
     """The smallest and largest unit that ports and the rule's scalars allow."""
     low, high = rule.unit_range(group)
     decay = rule.unit_scalars(group, 1, 1.0).get("weight_decay", 0.0)
@@ -283,7 +283,7 @@ def unit_bounds(rule: Rule, group: Mapping[str, Any]) -> tuple[float, float]:
     return low, max(2.0 ** math.floor(math.log2(high)), low)
 
 
-def least_gradient(parameter: Parameter, rule: Rule, group: Mapping[str, Any]) -> float:
+def least_gradient(parameter: Parameter, rule: Rule, group: Mapping[str, object]) -> float:
     """The magnitude that coupled weight decay alone gives the parameter's gradient."""
     decay = rule.unit_scalars(group, 1, 1.0).get("weight_decay", 0.0)
     if not decay or not parameter.tensor.numel():
@@ -311,7 +311,7 @@ def largest_shift(
     return max(found, 1.0)
 
 
-def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
+def _example_inputs(plan: _Plan, example: tuple[object, object]) -> Tensors:
     values = {p.name: p.tensor.detach().float() for p in plan.parameters}
     values |= {name: b.float() for name, b in float_buffers(plan.model).items()}
     inputs = {p.name: values.get(p.target, torch.ones(p.shape)).reshape(p.shape).clone() for p in plan.state}
@@ -321,7 +321,7 @@ def _example_inputs(plan: _Plan, example: tuple[Any, Any]) -> Tensors:
     return inputs
 
 
-def _calibration_inputs(plan: _Plan, scale: float, batch: tuple[Any, Any]) -> Tensors:
+def _calibration_inputs(plan: _Plan, scale: float, batch: tuple[object, object]) -> Tensors:
     """What the first step is fed: weights and buffers as they are, no moments, this batch and loss scale."""
     inputs = _example_inputs(plan, batch)
     known = {p.name for p in plan.parameters} | set(plan.buffers)

@@ -81,7 +81,7 @@ class Reference:
 
 
 def reference(
-    subject: Subject, options: GradientOptions, generator: torch.Generator, x: Any, y: Any
+    subject: Subject, options: GradientOptions, generator: torch.Generator, x: object, y: object
 ) -> Reference | None:
     """One step in fp32 on copies of model, loss and optimizer; None where they cannot be copied."""
     try:
@@ -186,7 +186,7 @@ def explained(
     return result
 
 
-def rounded_run(loaded: LoadedStep, x: Any, y: Any) -> Rounded:
+def rounded_run(loaded: LoadedStep, x: object, y: object) -> Rounded:
     """The captured step on this batch in rounded arithmetic."""
     captured = loaded.capture.captured
     values = loaded.capture.values((x, y))

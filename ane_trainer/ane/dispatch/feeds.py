@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
@@ -17,6 +15,7 @@ from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS
 from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.program import MAX_FP16
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import PAIR, Port
 
 
@@ -72,7 +71,7 @@ class Feeds:
     """Turns (x, y), or x alone, into the arrays of a program's batch ports."""
 
     def __init__(
-        self, example: Sequence[Any], names: Sequence[str], inputs: Sequence[Port], precision: str = "fp16"
+        self, example: Sequence[object], names: Sequence[str], inputs: Sequence[Port], precision: str = "fp16"
     ) -> None:
         self._range = RANGES[precision]
         ports = {port.target: port for port in inputs if port.role == "batch"}
@@ -85,13 +84,13 @@ class Feeds:
             ]
             self._parts.append((name, Structure.of(part), slots))
 
-    def __call__(self, *batch: Any) -> dict[str, NDArray[Any]]:
+    def __call__(self, *batch: object) -> dict[str, Array]:
         """Arrays of the program's precision by port name.
 
         Raises: DataError for another structure or shape, for values that are not finite or beyond the
         precision's range, and for integers that it does not hold exactly.
         """
-        feeds: dict[str, NDArray[Any]] = {}
+        feeds: dict[str, Array] = {}
         for (name, structure, slots), part in zip(self._parts, batch, strict=True):
             leaves = [part] if isinstance(part, torch.Tensor) else tensors_of(part)
             if len(leaves) != len(slots):
@@ -133,7 +132,7 @@ def _wrong_shape(slot: Slot, leaf: torch.Tensor) -> DataError:
     )
 
 
-def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
+def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> Array:
     """The tensor as a contiguous array (rounded ties to even, as a host converts); rank 0 becomes [1]."""
     leaf = leaf.detach()
     if slot.scale != 1.0:
@@ -151,7 +150,7 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> NDArray[Any]:
         elif not leaf.is_floating_point():
             most = limits.largest_integer
             _check_integers(slot.place, low, high, slot.bounds or (-most, most))
-    array: NDArray[Any] = leaf.to("cpu", limits.dtype).contiguous().numpy()
+    array: Array = leaf.to("cpu", limits.dtype).contiguous().numpy()
     return array.reshape(slot.shape or (1,))
 
 
@@ -166,7 +165,7 @@ def _check_integers(place: str, low: torch.Tensor, high: torch.Tensor, bounds: t
         )
 
 
-def to_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, NDArray[Any]]:
+def to_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, Array]:
     """Integers as remainders and quotients by port."""
     low, high = torch.aminmax(leaf)
     _check_integers(slot.place, low, high, slot.bounds or (-MOST_ROWS, MOST_ROWS - 1))

@@ -170,7 +170,7 @@ class _Walk:
             self._names(vars(value), list(vars(value)), label, depth)
             self._class(type(value), label)
 
-    def _items(self, value: list[Any] | tuple[Any, ...] | set[Any], label: str, depth: int) -> None:
+    def _items(self, value: list[Any] | tuple[object, ...] | set[Any], label: str, depth: int) -> None:
         held = tuple(value)
         if not isinstance(value, tuple):
             names = tuple(f"{label}[{i}]" for i in range(len(held)))
@@ -178,7 +178,7 @@ class _Walk:
         for number, item in enumerate(held):
             self.value(item, f"{label}[{number}]", depth + 1)
 
-    def _names(self, space: Mapping[Any, Any], names: Sequence[Any], label: str, depth: int) -> None:
+    def _names(self, space: Mapping[Any, object], names: Sequence[object], label: str, depth: int) -> None:
         """Some entries of a namespace or dict."""
         names = [name for name in names if f"{label}.{name}" not in self._ignored]
         if names:

@@ -83,7 +83,7 @@ class HostOptimizer:
             self._optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def _counts(group: Mapping[str, Any]) -> dict[str, int]:
+def _counts(group: Mapping[str, object]) -> dict[str, int]:
     return {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
 
 

@@ -22,7 +22,7 @@ from ane_trainer.ane.mil.program import Program
 
 def compile_forward(
     model: torch.nn.Module,
-    example: Any,
+    example: object,
     chip: str = "m4",
     device: str = "sim",
     fidelity: str = "exact",
@@ -44,7 +44,7 @@ class InferenceProgram:
     The module's present parameters are used: ones that changed since the last call are sent again.
     """
 
-    def __init__(self, model: torch.nn.Module, example: Any, target: Target) -> None:
+    def __init__(self, model: torch.nn.Module, example: object, target: Target) -> None:
         self.target, self._range = target, RANGES[target.precision]
         check_parameters(model, self._range)
         self._structure, self._shapes = _output_of(model, example)
@@ -57,7 +57,7 @@ class InferenceProgram:
         self._state = [(port, tensors[port.target]) for port in inputs if port.role == "state"]
         self._sent: dict[str, int] = {}
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: object) -> Any:
         """The model's output for a batch of the compiled shape; DataError for another shape or bad values."""
         feeds = self._feeds(x)
         self._send_weights()
@@ -103,7 +103,7 @@ def _single(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().float() for name, p in model.named_parameters()}
 
 
-def _output_of(model: torch.nn.Module, example: Any) -> tuple[Structure, list[tuple[int, ...]]]:
+def _output_of(model: torch.nn.Module, example: object) -> tuple[Structure, list[tuple[int, ...]]]:
     """Structure and shapes of the model's output, from one run in plain PyTorch."""
     with module_mode(model, training=False), torch.no_grad():
         output = call_model(model, _single(model) | copies(model, with_sparse=True), program_form(example))

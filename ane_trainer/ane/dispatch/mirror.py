@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ane_trainer.ane.capture.buffers import BufferChanges
 from ane_trainer.ane.capture.gradients import ACCUMULATED
@@ -24,6 +23,7 @@ from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
 from ane_trainer.ane.dispatch.fingerprint import Fingerprints
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Port
 
 #: The largest magnitude of state after its unit moved up.
@@ -241,5 +241,5 @@ class Mirror:
         if lo is not None:
             self._write(lo, ((scaled - rounded.float()) * (lo.scale / hi.scale)).numpy())
 
-    def _write(self, port: Port, array: NDArray[Any]) -> None:
+    def _write(self, port: Port, array: Array) -> None:
         self._session.write(port.name, array.astype(self._range.numpy).reshape(port.shape))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ane_trainer.ane.capture import Loss
 from ane_trainer.ane.capture.gradients import GradientOptions
@@ -35,6 +34,7 @@ from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.units import GradientUnits
 from ane_trainer.ane.mil.program import Program
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled
 
 
@@ -42,7 +42,7 @@ def build_step(
     model: torch.nn.Module,
     loss: str | Loss,
     optimizer: torch.optim.Optimizer,
-    example: tuple[Any, Any],
+    example: tuple[object, object],
     target: Target,
     options: StepOptions,
     state: Mapping[str, torch.Tensor] | None = None,
@@ -106,7 +106,7 @@ class TrainingStep:
         self._variants = Variants(subject, target, options, loaded)
         self.load()
 
-    def __call__(self, x: Any, y: Any) -> torch.Tensor:
+    def __call__(self, x: object, y: object) -> torch.Tensor:
         """One training step on a batch; the loss before the update, a float32 tensor of rank 0.
 
         What the loop changed since the last step is followed: weights and buffers (also through `.data`), the
@@ -136,7 +136,7 @@ class TrainingStep:
             self._compare(expected, loss, x, y)
         return torch.tensor(loss)
 
-    def _expected(self, x: Any, y: Any) -> tuple[Reference, dict[str, torch.Tensor]] | None:
+    def _expected(self, x: object, y: object) -> tuple[Reference, dict[str, torch.Tensor]] | None:
         """PyTorch's step on this batch, and the parameters as the engine holds them before its own."""
         found = reference(self._subject, self.gradient_options, self._draws, x, y)
         if found is None:
@@ -154,7 +154,7 @@ class TrainingStep:
         return values
 
     def _compare(
-        self, expected: tuple[Reference, dict[str, torch.Tensor]], loss: float, x: Any, y: Any
+        self, expected: tuple[Reference, dict[str, torch.Tensor]], loss: float, x: object, y: object
     ) -> None:
         """Note how this step agrees with fp32; of a skipped one only the loss."""
         found, before = expected
@@ -183,7 +183,7 @@ class TrainingStep:
                 if self._host is not None:
                     self._host = HostOptimizer(self._subject.model, self._subject.optimizer)
 
-    def _count_update(self, applied: bool, results: Mapping[str, NDArray[Any]]) -> None:
+    def _count_update(self, applied: bool, results: Mapping[str, Array]) -> None:
         """A batch that completes an update has run; on the host the update happens now."""
         self.applied_steps += applied
         self.skipped_steps += not applied
@@ -200,13 +200,13 @@ class TrainingStep:
                 }
             )
 
-    def _watch_units(self, health: NDArray[Any], feeds: Mapping[str, NDArray[Any]]) -> None:
+    def _watch_units(self, health: Array, feeds: Mapping[str, Array]) -> None:
         """Move the units of gradients that left their band; the state that is kept in them moves along."""
         mirror, limits = self._loaded.mirror, feeds[self._loaded.limits]
         for move in self._units.observe(health.tolist(), limits.tolist(), self.steps, mirror.room):
             mirror.move(move.name, move.before_clipping, move.after_clipping)
 
-    def feeds(self, x: Any, y: Any, ahead: int = 0) -> dict[str, NDArray[Any]]:
+    def feeds(self, x: object, y: object, ahead: int = 0) -> dict[str, Array]:
         """What a step on this batch is fed, by port: batch, new random draws, the optimizer's scalars.
 
         The scalars are those of the next update, or of one that comes `ahead` steps after it.
@@ -224,7 +224,7 @@ class TrainingStep:
         last = self._pending + 1 == self.gradient_options.accumulate
         return self._units.scalars(self.applied_steps + 1 + ahead, self.gradient_options, last=last)
 
-    def port_state(self) -> dict[str, NDArray[Any]]:
+    def port_state(self) -> dict[str, Array]:
         """A copy of the device's state by port, in the program's precision and units."""
         ports = self.compiled.inputs
         return {p.name: self._loaded.session.read(p.name) for p in ports if p.role == "state"}

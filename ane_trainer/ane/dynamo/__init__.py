@@ -24,9 +24,9 @@ __all__ = ["Options", "ProgramRecord", "Report", "ane", "report", "reset"]
 
 def _ane(
     graph: torch.fx.GraphModule,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[object],
     *,
-    options: Any = None,
+    options: object = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """The Dynamo backend: a callable that compiles `graph` for the shapes it is called with.

@@ -27,7 +27,7 @@ SMALLEST_POWER, LARGEST_POWER = -14, 12
 
 
 def backward_function(
-    module: GraphModule, example_inputs: Sequence[Any], options: Options
+    module: GraphModule, example_inputs: Sequence[object], options: Options
 ) -> Callable[..., Any]:
     """The compiler that AOTAutograd calls for backward graphs."""
     del example_inputs
@@ -65,5 +65,5 @@ class Backward:
         return [r * factor if _gradient(r) else r for r in results]
 
 
-def _gradient(result: Any) -> bool:
+def _gradient(result: object) -> bool:
     return isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel() > 0

@@ -59,7 +59,7 @@ class Prepared:
 
 
 def partition(
-    joint: GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any
+    joint: GraphModule, inputs: object, *, num_fwd_outputs: int, **options: object
 ) -> tuple[GraphModule, GraphModule]:
     """AOTAutograd's forward and backward; indices that the engine's rules do without are not passed on."""
     _drop_checks(joint.graph)
@@ -209,7 +209,7 @@ def _running(module: GraphModule, node: Node) -> Callable[[], torch.Tensor]:
     return lambda: part()[0]
 
 
-def _placeholder(graph: Graph, inputs: list[Node], number: int, value: Any) -> Node:
+def _placeholder(graph: Graph, inputs: list[Node], number: int, value: object) -> Node:
     after = [node for node in graph.nodes if node.op == "placeholder"][-1] if inputs else None
     with graph.inserting_after(after):
         node = graph.placeholder(f"draw_{number}")

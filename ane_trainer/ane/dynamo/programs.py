@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.fx import GraphModule
 
 from ane_trainer.ane.capture.ports import identifier, unique
@@ -20,18 +19,19 @@ from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import make_boxed_func
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Captured, Port
 
 
 def forward_function(
-    module: GraphModule, example_inputs: Sequence[Any], options: Options, role: str
+    module: GraphModule, example_inputs: Sequence[object], options: Options, role: str
 ) -> Callable[..., Any]:
     """The compiler that AOTAutograd calls for forward (and inference) graphs."""
     del example_inputs
     users = int(module.meta.get(USER_RESULTS, 1 << 30))
     function = GraphFunction(module, options, role)
 
-    def run(*inputs: Any) -> list[Any]:
+    def run(*inputs: object) -> list[Any]:
         return function(inputs, users)
 
     return make_boxed_func(run)
@@ -108,7 +108,7 @@ class EnginePart:
         ]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        feeds: dict[str, NDArray[Any]] = {}
+        feeds: dict[str, Array] = {}
         for slot, value in zip(self._inputs, inputs, strict=True):
             if slot.high is not None:
                 feeds |= to_pair(slot, value, self._range)
@@ -117,7 +117,7 @@ class EnginePart:
         results = self._session.run(feeds)
         return [torch.from_numpy(np.array(results[n])).reshape(shape) for n, shape in self._outputs]
 
-    def _array(self, value: torch.Tensor, slot: Slot) -> NDArray[Any]:
+    def _array(self, value: torch.Tensor, slot: Slot) -> Array:
         """Values in the program's precision are taken bit by bit; others are checked and rounded."""
         if value.dtype == self._range.dtype:
             return value.detach().contiguous().numpy().reshape(slot.shape)
@@ -170,6 +170,6 @@ def _place(node: torch.fx.Node) -> str:
     return str(node.name)
 
 
-def _dtype(node: Any) -> torch.dtype | None:
+def _dtype(node: object) -> torch.dtype | None:
     value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
     return value.dtype if isinstance(value, torch.Tensor) else None

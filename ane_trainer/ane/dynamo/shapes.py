@@ -52,7 +52,7 @@ class Specializer:
             self._earlier = [s for s in alike if same_but_for_sizes(s._graph.graph, graph.graph)]
         family.add(self)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: object) -> Any:
         """The graph's results; compiled first if these shapes are new."""
         key = (torch.is_grad_enabled(), *(_description(value) for value in inputs))
         function = self._compiled.get(key)
@@ -60,7 +60,7 @@ class Specializer:
             function = self._compiled[key] = self._find(key, inputs)
         return function(*inputs)
 
-    def _find(self, key: Key, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _find(self, key: Key, inputs: Sequence[object]) -> Callable[..., Any]:
         """What an earlier graph of fixed sizes has for these inputs, else a new compilation."""
         tensors_only = (key[0], *(item for item in key[1:] if isinstance(item, tuple)))
         for earlier in self._earlier:
@@ -73,7 +73,7 @@ class Specializer:
         except DynamicOutputShapeException as error:
             return self._without_engine(str(error), inputs)
 
-    def _without_engine(self, operation: str, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _without_engine(self, operation: str, inputs: Sequence[object]) -> Callable[..., Any]:
         """The graph in PyTorch, for one whose tensors have shapes that depend on data, if `fallback` allows it."""
         found = Finding(
             _last_place(self._graph), operation, "gives a shape that depends on data (a mask as an index).",
@@ -86,7 +86,7 @@ class Specializer:
         report().programs.append(ProgramRecord("forward", shapes, chip, device, 0, 0, 0.0, (), (str(found),)))
         return self._graph
 
-    def _count(self, inputs: Sequence[Any]) -> None:
+    def _count(self, inputs: Sequence[object]) -> None:
         shapes = tuple(tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor))
         parameters = (v for v in inputs if isinstance(v, torch.nn.Parameter))
         functions = _SHAPES.setdefault(next(parameters, _WITHOUT_PARAMETERS), {})
@@ -149,7 +149,7 @@ def _is_float_input(node: Any) -> bool:
     return node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _description(value: Any) -> Any:
+def _description(value: object) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return tuple(value.shape), value.dtype, value.requires_grad

@@ -37,7 +37,7 @@ def compile_id() -> str | None:
     return None if found is None else str(found.frame_id)
 
 
-def expression(size: Any) -> Any:
+def expression(size: object) -> Any:
     """A symbolic size's formula, which is equal for equal sizes; other sizes as they are."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 

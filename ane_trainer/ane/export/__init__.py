@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ane_trainer.ane.capture.calibrate import module_mode
@@ -26,6 +24,7 @@ from ane_trainer.ane.export.report import (
     largest_difference,
     size_bytes,
 )
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled
 
 __all__ = [
@@ -111,12 +110,12 @@ def export_inference(
 
 def export_step(
     compiled: Compiled,
-    state: Mapping[str, NDArray[Any]],
-    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    state: Mapping[str, Array],
+    feeds: Sequence[Mapping[str, Array]],
     path: str | Path,
     format: str,
     options: ExportOptions | None = None,
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> ExportReport:
     """Write a compiled fp16 training step with its state, and run the file for `feeds`, one feed a step.
 
@@ -155,10 +154,10 @@ def export_step(
 
 def _simulate(
     compiled: Compiled,
-    state: Mapping[str, NDArray[Any]],
-    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    state: Mapping[str, Array],
+    feeds: Sequence[Mapping[str, Array]],
     fidelity: str,
-) -> tuple[dict[str, NDArray[Any]], list[float]]:
+) -> tuple[dict[str, Array], list[float]]:
     session = get_device("sim").device.load(compiled, fidelity=fidelity, threads=None)
     for name, value in state.items():
         session.write(name, value)
@@ -168,7 +167,7 @@ def _simulate(
     return after, losses
 
 
-def _in_batches(run: inference.Runner, inputs: NDArray[Any], batch: int) -> NDArray[Any]:
+def _in_batches(run: inference.Runner, inputs: Array, batch: int) -> Array:
     """Outputs [N, ...]; the last batch is filled up with the first examples."""
     parts = []
     for start in range(0, len(inputs), batch):

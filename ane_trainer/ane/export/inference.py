@@ -8,11 +8,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ane_trainer.ane.compiler.coreai import open_asset, save_asset
@@ -22,10 +20,11 @@ from ane_trainer.ane.export.freeze import Deployed, Signature, freeze, single_pr
 from ane_trainer.ane.export.package import Description, write_package
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.mil.program import Program
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import make_context, prepare
 from ane_trainer.utils import without_warnings_of
 
-Runner = Callable[[NDArray[Any]], NDArray[Any]]
+Runner = Callable[[Array], Array]
 
 
 def write_mlpackage(
@@ -108,8 +107,8 @@ def run_onnx(path: Path, signature: Signature, chip: str, fidelity: str) -> Runn
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def run(x: NDArray[Any]) -> NDArray[Any]:
-        result: NDArray[Any] = session.run(None, {signature.input_name: x.astype(np.float32)})[0]
+    def run(x: Array) -> Array:
+        result: Array = session.run(None, {signature.input_name: x.astype(np.float32)})[0]
         return result
 
     return run
@@ -124,8 +123,8 @@ def run_torch(path: Path, signature: Signature, chip: str, fidelity: str) -> Run
     known = module.state_dict()
     module.load_state_dict({name: value for name, value in stored.items() if name in known}, strict=False)
 
-    def run(x: NDArray[Any]) -> NDArray[Any]:
-        result: NDArray[Any] = module(torch.from_numpy(x.astype(np.float32))).detach().numpy()
+    def run(x: Array) -> Array:
+        result: Array = module(torch.from_numpy(x.astype(np.float32))).detach().numpy()
         return result
 
     return run

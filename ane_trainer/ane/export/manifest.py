@@ -23,7 +23,7 @@ from ane_trainer.ane.stages import Lowered, Port
 VERSION = 1
 
 
-def manifest(lowered: Lowered, form: str, about: Mapping[str, Any]) -> dict[str, Any]:
+def manifest(lowered: Lowered, form: str, about: Mapping[str, object]) -> dict[str, Any]:
     """The manifest of `lowered` in a form of `export.step`; `about` adds what the caller knows."""
     types = {
         value.name: value.type for value in (*lowered.program.main.inputs, *lowered.program.main.outputs)
@@ -83,7 +83,7 @@ def manifest_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
 
-def write_manifest(path: str | Path, content: Mapping[str, Any]) -> None:
+def write_manifest(path: str | Path, content: Mapping[str, object]) -> None:
     """Write the manifest beside the file of a step."""
     target = manifest_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ane_trainer.ane.mil.weights import Array
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,14 @@ def size_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
 
 
-def accuracy(outputs: NDArray[Any], labels: NDArray[Any] | None) -> float | None:
+def accuracy(outputs: Array, labels: Array | None) -> float | None:
     """Share of rows whose largest output is the label; None without class labels."""
     if labels is None or outputs.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
         return None
     return float((outputs.argmax(axis=1) == labels).mean())
 
 
-def largest_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
+def largest_difference(a: Array, b: Array) -> float:
     """Of two arrays, as float64; infinite where one has a number and the other none."""
     with np.errstate(invalid="ignore"):
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64))

@@ -18,10 +18,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.compiler.coreai import INITIAL_STATE, MAIN, open_asset, save_asset
 from ane_trainer.ane.errors import UsageError
@@ -31,11 +29,11 @@ from ane_trainer.ane.export.package import Description, write_package
 from ane_trainer.ane.export.report import largest_difference
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
-from ane_trainer.ane.mil.weights import from_array
+from ane_trainer.ane.mil.weights import Array, from_array
 from ane_trainer.ane.simulator import make_context, prepare
 from ane_trainer.ane.stages import Lowered
 
-Arrays = Mapping[str, NDArray[Any]]
+Arrays = Mapping[str, Array]
 
 FORMS = ("io", "state", "both")
 #: The function with states in place, where `main` passes them.
@@ -57,7 +55,7 @@ def fixed_as_constants(lowered: Lowered, state: Arrays) -> Lowered:
 
 
 def write_step_aimodel(
-    path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any], form: str
+    path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, object], form: str
 ) -> Path:
     """The step as a Core AI asset, its state mutable (`state`) or passed (`io`).
 
@@ -74,7 +72,7 @@ def write_step_aimodel(
 
 
 def write_step_mlpackage(
-    path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, Any], form: str
+    path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, object], form: str
 ) -> Path:
     """The step as a Core ML package in fp16: io runs from iOS 16 on, states need iOS 18, macOS 15."""
     ready = fixed_as_constants(lowered, state)
@@ -136,7 +134,7 @@ def _initial(opset: str, arrays: Arrays) -> Function:
 
 def replay_mlpackage(
     path: Path, feeds: Sequence[Arrays], chip: str, fidelity: str
-) -> tuple[dict[str, NDArray[Any]], list[float]]:
+) -> tuple[dict[str, Array], list[float]]:
     """(state, losses) after running the package that `write_step_mlpackage` wrote, on the simulator."""
     program, context = load_program(path), make_context(chip, fidelity)
     functions = {function.name: function for function in program.functions}
@@ -151,7 +149,7 @@ def replay_mlpackage(
     return {name: plan.read(name) for name in first}, losses
 
 
-def replay_aimodel(path: Path, feeds: Sequence[Arrays]) -> tuple[dict[str, NDArray[Any]], list[float]]:
+def replay_aimodel(path: Path, feeds: Sequence[Arrays]) -> tuple[dict[str, Array], list[float]]:
     """(state, losses) after running the asset that `write_step_aimodel` wrote, on Apple's runtime."""
     asset = open_asset(path)
     try:
@@ -165,7 +163,7 @@ def replay_aimodel(path: Path, feeds: Sequence[Arrays]) -> tuple[dict[str, NDArr
 
 def _feed_back(
     run: Callable[[Arrays], Arrays], first: Arrays, aliases: Mapping[str, str], feeds: Sequence[Arrays]
-) -> tuple[dict[str, NDArray[Any]], list[float]]:
+) -> tuple[dict[str, Array], list[float]]:
     """Run a step in the form io: each output that is an alias becomes the input of the next call."""
     state, losses = {name: np.array(value) for name, value in first.items()}, []
     for feed in feeds:

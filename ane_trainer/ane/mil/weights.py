@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ import numpy.typing as npt
 from ane_trainer.ane.errors import ProgramError
 from ane_trainer.ane.mil.program import DTYPE_BYTES, Literal, TensorType
 
-Array = npt.NDArray[np.generic]
+#: An array of any dtype.
+Array = npt.NDArray[Any]
 
 _HEADER = struct.Struct("<II56x")
 _DESCRIPTOR = struct.Struct("<IIQQQ32x")

@@ -16,14 +16,13 @@ It imports nothing of capture, compiler or `mil.semantics`: it must not share th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Program
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import refusal
 from ane_trainer.ane.simulator.kernels import (
     contraction,
@@ -76,13 +75,13 @@ def make_context(
 
 def simulate(
     program: Program,
-    feeds: Mapping[str, NDArray[Any]],
+    feeds: Mapping[str, Array],
     *,
     chip: str,
     fidelity: str = "exact",
     threads: int | None = None,
     path: str | None = "e5rt",
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, Array]:
     """Run `program` once on the simulated engine of `chip`.
 
     `feeds` maps every input to an array of its shape (fp16 inputs: float16, bit patterns count; wider floats

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.program import Literal, TensorType
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops.convert import decode_into, encoded
-from ane_trainer.ane.simulator.numbers.fp16 import Array, decode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
 
 _STORAGE: dict[str, Any] = {
     "fp16": np.float32, "fp32": np.float32, "bool": np.bool_,

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ane_trainer.ane.mil.program import Function
-from ane_trainer.ane.simulator.numbers.fp16 import Array, empty
+from ane_trainer.ane.mil.weights import Array
+from ane_trainer.ane.simulator.numbers.fp16 import empty
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry
 
 #: A free block is taken for a value of at least this part of its size.

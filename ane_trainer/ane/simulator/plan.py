@@ -16,6 +16,7 @@ import numpy as np
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.opset import Call, bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import (
     from_border,
     literal_array,
@@ -34,7 +35,7 @@ from ane_trainer.ane.simulator.kernels.movement import offset_on_last_axis, view
 from ane_trainer.ane.simulator.kernels.reduction import scaled_sum_into
 from ane_trainer.ane.simulator.lifetimes import Pool, last_uses
 from ane_trainer.ane.simulator.loops.compiled import copies
-from ane_trainer.ane.simulator.numbers.fp16 import Array, empty, round_half_away, zeros
+from ane_trainer.ane.simulator.numbers.fp16 import empty, round_half_away, zeros
 from ane_trainer.ane.simulator.registry import KERNELS, WRITES, EngineContext, Kernel
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, lazy_values, schedule
 from ane_trainer.ane.simulator.states import without_states
@@ -382,12 +383,12 @@ def _kernel_step(op: Op, context: EngineContext, operands: list[Any], outputs: l
 
 
 def _run_kernel(
-    kernel: Kernel, context: EngineContext, call: Call, convert: Callable[[Any], Any], *operands: Any
+    kernel: Kernel, context: EngineContext, call: Call, convert: Callable[[Any], object], *operands: object
 ) -> Any:
     return kernel.run(context, call, *map(convert, operands))
 
 
-def _as_is(operand: Any) -> Any:
+def _as_is(operand: object) -> Any:
     return operand
 
 

@@ -58,7 +58,7 @@ def kernel(
     if level not in EVIDENCE_LEVELS:
         raise ValueError(f"evidence level: needs one of {EVIDENCE_LEVELS}; got {level!r}")
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Callable[..., object]) -> Callable[..., Any]:
         for kind in kinds.split():
             if kind in KERNELS:
                 raise ValueError(f"kernel for {kind} is registered twice")

@@ -10,19 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import ProgramError
 from ane_trainer.ane.mil import semantics
 from ane_trainer.ane.mil.program import Function, Op, Program
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import KERNELS, Plan, make_context, prepare, refusal
 from ane_trainer.ane.simulator.schedule import live_ops
 from ane_trainer.ane.simulator.states import without_states
 
-Array = NDArray[Any]
 Feeds = Mapping[str, Array] | Sequence[Mapping[str, Array]]
 
 #: The engine's infinity, a number to it.

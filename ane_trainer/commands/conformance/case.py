@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Literal, Program, TensorType, Value
-from ane_trainer.ane.mil.weights import from_array
+from ane_trainer.ane.mil.weights import Array, from_array
 
 Half = NDArray[np.float16]
 Build = Callable[["Sheet"], Value | tuple[Value, ...]]
@@ -47,7 +47,7 @@ class Sheet:
         """Add an operation."""
         return self.b.op(kind, **args)
 
-    def given(self, array: NDArray[Any]) -> Value:
+    def given(self, array: Array) -> Value:
         """A runtime input that is fed these numbers."""
         half = np.ascontiguousarray(array, np.float16)
         value = self.b.input(f"in{len(self.feeds)}", TensorType("fp16", half.shape))
@@ -103,7 +103,7 @@ class Sheet:
         return np.argsort(self._draw((65536,)), kind="stable").astype(np.uint16).view(np.float16)
 
 
-def fingerprint(text: str, weights: bytes, feeds: Mapping[str, NDArray[Any]]) -> str:
+def fingerprint(text: str, weights: bytes, feeds: Mapping[str, Array]) -> str:
     """Twelve hexadecimal digits that change with the program or its inputs."""
     digest = hashlib.sha256(text.encode() + b"\0" + weights)
     for name in sorted(feeds):

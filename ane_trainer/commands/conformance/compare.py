@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ane_trainer.ane.mil.weights import Array
+
 #: Differing values that a report shows of one output.
 SHOWN = 3
 
 _WORDS = {np.dtype(np.float16): np.int16, np.dtype(np.float32): np.int32}
 
 
-def difference(got: NDArray[Any], want: NDArray[Any]) -> dict[str, Any] | None:
+def difference(got: Array, want: Array) -> dict[str, Any] | None:
     """None if every bit agrees, else count, largest distance in units in the last place, and examples.
 
     An example is [flat index, got, wanted], the bit patterns in hexadecimal. `got` is the fingerprint of
@@ -42,7 +44,7 @@ def difference(got: NDArray[Any], want: NDArray[Any]) -> dict[str, Any] | None:
     }
 
 
-def _ordered(words: NDArray[Any]) -> NDArray[np.int64]:
+def _ordered(words: Array) -> NDArray[np.int64]:
     """Bit patterns as integers in the order of the numbers, with both zeros at 0."""
     wide = words.astype(np.int64)
     lowest = -(2 ** (8 * words.itemsize - 1))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ane_trainer.ane.chips.lookup import get_chip
@@ -16,10 +14,11 @@ from ane_trainer.ane.compiler.legalize import Target, refusals
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UnsupportedModel
 from ane_trainer.ane.mil.program import Program
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled, Legalized, Lowered, Port
 from ane_trainer.training.engine import compile_step
 
-Outputs = dict[str, NDArray[Any]]
+Outputs = dict[str, Array]
 
 #: Steps of each training case.
 STEPS = 3
@@ -32,7 +31,7 @@ class DeviceEngine:
         self.device, self.chip, self.fidelity, self.threads = device, get_chip(chip).name, fidelity, threads
         self._device = get_device(device).device
 
-    def __call__(self, program: Program, feeds: Mapping[str, NDArray[Any]]) -> Outputs:
+    def __call__(self, program: Program, feeds: Mapping[str, Array]) -> Outputs:
         """Run as it is, without the rewrites that go around a chip's limits."""
         session = self._device.load(
             as_compiled(program, self.chip), fidelity=self.fidelity, threads=self.threads

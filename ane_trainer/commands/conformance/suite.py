@@ -50,7 +50,7 @@ def suite() -> tuple[Case, ...]:
 Cases = Iterator[tuple[str, Build]]
 
 
-def _call(kind: str, **params: Any) -> Build:
+def _call(kind: str, **params: object) -> Build:
     """The op over all bit patterns."""
     return lambda s: s.op(kind, x=s.patterns(), **params)
 
@@ -59,7 +59,7 @@ def _pair(kind: str) -> Build:
     return lambda s: s.op(kind, x=s.patterns(), y=s.patterns())
 
 
-def _on(kind: str, *shape: int, **params: Any) -> Build:
+def _on(kind: str, *shape: int, **params: object) -> Build:
     """The op over numbers from -1 to 1."""
     return lambda s: s.op(kind, x=s.spread(*shape), **params)
 
@@ -111,7 +111,7 @@ def _reduction() -> Cases:
     yield "softmax wide", lambda s: s.op("softmax", x=s.spread(16, 256, scale=8.0), axis=-1)
 
 
-def _product(rows: int, inner: int, columns: int, scale: float = 1.0, **params: Any) -> Build:
+def _product(rows: int, inner: int, columns: int, scale: float = 1.0, **params: object) -> Build:
     return lambda s: s.op(
         "matmul", x=s.spread(rows, inner, scale=scale), y=s.spread(inner, columns, scale=scale), **params
     )
@@ -143,7 +143,7 @@ def _contraction() -> Cases:
 
 
 def _conv(
-    weight: tuple[int, ...], *shape: int, bias: bool = False, kind: str = "conv", **params: Any
+    weight: tuple[int, ...], *shape: int, bias: bool = False, kind: str = "conv", **params: object
 ) -> Build:
     def build(s: Sheet) -> Value:
         start = s.weight(weight[0]) if bias else None
@@ -318,7 +318,7 @@ def _cliffs() -> Cases:
 def _sums() -> Cases:
     """How a sum runs inside: the width and order of its partial sums, and what follows it (docs/simulator.md, Sums)."""
 
-    def total(s: Sheet, terms: Any, kind: str = "reduce_sum") -> Value:
+    def total(s: Sheet, terms: object, kind: str = "reduce_sum") -> Value:
         return s.op(kind, x=s.given(np.asarray(terms)), axes=[1], keep_dims=True)
 
     place, depth = np.arange(16), np.arange(1040)

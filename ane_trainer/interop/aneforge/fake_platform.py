@@ -88,7 +88,7 @@ def _asking(module: dict[str, Any], belongs: Callable[[str], bool]) -> bool:
 
 
 def _answer(
-    real: Callable[..., Any], answer: Callable[[Any], Any], asks: Callable[[], bool]
+    real: Callable[..., object], answer: Callable[[Any], object], asks: Callable[[], bool]
 ) -> Callable[..., Any]:
     def ask(*arguments: object, **options: object) -> Any:
         given = asks()

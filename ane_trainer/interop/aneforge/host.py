@@ -97,7 +97,7 @@ def _opening(real: Callable[..., None], library: SimulatedLibrary) -> Callable[.
     return init
 
 
-def _no_symbol(which: tuple[str, Any]) -> NoReturn:
+def _no_symbol(which: tuple[str, object]) -> NoReturn:
     raise AttributeError(f"{LIBRARY_NAME}: symbol not found: {which[0]}")
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.program import Function, TensorType, Value
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import EngineContext, Plan, prepare
 from ane_trainer.ane.simulator.arrays import to_border
 from ane_trainer.interop.aneforge.reading import port
@@ -35,7 +36,7 @@ class Buffer:
     data: NDArray[np.uint8]
     version: int = 0
     exposed: bool = False
-    pending: Callable[[], NDArray[Any]] | None = field(default=None, repr=False)
+    pending: Callable[[], Array] | None = field(default=None, repr=False)
 
     @classmethod
     def allocate(cls, nbytes: int) -> Buffer:
@@ -73,14 +74,14 @@ class Buffer:
         self.exposed = True
         return self.address
 
-    def result(self, values: Callable[[], NDArray[Any]]) -> None:
+    def result(self, values: Callable[[], Array]) -> None:
         """A run left a new result, which `values` gives when somebody asks."""
         self.version += 1
         self.pending = values
         if self.exposed:
             self.settle()
 
-    def view(self, type_: TensorType) -> NDArray[Any]:
+    def view(self, type_: TensorType) -> Array:
         """The memory as an array of this type (float16 for fp16)."""
         dtype = BORDER_DTYPES[type_.dtype]
         return self.data[: type_.size * dtype.itemsize].view(dtype).reshape(type_.shape)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError, MissingDependency
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets import images, tables
 from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset, seeded_by
 from ane_trainer.training.datasets.description import DataDescription, Task
@@ -35,7 +36,7 @@ _KEYS = {
     "test": (("x_test", "y_test"), ("test_images", "test_labels"), ("X_test", "y_test")),
 }  # fmt: skip
 
-Arrays = tuple[NDArray[Any], NDArray[Any]]
+Arrays = tuple[Array, Array]
 
 
 def open_arrays(found: Mapping[str, Arrays], where: str, options: DataOptions) -> Parts:
@@ -60,7 +61,7 @@ def open_arrays(found: Mapping[str, Arrays], where: str, options: DataOptions) -
     return in_memory(x_by, y_by, rows, description)
 
 
-def _check_arrays(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
+def _check_arrays(x: Array, y: Array, where: str) -> None:
     _check_lengths(x, y, where)
     if x.dtype.kind not in "uifb":
         raise DataError(f"{where}: needs numbers as x; got dtype {x.dtype}. Convert it.", code="DATA105")
@@ -71,7 +72,7 @@ def _check_arrays(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
         )
 
 
-def _check_lengths(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
+def _check_lengths(x: Array, y: Array, where: str) -> None:
     if not len(x) or len(x) != len(y):
         raise DataError(
             f"{where}: needs as many targets as examples, and some; got {len(x)} and {len(y)}. Make them equal.",
@@ -79,7 +80,7 @@ def _check_lengths(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
         )
 
 
-def open_datasets(datasets: Mapping[str, Any], where: str, options: DataOptions) -> Parts:
+def open_datasets(datasets: Mapping[str, object], where: str, options: DataOptions) -> Parts:
     """Map-style datasets by split: PIL images or bytes are scaled here, other x is taken as it is."""
     train = open_items(datasets["train"])
     opened = {k: train if k == "train" else open_items(part, train.shape) for k, part in datasets.items()}
@@ -159,7 +160,7 @@ def open_hub(name: str, options: DataOptions) -> Parts:
     return open_datasets(pairs, f"hf:{name}", options)
 
 
-def as_model_input(x: NDArray[Any]) -> NDArray[Any]:
+def as_model_input(x: Array) -> Array:
     """Images with their channels first, single numbers as rows of one; bytes stay bytes, others float32."""
     if x.ndim == 1:
         x = x[:, None]
@@ -170,7 +171,7 @@ def as_model_input(x: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32))
 
 
-def find_target(y: NDArray[Any], task: str, where: str) -> tuple[Task, tuple[str, ...], NDArray[Any]]:
+def find_target(y: Array, task: str, where: str) -> tuple[Task, tuple[str, ...], Array]:
     """(task, names, targets) of an array: whole numbers or texts are classes, [N, K] of 0 and 1 labels."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -195,7 +196,7 @@ def find_target(y: NDArray[Any], task: str, where: str) -> tuple[Task, tuple[str
     return ("multilabel", names, columns.astype(np.float32)) if multilabel else ("regress", names, columns)
 
 
-def _like_train(y: NDArray[Any], task: Task, names: tuple[str, ...], where: str) -> NDArray[Any]:
+def _like_train(y: Array, task: Task, names: tuple[str, ...], where: str) -> Array:
     """Targets of another part in the form of the training part's."""
     if task != "classify":
         return y.reshape(len(y), -1)
@@ -233,7 +234,7 @@ def read_npz(path: Path) -> dict[str, Arrays]:
     return found
 
 
-def load_array(path: Path, where: str) -> NDArray[Any]:
+def load_array(path: Path, where: str) -> Array:
     """The numbers in a .npy file; DataError DATA109 for anything else, headers that lie included."""
     try:  # mapped first: it compares the header's size with the file's
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -255,14 +256,14 @@ def load_array(path: Path, where: str) -> NDArray[Any]:
     return loaded
 
 
-def as_array(value: Any) -> NDArray[Any]:
+def as_array(value: object) -> Array:
     """A tensor, list or array-like as a NumPy array."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().numpy()
     return np.asarray(value)
 
 
-def call_with_seed(function: Callable[..., Any], seed: int) -> Any:
+def call_with_seed(function: Callable[..., object], seed: int) -> Any:
     """What a user's function returns; it gets `seed` if it has such a parameter."""
     parameters = inspect.signature(function).parameters
     return function(**({"seed": seed} if "seed" in parameters else {}))
@@ -277,17 +278,17 @@ class DatasetExamples:
 
     dataset: Any
     shape: tuple[int, ...]
-    y: NDArray[Any]
+    y: Array
     draws = True
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def take(self, rows_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """The items' x, converted, and their targets."""
         return np.stack([item_input(self.dataset[int(row)][0], self.shape) for row in rows_B]), self.y[rows_B]
 
-    def targets(self) -> NDArray[Any]:
+    def targets(self) -> Array:
         """The targets as they were when the dataset was opened."""
         return self.y
 
@@ -307,7 +308,7 @@ def open_items(dataset: Any, shape: tuple[int, ...] | None = None) -> DatasetExa
         return DatasetExamples(dataset, shape, _item_targets(dataset))
 
 
-def _item_targets(dataset: Any) -> NDArray[Any]:
+def _item_targets(dataset: Any) -> Array:
     """All targets: the attribute that torchvision's datasets have, if it agrees with the items, or one pass."""
     known = getattr(dataset, "targets", None)
     if known is not None and len(known) == len(dataset):
@@ -318,27 +319,27 @@ def _item_targets(dataset: Any) -> NDArray[Any]:
     return np.stack([as_array(dataset[row][1]) for row in range(len(dataset))])
 
 
-def item_input(x: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+def item_input(x: object, shape: tuple[int, ...]) -> Array:
     """One item's input: a PIL image as pixels [C, H, W], anything else as an array."""
     if is_image(x):
         return images.pixels_of(x, (shape[0], shape[1], shape[2]))
     return as_array(x)
 
 
-def is_pair(data: Any) -> bool:
+def is_pair(data: object) -> bool:
     """Whether it is (x, y) as two arrays or tensors with examples along their first axis."""
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         return False
     return all(hasattr(part, "dtype") and len(getattr(part, "shape", ())) for part in data)
 
 
-def is_dataset(data: Any) -> bool:
+def is_dataset(data: object) -> bool:
     """Whether it is a map-style dataset: items by number, and how many."""
     plain = isinstance(data, (tuple, list, Mapping, str, bytes)) or hasattr(data, "shape")
     return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not plain
 
 
-def is_image(value: Any) -> bool:
+def is_image(value: object) -> bool:
     """Whether it is a PIL image (without importing PIL)."""
     return hasattr(value, "getbands") and hasattr(value, "convert")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.description import one_hot
 from ane_trainer.utils import did_you_mean
 
@@ -67,9 +67,7 @@ def parse_augmentations(texts: Sequence[str]) -> tuple[Augmentation, ...]:
     return tuple(found)
 
 
-def change_pixels(
-    pixels_BCHW: NDArray[Any], chosen: Sequence[Augmentation], random: np.random.Generator
-) -> NDArray[Any]:
+def change_pixels(pixels_BCHW: Array, chosen: Sequence[Augmentation], random: np.random.Generator) -> Array:
     """Shift, flip, crop and rotate a batch; what comes in at a border is 0 (flip and crop bring nothing in)."""
     amounts = {item.name: item.amount for item in chosen}
     count = len(pixels_BCHW)
@@ -85,7 +83,7 @@ def change_pixels(
     return pixels_BCHW
 
 
-def _shifted(pixels_BCHW: NDArray[Any], offsets_B2: NDArray[np.int64]) -> NDArray[Any]:
+def _shifted(pixels_BCHW: Array, offsets_B2: NDArray[np.int64]) -> Array:
     """Each image moved down and right by its offsets, exactly."""
     height, width = pixels_BCHW.shape[2:]
     moved_BCHW = np.zeros_like(pixels_BCHW)
@@ -98,9 +96,7 @@ def _shifted(pixels_BCHW: NDArray[Any], offsets_B2: NDArray[np.int64]) -> NDArra
     return moved_BCHW
 
 
-def _resampled(
-    pixels_BCHW: NDArray[Any], amounts: dict[str, float], random: np.random.Generator
-) -> NDArray[Any]:
+def _resampled(pixels_BCHW: Array, amounts: dict[str, float], random: np.random.Generator) -> Array:
     """Rotate about the centre and crop a random part, in one bilinear resampling (float32)."""
     count, _, height, width = pixels_BCHW.shape
     most = math.radians(amounts.get("rotate", 0.0))
@@ -121,9 +117,9 @@ def _resampled(
 
 
 def change_values(
-    x_BCHW: NDArray[np.float32], y: NDArray[Any], chosen: Sequence[Augmentation],
+    x_BCHW: NDArray[np.float32], y: Array, chosen: Sequence[Augmentation],
     random: np.random.Generator, num_classes: int | None,
-) -> tuple[NDArray[np.float32], NDArray[Any]]:  # fmt: skip
+) -> tuple[NDArray[np.float32], Array]:  # fmt: skip
     """Erase and mixup on normalised values. mixup turns class numbers into rows of probabilities [B, C]."""
     for item in chosen:
         if item.name == "erase":
@@ -139,7 +135,7 @@ def change_values(
     return x_BCHW, y
 
 
-def _erase(x_BCHW: NDArray[Any], probability: float, random: np.random.Generator) -> None:
+def _erase(x_BCHW: Array, probability: float, random: np.random.Generator) -> None:
     height, width = x_BCHW.shape[2:]
     for image_CHW in x_BCHW:
         hit, area, log_ratio, top, left = random.random(5)

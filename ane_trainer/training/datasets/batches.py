@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.augment import Augmentation, change_pixels, change_values
 from ane_trainer.training.datasets.description import DataDescription
 
@@ -40,11 +41,11 @@ class Examples(Protocol):
         """Whether taking draws from the global random generators, as users' transforms do."""
         ...
 
-    def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def take(self, rows_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """Raw x [B, *in_shape] and targets y [B] or [B, K]."""
         ...
 
-    def targets(self) -> NDArray[Any]:
+    def targets(self) -> Array:
         """All targets [N] or [N, K]."""
         ...
 
@@ -53,18 +54,18 @@ class Examples(Protocol):
 class ArrayExamples:
     """Examples in two arrays of equal length."""
 
-    x: NDArray[Any]
-    y: NDArray[Any]
+    x: Array
+    y: Array
     draws = False
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def take(self, rows_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """The rows of both arrays."""
         return self.x[rows_B], self.y[rows_B]
 
-    def targets(self) -> NDArray[Any]:
+    def targets(self) -> Array:
         """The array of targets."""
         return self.y
 
@@ -84,11 +85,11 @@ class Subset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def take(self, rows_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """The examples at these places of the subset."""
         return self.examples.take(self.rows[rows_B])
 
-    def targets(self) -> NDArray[Any]:
+    def targets(self) -> Array:
         """The subset's targets."""
         return self.examples.targets()[self.rows]
 
@@ -221,7 +222,7 @@ class Batches:
         x, y = change_values(x, y, self.augmentations, random, classes)
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _as_input(self, x: NDArray[Any]) -> torch.Tensor:
+    def _as_input(self, x: Array) -> torch.Tensor:
         # NumPy picks and scales the rows: a batch is too small to gain from PyTorch's threads, and on a busy
         # machine waiting for them took 9 ms a batch (0.09 ms without).
         return torch.from_numpy(self.description.normalise(x))

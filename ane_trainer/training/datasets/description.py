@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.mil.weights import Array
 
 Kind = Literal["image", "table", "text", "array"]
 Task = Literal["classify", "regress", "multilabel", "next-token"]
@@ -102,7 +103,7 @@ class DataDescription:
         """Whether values are changed before the model sees them; tokens and encoded tables are not."""
         return (self.pixel_max, self.mean, self.std) != (1.0, (0.0,), (1.0,))
 
-    def normalise(self, values_BX: NDArray[Any]) -> NDArray[Any]:
+    def normalise(self, values_BX: Array) -> Array:
         """Pixels or numbers [B, *in_shape] as the float32 values that the model sees; if not scaled, as they are."""
         if not self.is_scaled:
             return values_BX if values_BX.dtype != np.float64 else values_BX.astype(np.float32)
@@ -152,7 +153,7 @@ class DataDescription:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, value: Any) -> DataDescription:
+    def from_json(cls, value: object) -> DataDescription:
         """What `to_json` returned; ValueError if it is something else."""
         if not isinstance(value, Mapping):
             raise ValueError(f"needs an object; got {type(value).__name__}")
@@ -183,9 +184,9 @@ def check_task(task: str) -> None:
         raise DataError(f"task: needs auto, {', '.join(TASKS)}; got {task!r}. Choose one.", code="DATA102")
 
 
-def _tupled(value: Any) -> Any:
+def _tupled(value: object) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _sizes(shape: Any) -> bool:
+def _sizes(shape: object) -> bool:
     return isinstance(shape, tuple) and bool(shape) and all(isinstance(n, int) and n > 0 for n in shape)

@@ -22,7 +22,7 @@ from ane_trainer.training.networks.user import load_model_class
 from ane_trainer.utils import did_you_mean
 
 
-def open_data(data: Any, options: DataOptions | None = None) -> Splits:
+def open_data(data: object, options: DataOptions | None = None) -> Splits:
     """Open `data` (see the module) as batches; DataError says what is wrong with it and where."""
     chosen = options or DataOptions()
     where = str(data) if isinstance(data, (str, Path)) else "data"
@@ -30,7 +30,7 @@ def open_data(data: Any, options: DataOptions | None = None) -> Splits:
     return _assemble(_open(data, chosen), chosen, where)
 
 
-def _open(data: Any, options: DataOptions) -> Parts:
+def _open(data: object, options: DataOptions) -> Parts:
     if not isinstance(data, (str, Path)):
         return _open_object(data, "data", options)
     spec, path = str(data), Path(data).expanduser()
@@ -130,10 +130,10 @@ def _open_object(data: Any, where: str, options: DataOptions) -> Parts:
     return arrays.open_datasets(by_split, where, options)
 
 
-def _by_split(data: Any) -> dict[str, Any] | None:
+def _by_split(data: object) -> dict[str, Any] | None:
     """Parts by split; None if it is nothing that can be opened."""
 
-    def is_part(part: Any) -> bool:
+    def is_part(part: object) -> bool:
         return arrays.is_pair(part) or arrays.is_dataset(part) or tables.is_frame(part)
 
     if is_part(data):
@@ -147,7 +147,7 @@ def _by_split(data: Any) -> dict[str, Any] | None:
     return None
 
 
-def batches_of(data: Any, where: str, seed: int, batch_size: int = 128) -> Any:
+def batches_of(data: object, where: str, seed: int, batch_size: int = 128) -> Any:
     """What can be run through as batches: arrays (x, y) and map-style datasets of examples are batched.
 
     Numbers stay as they are; PIL images and bytes of a dataset are scaled to 0 .. 1. Anything else that can be

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset
 from ane_trainer.training.datasets.description import DataDescription, check_task
 
@@ -125,9 +125,7 @@ def limited(examples: Examples, limit: int | None, seed: int) -> Examples:
     return Subset(examples, np.sort(taken[order[:limit]]))
 
 
-def divide_rows(
-    targets: NDArray[Any], present: set[str], options: DataOptions
-) -> dict[str, NDArray[np.int64]]:
+def divide_rows(targets: Array, present: set[str], options: DataOptions) -> dict[str, NDArray[np.int64]]:
     """Row numbers of the training part by split: what it gives to validation and test where they lack."""
     rows = {"train": np.arange(len(targets))}
     shares = {
@@ -143,7 +141,7 @@ def divide_rows(
 
 
 def in_memory(
-    x_by: Mapping[str, NDArray[Any]], y_by: Mapping[str, NDArray[Any]], rows: Mapping[str, NDArray[np.int64]],
+    x_by: Mapping[str, Array], y_by: Mapping[str, Array], rows: Mapping[str, NDArray[np.int64]],
     description: DataDescription,
 ) -> Parts:  # fmt: skip
     """The parts in memory; numbers to be regressed standardised by the training rows."""
@@ -156,18 +154,18 @@ def in_memory(
 
 
 def standardised(
-    description: DataDescription, y_by: Mapping[str, NDArray[Any]], rows: Mapping[str, NDArray[np.int64]]
-) -> tuple[DataDescription, dict[str, NDArray[Any]]]:
+    description: DataDescription, y_by: Mapping[str, Array], rows: Mapping[str, NDArray[np.int64]]
+) -> tuple[DataDescription, dict[str, Array]]:
     """Targets of a regression as (y - mean) / std of the training rows, float32; others as they are."""
     if description.task != "regress":
         return description, dict(y_by)
     mean, std = mean_and_std(y_by["train"][rows["train"]], per_column=True)
-    kept: dict[str, NDArray[Any]] = {k: ((y - mean) / std).astype(np.float32) for k, y in y_by.items()}
+    kept: dict[str, Array] = {k: ((y - mean) / std).astype(np.float32) for k, y in y_by.items()}
     return replace(description, target_mean=mean, target_std=std), kept
 
 
 def mean_and_std(
-    values: NDArray[Any], *, per_column: bool, scale: float = 1.0
+    values: Array, *, per_column: bool, scale: float = 1.0
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of values / scale, over all or per column; 1 where all are equal."""
     axis = 0 if per_column else None

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError, MissingDependency
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.description import Column, DataDescription, Task
 from ane_trainer.training.datasets.splits import DataOptions, Parts, divide_rows, in_memory
 from ane_trainer.utils import did_you_mean
 
 #: A table by column; a cell is a number (nan: missing) or a text ("": missing).
-Table = dict[str, NDArray[Any]]
+Table = dict[str, Array]
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 #: What counts as missing in a text file, in small letters.
@@ -131,7 +132,7 @@ def _read_parquet(path: Path) -> Table:
     return {str(name): typed_column(values) for name, values in columns.items()}
 
 
-def is_frame(data: Any) -> bool:
+def is_frame(data: object) -> bool:
     """Whether it is a pandas or polars data frame (without importing them)."""
     return hasattr(data, "columns") and hasattr(data, "dtypes")
 
@@ -142,7 +143,7 @@ def table_of(frame: Mapping[str, Any] | Any) -> Table:
     return {str(name): typed_column(np.asarray(frame[name]).tolist()) for name in names}
 
 
-def typed_column(cells: Sequence[Any]) -> NDArray[Any]:
+def typed_column(cells: Sequence[object]) -> Array:
     """Cells as float64 (nan: missing) if all present ones are numbers, else as text ("": missing)."""
     plain = [None if _is_missing(cell) else cell for cell in cells]
     numbers = [math.nan if cell is None else _number(cell) for cell in plain]
@@ -151,7 +152,7 @@ def typed_column(cells: Sequence[Any]) -> NDArray[Any]:
     return np.array(["" if cell is None else str(cell).strip() for cell in plain], dtype=object)
 
 
-def _is_missing(cell: Any) -> bool:
+def _is_missing(cell: object) -> bool:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return True
     return isinstance(cell, str) and cell.strip().lower() in MISSING
@@ -198,7 +199,7 @@ def learn_columns(table: Table, rows: NDArray[np.int64]) -> tuple[tuple[Column, 
     return tuple(columns), tuple(notes)
 
 
-def _learn_column(name: str, cells: NDArray[Any]) -> Column | str:
+def _learn_column(name: str, cells: Array) -> Column | str:
     """The column's rule, or the reason to leave it out."""
     if name in ("", "Unnamed: 0", "__index_level_0__"):
         return "it numbers the rows"
@@ -250,7 +251,7 @@ def encode_columns(table: Table, columns: Sequence[Column], where: str) -> NDArr
     return np.concatenate([_encode(table[column.name], column, where) for column in columns], axis=1)
 
 
-def _encode(cells: NDArray[Any], column: Column, where: str) -> NDArray[np.float32]:
+def _encode(cells: Array, column: Column, where: str) -> NDArray[np.float32]:
     if column.kind == "category":
         texts = [cell_text(cell) for cell in cells]
         values = np.array([[text == known for known in column.categories] for text in texts], np.float32)
@@ -270,7 +271,7 @@ def _encode(cells: NDArray[Any], column: Column, where: str) -> NDArray[np.float
     return np.concatenate([values, absent[:, None].astype(np.float32)], axis=1) if column.missing else values
 
 
-def cell_text(cell: Any) -> str:
+def cell_text(cell: object) -> str:
     """A category's name: numbers that are whole without their fraction."""
     if isinstance(cell, float):
         return "" if math.isnan(cell) else f"{cell:g}" if not cell.is_integer() else str(int(cell))
@@ -279,7 +280,7 @@ def cell_text(cell: Any) -> str:
 
 def learn_target(
     table: Table, names: Sequence[str], task: str, where: str
-) -> tuple[Task, tuple[str, ...], NDArray[Any]]:
+) -> tuple[Task, tuple[str, ...], Array]:
     """(task, class or label names, y [N] or [N, K]) of the columns `names`, which have no missing values.
 
     With "auto", several columns of zeros and ones are labels, a column of text or of few whole numbers is
@@ -313,7 +314,7 @@ def _find_task(columns: Sequence[NDArray[np.float64]]) -> str:
     return "classify" if whole and len(values[0]) <= min(MOST_CLASSES, len(columns[0]) // 2) else "regress"
 
 
-def encode_classes(cells: NDArray[Any], class_names: Sequence[str], where: str) -> NDArray[np.int64]:
+def encode_classes(cells: Array, class_names: Sequence[str], where: str) -> NDArray[np.int64]:
     """Class numbers [N]; DataError DATA117 for a class that is not known."""
     number = {name: index for index, name in enumerate(class_names)}
     texts = [cell_text(cell) for cell in cells.tolist()]
@@ -342,7 +343,7 @@ def rows_of(table: Table) -> int:
     return len(next(iter(table.values()))) if table else 0
 
 
-def _days(cell: Any) -> float:
+def _days(cell: object) -> float:
     """An ISO date or time in days since 1970; nan if it is none."""
     try:
         moment = datetime.datetime.fromisoformat(str(cell))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.batches import Examples
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.splits import VAL_SPLIT, DataOptions, Parts
@@ -115,7 +115,7 @@ def encode_text(text: str, vocabulary: Sequence[str], where: str) -> NDArray[np.
     return np.array([number[character] for character in text], np.int64)
 
 
-def decode_text(tokens_N: Sequence[int] | NDArray[Any], vocabulary: Sequence[str]) -> str:
+def decode_text(tokens_N: Sequence[int] | Array, vocabulary: Sequence[str]) -> str:
     """The text of token numbers."""
     if not vocabulary:
         return bytes(int(token) for token in tokens_N).decode(errors="replace")

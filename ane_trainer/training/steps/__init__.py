@@ -50,7 +50,7 @@ class Step(Protocol):
     def health(self) -> dict[str, int]:
         """By module, the batches in which a gradient left its range."""
 
-    def __call__(self, x: Any, y: Any) -> torch.Tensor:
+    def __call__(self, x: object, y: object) -> torch.Tensor:
         """Train on a batch; the loss, a float32 tensor of rank 0. DataError for values that cannot be used."""
 
     def sync(self) -> None:

@@ -42,7 +42,7 @@ class CpuStep:
         own = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         self._draws = (own or torch.default_generator).get_state()  # dropout's, and all like it
 
-    def __call__(self, x: Any, y: Any) -> torch.Tensor:
+    def __call__(self, x: object, y: object) -> torch.Tensor:
         """Forward, loss, backward, update; returns the loss. DataError for nan and inf."""
         _check_finite("x", x)
         _check_finite("y", y)
@@ -61,7 +61,7 @@ class CpuStep:
             self._update()
         return loss.detach()
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: object) -> Any:
         """The model's output."""
         return call_model(self._model, {}, x)
 
@@ -168,18 +168,18 @@ class CpuStep:
 class CpuForward:
     """The model's inference by plain PyTorch in fp32, or by `forward`."""
 
-    def __init__(self, model: nn.Module, forward: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, forward: Callable[[Any], object] | None = None) -> None:
         self._model = model
         self._forward = forward or (lambda x: call_model(model, {}, x))
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: object) -> Any:
         """The model's output in evaluation mode; the module's modes are put back. DataError for nan and inf."""
         _check_finite("x", x)
         with module_mode(self._model, training=False), torch.no_grad():
             return self._forward(x)
 
 
-def _check_finite(name: str, part: Any) -> None:
+def _check_finite(name: str, part: object) -> None:
     for leaf in pytree.tree_leaves(part):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             wrong = int((~torch.isfinite(leaf)).sum())

@@ -28,13 +28,13 @@ class Partitioned:
             "precision": target.precision, "threads": target.threads, "path": target.path, "fallback": "cpu",
         }  # fmt: skip
 
-        def call(x: Any) -> Any:
+        def call(x: object) -> Any:
             return call_model(model, {}, x) if isinstance(x, (dict, tuple, list)) else model(x)
 
         self._call: Callable[..., Any] = torch.compile(call, backend="ane", options=options)
         self.records: list[ProgramRecord] = []
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: object) -> Any:
         """The model's output."""
         before = len(dynamo.report().programs)
         output = self._call(x)
@@ -61,7 +61,7 @@ class PartitionedStep(CpuStep):
         self._parts = Partitioned(model, target)
         self._target = target
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: object) -> Any:
         """The model's output, by programs and CPU parts."""
         return self._parts(x)
 

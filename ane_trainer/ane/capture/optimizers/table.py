@@ -204,7 +204,7 @@ def structure(optimizer: torch.optim.Optimizer, rule: Rule) -> tuple[Any, ...]:
     return tuple((rule.compiled(group), len(group["params"])) for group in optimizer.param_groups)
 
 
-def check_structure(optimizer: torch.optim.Optimizer, rule: Rule, compiled: tuple[Any, ...]) -> None:
+def check_structure(optimizer: torch.optim.Optimizer, rule: Rule, compiled: tuple[object, ...]) -> None:
     """Raises: UsageError if a compiled-in setting was changed since capture."""
     if structure(optimizer, rule) != compiled:
         raise UsageError(
@@ -213,7 +213,7 @@ def check_structure(optimizer: torch.optim.Optimizer, rule: Rule, compiled: tupl
         )
 
 
-def plain(group: Mapping[str, Any]) -> Group:
+def plain(group: Mapping[str, object]) -> Group:
     """The group with one-element tensors (a tensor learning rate) as floats."""
     return {
         key: float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else value

@@ -31,7 +31,7 @@ _ALIKE = frozenset(
 _PARTS = {aten.slice.Tensor, aten.select.int}
 
 
-def takes(func: Any, args: Any) -> bool:
+def takes(func: object, args: object) -> bool:
     """Whether the operation has to do with complex numbers."""
     return func in _MAKERS or any(isinstance(a, torch.Tensor) and a.is_complex() for a in _flat(args))
 
@@ -89,7 +89,7 @@ class Pairs:
         self._pairs[result] = pair
         return result
 
-    def _value(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _value(self, name: str, func: object, args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
         rule = _RULES.get(name)
         if rule is not None:
             return rule(*map(self._split, args), **kwargs)
@@ -97,7 +97,7 @@ class Pairs:
             return _each(func, self._split(args), kwargs)
         raise self._refusal(func)
 
-    def _split(self, argument: Any) -> Any:
+    def _split(self, argument: object) -> Any:
         """The argument with `Complex` in place of complex tensors."""
         if isinstance(argument, torch.Tensor) and argument.is_complex():
             pair = self.of(argument)
@@ -106,13 +106,13 @@ class Pairs:
             return type(argument)(map(self._split, argument))
         return argument
 
-    def _whole(self, result: Any) -> Any:
+    def _whole(self, result: object) -> Any:
         """A rule's result with complex tensors in place of `Complex`."""
         if isinstance(result, Complex):
             return self.stand_in(_joined(result))
         return [self._whole(item) for item in result] if isinstance(result, list) else result
 
-    def _refusal(self, func: Any) -> UnsupportedModel:
+    def _refusal(self, func: object) -> UnsupportedModel:
         finding = Finding(
             self._place.text or str(func), str(func), "has no rule for complex numbers.",
             "Write it with real and imaginary parts.",
@@ -142,7 +142,7 @@ def _each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return Complex(real, imaginary)
 
 
-def _part(argument: Any, which: int) -> Any:
+def _part(argument: object, which: int) -> Any:
     if isinstance(argument, Complex):
         return argument[which]
     if isinstance(argument, torch.Tensor):
@@ -262,7 +262,7 @@ def _c2r(x: Complex, dim: Sequence[int], normalization: int, last_dim_size: int)
     return _scaled(Complex(result, result), count, normalization).real
 
 
-def _flat(value: Any) -> list[Any]:
+def _flat(value: object) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _flat(item)]
     return [value]

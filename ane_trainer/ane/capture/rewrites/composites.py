@@ -112,7 +112,7 @@ def _projected(
     """Queries, keys and values by three weights, or by one that holds all three."""
     if separate is None:
         assert joined is not None
-        return _projections(*inputs, joined, bias)
+        return tuple(_projections(*inputs, joined, bias))
     biases = (None, None, None) if bias is None else bias.chunk(3)
     parts: Any = zip(inputs, separate, biases, strict=True)
     return tuple(F.linear(x, weight, b) for x, weight, b in parts)

@@ -8,7 +8,6 @@ fp16 holds it; the sums' logarithms add up to the loss. Places that no path reac
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -103,8 +102,8 @@ def _reduced(loss: torch.Tensor, reduction: str) -> torch.Tensor:
 def ctc_loss(
     log_probs: torch.Tensor,
     targets: torch.Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
+    input_lengths: object,
+    target_lengths: object,
     blank: int = 0,
     reduction: str = "mean",
     zero_infinity: bool = False,

@@ -75,7 +75,7 @@ class Origins:
             return F.binary_cross_entropy(input, target, *options)
         return F.binary_cross_entropy_with_logits(origin.scores, target, *options)
 
-    def _moved(self, function: Function, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _moved(self, function: Function, x: object, *args: object, **kwargs: object) -> Any:
         """A view or reshape, which passes on what a sigmoid's result was made of."""
         result = function(x, *args, **kwargs)
         origin = self._origin(x)

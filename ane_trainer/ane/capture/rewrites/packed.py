@@ -47,15 +47,15 @@ class PackedSequences:
         self._rows: SideTable[bool] = SideTable()
         self._values_known = values_known
 
-    def lengths(self, batch_sizes: Any) -> Lengths | None:
+    def lengths(self, batch_sizes: object) -> Lengths | None:
         """What `lengths_of` gives."""
         return self._lengths.get(batch_sizes)
 
-    def is_rows(self, value: Any) -> bool:
+    def is_rows(self, value: object) -> bool:
         """Whether the tensor is the data of a packed sequence."""
         return bool(self._rows) and self._rows.get(value) is not None
 
-    def mark_rows(self, value: Any) -> Any:
+    def mark_rows(self, value: object) -> Any:
         """The tensor, from now on the data of a packed sequence."""
         if isinstance(value, torch.Tensor):
             self._rows[value] = True
@@ -106,7 +106,7 @@ def as_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def is_packed_call(args: Sequence[Any]) -> bool:
+def is_packed_call(args: Sequence[object]) -> bool:
     """Whether a recurrent function is called on a sequence that `PackedSequences` packed."""
     return len(args) > 1 and isinstance(args[1], torch.Tensor) and lengths_of(args[1]) is not None
 

@@ -76,7 +76,7 @@ class Selected:
 
     @classmethod
     def __torch_function__(
-        cls, func: Function, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: Function, types: object, args: object = (), kwargs: Mapping[str, object] | None = None
     ) -> Any:
         return apply(func, args, dict(kwargs or {}))
 
@@ -99,7 +99,7 @@ class Selected:
 
 
 def _operator(name: str) -> Function:
-    def method(self: Selected, *others: Any) -> Any:
+    def method(self: Selected, *others: object) -> Any:
         return apply(getattr(torch.Tensor, name), (self, *others), {})
 
     return method
@@ -131,7 +131,7 @@ class Masks:
             )
             self._numbers[result] = self._calls.setdefault(call, len(self._calls) + 1)
 
-    def _key(self, value: Any) -> Any:
+    def _key(self, value: object) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(self._key(item) for item in value)
         if not isinstance(value, torch.Tensor):
@@ -147,7 +147,7 @@ class Masks:
             return True
         return a.shape == b.shape and self.knows(a) and self.knows(b) and bool(torch.equal(a, b))
 
-    def takes(self, index: Any) -> bool:
+    def takes(self, index: object) -> bool:
         """Whether an index is one boolean mask that the step computes, or a large one."""
         mask = index[0] if isinstance(index, tuple) and len(index) == 1 else index
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or not mask.dim():
@@ -190,7 +190,7 @@ def _refusal(what: str) -> UnsupportedModel:
     return UnsupportedModel("The step depends on values that are not known beforehand:", [finding])
 
 
-def _method(attribute: Function, rows: Selected, *args: Any, **kwargs: Any) -> Any:
+def _method(attribute: Function, rows: Selected, *args: object, **kwargs: object) -> Any:
     return apply(attribute, (rows, *args), kwargs)
 
 
@@ -244,11 +244,11 @@ def _full(rows: Selected, args: Any, inner: int | None) -> list[Any]:
     return [_one(rows, a, inner) for a in args]
 
 
-def _named(rows: Selected, kwargs: Mapping[str, Any], inner: int | None) -> dict[str, Any]:
+def _named(rows: Selected, kwargs: Mapping[str, object], inner: int | None) -> dict[str, Any]:
     return {k: _one(rows, v, inner) for k, v in kwargs.items()}
 
 
-def _one(rows: Selected, value: Any, inner: int | None = None) -> Any:
+def _one(rows: Selected, value: object, inner: int | None = None) -> Any:
     """An operand in full: the rows of the same mask, or what has no more than the `inner` axes of a row."""
     if isinstance(value, Selected):
         if not rows.masks.same(rows.mask, value.mask):

@@ -139,7 +139,7 @@ def _getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
     return torch.Tensor.__getitem__(x, tuple(parts))
 
 
-def _is_scalar_index(part: Any) -> bool:
+def _is_scalar_index(part: object) -> bool:
     return (
         isinstance(part, torch.Tensor)
         and part.dim() == 0
@@ -147,7 +147,7 @@ def _is_scalar_index(part: Any) -> bool:
     )
 
 
-def _axes(part: Any) -> int:
+def _axes(part: object) -> int:
     """How many axes of the tensor a part of an index takes."""
     if part is None or part is Ellipsis or isinstance(part, bool):
         return 0

@@ -22,27 +22,27 @@ from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 
 @functools.cache
-def written_argument(func: Any) -> int | None:
+def written_argument(func: object) -> int | None:
     """The index of the argument that the overload changes in place; None if it changes none."""
     written = (a.alias_info is not None and a.alias_info.is_write for a in schema(func).arguments)
     return next((i for i, is_written in enumerate(written) if is_written), None)
 
 
 @functools.cache
-def out_argument(func: Any) -> str | None:
+def out_argument(func: object) -> str | None:
     """The name of the only `out` argument (`div.out`); None if the overload has none or several."""
     outs = [a.name for a in schema(func).arguments if a.is_out]
     return outs[0] if len(outs) == 1 else None
 
 
 @functools.cache
-def is_view(func: Any) -> bool:
+def is_view(func: object) -> bool:
     """Whether the result shows the first argument's numbers."""
     arguments = schema(func).arguments
     return bool(arguments) and arguments[0].alias_info is not None and written_argument(func) is None
 
 
-def pure_form(func: Any, place: str | None) -> Any:
+def pure_form(func: object, place: str | None) -> Any:
     """The operation that computes what the writing one writes: `aten.add_.Tensor` -> `aten.add`."""
     namespace, name = schema(func).name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
@@ -77,7 +77,9 @@ def in_memory_order(tensor: torch.Tensor, place: str | None) -> torch.Tensor:
     return ordered
 
 
-def undo(emit: Emit, func: Any, args: tuple[Any, ...], index: int | None, base: Node, value: Node) -> Node:
+def undo(
+    emit: Emit, func: object, args: tuple[object, ...], index: int | None, base: Node, value: Node
+) -> Node:
     """`base` with the part that `func(base, *args[1:])[index]` shows replaced by `value`."""
     inverse = _INVERSES.get(func)
     if inverse is None:
@@ -86,7 +88,7 @@ def undo(emit: Emit, func: Any, args: tuple[Any, ...], index: int | None, base: 
     return inverse(emit, base, value, args[1:], index)
 
 
-def _reshape(emit: Emit, base: Node, value: Node, args: tuple[Any, ...], index: int | None) -> Node:
+def _reshape(emit: Emit, base: Node, value: Node, args: tuple[object, ...], index: int | None) -> Node:
     return emit(aten.view.default, (value, list(base.meta["val"].shape)), base)
 
 
@@ -95,7 +97,7 @@ def _permute(emit: Emit, base: Node, value: Node, args: tuple[Any, ...], index: 
     return emit(aten.permute.default, (value, [dims.index(i) for i in range(len(dims))]), base)
 
 
-def _transpose(emit: Emit, base: Node, value: Node, args: tuple[Any, ...], index: int | None) -> Node:
+def _transpose(emit: Emit, base: Node, value: Node, args: tuple[object, ...], index: int | None) -> Node:
     rank = base.meta["val"].dim()
     first, second = (d % rank for d in (args or (0, rank - 1)))
     dims = list(range(rank))
@@ -103,14 +105,14 @@ def _transpose(emit: Emit, base: Node, value: Node, args: tuple[Any, ...], index
     return emit(aten.permute.default, (value, dims), base)
 
 
-def _scatter(scatter: Any) -> Callable[..., Node]:
-    def inverse(emit: Emit, base: Node, value: Node, args: tuple[Any, ...], index: int | None) -> Node:
+def _scatter(scatter: object) -> Callable[..., Node]:
+    def inverse(emit: Emit, base: Node, value: Node, args: tuple[object, ...], index: int | None) -> Node:
         return emit(scatter, (base, value, *args), base)
 
     return inverse
 
 
-def _unbind(emit: Emit, base: Node, value: Node, args: tuple[Any, ...], index: int | None) -> Node:
+def _unbind(emit: Emit, base: Node, value: Node, args: tuple[object, ...], index: int | None) -> Node:
     return emit(aten.select_scatter.default, (base, value, args[0] if args else 0, index), base)
 
 

@@ -70,7 +70,7 @@ class Slot:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use as a context around the function's run; `placeholder` first, `finish` last."""
 
-    def __init__(self, decompositions: Mapping[Any, Callable[..., Any]], place: Place) -> None:
+    def __init__(self, decompositions: Mapping[Any, Callable[..., object]], place: Place) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.root_module = torch.nn.Module()
@@ -162,17 +162,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._attach(part, self._item(node, i, part), known, _view(base, func, args, kwargs, node, i))
         return result
 
-    def _value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    def _value(self, func: object, args: tuple[object, ...], kwargs: dict[str, Any], result: object) -> Any:
         """A result that is no tensor: known at compile time, or refused."""
         self._check(func, self._slots_of((args, kwargs)))
         return result
 
-    def _slots_of(self, arguments: Any) -> list[Slot]:
+    def _slots_of(self, arguments: object) -> list[Slot]:
         slots: list[Slot] = []
         self._nodes(arguments, slots)
         return slots
 
-    def _check(self, func: Any, slots: list[Slot]) -> bool:
+    def _check(self, func: object, slots: list[Slot]) -> bool:
         """Whether all arguments are known; if not, what `func` must not do with them becomes a finding."""
         known = all(slot.known for slot in slots)
         found = None if known else self._finding(func, slots)
@@ -180,10 +180,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.findings.append(found)
         return known
 
-    def _finding(self, func: Any, slots: list[Slot]) -> Finding | None:
+    def _finding(self, func: object, slots: list[Slot]) -> Finding | None:
         return finding(func, [slot.node for slot in slots if not slot.known], self._place.text)
 
-    def _write_out(self, func: Any, out: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def _write_out(
+        self, func: object, out: str, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         """`f(x, out=t)`: `t` becomes what `f(x)` gives, and takes its shape where it has another."""
         target: torch.Tensor = kwargs[out]
         with self:
@@ -269,7 +271,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta["val"] = view.meta
         return node if view.index is None else self._item(node, view.index, view.meta[view.index])
 
-    def _emit(self, func: Any, args: tuple[Any, ...], like: Node) -> Node:
+    def _emit(self, func: object, args: tuple[object, ...], like: Node) -> Node:
         """A node whose value has the shape of `like`."""
         node = self._call(func, args, {})
         node.meta["val"] = like.meta["val"]
@@ -286,7 +288,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         item.meta["val"] = value if value.is_meta else _meta(value)
         return item
 
-    def _nodes(self, argument: Any, slots: list[Slot]) -> Any:
+    def _nodes(self, argument: object, slots: list[Slot]) -> Any:
         """The argument with nodes for tensors; their slots are added to `slots`."""
         if isinstance(argument, torch.Tensor):
             slot = self._slot(argument)
@@ -310,7 +312,7 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _has_tensors(result: Any) -> bool:
+def _has_tensors(result: object) -> bool:
     if isinstance(result, (list, tuple)):
         return any(isinstance(item, torch.Tensor) for item in result)
     return isinstance(result, torch.Tensor)

@@ -136,7 +136,7 @@ def _same_as(node: Node) -> Node | None:
     return source if test is not None and alike and test(node) else None
 
 
-def _as_node(argument: Any) -> Node | None:
+def _as_node(argument: object) -> Node | None:
     return argument if isinstance(argument, Node) else None
 
 
@@ -152,7 +152,7 @@ _IDENTITY_TESTS: dict[Any, Callable[[Node], bool]] = {
 }
 
 
-def _is_number(argument: Any, number: int) -> bool:
+def _is_number(argument: object, number: int) -> bool:
     return isinstance(argument, (int, float)) and argument == number
 
 
@@ -177,7 +177,7 @@ def _drop_needless_choices(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _frozen(argument: Any) -> Any:
+def _frozen(argument: object) -> Any:
     if isinstance(argument, (list, tuple)):
         return tuple(map(_frozen, argument))
     if isinstance(argument, dict):

@@ -53,10 +53,10 @@ def watch_modules(model: torch.nn.Module) -> Iterator[ModuleStack]:
     handles = []
     for path, module in model.named_modules():
 
-        def enter(_module: torch.nn.Module, _args: Any, path: str = path) -> None:
+        def enter(_module: torch.nn.Module, _args: object, path: str = path) -> None:
             stack.paths.append(path)
 
-        def leave(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        def leave(_module: torch.nn.Module, _args: object, _output: object) -> None:
             stack.paths.pop()
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
@@ -139,7 +139,7 @@ def _short(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-def _tag(result: Any, source: str) -> None:
+def _tag(result: object, source: str) -> None:
     """Note `source` on all autograd nodes behind `result` that have no source yet."""
     pending = [t.grad_fn for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
     while pending:

@@ -184,7 +184,7 @@ def causal_masks_as_given() -> Iterator[None]:
             setattr(transformer, name, kept)
 
 
-def _once(*_: Any, **__: Any) -> Iterator[None]:
+def _once(*_: object, **__: object) -> Iterator[None]:
     yield
 
 
@@ -192,7 +192,7 @@ class _Once:
     """Stands for the autograd function of reentrant checkpoints."""
 
     @staticmethod
-    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+    def apply(function: Callable[..., object], _preserve: bool, *args: object) -> Any:
         return function(*args)
 
 

@@ -22,7 +22,7 @@ Overload = Any
 def trace(
     function: Callable[..., Sequence[torch.Tensor]],
     inputs: Mapping[str, torch.Tensor],
-    decompositions: Mapping[Overload, Callable[..., Any]],
+    decompositions: Mapping[Overload, Callable[..., object]],
     place: Place | None = None,
 ) -> torch.fx.GraphModule:
     """Trace `function(*inputs.values())` into a graph without mutations or dead nodes.

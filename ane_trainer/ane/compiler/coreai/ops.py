@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.mil.opset import Call, bind, family, known_ops, op_def
 from ane_trainer.ane.mil.program import Function, Literal, Op, TensorType, Value
-from ane_trainer.ane.mil.weights import to_array
+from ane_trainer.ane.mil.weights import Array, to_array
 
 #: MIL dtypes as NumPy's, which is how Core AI names element types.
 NUMPY: Mapping[str, type[np.generic]] = {
@@ -105,7 +104,7 @@ def refuse_unknown(function: Function) -> None:
         raise UnsupportedModel(_NEEDS, findings, code="ANE305")
 
 
-def translate(api: Any, op: Op, operand: Callable[[Value | Literal], object]) -> object:
+def translate(api: object, op: Op, operand: Callable[[Value | Literal], object]) -> object:
     """The op's result as a Core AI value; `operand` translates a MIL value or literal."""
     call = bind(op.kind, dict(op.args))
     runtime = {p.name for p in call.op.params if p.role in ("tensor", "tensors")}
@@ -122,7 +121,7 @@ def constant(literal: Literal) -> object:
     return constant_of(np.array(to_array(literal), NUMPY[literal.type.dtype]))
 
 
-def constant_of(array: NDArray[Any]) -> object:
+def constant_of(array: Array) -> object:
     """An array as a Core AI constant."""
     from coreai.authoring.constant import constant as make
 

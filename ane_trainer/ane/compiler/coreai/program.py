@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.compiler.coreai import tensors
 from ane_trainer.ane.compiler.coreai.ops import NUMPY, constant, constant_of, refuse_unknown, translate
 from ane_trainer.ane.compiler.coreai.runtime import LoadedAsset, make_state, read_state, require
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Function, Literal, Value
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Lowered, Port
 
 #: Importing it registers its rules.
@@ -37,9 +37,7 @@ _RESIDUAL = "/residual"
 _SCALING = "step/"
 
 
-def build_program(
-    lowered: Lowered, initial: Mapping[str, NDArray[Any]] | None = None, mutable: bool = True
-) -> Any:
+def build_program(lowered: Lowered, initial: Mapping[str, Array] | None = None, mutable: bool = True) -> Any:
     """A `coreai.authoring.AIProgram` of a lowered step or forward pass.
 
     `initial` holds arrays by state port; with it the program has the function `initial_state` as well. State
@@ -65,11 +63,11 @@ def program_dtype(function: Function) -> str:
     return "fp32" if any(value.type.dtype == "fp32" for value in function.inputs) else "fp16"
 
 
-def _add_main(api: Any, lowered: Lowered, function: Function, mutable: bool) -> None:
+def _add_main(api: object, lowered: Lowered, function: Function, mutable: bool) -> None:
     written = {alias.output: alias.input for alias in lowered.aliases}
     guarded = _guarded(lowered.inputs)
 
-    def body(*arguments: Any) -> tuple[Any, ...]:
+    def body(*arguments: object) -> tuple[Any, ...]:
         known: dict[Value | Literal, Any] = dict(zip(function.inputs, arguments, strict=True))
         for op in function.ops:
             known[op.result] = translate(api, op, lambda item: _operand(known, item))
@@ -114,7 +112,7 @@ def _operand(known: dict[Value | Literal, Any], item: Value | Literal) -> Any:
     return known[item]
 
 
-def _add_constants(api: Any, arrays: Mapping[str, NDArray[Any]]) -> None:
+def _add_constants(api: Any, arrays: Mapping[str, Array]) -> None:
     def body() -> tuple[Any, ...]:
         return tuple(map(constant_of, arrays.values()))
 
@@ -163,7 +161,7 @@ def _mark_state(graph: Any, written: Mapping[str, str]) -> None:
 def save_asset(
     path: str | Path,
     lowered: Lowered,
-    initial: Mapping[str, NDArray[Any]] | None = None,
+    initial: Mapping[str, Array] | None = None,
     metadata: Mapping[str, Any] | None = None,
     mutable: bool = True,
 ) -> Path:
@@ -209,11 +207,11 @@ class Asset:
         else:
             self._fixed = {}
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One call of `main`."""
         return self._loaded.call(MAIN, {**self._fixed, **inputs}, self._state)
 
-    def state(self) -> dict[str, NDArray[Any]]:
+    def state(self) -> dict[str, Array]:
         """A copy of every state, the unchanging ones included."""
         return {**self._fixed, **{name: np.array(read_state(value)) for name, value in self._state.items()}}
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import MissingDependency, SimulationError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.utils import without_lines
 
 T = TypeVar("T")
@@ -115,8 +115,8 @@ class LoadedAsset:
         return found
 
     def call(
-        self, function: str, inputs: Mapping[str, NDArray[Any]], state: Mapping[str, Any] | None = None
-    ) -> dict[str, NDArray[Any]]:
+        self, function: str, inputs: Mapping[str, Array], state: Mapping[str, object] | None = None
+    ) -> dict[str, Array]:
         """Run a function: NumPy arrays in and out; `state` holds `make_state` arrays, updated in place."""
         from coreai.runtime import NDArray as CoreAIArray
 
@@ -142,16 +142,16 @@ class LoadedAsset:
         return self._model
 
 
-def make_state(array: NDArray[Any]) -> Any:
+def make_state(array: Array) -> Any:
     """Memory for one state, holding a copy of `array`."""
     from coreai.runtime import NDArray as CoreAIArray
 
     return CoreAIArray(np.array(array, order="C"))
 
 
-def read_state(state: Any) -> NDArray[Any]:
+def read_state(state: Any) -> Array:
     """The live memory of a state."""
-    view: NDArray[Any] = state.numpy()
+    view: Array = state.numpy()
     return view
 
 

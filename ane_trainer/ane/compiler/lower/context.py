@@ -81,7 +81,7 @@ class Context(Movement):
         result = self.emit(kind, x=self._arithmetic(x), y=self._arithmetic(y))
         return result if result.type.shape == full else self.broadcast(result, full)
 
-    def unary(self, kind: str, x: Operand, **args: Any) -> Value:
+    def unary(self, kind: str, x: Operand, **args: object) -> Value:
         """`kind(x)` for an op that keeps its input's type."""
         return self.emit(kind, x=self.value(self.number(x)), **args)
 

@@ -107,7 +107,7 @@ def _exposed(captured: Captured) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _absent_outputs(ctx: Context, results: Sequence[Any]) -> list[Finding]:
+def _absent_outputs(ctx: Context, results: Sequence[object]) -> list[Finding]:
     """Results that a rule left out and the graph returns."""
     found = [(r, ctx.operands[r]) for r in results if isinstance(r, Node)]
     return [Finding(where(r), str(r.target), o.reason, o.fix) for r, o in found if isinstance(o, Absent)]
@@ -163,7 +163,7 @@ def _identifier(name: str) -> str:
     return clean if clean[:1].isalpha() or clean[:1] == "_" else f"v_{clean}"
 
 
-def _flat(value: Any) -> list[Any]:
+def _flat(value: object) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _flat(item)]
     return [value]
@@ -213,7 +213,7 @@ def _lower_node(ctx: Context, integers: Integers, node: Node, findings: list[Fin
         ctx.operands[node] = _placeholders(ctx, ctx.meta)
 
 
-def _with_numbers(ctx: Context, argument: Any) -> Any:
+def _with_numbers(ctx: Context, argument: object) -> Any:
     """Indices of poolings as numbers, where there are few enough."""
     if isinstance(argument, Places):
         numbers = argument.numbers(ctx)
@@ -273,7 +273,7 @@ def _check_static(ctx: Context) -> None:
             raise ctx.refuse(f"needs non-empty tensors; got {tuple(shape)}.", "Remove the empty tensor.")
 
 
-def _checked(ctx: Context, result: Any) -> Any:
+def _checked(ctx: Context, result: object) -> Any:
     """The rule's result, its shapes and kinds compared with what torch computes."""
     if isinstance(result, (tuple, list)):
         return [_checked_one(ctx, r, m) for r, m in zip(result, ctx.meta, strict=True)]
@@ -292,7 +292,7 @@ def _checked_one(ctx: Context, result: Any, meta: Any) -> Any:
     return ctx.boolean(result) if meta.dtype == torch.bool else ctx.number(result)
 
 
-def _placeholders(ctx: Context, meta: Any) -> Any:
+def _placeholders(ctx: Context, meta: object) -> Any:
     if isinstance(meta, (tuple, list)):
         return [_placeholders(ctx, m) for m in meta]
     return ctx.placeholder(meta) if isinstance(meta, torch.Tensor) else meta
@@ -340,7 +340,7 @@ def _name_outputs(function: Function, names: Sequence[str]) -> Function:
 
 
 def _substitute(function: Function, new: dict[Value, Value]) -> Function:
-    def swap(argument: Any) -> Any:
+    def swap(argument: object) -> Any:
         if isinstance(argument, tuple):
             return tuple(swap(item) for item in argument)
         return new.get(argument, argument) if isinstance(argument, Value) else argument

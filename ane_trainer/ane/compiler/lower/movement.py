@@ -41,7 +41,7 @@ class Movement:
 
     # -- emitting -----------------------------------------------------------------------------------
 
-    def emit(self, kind: str, **args: Any) -> Value:
+    def emit(self, kind: str, **args: object) -> Value:
         """One MIL op, arguments as they are (torch tensors become literals of their shape)."""
         ready: dict[str, Any] = {
             k: of_tensor(v, self.dtype) if isinstance(v, torch.Tensor) else v for k, v in args.items()

@@ -90,7 +90,7 @@ SMALLEST = 2.0**-24
 KEEPS_EPSILON = frozenset(("add", "sub", "maximum"))
 
 
-def keep_epsilon(x: Any) -> Any:
+def keep_epsilon(x: object) -> Any:
     """A constant operand with its numbers below half of SMALLEST, which fp16 rounds to zero, at +-SMALLEST.
 
     `x / (norm(x) + 1e-8)` is 0 for x = 0 in fp32 and stays so; with an epsilon of 0 it would be 0 / 0.

@@ -6,7 +6,6 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from ane_trainer.ane.compiler.coreai import (
     save_asset,
 )
 from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled
 
 _NUMPY = {"fp16": np.float16, "fp32": np.float32}
@@ -75,7 +75,7 @@ class CoreAISession:
         self._state = {name: make_state(zero) for name, zero in zeros.items() if name in self._changing}
         self._fixed = {name: zero for name, zero in zeros.items() if name not in self._changing}
 
-    def write(self, port: str, array: NDArray[Any]) -> None:
+    def write(self, port: str, array: Array) -> None:
         """Set a resident input from float16 or float32 numbers."""
         self._open()
         values = self._checked(port, array)
@@ -84,7 +84,7 @@ class CoreAISession:
         else:
             self._fixed[port] = np.array(values)
 
-    def read(self, port: str) -> NDArray[Any]:
+    def read(self, port: str) -> Array:
         """A copy of a resident input, in the program's precision."""
         return np.array(self._resident(port))
 
@@ -92,7 +92,7 @@ class CoreAISession:
         """A resident input as float32 numbers."""
         return self._resident(port).astype(np.float32)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """One call of the program; the state is updated in place. Results in the program's precision."""
         inputs = self._fixed | {name: self._checked(name, array) for name, array in feeds.items()}
         absent = sorted(self._shapes.keys() - inputs.keys() - self._changing)
@@ -111,11 +111,11 @@ class CoreAISession:
             raise SimulationError("session: needs to be open; it was closed. Compile the step again.")
         return self._loaded
 
-    def _resident(self, port: str) -> NDArray[Any]:
+    def _resident(self, port: str) -> Array:
         self._open()
         return read_state(self._state[port]) if port in self._changing else self._fixed[port]
 
-    def _checked(self, port: str, array: NDArray[Any]) -> NDArray[Any]:
+    def _checked(self, port: str, array: Array) -> Array:
         shape = self._shapes.get(port)
         if shape is None:
             known = ", ".join(sorted(self._shapes))

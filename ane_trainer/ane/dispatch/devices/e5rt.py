@@ -19,7 +19,6 @@ the rules on order and size are the direct path's). Feeds are converted straight
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +33,7 @@ from ane_trainer.ane.dispatch.devices.aneforge_runtime import (
 from ane_trainer.ane.dispatch.devices.ordering import ordered
 from ane_trainer.ane.dispatch.devices.protocol import F16
 from ane_trainer.ane.errors import EnvironmentFault, SimulationError, UsageError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Alias, Compiled
 
 STATES = ("alias", "pingpong")
@@ -100,7 +100,7 @@ class E5RTSession:
         moves = [alias for alias in compiled.aliases if alias not in self.shared]
         self._moves = [(self._inputs[alias.input], outputs[alias.output]) for alias in moves]
 
-    def write(self, port: str, array: NDArray[Any]) -> None:
+    def write(self, port: str, array: Array) -> None:
         """Set an input from float16 patterns or float32 numbers, in the port's own memory."""
         _ = self._loaded.program
         np.copyto(self._view(port), self._checked(port, array))
@@ -114,7 +114,7 @@ class E5RTSession:
         """A resident input as float32 numbers."""
         return self.read(port).astype(np.float32)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, F16]:
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, F16]:
         """One dispatch; results are copies, since the next run overwrites the port's memory."""
         absent = sorted(self._shapes.keys() - self._state - feeds.keys())
         if absent:
@@ -141,7 +141,7 @@ class E5RTSession:
             )
         return self._inputs[port]
 
-    def _checked(self, port: str, array: NDArray[Any]) -> F16:
+    def _checked(self, port: str, array: Array) -> F16:
         shape = self._shapes[port]
         if np.shape(array) != shape:
             raise SimulationError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled
 
 F16 = NDArray[np.float16]
@@ -18,7 +19,7 @@ Floats = NDArray[np.float16] | NDArray[np.float32]
 class Session(Protocol):
     """A loaded program with its resident state. Ports are named as in the program."""
 
-    def write(self, port: str, array: NDArray[Any]) -> None:
+    def write(self, port: str, array: Array) -> None:
         """Set an input from float16 (bit patterns count) or float32, rounded to nearest even if need be."""
 
     def read(self, port: str) -> Floats:
@@ -27,7 +28,7 @@ class Session(Protocol):
     def values(self, port: str) -> NDArray[np.float32]:
         """A resident input as float32 numbers; may be the live memory, to be copied before the next run."""
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Mapping[str, Floats]:
+    def run(self, feeds: Mapping[str, Array]) -> Mapping[str, Floats]:
         """One dispatch: inputs that are not resident in, results out; aliased outputs stay as next inputs."""
 
     def close(self) -> None:

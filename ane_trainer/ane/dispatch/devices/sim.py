@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.dispatch.devices.protocol import F16
 from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import Plan, make_context, prepare
 from ane_trainer.ane.stages import Compiled
 
@@ -45,7 +45,7 @@ class SimSession:
     def __init__(self, plan: Plan) -> None:
         self._plan: Plan | None = plan
 
-    def write(self, port: str, array: NDArray[Any]) -> None:
+    def write(self, port: str, array: Array) -> None:
         """Set an input from float16 patterns or float32."""
         self._open().write(port, array)
 
@@ -57,7 +57,7 @@ class SimSession:
         """The live memory of an input, decoded."""
         return self._open().buffers[port]
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, F16]:
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, F16]:
         """One run of the plan."""
         return self._open().run(feeds)
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.compression import as_rows
-from ane_trainer.ane.mil.semantics.registry import Array, along, constant, half_away, meaning
+from ane_trainer.ane.mil.semantics.registry import along, constant, half_away, meaning
+from ane_trainer.ane.mil.weights import Array
 
 
 def _vector(call: Call, name: str, rank: int) -> Array:

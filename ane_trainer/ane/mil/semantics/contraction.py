@@ -11,7 +11,8 @@ import numpy as np
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
 from ane_trainer.ane.mil.semantics.reduction import softmax_over
-from ane_trainer.ane.mil.semantics.registry import Array, meaning, result_type
+from ane_trainer.ane.mil.semantics.registry import meaning, result_type
+from ane_trainer.ane.mil.weights import Array
 
 
 @meaning("matmul")

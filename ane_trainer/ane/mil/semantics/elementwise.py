@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.mil.semantics.registry import Array, along, constant, half_away, meaning, wide_dtype
+from ane_trainer.ane.mil.semantics.registry import along, constant, half_away, meaning, wide_dtype
+from ane_trainer.ane.mil.weights import Array
 
 _erf_each = np.frompyfunc(math.erf, 1, 1)
 

@@ -11,7 +11,8 @@ import numpy as np
 from ane_trainer.ane.errors import ProgramError, SimulationError
 from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
-from ane_trainer.ane.mil.semantics.registry import MEANINGS, Array, literal_array, wide_dtype
+from ane_trainer.ane.mil.semantics.registry import MEANINGS, literal_array, wide_dtype
+from ane_trainer.ane.mil.weights import Array
 
 _STATE_OPS = ("read_state", "write_state", "coreml_update_state")
 
@@ -56,7 +57,7 @@ def trace(function: Function, feeds: Mapping[str, Array], states: Mapping[str, A
     return Trace(values, held)
 
 
-def _input(name: str, source: Any, shape: tuple[int, ...], dtype: str) -> Array:
+def _input(name: str, source: object, shape: tuple[int, ...], dtype: str) -> Array:
     if source is None:
         raise SimulationError(f"reference: needs the input {name}; it is missing.", code="SIM101")
     array: Array = np.asarray(source).astype(wide_dtype(dtype))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.mil.semantics.registry import Array, meaning, result_type, wide_dtype
+from ane_trainer.ane.mil.semantics.registry import meaning, result_type, wide_dtype
+from ane_trainer.ane.mil.weights import Array
 
 
 def _inside(indices: Array, extent: int) -> Array:

@@ -7,7 +7,8 @@ import numpy as np
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
 from ane_trainer.ane.mil.opset.shapes import axes
-from ane_trainer.ane.mil.semantics.registry import Array, constant, meaning, result_type, wide_dtype
+from ane_trainer.ane.mil.semantics.registry import constant, meaning, result_type, wide_dtype
+from ane_trainer.ane.mil.weights import Array
 
 
 @meaning("reshape reshape_like expand_dims squeeze flatten2d")

@@ -10,7 +10,8 @@ import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes, spatial_padding
-from ane_trainer.ane.mil.semantics.registry import Array, along, constant, meaning, result_type
+from ane_trainer.ane.mil.semantics.registry import along, constant, meaning, result_type
+from ane_trainer.ane.mil.weights import Array
 
 
 @meaning("reduce_sum reduce_mean reduce_l1_norm reduce_l2_norm reduce_sum_square reduce_log_sum")

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.program import Literal, TensorType
+from ane_trainer.ane.mil.weights import Array
 
-Array = NDArray[Any]
 F64 = NDArray[np.float64]
 Meaning = Callable[..., Any]
 

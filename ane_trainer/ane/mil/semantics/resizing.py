@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
-from ane_trainer.ane.mil.semantics.registry import F64, Array, meaning, result_type
+from ane_trainer.ane.mil.semantics.registry import F64, meaning, result_type
+from ane_trainer.ane.mil.weights import Array
 
 
 def _places(mode: str, old: int, new: int) -> F64:

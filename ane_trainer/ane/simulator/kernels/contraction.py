@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.kernels.reduction import softmax_steps
 from ane_trainer.ane.simulator.loops.compiled import Pass, Step, in_turn, round_in_place
 from ane_trainer.ane.simulator.mac.product import mac_bind
-from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, empty, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import INF, empty, round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 EVIDENCE = "M6 notes/numerics.md (M4, M6); ANEForge GEMM errors on six chips"

@@ -18,11 +18,12 @@ from numpy.lib.stride_tricks import as_strided
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.kernels import winograd
 from ane_trainer.ane.simulator.kernels.contraction import EVIDENCE, as_tensor, product_into
 from ane_trainer.ane.simulator.loops.compiled import Pass, copies, in_turn, round_in_place, round_into
 from ane_trainer.ane.simulator.mac.product import mac_bind
-from ane_trainer.ane.simulator.numbers.fp16 import Array, empty
+from ane_trainer.ane.simulator.numbers.fp16 import empty
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 Step = Callable[[], None]

@@ -7,8 +7,9 @@ from numpy.typing import ArrayLike
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.program import TensorType
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import constant, storage_dtype
-from ane_trainer.ane.simulator.numbers.fp16 import Array, decode, encode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, encode, round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel
 
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call, bind
 from ane_trainer.ane.mil.program import Arg, Literal, Op, Value
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import bias, channel_line, literal_array
 from ane_trainer.ane.simulator.loops.compiled import Loops
 from ane_trainer.ane.simulator.loops.group import Code, Group
 from ane_trainer.ane.simulator.loops.tabulate import tabulate
-from ane_trainer.ane.simulator.numbers.fp16 import Array, decode, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
 from ane_trainer.ane.simulator.numbers.tables import lookup
 from ane_trainer.ane.simulator.registry import KERNELS, EngineContext
 

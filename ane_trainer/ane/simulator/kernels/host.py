@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
 from ane_trainer.ane.mil.program import Op
-from ane_trainer.ane.simulator.numbers.fp16 import F32, Array, round_half_away
+from ane_trainer.ane.mil.weights import Array
+from ane_trainer.ane.simulator.numbers.fp16 import F32, round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel
 
 _UNARY: dict[str, Callable[[Array], Array]] = {

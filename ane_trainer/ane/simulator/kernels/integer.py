@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import literal_array
 from ane_trainer.ane.simulator.kernels.convolution import ConvGeometry, geometry, windows
 from ane_trainer.ane.simulator.kernels.quantized import INT32_LIMIT, integer_product
 from ane_trainer.ane.simulator.loops.convert import rounded
-from ane_trainer.ane.simulator.numbers.fp16 import INF, Array
+from ane_trainer.ane.simulator.numbers.fp16 import INF
 
 F64 = NDArray[np.float64]
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops.compiled import Pass, Step, copies, in_turn
-from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 
@@ -151,7 +152,7 @@ def pad_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> 
     return copies([pair for pair in pairs if pair[0].size], ctx.threads)
 
 
-def _fill_border(out: Array, middle: list[slice], value: Any) -> None:
+def _fill_border(out: Array, middle: list[slice], value: object) -> None:
     """Write a number around the middle: before and after it along each axis, within it along the axes before."""
     for axis, place in enumerate(middle):
         lead = tuple(middle[:axis])

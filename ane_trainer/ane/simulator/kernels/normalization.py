@@ -10,10 +10,11 @@ import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import channel_line, constant, half, per_channel
 from ane_trainer.ane.simulator.loops.compiled import Pass, Step, chain, extreme_for, total_for
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
-from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _SWEEP = "ANEForge vocabulary sweep (M5): relative error "

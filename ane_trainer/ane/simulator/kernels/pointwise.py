@@ -47,7 +47,7 @@ def _smaller(x: F32, y: F32 | np.float32) -> F32:
 
 
 def _binary(
-    kind: str, level: str, evidence: str, function: Callable[[Any, Any], Any], bound: str = ""
+    kind: str, level: str, evidence: str, function: Callable[[Any, Any], object], bound: str = ""
 ) -> None:
     def run(ctx: EngineContext, call: Call, x: F32, y: F32) -> Any:
         return function(x, y)

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.kernels.convolution import windows, with_padding
 from ane_trainer.ane.simulator.loops.compiled import Pass, Step, in_turn
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
-from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, empty
+from ane_trainer.ane.simulator.numbers.fp16 import INF, empty
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _SWEEP = "ANEForge vocabulary sweep: relative error "

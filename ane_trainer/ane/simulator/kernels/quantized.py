@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.compression import as_rows
 from ane_trainer.ane.mil.program import TensorType
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import constant
 from ane_trainer.ane.simulator.loops.convert import rounded
-from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel
 
 _SWEEP = "ANEForge vocabulary sweep: relative error "

@@ -11,6 +11,7 @@ import torch
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.kernels.contraction import as_tensor
 from ane_trainer.ane.simulator.kernels.movement import (
     MOVES,
@@ -21,7 +22,7 @@ from ane_trainer.ane.simulator.kernels.movement import (
 )
 from ane_trainer.ane.simulator.loops.compiled import Pass, Step, copies, in_turn
 from ane_trainer.ane.simulator.loops.convert import rounded
-from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _CORE_ML = "refused on the e5rt path (ANEForge sweep, M5), runs on the host in Core ML; moves bit patterns"

@@ -18,10 +18,11 @@ import numpy as np
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import axes
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops.compiled import LINE, Pass, Step, chain, extreme_for, total_for
 from ane_trainer.ane.simulator.loops.convert import rounded, table_of
 from ane_trainer.ane.simulator.loops.jit import PARALLEL_ELEMENTS
-from ane_trainer.ane.simulator.numbers.fp16 import Array, to_11_bits
+from ane_trainer.ane.simulator.numbers.fp16 import to_11_bits
 from ane_trainer.ane.simulator.registry import KERNELS, EngineContext, kernel, writes
 
 _SUM = (

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.compiled import Step
 from ane_trainer.ane.simulator.loops.convert import round64
 from ane_trainer.ane.simulator.loops.ir import F32, F64, I32, I64, PTR, Function, Value, module
 from ane_trainer.ane.simulator.loops.jit import Stage, Team, addresses, divided
-from ane_trainer.ane.simulator.numbers.fp16 import Array
 
 Doubles = NDArray[np.float64]
 

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.kernels.resampling import interpolation, picking
 from ane_trainer.ane.simulator.loops.compiled import Step, copies, in_turn
 from ane_trainer.ane.simulator.loops.convert import rounded
-from ane_trainer.ane.simulator.numbers.fp16 import Array, empty, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import empty, round_half_away
 from ane_trainer.ane.simulator.registry import KERNELS, EngineContext, kernel, writes
 
 F64 = NDArray[np.float64]

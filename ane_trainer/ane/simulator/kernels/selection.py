@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import storage_dtype
 from ane_trainer.ane.simulator.kernels.contraction import as_tensor
 from ane_trainer.ane.simulator.loops.compiled import Step
-from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
+from ane_trainer.ane.simulator.numbers.fp16 import round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 _SWEEP = "ANEForge vocabulary sweep: relative error 0 on M5"

@@ -16,10 +16,11 @@ import torch
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.shapes import spatial_padding
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.kernels.contraction import EVIDENCE, as_tensor
 from ane_trainer.ane.simulator.kernels.convolution import ConvGeometry, convolve_into, finish_into
 from ane_trainer.ane.simulator.loops.compiled import in_turn
-from ane_trainer.ane.simulator.numbers.fp16 import Array, zeros
+from ane_trainer.ane.simulator.numbers.fp16 import zeros
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
 Step = Callable[[], None]

@@ -20,10 +20,10 @@ from numpy.lib.stride_tricks import as_strided
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.kernels.contraction import as_tensor
 from ane_trainer.ane.simulator.loops.compiled import in_turn, round_in_place
 from ane_trainer.ane.simulator.mac.product import Gathered, mac_bind_gathered
-from ane_trainer.ane.simulator.numbers.fp16 import Array
 from ane_trainer.ane.simulator.registry import EngineContext
 
 Step = Callable[[], None]

@@ -23,7 +23,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ane_trainer.ane.chips.lookup import Chip
-from ane_trainer.ane.simulator.numbers.fp16 import Array, round_half_away
+from ane_trainer.ane.mil.weights import Array
+from ane_trainer.ane.simulator.numbers.fp16 import round_half_away
 
 
 def eligible(

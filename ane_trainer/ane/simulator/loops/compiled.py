@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.emit import fold_loop, pointwise_loop
 from ane_trainer.ane.simulator.loops.group import Code, Folds, Group, Instr
 from ane_trainer.ane.simulator.loops.ir import Definition, module
 from ane_trainer.ane.simulator.loops.jit import Stage, Team, addresses, divided
 from ane_trainer.ane.simulator.loops.nest import element_strides, in_strips, layout, nest
-from ane_trainer.ane.simulator.numbers.fp16 import Array, empty
+from ane_trainer.ane.simulator.numbers.fp16 import empty
 from ane_trainer.ane.simulator.numbers.tables import lookup
 from ane_trainer.ane.simulator.registry import EngineContext
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops import jit, lanes
 from ane_trainer.ane.simulator.loops.ir import (
     F32,
@@ -51,7 +51,7 @@ def encoded(values: Singles, threads: int = 1) -> NDArray[np.float16]:
     return encode(values) if wrong[0] else patterns  # the slow form names the value
 
 
-def rounded(x: NDArray[Any]) -> Singles:
+def rounded(x: Array) -> Singles:
     """Decoded fp16 of real numbers, as `round_half_away` gives it. A contiguous float32 array is used up."""
     if x.size < _FEW or x.dtype not in (np.float32, np.float64) or not x.flags.c_contiguous:
         return round_half_away(x)
@@ -69,7 +69,7 @@ def table_of(name: str, x: Singles) -> Singles:
     return out
 
 
-def _share(loop: Callable[..., None], count: int, threads: int, *arrays: NDArray[Any]) -> None:
+def _share(loop: Callable[..., None], count: int, threads: int, *arrays: Array) -> None:
     arguments = addresses(*(array.__array_interface__["data"][0] for array in arrays))
     shares, place = divided(count, count, threads), ctypes.addressof(arguments)
     if len(shares) == 1:

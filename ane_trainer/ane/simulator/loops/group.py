@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ane_trainer.ane.mil.weights import Array
+
 F32 = NDArray[np.float32]
-Memory = NDArray[Any]
+Memory = Array
 
 #: Codes whose result is a truth value; every other instruction gives floats.
 BOOL_CODES = frozenset(["lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "load_bool"])

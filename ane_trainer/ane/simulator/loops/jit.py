@@ -105,7 +105,7 @@ def assembly(ir_text: str, *, vectorize: bool = True) -> str:
         return str(machine.emit_assembly(module))
 
 
-def run_parallel(func: Callable[..., Any], argslists: Sequence[Sequence[Any]], threads: int) -> None:
+def run_parallel(func: Callable[..., object], argslists: Sequence[Sequence[object]], threads: int) -> None:
     """Call `func(*args)` for each entry of `argslists`, at most `threads` at a time; return when all ended.
 
     The calling thread works too, so one thread or one entry costs no hand-over and nested calls cannot
@@ -124,7 +124,7 @@ def run_parallel(func: Callable[..., Any], argslists: Sequence[Sequence[Any]], t
         raise errors[0]
 
 
-def _drain(func: Callable[..., Any], queue: Iterator[Sequence[Any]]) -> None:
+def _drain(func: Callable[..., object], queue: Iterator[Sequence[object]]) -> None:
     for args in queue:  # a list iterator hands each entry to exactly one thread
         func(*args)
 
@@ -163,7 +163,7 @@ def _target_machine() -> Any:
     )
 
 
-def _optimize(module: Any, machine: Any, vectorize: bool) -> None:
+def _optimize(module: object, machine: object, vectorize: bool) -> None:
     options = llvm.create_pipeline_tuning_options(speed_level=3 if vectorize else 2)
     options.loop_vectorization = vectorize
     options.slp_vectorization = vectorize
@@ -276,7 +276,7 @@ def _some() -> Definition:
     return f.definition()
 
 
-def _share(openmp: Any) -> Definition:
+def _share(openmp: object) -> Definition:
     """What each thread of a parallel region does: its ranges."""
     f = Function("share", job=PTR)
     numbers = []

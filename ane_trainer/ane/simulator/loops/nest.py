@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ane_trainer.ane.mil.weights import Array
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Layout:
     columns: bool
 
 
-def element_strides(array: NDArray[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+def element_strides(array: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of `array` broadcast to `shape`; 0 along broadcast axes."""
     view = np.broadcast_to(array, shape)
     return tuple(

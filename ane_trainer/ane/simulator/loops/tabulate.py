@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops.group import Group, Instr
-from ane_trainer.ane.simulator.numbers.fp16 import INF, Array, decode, encode, round_half_away, to_11_bits
+from ane_trainer.ane.simulator.numbers.fp16 import INF, decode, encode, round_half_away, to_11_bits
 
 #: Cost of an instruction relative to an addition with its rounding (200,000 elements, AVX-512: add 28 us,
 #: lookup 104 us in cache; rows `add` and `exp` of bench/ops.py measure both).

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops.jit import compile_ir, host_vector_width, run_parallel
 from ane_trainer.ane.simulator.mac.driver import FIELDS, SCRATCH, module, scratch_bytes
 from ane_trainer.ane.simulator.mac.micro import GROUP
@@ -300,7 +301,7 @@ def _source(x: Gathered | F32) -> tuple[int, tuple[int, ...], tuple[int, int]]:
     return _address(x), _strides(x), (0, 0)
 
 
-def _address(array: NDArray[Any]) -> int:
+def _address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
@@ -325,7 +326,7 @@ def _repair(a: F32, b: F32, bias: F32 | None, out: F32) -> None:
     items = np.ascontiguousarray(np.argwhere(spans.T))
     spanned_b = np.ascontiguousarray(b.reshape(depth, -1, span).swapaxes(0, 1))
     room, result = _room(a, b), np.empty(start.shape, np.float32)
-    arrays: tuple[NDArray[Any], ...] = (a, spanned_b, start, result, room, items)
+    arrays: tuple[Array, ...] = (a, spanned_b, start, result, room, items)
     _engine().ordered(*(_address(array) for array in arrays), len(items), depth, b.shape[1])
     chosen = np.repeat(spans, span, axis=1)[:, :columns]
     np.copyto(out, result[:, :columns], where=chosen)

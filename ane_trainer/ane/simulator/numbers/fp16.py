@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[Any]
+from ane_trainer.ane.mil.weights import Array
+
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
 
@@ -100,7 +101,7 @@ def _round_float64(x: NDArray[np.float64]) -> F32:
     return np.asarray(np.copysign(rounded, x), dtype=np.float32)
 
 
-def _round_to_multiple(magnitude: NDArray[Any], scale: np.floating[Any]) -> NDArray[Any]:
+def _round_to_multiple(magnitude: Array, scale: np.floating[Any]) -> Array:
     """Round magnitudes to multiples of 1/scale, ties up; exact because the fraction is separated first."""
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = magnitude * scale
@@ -124,16 +125,16 @@ _DECODED_OF_PATTERN = _decoded_of_every_pattern()
 LINE_BYTES = 64
 
 
-def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
     """An uninitialised array that starts on a cache line."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + LINE_BYTES, np.uint8)
     first = -room.__array_interface__["data"][0] % LINE_BYTES
-    array: NDArray[Any] = room[first : first + size].view(dtype).reshape(shape)
+    array: Array = room[first : first + size].view(dtype).reshape(shape)
     return array
 
 
-def zeros(shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+def zeros(shape: tuple[int, ...], dtype: object = np.float32) -> Array:
     """An array of zeros that starts on a cache line."""
     array = empty(shape, dtype)
     array[...] = 0

@@ -36,7 +36,7 @@ _INDEXED = frozenset(
 )
 
 
-def integral(value: Any) -> bool:
+def integral(value: object) -> bool:
     """Whether a (fake) tensor, or the first of several, holds integers."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     dtype = getattr(first, "dtype", None)
@@ -76,7 +76,7 @@ def _demands(user: Node, node: Node, found: set[Node]) -> bool:
     )
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves(value: object) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _leaves(item)]
     return [value]
@@ -130,7 +130,7 @@ def _computed(node: Node, found: Mapping[Node, Bounds]) -> Bounds | None:
         return None
 
 
-def _known(arg: Any, found: Mapping[Node, Bounds]) -> Bounds:
+def _known(arg: object, found: Mapping[Node, Bounds]) -> Bounds:
     """Bounds of an argument; KeyError if they are not known."""
     if isinstance(arg, Node):
         value = arg.meta.get("val")

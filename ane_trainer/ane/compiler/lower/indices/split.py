@@ -42,7 +42,7 @@ def concerns(integers: Integers, node: Any, leaves: list[Any]) -> bool:
 
 
 def lower(
-    ctx: Context, integers: Integers, rule: Callable[..., Any], args: list[Any], keywords: dict[str, Any]
+    ctx: Context, integers: Integers, rule: Callable[..., object], args: list[Any], keywords: dict[str, Any]
 ) -> Any:
     """The result of the present node, which `concerns`.
 
@@ -80,7 +80,7 @@ def lower(
 
 
 def _looked_up(
-    ctx: Context, name: str, rule: Callable[..., Any], args: list[Any], keywords: dict[str, Any]
+    ctx: Context, name: str, rule: Callable[..., object], args: list[Any], keywords: dict[str, Any]
 ) -> Any:
     assert ctx.node is not None
     if name in ("eq", "ne"):
@@ -117,11 +117,11 @@ def _leaves(args: Any) -> list[Any]:
     return [leaf for arg in args for leaf in (_leaves(arg) if isinstance(arg, (list, tuple)) else [arg])]
 
 
-def _each(arg: Any, function: Callable[[Any], Any]) -> Any:
+def _each(arg: object, function: Callable[[Any], object]) -> Any:
     return [_each(item, function) for item in arg] if isinstance(arg, (list, tuple)) else function(arg)
 
 
-def _encoded(ctx: Context, arg: Any, encoding: str, number: bool) -> Any:
+def _encoded(ctx: Context, arg: object, encoding: str, number: bool) -> Any:
     if isinstance(arg, (list, tuple)) and any(isinstance(a, (Value, torch.Tensor, Encoded)) for a in arg):
         return [_encoded(ctx, item, encoding, number) for item in arg]
     if isinstance(arg, (Value, torch.Tensor, Encoded)) or (number and isinstance(arg, (int, float))):
@@ -129,7 +129,7 @@ def _encoded(ctx: Context, arg: Any, encoding: str, number: bool) -> Any:
     return arg
 
 
-def _part(arg: Any, k: int) -> Any:
+def _part(arg: object, k: int) -> Any:
     if isinstance(arg, list):
         return [_part(item, k) for item in arg]
     part = arg.parts[k] if isinstance(arg, Encoded) else arg
@@ -228,7 +228,7 @@ def _total(
     return exact.total(ctx, x, axes, largest).each(lambda part: ctx.reshape(part, ctx.shape))
 
 
-def _running(ctx: Context, integers: Integers, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
+def _running(ctx: Context, integers: Integers, x: Operand, dim: int, *, dtype: object = None) -> Operand:
     return exact.running_total(ctx, x, dim % len(shape_of(x)))
 
 

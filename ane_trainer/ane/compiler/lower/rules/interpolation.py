@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -177,7 +176,7 @@ def replication_pad(ctx: Context, x: Operand, padding: Sequence[int]) -> Operand
 @lowering(
     "reflection_pad1d_backward.default reflection_pad2d_backward.default reflection_pad3d_backward.default"
 )
-def reflection_pad_backward(ctx: Context, g: Operand, x: Any, padding: Sequence[int]) -> Operand:
+def reflection_pad_backward(ctx: Context, g: Operand, x: object, padding: Sequence[int]) -> Operand:
     """`reflection_pad2d_backward(g) -> matmul` with the transposed one-hot constant per axis"""
     return _extend(ctx, g, padding, "reflect", transposed=True)
 
@@ -185,7 +184,7 @@ def reflection_pad_backward(ctx: Context, g: Operand, x: Any, padding: Sequence[
 @lowering(
     "replication_pad1d_backward.default replication_pad2d_backward.default replication_pad3d_backward.default"
 )
-def replication_pad_backward(ctx: Context, g: Operand, x: Any, padding: Sequence[int]) -> Operand:
+def replication_pad_backward(ctx: Context, g: Operand, x: object, padding: Sequence[int]) -> Operand:
     """`replication_pad2d_backward(g) -> matmul` with the transposed one-hot constant per axis"""
     return _extend(ctx, g, padding, "replicate", transposed=True)
 

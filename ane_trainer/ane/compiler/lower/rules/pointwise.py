@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -302,7 +301,7 @@ def lerp(ctx: Context, x: Operand, end: Operand, weight: Operand) -> Operand:
 
 
 @lowering("_to_copy.default to.dtype convert_element_type.default")
-def to_copy(ctx: Context, x: Operand, dtype: torch.dtype | None = None, **_: Any) -> Operand:
+def to_copy(ctx: Context, x: Operand, dtype: torch.dtype | None = None, **_: object) -> Operand:
     """`_to_copy(x, dtype) -> x`; float to bool `-> not_equal(x, 0)`, float to integer `-> trunc(x)`"""
     target = dtype or ctx.meta.dtype
     if target == torch.bool:
@@ -316,7 +315,7 @@ def to_copy(ctx: Context, x: Operand, dtype: torch.dtype | None = None, **_: Any
     "clone.default alias.default detach.default lift_fresh_copy.default lift_fresh.default contiguous.default"
     " lift.default _conj.default positive.default"
 )
-def same(ctx: Context, x: Operand, **_: Any) -> Operand:
+def same(ctx: Context, x: Operand, **_: object) -> Operand:
     """`clone(x) -> x`"""
     return x
 

@@ -30,13 +30,17 @@ def count(shape: Sequence[int], dim: Axes) -> int:
 
 
 @lowering("sum.default sum.dim_IntList")
-def sum_(ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+def sum_(
+    ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False, *, dtype: object = None
+) -> Operand:
     """`sum(x, d) -> reduce_sum(x, axes=d)`"""
     return ctx.reshape(ctx.sum(x, axes_of(dim), keep=keepdim), ctx.shape)
 
 
 @lowering("mean.default mean.dim")
-def mean(ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+def mean(
+    ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False, *, dtype: object = None
+) -> Operand:
     """`mean(x, d) -> reduce_mean(x, axes=d)`"""
     return ctx.reshape(ctx.mean(x, axes_of(dim), keep=keepdim), ctx.shape)
 
@@ -134,11 +138,11 @@ def moments(ctx: Context, x: Operand, axes: list[int] | None, correction: float)
 def var(
     ctx: Context,
     x: Operand,
-    dim: Any = None,
-    unbiased: Any = None,
+    dim: object = None,
+    unbiased: object = None,
     keepdim: bool = False,
     *,
-    correction: Any = None,
+    correction: object = None,
 ) -> Operand:
     """`var(x, d) -> reduce_mean(mul(d, d))` with `d = sub(x, reduce_mean(x))`, times n / (n - correction)"""
     axes, amount = _moment_arguments(dim, unbiased, correction)
@@ -149,11 +153,11 @@ def var(
 def std(
     ctx: Context,
     x: Operand,
-    dim: Any = None,
-    unbiased: Any = None,
+    dim: object = None,
+    unbiased: object = None,
     keepdim: bool = False,
     *,
-    correction: Any = None,
+    correction: object = None,
 ) -> Operand:
     """`std(x, d) -> sqrt(var(x, d))`"""
     axes, amount = _moment_arguments(dim, unbiased, correction)
@@ -164,11 +168,11 @@ def std(
 def var_mean(
     ctx: Context,
     x: Operand,
-    dim: Any = None,
-    unbiased: Any = None,
+    dim: object = None,
+    unbiased: object = None,
     keepdim: bool = False,
     *,
-    correction: Any = None,
+    correction: object = None,
 ) -> tuple[Operand, Operand]:
     """`var_mean(x, d) -> ` as `var`, and `reduce_mean(x)`"""
     axes, amount = _moment_arguments(dim, unbiased, correction)
@@ -188,7 +192,13 @@ def _moment_arguments(dim: Any, unbiased: Any, correction: Any) -> tuple[list[in
 
 @lowering("linalg_vector_norm.default norm.ScalarOpt_dim norm.Scalar")
 def vector_norm(
-    ctx: Context, x: Operand, order: float = 2, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
+    ctx: Context,
+    x: Operand,
+    order: float = 2,
+    dim: Axes = None,
+    keepdim: bool = False,
+    *,
+    dtype: object = None,
 ) -> Operand:
     """`vector_norm(x, p, d)`: 2 `-> reduce_l2_norm`, 1 `-> reduce_l1_norm`, inf `-> reduce_max(abs(x))`, 0
     counts
@@ -219,7 +229,7 @@ def logsumexp(ctx: Context, x: Operand, dim: Axes, keepdim: bool = False) -> Ope
 
 @lowering("prod.default prod.dim_int")
 def prod(
-    ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None
+    ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = False, *, dtype: object = None
 ) -> Operand:
     """`prod(x, d) -> mul` of halves of the axis, log2(n) times (no `reduce_prod` on the engine)"""
     if dim is None:
@@ -235,7 +245,7 @@ def prod(
 
 
 @lowering("cumsum.default")
-def cumsum(ctx: Context, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
+def cumsum(ctx: Context, x: Operand, dim: int, *, dtype: object = None) -> Operand:
     """`cumsum(x, d) -> matmul` with a constant triangle of ones (no `cumsum` on the engine)"""
     if ctx.node is not None and not ctx.node.args[0].meta["val"].shape:  # type: ignore[union-attr]
         return x
@@ -244,7 +254,7 @@ def cumsum(ctx: Context, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
 
 
 @lowering("cumprod.default")
-def cumprod(ctx: Context, x: Operand, dim: int, *, dtype: Any = None) -> Operand:
+def cumprod(ctx: Context, x: Operand, dim: int, *, dtype: object = None) -> Operand:
     """`cumprod(x, d) -> mul(x, pad(x shifted by 1, 2, 4, ..., with ones))`, log2(n) times"""
     shape, shift = shape_of(x), 1
     while shift < shape[dim]:

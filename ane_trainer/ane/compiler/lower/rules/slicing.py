@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -148,7 +147,7 @@ def unbind(ctx: Context, x: Operand, dim: int = 0) -> list[Operand]:
 
 
 @lowering("constant_pad_nd.default pad.default")
-def constant_pad(ctx: Context, x: Operand, pad: Sequence[int], *options: Any, **_: Any) -> Operand:
+def constant_pad(ctx: Context, x: Operand, pad: Sequence[int], *options: object, **_: object) -> Operand:
     """`constant_pad_nd(x, p, v) -> pad(x, p, constant_val=v)`; negative pads are slices"""
     value = float(options[-1]) if options and isinstance(options[-1], (int, float)) else 0.0
     rank = len(shape_of(x))
@@ -353,6 +352,6 @@ def _replaced(ctx: Context, x: Operand, source: Operand, axis: int) -> Operand:
 
 
 @lowering("new_empty_strided.default empty_strided.default")
-def empty_strided(ctx: Context, *_: Any, **__: Any) -> Operand:
+def empty_strided(ctx: Context, *_: object, **__: object) -> Operand:
     """`new_empty_strided(x, size) -> ` zeros (any content is allowed)"""
     return torch.zeros(ctx.shape)

@@ -7,8 +7,6 @@ engine's own sort and topk are A14 and later, and topk refuses k of 3 and 4 (ANE
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
@@ -60,7 +58,7 @@ def sort(ctx: Context, x: Operand, dim: int = -1, descending: bool = False) -> _
 
 @lowering("sort.stable")
 def sort_stable(
-    ctx: Context, x: Operand, *, stable: Any = None, dim: int = -1, descending: bool = False
+    ctx: Context, x: Operand, *, stable: object = None, dim: int = -1, descending: bool = False
 ) -> _Pair:
     """`sort(x, d, stable) -> ` as `sort`, which is stable"""
     return _ordered(ctx, x, dim, descending=descending)

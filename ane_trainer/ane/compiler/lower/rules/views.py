@@ -139,25 +139,25 @@ def stack(ctx: Context, tensors: Sequence[Operand], dim: int = 0) -> Operand:
 
 
 @lowering("full_like.default", accepts="encoded")
-def full_like(ctx: Context, x: Operand, value: float, **_: Any) -> Operand:
+def full_like(ctx: Context, x: Operand, value: float, **_: object) -> Operand:
     """`full_like(x, c) -> ` a constant"""
     return torch.full(ctx.shape, value)
 
 
 @lowering("zeros_like.default new_zeros.default", accepts="encoded")
-def zeros_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
+def zeros_like(ctx: Context, x: Operand, *_: object, **__: object) -> Operand:
     """`zeros_like(x) -> ` a constant"""
     return torch.zeros(ctx.shape)
 
 
 @lowering("ones_like.default new_ones.default", accepts="encoded")
-def ones_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
+def ones_like(ctx: Context, x: Operand, *_: object, **__: object) -> Operand:
     """`ones_like(x) -> ` a constant"""
     return torch.ones(ctx.shape)
 
 
 @lowering("empty_like.default new_empty.default", accepts="encoded")
-def empty_like(ctx: Context, x: Operand, *_: Any, **__: Any) -> Operand:
+def empty_like(ctx: Context, x: Operand, *_: object, **__: object) -> Operand:
     """`empty_like(x) -> ` zeros (any content is allowed)"""
     return torch.zeros(ctx.shape)
 
