@@ -1,6 +1,7 @@
-"""Settings for the whole suite: hypothesis profiles, and tests for a Mac skipped where there is none."""
+"""Settings for the whole suite: hypothesis profiles, Ctrl-C, and tests for a Mac skipped where there is none."""
 
 import platform
+import signal
 import sys
 
 import hypothesis
@@ -10,6 +11,9 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("default")
+
+# Ctrl-C is tested, and a suite that was started in the background begins with it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

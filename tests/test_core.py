@@ -402,7 +402,7 @@ def test_run_folder_is_complete(tmp_path: Path) -> None:
     assert written == {
         "config.toml", "metrics.jsonl", "result.json", "weights.safetensors", "program.mil", "weights.bin",
         "checkpoint.safetensors", "checkpoint-before.safetensors", "best.safetensors",
-        "data.json",
+        "data.json", "metrics.csv", "analysis.json", "report.html",
     }  # fmt: skip
     resolved = config(compare_fp32=True, model="mlp", loss="cross_entropy").resolved()
     assert load_config(tmp_path / "run" / "config.toml") == resolved
