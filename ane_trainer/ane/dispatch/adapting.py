@@ -41,6 +41,11 @@ class Variants:
         """Forget all programs but this one."""
         self._start(loaded)
 
+    @property
+    def subject(self) -> Subject:
+        """What is trained, in the mode in which its present program was captured."""
+        return dataclasses.replace(self._subject, as_it_is=self._as_it_is)
+
     def changed(self) -> bool:
         """Whether the Python state may be another one than that of the present program."""
         return self._guards.changed()
@@ -54,8 +59,7 @@ class Variants:
         self._as_it_is |= self._subject.model.training
         known = self._known.get(fresh.key())
         if known is None:
-            subject = dataclasses.replace(self._subject, as_it_is=self._as_it_is)
-            capture, compiled = compile_step_of(subject, self._target, self._options)
+            capture, compiled = compile_step_of(self.subject, self._target, self._options)
             known = fresh, *self._same_program(capture, compiled)
             self._check_budget(known, differences)
             self._known[fresh.key()] = known

@@ -29,13 +29,19 @@ _OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
 _NOISE, _ALIKE = 2.0**-9, 0.1
 #: Below this share of the largest gradient's size one counts as what cancellation left.
 _LEAST_GRADIENT = 1e-4
+#: What an entry with next to no gradient counts, against one of at least the mean size.
+_LEAST_WEIGHT = 0.05
+#: What running a user's model, loss and optimizer on copies may raise: then there is nothing to compare with.
+_CANNOT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How step number `step` compares with fp32: relative differences of the loss, of all updates together, and of
-    each parameter's, over the entries that rounding leaves determined. `fp16` is what rounding alone does to the
-    gradients, None where it was not asked for; `first` names the operation that departs.
+    each parameter's, over the entries that rounding leaves determined, small gradients counting less.
+
+    `fp16` is what rounding alone does to the gradients, None where it was not asked for; `first` names the
+    operation that departs.
     """
 
     step: int
@@ -53,7 +59,8 @@ class Agreement:
 
     def __str__(self) -> str:
         verb = "agrees with" if self.agrees else "departs from"
-        return f"{verb} fp32: loss {self.loss:.0e}, updates {100 * self.update:.1f} %".replace("e-0", "e-")
+        update = f"{100 * self.update:.1f} %" if self.update < 10.0 else "10 times too far or more"
+        return f"{verb} fp32: loss {self.loss:.0e}, updates {update}".replace("e-0", "e-")
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in result.json."""
@@ -67,13 +74,13 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch makes of a batch: the loss, each parameter's change (None while batches accumulate), and for a
-    relative error of gradients the entries of the change that are determined all the same.
+    """What PyTorch makes of a batch: the loss, each parameter's change (None while batches accumulate, or if the
+    optimizer draws random numbers), and for a relative error of gradients what each entry of the change counts.
     """
 
     loss: float
     changes: Mapping[str, torch.Tensor] | None
-    determined: Callable[[float], Mapping[str, torch.Tensor]] = field(default=lambda noise: {}, repr=False)
+    weights: Callable[[float], Mapping[str, torch.Tensor]] = field(default=lambda noise: {}, repr=False)
 
     def without_update(self) -> Reference:
         """The loss alone, of a step that was skipped."""
@@ -81,34 +88,46 @@ class Reference:
 
 
 def reference(
-    subject: Subject, options: GradientOptions, generator: torch.Generator, x: object, y: object
+    subject: Subject, options: GradientOptions, draws: torch.Generator, x: object, y: object
 ) -> Reference | None:
-    """One step in fp32 on copies of model, loss and optimizer; None where they cannot be copied."""
+    """One step in fp32 on copies of model, loss and optimizer; None where that cannot run, or is not finite.
+
+    Dropout and noise come from `draws`; PyTorch's own generator is left as it is.
+    """
     try:
         model, loss, optimizer = copy.deepcopy((subject.model, subject.loss, subject.optimizer))
-    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        if not (model.training or subject.as_it_is):
+            model.train()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            optimizer.zero_grad()
+            with drawn_by(draws):
+                value = call_loss(get_loss(loss), call_model(model, {}, x), y)
+                torch.autograd.backward(value)
+            found = _stepped(model, optimizer, options, float(value.detach()))
+    except _CANNOT:
         return None
-    draws = torch.Generator().set_state(generator.get_state())
-    model.train(subject.model.training)
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    optimizer.zero_grad()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), drawn_by(draws):
-        value = call_loss(get_loss(loss), call_model(model, {}, x), y)
-        torch.autograd.backward(value)
+    finite = all(bool(c.isfinite().all()) for c in (found.changes or {}).values())
+    return found if finite and math.isfinite(found.loss) else None
+
+
+def _stepped(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: GradientOptions, loss: float
+) -> Reference:
+    """The reference of a model whose gradients are there."""
     if options.accumulate > 1:
-        return Reference(float(value.detach()), None)
+        return Reference(loss, None)
     parameters = [p for p in model.parameters() if p.grad is not None]
     if options.clip_value is not None:
         torch.nn.utils.clip_grad_value_(parameters, options.clip_value)
     if options.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
-    try:
-        changes = _changes(model, optimizer, before)
-    except TypeError:  # a step that needs a closure
-        return Reference(float(value.detach()), None)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    determined = functools.partial(_determined, model, optimizer, before, gradients, changes)
-    return Reference(float(value.detach()), changes, determined)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    drawn = torch.get_rng_state()
+    changes = _changes(model, optimizer, before)
+    if not torch.equal(drawn, torch.get_rng_state()):
+        return Reference(loss, None)
+    return Reference(loss, changes, functools.partial(_weights, model, optimizer, before, gradients, changes))
 
 
 def _changes(
@@ -126,7 +145,7 @@ def _changes(
     return changes
 
 
-def _determined(
+def _weights(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     before: Mapping[str, torch.Tensor],
@@ -134,9 +153,11 @@ def _determined(
     changes: Mapping[str, torch.Tensor],
     noise: float,
 ) -> dict[str, torch.Tensor]:
-    """The entries that move alike if each gradient changes by `noise` of its mean size, up and down.
+    """What each entry counts: nothing if it moves otherwise once its gradient changes by `noise` of the mean size,
+    up or down; then as its gradient's share of that size, 1 at most.
 
-    Adam's first step is the gradient's sign: of the rest no arithmetic of eleven bits can tell it.
+    Adam's first step is the gradient's sign: of the smallest no arithmetic of eleven bits can tell it, and a ReLU
+    that opens for one sample more turns small ones, which hardly matter, as far as the largest.
     """
     sure = {name: torch.ones_like(change, dtype=torch.bool) for name, change in changes.items()}
     sizes = {name: float(g.square().mean().sqrt()) for name, g in gradients.items()}
@@ -148,7 +169,10 @@ def _determined(
                 parameter.grad = g + sign * max(sizes[name], least)
         for name, moved in _changes(model, optimizer, before).items():
             sure[name] &= (moved - changes[name]).abs() <= max(_ALIKE, 2 * noise) * changes[name].abs()
-    return sure
+    return {
+        name: alike * (gradients[name].abs() / max(sizes[name], 1e-38)).clamp(_LEAST_WEIGHT, 1.0)
+        for name, alike in sure.items()
+    }
 
 
 def compare(
@@ -156,10 +180,10 @@ def compare(
 ) -> Agreement:
     """The relative differences between what a step did and what it should have done."""
     updates, errors, sizes = {}, 0.0, 0.0
-    determined = expected.determined(noise)
+    weights = expected.weights(noise)
     for name, want in (expected.changes or {}).items():
-        sure = determined[name]
-        error, size = float(((changes[name] - want) * sure).norm()), float((want * sure).norm())
+        weight = weights[name]
+        error, size = float(((changes[name] - want) * weight).norm()), float((want * weight).norm())
         updates[name] = error / size if size else 0.0 if not error else math.inf
         errors, sizes = errors + error**2, sizes + size**2
     update = math.sqrt(errors / sizes) if sizes else 0.0
@@ -177,8 +201,9 @@ def explained(
     if not result.agrees:
         worst = max(result.updates, key=lambda n: result.updates[n], default="none")
         place = f" First {run.first}." if run.first is not None else ""
+        own = f"{100 * run.gradient_error:.1f} %" if run.gradient_error < 1.0 else "the whole gradient"
         warnings.warn(
-            f"step {result.step} {result}; rounding to fp16 alone costs {100 * run.gradient_error:.1f} %. "
+            f"step {result.step} {result}; rounding to fp16 alone costs {own}. "
             f"Most in {worst}.{place} step.agreement.updates has every parameter.",
             NumericsWarning,
             stacklevel=4,

@@ -118,8 +118,9 @@ class TrainingStep:
         optimizer = self._subject.optimizer
         check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
         self._follow()
-        expected = self._expected(x, y) if self.options.verifies(self.steps) else None
+        draws = torch.Generator().set_state(self._draws.get_state())
         feeds = self.feeds(x, y)
+        expected = self._expected(x, y, draws) if self.options.verifies(self.steps) else None
         results = self._loaded.session.run(feeds)
         self.steps += 1
         self._unsynced += 1
@@ -136,9 +137,13 @@ class TrainingStep:
             self._compare(expected, loss, x, y)
         return torch.tensor(loss)
 
-    def _expected(self, x: object, y: object) -> tuple[Reference, dict[str, torch.Tensor]] | None:
+    def _expected(
+        self, x: object, y: object, draws: torch.Generator
+    ) -> tuple[Reference, dict[str, torch.Tensor]] | None:
         """PyTorch's step on this batch, and the parameters as the engine holds them before its own."""
-        found = reference(self._subject, self.gradient_options, self._draws, x, y)
+        if self._unsynced or self._stale_moments:
+            self.sync()
+        found = reference(self._variants.subject, self.gradient_options, draws, x, y)
         if found is None:
             return None
         self._skipped_before = self.skipped_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from ane_trainer.ane.stages import Captured
 #: What an operation may add to the error of its operands before it counts as the place where numbers depart.
 _STEP = 0.02
 _LARGEST = 65504.0
+#: Below this share of the largest gradient one counts as what cancellation left: a bias before a batch norm has 1e-9.
+_LEAST = 1e-3
 #: Error of one product in the accumulator.
 _PRODUCT = 2.0**-16 / math.sqrt(12.0)
 
@@ -48,20 +51,25 @@ def run_rounded(captured: Captured, values: Mapping[str, torch.Tensor]) -> Round
     with torch.no_grad():
         exact.run(*inputs)
         rounded.run(*inputs)
-    errors = {n: _error(rounded.kept[n], v) for n, v in exact.kept.items()}
-    first = next((n for n in exact.kept if _departs(n, errors)), None)
     ends = [n for n in exact.kept if any(in_update(u) for u in n.users)]
+    least = _LEAST * max((_finite_norm(exact.kept[n]) for n in ends), default=0.0)
+    errors = {n: _error(rounded.kept[n], v, least if n in ends else 0.0) for n, v in exact.kept.items()}
+    first = next((n for n in exact.kept if _departs(n, errors)), None)
     worst = max((errors[n] for n in ends), default=0.0)
     return Rounded(
         worst, None if first is None else _described(first, exact.kept[first], rounded.kept[first])
     )
 
 
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    size = float(want.double().norm())
-    if not size or not math.isfinite(size):
-        return 0.0
-    return float((got.double() - want.double()).norm()) / size
+def _finite_norm(value: torch.Tensor) -> float:
+    norm = float(value.double().norm())
+    return norm if math.isfinite(norm) else 0.0
+
+
+def _error(got: torch.Tensor, want: torch.Tensor, least: float) -> float:
+    """The error relative to the size, or to `least` if that is larger; 0 where there is no size."""
+    size = _finite_norm(want)
+    return float((got.double() - want.double()).norm()) / max(size, least) if size else 0.0
 
 
 def _departs(node: Node, errors: Mapping[Node, float]) -> bool:
@@ -70,6 +78,8 @@ def _departs(node: Node, errors: Mapping[Node, float]) -> bool:
 
 
 def _described(node: Node, want: torch.Tensor, got: torch.Tensor) -> Departure:
+    while node.target is operator.getitem:
+        node = node.all_input_nodes[0]
     where = str(node.meta.get(META_KEY, node.name))
     peak = float(want.abs().amax())
     if float(got.abs().amax()) >= _LARGEST:
