@@ -51,7 +51,7 @@ class Variants:
         return self._guards.changed()
 
     def adapted(self, loaded: LoadedStep) -> LoadedStep:
-        """The program for the present Python state; `loaded` itself if that is the same.
+        """The program for the present Python state; `loaded` itself if that is the same, on the same tensors.
 
         Raises: UsageError ANE131 beyond MOST_PROGRAMS; UnsupportedModel for what the new state leads to.
         """
@@ -65,7 +65,7 @@ class Variants:
             self._known[fresh.key()] = known
         self._guards = fresh
         _, capture, compiled = known
-        if compiled.fingerprint == loaded.compiled.fingerprint:
+        if compiled.fingerprint == loaded.compiled.fingerprint and loaded.mirror.current():
             for name in (text.partition(": ")[0] for text in differences):
                 self._harmless[name] = self._harmless.get(name, 0) + 1
                 if self._harmless[name] == _HARMLESS:

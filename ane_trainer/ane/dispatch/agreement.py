@@ -95,7 +95,7 @@ def reference(
     Dropout and noise come from `draws`; PyTorch's own generator is left as it is.
     """
     try:
-        model, loss, optimizer = copy.deepcopy((subject.model, subject.loss, subject.optimizer))
+        model, loss, optimizer = _copied(subject)
         if not (model.training or subject.as_it_is):
             model.train()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -128,6 +128,20 @@ def _stepped(
     if not torch.equal(drawn, torch.get_rng_state()):
         return Reference(loss, None)
     return Reference(loss, changes, functools.partial(_weights, model, optimizer, before, gradients, changes))
+
+
+def _copied(subject: Subject) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """Copies of model, loss and optimizer that refer to one another as these do.
+
+    `torch.optim.Optimizer` leaves out what a subclass keeps as attributes: those follow, but for a step that a
+    scheduler wrapped, and hooks.
+    """
+    kept: dict[int, Any] = {}
+    model, loss, optimizer = copy.deepcopy((subject.model, subject.loss, subject.optimizer), kept)
+    for name, value in vars(subject.optimizer).items():
+        if name not in vars(optimizer) and name != "step" and not name.endswith("_hooks"):
+            vars(optimizer)[name] = copy.deepcopy(value, kept)
+    return model, loss, optimizer
 
 
 def _changes(

@@ -50,6 +50,7 @@ class Mirror:
         found = find_parameters(model, optimizer)
         self._trained = [p for p in found if f"{p.name}/{RESIDUAL}" in self._ports]
         self._tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
+        self._sources = _sources(model, optimizer)
         # parameters that a step does not change keep their bits: frozen ones, and all if the host updates them
         self._changing = {p.name for p in self._trained} | set(float_buffers(model))
         self._model, self._changes = model, changes
@@ -76,6 +77,11 @@ class Mirror:
     def shares(self, other: Mirror, name: str) -> bool:
         """Whether a parameter or buffer is the same tensor in both."""
         return self._tensors.get(name) is other._tensors.get(name)
+
+    def current(self) -> bool:
+        """Whether the model's parameters and buffers still are the tensors that this copies to and from."""
+        found = _sources(self._model, self._optimizer)
+        return found.keys() == self._sources.keys() and all(found[n] is t for n, t in self._sources.items())
 
     def changed(self) -> bool:
         """Whether a parameter or buffer was changed by someone else since the last copy."""
@@ -243,3 +249,8 @@ class Mirror:
 
     def _write(self, port: Port, array: Array) -> None:
         self._session.write(port.name, array.astype(self._range.numpy).reshape(port.shape))
+
+
+def _sources(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The model's own parameters and buffers that a step holds, by name."""
+    return {p.name: p.tensor for p in find_parameters(model, optimizer)} | float_buffers(model, dense=False)

@@ -68,9 +68,10 @@ def choose(captured: Captured, dtype: str) -> Integers:
     batch = {n: p for n, p in ports.items() if p.role == "batch" and integral(n.meta["val"])}
     exact = read_exactly(captured.graph)
     inputs = {node: _encoding(node, port, node in exact) for node, port in batch.items()}
+    drawn = {n: p.bounds for n, p in ports.items() if p.target.startswith("random/") and p.bounds is not None}
     for slack in _SLACKS:
         bounds = bounds_of(
-            captured.graph, {n: _input_bounds(n, ports[n], e, slack) for n, e in inputs.items()}
+            captured.graph, {n: _input_bounds(n, ports[n], e, slack) for n, e in inputs.items()} | drawn
         )
         split = {n for n, b in bounds.items() if too_large(b) and n in exact and n.op == "call_function"}
         if all(max(-bounds[n][0], bounds[n][1]) < MOST_ROWS for n in split):

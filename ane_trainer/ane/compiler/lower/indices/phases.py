@@ -35,7 +35,7 @@ def exposed(captured: Captured) -> Iterator[tuple[Node, str, float]]:
         if port.role == "batch" and port.bounds is not None:
             largest = max(-port.bounds[0], port.bounds[1])
             if largest > EXACT_INTEGERS:
-                for op, size in sensitive(captured.graph, node, largest):
+                for op, size in sensitive(captured.graph, node, largest * port.scale):
                     if size * _ROUNDING > _BEARABLE[packet_name(op)]:
                         yield op, port.target or port.name, size * _ROUNDING
 
