@@ -100,10 +100,11 @@ def reference(
             model.train()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             optimizer.zero_grad()
+            start = {n: p.detach().clone() for n, p in model.named_parameters()}
             with drawn_by(draws):
                 value = call_loss(get_loss(loss), call_model(model, {}, x), y)
                 torch.autograd.backward(value)
-            found = _stepped(model, optimizer, options, float(value.detach()))
+            found = _stepped(model, optimizer, options, float(value.detach()), start)
     except _CANNOT:
         return None
     finite = all(bool(c.isfinite().all()) for c in (found.changes or {}).values())
@@ -111,9 +112,15 @@ def reference(
 
 
 def _stepped(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: GradientOptions, loss: float
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    options: GradientOptions,
+    loss: float,
+    start: Mapping[str, torch.Tensor],
 ) -> Reference:
-    """The reference of a model whose gradients are there."""
+    """The reference of a model whose gradients are there; `start` are its parameters before the forward, which may
+    change some itself (`nn.Embedding(max_norm=...)`).
+    """
     if options.accumulate > 1:
         return Reference(loss, None)
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -127,7 +134,8 @@ def _stepped(
     changes = _changes(model, optimizer, before)
     if not torch.equal(drawn, torch.get_rng_state()):
         return Reference(loss, None)
-    return Reference(loss, changes, functools.partial(_weights, model, optimizer, before, gradients, changes))
+    weights = functools.partial(_weights, model, optimizer, before, gradients, changes)
+    return Reference(loss, {n: c + (before[n] - start[n]) for n, c in changes.items()}, weights)
 
 
 def _copied(subject: Subject) -> tuple[Any, Any, torch.optim.Optimizer]:
