@@ -36,6 +36,7 @@ def manifest(lowered: Lowered, form: str, about: Mapping[str, object]) -> dict[s
         row |= {"dtype": known.dtype}
         return row | ({"target": port.target, "scale": port.scale} if port.target else {})
 
+    folded = _folded(lowered)
     return {
         "ane_trainer": "training step",
         "manifest": VERSION,
@@ -43,8 +44,8 @@ def manifest(lowered: Lowered, form: str, about: Mapping[str, object]) -> dict[s
         "inputs": [described(port) for port in lowered.inputs],
         "outputs": [described(port) for port in lowered.outputs],
         "aliases": {alias.output: alias.input for alias in lowered.aliases},
-        "weights": {name: terms for name, terms in _folded(lowered).items() if "/" not in name},
-        "moments": {name: terms for name, terms in _folded(lowered).items() if "/" in name},
+        "weights": {name: terms for name, terms in folded.items() if "/" not in name},
+        "moments": {name: terms for name, terms in folded.items() if "/" in name},
         **about,
     }
 
