@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +15,8 @@ from typing import Any, NoReturn
 
 from ane_trainer.ane.chips.lookup import Chip
 from ane_trainer.ane.errors import MissingDependency
+from ane_trainer.ane.simulator import EngineContext
+from ane_trainer.interop.aneforge.bridges import WORKER, Processes, write_invokers
 from ane_trainer.interop.aneforge.library import SimulatedLibrary
 
 LIBRARY_NAME = "libane_e5rt_dispatch.dylib"
@@ -76,12 +80,21 @@ def put_in(library: SimulatedLibrary) -> Installation:
     # Nor may a program that the simulator refused make the real service wait after it.
     done.replace(circuit, "_sleep", lambda seconds: None)
     done.replace(circuit, "_last_failure_ts", None)
-    for module, name in ((bridges, "ensure_invoker"), (worker, "_ensure_worker_built")):
-        done.replace(module, name, refuse_bridge)
-    _replace_imported(done, "ensure_invoker", refuse_bridge)
-    compiler = importlib.import_module("aneforge._compile")
-    done.replace(compiler, "_compile_segmented", _refuse_segments(compiler))
+    _put_in_bridges(done, library.context, bridges, worker)
     return done
+
+
+def _put_in_bridges(done: Installation, context: EngineContext, bridges: Any, worker: Any) -> None:
+    """Netplists are run by `bridges.py`, which both modules take for processes."""
+    folder = Path(tempfile.mkdtemp(prefix="ane_trainer_invokers_"))
+    invokers = write_invokers(folder, context)
+    done.call(lambda: shutil.rmtree(folder, ignore_errors=True))
+    processes = Processes(context, invokers)
+    for module in (bridges, worker):
+        done.replace(module, "subprocess", processes)
+    done.replace(worker, "_ensure_worker_built", lambda: invokers[WORKER])
+    done.replace(bridges, "ensure_invoker", invokers.__getitem__)
+    _replace_imported(done, "ensure_invoker", invokers.__getitem__)
 
 
 def _opening(real: Callable[..., None], library: SimulatedLibrary) -> Callable[..., None]:
@@ -104,26 +117,6 @@ def _no_symbol(which: tuple[str, object]) -> NoReturn:
 def brand(chip: Chip) -> str:
     """What `sysctl machdep.cpu.brand_string` says on this chip."""
     return f"Apple {chip.title}"
-
-
-def refuse_bridge(*_: object, **__: object) -> NoReturn:
-    """In the place of ANEForge's second way to the engine, which is another process with another format."""
-    raise NotImplementedError(
-        "ane_trainer simulator: the program needs ANEForge's netplist bridge; the simulator runs the e5rt "
-        "path only. Use ops that compile to one program (attention: matmul and softmax; sorting: the host)."
-    )
-
-
-def _refuse_segments(compiler: Any) -> Callable[..., NoReturn]:
-    def refuse(out: Any, *_: object, **__: object) -> NoReturn:
-        names = sorted({t.op for t in compiler._topo(out) if t.op in compiler.NETPLIST_OPS})
-        raise NotImplementedError(
-            f"ane_trainer simulator: {', '.join(names)} run through ANEForge's netplist bridge; the "
-            "simulator runs the e5rt path only. Use ops that compile to one program (attention: matmul and "
-            "softmax)."
-        )
-
-    return refuse
 
 
 def _replace_imported(done: Installation, name: str, value: object) -> None:
