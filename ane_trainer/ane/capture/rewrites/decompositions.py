@@ -8,7 +8,7 @@ added are backward ops that the core table leaves whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ KEPT = (
     aten.addmm, aten.gelu, aten.silu, aten.elu, aten.leaky_relu, aten.relu, aten.sigmoid, aten.tanh,
     aten.softplus, aten._softmax, aten.hardtanh, aten.clamp, aten.erf, aten.rsqrt,
     aten.avg_pool2d_backward, aten.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward,
-    aten.convolution_backward, aten.upsample_nearest2d, aten.native_dropout, aten.threshold_backward,
-    aten.gelu_backward, aten.silu_backward, aten._log_softmax, aten._log_softmax_backward_data,
+    aten.convolution_backward, aten.native_dropout, aten.threshold_backward,
+    aten.gelu_backward, aten._log_softmax, aten._log_softmax_backward_data,
     aten.nll_loss_forward, aten.nll_loss_backward, aten.nll_loss2d_forward, aten.nll_loss2d_backward,
     aten.embedding, aten.embedding_dense_backward, aten.pixel_shuffle, aten.pixel_unshuffle, aten.im2col,
     aten.col2im, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
@@ -56,8 +56,40 @@ def softplus_backward(gradient: torch.Tensor, x: torch.Tensor, beta: float, thre
     return torch.where(scaled > threshold, gradient, gradient * torch.sigmoid(scaled))
 
 
+def silu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`g * s * (1 + x (1 - s))` with `s = sigmoid(x)`, which the forward has, instead of `1 / (1 + exp(-x))`."""
+    s = torch.sigmoid(x)
+    return gradient * (s * (x * (1 - s) + 1))
+
+
 #: Gradients whose decomposition in torch leaves fp16 on its way.
-DERIVATIVES: dict[Any, Callable[..., Any]] = {aten.softplus_backward.default: softplus_backward}
+DERIVATIVES: dict[Any, Callable[..., Any]] = {
+    aten.softplus_backward.default: softplus_backward,
+    aten.silu_backward.default: silu_backward,
+}
+_NEAREST = (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d)
+
+
+def _repeating(table: Mapping[Any, Callable[..., torch.Tensor]]) -> dict[Any, Callable[..., torch.Tensor]]:
+    """Nearest-neighbour upsampling by whole factors: each element is repeated, exactly and without a look-up."""
+
+    def own(overload: Any) -> Callable[..., torch.Tensor]:
+        def upsample(x: torch.Tensor, size: Sequence[int], *scales: float | None) -> torch.Tensor:
+            old = x.shape[-len(size) :]
+            factors = [m // n for n, m in zip(old, size, strict=True)]
+            given = scales or (None,) * len(size)
+            whole = all(n * f == m for n, f, m in zip(old, factors, size, strict=True))
+            if not whole or any(s not in (None, f) for s, f in zip(given, factors, strict=True)):
+                return table[overload](x, size, *scales)
+            for axis, factor in enumerate(factors, x.dim() - len(size)):
+                if factor > 1:
+                    spread = x.unsqueeze(axis + 1).expand(*x.shape[: axis + 1], factor, *x.shape[axis + 1 :])
+                    x = spread.flatten(axis, axis + 1)
+            return x
+
+        return upsample
+
+    return {packet.default: own(packet.default) for packet in _NEAREST}
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -73,4 +105,4 @@ def _own_table() -> dict[Any, Callable[..., Any]]:
     table = {**core, **decompositions_of(ADDED)}
     kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}  # type: ignore[no-untyped-call]
     table = {op: function for op, function in table.items() if op not in kept}
-    return table | NORMALIZATIONS | DERIVATIVES | SAMPLING
+    return table | NORMALIZATIONS | DERIVATIVES | SAMPLING | _repeating(decompositions_of(_NEAREST))

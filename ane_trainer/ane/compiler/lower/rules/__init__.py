@@ -8,7 +8,6 @@ from ane_trainer.ane.compiler.lower.rules import (  # noqa: F401
     indexing,
     interpolation,
     loss,
-    normalization,
     pointwise,
     pooling,
     predicates,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ane_trainer.ane.compiler.lower.context import Context
-from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
+from ane_trainer.ane.compiler.lower.operands import Operand
 from ane_trainer.ane.compiler.lower.registry import lowering
 
 #: From here on softplus is the identity in fp16: log(1 + exp(-12)) is below half an ulp of 12.
@@ -16,24 +16,6 @@ _SOFTPLUS_LINEAR = 12.0
 def threshold_backward(ctx: Context, g: Operand, x: Operand, threshold: float) -> Operand:
     """`threshold_backward(g, x, t) -> select(greater(x, t), g, 0)`"""
     return ctx.where(ctx.binary("greater", x, threshold), g, 0.0)
-
-
-@lowering("threshold.default")
-def threshold(ctx: Context, x: Operand, level: float, value: float) -> Operand:
-    """`threshold(x, t, v) -> select(greater(x, t), x, v)`"""
-    return ctx.where(ctx.binary("greater", x, level), x, value)
-
-
-@lowering("sigmoid_backward.default")
-def sigmoid_backward(ctx: Context, g: Operand, y: Operand) -> Operand:
-    """`sigmoid_backward(g, y) -> mul(g, mul(y, sub(1, y)))`"""
-    return ctx.mul(g, ctx.mul(y, ctx.sub(1.0, y)))
-
-
-@lowering("tanh_backward.default")
-def tanh_backward(ctx: Context, g: Operand, y: Operand) -> Operand:
-    """`tanh_backward(g, y) -> mul(g, sub(1, mul(y, y)))`"""
-    return ctx.mul(g, ctx.sub(1.0, ctx.square(y)))
 
 
 @lowering("gelu.default")
@@ -83,25 +65,10 @@ def silu(ctx: Context, x: Operand) -> Operand:
     return ctx.mul(x, ctx.unary("sigmoid", x))
 
 
-@lowering("silu_backward.default")
-def silu_backward(ctx: Context, g: Operand, x: Operand) -> Operand:
-    """`silu_backward(g, x) -> g * s * (1 + x (1 - s))`, s = sigmoid(x)"""
-    s = ctx.unary("sigmoid", x)
-    return ctx.mul(g, ctx.mul(s, ctx.add(ctx.mul(x, ctx.sub(1.0, s)), 1.0)))
-
-
 @lowering("leaky_relu.default")
 def leaky_relu(ctx: Context, x: Operand, negative_slope: float = 0.01) -> Operand:
     """`leaky_relu(x, a) -> leaky_relu(x, alpha=a)`"""
     return ctx.unary("leaky_relu", x, alpha=ctx.scalar(negative_slope))
-
-
-@lowering("leaky_relu_backward.default")
-def leaky_relu_backward(
-    ctx: Context, g: Operand, x: Operand, negative_slope: float, is_result: bool
-) -> Operand:
-    """`leaky_relu_backward(g, x, a) -> select(greater(x, 0), g, mul(g, a))`"""
-    return ctx.where(ctx.binary("greater", x, 0.0), g, ctx.mul(g, negative_slope))
 
 
 @lowering("elu.default")
@@ -121,33 +88,10 @@ def elu(
     )
 
 
-@lowering("elu_backward.default")
-def elu_backward(
-    ctx: Context, g: Operand, alpha: float, scale: float, input_scale: float, is_result: bool, x: Operand
-) -> Operand:
-    """`elu_backward(g, x) -> select(x > 0, g, g * a * exp(min(x, 0)))`; from the result y: `a
-    exp(x) = y + a`
-    """
-    if is_result:
-        low = ctx.mul(ctx.add(x, alpha * scale), input_scale)
-    else:
-        low = ctx.mul(
-            ctx.unary("exp", ctx.mul(ctx.binary("minimum", x, 0.0), input_scale)), alpha * scale * input_scale
-        )
-    return ctx.where(ctx.binary("greater", x, 0.0), ctx.mul(g, scale), ctx.mul(g, low))
-
-
 @lowering("hardtanh.default")
 def hardtanh(ctx: Context, x: Operand, low: float = -1.0, high: float = 1.0) -> Operand:
     """`hardtanh(x, lo, hi) -> minimum(maximum(x, lo), hi)`"""
     return ctx.binary("minimum", ctx.binary("maximum", x, low), high)
-
-
-@lowering("hardtanh_backward.default")
-def hardtanh_backward(ctx: Context, g: Operand, x: Operand, low: float, high: float) -> Operand:
-    """`hardtanh_backward(g, x, lo, hi) -> select(greater(x, lo), select(less(x, hi), g, 0), 0)`"""
-    inside = ctx.where(ctx.binary("less", x, high), g, 0.0)
-    return ctx.where(ctx.binary("greater", x, low), inside, 0.0)
 
 
 @lowering("softplus.default")
@@ -166,78 +110,10 @@ def softplus(ctx: Context, x: Operand, beta: float = 1, threshold: float = 20) -
     return ctx.where(ctx.binary("greater", scaled, threshold), x, y)
 
 
-@lowering("softplus_backward.default")
-def softplus_backward(ctx: Context, g: Operand, x: Operand, beta: float, threshold: float) -> Operand:
-    """`softplus_backward(g, x, beta) -> mul(g, sigmoid(mul(x, beta)))`"""
-    scaled = x if beta == 1 else ctx.mul(x, beta)
-    slope = ctx.mul(g, ctx.unary("sigmoid", scaled))
-    if threshold >= _SOFTPLUS_LINEAR:
-        return slope
-    return ctx.where(ctx.binary("greater", scaled, threshold), g, slope)
-
-
-@lowering("log_sigmoid_forward.default")
-def log_sigmoid_forward(ctx: Context, x: Operand) -> tuple[Operand, Operand]:
-    """`log_sigmoid(x) -> mul(softplus(mul(x, -1)), -1)`; the second result (a buffer) is not needed"""
-    return ctx.mul(softplus(ctx, ctx.mul(x, -1.0)), -1.0), x
-
-
-@lowering("log_sigmoid_backward.default")
-def log_sigmoid_backward(ctx: Context, g: Operand, x: Operand, buffer: Operand) -> Operand:
-    """`log_sigmoid_backward(g, x) -> mul(g, sub(1, sigmoid(x)))`"""
-    return ctx.mul(g, ctx.unary("sigmoid", ctx.mul(x, -1.0)))
-
-
-@lowering("hardsigmoid.default")
-def hardsigmoid(ctx: Context, x: Operand) -> Operand:
-    """`hardsigmoid(x) -> sigmoid_hard(x, alpha=1/6, beta=1/2)`"""
-    return ctx.unary("sigmoid_hard", x, alpha=ctx.scalar(1.0 / 6.0), beta=ctx.scalar(0.5))
-
-
-@lowering("hardsigmoid_backward.default")
-def hardsigmoid_backward(ctx: Context, g: Operand, x: Operand) -> Operand:
-    """`hardsigmoid_backward(g, x) -> mul(g inside (-3, 3), 1/6)`"""
-    return ctx.mul(hardtanh_backward(ctx, g, x, -3.0, 3.0), 1.0 / 6.0)
-
-
-@lowering("hardswish.default")
-def hardswish(ctx: Context, x: Operand) -> Operand:
-    """`hardswish(x) -> mul(x, sigmoid_hard(x))`"""
-    return ctx.mul(x, hardsigmoid(ctx, x))
-
-
-@lowering("hardswish_backward.default")
-def hardswish_backward(ctx: Context, g: Operand, x: Operand) -> Operand:
-    """`hardswish_backward(g, x) -> g` for x >= 3, `g (x/3 + 1/2)` inside, 0 below"""
-    inside = ctx.mul(g, ctx.add(ctx.mul(x, 1.0 / 3.0), 0.5))
-    low = ctx.where(ctx.binary("greater", x, -3.0), inside, 0.0)
-    return ctx.where(ctx.binary("greater_equal", x, 3.0), g, low)
-
-
-@lowering("mish.default")
-def mish(ctx: Context, x: Operand) -> Operand:
-    """`mish(x) -> mul(x, tanh(softplus(x)))`"""
-    return ctx.mul(x, ctx.unary("tanh", softplus(ctx, x)))
-
-
-@lowering("mish_backward.default")
-def mish_backward(ctx: Context, g: Operand, x: Operand) -> Operand:
-    """`mish_backward(g, x) -> g (t + x sigmoid(x) (1 - t t))`, t = tanh(softplus(x))"""
-    t = ctx.unary("tanh", softplus(ctx, x))
-    slope = ctx.mul(ctx.mul(x, ctx.unary("sigmoid", x)), ctx.sub(1.0, ctx.square(t)))
-    return ctx.mul(g, ctx.add(t, slope))
-
-
 @lowering("_softmax.default")
 def softmax(ctx: Context, x: Operand, dim: int, half_to_float: bool) -> Operand:
     """`_softmax(x, d) -> softmax(x, axis=d)`"""
     return ctx.unary("softmax", x, axis=dim % len(ctx.shape))
-
-
-@lowering("_softmax_backward_data.default")
-def softmax_backward(ctx: Context, g: Operand, y: Operand, dim: int, input_dtype: object) -> Operand:
-    """`_softmax_backward_data(g, y, d) -> mul(y, sub(g, reduce_sum(mul(g, y), axes=d)))`"""
-    return ctx.mul(y, ctx.sub(g, ctx.sum(ctx.mul(g, y), [dim], keep=True)))
 
 
 @lowering("_log_softmax.default")
@@ -262,36 +138,7 @@ def log_softmax_backward(ctx: Context, g: Operand, y: Operand, dim: int, input_d
     return ctx.sub(g, ctx.mul(ctx.unary("softmax", y, axis=axis), ctx.sum(g, [dim], keep=True)))
 
 
-@lowering("prelu.default _prelu_kernel.default")
-def prelu(ctx: Context, x: Operand, weight: Operand) -> Operand:
-    """`prelu(x, w) -> add(relu(x), mul(minimum(x, 0), w))` (the native op needs a constant weight)"""
-    shape = shape_of(weight)
-    rank = len(ctx.shape)
-    if len(shape) == 1 and shape[0] != 1 and rank > 1:
-        weight = ctx.reshape(weight, tuple(shape[0] if i == 1 else 1 for i in range(rank)))
-    return ctx.add(ctx.unary("relu", x), ctx.mul(ctx.binary("minimum", x, 0.0), weight))
-
-
-@lowering("_prelu_kernel_backward.default")
-def prelu_backward(ctx: Context, g: Operand, x: Operand, weight: Operand) -> tuple[Operand, Operand]:
-    """`_prelu_kernel_backward(g, x, w) -> select(x > 0, g, g w), mul(g, minimum(x, 0))`"""
-    dx = ctx.where(ctx.binary("greater", x, 0.0), g, ctx.mul(g, weight))
-    return dx, ctx.mul(g, ctx.binary("minimum", x, 0.0))
-
-
-@lowering("hardshrink.default")
-def hardshrink(ctx: Context, x: Operand, lambd: float = 0.5) -> Operand:
-    """`hardshrink(x, l) -> select(greater(abs(x), l), x, 0)`"""
-    return ctx.where(ctx.binary("greater", ctx.unary("abs", x), lambd), x, 0.0)
-
-
 @lowering("hardshrink_backward.default softshrink_backward.default")
 def shrink_backward(ctx: Context, g: Operand, x: Operand, lambd: float) -> Operand:
     """`hardshrink_backward(g, x, l) -> select(greater(abs(x), l), g, 0)`"""
     return ctx.where(ctx.binary("greater", ctx.unary("abs", x), lambd), g, 0.0)
-
-
-@lowering("softshrink.default")
-def softshrink(ctx: Context, x: Operand, lambd: float = 0.5) -> Operand:
-    """`softshrink(x, l) -> sub(x, minimum(maximum(x, -l), l))`"""
-    return ctx.sub(x, hardtanh(ctx, x, -lambd, lambd))

@@ -21,28 +21,7 @@ def mm(ctx: Context, x: Operand, y: Operand) -> Operand:
     return ctx.matmul(x, y)
 
 
-@lowering("matmul.default")
-def matmul(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`matmul(x, y) -> matmul(x, y)`; a vector becomes a matrix with one row or column"""
-    left, right = shape_of(x), shape_of(y)
-    x = ctx.reshape(x, (1, *left)) if len(left) == 1 else x
-    y = ctx.reshape(y, (*right, 1)) if len(right) == 1 else y
-    return ctx.reshape(ctx.matmul(x, y), ctx.shape)
-
-
-@lowering("mv.default")
-def mv(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`mv(x, y) -> reshape(matmul(x, reshape(y, [K, 1])), [M])`"""
-    return matmul(ctx, x, y)
-
-
-@lowering("dot.default vdot.default")
-def dot(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`dot(x, y) -> reduce_sum(mul(x, y))`"""
-    return ctx.sum(ctx.mul(x, y))
-
-
-@lowering("addmm.default baddbmm.default")
+@lowering("addmm.default")
 def addmm(
     ctx: Context, bias: Operand, x: Operand, y: Operand, *, beta: float = 1, alpha: float = 1
 ) -> Operand:
@@ -63,20 +42,6 @@ def addmv(
     column = ctx.reshape(y, (*shape_of(y), 1))
     product = ctx.mul(ctx.reshape(ctx.matmul(x, column), shape_of(x)[:1]), alpha)
     return ctx.add(product, ctx.mul(bias, beta)) if beta else product
-
-
-@lowering("linear.default")
-def linear(ctx: Context, x: Operand, weight: Operand, bias: Operand | None = None) -> Operand:
-    """`linear(x, w, b) -> add(matmul(x, w, transpose_y=True), b)`; the weight is a runtime value"""
-    flat = ctx.reshape(x, (1, *shape_of(x))) if len(shape_of(x)) == 1 else x
-    product = ctx.reshape(ctx.matmul(flat, weight, ty=True), ctx.shape)
-    return product if bias is None else ctx.add(product, bias)
-
-
-@lowering("ger.default outer.default")
-def outer(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`outer(x, y) -> mul(reshape(x, [M, 1]), y)`"""
-    return ctx.mul(ctx.reshape(x, (*shape_of(x), 1)), y)
 
 
 @lowering("_trilinear.default")

@@ -88,12 +88,6 @@ def ctx_index_shape(ctx: Context, index: Operand) -> tuple[int, ...]:
     return shape
 
 
-@lowering("one_hot.default", accepts="encoded")
-def one_hot_(ctx: Context, index: Operand, num_classes: int = -1) -> Operand:
-    """`one_hot(i, n) -> select(equal(reshape(i), arange), 1, 0)`"""
-    return one_hot(ctx, index, ctx.shape[-1], len(ctx.shape) - 1)
-
-
 @lowering("embedding.default", accepts="encoded")
 def embedding(
     ctx: Context,
@@ -266,19 +260,7 @@ def move_axis_back(ctx: Context, x: Operand, dim: int) -> Operand:
     return ctx.transpose(x, order)
 
 
-@lowering("tril.default")
-def tril(ctx: Context, x: Operand, diagonal: int = 0) -> Operand:
-    """`tril(x, k) -> mul(x, triangle)`, the triangle a constant"""
-    return ctx.mul(x, torch.ones(shape_of(x)[-2:]).tril(diagonal))
-
-
-@lowering("triu.default")
-def triu(ctx: Context, x: Operand, diagonal: int = 0) -> Operand:
-    """`triu(x, k) -> mul(x, triangle)`"""
-    return ctx.mul(x, torch.ones(shape_of(x)[-2:]).triu(diagonal))
-
-
-@lowering("diagonal.default diagonal_copy.default")
+@lowering("diagonal.default")
 def diagonal(ctx: Context, x: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Operand:
     """`diagonal(x) -> reduce_sum(mul(x, eye))`, then slices"""
     shape = shape_of(x)

@@ -24,39 +24,6 @@ def _nearest(n: int, m: int, scale: float | None) -> torch.Tensor:
     return torch.nn.functional.one_hot(index, n).double()
 
 
-def _repeat(ctx: Context, x: Operand, axis: int, times: int) -> Operand:
-    """Each element of an axis `times` in a row: `reshape -> tile -> reshape`."""
-    shape = shape_of(x)
-    lead = 1
-    for n in shape[:axis]:
-        lead *= n
-    rest = 1
-    for n in shape[axis + 1 :]:
-        rest *= n
-    inserted = ctx.reshape(x, (lead, shape[axis], 1, rest))
-    return ctx.reshape(
-        ctx.broadcast(inserted, (lead, shape[axis], times, rest)),
-        (*shape[:axis], shape[axis] * times, *shape[axis + 1 :]),
-    )
-
-
-@lowering("upsample_nearest1d.default upsample_nearest2d.default upsample_nearest3d.default")
-def upsample_nearest(ctx: Context, x: Operand, size: Sequence[int], *scales: float | None) -> Operand:
-    """`upsample_nearest2d(x) -> reshape, tile, reshape` per axis for whole factors, else `matmul` with a
-    one-hot constant
-    """
-    axes = len(size)
-    scales = scales or (None,) * axes
-    for i in range(axes):
-        axis = len(shape_of(x)) - axes + i
-        n, m = shape_of(x)[axis], int(size[i])
-        if n != m and m % n == 0 and (scales[i] is None or scales[i] == m / n):
-            x = _repeat(ctx, x, axis, m // n)
-        elif n != m or scales[i] not in (None, 1.0):
-            x = along(ctx, x, axis, _nearest(n, m, scales[i]))
-    return x
-
-
 @lowering(
     "upsample_nearest1d_backward.default upsample_nearest2d_backward.default"
     " upsample_nearest3d_backward.default"
@@ -99,7 +66,7 @@ def _linear(n: int, m: int, align_corners: bool, scale: float | None) -> torch.T
     return matrix
 
 
-@lowering("upsample_linear1d.default upsample_bilinear2d.default upsample_trilinear3d.default")
+@lowering("upsample_bilinear2d.default upsample_trilinear3d.default")
 def upsample_linear(
     ctx: Context, x: Operand, size: Sequence[int], align_corners: bool, *scales: float | None
 ) -> Operand:
@@ -278,20 +245,6 @@ def _nearest_exact(n: int, m: int, scale: float | None) -> torch.Tensor:
     ratio = torch.tensor(1.0 / scale if scale else n / m, dtype=torch.float32)
     index = ((torch.arange(m, dtype=torch.float32) + 0.5) * ratio).floor().long().clamp(max=n - 1)
     return torch.nn.functional.one_hot(index, n).double()
-
-
-@lowering(
-    "_upsample_nearest_exact1d.default _upsample_nearest_exact2d.default _upsample_nearest_exact3d.default"
-)
-def upsample_nearest_exact(ctx: Context, x: Operand, size: Sequence[int], *scales: float | None) -> Operand:
-    """`_upsample_nearest_exact2d(x) -> ` slices and `concat`, or `matmul` with a one-hot constant,
-    per axis
-    """
-    scales = scales or (None,) * len(size)
-    for i in range(len(size)):
-        axis = len(shape_of(x)) - len(size) + i
-        x = take(ctx, x, axis, _nearest_exact(shape_of(x)[axis], int(size[i]), scales[i]).argmax(1))
-    return x
 
 
 @lowering(

@@ -16,7 +16,7 @@ from ane_trainer.ane.mil.program import Value
 PASS_THROUGH = {
     "abs.default": "abs", "atan.default": "atan", "ceil.default": "ceil", "cos.default": "cos", "erf.default": "erf",
     "exp.default": "exp", "exp2.default": "exp2", "floor.default": "floor", "reciprocal.default": "inverse",
-    "relu.default": "relu", "relu6.default": "relu6", "rsqrt.default": "rsqrt", "sgn.default": "sign",
+    "relu.default": "relu", "rsqrt.default": "rsqrt",
     "sigmoid.default": "sigmoid", "sign.default": "sign", "sin.default": "sin", "sqrt.default": "sqrt",
     "tanh.default": "tanh", "fmax.default": "maximum", "fmin.default": "minimum", "maximum.default": "maximum",
     "minimum.default": "minimum", "mul.Scalar": "mul", "mul.Tensor": "mul", "pow.Tensor_Tensor": "pow",
@@ -60,12 +60,6 @@ def sub(ctx: Context, x: Operand, y: Operand, alpha: float = 1) -> Operand:
     return ctx.sub(x, y if alpha == 1 else ctx.mul(y, alpha))
 
 
-@lowering("rsub.Tensor rsub.Scalar")
-def rsub(ctx: Context, x: Operand, y: Operand, alpha: float = 1) -> Operand:
-    """`rsub(x, y, alpha=a) -> sub(y, mul(x, a))`"""
-    return ctx.sub(y, x if alpha == 1 else ctx.mul(x, alpha))
-
-
 @lowering("div.Tensor div.Scalar")
 def div(ctx: Context, x: Operand, y: Operand) -> Operand:
     """`div(x, y) -> real_div(x, y)`; `div(x, 8) -> mul(x, 0.125)` for a constant (see `Context.div`)."""
@@ -79,12 +73,6 @@ def div_mode(ctx: Context, x: Operand, y: Operand, rounding_mode: str | None = N
     if rounding_mode == "floor":
         return ctx.unary("floor", quotient)
     return quotient if rounding_mode is None else trunc(ctx, quotient)
-
-
-@lowering("floor_divide.default")
-def floor_divide(ctx: Context, x: Operand, y: Operand) -> Operand:
-    """`floor_divide(x, y) -> floor(real_div(x, y))`"""
-    return div_mode(ctx, x, y, "floor")
 
 
 @lowering("remainder.Tensor remainder.Scalar remainder.Scalar_Tensor")
@@ -222,12 +210,6 @@ def trunc(ctx: Context, x: Operand) -> Operand:
     return ctx.mul(function(ctx, "sign", x), function(ctx, "floor", function(ctx, "abs", x)))
 
 
-@lowering("frac.default")
-def frac(ctx: Context, x: Operand) -> Operand:
-    """`frac(x) -> sub(x, trunc(x))`"""
-    return ctx.sub(x, trunc(ctx, x))
-
-
 @lowering("round.default")
 def round_(ctx: Context, x: Operand) -> Operand:
     """`round(x) -> 2 floor(x/2) + rest`, where rest in {0, 1, 2} rounds `x - 2 floor(x/2)` half to even.
@@ -265,42 +247,14 @@ def pow_of_scalar(ctx: Context, base: float, y: Operand) -> Operand:
     return function(ctx, "exp", ctx.mul(y, math.log(base)))
 
 
-@lowering("clamp.default clamp.Tensor clamp_min.default clamp_min.Tensor")
+@lowering("clamp.default clamp.Tensor")
 def clamp(ctx: Context, x: Operand, min: Operand | None = None, max: Operand | None = None) -> Operand:
     """`clamp(x, lo, hi) -> minimum(maximum(x, lo), hi)`"""
     low = x if min is None else ctx.binary("maximum", x, min)
     return low if max is None else ctx.binary("minimum", low, max)
 
 
-@lowering("clamp_max.default clamp_max.Tensor")
-def clamp_max(ctx: Context, x: Operand, max: Operand) -> Operand:
-    """`clamp_max(x, hi) -> minimum(x, hi)`"""
-    return ctx.binary("minimum", x, max)
-
-
-@lowering("addcmul.default")
-def addcmul(ctx: Context, x: Operand, a: Operand, b: Operand, *, value: float = 1) -> Operand:
-    """`addcmul(x, a, b, value=c) -> add(x, mul(mul(a, b), c))`"""
-    product = ctx.mul(a, b)
-    return ctx.add(x, product if value == 1 else ctx.mul(product, value))
-
-
-@lowering("addcdiv.default")
-def addcdiv(ctx: Context, x: Operand, a: Operand, b: Operand, *, value: float = 1) -> Operand:
-    """`addcdiv(x, a, b, value=c) -> add(x, mul(real_div(a, b), c))`: the ratio first, it is the
-    best scaled.
-    """
-    ratio = ctx.div(a, b)
-    return ctx.add(x, ratio if value == 1 else ctx.mul(ratio, value))
-
-
-@lowering("lerp.Scalar lerp.Tensor")
-def lerp(ctx: Context, x: Operand, end: Operand, weight: Operand) -> Operand:
-    """`lerp(x, y, w) -> add(x, mul(sub(y, x), w))`"""
-    return ctx.add(x, ctx.mul(ctx.sub(end, x), weight))
-
-
-@lowering("_to_copy.default to.dtype convert_element_type.default")
+@lowering("_to_copy.default")
 def to_copy(ctx: Context, x: Operand, dtype: torch.dtype | None = None, **_: object) -> Operand:
     """`_to_copy(x, dtype) -> x`; float to bool `-> not_equal(x, 0)`, float to integer `-> trunc(x)`"""
     target = dtype or ctx.meta.dtype
@@ -311,10 +265,7 @@ def to_copy(ctx: Context, x: Operand, dtype: torch.dtype | None = None, **_: obj
     return trunc(ctx, x) if truncates else ctx.number(x)
 
 
-@lowering(
-    "clone.default alias.default detach.default lift_fresh_copy.default lift_fresh.default contiguous.default"
-    " lift.default _conj.default positive.default"
-)
+@lowering("clone.default alias.default lift_fresh_copy.default lift.default _conj.default")
 def same(ctx: Context, x: Operand, **_: object) -> Operand:
     """`clone(x) -> x`"""
     return x

@@ -90,7 +90,7 @@ def _native(ctx: Context, kind: str, x: Operand, pool: Pool, **options: object) 
     )
 
 
-@lowering("max_pool1d_with_indices.default max_pool2d_with_indices.default max_pool3d_with_indices.default")
+@lowering("max_pool2d_with_indices.default max_pool3d_with_indices.default")
 def max_pool_with_indices(
     ctx: Context,
     x: Operand,
@@ -143,7 +143,7 @@ def max_pool_backward(
     return ctx.reshape(give(ctx, m, _batched(ctx, g, axes)), ctx.shape)
 
 
-@lowering("avg_pool1d.default avg_pool2d.default avg_pool3d.default")
+@lowering("avg_pool2d.default avg_pool3d.default")
 def avg_pool(
     ctx: Context,
     x: Operand,
@@ -229,7 +229,7 @@ def _averaging(n: int, m: int) -> torch.Tensor:
     return matrix
 
 
-@lowering("_adaptive_avg_pool2d.default _adaptive_avg_pool3d.default adaptive_avg_pool1d.default")
+@lowering("_adaptive_avg_pool2d.default _adaptive_avg_pool3d.default")
 def adaptive_avg_pool(ctx: Context, x: Operand, output_size: Sequence[int]) -> Operand:
     """`_adaptive_avg_pool2d(x) -> avg_pool(x)` where sizes divide, `reduce_mean` for 1x1, else `matmul` per
     axis

@@ -86,18 +86,12 @@ def shift(ctx: Context, x: Operand, y: Operand) -> Operand:
     )
 
 
-@lowering("where.self where.ScalarSelf where.ScalarOther where.Scalar")
+@lowering("where.self")
 def where(ctx: Context, cond: Operand, a: Operand, b: Operand) -> Operand:
     """`where(c, a, b) -> select(cond=c, a, b)`; a constant condition becomes arithmetic (see
     `Context.where`)
     """
     return ctx.where(ctx.boolean(cond), a, b)
-
-
-@lowering("masked_fill.Scalar masked_fill.Tensor")
-def masked_fill(ctx: Context, x: Operand, mask: Operand, value: Operand) -> Operand:
-    """`masked_fill(x, mask, v) -> select(cond=mask, a=v, b=x)`"""
-    return ctx.where(ctx.boolean(mask), value, x)
 
 
 @lowering("isnan.default")
@@ -112,22 +106,10 @@ def isinf(ctx: Context, x: Operand) -> Operand:
     return ctx.binary("greater", ctx.unary("abs", x), MAX_FP16)
 
 
-@lowering("isfinite.default")
-def isfinite(ctx: Context, x: Operand) -> Operand:
-    """`isfinite(x) -> less_equal(abs(x), 65504)`"""
-    return ctx.binary("less_equal", ctx.unary("abs", x), MAX_FP16)
-
-
 @lowering("any.default any.dim any.dims")
 def any_(ctx: Context, x: Operand, dim: int | list[int] | None = None, keepdim: bool = False) -> Operand:
     """`any(x, dim) -> not_equal(reduce_max(x01, axes), 0)`"""
     return ctx.boolean_of_01(_reduced(ctx, "max", x, dim, keepdim))
-
-
-@lowering("all.default all.dim all.dims")
-def all_(ctx: Context, x: Operand, dim: int | list[int] | None = None, keepdim: bool = False) -> Operand:
-    """`all(x, dim) -> not_equal(reduce_min(x01, axes), 0)`"""
-    return ctx.boolean_of_01(_reduced(ctx, "min", x, dim, keepdim))
 
 
 def _reduced(ctx: Context, kind: str, x: Operand, dim: int | list[int] | None, keepdim: bool) -> Operand:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ def count(shape: Sequence[int], dim: Axes) -> int:
     return math.prod(shape) if axes is None else math.prod(shape[a] for a in axes)
 
 
-@lowering("sum.default sum.dim_IntList")
+@lowering("sum.dim_IntList")
 def sum_(
     ctx: Context, x: Operand, dim: Axes = None, keepdim: bool = False, *, dtype: object = None
 ) -> Operand:
@@ -134,63 +133,7 @@ def moments(ctx: Context, x: Operand, axes: list[int] | None, correction: float)
     return (spread if factor == 1 else ctx.mul(spread, factor)), average
 
 
-@lowering("var.default var.dim var.correction")
-def var(
-    ctx: Context,
-    x: Operand,
-    dim: object = None,
-    unbiased: object = None,
-    keepdim: bool = False,
-    *,
-    correction: object = None,
-) -> Operand:
-    """`var(x, d) -> reduce_mean(mul(d, d))` with `d = sub(x, reduce_mean(x))`, times n / (n - correction)"""
-    axes, amount = _moment_arguments(dim, unbiased, correction)
-    return ctx.reshape(moments(ctx, x, axes, amount)[0], ctx.shape)
-
-
-@lowering("std.default std.dim std.correction")
-def std(
-    ctx: Context,
-    x: Operand,
-    dim: object = None,
-    unbiased: object = None,
-    keepdim: bool = False,
-    *,
-    correction: object = None,
-) -> Operand:
-    """`std(x, d) -> sqrt(var(x, d))`"""
-    axes, amount = _moment_arguments(dim, unbiased, correction)
-    return ctx.reshape(ctx.unary("sqrt", moments(ctx, x, axes, amount)[0]), ctx.shape)
-
-
-@lowering("var_mean.default var_mean.dim var_mean.correction")
-def var_mean(
-    ctx: Context,
-    x: Operand,
-    dim: object = None,
-    unbiased: object = None,
-    keepdim: bool = False,
-    *,
-    correction: object = None,
-) -> tuple[Operand, Operand]:
-    """`var_mean(x, d) -> ` as `var`, and `reduce_mean(x)`"""
-    axes, amount = _moment_arguments(dim, unbiased, correction)
-    variance, average = moments(ctx, x, axes, amount)
-    shape = tuple(int(n) for n in ctx.meta[0].shape) or (1,)
-    return ctx.reshape(variance, shape), ctx.reshape(average, shape)
-
-
-def _moment_arguments(dim: Any, unbiased: Any, correction: Any) -> tuple[list[int] | None, float]:
-    """Axes and correction from the three overloads' arguments."""
-    if isinstance(dim, bool):  # var.default(x, unbiased)
-        dim, unbiased = None, dim
-    if correction is None:
-        correction = 1.0 if unbiased is None or unbiased else 0.0
-    return axes_of(dim), float(correction)
-
-
-@lowering("linalg_vector_norm.default norm.ScalarOpt_dim norm.Scalar")
+@lowering("linalg_vector_norm.default")
 def vector_norm(
     ctx: Context,
     x: Operand,
@@ -216,15 +159,6 @@ def vector_norm(
         powers = ctx.sum(ctx.binary("pow", ctx.unary("abs", x), float(order)), axes, keep=keepdim)
         y = ctx.binary("pow", powers, 1.0 / order)
     return ctx.reshape(y, ctx.shape)
-
-
-@lowering("logsumexp.default")
-def logsumexp(ctx: Context, x: Operand, dim: Axes, keepdim: bool = False) -> Operand:
-    """`logsumexp(x, d) -> add(log(reduce_sum(exp(sub(x, m)))), m)`, m = reduce_max(x)"""
-    axes = axes_of(dim)
-    top = ctx.reduce("max", x, axes, keep=True)
-    total = ctx.sum(ctx.unary("exp", ctx.sub(x, top)), axes, keep=True)
-    return ctx.reshape(ctx.add(ctx.unary("log", total, epsilon=ctx.scalar(0.0)), top), ctx.shape)
 
 
 @lowering("prod.default prod.dim_int")

@@ -81,7 +81,7 @@ def _without_masks(ctx: Context, indices: Sequence[Operand | None]) -> list[Oper
     return result
 
 
-@lowering("index.Tensor _unsafe_index.Tensor", accepts="encoded")
+@lowering("index.Tensor", accepts="encoded")
 def index_(ctx: Context, x: Operand, indices: Sequence[Operand | None]) -> Operand:
     """`index(x, [None, i]) -> ` as `index_select`, the index's shape in its place
 
@@ -186,7 +186,7 @@ def scatter(ctx: Context, x: Operand, dim: int, index: Operand, source: Operand)
     return ctx.where(hits, scattered(ctx, shape, dim, index, source, last_wins=True), x)
 
 
-@lowering("index_put.default _unsafe_index_put.default", accepts="encoded")
+@lowering("index_put.default", accepts="encoded")
 def index_put(
     ctx: Context, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False
 ) -> Operand:

@@ -41,7 +41,7 @@ def select(ctx: Context, x: Operand, dim: int, index: int) -> Operand:
     return ctx.reshape(ctx.slice(x, dim, index, index + 1), ctx.shape)
 
 
-@lowering("narrow.default narrow_copy.default")
+@lowering("narrow_copy.default")
 def narrow(ctx: Context, x: Operand, dim: int, start: int, length: int) -> Operand:
     """`narrow(x, d, a, n) -> slice_by_size(x)`"""
     start %= shape_of(x)[dim]
@@ -72,23 +72,6 @@ def zero_insert(ctx: Context, g: Operand, axis: int, step: int) -> Operand:
         return ctx.reshape(zero_insert(ctx, merged, 1, step), (*lead, shape[axis] * step, *rest))
     padded = ctx.pad_axis(ctx.reshape(g, (*lead, shape[axis], 1, *rest)), axis + 1, 0, step - 1)
     return ctx.reshape(padded, (*lead, shape[axis] * step, *rest))
-
-
-@lowering("slice_backward.default")
-def slice_backward(
-    ctx: Context, g: Operand, sizes: Sequence[int], dim: int, start: int, end: int, step: int
-) -> Operand:
-    """`slice_backward(g, ...) -> pad(g)`, zeros inserted first for a step"""
-    begin, _ = _range(sizes[dim], start, end, step)
-    return spread(ctx, g, dim % len(sizes), sizes[dim], begin, step)
-
-
-@lowering("select_backward.default")
-def select_backward(ctx: Context, g: Operand, sizes: Sequence[int], dim: int, index: int) -> Operand:
-    """`select_backward(g, ...) -> pad(reshape(g))`"""
-    dim %= len(sizes)
-    kept = ctx.reshape(g, tuple(1 if i == dim else n for i, n in enumerate(sizes)))
-    return spread(ctx, kept, dim, sizes[dim], index % sizes[dim], 1)
 
 
 @lowering("slice_scatter.default")
@@ -125,9 +108,7 @@ def select_scatter(ctx: Context, x: Operand, source: Operand, dim: int, index: i
     return slice_scatter(ctx, x, kept, dim, index, index + 1)
 
 
-@lowering(
-    "split.Tensor split_with_sizes.default split_with_sizes_copy.default unsafe_split.Tensor chunk.default"
-)
+@lowering("split_with_sizes.default")
 def split(ctx: Context, x: Operand, sizes: int | Sequence[int], dim: int = 0) -> list[Operand]:
     """`split(x, n, d) -> slice_by_size(x)` for each part"""
     parts, start = [], 0
@@ -138,7 +119,7 @@ def split(ctx: Context, x: Operand, sizes: int | Sequence[int], dim: int = 0) ->
     return parts
 
 
-@lowering("unbind.int unbind_copy.int")
+@lowering("unbind_copy.int")
 def unbind(ctx: Context, x: Operand, dim: int = 0) -> list[Operand]:
     """`unbind(x, d) -> reshape(slice_by_size(x))` for each part"""
     shape = shape_of(x)
@@ -146,7 +127,7 @@ def unbind(ctx: Context, x: Operand, dim: int = 0) -> list[Operand]:
     return [ctx.reshape(ctx.slice(x, dim, i, i + 1), rest) for i in range(shape[dim])]
 
 
-@lowering("constant_pad_nd.default pad.default")
+@lowering("constant_pad_nd.default")
 def constant_pad(ctx: Context, x: Operand, pad: Sequence[int], *options: object, **_: object) -> Operand:
     """`constant_pad_nd(x, p, v) -> pad(x, p, constant_val=v)`; negative pads are slices"""
     value = float(options[-1]) if options and isinstance(options[-1], (int, float)) else 0.0
@@ -238,7 +219,7 @@ def along(ctx: Context, x: Operand, dim: int, matrix: torch.Tensor) -> Operand:
     return ctx.reshape(ctx.matmul(matrix, flat), (*before, matrix.shape[0], *after))
 
 
-@lowering("unfold.default unfold_copy.default")
+@lowering("unfold.default")
 def unfold(ctx: Context, x: Operand, dim: int, size: int, step: int) -> Operand:
     """`unfold(x, d, n, s) -> concat` of n shifted slices on a new last axis"""
     shape = shape_of(x)
@@ -246,23 +227,6 @@ def unfold(ctx: Context, x: Operand, dim: int, size: int, step: int) -> Operand:
     count = (shape[dim] - size) // step + 1
     parts = [ctx.slice(x, dim, t, t + (count - 1) * step + 1, step) for t in range(size)]
     return ctx.reshape(ctx.concat([ctx.reshape(part, (*shape_of(part), 1)) for part in parts], -1), ctx.shape)
-
-
-@lowering("unfold_backward.default")
-def unfold_backward(
-    ctx: Context, g: Operand, sizes: Sequence[int], dim: int, size: int, step: int
-) -> Operand:
-    """`unfold_backward(g) -> add(pad(slice(g)))`: each tap back at its place, zeros inserted for a step"""
-    if not sizes:
-        return ctx.reshape(g, ctx.shape)
-    dim %= len(sizes)
-    total: Operand = torch.zeros(tuple(sizes))
-    for t in range(size):
-        part = ctx.reshape(ctx.slice(g, -1, t, t + 1), shape_of(g)[:-1])
-        part = ctx.slice(zero_insert(ctx, part, dim, step), dim, 0, (shape_of(part)[dim] - 1) * step + 1)
-        placed = ctx.pad_axis(part, dim, t, sizes[dim] - t - shape_of(part)[dim])
-        total = placed if t == 0 else ctx.add(total, placed)
-    return total
 
 
 @dataclass(frozen=True)

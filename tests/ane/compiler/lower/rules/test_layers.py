@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ane_trainer.ane.stages import Lowered
 from tests.ane.compiler.lower.harness import check, gradients, normal
 
 Function = Callable[..., torch.Tensor]
@@ -184,3 +185,27 @@ def test_outputs_that_are_inputs_or_constants() -> None:
         return [x, x.reshape(-1), torch.arange(3.0), x * 1, torch.zeros(())]
 
     check(layer, [normal(2, 2)])
+
+
+def kinds(program: Lowered) -> set[str]:
+    return {op.kind for op in program.program.main.ops}
+
+
+def test_the_gradient_of_silu_takes_the_sigmoid_of_the_forward() -> None:
+    program = check(gradients(F.silu), [normal(4, 6)])
+    assert "exp" not in kinds(program)
+    assert sum(op.kind == "sigmoid" for op in program.program.main.ops) == 1
+
+
+@pytest.mark.parametrize("extents", [(24,), (24, 20), (24, 3, 5)], ids=["1d", "2d", "3d"])
+def test_upsampling_by_whole_factors_repeats(extents: tuple[int, ...]) -> None:
+    x = normal(2, 3, *extents)
+    program = check(lambda x: F.interpolate(x, scale_factor=2), [x])
+    assert not kinds(program) & {"matmul", "concat"}
+    check(gradients(lambda x: F.interpolate(x, scale_factor=2)), [x])
+
+
+def test_upsampling_by_another_factor_looks_up() -> None:
+    program = check(lambda x: F.interpolate(x, size=(36, 31)), [normal(2, 3, 24, 20)])
+    assert "matmul" in kinds(program)
+    check(gradients(lambda x: F.interpolate(x, scale_factor=1.5)), [normal(1, 2, 5, 7)])
