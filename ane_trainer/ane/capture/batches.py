@@ -16,7 +16,7 @@ class Structure:
     """How the leaves are nested, and those that are no tensors (by their number among all leaves)."""
 
     spec: Any
-    constants: tuple[tuple[int, Any], ...] = field(default=())
+    constants: tuple[tuple[int, object], ...] = field(default=())
 
     @staticmethod
     def of(example: object) -> Structure:
@@ -27,12 +27,12 @@ class Structure:
 
     def filled(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The structure with these tensors in order."""
-        leaves: list[Any] = list(tensors)
+        leaves: list[object] = list(tensors)
         for number, value in self.constants:
             leaves.insert(number, value)
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def differing(self, other: object) -> list[tuple[Any, Any]]:
+    def differing(self, other: object) -> list[tuple[object, object]]:
         """(own, other's) for every leaf of `other` that is no tensor and not what was compiled in."""
         leaves = pytree.tree_leaves(other)
         pairs = [(value, leaves[i] if i < len(leaves) else None) for i, value in self.constants]

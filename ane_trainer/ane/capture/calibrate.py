@@ -105,7 +105,7 @@ def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[object, object]) 
         return float(call_loss(loss, output, example[1]))
 
 
-def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> Any:
+def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) -> Any:
     """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments.
 
     A tuple or list that the model takes only as a whole is one argument.
@@ -117,7 +117,7 @@ def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: Any) -> An
         return torch.func.functional_call(model, places, args, keywords, tie_weights=False)
 
 
-def _positional(model: torch.nn.Module, x: object) -> tuple[Any, ...]:
+def _positional(model: torch.nn.Module, x: object) -> tuple[object, ...]:
     if not isinstance(x, (tuple, list)):
         return (x,)
     signature = inspect.signature(model.forward)

@@ -6,24 +6,24 @@ again), so the scale is chosen from all that the rehearsal's backward pass compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, pytree
+from ane_trainer.ane.capture.trace.torch_private import Decompositions, OpOverload, TorchDispatchMode, pytree
 
 
 class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the largest entry of every result, with operations taken apart as the capture does."""
 
-    def __init__(self, decompositions: Mapping[Any, Callable[..., object]]) -> None:
+    def __init__(self, decompositions: Decompositions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._table = decompositions
         self.peaks: list[torch.Tensor] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: OpOverload, types: object, args: Any = (), kwargs: dict[str, object] | None = None
     ) -> Any:
         decomposition = self._table.get(func)
         if decomposition is not None:
@@ -44,7 +44,7 @@ class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def gradients_and_flow(
     value: torch.Tensor,
     parameters: Sequence[torch.Tensor],
-    decompositions: Mapping[Any, Callable[..., object]],
+    decompositions: Decompositions,
 ) -> tuple[tuple[torch.Tensor | None, ...], float]:
     """(gradients of `value`, the largest finite number on the way to them that is proportional to them).
 

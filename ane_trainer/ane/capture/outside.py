@@ -19,7 +19,7 @@ from ane_trainer.ane.errors import Finding, UnsupportedModel
 #: How far counters are moved to see whether the loss depends on them: the next step's, and one of a later epoch.
 _AHEAD = (1, 1000)
 Number = int | float
-Key = tuple[Any, str]
+Key = tuple[object, str]
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def _watched_draws(model: torch.nn.Module, found: dict[str, Finding]) -> Iterato
             handle.remove()
 
 
-def _generators() -> tuple[Any, ...]:
+def _generators() -> tuple[object, ...]:
     state: Any = np.random.get_state(legacy=False)
     return random.getstate(), (state["state"]["pos"], state["state"]["key"].tobytes(), state["has_gauss"])
 
@@ -88,7 +88,10 @@ def _drawn(where: str, before: tuple[object, ...], after: tuple[object, ...]) ->
 
 def _numbers(model: torch.nn.Module, loss: object) -> dict[Key, Number]:
     """Every Python number among the attributes of modules, and of a loss that is an object."""
-    owners: list[Any] = [*model.modules(), *([loss] if hasattr(loss, "__dict__") and callable(loss) else [])]
+    owners: list[object] = [
+        *model.modules(),
+        *([loss] if hasattr(loss, "__dict__") and callable(loss) else []),
+    ]
     found: dict[Key, Number] = {}
     for owner in owners:
         names = {**_class_numbers(type(owner)), **vars(owner)}
@@ -96,9 +99,9 @@ def _numbers(model: torch.nn.Module, loss: object) -> dict[Key, Number]:
     return found
 
 
-def _class_numbers(kind: type) -> dict[str, Any]:
+def _class_numbers(kind: type) -> dict[str, object]:
     """Class attributes, which `self.count += 1` reads first."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for base in reversed(kind.__mro__):
         if not base.__module__.startswith(("torch", "builtins")):
             found |= {

@@ -21,14 +21,14 @@ from ane_trainer.ane.capture.rewrites import packed
 from ane_trainer.ane.capture.rewrites.composites import COMPOSITES, RECURRENT, drops, recurrent
 
 #: function -> does it drop whole channels
-_DROPOUTS: dict[Callable[..., Any], bool] = {
+_DROPOUTS: dict[Callable[..., object], bool] = {
     F.dropout: False, torch.dropout: False, torch.dropout_: False, F.dropout1d: True, F.dropout2d: True,
     F.dropout3d: True,
 }  # fmt: skip
 _LIKE = {torch.randn_like: "normal", torch.rand_like: "uniform"}
 _NEW = {torch.randn: "normal", torch.rand: "uniform"}
 #: Dropouts that keep mean and variance of SELU's outputs; function -> does it drop whole channels
-_ALPHA_DROPOUTS: dict[Callable[..., Any], bool] = {
+_ALPHA_DROPOUTS: dict[Callable[..., object], bool] = {
     torch.alpha_dropout: False, torch.alpha_dropout_: False, torch.feature_alpha_dropout: True,
     torch.feature_alpha_dropout_: True, F.alpha_dropout: False, F.feature_alpha_dropout: True,
 }  # fmt: skip
@@ -56,7 +56,7 @@ class MaskMode(TorchFunctionMode):
         self._generator = torch.Generator().manual_seed(0)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., object], types: object, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
@@ -115,7 +115,7 @@ class MaskMode(TorchFunctionMode):
         result = x * (mask * gain) + shift
         return x.copy_(result) if inplace or func.__name__.endswith("_") else result
 
-    def _normal(self, mean: Any = 0.0, std: Any = 1.0, size: Any = None, **kwargs: Any) -> torch.Tensor:
+    def _normal(self, mean: object = 0.0, std: Any = 1.0, size: Any = None, **kwargs: object) -> torch.Tensor:
         shapes = [v.shape for v in (mean, std) if isinstance(v, torch.Tensor)]
         shape = tuple(size) if size is not None else torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
         result: torch.Tensor = self.draw(tuple(shape), "random/normal") * std + mean
@@ -173,7 +173,7 @@ def _arguments(
     return input, float(p), train if training is None else training, inplace
 
 
-def _bernoulli_(mode: MaskMode, x: torch.Tensor, p: Any = 0.5, **kwargs: Any) -> torch.Tensor:
+def _bernoulli_(mode: MaskMode, x: torch.Tensor, p: Any = 0.5, **kwargs: object) -> torch.Tensor:
     if isinstance(p, torch.Tensor):
         return (mode.draw(tuple(x.shape), "random/uniform") < p).to(x.dtype)
     return mode.draw(tuple(x.shape), f"random/bernoulli:{float(p)!r}")
@@ -236,11 +236,11 @@ def _multinomial(
     return (weights / times).topk(num_samples, -1)[1]
 
 
-_DRAWS: dict[Any, Callable[..., torch.Tensor]] = {
+_DRAWS: dict[object, Callable[..., torch.Tensor]] = {
     torch.multinomial: _multinomial, torch.Tensor.multinomial: _multinomial, F.rrelu: _rrelu,
     torch.randint: _randint, torch.randint_like: _randint_like, torch.randperm: _randperm,
 }  # fmt: skip
-_IN_PLACE: dict[Any, Callable[..., torch.Tensor]] = {
+_IN_PLACE: dict[object, Callable[..., torch.Tensor]] = {
     torch.Tensor.bernoulli_: _bernoulli_, torch.Tensor.normal_: _normal_, torch.Tensor.uniform_: _uniform_,
     torch.Tensor.exponential_: _exponential_,
 }  # fmt: skip

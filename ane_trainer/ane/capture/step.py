@@ -90,7 +90,9 @@ class StepCapture:
     parameters: tuple[Parameter, ...]
     changes: BufferChanges = field(default_factory=BufferChanges)
     classes: int | None = None
-    values: Callable[[tuple[Any, Any]], Tensors] = field(default=lambda batch: {}, repr=False, compare=False)
+    values: Callable[[tuple[object, object]], Tensors] = field(
+        default=lambda batch: {}, repr=False, compare=False
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class CaptureOptions:
     loss_scale: float | str = "auto"
     precision: str = "fp16"
     units: Mapping[str, float] | None = None
-    calibrate_on: Sequence[tuple[Any, Any]] = ()
+    calibrate_on: Sequence[tuple[object, object]] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ane_trainer.ane.chips.lookup import Chip, Limit, get_chip, limit, op_status
 from ane_trainer.ane.errors import Finding, UnsupportedModel
@@ -285,7 +284,7 @@ def width_offset(op: Op) -> bool:
     return not masked and call.integers("begin")[-1] != 0
 
 
-def _flags(call: Call, name: str) -> tuple[Any, ...]:
+def _flags(call: Call, name: str) -> tuple[object, ...]:
     value = call.const(name)
     return value if isinstance(value, tuple) else (value,)
 

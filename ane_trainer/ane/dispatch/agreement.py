@@ -62,7 +62,7 @@ class Agreement:
         update = f"{100 * self.update:.1f} %" if self.update < 10.0 else "10 times too far or more"
         return f"{verb} fp32: loss {self.loss:.0e}, updates {update}".replace("e-0", "e-")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As it stands in result.json."""
         worst = max(self.updates, key=lambda name: self.updates[name], default=None)
         return {
@@ -144,7 +144,7 @@ def _copied(subject: Subject) -> tuple[Any, Any, torch.optim.Optimizer]:
     `torch.optim.Optimizer` leaves out what a subclass keeps as attributes: those follow, but for a step that a
     scheduler wrapped, and hooks.
     """
-    kept: dict[int, Any] = {}
+    kept: dict[int, object] = {}
     model, loss, optimizer = copy.deepcopy((subject.model, subject.loss, subject.optimizer), kept)
     for name, value in vars(subject.optimizer).items():
         if name not in vars(optimizer) and name != "step" and not name.endswith("_hooks"):

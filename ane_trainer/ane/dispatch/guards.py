@@ -37,8 +37,8 @@ class _Source:
     """Part of what was read: `read` gives its values now, `names` are what messages call them."""
 
     names: tuple[str, ...]
-    read: Callable[[], Sequence[Any]]
-    values: tuple[Any, ...]
+    read: Callable[[], Sequence[object]]
+    values: tuple[object, ...]
 
     def changes(self) -> Iterator[str]:
         """`name: old -> new` of every value that is not as it was."""
@@ -97,7 +97,7 @@ class Guards:
             found.append("attributes or hooks of a module: more or fewer")
         return found + [f"{name}: written to" for name in self._constants.changed()]
 
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Equal for equal states; the objects it tells apart by their identity are held by this."""
         values = tuple(tuple(map(_frozen, values)) for values in self._saved)
         return values, self._entries, tuple(self._ids), tuple(self._trained), self._constants.digest()
@@ -170,7 +170,7 @@ class _Walk:
             self._names(vars(value), list(vars(value)), label, depth)
             self._class(type(value), label)
 
-    def _items(self, value: list[Any] | tuple[object, ...] | set[Any], label: str, depth: int) -> None:
+    def _items(self, value: list[object] | tuple[object, ...] | set[object], label: str, depth: int) -> None:
         held = tuple(value)
         if not isinstance(value, tuple):
             names = tuple(f"{label}[{i}]" for i in range(len(held)))
@@ -249,7 +249,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 _trained = attrgetter("requires_grad")
 
 
-def _contents(cells: Sequence[types.CellType]) -> tuple[Any, ...]:
+def _contents(cells: Sequence[types.CellType]) -> tuple[object, ...]:
     return tuple(cell.cell_contents for cell in cells)
 
 

@@ -70,7 +70,7 @@ class HostOptimizer:
 
     def set_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state` returned."""
-        states: dict[int, dict[str, Any]] = {}
+        states: dict[int, dict[str, object]] = {}
         for name, value in tensors.items():
             if name.startswith(_GROUP):
                 place, key = name.removeprefix(_GROUP).split("/", 1)
@@ -101,7 +101,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops, self._formulas = 0, flop_registry
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: object, args: Any = (), kwargs: dict[str, object] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = self._formulas.get(func.overloadpacket)

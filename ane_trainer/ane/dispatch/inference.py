@@ -81,7 +81,7 @@ class InferenceProgram:
         """Estimated time and energy of one dispatch on the chip."""
         return estimate(self.program, self.compiled.chip, self.target.path)
 
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> dict[str, object]:
         """Where the program runs and how that is known."""
         where, how = self.target.placement()
         return {"where": where, "how": how, "device": self.target.device, "choice": self.target.reason}

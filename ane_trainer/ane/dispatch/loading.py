@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ class Subject:
     model: torch.nn.Module
     loss: str | Loss
     optimizer: torch.optim.Optimizer
-    example: tuple[Any, Any]
+    example: tuple[object, object]
     as_it_is: bool = False
 
 
@@ -53,7 +52,7 @@ class LoadedStep:
     session: Session
     feeds: Feeds
     mirror: Mirror
-    structure: tuple[Any, ...]
+    structure: tuple[object, ...]
     scalars: tuple[Port, ...]
     draws: tuple[Port, ...]
     gradients: tuple[Port, ...]

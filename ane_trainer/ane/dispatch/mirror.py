@@ -116,7 +116,7 @@ class Mirror:
         """Whether someone else changed `optimizer.state` since the last copy."""
         return bool(self._trained) and self._moments != self._moments_now()
 
-    def _moments_now(self) -> tuple[Any, ...]:
+    def _moments_now(self) -> tuple[object, ...]:
         """Identities and versions of what `optimizer.state` holds."""
         state = self._optimizer.state
         held = [value for entries in state.values() for value in entries.values()]

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
@@ -127,7 +126,7 @@ class StepOptions:
     sync: str = "always"
     seed: int | None = None
     verify: str | int = "first"
-    calibrate_on: Sequence[tuple[Any, Any]] = ()
+    calibrate_on: Sequence[tuple[object, object]] = ()
 
     def __post_init__(self) -> None:
         known = (

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -364,7 +363,7 @@ class TrainingStep:
         """Estimated time and energy of one dispatch on the chip."""
         return estimate(self.program, self.compiled.chip, self.target.path)
 
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> dict[str, object]:
         """Where the step runs and how that is known."""
         where, how = self.target.placement()
         if self._host is not None:

@@ -28,7 +28,7 @@ def _ane(
     *,
     options: object = None,
     mode: str | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """The Dynamo backend: a callable that compiles `graph` for the shapes it is called with.
 
     `options`, all optional: chip, device, fidelity, precision, threads, path as in `compile_step`;

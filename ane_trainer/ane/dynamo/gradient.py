@@ -28,7 +28,7 @@ SMALLEST_POWER, LARGEST_POWER = -14, 12
 
 def backward_function(
     module: GraphModule, example_inputs: Sequence[object], options: Options
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """The compiler that AOTAutograd calls for backward graphs."""
     del example_inputs
     return make_boxed_func(Backward(module, options))
@@ -43,7 +43,7 @@ class Backward:
         self._function = GraphFunction(module, options, "backward")
         self.power = 6
 
-    def __call__(self, *inputs: Any) -> list[Any]:
+    def __call__(self, *inputs: Any) -> list[object]:
         """The gradients in fp32; nan everywhere if one that comes in is not finite, as PyTorch would spread it."""
         values = list(inputs)
         peak = max((float(values[i].abs().amax()) for i in self._tangents if values[i].numel()), default=0.0)

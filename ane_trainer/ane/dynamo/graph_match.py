@@ -17,7 +17,7 @@ from ane_trainer.ane.dynamo.torch_private import expression
 def sizes_only(graph: Graph) -> bool:
     """Whether there are symbolic inputs and each is a size of an input tensor."""
     inputs = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
-    sizes: set[Any] = set()
+    sizes: set[object] = set()
     for value in inputs:
         if isinstance(value, torch.Tensor):
             sizes |= {expression(size) for size in value.shape}
@@ -48,7 +48,7 @@ def _is_number(node: Node) -> bool:
     return isinstance(node.meta.get("example_value"), (int, float, torch.SymInt, torch.SymFloat, torch.Size))
 
 
-def _agree(a: Any, b: Any, pairs: dict[Node, Node]) -> bool:
+def _agree(a: object, b: Any, pairs: dict[Node, Node]) -> bool:
     if isinstance(a, Node):
         return pairs.get(a) is b if not _is_number(a) else isinstance(b, Node) and _is_number(b)
     if isinstance(b, Node):

@@ -25,13 +25,13 @@ from ane_trainer.ane.stages import Captured, Port
 
 def forward_function(
     module: GraphModule, example_inputs: Sequence[object], options: Options, role: str
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """The compiler that AOTAutograd calls for forward (and inference) graphs."""
     del example_inputs
     users = int(module.meta.get(USER_RESULTS, 1 << 30))
     function = GraphFunction(module, options, role)
 
-    def run(*inputs: object) -> list[Any]:
+    def run(*inputs: object) -> list[object]:
         return function(inputs, users)
 
     return make_boxed_func(run)

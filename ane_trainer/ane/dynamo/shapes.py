@@ -44,7 +44,7 @@ class Specializer:
 
     def __init__(self, graph: torch.fx.GraphModule, options: Options, function: str) -> None:
         self._graph, self._options, self._function = _without_reads(graph), options, function
-        self._compiled: dict[Key, Callable[..., Any]] = {}
+        self._compiled: dict[Key, Callable[..., object]] = {}
         self._earlier: list[Specializer] = []
         family = _GRAPHS.setdefault(function, weakref.WeakSet())
         if sizes_only(graph.graph):
@@ -60,7 +60,7 @@ class Specializer:
             function = self._compiled[key] = self._find(key, inputs)
         return function(*inputs)
 
-    def _find(self, key: Key, inputs: Sequence[object]) -> Callable[..., Any]:
+    def _find(self, key: Key, inputs: Sequence[object]) -> Callable[..., object]:
         """What an earlier graph of fixed sizes has for these inputs, else a new compilation."""
         tensors_only = (key[0], *(item for item in key[1:] if isinstance(item, tuple)))
         for earlier in self._earlier:
@@ -73,7 +73,7 @@ class Specializer:
         except DynamicOutputShapeException as error:
             return self._without_engine(str(error), inputs)
 
-    def _without_engine(self, operation: str, inputs: Sequence[object]) -> Callable[..., Any]:
+    def _without_engine(self, operation: str, inputs: Sequence[object]) -> Callable[..., object]:
         """The graph in PyTorch, for one whose tensors have shapes that depend on data, if `fallback` allows it."""
         found = Finding(
             _last_place(self._graph), operation, "gives a shape that depends on data (a mask as an index).",
@@ -100,11 +100,11 @@ class Specializer:
             )
         seen.add(shapes)
 
-    def _compile(self, inputs: list[Any]) -> Callable[..., Any]:
+    def _compile(self, inputs: list[object]) -> Callable[..., object]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants made in the model are real tensors
         fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
         with tracing():
-            compiled: Callable[..., Any] = aot_module_simplified(
+            compiled: Callable[..., object] = aot_module_simplified(
                 self._graph,
                 fakes,
                 fw_compiler=functools.partial(forward_function, options=self._options, role="forward"),

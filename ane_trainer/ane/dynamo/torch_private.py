@@ -24,8 +24,10 @@ __all__ = [
 
 
 #: Marks a function of a list of inputs, as AOTAutograd wants its compilers' results.
-make_boxed_func: Callable[[Callable[..., list[Any]]], Callable[..., Any]] = functorch.compile.make_boxed_func
-aot_module_simplified: Callable[..., Callable[..., Any]] = functorch.compile.aot_module_simplified
+make_boxed_func: Callable[[Callable[..., list[object]]], Callable[..., object]] = (
+    functorch.compile.make_boxed_func
+)
+aot_module_simplified: Callable[..., Callable[..., object]] = functorch.compile.aot_module_simplified
 default_partition: Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModule]] = (
     functorch.compile.default_partition
 )

@@ -23,14 +23,14 @@ from ane_trainer.ane.stages import Lowered, Port
 VERSION = 1
 
 
-def manifest(lowered: Lowered, form: str, about: Mapping[str, object]) -> dict[str, Any]:
+def manifest(lowered: Lowered, form: str, about: Mapping[str, object]) -> dict[str, object]:
     """The manifest of `lowered` in a form of `export.step`; `about` adds what the caller knows."""
     types = {
         value.name: value.type for value in (*lowered.program.main.inputs, *lowered.program.main.outputs)
     }
     trained = {p.target for p in lowered.inputs if p.role == "state"}
 
-    def described(port: Port) -> dict[str, Any]:
+    def described(port: Port) -> dict[str, object]:
         known = types[port.name]
         row = {"name": port.name, "role": role_of(port, trained), "shape": list(known.shape)}
         row |= {"dtype": known.dtype}
@@ -66,7 +66,7 @@ def role_of(port: Port, states: set[str]) -> str:
     return "residual" if kind == RESIDUAL else "moment"
 
 
-def _folded(lowered: Lowered) -> dict[str, list[dict[str, Any]]]:
+def _folded(lowered: Lowered) -> dict[str, list[dict[str, object]]]:
     """Tensor kept as two fp16 numbers (trained parameters, second moments) -> the ports whose weighted sum it is."""
     ports = {p.target: p for p in lowered.inputs if p.role == "state"}
     return {
@@ -93,5 +93,5 @@ def write_manifest(path: str | Path, content: Mapping[str, object]) -> None:
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest beside an exported step."""
-    content: dict[str, Any] = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+    content: dict[str, object] = json.loads(manifest_path(path).read_text(encoding="utf-8"))
     return content

@@ -62,7 +62,7 @@ def write_package(path: str | Path, program: Program, description: Description) 
     return target
 
 
-def _describe(spec: Any, messages: Any, program: Program, description: Description) -> None:
+def _describe(spec: Any, messages: object, program: Program, description: Description) -> None:
     texts = spec.description.metadata
     texts.shortDescription, texts.author = description.summary, description.author
     texts.license, texts.versionString = description.license, description.version
@@ -138,7 +138,7 @@ def _write_files(target: Path, specification: bytes, blob: bytes) -> None:
     (target / "Manifest.json").write_text(json.dumps(_manifest(items), indent=4), encoding="utf-8")
 
 
-def _manifest(items: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _manifest(items: Sequence[tuple[str, str]]) -> dict[str, object]:
     entries = {
         str(uuid.uuid5(uuid.NAMESPACE_URL, name)).upper(): {
             "author": "com.apple.CoreML", "description": text, "name": name,

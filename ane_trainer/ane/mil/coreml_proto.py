@@ -188,7 +188,7 @@ class _Reader:
 
 def program_to_proto(
     program: Program, *, blob_path: str = "@model_path/weights/weight.bin"
-) -> tuple[Any, bytes]:
+) -> tuple[object, bytes]:
     """The `MIL_pb2.Program` and the weight blob it addresses under `blob_path`.
 
     `coreml_update_state` is written as coremltools writes it: a `write_state` and a `read_state`.
@@ -216,7 +216,7 @@ class _Writer:
         for op in function.ops:
             self._op(block, op, taken)
 
-    def _op(self, block: Any, op: Op, taken: set[str]) -> None:
+    def _op(self, block: object, op: Op, taken: set[str]) -> None:
         args = dict(op.args)
         if op.kind == "coreml_update_state":
             self._plain(
@@ -258,7 +258,7 @@ class _Writer:
         for result in results:
             self._named(message.outputs.add(), result)
 
-    def _names(self, block: Any, key: str, argument: Arg, name: str, taken: set[str]) -> list[str]:
+    def _names(self, block: object, key: str, argument: Arg, name: str, taken: set[str]) -> list[str]:
         """What an argument is called; a literal becomes a const operation before its user."""
         found = []
         for i, item in enumerate(argument if isinstance(argument, tuple) else (argument,)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 
@@ -91,7 +90,7 @@ def _unit_range(group: Group) -> tuple[float, float]:
     return units_for(float(group["eps"]))
 
 
-def _compiled(group: Group) -> tuple[Any, ...]:
+def _compiled(group: Group) -> tuple[object, ...]:
     return bool(group["weight_decay"]), _decoupled(group), group.get("maximize")
 
 

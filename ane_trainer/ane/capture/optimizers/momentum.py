@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -146,7 +145,7 @@ def _shape_ratio(kind: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def _muon_compiled(group: Group) -> tuple[Any, ...]:
+def _muon_compiled(group: Group) -> tuple[object, ...]:
     factors = tuple(map(float, group["ns_coefficients"]))
     return bool(group["weight_decay"]), group["nesterov"], factors, group["ns_steps"], group["adjust_lr_fn"]
 

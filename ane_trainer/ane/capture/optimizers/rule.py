@@ -104,7 +104,7 @@ class Rule:
     slots: Callable[[Group, Shape], tuple[Slot, ...]]
     scalars: Callable[[Group, int], dict[str, float]]
     gated: frozenset[str]
-    compiled: Callable[[Group], tuple[Any, ...]]
+    compiled: Callable[[Group], tuple[object, ...]]
     unit_scalars: Callable[[Group, int, float], dict[str, float]] = lambda group, step, unit: {}
     counters: Callable[[Group, int], dict[str, float]] = lambda group, step: {"step": float(step)}
     takes: Callable[[Group], bool] = lambda group: True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -41,7 +40,7 @@ _STEP_BOUND = 60.0
 _GATED = frozenset({"rate", "forget_sq", "admit_sq"})
 
 
-def _compiled(group: Group) -> tuple[Any, ...]:
+def _compiled(group: Group) -> tuple[object, ...]:
     return bool(group["weight_decay"]), group["maximize"]
 
 

@@ -199,7 +199,7 @@ def _check_range(name: str, group: int, values: Iterable[float], rate: Any) -> N
             )
 
 
-def structure(optimizer: torch.optim.Optimizer, rule: Rule) -> tuple[Any, ...]:
+def structure(optimizer: torch.optim.Optimizer, rule: Rule) -> tuple[object, ...]:
     """What of the optimizer's settings is compiled in: compare before every step."""
     return tuple((rule.compiled(group), len(group["params"])) for group in optimizer.param_groups)
 

@@ -45,7 +45,7 @@ def difference(optimizer: torch.optim.Optimizer, rule: Rule) -> str:
     return ""
 
 
-def _twin(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _twin(optimizer: torch.optim.Optimizer, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     """A new optimizer with the attributes of this one, but no state, hooks, or step that a scheduler wrapped."""
     twin = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
@@ -57,7 +57,7 @@ def _twin(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> tor
     return twin
 
 
-def _small(group: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+def _small(group: Mapping[str, Any], generator: torch.Generator) -> dict[str, object]:
     """A copy of the group with one small parameter for each rank of its own."""
     ranks = sorted({p.ndim for p in group["params"]})
     shapes = [(7, 5, 3, 3)[:rank] if rank < 5 else (2,) * rank for rank in ranks]

@@ -91,7 +91,7 @@ class Measured(Interpreter):
         super().__init__(module)
         self.found: dict[str, Magnitude] = {}
 
-    def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
         """One operation; views of values that simplification left in another layout see them in order."""
         if target in _VIEWS:
             args = (args[0].contiguous(), *args[1:])

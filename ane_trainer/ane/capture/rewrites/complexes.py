@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ane_trainer.ane.capture.trace.sources import Place
-from ane_trainer.ane.capture.trace.torch_private import SideTable, without_modes
+from ane_trainer.ane.capture.trace.torch_private import OpOverload, SideTable, without_modes
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ _ALIKE = frozenset(
 _PARTS = {aten.slice.Tensor, aten.select.int}
 
 
-def takes(func: object, args: object) -> bool:
+def takes(func: OpOverload, args: object) -> bool:
     """Whether the operation has to do with complex numbers."""
     return func in _MAKERS or any(isinstance(a, torch.Tensor) and a.is_complex() for a in _flat(args))
 
@@ -54,7 +54,7 @@ class Pairs:
         self._pairs: SideTable[torch.Tensor] = SideTable()
         self._place = place
 
-    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def compute(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, object]) -> Any:
         """The result of `func`; runs where the real operations it makes are recorded.
 
         Raises: UnsupportedModel for an operation without a rule.
@@ -89,7 +89,7 @@ class Pairs:
         self._pairs[result] = pair
         return result
 
-    def _value(self, name: str, func: object, args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
+    def _value(self, name: str, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         rule = _RULES.get(name)
         if rule is not None:
             return rule(*map(self._split, args), **kwargs)
@@ -133,7 +133,7 @@ def _joined(parts: Complex) -> torch.Tensor:
     return torch.stack([real, imaginary], -1)
 
 
-def _each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _each(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     """`func` of the real parts and of the imaginary parts."""
     options = {k: v for k, v in kwargs.items() if k != "dtype"}
     real, imaginary = (func(*_part(args, i), **options) for i in (0, 1))
@@ -262,7 +262,7 @@ def _c2r(x: Complex, dim: Sequence[int], normalization: int, last_dim_size: int)
     return _scaled(Complex(result, result), count, normalization).real
 
 
-def _flat(value: object) -> list[Any]:
+def _flat(value: object) -> list[object]:
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _flat(item)]
     return [value]
@@ -277,7 +277,7 @@ _OF_PAIRS: dict[str, Callable[..., torch.Tensor]] = {
     "view_as_real": lambda pairs, x: pairs.of(x).clone(),
 }  # fmt: skip
 
-_RULES: dict[str, Callable[..., Any]] = {
+_RULES: dict[str, Callable[..., object]] = {
     "complex": Complex,
     "polar": lambda size, angle: Complex(size * torch.cos(angle), size * torch.sin(angle)),
     "mul": _mul, "div": _div, "add": _add, "sub": lambda x, y, alpha=1: _add(x, y, alpha=-alpha),

@@ -241,7 +241,7 @@ def recurrent(
 
 
 #: Written in Python over other torch functions, of which a mode sees only the outermost call: the same, seen inside.
-COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
+COMPOSITES: dict[Callable[..., object], Callable[..., object]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.gumbel_softmax: gumbel_softmax,
     F.scaled_dot_product_attention: attention,

@@ -8,15 +8,19 @@ added are backward ops that the core table leaves whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ane_trainer.ane.capture.rewrites import ragged
 from ane_trainer.ane.capture.rewrites.normalization import NORMALIZATIONS
 from ane_trainer.ane.capture.rewrites.sampling import SAMPLING
-from ane_trainer.ane.capture.trace.torch_private import decompositions_of
+from ane_trainer.ane.capture.trace.torch_private import (
+    Decompositions,
+    OperatorBase,
+    OpOverload,
+    decompositions_of,
+)
 
 aten = torch.ops.aten
 
@@ -63,18 +67,18 @@ def silu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 #: Gradients whose decomposition in torch leaves fp16 on its way.
-DERIVATIVES: dict[Any, Callable[..., Any]] = {
+DERIVATIVES: dict[OperatorBase, Callable[..., object]] = {
     aten.softplus_backward.default: softplus_backward,
     aten.silu_backward.default: silu_backward,
 }
 _NEAREST = (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d)
 
 
-def _repeating(table: Mapping[Any, Callable[..., torch.Tensor]]) -> dict[Any, Callable[..., torch.Tensor]]:
+def _repeating(table: Decompositions) -> dict[OperatorBase, Callable[..., object]]:
     """Nearest-neighbour upsampling by whole factors: each element is repeated, exactly and without a look-up."""
 
-    def own(overload: Any) -> Callable[..., torch.Tensor]:
-        def upsample(x: torch.Tensor, size: Sequence[int], *scales: float | None) -> torch.Tensor:
+    def own(overload: OpOverload) -> Callable[..., object]:
+        def upsample(x: torch.Tensor, size: Sequence[int], *scales: float | None) -> object:
             old = x.shape[-len(size) :]
             factors = [m // n for n, m in zip(old, size, strict=True)]
             given = scales or (None,) * len(size)
@@ -92,16 +96,16 @@ def _repeating(table: Mapping[Any, Callable[..., torch.Tensor]]) -> dict[Any, Ca
     return {packet.default: own(packet.default) for packet in _NEAREST}
 
 
-def decomposition_table() -> dict[Any, Callable[..., Any]]:
+def decomposition_table() -> dict[OperatorBase, Callable[..., object]]:
     """The table for capture and AOTAutograd: overload -> function in terms of other ops."""
     return _own_table() | ragged.decompositions()
 
 
 @functools.cache
-def _own_table() -> dict[Any, Callable[..., Any]]:
+def _own_table() -> dict[OperatorBase, Callable[..., object]]:
     from torch.export import default_decompositions  # takes seconds to import
 
-    core: Mapping[Any, Callable[..., Any]] = default_decompositions()
+    core: Decompositions = default_decompositions()
     table = {**core, **decompositions_of(ADDED)}
     kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}  # type: ignore[no-untyped-call]
     table = {op: function for op, function in table.items() if op not in kept}

@@ -41,7 +41,7 @@ class Origins:
             **{function: functools.partial(self._moved, function) for function in _VIEWS},
         }  # fmt: skip
 
-    def _sigmoid(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _sigmoid(self, x: torch.Tensor, *args: object, **kwargs: Any) -> torch.Tensor:
         return self._remember(torch.sigmoid(x, *args, **kwargs), x, F.logsigmoid)
 
     def _softmax(self, x: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -52,7 +52,7 @@ class Origins:
         result = torch.softmax(x, dim, dtype=dtype)
         return self._remember(result, x, lambda scores: F.log_softmax(scores, dim, dtype=dtype))
 
-    def _logarithm(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _logarithm(self, x: torch.Tensor, *args: object, **kwargs: Any) -> torch.Tensor:
         """`torch.log`: of a sigmoid `logsigmoid`, of a softmax `log_softmax`."""
         origin = self._origin(x)
         if origin is None or args or kwargs:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ane_trainer.ane.capture.trace.torch_private import OperatorBase
 
 aten = torch.ops.aten
 
@@ -247,7 +248,7 @@ def _sum(x: Tensor, dims: list[int]) -> Tensor:
     return x.sum(dims) if dims else x
 
 
-NORMALIZATIONS: dict[Any, Callable[..., Any]] = {
+NORMALIZATIONS: dict[OperatorBase, Callable[..., object]] = {
     aten.native_batch_norm.default: native_batch_norm,
     aten._native_batch_norm_legit.default: native_batch_norm,
     aten._native_batch_norm_legit_functional.default: batch_norm,

@@ -123,7 +123,7 @@ def check_use(name: str) -> None:
 
 
 def recurrent(
-    func: Callable[..., Any],
+    func: Callable[..., object],
     rows: torch.Tensor,
     batch_sizes: torch.Tensor,
     start: Any,

@@ -8,11 +8,11 @@ rows, and the rows of others are set to 0: as many products as experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from ane_trainer.ane.capture.trace.torch_private import OperatorBase
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.mil.program import MAX_FP16
 
@@ -116,10 +116,10 @@ def histc(input: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) 
     return counts + ((input == max).to(input.dtype).sum() * last)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
+def decompositions() -> dict[OperatorBase, Callable[..., object]]:
     """For the operations that the library registered so far."""
     library = getattr(torch.ops, _LIBRARY)
-    found: dict[Any, Callable[..., Any]] = {}
+    found: dict[OperatorBase, Callable[..., object]] = {}
     for name, function in (
         ("grouped_mm_fallback", grouped_mm),
         ("grouped_mm_fallback_backward", grouped_mm_backward),

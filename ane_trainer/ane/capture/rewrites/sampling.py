@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ane_trainer.ane.capture.trace.torch_private import OperatorBase
 
 aten = torch.ops.aten
 BILINEAR, NEAREST = 0, 1
@@ -142,7 +143,7 @@ def grid_sampler_backward(
     return image, torch.stack(columns[::-1], -1).reshape(grid.shape)
 
 
-SAMPLING: dict[Any, Callable[..., Any]] = {
+SAMPLING: dict[OperatorBase, Callable[..., object]] = {
     aten.grid_sampler_2d.default: grid_sampler,
     aten.grid_sampler_3d.default: grid_sampler,
     aten.grid_sampler_2d_backward.default: grid_sampler_backward,

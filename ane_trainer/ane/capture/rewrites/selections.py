@@ -118,9 +118,9 @@ class Masks:
     def __init__(self, knows: Callable[[torch.Tensor], bool]) -> None:
         self.knows = knows
         self._numbers: SideTable[int] = SideTable()
-        self._calls: dict[tuple[Any, ...], int] = {}
+        self._calls: dict[tuple[object, ...], int] = {}
 
-    def note(self, func: Function, args: Any, kwargs: Any, result: Any) -> None:
+    def note(self, func: Function, args: Any, kwargs: Any, result: object) -> None:
         """Remember a call: another of the same function on the same values gives the same."""
         name = getattr(func, "__name__", "")
         if name in _PURE and isinstance(result, torch.Tensor) and self._numbers.get(result) is None:
@@ -194,7 +194,7 @@ def _method(attribute: Function, rows: Selected, *args: object, **kwargs: object
     return apply(attribute, (rows, *args), kwargs)
 
 
-def apply(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+def apply(func: Function, args: Any, kwargs: dict[str, object]) -> Any:
     """A torch function of selected rows: on the full tensors, counting the selected, or of the whole if it is known.
 
     Raises: UnsupportedModel for what would need their number.
@@ -240,11 +240,11 @@ def _wrapped(rows: Selected, values: torch.Tensor) -> Selected:
     return Selected(values, rows.mask, rows.masks)
 
 
-def _full(rows: Selected, args: Any, inner: int | None) -> list[Any]:
+def _full(rows: Selected, args: Any, inner: int | None) -> list[object]:
     return [_one(rows, a, inner) for a in args]
 
 
-def _named(rows: Selected, kwargs: Mapping[str, object], inner: int | None) -> dict[str, Any]:
+def _named(rows: Selected, kwargs: Mapping[str, object], inner: int | None) -> dict[str, object]:
     return {k: _one(rows, v, inner) for k, v in kwargs.items()}
 
 
@@ -259,11 +259,11 @@ def _one(rows: Selected, value: object, inner: int | None = None) -> Any:
     return value
 
 
-def _dims(args: Any, kwargs: Mapping[str, Any]) -> Any:
+def _dims(args: Any, kwargs: Mapping[str, object]) -> Any:
     return kwargs.get("dim", args[1] if len(args) > 1 and not isinstance(args[1], torch.dtype) else None)
 
 
-def _along(func: Function, rows: Selected, args: Any, kwargs: dict[str, Any]) -> Any:
+def _along(func: Function, rows: Selected, args: Any, kwargs: dict[str, object]) -> Any:
     """A reduction of the row's own axes; axis 0, that of the rows, for a sum or mean of all."""
     inner = rows.values.dim() - rows.mask.dim()
     dims = _dims(args, kwargs)
@@ -295,7 +295,7 @@ def _columns(rows: Selected, index: Any) -> Selected:
     return _wrapped(rows, rows.values[(slice(None),) * rows.mask.dim() + tuple(parts[1:])])
 
 
-def _classes(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+def _classes(func: Function, args: Any, kwargs: dict[str, object]) -> Any:
     """`cross_entropy(x[mask], t[mask])`: labels of the others are ignored."""
     names = ("input", "target", "weight")
     given = {**dict(zip(names, args, strict=False)), **kwargs}

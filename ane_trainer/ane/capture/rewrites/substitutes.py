@@ -34,7 +34,7 @@ from ane_trainer.ane.capture.trace.torch_private import (
     is_all_true,
 )
 
-Function = Callable[..., Any]
+Function = Callable[..., object]
 Knows = Callable[[torch.Tensor], bool]
 
 
@@ -54,7 +54,7 @@ class RewriteMode(TorchFunctionMode):
         }  # fmt: skip
 
     def __torch_function__(
-        self, func: Function, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Function, types: object, args: Any = (), kwargs: dict[str, object] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if self._masks is not None:
@@ -72,7 +72,7 @@ class RewriteMode(TorchFunctionMode):
 
     def _selection(
         self, masks: Masks, func: Function, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any] | None:
+    ) -> tuple[object] | None:
         """The result of a call that selects by a computed mask, or that takes what was selected; None for others."""
         if (
             any(isinstance(a, Selected) for a in (*args, *kwargs.values()))

@@ -17,32 +17,32 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ane_trainer.ane.capture.trace.torch_private import schema
+from ane_trainer.ane.capture.trace.torch_private import OpOverload, schema
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 
 @functools.cache
-def written_argument(func: object) -> int | None:
+def written_argument(func: OpOverload) -> int | None:
     """The index of the argument that the overload changes in place; None if it changes none."""
     written = (a.alias_info is not None and a.alias_info.is_write for a in schema(func).arguments)
     return next((i for i, is_written in enumerate(written) if is_written), None)
 
 
 @functools.cache
-def out_argument(func: object) -> str | None:
+def out_argument(func: OpOverload) -> str | None:
     """The name of the only `out` argument (`div.out`); None if the overload has none or several."""
     outs = [a.name for a in schema(func).arguments if a.is_out]
     return outs[0] if len(outs) == 1 else None
 
 
 @functools.cache
-def is_view(func: object) -> bool:
+def is_view(func: OpOverload) -> bool:
     """Whether the result shows the first argument's numbers."""
     arguments = schema(func).arguments
     return bool(arguments) and arguments[0].alias_info is not None and written_argument(func) is None
 
 
-def pure_form(func: object, place: str | None) -> Any:
+def pure_form(func: OpOverload, place: str | None) -> Any:
     """The operation that computes what the writing one writes: `aten.add_.Tensor` -> `aten.add`."""
     namespace, name = schema(func).name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
@@ -60,7 +60,7 @@ def pure_form(func: object, place: str | None) -> Any:
 
 
 aten = torch.ops.aten
-Emit = Callable[[Any, tuple[Any, ...], Node], Node]
+Emit = Callable[[OpOverload, tuple[object, ...], Node], Node]
 
 
 def in_memory_order(tensor: torch.Tensor, place: str | None) -> torch.Tensor:
@@ -78,7 +78,7 @@ def in_memory_order(tensor: torch.Tensor, place: str | None) -> torch.Tensor:
 
 
 def undo(
-    emit: Emit, func: object, args: tuple[object, ...], index: int | None, base: Node, value: Node
+    emit: Emit, func: OpOverload, args: tuple[object, ...], index: int | None, base: Node, value: Node
 ) -> Node:
     """`base` with the part that `func(base, *args[1:])[index]` shows replaced by `value`."""
     inverse = _INVERSES.get(func)
@@ -105,7 +105,7 @@ def _transpose(emit: Emit, base: Node, value: Node, args: tuple[object, ...], in
     return emit(aten.permute.default, (value, dims), base)
 
 
-def _scatter(scatter: object) -> Callable[..., Node]:
+def _scatter(scatter: OpOverload) -> Callable[..., Node]:
     def inverse(emit: Emit, base: Node, value: Node, args: tuple[object, ...], index: int | None) -> Node:
         return emit(scatter, (base, value, *args), base)
 
@@ -125,7 +125,7 @@ def _split(emit: Emit, base: Node, value: Node, args: tuple[Any, ...], index: in
     return emit(aten.slice_scatter.default, (base, value, dim, start, stop), base)
 
 
-_INVERSES: dict[Any, Callable[..., Node]] = {
+_INVERSES: dict[OpOverload, Callable[..., Node]] = {
     **dict.fromkeys(
         (
             aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
@@ -152,7 +152,7 @@ _VALUE_READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_no
 _MASK = "mask_"
 
 
-def finding(func: Any, nodes: list[Node], place: str | None) -> Finding | None:
+def finding(func: OpOverload, nodes: list[Node], place: str | None) -> Finding | None:
     """Why `func` cannot be part of a step, on arguments that are not all known; None if it can."""
     place = place or str(func)
     # `index` keeps its shape but for masks, which its rule refuses

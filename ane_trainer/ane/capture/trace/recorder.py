@@ -31,7 +31,13 @@ from ane_trainer.ane.capture.trace.operations import (
     written_argument,
 )
 from ane_trainer.ane.capture.trace.sources import META_KEY, Place
-from ane_trainer.ane.capture.trace.torch_private import SideTable, TorchDispatchMode, can_decompose
+from ane_trainer.ane.capture.trace.torch_private import (
+    Decompositions,
+    OpOverload,
+    SideTable,
+    TorchDispatchMode,
+    can_decompose,
+)
 from ane_trainer.ane.errors import Finding
 
 aten = torch.ops.aten
@@ -49,10 +55,10 @@ class View:
     """How a slot is made from its base: `func(*args, **kwargs)[index]`, with the base in `args[0]`."""
 
     base: Slot
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    meta: Any
+    func: OpOverload
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    meta: torch.Tensor | list[torch.Tensor]
     index: int | None
 
 
@@ -70,7 +76,7 @@ class Slot:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use as a context around the function's run; `placeholder` first, `finish` last."""
 
-    def __init__(self, decompositions: Mapping[Any, Callable[..., object]], place: Place) -> None:
+    def __init__(self, decompositions: Decompositions, place: Place) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.root_module = torch.nn.Module()
@@ -99,7 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return GraphModule(self.root_module, self.graph)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: OpOverload, types: object, args: Any = (), kwargs: dict[str, object] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if takes(func, args):
@@ -128,7 +134,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- one operation
 
-    def _show_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _show_memory(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, object]) -> Any:
         """`as_strided`, noted with its tensor's axes in the order of memory and the offset from its first element."""
         base = args[0]
         if not base.is_contiguous():
@@ -139,11 +145,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(base, size, stride, offset)
         return self._note(func, (base, size, stride, offset - base.storage_offset()), {}, result)
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record(self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run `func` and note it."""
         return self._note(func, args, kwargs, func(*args, **kwargs))
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    def _note(
+        self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object], result: Any
+    ) -> Any:
         """Note that `func` gave `result`."""
         if not _has_tensors(result):
             return self._value(func, args, kwargs, result)
@@ -162,7 +170,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._attach(part, self._item(node, i, part), known, _view(base, func, args, kwargs, node, i))
         return result
 
-    def _value(self, func: object, args: tuple[object, ...], kwargs: dict[str, Any], result: object) -> Any:
+    def _value(
+        self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object], result: object
+    ) -> Any:
         """A result that is no tensor: known at compile time, or refused."""
         self._check(func, self._slots_of((args, kwargs)))
         return result
@@ -172,7 +182,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes(arguments, slots)
         return slots
 
-    def _check(self, func: object, slots: list[Slot]) -> bool:
+    def _check(self, func: OpOverload, slots: list[Slot]) -> bool:
         """Whether all arguments are known; if not, what `func` must not do with them becomes a finding."""
         known = all(slot.known for slot in slots)
         found = None if known else self._finding(func, slots)
@@ -180,11 +190,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.findings.append(found)
         return known
 
-    def _finding(self, func: object, slots: list[Slot]) -> Finding | None:
+    def _finding(self, func: OpOverload, slots: list[Slot]) -> Finding | None:
         return finding(func, [slot.node for slot in slots if not slot.known], self._place.text)
 
     def _write_out(
-        self, func: object, out: str, args: tuple[object, ...], kwargs: dict[str, Any]
+        self, func: OpOverload, out: str, args: tuple[object, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """`f(x, out=t)`: `t` becomes what `f(x)` gives, and takes its shape where it has another."""
         target: torch.Tensor = kwargs[out]
@@ -196,7 +206,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self:
             return target.copy_(value)
 
-    def _write(self, func: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def _write(
+        self, func: OpOverload, index: int, args: tuple[Any, ...], kwargs: dict[str, object]
+    ) -> torch.Tensor:
         """An operation that changes argument `index` in place: compute the new value, then put it there."""
         pure = None if func is aten.copy_.default else pure_form(func, self._place.text)
         target: torch.Tensor = args[index]
@@ -271,13 +283,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta["val"] = view.meta
         return node if view.index is None else self._item(node, view.index, view.meta[view.index])
 
-    def _emit(self, func: object, args: tuple[object, ...], like: Node) -> Node:
+    def _emit(self, func: OpOverload, args: tuple[object, ...], like: Node) -> Node:
         """A node whose value has the shape of `like`."""
         node = self._call(func, args, {})
         node.meta["val"] = like.meta["val"]
         return node
 
-    def _call(self, func: Any, args: Any, kwargs: Any) -> Node:
+    def _call(self, func: Callable[..., object], args: Any, kwargs: Any) -> Node:
         node = self.graph.create_node("call_function", func, args, kwargs)
         if self._place.text is not None:
             node.meta[META_KEY] = self._place.text
@@ -302,7 +314,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _view(
-    base: Slot | None, func: Any, args: Any, kwargs: Any, node: Node, index: int | None = None
+    base: Slot | None, func: OpOverload, args: Any, kwargs: Any, node: Node, index: int | None = None
 ) -> View | None:
     return None if base is None else View(base, func, args, kwargs, node.meta["val"], index)
 

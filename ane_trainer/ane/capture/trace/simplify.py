@@ -140,7 +140,7 @@ def _as_node(argument: object) -> Node | None:
     return argument if isinstance(argument, Node) else None
 
 
-_IDENTITY_TESTS: dict[Any, Callable[[Node], bool]] = {
+_IDENTITY_TESTS: dict[object, Callable[[Node], bool]] = {
     aten.view.default: lambda node: True,
     aten.expand.default: lambda node: True,
     aten._to_copy.default: lambda node: True,
@@ -158,7 +158,7 @@ def _is_number(argument: object, number: int) -> bool:
 
 def _share_repeated(graph: Graph) -> None:
     """Common subexpressions: a pure op on the same arguments is computed once."""
-    seen: dict[Any, Node] = {}
+    seen: dict[object, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

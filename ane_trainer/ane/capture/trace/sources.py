@@ -76,7 +76,11 @@ class SourceMode(TorchFunctionMode):
         self._describe, self._place = describe, place
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Any = (),
+        kwargs: dict[str, object] | None = None,
     ) -> Any:
         source = self._place.text = self._describe()
         result = func(*args, **(kwargs or {}))
@@ -91,7 +95,7 @@ def _metadata(node: torch.autograd.graph.Node) -> dict[str, Any]:
 def follow_backward(root: torch.Tensor, place: Place) -> None:
     """Let the nodes of `root`'s backward set the place to the source of their forward."""
 
-    def enter(source: str) -> Callable[[Any], None]:
+    def enter(source: str) -> Callable[[object], None]:
         return lambda _gradients: setattr(place, "text", source)
 
     pending = [root.grad_fn]

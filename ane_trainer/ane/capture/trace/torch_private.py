@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch._ops import OperatorBase, OpOverload, OpOverloadPacket
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
@@ -20,6 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ane_trainer.ane.errors import EnvironmentFault
 
 __all__ = [
+    "Decompositions",
+    "OpOverload",
+    "OpOverloadPacket",
+    "OperatorBase",
     "SideTable",
     "TorchDispatchMode",
     "can_decompose",
@@ -37,10 +42,13 @@ __all__ = [
     "without_modes",
 ]  # fmt: skip
 
+#: ATen overload -> the function that makes it of others.
+Decompositions = Mapping[OperatorBase, Callable[..., object]]
+
 #: `Distribution` asks this of samples when it was made with its checks on.
 is_all_true: Callable[..., torch.Tensor] = torch._is_all_true
 #: Context: no function or dispatch mode sees what runs inside.
-without_modes: Callable[[], contextlib.AbstractContextManager[Any]] = _disable_current_modes
+without_modes: Callable[[], contextlib.AbstractContextManager[object]] = _disable_current_modes
 #: Where torch's releases keep the generator of checkpoints without reentrance: up to 2.13, and from 2.14 on.
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
@@ -81,12 +89,12 @@ class TorchDispatchMode(_TorchDispatchMode):  # type: ignore[no-untyped-call]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
 
-def schema(overload: Any) -> Any:
+def schema(overload: OpOverload) -> torch.FunctionSchema:
     """The overload's schema: `name`, and `arguments` with `name`, `is_out`, `alias_info`."""
     return overload._schema
 
 
-def can_decompose(overload: Any) -> bool:
+def can_decompose(overload: OpOverload) -> bool:
     """Whether torch itself makes the overload of others."""
     return bool(overload._can_decompose())
 
@@ -123,7 +131,7 @@ def non_persistent_buffers(module: torch.nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
-def decompositions_of(packets: Sequence[Any]) -> Mapping[Any, Callable[..., Any]]:
+def decompositions_of(packets: Sequence[OpOverloadPacket]) -> Decompositions:
     """torch's decompositions of these operations, all overloads, in its core table or not."""
     from torch._decomp import get_decompositions
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.fx import traceback as fx_traceback
@@ -14,15 +13,13 @@ from ane_trainer.ane.capture.trace.operations import refusal
 from ane_trainer.ane.capture.trace.recorder import Recorder
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import Place, spread_sources
-from ane_trainer.ane.capture.trace.torch_private import plain_kernels
-
-Overload = Any
+from ane_trainer.ane.capture.trace.torch_private import Decompositions, plain_kernels
 
 
 def trace(
     function: Callable[..., Sequence[torch.Tensor]],
     inputs: Mapping[str, torch.Tensor],
-    decompositions: Mapping[Overload, Callable[..., object]],
+    decompositions: Decompositions,
     place: Place | None = None,
 ) -> torch.fx.GraphModule:
     """Trace `function(*inputs.values())` into a graph without mutations or dead nodes.

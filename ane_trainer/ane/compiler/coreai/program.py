@@ -67,8 +67,8 @@ def _add_main(api: object, lowered: Lowered, function: Function, mutable: bool) 
     written = {alias.output: alias.input for alias in lowered.aliases}
     guarded = _guarded(lowered.inputs)
 
-    def body(*arguments: object) -> tuple[Any, ...]:
-        known: dict[Value | Literal, Any] = dict(zip(function.inputs, arguments, strict=True))
+    def body(*arguments: object) -> tuple[object, ...]:
+        known: dict[Value | Literal, object] = dict(zip(function.inputs, arguments, strict=True))
         for op in function.ops:
             known[op.result] = translate(api, op, lambda item: _operand(known, item))
         values = {v.name: _operand(known, v) for v in function.outputs}
@@ -95,7 +95,7 @@ def _guarded(ports: Iterable[Port]) -> set[str]:
     }
 
 
-def _unless_skipped(api: Any, applied: Any, new: Any, old: Any) -> Any:
+def _unless_skipped(api: Any, applied: object, new: object, old: object) -> Any:
     """The old value on a skipped step. The engine needs no such guard: it has no NaN, so 0 * inf is 0."""
     happened = api.broadcasting_greater(applied, np.zeros((), NUMPY[_dtype_of(applied)]))
     return api.broadcasting_where(happened, new, old)
@@ -105,7 +105,7 @@ def _dtype_of(value: Any) -> str:
     return "fp32" if "f32" in str(value.type) or "float32" in str(value.type) else "fp16"
 
 
-def _operand(known: dict[Value | Literal, Any], item: Value | Literal) -> Any:
+def _operand(known: dict[Value | Literal, object], item: Value | Literal) -> Any:
     """The translated value of an argument; a constant is made once."""
     if item not in known and isinstance(item, Literal):
         known[item] = constant(item)
@@ -113,24 +113,24 @@ def _operand(known: dict[Value | Literal, Any], item: Value | Literal) -> Any:
 
 
 def _add_constants(api: Any, arrays: Mapping[str, Array]) -> None:
-    def body() -> tuple[Any, ...]:
+    def body() -> tuple[object, ...]:
         return tuple(map(constant_of, arrays.values()))
 
     specs = [api.TensorSpec(a.shape, a.dtype.type, name=name) for name, a in arrays.items()]
     _decorate(api, INITIAL_STATE, body, {}, specs)
 
 
-def _graph(api: Any, name: str, body: Any, inputs: Sequence[Value], outputs: Sequence[Value]) -> Any:
+def _graph(api: Any, name: str, body: object, inputs: Sequence[Value], outputs: Sequence[Value]) -> Any:
     def spec(value: Value) -> Any:
         return api.TensorSpec(value.type.shape, NUMPY[value.type.dtype], name=value.name)
 
     return _decorate(api, name, body, {v.name: spec(v) for v in inputs}, [spec(v) for v in outputs])
 
 
-def _decorate(api: Any, name: str, body: Any, inputs: Mapping[str, Any], outputs: Sequence[Any]) -> Any:
+def _decorate(api: Any, name: str, body: Any, inputs: Mapping[str, object], outputs: Sequence[object]) -> Any:
     """Give `body` the annotated signature that `coreai.authoring.graph` reads, and build the graph."""
 
-    def function(*arguments: Any) -> tuple[Any, ...]:
+    def function(*arguments: object) -> tuple[object, ...]:
         return tuple(body(*arguments))
 
     from coreai.authoring.operation import Value as CoreAIValue
@@ -199,7 +199,7 @@ class Asset:
     def __init__(self, path: str | Path) -> None:
         self._loaded = LoadedAsset(Path(path))
         self.ports = self._loaded.describe(MAIN)
-        self._state: dict[str, Any] = {}
+        self._state: dict[str, object] = {}
         if INITIAL_STATE in self._loaded.functions:
             values = self._loaded.call(INITIAL_STATE, {})
             self._fixed = {name: v for name, v in values.items() if name not in self.ports["states"]}

@@ -61,7 +61,7 @@ class _Loop:
         self._pid = 0
         self._thread: threading.Thread | None = None
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[object, object, T]) -> T:
         """The coroutine's result; safe from any thread, also from one that has a running loop."""
         return asyncio.run_coroutine_threadsafe(work, self._running()).result()
 
@@ -90,8 +90,8 @@ class LoadedAsset:
     def __init__(self, path: Path) -> None:
         require()
         self._stack = contextlib.AsyncExitStack()
-        self._functions: dict[str, Any] = {}
-        self._model: Any = _LOOP.run(self._open(path))
+        self._functions: dict[str, object] = {}
+        self._model: object = _LOOP.run(self._open(path))
         self._release = weakref.finalize(self, _LOOP.finish, self._stack)
 
     async def _open(self, path: Path) -> Any:
@@ -155,7 +155,7 @@ def read_state(state: Any) -> Array:
     return view
 
 
-async def _invoke(function: Any, inputs: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+async def _invoke(function: Any, inputs: Mapping[str, object], state: Mapping[str, object]) -> Any:
     return await function(inputs=inputs, state=state)
 
 

@@ -59,7 +59,7 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     integers = choose(captured, dtype)
     inputs, quotients = _declare_inputs(ctx, captured, integers)
     findings: list[Finding] = []
-    results: Sequence[Any] = ()
+    results: Sequence[object] = ()
     for node in captured.graph.graph.nodes:
         if node.op == "output":
             results = _flat(node.args[0])
@@ -163,7 +163,7 @@ def _identifier(name: str) -> str:
     return clean if clean[:1].isalpha() or clean[:1] == "_" else f"v_{clean}"
 
 
-def _flat(value: object) -> list[Any]:
+def _flat(value: object) -> list[object]:
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _flat(item)]
     return [value]
@@ -240,7 +240,7 @@ def _no_rule(name: str) -> tuple[str, str]:
     )
 
 
-def _foldable(node: Node, arguments: Any, keywords: Any) -> bool:
+def _foldable(node: Node, arguments: object, keywords: Any) -> bool:
     if str(node.target) in _RULE_ON_CONSTANTS:
         return False
     leaves = _flat(arguments) + _flat(list(keywords.values()))
@@ -250,7 +250,7 @@ def _foldable(node: Node, arguments: Any, keywords: Any) -> bool:
     )
 
 
-def _on_cpu(target: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+def _on_cpu(target: Callable[..., object], arguments: Any, keywords: Any) -> Any:
     if "device" in keywords:
         keywords = {**keywords, "device": torch.device("cpu")}
     return target(*arguments, **keywords)
@@ -280,7 +280,7 @@ def _checked(ctx: Context, result: object) -> Any:
     return _checked_one(ctx, result, ctx.meta)
 
 
-def _checked_one(ctx: Context, result: Any, meta: Any) -> Any:
+def _checked_one(ctx: Context, result: object, meta: Any) -> Any:
     if isinstance(result, Encoded):
         return result.each(lambda part: _checked_one(ctx, part, meta))
     if not isinstance(result, Value):

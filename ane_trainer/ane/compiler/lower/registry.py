@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-Rule = Callable[..., Any]
+Rule = Callable[..., object]
 F = TypeVar("F", bound=Rule)
 
 #: ATen overload (`aten.add.Tensor`) -> rule `(ctx, *args, **kwargs) -> result or tuple of results`.

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from typing import Any
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.chips.lookup import get_chip
@@ -17,7 +16,7 @@ from ane_trainer.ane.errors import UsageError
 PACKAGES = ("torch", "numpy", "llvmlite", "aneforge", "coreai-core", "coremltools")
 
 
-def describe() -> dict[str, Any]:
+def describe() -> dict[str, object]:
     """System, build, chip, cores and versions; None where something is not known or not here."""
     return {
         "ane_trainer": __version__,

@@ -57,7 +57,7 @@ def _written(old: Array, new: Array) -> Array:
     return new
 
 
-_MODES: dict[str, Callable[[Any, Any], Any]] = {
+_MODES: dict[str, Callable[[Any, Any], object]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum,
     "min": np.minimum, "update": _written,
 }  # fmt: skip

@@ -8,7 +8,6 @@ integers, bool for bool. Compile-time parameters are read from the call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from ane_trainer.ane.mil.program import Literal, TensorType
 from ane_trainer.ane.mil.weights import Array
 
 F64 = NDArray[np.float64]
-Meaning = Callable[..., Any]
+Meaning = Callable[..., object]
 
 MEANINGS: dict[str, Meaning] = {}
 

@@ -211,3 +211,9 @@ for _ in range(2):  # the second time Dynamo is there
     )
     path = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def test_the_operations_of_the_tables_are_overloads() -> None:
+    assert isinstance(aten.silu.default, torch_private.OpOverload)
+    assert isinstance(aten.silu, torch_private.OpOverloadPacket)
+    assert issubclass(torch_private.OpOverload, torch_private.OperatorBase)

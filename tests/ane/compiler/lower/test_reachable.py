@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ane_trainer.ane.capture.rewrites.decompositions import KEPT, decomposition_table
-from ane_trainer.ane.capture.trace.torch_private import can_decompose
+from ane_trainer.ane.capture.trace.torch_private import OpOverload, can_decompose
 from ane_trainer.ane.compiler.lower.registry import known_overloads
 
 #: Operations that capture itself writes into graphs, whatever the table says of them.
@@ -19,12 +19,12 @@ OTHER_RELEASES = {
 }
 
 
-def overload_of(name: str) -> torch._ops.OpOverload | None:
+def overload_of(name: str) -> OpOverload | None:
     _, packet, overload = name.split(".")
     return getattr(getattr(torch.ops.aten, packet, None), overload, None)
 
 
-def decomposed(overload: torch._ops.OpOverload) -> bool:
+def decomposed(overload: OpOverload) -> bool:
     return overload in decomposition_table() or can_decompose(overload)
 
 

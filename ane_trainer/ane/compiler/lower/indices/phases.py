@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -60,7 +59,7 @@ def sensitive(graph: GraphModule, node: Node, largest: float) -> Iterator[tuple[
 
 def _factor(graph: GraphModule, user: Node, source: Node) -> float:
     """The largest constant that the source is multiplied by; 1 for one that is not known."""
-    others: list[Any] = [a for a in user.args[:2] if a is not source]
+    others: list[object] = [a for a in user.args[:2] if a is not source]
     if not others:
         return 1.0
     other = others[0]

@@ -76,7 +76,7 @@ def _demands(user: Node, node: Node, found: set[Node]) -> bool:
     )
 
 
-def _leaves(value: object) -> list[Any]:
+def _leaves(value: object) -> list[object]:
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _leaves(item)]
     return [value]
@@ -151,7 +151,7 @@ def _hull(nodes: Iterable[Node], found: Mapping[Node, Bounds]) -> Bounds | None:
     return (min(b[0] for b in bounds), max(b[1] for b in bounds))
 
 
-_Of = Callable[[Any], Bounds]
+_Of = Callable[[object], Bounds]
 
 
 def _products(x: Bounds, y: Bounds) -> Bounds:

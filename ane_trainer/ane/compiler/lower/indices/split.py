@@ -34,7 +34,7 @@ _PICKS = ("gather", "index", "index_select", "_unsafe_index")
 _NARROW = "Keep them below 2048: take the remainder or the difference earlier, or do this on the host."
 
 
-def concerns(integers: Integers, node: Any, leaves: list[Any]) -> bool:
+def concerns(integers: Integers, node: Any, leaves: list[object]) -> bool:
     """Whether a node's integers need more than its rule: they are encoded, leave fp16's integers, or are divided."""
     if any(isinstance(leaf, Encoded) for leaf in leaves) or node in integers.split:
         return True
@@ -80,7 +80,7 @@ def lower(
 
 
 def _looked_up(
-    ctx: Context, name: str, rule: Callable[..., object], args: list[Any], keywords: dict[str, Any]
+    ctx: Context, name: str, rule: Callable[..., object], args: list[Any], keywords: dict[str, object]
 ) -> Any:
     assert ctx.node is not None
     if name in ("eq", "ne"):
@@ -91,7 +91,7 @@ def _looked_up(
 
 
 def _moved(
-    ctx: Context, name: str, rule: Callable[..., Any], args: list[Any], keywords: dict[str, Any], *,
+    ctx: Context, name: str, rule: Callable[..., Any], args: list[object], keywords: dict[str, object], *,
     only_first: bool = False,
 ) -> Any:  # fmt: skip
     """The movement of each part; constants and other integers among the arguments are encoded alike."""
@@ -113,7 +113,7 @@ def _moved(
     return Encoded(tuple(parts), encoding)
 
 
-def _leaves(args: Any) -> list[Any]:
+def _leaves(args: Any) -> list[object]:
     return [leaf for arg in args for leaf in (_leaves(arg) if isinstance(arg, (list, tuple)) else [arg])]
 
 
@@ -218,7 +218,13 @@ def _division(part: int, mode: str = "floor") -> Callable[..., Operand | None]:
 
 
 def _total(
-    ctx: Context, integers: Integers, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ctx: Context,
+    integers: Integers,
+    x: Operand,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: object = None,
 ) -> Operand | None:
     assert ctx.node is not None
     rank = len(shape_of(x))
@@ -290,7 +296,7 @@ def _shift(ctx: Context, integers: Integers, x: Operand, by: Operand) -> Operand
     return exact.divmod_by(ctx, x, factor, _least(ctx, integers, 0))[0]
 
 
-_RULES: dict[str, Callable[..., Any]] = {
+_RULES: dict[str, Callable[..., object]] = {
     "add": _sum(1), "sub": _sum(-1), "rsub": lambda ctx, integers, x, y: exact.subtract(ctx, y, x), "mul": _product,
     "neg": lambda ctx, integers, x: exact.negative(ctx, x), "abs": lambda ctx, integers, x: exact.magnitude(ctx, x)[0],
     "floor_divide": _division(0), "div": _division(0, "true"), "remainder": _division(1), "fmod": _division(1, "trunc"),
