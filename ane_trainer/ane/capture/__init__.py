@@ -34,6 +34,9 @@ def capture_step(
     return capture_training(model, loss, optimizer, example, CaptureOptions(loss_scale=loss_scale)).captured
 
 
-def capture_forward(model: torch.nn.Module, example: object) -> Captured:
-    """Capture `model(example)` in evaluation mode: parameters and buffers are state, `output*` results."""
-    return capture_inference(model, example)
+def capture_forward(model: torch.nn.Module, example: object, *, calibrate: bool = False) -> Captured:
+    """Capture `model(example)` in evaluation mode: parameters and buffers are state, `output*` results.
+
+    `calibrate`: powers of two beside values that the example shows to leave fp16's range.
+    """
+    return capture_inference(model, example, calibrate=calibrate)

@@ -7,6 +7,7 @@ import torch
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers, identifier, unique
+from ane_trainer.ane.capture.range import keep_in_range
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.step import batch_ports, finish
 from ane_trainer.ane.capture.trace.sources import Place, SourceMode, watch_modules
@@ -14,8 +15,11 @@ from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.stages import Captured, Port
 
 
-def capture_inference(model: torch.nn.Module, example: object) -> Captured:
-    """Trace `model.eval()(example)`; the model's training mode is put back afterwards."""
+def capture_inference(model: torch.nn.Module, example: object, *, calibrate: bool = False) -> Captured:
+    """Trace `model.eval()(example)`; the model's training mode is put back afterwards.
+
+    `calibrate`: values that leave fp16's range for this example get powers of two, also ports of batch and results.
+    """
     example = program_form(example)
     tensors = {**dict(model.named_parameters()), **float_buffers(model)}
     batch = batch_ports(example, "x")
@@ -44,4 +48,5 @@ def capture_inference(model: torch.nn.Module, example: object) -> Captured:
 
     with module_mode(model, training=False):
         graph = trace(run_forward, inputs, decomposition_table(), place)
-    return finish(graph, ports, tuple(outputs))
+    captured = finish(graph, ports, tuple(outputs))
+    return keep_in_range(captured, [inputs]) if calibrate else captured

@@ -49,7 +49,8 @@ class InferenceProgram:
         check_parameters(model, self._range)
         self._structure, self._shapes = _output_of(model, example)
         assert target.chip is not None
-        self.compiled = prepare(capture_forward(model, example), target.chip, target.path, target.precision)
+        captured = capture_forward(model, example, calibrate=target.precision == "fp16")
+        self.compiled = prepare(captured, target.chip, target.path, target.precision)
         self._session = target.load(self.compiled)
         inputs = self.compiled.inputs
         self._feeds = Feeds((example,), ("x",), inputs, target.precision)

@@ -1,12 +1,14 @@
 """The backward program, and the power of two that keeps its gradients within fp16.
 
 A backward graph is linear in the gradients that come in, so they are multiplied by a power of two, the
-program runs, and what comes out is divided by it in fp32. The power follows the gradients: Q15.16 products
-below 2^-17 vanish (M6 notes/numerics.md), sums from 32768 on overflow.
+program runs, and what comes out is divided by it in fp32. The first call, in full precision, says which power brings
+the largest gradient out to WANTED and none on the way beyond FLOW_BOUND; what is small beside it gets a power of
+its own (`capture.range`). From then on the power follows the gradients that come out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,12 +20,16 @@ from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
 from ane_trainer.ane.dynamo.torch_private import make_boxed_func
 
-#: A gradient of this magnitude or more counts as an overflow.
+#: A gradient of this magnitude or more, as stored, counts as an overflow.
 OVERFLOW = 32768.0
-#: Wanted range of the largest gradient that comes out.
-LOW, HIGH = 512.0, 8192.0
-#: Bounds of the largest gradient that goes in, as powers of two.
-SMALLEST_POWER, LARGEST_POWER = -14, 12
+#: Where the largest gradient that comes out is put, and how far it may move before the power does.
+WANTED, TOLERATED = 2048.0, 4.0
+#: A call whose largest gradient is this share of the wanted one, or less, is run again.
+EMPTY = 1.0 / 64.0
+#: Where values on the way may get to, and the most by which the power is lowered for them.
+FLOW_BOUND, LARGEST_CONCESSION = 2.0**14, 6
+#: Attempts at a power for one call.
+_ATTEMPTS = 12
 
 
 def backward_function(
@@ -42,27 +48,68 @@ class Backward:
         self._tangents = [i for i, node in enumerate(placeholders) if node.name.startswith("tangents")]
         self._function = GraphFunction(module, options, "backward")
         self.power = 6
+        self._wanted = WANTED
 
     def __call__(self, *inputs: Any) -> list[object]:
         """The gradients in fp32; nan everywhere if one that comes in is not finite, as PyTorch would spread it."""
-        values = list(inputs)
-        peak = max((float(values[i].abs().amax()) for i in self._tangents if values[i].numel()), default=0.0)
+        given = list(inputs)
+        peak = max((float(given[i].abs().amax()) for i in self._tangents if given[i].numel()), default=0.0)
         finite = math.isfinite(peak)
-        while True:
-            scale = 2.0 ** (self.power - math.frexp(peak)[1]) if finite and peak else 1.0
-            for i in self._tangents:
-                values[i] = inputs[i] * scale if finite else torch.zeros_like(inputs[i])
-            results = self._function(values, 1 << 30)
+        if not finite:
+            return [
+                r * math.nan if _gradient(r) else r for r in self._function(self._scaled(given, 0.0), 1 << 30)
+            ]
+        if peak and not self._function.calibrations:
+            self._calibrate(given, peak)
+        for attempt in range(_ATTEMPTS):
+            scale = 2.0 ** (self.power - math.frexp(peak)[1]) if peak else 1.0
+            values, known = self._function.values(self._scaled(given, scale))
+            engine = self._function.run_or_none(values)
+            if engine is None or self._function.left_range(OVERFLOW):
+                if self._calibrate(given, peak):
+                    continue
+                if not self._function.can_calibrate:
+                    self._function.tell_of_sizes()
+            if engine is None:
+                engine = self._function.run_engine(values)
+            if self._function.beyond(OVERFLOW) and attempt + 1 < _ATTEMPTS:
+                self.power -= 4
+                continue
+            results = self._function.results(known | {"engine": engine}, 1 << 30)
             largest = max((float(r.abs().amax()) for r in results if _gradient(r)), default=0.0)
-            if largest < OVERFLOW or self.power <= SMALLEST_POWER:
+            if largest > self._wanted * TOLERATED or 0.0 < largest < self._wanted / TOLERATED:
+                self.power += math.floor(math.log2(self._wanted / largest))
+            if largest == 0.0 or largest > EMPTY * self._wanted:
                 break
-            self.power -= 4
-        if largest > HIGH:
-            self.power -= 1
-        elif 0.0 < largest < LOW and self.power < LARGEST_POWER:
-            self.power += 1
-        factor = 1.0 / scale if finite else math.nan
-        return [r * factor if _gradient(r) else r for r in results]
+        return [r / scale if _gradient(r) else r for r in results]
+
+    def _scaled(self, given: Sequence[Any], scale: float) -> list[Any]:
+        values = list(given)
+        for i in self._tangents:
+            values[i] = given[i].float() * scale if scale else torch.zeros_like(given[i])
+        return values
+
+    def _calibrate(self, given: Sequence[Any], peak: float) -> bool:
+        """Choose the power, and those beside single values, from this call in full precision; False if they stay."""
+        function = self._function
+        if not function.can_calibrate:
+            return False
+        found = function.measured(function.values(given)[0])
+        dependent = function.followers(lambda node: node.name.startswith("tangents"))
+        largest = max((found[n].peak for n in dependent & function.result_names() if n in found), default=0.0)
+        flow = max((found[n].peak for n in dependent if n in found), default=0.0)
+        if not math.isfinite(flow):
+            return False
+        if largest == 0.0:
+            return function.calibrate(found)
+        wanted = math.floor(math.log2(WANTED / largest))
+        exponent = max(min(wanted, math.floor(math.log2(FLOW_BOUND / flow))), wanted - LARGEST_CONCESSION)
+        scale = 2.0**exponent
+        for name in dependent & set(found):
+            m = found[name]
+            found[name] = dataclasses.replace(m, peak=m.peak * scale, rms=m.rms * scale)
+        before, self.power, self._wanted = self.power, exponent + math.frexp(peak)[1], largest * scale
+        return function.calibrate(found) or self.power != before
 
 
 def _gradient(result: object) -> bool:

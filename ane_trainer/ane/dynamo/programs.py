@@ -1,26 +1,47 @@
-"""A graph of AOTAutograd as a function that runs programs on a device."""
+"""A graph of AOTAutograd as a function that runs programs on a device.
+
+The values of the first call, in full precision, say which values need a power of two (`capture.range`); a later call
+whose results leave the range adds to them and is run again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.ports import identifier, unique
+from ane_trainer.ane.capture.range import scale_found
+from ane_trainer.ane.capture.range.calibration import Magnitude, Measured
+from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
+from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, to_float, to_pair
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import make_boxed_func
+from ane_trainer.ane.errors import DataError, NumericsWarning
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Captured, Port
+
+#: How often a graph's powers of two are chosen anew, since a call's values left the range.
+MOST_CALIBRATIONS = 16
+#: A stored result of this magnitude or more is out of range.
+_FULL = 65400.0
+#: A value whose largest entry is below this share of the average one so far, or above this multiple of the largest, is
+#: of another size.
+_EMPTY, _LARGER = 2.0**-6, 8.0
+
+Values = list[torch.Tensor]
 
 
 def forward_function(
@@ -52,24 +73,82 @@ class GraphFunction:
             ]
         self.record = _record(role, shapes, options, self._segments, self._parts, self._prepared.notes)
         report().programs.append(self.record)
+        #: What the calls so far showed of each value, while the program's precision needs to know.
+        self.found: dict[str, Magnitude] = {}
+        self.calibrations = 0
+        self._options, self._told = options, False
 
     def __call__(self, inputs: Sequence[Any], users: int) -> list[Any]:
         """The results; those from number `users` on stay in the engine's precision, for the backward graph."""
+        values, known = self.values(inputs)
+        return self.results(known | {"engine": self.run_in_range(values)}, users)
+
+    def run_in_range(self, values: Values) -> Values:
+        """The results of the engine's part, calibrated at the first call, and again where a call's leave the range."""
+        if not self.calibrations and self.can_calibrate:
+            self.calibrate(self.measured(values))
+        results = self.run_or_none(values)
+        if results is None or self.left_range(_FULL):
+            if not self.can_calibrate:
+                self.tell_of_sizes()
+            elif self.calibrate(self.measured(values)):
+                results = self.run_or_none(values)
+            self._tell_of_saturation()
+        return self.run_engine(values) if results is None else results
+
+    def run_or_none(self, values: Values) -> Values | None:
+        """None if a value that is fed is beyond what its port holds; the last attempt raises."""
+        try:
+            return self.run_engine(values)
+        except DataError as error:
+            if error.code != "DATA106" or not self.can_calibrate:
+                raise
+            return None
+
+    @property
+    def can_calibrate(self) -> bool:
+        """Whether powers of two may still be chosen anew."""
+        return self._options.target.precision == "fp16" and self.calibrations < MOST_CALIBRATIONS
+
+    def values(self, inputs: Sequence[Any]) -> tuple[Values, dict[str, Sequence[Any]]]:
+        """What the engine's part is fed, and the results that are known without it by kind."""
         prepared = self._prepared
         draws = [draw() for draw in prepared.draws]
         host = prepared.host(*inputs) if prepared.host is not None else ()
         values = [inputs[i] for i in prepared.inputs] + [draws[i] for i in prepared.used_draws]
-        engine = self._run_engine(values)
-        sources = {"input": inputs, "draw": draws, "host": host, "engine": engine}
-        results = []
-        for number, (source, dtype) in enumerate(zip(prepared.results, self._dtypes, strict=True)):
+        return values, {"input": inputs, "draw": draws, "host": host}
+
+    def results(self, sources: Mapping[str, Sequence[Any]], users: int) -> list[Any]:
+        """The whole graph's results in order, those before number `users` in PyTorch's types."""
+        found = []
+        for number, (source, dtype) in enumerate(zip(self._prepared.results, self._dtypes, strict=True)):
             value = source.value if source.kind == "value" else sources[source.kind][source.value]
             cast = isinstance(value, torch.Tensor) and source.kind == "engine" and number < users
-            results.append(value.to(dtype) if cast else value)
-        return results
+            found.append(value.to(dtype) if cast else value)
+        return found
 
-    def _run_engine(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        names = dict(zip(self._input_names(), values, strict=True))
+    def measured(self, values: Values) -> dict[str, Magnitude]:
+        """The magnitudes of a call's values in PyTorch's precision."""
+        with torch.no_grad(), without_modes():
+            run = _WholeGraph(self._prepared.graph)
+            nodes = self._placeholders()
+            run.run(*(v.detach().to(n.meta["val"].dtype) for n, v in zip(nodes, values, strict=True)))
+        return run.found
+
+    def calibrate(self, found: Mapping[str, Magnitude]) -> bool:
+        """Choose the powers of two for these magnitudes, later for those before as well; whether a program changed."""
+        self.calibrations += 1
+        known = self.found
+        if self.calibrations > MOST_CALIBRATIONS * 3 // 4:  # calls of several sizes take turns: fit all
+            found = {n: m.joined(known[n]) if n in known else m for n, m in found.items()}
+        self.found = {n: m if m.peak or n not in known else known[n] for n, m in found.items()}
+        with without_modes():
+            changed = [part.calibrate(self.found) for part in self._parts if part is not None]
+        return any(changed)
+
+    def run_engine(self, values: Sequence[torch.Tensor]) -> Values:
+        """The results of the engine's part."""
+        names = dict(zip((n.name for n in self._placeholders()), values, strict=True))
         for segment, part in zip(self._segments, self._parts, strict=True):
             inputs = [names[name] for name in segment.inputs]
             if part is None:
@@ -78,21 +157,123 @@ class GraphFunction:
                 outputs = part(inputs)
                 self.record.dispatches += 1
             names.update(zip(segment.outputs, outputs, strict=True))
-        results: Any = self._prepared.graph.graph.output_node().args[0]
-        return [names[node.name] for node in results]
+        return [names[node.name] for node in self.engine_results()]
 
-    def _input_names(self) -> list[str]:
-        return [node.name for node in self._prepared.graph.graph.nodes if node.op == "placeholder"]
+    def engine_results(self) -> Sequence[Node]:
+        """The nodes of the engine's results."""
+        results: Any = self._prepared.graph.graph.output_node().args[0]
+        return results  # type: ignore[no-any-return]
+
+    def result_names(self) -> set[str]:
+        """The names of the engine's results."""
+        return {node.name for node in self.engine_results()}
+
+    def followers(self, begins: Callable[[Node], bool]) -> set[str]:
+        """The names of all nodes that depend on the chosen ones."""
+        found: set[Node] = set()
+        for node in self._prepared.graph.graph.nodes:
+            if begins(node) or any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return {node.name for node in found}
+
+    def left_range(self, limit: float) -> bool:
+        """Whether a value of the last run is stored beyond the limit, or of another size than those before."""
+        parts = [part for part in self._parts if part is not None]
+        return bool(self.beyond(limit)) or any(
+            self._is_other(name, peak / scale, _LARGER if at is part.fed else math.inf)
+            for part in parts
+            for at in (part.fed, part.peaks)
+            for name, peak, scale in at
+        )
+
+    def _is_other(self, name: str, peak: float, larger: float) -> bool:
+        """Whether the largest entry of a value is far from what was found; gradients that come in have a power."""
+        known = self.found.get(name)
+        if known is None or not known.finite or not 0.0 < peak < math.inf or name.startswith("tangents"):
+            return False
+        return known.peak == 0.0 or peak < _EMPTY * known.rms or peak > larger * known.peak
+
+    def beyond(self, limit: float) -> list[str]:
+        """Results of the last run that are stored beyond the limit, or no numbers, where PyTorch's are finite."""
+        full = [name for name, peak, _ in self._peaks() if not peak < limit]
+        return [name for name in full if name not in self.found or self.found[name].finite]
+
+    def _peaks(self) -> list[tuple[str, float, float]]:
+        """Of the last run, by node: the largest stored entry, and the power of two that it is stored with."""
+        return [p for part in self._parts if part is not None for p in part.peaks]
+
+    def _tell_of_saturation(self) -> None:
+        """Warn once if results are still beyond the range."""
+        names = self.beyond(_FULL)
+        if not names or self._told:
+            return
+        node = next(n for s in self._segments for n in s.graph.graph.nodes if n.name == names[0])
+        self._tell(
+            f"{node.meta.get(META_KEY) or node.name} ({self.record.role}): needs values below 65504; got larger ones "
+            f"({node.target}). Results are saturated. Normalise the inputs, or scale the layer down."
+        )
+
+    def tell_of_sizes(self) -> None:
+        """Warn once that sizes are no longer followed."""
+        if self._options.target.precision == "fp16" and not self._told:
+            self._tell(
+                f"{self.record.role}: needs inputs and gradients of about one size; got {MOST_CALIBRATIONS} changes of "
+                "size, and later ones are not followed. Normalise the inputs."
+            )
+
+    def _tell(self, text: str) -> None:
+        self._told = True
+        warnings.warn(f"torch.compile: {text}", NumericsWarning, stacklevel=2)
+
+    def _placeholders(self) -> list[Node]:
+        return [node for node in self._prepared.graph.graph.nodes if node.op == "placeholder"]
+
+
+class _WholeGraph(Measured):
+    """A graph with the operands that `graphs.partition` left out computed again."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """One operation."""
+        if str(target) in ACCEPTS["absent"] and "backward" in str(target):
+            name = str(target).split(".")[1].removesuffix("_backward")
+            forward = getattr(torch.ops.aten, f"{name}_forward" if "nll_loss" in name else name)
+            spatial = 3 if "3d" in name else 2
+            extents = [list(args[0].shape[-spatial:])] if "adaptive" in name else []
+            args = (*args[:-1], forward(*args[1:-1], *extents)[1])
+        return super().call_function(target, args, kwargs)
 
 
 class EnginePart:
     """One program on a device; takes and gives tensors."""
 
     def __init__(self, module: GraphModule, options: Options) -> None:
-        target = options.target
+        self._options, self._module = options, module
+        self._range = RANGES[options.target.precision]
+        self._scaled = False
+        #: Of the last run, for each float result: its node, the largest stored entry, and the power of two.
+        self.peaks: list[tuple[str, float, float]] = []
+        self.fed: list[tuple[str, float, float]] = []  # the same of what was fed
+        self._load(as_captured(module))
+
+    def calibrate(self, found: Mapping[str, Magnitude]) -> bool:
+        """Compile anew with powers of two beside values that leave the range; False if none does."""
+        graph, copies = torch.fx.Graph(), dict[Node, Node]()
+        graph.output(graph.graph_copy(self._module.graph, copies))
+        for old, new in copies.items():
+            new.meta = dict(old.meta)
+        names = {copies[node].name: found[node.name] for node in copies if node.name in found}
+        captured = as_captured(GraphModule(self._module, graph))
+        scaled = scale_found(captured, names)
+        if scaled is captured and not self._scaled:
+            return False
+        self._scaled = scaled is not captured
+        self._session.close()
+        self._load(scaled)
+        return True
+
+    def _load(self, captured: Captured) -> None:
+        target = self._options.target
         assert target.chip is not None
-        self._range = RANGES[target.precision]
-        captured = as_captured(module)
         compiled = prepare(captured, target.chip, target.path, target.precision)
         self.program = compiled.program
         self._session = target.load(compiled)
@@ -102,24 +283,32 @@ class EnginePart:
             )
             for p, original in zip(compiled.inputs, captured.inputs, strict=False)
         ]
-        nodes: Any = module.graph.output_node().args[0]
-        self._outputs = [
-            (p.name, tuple(n.meta["val"].shape)) for p, n in zip(compiled.outputs, nodes, strict=True)
-        ]
+        nodes: Any = self._module.graph.output_node().args[0]
+        self._outputs = list(zip(compiled.outputs, nodes, strict=True))
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Values:
         feeds: dict[str, Array] = {}
+        self.fed = []
         for slot, value in zip(self._inputs, inputs, strict=True):
+            if value.is_floating_point() and value.numel():
+                self.fed.append((slot.place, float(value.detach().abs().amax()), 1.0))
             if slot.high is not None:
                 feeds |= to_pair(slot, value, self._range)
             elif slot.port is not None:
                 feeds[slot.port] = self._array(value, slot)
         results = self._session.run(feeds)
-        return [torch.from_numpy(np.array(results[n])).reshape(shape) for n, shape in self._outputs]
+        found = []
+        self.peaks = []
+        for port, node in self._outputs:
+            value = torch.from_numpy(np.array(results[port.name])).reshape(node.meta["val"].shape)
+            if node.meta["val"].is_floating_point() and value.numel():
+                self.peaks.append((node.name, float(value.abs().amax()), port.scale))
+            found.append(value if port.scale == 1.0 else value.float() / port.scale)
+        return found
 
     def _array(self, value: torch.Tensor, slot: Slot) -> Array:
         """Values in the program's precision are taken bit by bit; others are checked and rounded."""
-        if value.dtype == self._range.dtype:
+        if value.dtype == self._range.dtype and slot.scale == 1.0:
             return value.detach().contiguous().numpy().reshape(slot.shape)
         return to_float(slot, value, self._range)
 

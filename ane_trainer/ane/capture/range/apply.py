@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from ane_trainer.ane.capture.range.calibration import magnitudes
+from ane_trainer.ane.capture.range.calibration import Magnitude, magnitudes
 from ane_trainer.ane.capture.range.editing import aten, is_float
 from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
 from ane_trainer.ane.capture.scaling import SCALING
@@ -25,8 +25,13 @@ def keep_in_range(captured: Captured, examples: Sequence[Mapping[str, torch.Tens
     Changes the graph in place. Ports of the batch and of results carry their power of two as `scale`; state keeps
     its own.
     """
-    graph = captured.graph.graph
     found = magnitudes(captured.graph, [[e[p.name] for p in captured.inputs] for e in examples])
+    return scale_found(captured, found)
+
+
+def scale_found(captured: Captured, magnitudes: Mapping[str, Magnitude]) -> Captured:
+    """`keep_in_range` for magnitudes by node name; `captured` itself if every value is in range as it is."""
+    graph, found = captured.graph.graph, dict(magnitudes)
     scale_names = {p.name for p in captured.inputs if p.target.startswith(SCALING)}
     for node in graph.nodes:  # the loss scale and its views: powers of two
         if node.name in scale_names:

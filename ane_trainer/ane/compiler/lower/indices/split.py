@@ -54,11 +54,11 @@ def lower(
     node, name, whole = ctx.node, packet_name(ctx.node), integral(ctx.meta)
     bounds = integers.bounds.get(node)
     encoded = [leaf for leaf in _leaves(args) if isinstance(leaf, Encoded)]
+    if name in _PICKS and (node in integers.split or isinstance(args[0], Encoded)):
+        first = args[0] if isinstance(args[0], Encoded) else exact.as_pair(ctx, args[0])
+        return _moved(ctx, name, rule, [first, *args[1:]], keywords, only_first=True)
     if name in MOVES or (name in _NUMBERS and encoded) or (name == "_to_copy" and whole and encoded):
         return _moved(ctx, name, rule, args, keywords)
-    if name in _PICKS and node in integers.split:
-        args = [exact.as_pair(ctx, args[0]), *args[1:]]
-        return _moved(ctx, name, rule, args, keywords, only_first=True)
     if str(node.target) in ACCEPTS["encoded"] or any(e.encoding == "coded" for e in encoded):
         return _looked_up(ctx, name, rule, args, keywords)
     if name in COMPARISONS:
@@ -95,19 +95,19 @@ def _moved(
     only_first: bool = False,
 ) -> Any:  # fmt: skip
     """The movement of each part; constants and other integers among the arguments are encoded alike."""
-    found = [leaf for leaf in _leaves(args) if isinstance(leaf, Encoded)]
+    found = [leaf for leaf in _leaves(args[:1] if only_first else args) if isinstance(leaf, Encoded)]
     encoding = "split" if not found or any(e.encoding == "split" for e in found) else "coded"
     if name == "constant_pad_nd":
         args = [*args, 0][:3]
     numbers = _NUMBERS.get(name, ())
-    encoded = [_encoded(ctx, arg, encoding, place in numbers) for place, arg in enumerate(args)]
-    if only_first:
-        encoded[1:] = args[1:]
-    elif name in ("where", "masked_fill"):
+    moved = args[:1] if only_first else args
+    encoded = [_encoded(ctx, arg, encoding, place in numbers) for place, arg in enumerate(moved)]
+    rest = args[len(moved) :]
+    if name in ("where", "masked_fill"):
         at = 0 if name == "where" else 1
         encoded[at] = args[at]
     count = 2 if encoding == "split" else 1
-    parts = [rule(ctx, *(_part(arg, k) for arg in encoded), **keywords) for k in range(count)]
+    parts = [rule(ctx, *(_part(arg, k) for arg in encoded), *rest, **keywords) for k in range(count)]
     if isinstance(parts[0], (list, tuple)):
         return [Encoded(tuple(part), encoding) for part in zip(*parts, strict=True)]
     return Encoded(tuple(parts), encoding)

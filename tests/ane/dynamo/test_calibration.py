@@ -1,0 +1,139 @@
+"""Values of any size through `torch.compile` and `compile_forward`: calibrated at the first call, followed later."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ane_trainer as at
+from ane_trainer.ane import dynamo
+
+WITHIN = 0.02
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+def gradients_off(model: nn.Module, reference: nn.Module) -> float:
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    return max(off(p.grad, q.grad) for p, q in pairs if p.grad is not None and q.grad is not None)
+
+
+class WithLoss(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.factor = (
+            nn.Linear(16, 32),
+            nn.LayerNorm(32),
+            nn.Linear(32, 10),
+            factor,
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.factor * F.cross_entropy(self.b(F.gelu(self.norm(self.a(x)))), y)
+
+
+@pytest.mark.parametrize("factor", [1e5, 1.0, 1e-3, 1e-6])
+def test_a_loss_inside_has_its_gradients_from_the_first_call_on(factor: float) -> None:
+    torch.manual_seed(0)
+    x, y, model = torch.randn(64, 16), torch.randint(0, 10, (64,)), WithLoss(factor)
+    reference = copy.deepcopy(model)
+    fast = torch.compile(model, backend="ane")
+    for _ in range(2):
+        model.zero_grad()
+        reference.zero_grad()
+        loss, expected = fast(x, y), reference(x, y)
+        loss.backward()
+        expected.backward()
+        assert off(loss, expected) < WITHIN
+        assert gradients_off(model, reference) < WITHIN
+
+
+class Norm(nn.Module):
+    """Lengths: squares of large numbers leave fp16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) ** 2).sum(-1).sqrt()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e3, 1e6])
+def test_inputs_of_any_size_through_both(size: float) -> None:
+    torch.manual_seed(0)
+    model, x = Norm(), torch.randn(4, 16) * size
+    with torch.no_grad():
+        model.a.bias.zero_()
+    assert off(at.compile_forward(model, x)(x), model(x)) < WITHIN
+    reference = copy.deepcopy(model)
+    got = torch.compile(model, backend="ane")(x)
+    got.sum().backward()
+    reference(x).sum().backward()
+    assert off(got, reference(x)) < WITHIN
+    assert gradients_off(model, reference) < WITHIN
+
+
+def train(model: nn.Module, sizes: Iterable[float]) -> list[float]:
+    reference = copy.deepcopy(model)
+    fast, found = torch.compile(model, backend="ane"), []
+    for size in sizes:
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)) * size
+        model.zero_grad()
+        reference.zero_grad()
+        got, expected = fast(x), reference(x)
+        got.square().mean().backward()
+        expected.square().mean().backward()
+        found += [off(got, expected), gradients_off(model, reference)]
+    return found
+
+
+def test_later_batches_of_other_sizes_are_followed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    assert max(train(model, (1.0, 1e4, 1e-4, 1.0, 1e6))) < WITHIN
+
+
+def test_batches_of_one_size_are_calibrated_once() -> None:
+    torch.manual_seed(0)
+    train(nn.Linear(16, 4), (1.0, 2.0, 0.5, 1.0))
+    assert dynamo.report().compiles == 2
+
+
+def test_a_branch_that_begins_at_zero_is_followed() -> None:
+    class Lora(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+            nn.init.zeros_(self.b.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) * 1e-3)
+
+    torch.manual_seed(0)
+    model, x = Lora(), torch.randn(8, 16)
+    reference, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), 1e-3)
+    other, fast = torch.optim.SGD(reference.parameters(), 1e-3), torch.compile(model, backend="ane")
+    for _ in range(3):
+        for call, optim in ((fast, optimizer), (reference, other)):
+            optim.zero_grad()
+            (call(x) - x).square().mean().backward()
+            optim.step()
+    assert off(model.b.weight, reference.b.weight) < WITHIN
+    assert gradients_off(model, reference) < WITHIN
+
+
+def test_what_stays_beyond_the_range_is_told() -> None:
+    class Exponential(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.exp(x)
+
+    with pytest.warns(at.NumericsWarning, match=r"test_calibration.py:\d+.* needs values below 65504"):
+        torch.compile(Exponential(), backend="ane")(torch.full((4,), 20.0))
