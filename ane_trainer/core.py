@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.ane.errors import DataError, Diverged, Interrupted, UsageError
+from ane_trainer.ane.dispatch import TrainingStep
+from ane_trainer.ane.dispatch.parallel import Exchange, find_exchange
+from ane_trainer.ane.errors import Diverged, Interrupted, PeerLost, UsageError
 from ane_trainer.ane.export import DEFAULT_NAMES, ExportReport, format_of
 from ane_trainer.data import (
     Batches,
@@ -29,12 +31,17 @@ from ane_trainer.data import (
 )
 from ane_trainer.models import build_model
 from ane_trainer.training.analysis import Seen
-from ane_trainer.training.checkpoint import has_step
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.loop import interruptible
 from ane_trainer.training.optimizers import freeze, make_optimizer
 from ane_trainer.training.prediction import Inputs, answers, generate, parse_rows, read_inputs, target_text
-from ane_trainer.training.recording import Recorder, changed_options, make_callbacks
+from ane_trainer.training.recording import (
+    Recorder,
+    begun_before,
+    check_same_data,
+    make_callbacks,
+    restore_run,
+)
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
 from ane_trainer.training.runs import RunFolder, claim_run, open_run
@@ -57,15 +64,23 @@ def run_training(
     started = time.perf_counter()
     report = report if report is not None else ConsoleReporter()
     report.activity("reading the data")
+    if (begun := begun_before(out)) is not None:
+        return resume_training(begun, report=report)
     with _stoppable():
-        splits = open_data(config.dataset, _data_options(config, config.limit))
+        exchange = find_exchange(config.shards)
+        splits = _open_in_turn(config, exchange)
         config = _settled(config, splits.description)
+        config = config.model_copy(update={"shards": exchange.shards.count if exchange is not None else None})
         found = ""
         if config.batch_size == "auto":
             report.activity("choosing a batch size")
             config, found = _with_batch_size(config, splits)
             splits = open_data(config.dataset, _data_options(config, config.limit))
         trainer = _make_trainer(config, splits.description, report)
+        if exchange is not None and not exchange.leads:
+            if config.lr == "auto":
+                config = _with_learning_rate(config, trainer, splits)
+            return _train_alongside(trainer, config, splits)
         model_name = Path(config.model.rpartition(":")[0] or config.model).stem
         with claim_run(out, f"{Path(splits.description.name).stem}-{model_name}") as run:
             trainer.announce()
@@ -108,48 +123,53 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
     started = time.perf_counter()
     report = report if report is not None else ConsoleReporter()
     with _stoppable():
-        run = open_run(path)
-        old = run.read_config()
+        exchange = find_exchange(None)
+        run = open_run(path if exchange is None else exchange.share(str(open_run(path).path)))
         given = {name: value for name, value in changes.items() if value is not None}
-        config = make_config({**old.model_dump(), **given})
-        with run.locked():
-            splits = open_data(config.dataset, _data_options(config, config.limit))
-            _check_same_data(run, splits.description)
+        config = make_config({**run.read_config().model_dump(), **given})
+        world = 1 if exchange is None else exchange.shards.world
+        note = (
+            f"{world} from here on; bits are those of another number of shards"
+            if config.shards
+            else f"{world}"
+        )
+        if changed := world > (config.shards or 1):
+            config = config.model_copy(update={"shards": world})
+        follows = exchange is not None and not exchange.leads
+        with contextlib.nullcontext() if follows else run.locked():
+            splits = _open_in_turn(config, exchange)
+            check_same_data(run, splits.description)
             config = _settled(config, splits.description)
             model, remark = run.model_source(config.model)
             trainer = _make_trainer(config, splits.description, report, model=model)
             if remark:
                 report.note("warning", remark)
+            if changed:
+                report.note("shards", note)
             if run.holds_training():
-                _restore(trainer, run, config)
+                restore_run(trainer, run, config)
+            if exchange is not None:
+                exchange.share(None)  # all have read the run before it is written to
+            if follows:
+                return _train_alongside(trainer, config, splits)
             return _train_run(trainer, run, config, splits, started)
 
 
-def _restore(trainer: Trainer, run: RunFolder, config: TrainConfig) -> None:
-    checkpoint, damage = run.read_checkpoint()
-    if damage:
-        trainer.report.note("warning", f"the last checkpoint is left out, the one before is used: {damage}")
-    was_cpu = checkpoint.scalars.get("options", {}).get("device") == "cpu"
-    if was_cpu != (not trainer.target.runs_programs) and has_step(checkpoint):
-        raise UsageError(
-            f"{run.path}: needs {'device cpu' if was_cpu else 'a device that runs programs'}, as it was begun; "
-            f"got {trainer.target.device}. Leave --device out.",
-            code="ANE107",
-        )
-    if changed := changed_options(config, checkpoint):
-        raise UsageError(
-            f"{run.path}: needs the options that it was begun with; {', '.join(changed)} of its config.toml differ "
-            "now. Put them back, or start a new run.",
-            code="ANE107",
-        )
-    trainer.restore(checkpoint)
-    done = trainer.progress.epoch
-    if done > config.epochs or (done == config.epochs and run.has_result()):
-        raise UsageError(
-            f"{run.path}: needs epochs left to train; all {done} are done. "
-            f"Add more: --resume {run.path} --epochs {done + 5}",
-            code="ANE107",
-        )
+def _open_in_turn(config: TrainConfig, exchange: Exchange | None) -> Splits:
+    """The data; process 0 fetches what is to be fetched before the others look for it."""
+    if exchange is not None and not exchange.leads:
+        exchange.share(None)
+    splits = open_data(config.dataset, _data_options(config, config.limit))
+    if exchange is not None and exchange.leads:
+        exchange.share(None)
+    return splits
+
+
+def _train_alongside(trainer: Trainer, config: TrainConfig, splits: Splits) -> Result:
+    """Train as process 0 does, without a run folder of its own."""
+    val = splits.val if splits.val is not None else splits.test
+    trainer.fit(splits.train, config.epochs - trainer.progress.epoch, val, callbacks=make_callbacks(config))
+    return trainer.result(dataset=splits.description.name)
 
 
 @contextlib.contextmanager
@@ -308,24 +328,9 @@ def _settled(config: TrainConfig, description: DataDescription) -> TrainConfig:
     ).resolved()
 
 
-def _check_same_data(run: RunFolder, description: DataDescription) -> None:
-    """DataError DATA103 if the data is read in another way now than when the run began."""
-    stored = run.read_description()
-    names = ("kind", "task", "in_shape", "class_names", "mean", "std", "columns", "target_mean", "vocabulary")
-    changed = [
-        name for name in names if stored is not None and getattr(stored, name) != getattr(description, name)
-    ]
-    if changed:
-        raise DataError(
-            f"{run.path}: needs the data that it was trained on; {', '.join(changed)} of {description.name} "
-            "differ now. Put the data back, or train a new run.",
-            code="DATA103",
-        )
-
-
 def _held_out(run: RunFolder, config: TrainConfig, limit: int | None = None) -> Batches:
     splits = open_data(config.dataset, _data_options(config, limit))
-    _check_same_data(run, splits.description)
+    check_same_data(run, splits.description)
     return splits.held_out
 
 
@@ -377,15 +382,16 @@ def _make_trainer(
         accumulate=config.accumulate,
         optimizer_on=config.optimizer_on,
         fallback=config.fallback,
+        shards=0 if device == "cpu" else config.shards,
     )
 
 
 def _run_trainer(run: RunFolder, config: TrainConfig, description: DataDescription) -> Trainer:
-    """A silent trainer of a run's model, built from the run's own copy of its file."""
+    """A silent trainer of a run's model, built from the run's own copy of its file, for this process alone."""
     model, remark = run.model_source(config.model)
     if remark:
         warnings.warn(remark, stacklevel=3)
-    return _make_trainer(config, description, Reporter(), model=model)
+    return _make_trainer(config.model_copy(update={"shards": 0}), description, Reporter(), model=model)
 
 
 def _train_run(
@@ -404,6 +410,11 @@ def _train_run(
         tested = _test(trainer, splits)
         seconds = before + time.perf_counter() - started
         reference = _train_reference(config, splits, trainer.report) if config.compare_fp32 else None
+    except PeerLost as error:
+        if trainer.step is None:
+            raise
+        recorder.save(trainer)
+        raise PeerLost(f"{error} ane-trainer train --resume {run.path}") from None
     except KeyboardInterrupt as error:
         if trainer.step is None:  # nothing was trained since the last checkpoint
             raise
@@ -415,6 +426,8 @@ def _train_run(
         raise _with_exit_code(stopped, error) from None
     if trainer.step is not None and (compiled := trainer.step.compiled) is not None:
         run.write_program(compiled.text, compiled.weights)
+        for part in (trainer.step.programs if isinstance(trainer.step, TrainingStep) else ())[1:]:
+            run.write_program(part.text, part.weights, "update")
     run.write_weights(trainer.model.state_dict())
     result = trainer.result(
         dataset=splits.description.name,
@@ -453,6 +466,10 @@ def _introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
         f"{config.model}  {parameters} parameters   {config.optimizer} lr {config.learning_rate:g}   "
         f"batch {config.batch_size}   seed {config.seed}",
     )
+    if (exchange := trainer.options.exchange) is not None:
+        count, world = exchange.shards.count, exchange.shards.world
+        size = config.examples_a_step // count
+        note("shards", f"{count} of {size} examples each in {world} process{'es' if world > 1 else ''}")
     if progress.steps:
         note("resume", f"at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
 

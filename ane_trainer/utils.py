@@ -254,3 +254,8 @@ def without_warnings_of(logger: str) -> Iterator[None]:
         yield
     finally:
         named.setLevel(before)
+
+
+def torchrun_rank() -> int:
+    """The number of this process among those that torchrun started; 0 where it is the only one."""
+    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0

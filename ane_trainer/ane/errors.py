@@ -60,6 +60,12 @@ class MissingDependency(EnvironmentFault):
     code = "ANE201"
 
 
+class PeerLost(EnvironmentFault):
+    """Another process of a data parallel training ended, or does not answer."""
+
+    code = "ANE212"
+
+
 class ProgramError(AneTrainerError):
     """A MIL program is not well-formed: a type rule refuses an op, a name is undefined, text does not parse."""
 

@@ -13,7 +13,8 @@ import typer
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, takes_train_options
 from ane_trainer.training.config import RESUMABLE, make_config, read_config_file
-from ane_trainer.training.report import ConsoleReporter, summary
+from ane_trainer.training.report import ConsoleReporter, Reporter, summary
+from ane_trainer.utils import torchrun_rank
 
 
 @takes_train_options
@@ -58,7 +59,8 @@ def train(
         raise UsageError("train: needs a dataset; got none. Try: ane-trainer train mnist", code="ANE100")
     read = read_config_file(config) if config else {"dataset": ""} if resume is not None else {}
     settings = make_config({**read, **given})
-    report = ConsoleReporter(sys.stderr if as_json else sys.stdout, verbose=verbose)
+    leads = torchrun_rank() == 0  # of several processes one reports
+    report = ConsoleReporter(sys.stderr if as_json else sys.stdout, verbose=verbose) if leads else Reporter()
     report.activity("importing PyTorch")
     from ane_trainer import core  # PyTorch is imported only for what can run
 
@@ -66,6 +68,8 @@ def train(
         result = core.resume_training(resume, report=report, **settings.model_dump(include=set(given)))
     else:
         result = core.run_training(settings, out=out, report=report)
+    if not leads:
+        raise typer.Exit
     text = summary(result, folder=result.details["run"], command=_command(), report=report)
     if as_json:
         print(text, file=sys.stderr)

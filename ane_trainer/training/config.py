@@ -42,6 +42,7 @@ RESUMABLE = frozenset(
         "log",
         "patience",
         "save_every",
+        "shards",
         "threads",
         "time_limit",
     }
@@ -220,6 +221,10 @@ class TrainConfig(BaseModel):
         json_schema_extra=_WHERE,
     )  # fmt: skip
 
+    shards: int | None = Field(
+        None, ge=1, json_schema_extra=_WHERE,
+        description="Parts of a batch that processes share (default: one for each that torchrun started).",
+    )  # fmt: skip
     optimizer_on: Literal["auto", "engine", "host"] = Field(
         "auto", description="Where weights are updated; the host does it in fp32.", json_schema_extra=_WHERE
     )

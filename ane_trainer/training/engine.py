@@ -21,36 +21,22 @@ from ane_trainer.ane.dispatch import (
 )
 from ane_trainer.ane.dispatch.agreement import Agreement
 from ane_trainer.ane.dispatch.options import CPU
-from ane_trainer.ane.errors import UnsupportedModel
+from ane_trainer.ane.dispatch.parallel import find_exchange
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.training.steps import Step
 from ane_trainer.training.steps.cpu import CpuForward, CpuStep
 from ane_trainer.training.steps.partitioned import Partitioned, PartitionedStep
 
 
 def compile_step(
-    model: nn.Module,
-    loss: str | Loss,
-    optimizer: torch.optim.Optimizer,
-    example: tuple[object, object],
-    chip: str = "m4",
-    device: str = "sim",
-    fidelity: str = "exact",
-    *,
-    threads: int | None = None,
-    loss_scale: float | str = "auto",
-    sync: str = "always",
-    seed: int | None = None,
-    path: str = "e5rt",
-    precision: str = "auto",
-    state: Mapping[str, torch.Tensor] | None = None,
-    clip_grad_norm: float | None = None,
-    clip_grad_value: float | None = None,
-    accumulate: int = 1,
-    optimizer_on: str = "auto",
-    fallback: str = "none",
-    verify: str | int = "first",
-    calibrate_on: Sequence[tuple[object, object]] = (),
-) -> TrainingStep | PartitionedStep:
+    model: nn.Module, loss: str | Loss, optimizer: torch.optim.Optimizer, example: tuple[object, object],
+    chip: str = "m4", device: str = "sim", fidelity: str = "exact", *,
+    threads: int | None = None, loss_scale: float | str = "auto", sync: str = "always", seed: int | None = None,
+    path: str = "e5rt", precision: str = "auto", state: Mapping[str, torch.Tensor] | None = None,
+    clip_grad_norm: float | None = None, clip_grad_value: float | None = None, accumulate: int = 1,
+    optimizer_on: str = "auto", fallback: str = "none", verify: str | int = "first",
+    calibrate_on: Sequence[tuple[object, object]] = (), shards: int | None = None,
+) -> TrainingStep | PartitionedStep:  # fmt: skip
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
 
     example     (x, y) as the loop yields them; their shapes are fixed from here on.
@@ -72,13 +58,20 @@ def compile_step(
                 than fp16 costs); a number: every so many steps as well; "off".
     calibrate_on
                 more batches (x, y) that show how large the model's numbers get, besides the example.
+    shards      parts that a batch is divided into, a backward program each and one update (docs/scale.md); default: one
+                for each process that torchrun started. Every process passes whole batches. 0: this process alone.
 
     A model in evaluation mode is captured in training mode.
     Raises: UnsupportedModel with every reason at once (ops, limits of the chip, the optimizer), UsageError
     for unknown names, EnvironmentFault for a device that is not here.
     """
     gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
-    options = StepOptions(gradients, optimizer_on, fallback, loss_scale, sync, seed, verify, calibrate_on)
+    exchange = find_exchange(shards)
+    if exchange is not None and seed is None:
+        seed = exchange.share(int(torch.randint(2**31, ())))
+    options = StepOptions(
+        gradients, optimizer_on, fallback, loss_scale, sync, seed, verify, calibrate_on, exchange
+    )
     target = resolve_target(device, chip, fidelity, precision, threads, path)
     try:
         return build_step(model, loss, optimizer, example, target, options, state)
@@ -120,6 +113,12 @@ def make_step(
     UnsupportedModel if the model does not fit the chip and `options.fallback` is "none".
     """
     step: CpuStep
+    if options.exchange is not None and not (target.runs_programs and options.fallback == "none"):
+        raise UsageError(
+            f"shards: needs a step that is made of programs; got device {target.device}, fallback {options.fallback}. "
+            'Choose device "sim" and fallback "none", or pass shards=0 and wrap the model in DistributedDataParallel.',
+            code="ANE104",
+        )
     if not target.runs_programs:
         step = CpuStep(model, get_loss(loss), optimizer, options)
     else:

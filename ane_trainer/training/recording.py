@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
+from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.training.callbacks import (
     BestWeights,
     Callback,
@@ -13,7 +16,7 @@ from ane_trainer.training.callbacks import (
     WeightAveraging,
     score_of,
 )
-from ane_trainer.training.checkpoint import Checkpoint
+from ane_trainer.training.checkpoint import Checkpoint, has_step
 from ane_trainer.training.config import RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.results import Epoch
@@ -99,3 +102,63 @@ def changed_options(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
     before = checkpoint.scalars.get("callbacks", {}).get(Recorder.__name__, {}).get("config", {})
     now = config.model_dump(mode="json")
     return sorted(name for name in before.keys() & now.keys() - RESUMABLE if before[name] != now[name])
+
+
+def restore_run(trainer: Trainer, run: RunFolder, config: TrainConfig) -> None:
+    """Go on from the run's last checkpoint. UsageError where device, options or epochs do not allow it."""
+    checkpoint, damage = run.read_checkpoint()
+    if damage:
+        trainer.report.note("warning", f"the last checkpoint is left out, the one before is used: {damage}")
+    was_cpu = checkpoint.scalars.get("options", {}).get("device") == "cpu"
+    if was_cpu != (not trainer.target.runs_programs) and has_step(checkpoint):
+        raise UsageError(
+            f"{run.path}: needs {'device cpu' if was_cpu else 'a device that runs programs'}, as it was begun; "
+            f"got {trainer.target.device}. Leave --device out.",
+            code="ANE107",
+        )
+    if changed := changed_options(config, checkpoint):
+        raise UsageError(
+            f"{run.path}: needs the options that it was begun with; {', '.join(changed)} of its config.toml differ "
+            "now. Put them back, or start a new run.",
+            code="ANE107",
+        )
+    trainer.restore(checkpoint)
+    done = trainer.progress.epoch
+    if done > config.epochs or (done == config.epochs and run.has_result()):
+        raise UsageError(
+            f"{run.path}: needs epochs left to train; all {done} are done. "
+            f"Add more: --resume {run.path} --epochs {done + 5}",
+            code="ANE107",
+        )
+
+
+def check_same_data(run: RunFolder, description: DataDescription) -> None:
+    """DataError DATA103 if the data is read in another way now than when the run began."""
+    stored = run.read_description()
+    names = ("kind", "task", "in_shape", "class_names", "mean", "std", "columns", "target_mean", "vocabulary")
+    changed = [
+        name for name in names if stored is not None and getattr(stored, name) != getattr(description, name)
+    ]
+    if changed:
+        raise DataError(
+            f"{run.path}: needs the data that it was trained on; {', '.join(changed)} of {description.name} "
+            "differ now. Put the data back, or train a new run.",
+            code="DATA103",
+        )
+
+
+def begun_before(out: str | Path | None) -> str | Path | None:
+    """The run in `out` if torchrun started these processes again after one was lost, to be gone on with.
+
+    UsageError where it may do so and there is no `out` to find the run by.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return None
+    if out is None:
+        raise UsageError(
+            "train: needs a folder for the run, where a restart by torchrun finds it; got --max-restarts without. "
+            "Add --out DIR.",
+            code="ANE104",
+        )
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return out if again and RunFolder(Path(out)).holds_training() else None

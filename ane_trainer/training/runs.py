@@ -128,10 +128,10 @@ class RunFolder:
         with self._writing("result.json"):
             atomic_write_json(self.path / "result.json", finite(result))
 
-    def write_program(self, text: str, blob: bytes) -> None:
-        """Write the training step: program.mil and its weight blob weights.bin."""
-        self._write("program.mil", text)
-        self._write("weights.bin", blob)
+    def write_program(self, text: str, blob: bytes, name: str = "program") -> None:
+        """Write the training step: program.mil and its weight blob weights.bin; of two parts also update.mil."""
+        self._write(f"{name}.mil", text)
+        self._write("weights.bin" if name == "program" else f"{name}-weights.bin", blob)
 
     def write_weights(self, state: Mapping[str, torch.Tensor], name: str = WEIGHTS) -> None:
         """Write the module's state_dict."""

@@ -91,6 +91,11 @@ class Training:
     def stop_training(self, value: bool) -> None:
         self.should_stop = value
 
+    @property
+    def shards(self) -> int | None:
+        """Parts that each batch is divided into; None: it is not."""
+        return None if self.options.exchange is None else self.options.exchange.shards.count
+
     def checkpoint(self) -> Checkpoint:
         """Everything that training needs to go on: parameters, the step's state, counters, data position."""
         self.sync()
@@ -127,7 +132,7 @@ class Training:
             "precision": self.precision, "seed": self.seed, "threads": self.threads,
             "clip_grad_norm": gradients.clip_norm, "clip_grad_value": gradients.clip_value,
             "accumulate": gradients.accumulate, "optimizer_on": self.options.optimizer_on,
-            "fallback": self.options.fallback,
+            "fallback": self.options.fallback, "shards": self.shards,
         }  # fmt: skip
 
     def restore(self, checkpoint: Checkpoint) -> None:

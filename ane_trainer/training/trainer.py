@@ -17,9 +17,11 @@ from torch import nn
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.losses import CLASS_LOSSES
 from ane_trainer.ane.dispatch import StepOptions, TrainingStep
+from ane_trainer.ane.dispatch.parallel import digest_of, find_exchange, share_of_cores
 from ane_trainer.ane.dispatch.state import STEP, part
 from ane_trainer.ane.errors import (
     Diverged,
+    PeerLost,
     UsageError,
 )
 from ane_trainer.ane.export import ExportOptions, ExportReport, format_of
@@ -68,6 +70,8 @@ class Trainer(Training):
                as in `compile_step`: gradient clipping and accumulation, where the optimizer runs.
     fallback   "none": refuse what does not fit the chip; "cpu": run those parts on the CPU, and report them.
     verify     "first": compare the first step with fp32 and say how they agree; N: every N steps; "off".
+    shards     parts that each batch is divided into, whose gradients are averaged; default: one for each process
+               that torchrun started (docs/scale.md). 0: this process alone.
     """
 
     def __init__(
@@ -89,17 +93,21 @@ class Trainer(Training):
         optimizer_on: str = "auto",
         fallback: str = "none",
         verify: str | int = "first",
+        shards: int | None = None,
     ) -> None:
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
+        exchange = find_exchange(shards)
         super().__init__(
             model,
             loss,
             optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3),
-            engine.choose_target(device, chip, fidelity, precision, threads),
-            StepOptions(gradients, optimizer_on, fallback, sync="lazy", seed=seed, verify=verify),
+            engine.choose_target(device, chip, fidelity, precision, threads or share_of_cores(exchange)),
+            StepOptions(gradients, optimizer_on, fallback, "auto", "lazy", seed, verify, exchange=exchange),
             {"chip": chip, "fidelity": fidelity, "precision": precision},
         )
         self.report = report if report is not None else ConsoleReporter()
+        if exchange is not None and not exchange.leads:
+            self.report = Reporter()
         self._intake = Intake(model, loss)
         self._announced = self._compared = False
 
@@ -144,6 +152,7 @@ class Trainer(Training):
                         after_epoch(self.history[-1])
                     for callback in self.callbacks:
                         callback.on_train_epoch_end(self, self.history[-1])
+                    self._agree(stop)
                     stop.check()
                 for callback in self.callbacks:
                     callback.on_train_end(self)
@@ -265,10 +274,10 @@ class Trainer(Training):
             step = self.step
             if step is None:
                 step = self.compiled(*loop.unpack(next(iter(source)), "export: first batch"))
-            if not isinstance(step, TrainingStep):
+            if not isinstance(step, TrainingStep) or self.options.exchange is not None:
                 raise UsageError(
                     f"export: needs a training step that is one program; got {step.placement()['where']}. "
-                    'Train with device="sim" and fallback="none".',
+                    'Train with device="sim", fallback="none" and shards=0.',
                     code="ANE116",
                 )
             ready = (self._ready(*loop.unpack(batch, "export: batch"), "export: batch") for batch in source)
@@ -310,7 +319,13 @@ class Trainer(Training):
                         callback.on_train_epoch_start(self)
                     self._pass, begun = train, True
                 progress.batch += 1
-                self._train_batch(x, y, f"{where} {progress.batch}")
+                try:
+                    self._train_batch(x, y, f"{where} {progress.batch}")
+                except PeerLost:  # the batch is still to be trained on, and is found by its number
+                    progress.batch -= 1
+                    self._pass = self._data_state = None
+                    raise
+                self._agree(stop)
                 if (stop() or self.stop_now) and progress.batch != length:
                     progress.seconds_steps += time.perf_counter() - started
                     self.sync()
@@ -342,6 +357,17 @@ class Trainer(Training):
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
 
+    def _agree(self, stop: loop.Stop | None = None) -> None:
+        """All processes stop where one of them does."""
+        exchange = self.options.exchange
+        if exchange is not None and exchange.shards.world > 1:
+            number, now, soon = exchange.agree(
+                (stop.signal if stop is not None else None) or 0, self.stop_now, self.should_stop
+            )
+            if stop is not None:
+                stop.signal = stop.signal or number or None
+            self.stop_now, self.should_stop = bool(now), bool(soon)
+
     def _ready(self, x: object, y: object, where: str) -> Batch | None:
         """The batch in the form of the compiled step; None for a smaller one that is left out."""
         pair = self._intake(x, y, where)
@@ -353,6 +379,8 @@ class Trainer(Training):
         progress = self.progress
         self.sync()
         self.check_finite()
+        if self.options.exchange is not None:
+            self.options.exchange.check_alike(digest_of(self.model), "the same weights")
         metrics = self._inference.evaluate(val, stop) if val is not None else None
         if metrics is not None:
             if not math.isfinite(metrics.loss):

@@ -31,6 +31,7 @@ from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update, two_term_add
 from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values
 from ane_trainer.ane.capture.outside import nothing_outside
+from ane_trainer.ane.capture.parts import ALL_FIT, PARTIAL, PEAKS, finish_divided, finish_whole, partial_ports
 from ane_trainer.ane.capture.ports import (
     SCALING_STATE,
     Parameter,
@@ -43,7 +44,6 @@ from ane_trainer.ane.capture.ports import (
     units_by_group,
 )
 from ane_trainer.ane.capture.randomness import MaskMode, bounds, draw
-from ane_trainer.ane.capture.range import keep_in_range, scale_rows
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import (
     LARGEST_SCALE,
@@ -62,7 +62,7 @@ from ane_trainer.ane.capture.trace.sources import (
 )
 from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.capture.trace.tracer import trace
-from ane_trainer.ane.stages import Alias, Captured, Port
+from ane_trainer.ane.stages import Captured, Port
 
 Tensors = dict[str, torch.Tensor]
 
@@ -80,7 +80,7 @@ class StepCapture:
     """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
 
     `classes` is their number where the target holds class numbers. `values(batch)` are those of the inputs in a
-    first step, in full precision.
+    first step, in full precision. `update`: the second part of a step that is divided at its gradients.
     """
 
     captured: Captured
@@ -93,13 +93,14 @@ class StepCapture:
     values: Callable[[tuple[object, object]], Tensors] = field(
         default=lambda batch: {}, repr=False, compare=False
     )
+    update: Captured | None = None
 
 
 @dataclass(frozen=True)
 class CaptureOptions:
     """How a step is captured. `units` are those of an earlier capture, to continue its state bit for bit; by
     default they are chosen. `precision` is what the program will be lowered to, "fp16" or "fp32". The range pass
-    looks at the example and at `calibrate_on`, more batches of its shape.
+    looks at the example and at `calibrate_on`, more batches of its shape. `divided`: as two parts (`parts`).
     """
 
     gradients: GradientOptions = field(default_factory=GradientOptions)
@@ -107,6 +108,7 @@ class CaptureOptions:
     precision: str = "fp16"
     units: Mapping[str, float] | None = None
     calibrate_on: Sequence[tuple[object, object]] = ()
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class _Plan:
     gradients: GradientOptions
     least_root: float
     changes: BufferChanges
+    divided: bool = False
     ceiling: float = LARGEST_SCALE
 
     @property
@@ -168,12 +171,16 @@ def capture_training(
         SHIFT, _shift(options.gradients, rehearsal, largest_shift(rule, optimizer, parameters, {}))
     )
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling, SHIFT: shift}
-    captured = finish(graph, plan.inputs, tuple(outputs))
-    if options.precision == "fp16":
-        batches = [example, *options.calibrate_on]
-        captured = keep_in_range(captured, [_calibration_inputs(plan, scale, batch) for batch in batches])
     values = functools.partial(_calibration_inputs, plan, scale)
-    return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes, values)
+    examples = (
+        [values(batch) for batch in (example, *options.calibrate_on)] if options.precision == "fp16" else []
+    )
+    update = None
+    if options.divided:
+        captured, update = finish_divided(graph, plan.inputs, outputs, examples)
+    else:
+        captured = finish_whole(graph, plan.inputs, outputs, examples)
+    return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes, values, update)
 
 
 def batch_ports(example: object, prefix: str) -> list[Port]:
@@ -201,24 +208,6 @@ def _bounds(tensor: torch.Tensor) -> tuple[float, float] | None:
     if tensor.is_floating_point() and bool((tensor.half() == tensor).all()):
         return None
     return (float(low), float(high))
-
-
-def finish(graph: torch.fx.GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) -> Captured:
-    """The graph within the engine's range, without unused inputs, and its aliases; unchanged state is no output."""
-    scale_rows(graph.graph)
-    nodes = {n.name: n for n in graph.graph.nodes if n.op == "placeholder"}
-    state = {p.target: p.name for p in inputs if p.role == "state"}
-    output = graph.graph.output_node()
-    results = list(zip(output.args[0], outputs, strict=True))  # type: ignore[arg-type]
-    results = [(r, p) for r, p in results if p.role != "state" or r is not nodes[state[p.target]]]
-    output.args = ([r for r, _ in results],)
-    dropped = [p for p in inputs if p.role != "state" and not nodes[p.name].users]
-    for port in dropped:
-        graph.graph.erase_node(nodes[port.name])
-    graph.recompile()
-    kept = tuple(p for _, p in results)
-    aliases = tuple(Alias(p.name, state[p.target]) for p in kept if p.role == "state")
-    return Captured(graph, tuple(p for p in inputs if p not in dropped), kept, aliases)
 
 
 def _plan(
@@ -257,7 +246,7 @@ def _plan(
         model, get_loss(loss), loss_name(loss), optimizer, rule, parameters, tuple(buffers),
         Structure.of(example), tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]),
         tuple(ports[count[1] : count[2]]), tuple(ports[: count[0]]), gradients, LEAST_ROOTS[options.precision],
-        changes,
+        changes, options.divided,
     )  # fmt: skip
 
 
@@ -369,7 +358,13 @@ def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
         outputs.extend(_gradient_port(p, gradients[p.name]) for p in read)
         outputs.extend(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in changed)
         found = [*results.values(), *(gradients[p.name] for p in read)]
-        return [*found, *(new_state[p.target].reshape(p.shape) for p in changed)]
+        found += [new_state[p.target].reshape(p.shape) for p in changed]
+        if plan.divided and checks.peaks is not None:
+            partial = {f"{n}/{PARTIAL}": v for n, v in (*checks.gradients.items(), *buffers.items())}
+            partial |= {PEAKS: checks.peaks, ALL_FIT: checks.scaled}
+            outputs.extend(partial_ports(partial))
+            found += [partial[p.target].reshape(p.shape) for p in outputs[len(found) :]]
+        return found
 
     return run_step
 
@@ -424,12 +419,17 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, T
 
 @dataclass(frozen=True)
 class _Checks:
-    """[1] each, 1.0 or 0.0: whether the scaled gradients fit, all of the batch, all since the last update."""
+    """[1] each, 1.0 or 0.0: whether the scaled gradients fit, all of the batch, all since the last update.
+
+    `gradients` are those of the batch in their units, `peaks` the largest magnitude of each.
+    """
 
     scaled: torch.Tensor
     batch: torch.Tensor
     fits: torch.Tensor
     health: torch.Tensor | None
+    gradients: Tensors = field(default_factory=dict)
+    peaks: torch.Tensor | None = None
 
 
 def process_gradients(
@@ -446,7 +446,7 @@ def process_gradients(
     own = torch.cat([peak * entry(factors, i) for i, peak in enumerate(peaks)])
     batch = fits = ok * (own < named[LIMITS]).to(torch.float32).amin().reshape(1)
     gradients = {n: g.reshape(state[n].shape) * entry(factors, i) for i, (n, g) in enumerate(scaled.items())}
-    health = [own, ok]
+    health, of_batch = [own, ok], gradients
     changes: Tensors = {}
     if options.accumulate > 1:
         place.text = "gradient accumulation"
@@ -458,7 +458,7 @@ def process_gradients(
         ports = (named[name] for name in ("clip_common", "clip_norm", "clip_shift"))
         gradients, factor = clip_norm(gradients, *ports)
         health.append(factor.reshape(1))
-    return gradients, changes, _Checks(ok, batch, fits, torch.cat(health))
+    return gradients, changes, _Checks(ok, batch, fits, torch.cat(health), of_batch, own)
 
 
 def _kept(plan: _Plan, state: Tensors, buffers: Tensors, ok: torch.Tensor) -> Tensors:

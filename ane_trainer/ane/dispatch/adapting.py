@@ -71,7 +71,7 @@ class Variants:
                 if self._harmless[name] == _HARMLESS:
                     self._guards = self._fresh()
             return loaded
-        new = load_compiled(self._subject, self._target, capture, compiled)
+        new = load_compiled(self._subject, self._target, self._options, capture, compiled)
         move_state(loaded, new)
         loaded.session.close()
         return new
@@ -106,7 +106,7 @@ def move_state(old: LoadedStep, new: LoadedStep) -> None:
     new.mirror.push_moments()
     kept = {target: value for target, value in state.items() if not target.startswith(SCALING)}
     trained = {target.removesuffix(f"/{RESIDUAL}") for target in kept if target.endswith(f"/{RESIDUAL}")}
-    ports = {port.target for port in new.compiled.inputs}
+    ports = {port.target for port in new.inputs}
     for target in list(kept):
         name = target.removesuffix(f"/{RESIDUAL}")
         frozen = (

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,11 +88,12 @@ class Reference:
 
 
 def reference(
-    subject: Subject, options: GradientOptions, draws: torch.Generator, x: object, y: object
+    subject: Subject, options: GradientOptions, draws: torch.Generator, parts: Sequence[tuple[object, object]]
 ) -> Reference | None:
     """One step in fp32 on copies of model, loss and optimizer; None where that cannot run, or is not finite.
 
-    Dropout and noise come from `draws`; PyTorch's own generator is left as it is.
+    The loss is the mean of those of the batch's `parts` (x, y). Dropout and noise come from `draws`; PyTorch's own
+    generator is left as it is.
     """
     try:
         model, loss, optimizer = _copied(subject)
@@ -102,9 +103,12 @@ def reference(
             optimizer.zero_grad()
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
             with drawn_by(draws):
-                value = call_loss(get_loss(loss), call_model(model, {}, x), y)
-                torch.autograd.backward(value)
-            found = _stepped(model, optimizer, options, float(value.detach()), start)
+                values = [
+                    call_loss(get_loss(loss), call_model(model, {}, x), y) / len(parts) for x, y in parts
+                ]
+                torch.autograd.backward(values)
+            mean = float(torch.stack(values).sum().detach())
+            found = _stepped(model, optimizer, options, mean, start)
     except _CANNOT:
         return None
     finite = all(bool(c.isfinite().all()) for c in (found.changes or {}).values())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.optimizers.table import missing_rule
 from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, pytree
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
@@ -81,6 +82,16 @@ class HostOptimizer:
         if states:
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def reason_for_host(optimizer: torch.optim.Optimizer, place: str, continues: bool) -> str:
+    """Why an optimizer that may run anywhere runs on the host; empty if it runs on the engine.
+
+    continues: its saved state is of an optimizer on the host.
+    """
+    if place != "auto":
+        return ""
+    return "is continued where it was when its state was saved" if continues else missing_rule(optimizer)
 
 
 def _counts(group: Mapping[str, object]) -> dict[str, int]:

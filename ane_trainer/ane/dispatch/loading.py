@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
+from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.stages import Compiled, Port
 
@@ -44,11 +46,15 @@ class LoadedStep:
 
     `structure`: what of the optimizer's settings is compiled in. `scalars` and `draws` are the ports of the
     host's numbers and random draws, `gradients` those of the gradients that a host optimizer reads, `limits` the
-    name of the one with the largest gradients that an update takes.
+    name of the one with the largest gradients that an update takes. A step in two parts has `update`, its second
+    program; `inputs` and `outputs` are those of both.
     """
 
     capture: StepCapture
     compiled: Compiled
+    update: Compiled | None
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     session: Session
     feeds: Feeds
     mirror: Mirror
@@ -62,7 +68,12 @@ class LoadedStep:
     @property
     def loss_unit(self) -> float:
         """The power of two by which the program's loss is multiplied."""
-        return next(p.scale for p in self.compiled.outputs if p.target == "loss")
+        return next(p.scale for p in self.outputs if p.target == "loss")
+
+    @property
+    def programs(self) -> tuple[Compiled, ...]:
+        """What a step runs: one program, or backward and update."""
+        return (self.compiled,) if self.update is None else (self.compiled, self.update)
 
 
 def load_step(
@@ -72,7 +83,7 @@ def load_step(
 
     Raises: UnsupportedModel with every reason at once; DataError for parameters beyond the precision.
     """
-    return load_compiled(subject, target, *compile_step_of(subject, target, options, units))
+    return load_compiled(subject, target, options, *compile_step_of(subject, target, options, units))
 
 
 def compile_step_of(
@@ -80,28 +91,46 @@ def compile_step_of(
 ) -> tuple[StepCapture, Compiled]:
     """Capture, lower, legalize, compile."""
     check_parameters(subject.model, RANGES[target.precision])
+    example, more = subject.example, list(options.calibrate_on)
+    if options.exchange is not None:  # a program takes one shard; the same in every process
+        shards = options.exchange.shards
+        example, *rest = shards.of(example)
+        more = rest + [part for batch in more for part in shards.of(batch)]
     capture = _capture(
-        subject,
-        CaptureOptions(options.gradients, options.loss_scale, target.precision, units, options.calibrate_on),
+        dataclasses.replace(subject, example=example),
+        CaptureOptions(
+            options.gradients, options.loss_scale, target.precision, units, more, options.exchange is not None
+        ),
     )
     assert target.chip is not None
     return capture, prepare(capture.captured, target.chip, target.path, target.precision)
 
 
-def load_compiled(subject: Subject, target: Target, capture: StepCapture, compiled: Compiled) -> LoadedStep:
+def load_compiled(
+    subject: Subject, target: Target, options: StepOptions, capture: StepCapture, compiled: Compiled
+) -> LoadedStep:
     """A compiled step on its device, with the loss scale that the capture chose."""
-    session, inputs = target.load(compiled), compiled.inputs
+    session, inputs, outputs, update = target.load(compiled), compiled.inputs, compiled.outputs, None
+    if capture.update is not None:
+        assert target.chip is not None
+        assert options.exchange is not None
+        update = prepare(capture.update, target.chip, target.path, target.precision)
+        inputs = joined_ports(compiled.inputs, update.inputs)
+        outputs = joined_ports(compiled.outputs, update.outputs)
+        sessions, dtype = (session, target.load(update)), RANGES[target.precision].numpy
+        session = DividedSession(sessions, (compiled, update), options.exchange, dtype)
     mirror = Mirror(
         session, inputs, subject.model, subject.optimizer, capture.rule, target.precision, capture.changes
     )
     mirror.set_units({p.name: p.unit for p in capture.parameters if p.trained}, capture.units[SHIFT])
     mirror.set_scaling(capture.loss_scale)
     return LoadedStep(
-        capture, compiled, session, Feeds(subject.example, ("x", "y"), inputs, target.precision), mirror,
+        capture, compiled, update, inputs, outputs, session,
+        Feeds(subject.example, ("x", "y"), inputs, target.precision), mirror,
         structure(subject.optimizer, capture.rule),
         scalars=tuple(p for p in inputs if p.role == "scalar"),
         draws=tuple(p for p in inputs if p.target.startswith(PREFIX)),
-        gradients=tuple(p for p in compiled.outputs if p.target.endswith(f"/{GRADIENT}")),
+        gradients=tuple(p for p in outputs if p.target.endswith(f"/{GRADIENT}")),
         limits=next((p.name for p in inputs if p.target == LIMITS), ""),
         dtype=RANGES[target.precision].numpy,
     )  # fmt: skip

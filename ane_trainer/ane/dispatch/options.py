@@ -12,6 +12,7 @@ from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.dispatch.devices import Session, choose_precision, get_device
 from ane_trainer.ane.dispatch.devices.machine import known_chip
+from ane_trainer.ane.dispatch.parallel import Exchange
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.stages import Compiled
 from ane_trainer.utils import did_you_mean
@@ -115,6 +116,7 @@ class StepOptions:
     verify        "first": compare the first step with fp32 (`step.agreement`); a number: each so many steps, too;
                   "off".
     calibrate_on  more batches that the range pass looks at, besides the example.
+    exchange      of a step whose batches are divided into shards (`parallel`); None: one program.
 
     Raises: UsageError for values out of range.
     """
@@ -127,6 +129,7 @@ class StepOptions:
     seed: int | None = None
     verify: str | int = "first"
     calibrate_on: Sequence[tuple[object, object]] = ()
+    exchange: Exchange | None = None
 
     def __post_init__(self) -> None:
         known = (
@@ -151,6 +154,15 @@ class StepOptions:
         if self.verify == "off":
             return False
         return step == 0 or (isinstance(self.verify, int) and step % self.verify == 0)
+
+    @property
+    def shards(self) -> int:
+        """Parts that a batch is divided into."""
+        return 1 if self.exchange is None else self.exchange.shards.count
+
+    def parts(self, x: object, y: object) -> Sequence[tuple[object, object]]:
+        """The batch as programs take it: whole, or its shards."""
+        return [(x, y)] if self.exchange is None else self.exchange.shards.of((x, y))
 
     def with_optimizer_on_host(self) -> StepOptions:
         """The same, the gradients being results that the host's optimizer reads."""

@@ -12,7 +12,7 @@ import torch
 
 from ane_trainer.ane.capture import Loss
 from ane_trainer.ane.capture.gradients import GradientOptions
-from ane_trainer.ane.capture.optimizers.table import check_structure, missing_rule
+from ane_trainer.ane.capture.optimizers.table import check_structure
 from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.step import CEILING, GRADIENT, HEALTH
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
@@ -27,11 +27,14 @@ from ane_trainer.ane.dispatch.agreement import (
     reference,
     rounded_run,
 )
-from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer
+from ane_trainer.ane.dispatch.devices.protocol import Floats
+from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
+from ane_trainer.ane.dispatch.parallel import check_mean, joined_costs, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.units import GradientUnits
+from ane_trainer.ane.errors import PeerLost
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled
@@ -55,9 +58,12 @@ def build_step(
     whole, or not of this step.
     """
     saved = None if state is None else StepState.of(state)
-    reason = _host_reason(optimizer, options.optimizer_on, saved)
+    reason = reason_for_host(optimizer, options.optimizer_on, saved is not None and bool(saved.host))
     if reason or options.optimizer_on == "host":
         options = options.with_optimizer_on_host()
+    if options.exchange is not None:
+        options.exchange.broadcast(model)
+        check_mean(model, loss, example, options.exchange.shards)
     subject = Subject(model, loss, optimizer, example)
     loaded = load_step(subject, target, options, None if saved is None else saved.units)
     step = TrainingStep(subject, target, options, loaded, reason)
@@ -66,24 +72,12 @@ def build_step(
     return step
 
 
-def _host_reason(optimizer: torch.optim.Optimizer, place: str, saved: StepState | None) -> str:
-    """Why an optimizer that may run anywhere runs on the host; empty if it runs on the engine."""
-    if place != "auto":
-        return ""
-    if saved is not None and saved.host:
-        return "is continued where it was when its state was saved"
-    return missing_rule(optimizer)
-
-
 class TrainingStep:
     """A compiled training step. `step(x, y)` runs it; made by `compile_step`.
 
     `skipped_steps` counts the steps whose gradients overflowed: they changed nothing but the loss scale.
     `gradient_options` may be replaced by others that clip and accumulate alike, with other limits.
     """
-
-    #: One dispatch a call, by construction.
-    dispatches_per_step = 1
 
     def __init__(
         self, subject: Subject, target: Target, options: StepOptions, loaded: LoadedStep, host_reason: str
@@ -103,6 +97,9 @@ class TrainingStep:
         self._stale_moments = False
         self._units = GradientUnits.of(loaded.capture, subject.optimizer)
         self._variants = Variants(subject, target, options, loaded)
+        #: How often a call runs each program: one, or the backward for each own shard, then the update.
+        self._times = (1,) if options.exchange is None else (len(options.exchange.shards.own), 1)
+        self.dispatches_per_step = sum(self._times)
         self.load()
 
     def __call__(self, x: object, y: object) -> torch.Tensor:
@@ -117,10 +114,11 @@ class TrainingStep:
         optimizer = self._subject.optimizer
         check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
         self._follow()
-        draws = torch.Generator().set_state(self._draws.get_state())
+        before = self._draws.get_state()
+        draws = torch.Generator().set_state(before)
         feeds = self.feeds(x, y)
         expected = self._expected(x, y, draws) if self.options.verifies(self.steps) else None
-        results = self._loaded.session.run(feeds)
+        results = self._run(feeds, before)
         self.steps += 1
         self._unsynced += 1
         mark_stepped(optimizer)
@@ -136,13 +134,21 @@ class TrainingStep:
             self._compare(expected, loss, x, y)
         return torch.tensor(loss)
 
+    def _run(self, feeds: Mapping[str, Array], draws: torch.Tensor) -> Mapping[str, Floats]:
+        """The programs on these feeds; if another process is lost, all is as before the step, draws included."""
+        try:
+            return self._loaded.session.run(feeds)
+        except PeerLost:
+            self._draws.set_state(draws)
+            raise
+
     def _expected(
         self, x: object, y: object, draws: torch.Generator
     ) -> tuple[Reference, dict[str, torch.Tensor]] | None:
         """PyTorch's step on this batch, and the parameters as the engine holds them before its own."""
         if self._unsynced or self._stale_moments:
             self.sync()
-        found = reference(self._variants.subject, self.gradient_options, draws, x, y)
+        found = reference(self._variants.subject, self.gradient_options, draws, self.options.parts(x, y))
         if found is None:
             return None
         self._skipped_before = self.skipped_steps
@@ -168,7 +174,7 @@ class TrainingStep:
         changes = {name: after[name] - value for name, value in before.items()}
         self.agreement = compare(self.steps, loss, changes, found)
         if not self.agreement.agrees:
-            run = rounded_run(self._loaded, x, y)
+            run = rounded_run(self._loaded, *self.options.parts(x, y)[0])
             self.agreement = explained(self.agreement, changes, found, loss, run)
 
     def _follow(self) -> None:
@@ -217,7 +223,8 @@ class TrainingStep:
         """
         loaded = self._loaded
         feeds = loaded.feeds(x, y)
-        feeds |= {p.name: draw(p.target, p.shape, self._draws).numpy() for p in loaded.draws}
+        make = lambda p: draw(p.target, p.shape, self._draws).numpy()  # noqa: E731
+        feeds |= repeated_draws(loaded.draws, self.options.shards, make)
         counts = loaded.capture.changes.host_values(self._subject.model, self._unsynced)
         sent: dict[str, float | list[float]] = {**self.scalars(ahead), **counts}
         feeds |= {port.name: np.atleast_1d(np.asarray(sent[port.target])) for port in loaded.scalars}
@@ -230,7 +237,7 @@ class TrainingStep:
 
     def port_state(self) -> dict[str, Array]:
         """A copy of the device's state by port, in the program's precision and units."""
-        ports = self.compiled.inputs
+        ports = self._loaded.inputs
         return {p.name: self._loaded.session.read(p.name) for p in ports if p.role == "state"}
 
     def sync(self) -> None:
@@ -241,10 +248,7 @@ class TrainingStep:
             self._stale_moments = False
 
     def load(self) -> None:
-        """Module and optimizer -> engine: use it after `optimizer.load_state_dict`.
-
-        Changed parameters are noticed without it.
-        """
+        """Module and optimizer -> engine: use it after `optimizer.load_state_dict`; new weights are noticed anyway."""
         self._loaded.mirror.push_weights()
         self.applied_steps = self._loaded.mirror.push_moments()
         self._unsynced, self._stale_moments = 0, False
@@ -272,7 +276,7 @@ class TrainingStep:
         Raises: CheckpointError, before anything changed, for a state that is not whole or not of this step.
         """
         state = StepState.of(tensors)
-        state.check(self.compiled.inputs, self._loaded.capture.units, on_host=self._host is not None)
+        state.check(self._loaded.inputs, self._loaded.capture.units, on_host=self._host is not None)
         if state.units[CEILING] != self._loaded.capture.units[CEILING]:
             self._loaded.session.close()
             self._loaded = load_step(self._subject, self.target, self.options, state.units)
@@ -303,8 +307,13 @@ class TrainingStep:
         )
 
     @property
+    def programs(self) -> tuple[Compiled, ...]:
+        """What a step runs: one program, or where batches are divided backward and update."""
+        return self._loaded.programs
+
+    @property
     def program(self) -> Program:
-        """The MIL program of the whole step."""
+        """The MIL program of the whole step; where batches are divided, of the backward."""
         return self.compiled.program
 
     @property
@@ -315,11 +324,7 @@ class TrainingStep:
     @property
     def health(self) -> dict[str, int]:
         """By module, the batches in which the gradient of one of its parameters left its range: skipped updates."""
-        found: dict[str, int] = {}
-        for name, count in self._units.overflows.items():
-            module = name.rpartition(".")[0] or name
-            found[module] = found.get(module, 0) + count
-        return found
+        return self._units.overflows_by_module()
 
     @property
     def optimizer_on(self) -> str:
@@ -334,7 +339,8 @@ class TrainingStep:
         """
         if self._host is None:
             return 1.0
-        engine = self.gradient_options.accumulate * sum(flops(op) for op in self.program.main.ops)
+        ops = [op for part in self.programs for op in part.program.main.ops]
+        engine = self.gradient_options.accumulate * sum(flops(op) for op in ops)
         host = self._host.flops or 10 * sum(p.numel() for p in self._subject.model.parameters())
         return engine / (engine + host)
 
@@ -345,12 +351,9 @@ class TrainingStep:
 
     @property
     def host_bytes_per_step(self) -> int:
-        """Bytes that cross between host and engine in one step: batch, scalars, results.
-
-        With the optimizer on the host also gradients back and weights in.
-        """
+        """Bytes between host and engine in one step: batch, scalars, results; of a host optimizer also weights."""
         bytes_each = np.dtype(self._loaded.dtype).itemsize
-        ports = [*self.compiled.inputs, *self.compiled.outputs]
+        ports = [port for part in self.programs for port in (*part.inputs, *part.outputs)]
         batch = sum(bytes_each * math.prod(p.shape) for p in ports if p.role != "state")
         weights = sum(bytes_each * p.numel() for p in self._subject.model.parameters() if p.requires_grad)
         return batch + (weights if self._host is not None else 0)
@@ -360,8 +363,9 @@ class TrainingStep:
         return self.compiled.text
 
     def cost(self) -> Cost:
-        """Estimated time and energy of one dispatch on the chip."""
-        return estimate(self.program, self.compiled.chip, self.target.path)
+        """Estimated time and energy of one step on the chip; of a divided one without what processes exchange."""
+        costs = [estimate(part.program, part.chip, self.target.path) for part in self.programs]
+        return joined_costs(costs, self._times)
 
     def placement(self) -> dict[str, object]:
         """Where the step runs and how that is known."""

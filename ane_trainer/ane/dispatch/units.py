@@ -164,6 +164,14 @@ class GradientUnits:
         name = self.parameters[index].name
         self.overflows[name] = self.overflows.get(name, 0) + 1
 
+    def overflows_by_module(self) -> dict[str, int]:
+        """`overflows` summed over each module's parameters."""
+        found: dict[str, int] = {}
+        for name, count in self.overflows.items():
+            module = name.rpartition(".")[0] or name
+            found[module] = found.get(module, 0) + count
+        return found
+
     def _warn(self, index: int, peak: float, limit: float) -> None:
         """Say it once: the first gradient beyond its unit, and what becomes of it."""
         if self._warned:
