@@ -191,5 +191,11 @@ def program_facts(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, Any
     """Size of the compiled step; None where there is not one program."""
     if step.compiled is None:
         return None
-    ops = len(step.compiled.program.main.ops)
-    return {"ops": ops, "optimizer": type(optimizer).__name__.lower(), **step_facts(step)}
+    programs = step.programs if isinstance(step, TrainingStep) else (step.compiled,)
+    ops = sum(len(part.program.main.ops) for part in programs)
+    return {
+        "ops": ops,
+        "programs": len(programs),
+        "optimizer": type(optimizer).__name__.lower(),
+        **step_facts(step),
+    }

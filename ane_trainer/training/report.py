@@ -311,14 +311,16 @@ def summary(
 
 def program_line(program: Mapping[str, Any], seconds: float, verbose: bool = True) -> str:
     """Size of the compiled step: `one program of 161 ops`; verbose: what is in it, and the traffic with the host."""
-    fraction = program["engine_flop_fraction"]
+    fraction, several = program["engine_flop_fraction"], program.get("programs", 1) > 1
     if not verbose:
         rest = "" if fraction is None or fraction > 0.995 else f", {fraction:.0%} of the arithmetic"
-        return f"{format_seconds(seconds)}, one program of {program['ops']} ops{rest}"
+        count = "two programs (backward, update)" if several else "one program"
+        return f"{format_seconds(seconds)}, {count} of {program['ops']} ops{rest}"
+    count = "2 programs" if several else "1 program"
     share = "an unknown share" if fraction is None else f"{fraction:.0%}"
     traffic = format_bytes(program["host_bytes_per_step"])
     return (
-        f"1 program: forward + loss + backward + {program['optimizer']}, {program['ops']} ops, "
+        f"{count}: forward + loss + backward + {program['optimizer']}, {program['ops']} ops, "
         f"{share} of the step's FLOPs, "
         f"{traffic} from and to the host a step   {format_seconds(seconds)}"
     )

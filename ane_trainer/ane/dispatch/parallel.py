@@ -210,7 +210,7 @@ def check_mean(model: torch.nn.Module, loss: str | Loss, batch: Batch, shards: S
             code="ANE132",
         )
     draws = any(isinstance(m, torch.nn.modules.dropout._DropoutNd) for m in model.modules())
-    if not draws and abs(total / shards.count / whole - 1.0) > 10 * _ALIKE:
+    if not draws and abs(total / shards.count / whole - 1.0) > _ALIKE / 10:
         warnings.warn(
             f"loss: {whole:.4g} on the batch, {total / shards.count:.4g} as the mean over its {shards.count} shards. "
             "Examples influence each other (batch norm, weights by class): each shard is on its own, as in torch's "
