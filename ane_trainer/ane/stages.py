@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ROLES = ("state", "batch", "scalar", "result")
 
 
-#: Integers that one fp16 number cannot tell apart travel as a remainder and a quotient by this (`lower.indices.split`).
+#: Integers that one fp16 number cannot hold travel as a remainder and a quotient by this (`lower.indices.split`).
 PAIR = 1024
 
 

@@ -127,7 +127,7 @@ def _shown(value: object, homes: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> BufferChanges:
-    """What a rehearsed forward changed: `final` are the buffers after it, the model's own are as before.
+    """What a calibrated forward changed: `final` are the buffers after it, the model's own are as before.
 
     Raises: UnsupportedModel listing the buffers that neither the engine nor the host keeps.
     """

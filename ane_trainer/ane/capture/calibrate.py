@@ -1,4 +1,4 @@
-"""A rehearsal of the step in plain PyTorch: which dropouts run, and how large the gradients are.
+"""Calibrate a step by one run in plain PyTorch: which random draws it makes, and how large its gradients are.
 
 Also the two places where the user's code is called, which `sources` knows by their names.
 """
@@ -17,10 +17,10 @@ import torch
 
 from ane_trainer.ane.capture.batches import plain_tensor
 from ane_trainer.ane.capture.buffers import kept_views
-from ane_trainer.ane.capture.intermediates import gradients_and_flow
+from ane_trainer.ane.capture.intermediates import gradients_and_largest_intermediate
 from ane_trainer.ane.capture.losses import Loss, class_count
 from ane_trainer.ane.capture.ports import Parameter
-from ane_trainer.ane.capture.randomness import Mask, MaskMode
+from ane_trainer.ane.capture.randomness import HostRandomMode, RandomDraw
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state, training_argument, variables_as
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
@@ -35,21 +35,21 @@ CALIBRATED_UNIT_PEAK = 8.0
 #: of a bias before batch norm. Units of gradients that are truly that small move in the first steps.
 LEAST_SHARE = 2.0**-10
 #: Where the loss scale keeps gradients on their way: a quarter of fp16's range, since other batches have larger ones.
-FLOW_BOUND = 2.0**14
+INTERMEDIATE_GRADIENT_BOUND = 2.0**14
 #: The most that the loss scale is lowered for them: below, the accumulator's step of 2^-16 shows in the gradients.
 LARGEST_CONCESSION = 64.0
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What one plain PyTorch step on the example shows: dropout masks, the largest entry of each gradient.
+class Calibration:
+    """What one plain PyTorch step on the example shows: its random draws, the largest entry of each gradient.
 
     `norm` is that of all gradients together; `classes`: their number where the target holds class numbers.
     """
 
-    masks: tuple[Mask, ...]
+    draws: tuple[RandomDraw, ...]
     peaks: Mapping[str, float]
-    flow: float = 0.0
+    max_intermediate_gradient: float = 0.0
     classes: int | None = None
     norm: float = 0.0
 
@@ -60,8 +60,9 @@ class Rehearsal:
         return max(min(wanted, self.ceiling()), wanted / LARGEST_CONCESSION, SMALLEST_SCALE)
 
     def ceiling(self) -> float:
-        """The loss scale up to which the gradients between the operations stay within FLOW_BOUND."""
-        return _power_of_two(FLOW_BOUND, self.flow, SMALLEST_SCALE, LARGEST_SCALE, LARGEST_SCALE)
+        """The loss scale up to which the gradients between the operations stay within INTERMEDIATE_GRADIENT_BOUND."""
+        bound, largest = INTERMEDIATE_GRADIENT_BOUND, self.max_intermediate_gradient
+        return _power_of_two(bound, largest, SMALLEST_SCALE, LARGEST_SCALE, LARGEST_SCALE)
 
     def unit(self, name: str, bounds: tuple[float, float], least: float = 0.0) -> float:
         """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK.
@@ -73,33 +74,33 @@ class Rehearsal:
         return _power_of_two(CALIBRATED_UNIT_PEAK, peak, *bounds)
 
 
-def rehearse(
+def calibrate(
     model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[object, object]
-) -> Rehearsal:
+) -> Calibration:
     """One forward and backward in plain PyTorch on copies; neither the model nor the random state changes.
 
     Only choices of scale come from it, never values: another example gives the same step up to rounding.
     """
     values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
     trained = [values[p.name] for p in parameters if p.trained]
-    mode = MaskMode()
+    mode = HostRandomMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
         output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
         classes = class_count(loss, output, example[1])
         value = call_loss(loss, output, example[1])
     if not trained or not value.requires_grad:
-        return Rehearsal(tuple(mode.noted), {}, classes=classes)
-    gradients, flow = gradients_and_flow(value.float(), trained, decomposition_table())
+        return Calibration(tuple(mode.noted), {}, classes=classes)
+    gradients, largest = gradients_and_largest_intermediate(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
     peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
-    return Rehearsal(tuple(mode.noted), peaks, flow, classes, norm)
+    return Calibration(tuple(mode.noted), peaks, largest, classes, norm)
 
 
 def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[object, object]) -> float:
     """The loss in plain PyTorch, with the same draws at each call; nothing of the model's tensors changes."""
     values = {name: p.detach().clone().float() for name, p in model.named_parameters()}
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), rewriting(values_known=True), MaskMode():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), rewriting(values_known=True), HostRandomMode():
         torch.manual_seed(0)
         output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
         return float(call_loss(loss, output, example[1]))

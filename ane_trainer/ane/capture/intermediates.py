@@ -1,7 +1,7 @@
 """How large the numbers of a backward pass get: a loss scale must fit all of them, not only the parameters' gradients.
 
 What leaves fp16 on the engine is not noticed there (65536 is an ordinary number, and later products make it small
-again), so the scale is chosen from all that the rehearsal's backward pass computes.
+again), so the scale is chosen from all that the calibration's backward pass computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ane_trainer.ane.capture.trace.torch_private import Decompositions, OpOverlo
 
 
 class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the largest entry of every result, with operations taken apart as the capture does."""
+    """Notes the largest entry of every result, with operations decomposed as by capture."""
 
     def __init__(self, decompositions: Decompositions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -41,7 +41,7 @@ class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def gradients_and_flow(
+def gradients_and_largest_intermediate(
     value: torch.Tensor,
     parameters: Sequence[torch.Tensor],
     decompositions: Decompositions,

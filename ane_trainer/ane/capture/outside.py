@@ -81,7 +81,7 @@ def _drawn(where: str, before: tuple[object, ...], after: tuple[object, ...]) ->
     name = "random" if before[0] != after[0] else "numpy.random"
     return Finding(
         where, name, f"draws from Python's {name} in the forward; every step would have the same number.",
-        "Draw with torch (torch.rand, torch.randint), which is fed anew each step, or draw in your loop and put the "
+        "Draw with torch (torch.rand, torch.randint), which is drawn again each step, or draw in your loop and put the "
         "numbers into the batch.",
     )  # fmt: skip
 

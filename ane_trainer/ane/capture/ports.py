@@ -145,7 +145,7 @@ def identifier(target: str) -> str:
 
 
 def unique(ports: Iterable[Port]) -> list[Port]:
-    """The ports with clashing names numbered apart."""
+    """The ports with clashing names numbered."""
     taken: set[str] = set()
     result = []
     for port in ports:

@@ -39,20 +39,20 @@ PREFIX = ("dropout/", "random/")
 
 
 @dataclass(frozen=True)
-class Mask:
+class RandomDraw:
     """One draw of the model, in order of execution."""
 
     shape: tuple[int, ...]
     target: str
 
 
-class MaskMode(TorchFunctionMode):
-    """Replaces random draws by given tensors, in order; without `masks` they are noted."""
+class HostRandomMode(TorchFunctionMode):
+    """Replaces random draws by given tensors, in order; without `draws` they are noted."""
 
-    def __init__(self, masks: Sequence[torch.Tensor] | None = None) -> None:
+    def __init__(self, draws: Sequence[torch.Tensor] | None = None) -> None:
         super().__init__()
-        self.noted: list[Mask] = []
-        self._given: Iterator[torch.Tensor] | None = None if masks is None else iter(masks)
+        self.noted: list[RandomDraw] = []
+        self._given: Iterator[torch.Tensor] | None = None if draws is None else iter(draws)
         self._generator = torch.Generator().manual_seed(0)
 
     def __torch_function__(
@@ -89,7 +89,7 @@ class MaskMode(TorchFunctionMode):
 
     def draw(self, shape: tuple[int, ...], target: str) -> torch.Tensor:
         """The next random tensor."""
-        self.noted.append(Mask(shape or (1,), target))
+        self.noted.append(RandomDraw(shape or (1,), target))
         if self._given is not None:
             return next(self._given).reshape(shape)
         return torch.ones(shape) if target.startswith("dropout/") else draw(target, shape, self._generator)
@@ -122,12 +122,12 @@ class MaskMode(TorchFunctionMode):
         return result
 
 
-def bounds(mask: Mask) -> tuple[float, float] | None:
+def bounds(entry: RandomDraw) -> tuple[float, float] | None:
     """Least and largest of a draw of integers; None for others."""
-    kind, *limits = mask.target.partition("/")[2].split(":")
+    kind, *limits = entry.target.partition("/")[2].split(":")
     if kind == "integer":
         return float(limits[0]), float(int(limits[1]) - 1)
-    return (0.0, float(mask.shape[0] - 1)) if kind == "permutation" else None
+    return (0.0, float(entry.shape[0] - 1)) if kind == "permutation" else None
 
 
 def draw(target: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -156,7 +156,7 @@ def draw(target: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
 @contextlib.contextmanager
 def drawn_by(generator: torch.Generator) -> Iterator[None]:
     """Inside, plain PyTorch draws its dropouts and noise as the engine's host does; to compare the two."""
-    mode = MaskMode()
+    mode = HostRandomMode()
     mode.draw = lambda shape, target: draw(target, shape, generator)  # type: ignore[method-assign]
     with mode:
         yield
@@ -173,31 +173,31 @@ def _arguments(
     return input, float(p), train if training is None else training, inplace
 
 
-def _bernoulli_(mode: MaskMode, x: torch.Tensor, p: Any = 0.5, **kwargs: object) -> torch.Tensor:
+def _bernoulli_(mode: HostRandomMode, x: torch.Tensor, p: Any = 0.5, **kwargs: object) -> torch.Tensor:
     if isinstance(p, torch.Tensor):
         return (mode.draw(tuple(x.shape), "random/uniform") < p).to(x.dtype)
     return mode.draw(tuple(x.shape), f"random/bernoulli:{float(p)!r}")
 
 
 def _normal_(
-    mode: MaskMode, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **kwargs: object
+    mode: HostRandomMode, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **kwargs: object
 ) -> torch.Tensor:
     return mode.draw(tuple(x.shape), "random/normal") * std + mean
 
 
 def _uniform_(
-    mode: MaskMode, x: torch.Tensor, low: float = 0.0, high: float = 1.0, **kwargs: Any
+    mode: HostRandomMode, x: torch.Tensor, low: float = 0.0, high: float = 1.0, **kwargs: Any
 ) -> torch.Tensor:
     low, high = kwargs.get("from", low), kwargs.get("to", high)
     return mode.draw(tuple(x.shape), "random/uniform") * (high - low) + low
 
 
-def _exponential_(mode: MaskMode, x: torch.Tensor, rate: float = 1.0, **kwargs: object) -> torch.Tensor:
+def _exponential_(mode: HostRandomMode, x: torch.Tensor, rate: float = 1.0, **kwargs: object) -> torch.Tensor:
     return mode.draw(tuple(x.shape), "random/exponential") * (1.0 / rate)
 
 
 def _rrelu(
-    mode: MaskMode, x: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
+    mode: HostRandomMode, x: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
     inplace: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     slope: Any = (lower + upper) / 2
@@ -207,7 +207,7 @@ def _rrelu(
     return x.copy_(result) if inplace else result
 
 
-def _randint(mode: MaskMode, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _randint(mode: HostRandomMode, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`randint(high, size)`, `randint(low, high, size)`"""
     *bounds, size = args if "size" not in kwargs else (*args, kwargs["size"])
     low, high = kwargs.get("low", bounds[0] if len(bounds) == 2 else 0), kwargs.get("high", bounds[-1:])
@@ -216,16 +216,16 @@ def _randint(mode: MaskMode, *args: Any, **kwargs: Any) -> torch.Tensor:
     return result.to(kwargs.get("dtype") or torch.int64)
 
 
-def _randint_like(mode: MaskMode, x: torch.Tensor, *bounds: int, **kwargs: object) -> torch.Tensor:
+def _randint_like(mode: HostRandomMode, x: torch.Tensor, *bounds: int, **kwargs: object) -> torch.Tensor:
     return _randint(mode, *bounds, tuple(x.shape), dtype=kwargs.get("dtype") or x.dtype)
 
 
-def _randperm(mode: MaskMode, n: int, **kwargs: Any) -> torch.Tensor:
+def _randperm(mode: HostRandomMode, n: int, **kwargs: Any) -> torch.Tensor:
     return mode.draw((int(n),), "random/permutation").to(kwargs.get("dtype") or torch.int64)
 
 
 def _multinomial(
-    mode: MaskMode, weights: torch.Tensor, num_samples: int, replacement: bool = False, **kwargs: object
+    mode: HostRandomMode, weights: torch.Tensor, num_samples: int, replacement: bool = False, **kwargs: object
 ) -> torch.Tensor:
     """With replacement, the place of a uniform number among the sums of weights; else a race of exponential times."""
     if replacement or num_samples == 1:

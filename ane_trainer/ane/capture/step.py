@@ -13,7 +13,7 @@ import torch
 
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
-from ane_trainer.ane.capture.calibrate import Rehearsal, call_loss, call_model, copies, loss_of, rehearse
+from ane_trainer.ane.capture.calibrate import Calibration, calibrate, call_loss, call_model, copies, loss_of
 from ane_trainer.ane.capture.gradients import (
     LARGEST_UNIT,
     LIMITS,
@@ -43,7 +43,7 @@ from ane_trainer.ane.capture.ports import (
     unique,
     units_by_group,
 )
-from ane_trainer.ane.capture.randomness import MaskMode, bounds, draw
+from ane_trainer.ane.capture.randomness import HostRandomMode, bounds, draw
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import (
     LARGEST_SCALE,
@@ -125,7 +125,7 @@ class _Plan:
     structure: Structure
     state: tuple[Port, ...]
     batch: tuple[Port, ...]
-    masks: tuple[Port, ...]
+    draws: tuple[Port, ...]
     scalars: tuple[Port, ...]
     gradients: GradientOptions
     least_root: float
@@ -135,7 +135,7 @@ class _Plan:
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        return (*self.state, *self.batch, *self.masks, *self.scalars)
+        return (*self.state, *self.batch, *self.draws, *self.scalars)
 
 
 def capture_training(
@@ -157,18 +157,18 @@ def capture_training(
         forwarded(model) as final,
         nothing_outside(model, loss, lambda: loss_of(model, get_loss(loss), example)),
     ):
-        rehearsal = rehearse(model, get_loss(loss), found, example)
+        calibration = calibrate(model, get_loss(loss), found, example)
     changes = find_changes(model, final)
-    parameters = tuple(_with_unit(p, rule, optimizer, rehearsal, units) for p in found)
-    plan = _plan(model, loss, optimizer, example, parameters, rehearsal, changes, options)
-    scale = rehearsal.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
-    plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, rehearsal.ceiling())))
+    parameters = tuple(_with_unit(p, rule, optimizer, calibration, units) for p in found)
+    plan = _plan(model, loss, optimizer, example, parameters, calibration, changes, options)
+    scale = calibration.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
+    plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, calibration.ceiling())))
     outputs: list[Port] = []
     place = Place()
     function = _function(plan, place, outputs)
     graph = trace(function, _example_inputs(plan, example), decomposition_table(), place)
     shift = units.get(
-        SHIFT, _shift(options.gradients, rehearsal, largest_shift(rule, optimizer, parameters, {}))
+        SHIFT, _shift(options.gradients, calibration, largest_shift(rule, optimizer, parameters, {}))
     )
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling, SHIFT: shift}
     values = functools.partial(_calibration_inputs, plan, scale)
@@ -180,7 +180,9 @@ def capture_training(
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
         captured = finish_whole(graph, plan.inputs, outputs, examples)
-    return StepCapture(captured, scale, chosen, rule, parameters, changes, rehearsal.classes, values, update)
+    return StepCapture(
+        captured, scale, chosen, rule, parameters, changes, calibration.classes, values, update
+    )
 
 
 def batch_ports(example: object, prefix: str) -> list[Port]:
@@ -216,7 +218,7 @@ def _plan(
     optimizer: torch.optim.Optimizer,
     example: tuple[object, object],
     parameters: tuple[Parameter, ...],
-    rehearsal: Rehearsal,
+    calibration: Calibration,
     changes: BufferChanges,
     options: CaptureOptions,
 ) -> _Plan:
@@ -229,8 +231,9 @@ def _plan(
     state += [Port(identifier(n), tuple(b.shape) or (1,), "state", n) for n, b in buffers.items()]
     state += scaling_ports(gradients)
     batch = batch_ports(example[0], "x") + batch_ports(example[1], "y")
-    masks = [
-        Port(f"mask_{i}", m.shape, "batch", m.target, bounds=bounds(m)) for i, m in enumerate(rehearsal.masks)
+    draws = [
+        Port(f"mask_{i}", m.shape, "batch", m.target, bounds=bounds(m))
+        for i, m in enumerate(calibration.draws)
     ]
     units = units_by_group(parameters, len(groups))
     sizes = {name: len(v) for name, v in scalar_values(optimizer, rule, 1, units).items()}
@@ -240,8 +243,8 @@ def _plan(
         sizes[LIMITS] = len(trained)
     sizes |= dict.fromkeys(changes.scalars(), 1)
     scalars = [Port(identifier(name), (size,), "scalar", name) for name, size in sizes.items()]
-    ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *masks, *state])
-    count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(masks)]
+    ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *draws, *state])
+    count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(draws)]
     return _Plan(
         model, get_loss(loss), loss_name(loss), optimizer, rule, parameters, tuple(buffers),
         Structure.of(example), tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]),
@@ -254,14 +257,14 @@ def _with_unit(
     parameter: Parameter,
     rule: Rule,
     optimizer: torch.optim.Optimizer,
-    rehearsal: Rehearsal,
+    calibration: Calibration,
     units: Mapping[str, float],
 ) -> Parameter:
     """The parameter with its gradient's unit; one that the loss does not reach counts as frozen."""
-    if parameter.group is None or parameter.name not in rehearsal.peaks:
+    if parameter.group is None or parameter.name not in calibration.peaks:
         return dataclasses.replace(parameter, group=None)
     group = plain(optimizer.param_groups[parameter.group])
-    unit = rehearsal.unit(parameter.name, unit_bounds(rule, group), least_gradient(parameter, rule, group))
+    unit = calibration.unit(parameter.name, unit_bounds(rule, group), least_gradient(parameter, rule, group))
     return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
 
 
@@ -282,11 +285,11 @@ def least_gradient(parameter: Parameter, rule: Rule, group: Mapping[str, object]
     return decay * float(parameter.tensor.detach().abs().amax())
 
 
-def _shift(options: GradientOptions, rehearsal: Rehearsal, largest: float) -> float:
+def _shift(options: GradientOptions, calibration: Calibration, largest: float) -> float:
     """The power of two that undoes what clipping takes from the example's gradients."""
-    if options.clip_norm is None or not 0.0 < rehearsal.norm < math.inf:
+    if options.clip_norm is None or not 0.0 < calibration.norm < math.inf:
         return 1.0
-    factor = min(1.0, options.clip_norm / rehearsal.norm)
+    factor = min(1.0, options.clip_norm / calibration.norm)
     return min(2.0 ** -math.floor(math.log2(factor)), largest)
 
 
@@ -308,7 +311,7 @@ def _example_inputs(plan: _Plan, example: tuple[object, object]) -> Tensors:
     inputs = {p.name: values.get(p.target, torch.ones(p.shape)).reshape(p.shape).clone() for p in plan.state}
     for port, leaf in zip(plan.batch, tensors_of(example), strict=True):
         inputs[port.name] = (leaf.float() if leaf.is_floating_point() else leaf).reshape(port.shape)
-    inputs |= {p.name: torch.ones(p.shape) for p in (*plan.masks, *plan.scalars)}
+    inputs |= {p.name: torch.ones(p.shape) for p in (*plan.draws, *plan.scalars)}
     return inputs
 
 
@@ -325,7 +328,7 @@ def _calibration_inputs(plan: _Plan, scale: float, batch: tuple[object, object])
         if p.target == SCALING + k
     }
     generator = torch.Generator().manual_seed(0)
-    return inputs | {p.name: draw(p.target, p.shape, generator) for p in plan.masks}
+    return inputs | {p.name: draw(p.target, p.shape, generator) for p in plan.draws}
 
 
 def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
@@ -378,12 +381,12 @@ def _differentiate(
     shapes = {name: b.shape for name, b in float_buffers(plan.model, dense=False).items()}
     buffers = {name: state[name].reshape(shapes[name]).clone() for name in plan.buffers}
     x, y = plan.structure.filled([named[p.name] for p in plan.batch])
-    masks = [named[p.name] for p in plan.masks]
+    draws = [named[p.name] for p in plan.draws]
     sent = {p.target: named[p.name] for p in plan.scalars}
     others = copies(plan.model) | plan.changes.stand_ins(plan.model, sent)
     with torch.enable_grad(), watch_modules(plan.model) as stack:
         describe = stack.here
-        with MaskMode(masks), SourceMode(lambda: describe(), place):
+        with HostRandomMode(draws), SourceMode(lambda: describe(), place):
             with newest_statistics(plan.model, plan.changes), forwarded(plan.model) as final:
                 output = call_model(plan.model, {**others, **values, **trained, **buffers}, x)
             buffers |= {n: final[n].detach().reshape(shapes[n]) for n in buffers if n in final}

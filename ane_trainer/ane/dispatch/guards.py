@@ -98,7 +98,7 @@ class Guards:
         return found + [f"{name}: written to" for name in self._constants.changed()]
 
     def key(self) -> tuple[object, ...]:
-        """Equal for equal states; the objects it tells apart by their identity are held by this."""
+        """Equal for equal states; holds the objects that it compares by identity."""
         values = tuple(tuple(map(_frozen, values)) for values in self._saved)
         return values, self._entries, tuple(self._ids), tuple(self._trained), self._constants.digest()
 

@@ -148,7 +148,7 @@ def check_parameters(model: torch.nn.Module, limits: Range) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DataError(
             f"model: needs parameters that are finite and at most {limits.largest:g} ({limits.name}); got "
-            f"{', '.join(wrong[:3])}{more}. Initialise the model anew, or load weights that are whole.",
+            f"{', '.join(wrong[:3])}{more}. Reinitialise the model, or load weights that are whole.",
             code="DATA106",
         )
 

@@ -271,7 +271,7 @@ class TrainingStep:
         ).to_tensors()
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from `state_dict`, bit for bit; one with another largest loss scale compiles anew.
+        """Continue from `state_dict`, bit for bit; another largest loss scale recompiles.
 
         Raises: CheckpointError, before anything changed, for a state that is not whole or not of this step.
         """

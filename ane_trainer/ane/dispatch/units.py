@@ -84,7 +84,7 @@ class GradientUnits:
         }
 
     def restore(self, units: Mapping[str, float], levels: Mapping[str, float]) -> None:
-        """Take over what `named` and `named_levels` gave; levels that are missing start anew."""
+        """Take over what `named` and `named_levels` gave; missing levels start from zero."""
         self.values = [units[p.name] for p in self.parameters]
         self.levels = [levels.get(p.name, 0.0) for p in self.parameters]
         self.shift, self.shift_level = units.get(SHIFT, 1.0), levels.get(SHIFT, 1.0)

@@ -34,7 +34,7 @@ def last_uses(function: Function, entries: Sequence[Entry], hidden: Mapping[str,
 
 
 class Pool:
-    """Blocks of memory; a value's goes to another when `release` is told that nobody reads it any more."""
+    """Blocks of memory; a value's is reused after `release` of its last reader."""
 
     def __init__(self, last: Mapping[str, int], end: int) -> None:
         self._last, self._end = last, end

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_trainer import compile_step
-from ane_trainer.ane.capture.calibrate import FLOW_BOUND, LARGEST_CONCESSION, Rehearsal
-from ane_trainer.ane.capture.intermediates import gradients_and_flow
+from ane_trainer.ane.capture.calibrate import INTERMEDIATE_GRADIENT_BOUND, LARGEST_CONCESSION, Calibration
+from ane_trainer.ane.capture.intermediates import gradients_and_largest_intermediate
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import GROWTH_INTERVAL, LARGEST_SCALE, next_scale
 from tests.ane.compiler.lower.harness import check, gradients, normal
@@ -20,17 +20,17 @@ from tests.ane.compiler.lower.harness import check, gradients, normal
 def test_the_flow_is_what_the_loss_scale_multiplies() -> None:
     x = torch.tensor([3.0, 1.0], requires_grad=True)
     value = (x / 64).sum() * 512 + (1e6 * x.detach()).sum() * 0  # the constants are no part of it
-    found, flow = gradients_and_flow(value, [x], decomposition_table())
+    found, largest = gradients_and_largest_intermediate(value, [x], decomposition_table())
     assert found[0] is not None
     assert found[0].tolist() == [8.0, 8.0]
-    assert flow == 512.0
+    assert largest == 512.0
 
 
 def test_the_scale_leaves_room() -> None:
-    assert Rehearsal((), {"w": 1.0}).loss_scale() == 2048.0
-    assert Rehearsal((), {"w": 1.0}, 64.0).loss_scale() == FLOW_BOUND / 64 == 256.0
-    assert Rehearsal((), {"w": 1.0}, 1e6).loss_scale() == 2048.0 / LARGEST_CONCESSION
-    assert Rehearsal((), {"w": 1.0}).ceiling() == LARGEST_SCALE
+    assert Calibration((), {"w": 1.0}).loss_scale() == 2048.0
+    assert Calibration((), {"w": 1.0}, 64.0).loss_scale() == INTERMEDIATE_GRADIENT_BOUND / 64 == 256.0
+    assert Calibration((), {"w": 1.0}, 1e6).loss_scale() == 2048.0 / LARGEST_CONCESSION
+    assert Calibration((), {"w": 1.0}).ceiling() == LARGEST_SCALE
 
 
 def test_the_scale_grows_to_its_ceiling_only() -> None:

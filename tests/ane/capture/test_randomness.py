@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
-from ane_trainer.ane.capture.randomness import MaskMode, drawn_by
+from ane_trainer.ane.capture.randomness import HostRandomMode, drawn_by
 
 
 class Noisy(nn.Module):
@@ -90,6 +90,6 @@ def test_alpha_dropout_is_torchs() -> None:
     torch.manual_seed(1)
     wanted = F.alpha_dropout(x, 0.3, training=True)
     dropped = wanted == wanted.flatten().mode().values
-    mode = MaskMode([(~dropped).float()])
+    mode = HostRandomMode([(~dropped).float()])
     with mode:
         torch.testing.assert_close(F.alpha_dropout(x, 0.3, training=True), wanted)

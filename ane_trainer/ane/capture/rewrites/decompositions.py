@@ -1,4 +1,4 @@
-"""Which ATen operations are taken apart during capture, and into what.
+"""The decomposition table of capture: which ATen operations are replaced, and by what.
 
 Base: `torch.export.default_decompositions()`, torch's core ATen table. Kept whole are the ops that MIL has under
 one name or that the lowering writes better (labels and indices as one-hot: the engine has no gather and scatter);

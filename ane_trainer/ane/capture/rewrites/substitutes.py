@@ -109,7 +109,7 @@ def rewriting(values_known: bool = False, knows: Knows | None = None) -> Iterato
 
 
 def _all_true(tensor: torch.Tensor) -> torch.Tensor:
-    """What a distribution made before, with its checks on, asks of samples; the rehearsal answered for the example."""
+    """What a distribution made before, with its checks on, asks of samples; calibration answered it."""
     return torch.ones((), dtype=torch.bool)
 
 

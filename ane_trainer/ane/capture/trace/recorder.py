@@ -262,7 +262,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return slot
 
     def _read(self, slot: Slot) -> Node:
-        """The node with the slot's present value; made anew from its base if that was written to."""
+        """The node with the slot's present value; recomputed from its base after a write to it."""
         if slot.writes != slot.root.writes and slot.view is not None:
             base = self._read(slot.view.base)
             slot.node = self._again(slot.view, base)

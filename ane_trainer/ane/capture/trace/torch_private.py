@@ -140,7 +140,7 @@ def decompositions_of(packets: Sequence[OpOverloadPacket]) -> Decompositions:
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Inside, CPU layers are made of plain matmuls, and code that asks is told that it is being compiled.
+    """Inside, CPU layers are made of plain matmuls, and `torch.compiler.is_compiling()` holds.
 
     Not `torch.backends.mkldnn.flags`: it also sets an option for Intel GPUs and warns that there is none. Models
     that look at values to choose a path (`if mask.all()`) take the one that fits all values.

@@ -12,7 +12,7 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.dispatch.devices.aneforge_runtime import on_apple_silicon
 from ane_trainer.ane.errors import UsageError
 
-#: Distributions whose versions are told.
+#: Distributions whose versions are reported.
 PACKAGES = ("torch", "numpy", "llvmlite", "aneforge", "coreai-core", "coremltools")
 
 

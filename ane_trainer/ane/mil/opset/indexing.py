@@ -210,7 +210,7 @@ def argsort(call: Call) -> tuple[TensorType, ...]:
     dtypes="x:FN k:I",
 )
 def topk(call: Call) -> tuple[TensorType, ...]:
-    """The k largest (smallest when ascending) along an axis: values, and their indices unless told not to."""
+    """The k largest (smallest when ascending) along an axis: values, and their indices unless switched off."""
     x, k = call.type("x"), call.integer("k")
     along = axis(call, call.integer("axis"), x.rank)
     if not 1 <= k <= x.shape[along]:

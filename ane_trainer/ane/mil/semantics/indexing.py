@@ -129,7 +129,7 @@ def argsort(call: Call, x: Array) -> Array:
 
 @meaning("topk")
 def topk(call: Call, x: Array) -> Array | tuple[Array, Array]:
-    """The k largest (smallest when ascending) in order, and their positions unless told not to."""
+    """The k largest (smallest when ascending) in order, and their positions unless switched off."""
     axis = call.integer("axis") % x.ndim
     order = np.take(_order(x, axis, call.flag("ascending")), range(call.integer("k")), axis)
     values = np.take_along_axis(x, order, axis)

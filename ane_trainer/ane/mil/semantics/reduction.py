@@ -71,7 +71,7 @@ def softmax(call: Call, x: Array) -> Array:
 
 @meaning("max_pool avg_pool l2_pool")
 def pool(call: Call, x: Array) -> Array:
-    """Largest, mean or root of squares of each window; a mean counts padding unless told not to."""
+    """Largest, mean or root of squares of each window; a mean counts padding unless it is excluded."""
     kind, kernel = call.op.kind, call.integers("kernel_sizes")
     strides = call.integers("strides") if call.has("strides") else (1,) * len(kernel)
     padding = spatial_padding(call, x.shape[2:], kernel, strides, (1,) * len(kernel))

@@ -124,7 +124,7 @@ def resample(call: Call, x: Array, coordinates: Array) -> Array:
 
 
 def _pixels(call: Call, at: F64, size: int, padding: str) -> F64:
-    """Coordinates as pixel positions, brought into the image where the padding mode says so."""
+    """Coordinates as pixel positions, clamped or mirrored into the image as the padding mode says."""
     mode = call.text("coordinates_mode")
     if mode != "unnormalized":
         part = (at + 1) / 2 if mode == "normalized_minus_one_to_one" else at

@@ -170,7 +170,7 @@ def reverse_sequence(ctx: EngineContext, call: Call, x: Array, lengths: Array) -
 
 @kernel("sliding_windows", "exact", _CORE_ML)
 def sliding_windows(ctx: EngineContext, call: Call, x: Array) -> Array:
-    """`axis` becomes two: the windows, `stride` apart, and the `size` entries of each."""
+    """`axis` becomes two: the windows, one every `stride` entries, and the `size` entries of each."""
     along, size = call.integer("axis") % x.ndim, call.integer("size")
     every = np.lib.stride_tricks.sliding_window_view(x, size, axis=along)
     chosen = every[(slice(None),) * along + (slice(None, None, call.integer("stride")),)]

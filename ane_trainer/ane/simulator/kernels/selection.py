@@ -1,7 +1,7 @@
 """Ops that pick by index or order: gather, scatter, sort, topk, one_hot, non-maximum suppression.
 
 Values pass through; only scatter's arithmetic modes compute, rounding after each update. Indices are int32 or
-uint16 arrays; a negative index counts from the end, one out of range is brought to the nearest end.
+uint16 arrays; a negative index counts from the end, one out of range is clamped.
 """
 
 from __future__ import annotations

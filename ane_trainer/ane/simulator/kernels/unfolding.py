@@ -96,18 +96,18 @@ class Unfolded:
 
 
 def joined(parts: Sequence[Unfolded], axis: int) -> Unfolded | None:
-    """Equal slices of one value, evenly apart, concatenated along an axis; None where they are not that."""
+    """Equally spaced slices of one value, concatenated along an axis; None where they are not that."""
     first = parts[0]
     places = [part.view.__array_interface__["data"][0] for part in parts]
-    apart = places[1] - places[0] if len(places) > 1 else 0
+    spacing = places[1] - places[0] if len(places) > 1 else 0
     alike = all((p.groups, p.view.shape, p.view.strides) == (first.groups, first.view.shape, first.view.strides)
                 for p in parts)  # fmt: skip
-    if apart == 0 or not alike or any(b - a != apart for a, b in pairwise(places)):
+    if spacing == 0 or not alike or any(b - a != spacing for a, b in pairwise(places)):
         return None
     at = sum(first.groups[:axis])
     shape, strides = list(first.view.shape), list(first.view.strides)
     shape.insert(at, len(parts))
-    strides.insert(at, apart)
+    strides.insert(at, spacing)
     groups = tuple(n + (i == axis) for i, n in enumerate(first.groups))
     return Unfolded(as_strided(first.view, shape, strides), groups)
 

@@ -300,7 +300,7 @@ class Pass:
         return self.loops.add(self._group((position,)), self.code.arrays, self.code.tables, [target])
 
     def fold(self, kind: str, position: int, total: Array, store: Array | None = None) -> Loop:
-        """The step that gathers a value into `total` (extent 1 where it reduces), and writes it if told to.
+        """The step that gathers a value into `total` (extent 1 where it reduces), and writes it if asked to.
 
         `kind` is "sum", "sum_square", "max" or "min" (see `group.Folds`); totals as `total_for` makes them.
         """

@@ -137,7 +137,7 @@ def _half_away(bits: Value, real: Type, shift: int) -> Value:
 
 
 def _gather() -> Definition:
-    f = Function("gather", apart=True, data=PTR, out=PTR, count=I64, table=PTR)
+    f = Function("gather", disjoint=True, data=PTR, out=PTR, count=I64, table=PTR)
     data, out, count, table = f.parameters
     with f.loop(0, count) as i:
         out.at(i, F32).store(lanes.looked_up(data.at(i, F32).load(F32), table))

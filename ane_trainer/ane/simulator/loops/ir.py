@@ -252,11 +252,13 @@ class Definition:
 class Function:
     """A function under construction; its result is `void`. Keywords name the parameters and give their types.
 
-    `internal`: only others of its module call it, not inlined; `apart`: what its addresses point to does not overlap.
+    `internal`: called only within its module, not inlined; `disjoint`: what its addresses point to does not overlap.
     """
 
-    def __init__(self, name: str, *, internal: bool = False, apart: bool = False, **parameters: Type) -> None:
-        kinds = {t: t.text + " noalias" * (apart and t is PTR) for t in set(parameters.values())}
+    def __init__(
+        self, name: str, *, internal: bool = False, disjoint: bool = False, **parameters: Type
+    ) -> None:
+        kinds = {t: t.text + " noalias" * (disjoint and t is PTR) for t in set(parameters.values())}
         signature = ", ".join(f"{kinds[kind]} %{label}" for label, kind in parameters.items())
         linkage, attributes = ("internal ", " noinline") if internal else ("", "")
         self._head = f"define {linkage}void @{name}({signature}){attributes} {{\nentry:"

@@ -81,7 +81,7 @@ class Table:
     `symmetry` is "odd" (the sign is set aside first) or "none"; `reduction` names how the input is reduced:
     "none", "mantissa" (m in [0.5, 1) and an exponent), "mantissa pair" (m in [0.5, 2), even exponent),
     "power of two" (integer and fraction) or "quarter wave". `below` and `above` hold for reduction "none".
-    `at_zero` overrides the result at +-0 where that was measured apart from the table.
+    `at_zero` overrides the result at +-0 where that was measured separately.
     """
 
     name: str

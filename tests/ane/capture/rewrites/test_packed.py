@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ane_trainer.ane.capture.randomness import MaskMode
+from ane_trainer.ane.capture.randomness import HostRandomMode
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.compiler.lower.harness import lowered, normal
@@ -49,7 +49,7 @@ def with_gradient(layer: nn.Module, x: Tensor, lengths: Any, total: int | None =
 def test_packed_layers_are_pytorchs(name: str, total: int | None) -> None:
     layer, x = LAYERS[name].double(), normal(3, 5, 3)
     expected = with_gradient(layer, x, LENGTHS, total)
-    with rewriting(), MaskMode():
+    with rewriting(), HostRandomMode():
         found = with_gradient(layer, x, LENGTHS, total)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -62,7 +62,7 @@ def test_lengths_may_be_data(lengths: Any) -> None:
     given = [lengths] if isinstance(lengths, Tensor) else []
 
     def function(x: Tensor, *data: Tensor) -> list[Tensor]:
-        with torch.no_grad(), MaskMode():
+        with torch.no_grad(), HostRandomMode():
             return run(layer, x, data[0] if data else lengths)
 
     x, others = normal(3, 5, 3), torch.tensor([5, 2, 4]) if given else LENGTHS
@@ -77,12 +77,12 @@ def test_shorter_padding_needs_the_total_length() -> None:
     layer = LAYERS["gru"].double()
     with (
         rewriting(values_known=True),
-        MaskMode(),
+        HostRandomMode(),
         pytest.raises(UnsupportedModel, match="Pass total_length=6"),
     ):
         run(layer, x, lengths)
     expected = run(layer, x, lengths, 6)
-    with rewriting(values_known=True), MaskMode():
+    with rewriting(values_known=True), HostRandomMode():
         torch.testing.assert_close(run(layer, x, lengths, 6), expected)
 
 
@@ -97,7 +97,7 @@ def test_rows_may_be_changed_one_by_one_only() -> None:
         return pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
 
     expected = scaled(packed())
-    with rewriting(), MaskMode():
+    with rewriting(), HostRandomMode():
         torch.testing.assert_close(scaled(packed()), expected)
         with pytest.raises(UnsupportedModel, match="mean: uses the rows of a packed sequence"):
             packed().data.mean()

@@ -80,7 +80,7 @@ def holds(ctx: Context, kind: str, x: Operand, y: Operand) -> Operand:
 
 
 def carried(ctx: Context, low: Operand, high: Operand) -> Encoded:
-    """`low` below 2048 in magnitude brought into 0 ... 1023: `c = floor(low / 1024); low - 1024 c, high + c`"""
+    """`low` below 2048 in magnitude normalised to 0 ... 1023: `c = floor(low / 1024); low - 1024 c, high + c`"""
     c = floor(ctx, ctx.mul(low, 1.0 / _BASE))
     return pair(ctx.sub(low, times(ctx, c, _BASE)), plus(ctx, high, c))
 
@@ -216,7 +216,7 @@ def _by_power(ctx: Context, x: Encoded, power: int) -> tuple[Encoded, Encoded]:
 
 
 def _corrected(ctx: Context, estimate: Operand, rest: Encoded, c: torch.Tensor) -> tuple[Operand, Encoded]:
-    """An estimate up to 5 below the quotient and its remainder, brought to the quotient."""
+    """An estimate up to 5 below the quotient and its remainder, corrected to the quotient."""
     if float(c.max()) <= 340:  # six times c is an integer that fp16 holds
         one = joined(ctx, rest)
         for _ in range(5):

@@ -171,7 +171,7 @@ def _looked_up(node: Node) -> Iterator[tuple[int, bool]]:
 
 
 def rows_of(user: Node, index: Node, name: str) -> int | None:
-    """How many rows or classes a look-up by `index` tells apart; None if the node is none."""
+    """How many rows or classes a look-up by `index` distinguishes; None if the node is none."""
     args: Any = user.args
     if name == "embedding" and args[1] is index:
         return int(args[0].meta["val"].shape[0])

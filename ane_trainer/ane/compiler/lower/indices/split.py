@@ -334,7 +334,7 @@ def one_hot(ctx: Context, index: Encoded, numbers: torch.Tensor, axis: int) -> O
 
 
 def check_rows(ctx: Context, rows: int) -> None:
-    """Refuses tables with more rows than pairs tell apart."""
+    """Refuses tables with more rows than pairs distinguish."""
     if rows > MOST_ROWS:
         raise ctx.refuse(
             f"needs a table of at most {MOST_ROWS} rows; got {rows}.", "Use a smaller vocabulary."

@@ -310,7 +310,7 @@ def max_unpool(
     """
     axes = len(output_size)
     m = indices.maxima if isinstance(indices, Places) else None
-    if m is not None and m.shape[2:] == tuple(output_size) and all(a.apart for a in m.axes):
+    if m is not None and m.shape[2:] == tuple(output_size) and all(a.disjoint for a in m.axes):
         return ctx.reshape(give(ctx, m, _batched(ctx, x, axes)), ctx.shape)
     number = indices.numbers(ctx) if isinstance(indices, Places) else indices
     if number is None or isinstance(number, Absent):

@@ -218,11 +218,11 @@ def cdist_backward(ctx: Context, g: Operand, x: Operand, y: Operand, p: float, d
         raise ctx.refuse(f"needs p of 1 or 2 for the gradient; got {p}.", "Use another norm.")
     a, b = shape_of(x), shape_of(y)
     rows = ctx.reshape(x, (*a[:-1], 1, a[-1]))
-    apart = ctx.sub(rows, ctx.reshape(y, (*b[:-2], 1, *b[-2:])))
-    direction: Operand = apart
+    difference = ctx.sub(rows, ctx.reshape(y, (*b[:-2], 1, *b[-2:])))
+    direction: Operand = difference
     slope = g
     if p == 1:
-        direction = ctx.unary("sign", apart)
+        direction = ctx.unary("sign", difference)
     else:
         near = ctx.binary("equal", distance, 0.0)
         slope = ctx.where(near, 0.0, ctx.div(g, ctx.where(near, 1.0, distance)))

@@ -48,7 +48,7 @@ def pad_spatial(ctx: Context, x: Operand, pads: Sequence[tuple[int, int]], value
 
 
 def tap(ctx: Context, x: Operand, axis: int, offset: int, count: int, stride: int) -> Operand:
-    """`count` elements of an axis from `offset` on, `stride` apart."""
+    """`count` elements of an axis from `offset` on, every `stride`."""
     return ctx.slice(x, axis, offset, offset + (count - 1) * stride + 1, stride)
 
 
@@ -189,7 +189,7 @@ LOWEST = -MAX_FP16
 
 @dataclass(frozen=True)
 class Regular:
-    """Along one axis: `count` windows of `kernel` elements, `dilation` apart, every `stride`."""
+    """Along one axis: `count` windows of `kernel` elements with this `dilation`, every `stride`."""
 
     count: int
     kernel: int
@@ -205,7 +205,7 @@ class Regular:
         return fold_axis(ctx, parts, axis, self.stride, self.dilation, extent)
 
     @property
-    def apart(self) -> bool:
+    def disjoint(self) -> bool:
         """No element is in two windows."""
         return self.stride > (self.kernel - 1) * self.dilation
 
@@ -239,7 +239,7 @@ class Adaptive:
         return along(ctx, ctx.concat(parts, axis), axis, places.T)
 
     @property
-    def apart(self) -> bool:
+    def disjoint(self) -> bool:
         """No element is in two windows."""
         return self.extent % self.count == 0
 
