@@ -15,6 +15,7 @@ from ane_trainer.__version__ import __version__
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.export import ExportOptions, ExportReport, Signature, export_inference, export_step
+from ane_trainer.ane.export.driving import driving
 
 INPUTS = ("auto", "image", "tensor")
 #: Steps that an exported training step is run for.
@@ -60,12 +61,13 @@ def export_training(
         raise DataError("export: needs at least one batch; got none. Pass data.", code="DATA104")
     chosen = [batches[i % len(batches)] for i in range(CHECKED_STEPS)]
     feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
-    about = _about(step, optimizer)
+    about = about_step(step, optimizer)
     return export_step(step.compiled, step.port_state(), feeds, path, format, options, about)
 
 
-def _about(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+def about_step(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     """The metadata that an app needs to feed the step."""
+    units, mirror, loss_unit = step.host_side
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     return {
         "description": f"A training step with {type(optimizer).__name__}, by ane_trainer",
@@ -73,6 +75,9 @@ def _about(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str,
         "applied_steps": step.applied_steps,
         "optimizer": {"name": type(optimizer).__name__, **{k: v for k, v in settings.items() if _plain(v)}},
         "next_scalars": step.scalars(),
+        "loss_unit": loss_unit,
+        "steps": step.steps,
+        **driving(units, step.gradient_options, mirror),
     }
 
 

@@ -27,7 +27,7 @@ from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Port
 
 #: The largest magnitude of state after its unit moved up.
-_MOVED_PEAK = 2.0**13
+MOVED_PEAK = 2.0**13
 
 
 class Mirror:
@@ -153,7 +153,7 @@ class Mirror:
     def set_units(self, units: Mapping[str, float], shift: float) -> None:
         """The units that the state is kept in from here on, and the power of two after clipping; nothing is scaled."""
         for name, unit in units.items():
-            for target, power, factor in self._in_units(name):
+            for target, power, factor in self.in_units(name):
                 own = unit if target.endswith(f"/{ACCUMULATED}") else unit * shift
                 self._ports[target] = dataclasses.replace(self._ports[target], scale=factor * own**power)
 
@@ -167,22 +167,22 @@ class Mirror:
     def room(self, name: str) -> float:
         """The largest power of two that a parameter's unit can grow by without its state leaving the precision."""
         found = 2.0**24
-        for target, power, _ in self._in_units(name):
+        for target, power, _ in self.in_units(name):
             peak = float(np.abs(self._session.values(self._ports[target].name)).max(initial=0.0))
             if peak > 0.0:
-                found = min(found, 2.0 ** (math.floor(math.log2(_MOVED_PEAK / peak)) // power))
+                found = min(found, 2.0 ** (math.floor(math.log2(MOVED_PEAK / peak)) // power))
         return max(found, 1.0)
 
     def move(self, name: str, before_clipping: float, after_clipping: float) -> None:
         """Scale a parameter's state to a unit that changed by these factors (powers of two)."""
-        for target, power, _ in self._in_units(name):
+        for target, power, _ in self.in_units(name):
             factor = before_clipping if target.endswith(f"/{ACCUMULATED}") else after_clipping
             port = self._ports[target]
             if factor != 1.0:
                 self._write(port, self._session.values(port.name) * np.float32(factor**power))
                 self._ports[target] = dataclasses.replace(port, scale=port.scale * factor**power)
 
-    def _in_units(self, name: str) -> list[tuple[str, int, float]]:
+    def in_units(self, name: str) -> list[tuple[str, int, float]]:
         """(target, power of the unit in it, factor besides) of a parameter's state that is kept in its unit."""
         found = [(f"{name}/{ACCUMULATED}", 1, 1.0)]
         for parameter, _, slots in self._slots():

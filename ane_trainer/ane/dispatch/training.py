@@ -30,6 +30,7 @@ from ane_trainer.ane.dispatch.agreement import (
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
+from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import check_mean, joined_costs, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
@@ -325,6 +326,11 @@ class TrainingStep:
     def health(self) -> dict[str, int]:
         """By module, the batches in which the gradient of one of its parameters left its range: skipped updates."""
         return self._units.overflows_by_module()
+
+    @property
+    def host_side(self) -> tuple[GradientUnits, Mirror, float]:
+        """What the host keeps: units of gradients, the state's mirror, the factor of the loss."""
+        return self._units, self._loaded.mirror, self._loaded.loss_unit
 
     @property
     def optimizer_on(self) -> str:

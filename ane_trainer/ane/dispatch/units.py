@@ -23,12 +23,12 @@ from ane_trainer.ane.capture.ports import Parameter, units_by_group
 from ane_trainer.ane.capture.step import SHIFT, largest_shift, least_gradient, unit_bounds
 from ane_trainer.ane.errors import NumericsWarning
 
-#: Gradients above this in their unit move it down, those below _LOW for a while up.
-_HIGH, _LOW = 4.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
+#: Gradients above this in their unit move it down, those below LOW for a while up.
+HIGH, LOW = 4.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
 #: What is left of the level after a step with smaller gradients: from 8 to 1 in 20 steps.
-_FADE = 0.9
-#: Units move up after these steps and then every _UP_EVERY: it takes reading the state.
-_UP_FIRST, _UP_EVERY = (1, 2, 4, 8), 16
+FADE = 0.9
+#: Units move up after these steps and then every UP_EVERY: it takes reading the state.
+UP_FIRST, UP_EVERY = (1, 2, 4, 8), 16
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class GradientUnits:
             ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]
             self._count(max(range(count), key=lambda i: _size(ratios[i])))
             return []
-        wanted, up = [1.0] * count, number in _UP_FIRST or number % _UP_EVERY == 0
+        wanted, up = [1.0] * count, number in UP_FIRST or number % UP_EVERY == 0
         for i, (peak, limit) in enumerate(zip(health[:count], limits, strict=True)):
             wanted[i] = self._wanted(i, float(peak), float(limit), up)
         clipped = len(health) > count + 1
@@ -148,11 +148,11 @@ class GradientUnits:
             self._count(index)
             self._warn(index, peak, limit)
         if peak > 0.0:
-            self.levels[index] = max(peak, _FADE * self.levels[index]) if math.isfinite(peak) else 65504.0
+            self.levels[index] = max(peak, FADE * self.levels[index]) if math.isfinite(peak) else 65504.0
         level = self.levels[index]
         if level == 0.0:  # no gradient so far
             return 1.0
-        if level <= _HIGH and peak < limit and (level >= _LOW or not up):
+        if level <= HIGH and peak < limit and (level >= LOW or not up):
             return 1.0
         group, unit = self._group(parameter), self.values[index]
         level = max(level, least_gradient(parameter, self.rule, group) * unit)
@@ -188,7 +188,7 @@ class GradientUnits:
         )
 
     def _wanted_shift(self, factor: float, up: bool) -> float:
-        self.shift_level = max(factor, _FADE * self.shift_level)
+        self.shift_level = max(factor, FADE * self.shift_level)
         if self.shift_level <= 2.0 and (self.shift_level >= 0.125 or not up):
             return 1.0
         target = self.shift * 2.0 ** -math.floor(math.log2(self.shift_level))

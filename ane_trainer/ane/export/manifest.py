@@ -6,6 +6,7 @@ aliases           output -> input: in the form io, the output is the input of th
 weights           a parameter's value is the sum of `factor * port` over its terms (two fp16 numbers)
 optimizer         its settings, and how many updates there were
 next_scalars      the values of the scalar inputs for the next update, by target
+settings, parameters, scalars, policy   how to compute those of any update, and when units move (`driving.py`)
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from ane_trainer.ane.capture.optimizers.formulas import Traced, most, number, product, sqrt
 from ane_trainer.ane.capture.optimizers.rule import (
     LEAST,
     RESIDUAL,
@@ -42,11 +43,11 @@ _RATIO_BOUND = 64.0
 
 
 def _bias(group: Group, step: int) -> float:
-    return 1.0 - float(group["betas"][0]) ** step
+    return 1.0 - number(group["betas"][0]) ** step
 
 
 def _bias_sq(group: Group, step: int) -> float:
-    return 1.0 - float(group["betas"][1]) ** step
+    return 1.0 - number(group["betas"][1]) ** step
 
 
 _FIRST = Slot("exp_avg", 1, bias=_bias)
@@ -71,23 +72,23 @@ def _decayed(u: Update, delta: torch.Tensor) -> torch.Tensor:
 
 def _averages(group: Group, step: int) -> dict[str, float]:
     """Averaging weights (1-b)/(1-b^t) instead of 1-b keep both moments corrected for their bias."""
-    forget_sq = (1.0 - float(group["betas"][1])) / _bias_sq(group, step)
-    return {"forget": (1.0 - float(group["betas"][0])) / _bias(group, step), **square_scalars(forget_sq)}
+    forget_sq = (1.0 - number(group["betas"][1])) / _bias_sq(group, step)
+    return {"forget": (1.0 - number(group["betas"][0])) / _bias(group, step), **square_scalars(forget_sq)}
 
 
 def _decay(group: Group) -> dict[str, float]:
     if not group["weight_decay"] or not _decoupled(group):
         return {}
-    return {"decay": float(group["lr"]) * float(group["weight_decay"]) * RESIDUAL_SCALE}
+    return {"decay": number(group["lr"]) * number(group["weight_decay"]) * RESIDUAL_SCALE}
 
 
 def _unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
     decay = {} if _decoupled(group) else decay_scalars(group, unit)
-    return {"eps": root_epsilon(float(group["eps"]), unit), **decay}
+    return {"eps": root_epsilon(number(group["eps"]), unit), **decay}
 
 
 def _unit_range(group: Group) -> tuple[float, float]:
-    return units_for(float(group["eps"]))
+    return units_for(number(group["eps"]))
 
 
 def _compiled(group: Group) -> tuple[object, ...]:
@@ -145,7 +146,7 @@ def _ratio_bound(beta1: float, beta2: float) -> float:
     """
     if beta1 * beta1 >= beta2:
         return 64.0
-    return max(10.0, math.ceil(1.5 * (1 - beta1) / math.sqrt((1 - beta1 * beta1 / beta2) * (1 - beta2))))
+    return max(10.0, math.ceil(1.5 * (1 - beta1) / sqrt((1 - beta1 * beta1 / beta2) * (1 - beta2))))
 
 
 ADAM = Rule(
@@ -174,7 +175,7 @@ def _lamb(u: Update) -> tuple[Slots, torch.Tensor]:
     if u.group["weight_decay"] and _decoupled(u.group):  # the norm is that of the decayed weight
         weight = weight - weight * (u.scalars["decay"] * (1.0 / RESIDUAL_SCALE))
     if "largest_norm" in u.group:
-        weight = torch.clamp(weight, max=float(u.group["largest_norm"]) / math.sqrt(u.weight.numel()))
+        weight = torch.clamp(weight, max=float(u.group["largest_norm"]) / sqrt(u.weight.numel()))
     trust = weight / torch.clamp(length, min=LEAST)
     trust = torch.where((weight > 0) & (length > 0), trust, torch.ones_like(trust))
     return new, _decayed(u, direction * (trust * u.scalars["rate"]).reshape(1))
@@ -186,7 +187,7 @@ def _corrected(group: Group) -> bool:
 
 def _lamb_scalars(group: Group, step: int) -> dict[str, float]:
     """Our moments are corrected for their bias; the paper's third version takes them as they are."""
-    correction = 1.0 if _corrected(group) else _bias(group, step) / math.sqrt(_bias_sq(group, step))
+    correction = 1.0 if _corrected(group) else _bias(group, step) / sqrt(_bias_sq(group, step))
     rate = step_rate(group) / (_bias(group, step) if group.get("corrected_rate") else 1.0)
     scalars = {
         "rate": rate,
@@ -195,12 +196,12 @@ def _lamb_scalars(group: Group, step: int) -> dict[str, float]:
         **_decay(group),
     }
     if group["weight_decay"] and not _decoupled(group):
-        scalars["weight_decay"] = float(group["weight_decay"])
+        scalars["weight_decay"] = number(group["weight_decay"])
     return scalars
 
 
 def _lamb_unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
-    epsilon = float(group["eps"]) / (1.0 if _corrected(group) else math.sqrt(_bias_sq(group, step)))
+    epsilon = number(group["eps"]) / (1.0 if _corrected(group) else sqrt(_bias_sq(group, step)))
     return {"eps": root_epsilon(epsilon, unit)}
 
 
@@ -239,10 +240,10 @@ ADAMAX = Rule(
         "rate": step_rate(group),
         "admit": 1.0,
         "forget": _averages(group, step)["forget"],
-        "forget_peak": (1.0 - float(group["betas"][1])) * _PEAK_SCALE,
+        "forget_peak": (1.0 - number(group["betas"][1])) * _PEAK_SCALE,
     },
     unit_scalars=lambda group, step, unit: {
-        "eps": max(float(group["eps"]) * unit, LEAST),
+        "eps": most(number(group["eps"]) * unit, LEAST),
         **decay_scalars(group, unit),
     },
     unit_range=_unit_range,
@@ -259,16 +260,18 @@ def _mu_products(beta1: float, decay: float) -> list[float]:
 
 
 def _mu(group: Group, step: int) -> float:
-    shrunk: float = 0.96 ** (step * float(group["momentum_decay"]))
-    return float(group["betas"][0]) * (1.0 - 0.5 * shrunk)
+    shrunk: float = 0.96 ** (step * number(group["momentum_decay"]))
+    return number(group["betas"][0]) * (1.0 - 0.5 * shrunk)
 
 
 def _mu_product(group: Group, step: int) -> float:
     """The product of mu over steps 1 to `step`."""
-    known = _mu_products(float(group["betas"][0]), float(group["momentum_decay"]))
+    if isinstance(step, Traced):
+        return product(lambda i: _mu(group, i), step)
+    known = _mu_products(number(group["betas"][0]), number(group["momentum_decay"]))
     while len(known) <= step:
         known.append(known[-1] * _mu(group, len(known)))
-    return float(known[step])
+    return known[step]
 
 
 def _nadam_scalars(group: Group, step: int) -> dict[str, float]:
@@ -287,7 +290,7 @@ def _nadam(u: Update) -> tuple[Slots, torch.Tensor]:
     new: Slots = {}
     g, m, below = _moments(u, new)
     ratio = (g * u.scalars["gradient_share"] + m * u.scalars["moment_share"]) / below
-    bound = max(_RATIO_BOUND, math.ceil(2.0 / math.sqrt(1.0 - float(u.group["betas"][1])))) / ROOT_FACTOR
+    bound = max(_RATIO_BOUND, math.ceil(2.0 / sqrt(1.0 - float(u.group["betas"][1])))) / ROOT_FACTOR
     return new, _decayed(u, bounded(ratio, bound) * u.scalars["rate"])
 
 
@@ -307,18 +310,18 @@ NADAM = Rule(
 
 def _radam_rates(group: Group, step: int) -> tuple[float, float]:
     """(rate of m/sqrt(v), rate of m); one of them is 0."""
-    beta2 = float(group["betas"][1])
+    beta2 = number(group["betas"][1])
     infinite = 2.0 / (1.0 - beta2) - 1.0
     rho = infinite - 2.0 * step * beta2**step / (1.0 - beta2**step)
     if rho <= 5.0:
         return 0.0, step_rate(group)
-    share = math.sqrt((rho - 4) * (rho - 2) * infinite / ((infinite - 4) * (infinite - 2) * rho))
+    share = sqrt((rho - 4) * (rho - 2) * infinite / ((infinite - 4) * (infinite - 2) * rho))
     return step_rate(group) * share, 0.0
 
 
 def _radam_unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
     scalars = _unit_scalars(group, step, unit)
-    epsilon = scalars["eps"] / math.sqrt(_bias_sq(group, step))
+    epsilon = scalars["eps"] / sqrt(_bias_sq(group, step))
     plain, power = split(_radam_rates(group, step)[1] / unit)
     return {**scalars, "eps": epsilon, "plain_rate": plain, "plain_power": power}
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ane_trainer.ane.capture.optimizers.formulas import number, sqrt
 from ane_trainer.ane.capture.optimizers.rule import (
     LEAST,
     RESIDUAL_SCALE,
@@ -40,8 +41,8 @@ def _sgd(u: Update) -> tuple[Slots, torch.Tensor]:
 def _sgd_scalars(group: Group, step: int) -> dict[str, float]:
     if not group["momentum"]:
         return {}
-    momentum = float(group["momentum"])
-    admit = 1.0 if step == 1 else 1.0 - float(group["dampening"])
+    momentum = number(group["momentum"])
+    admit = 1.0 if step == 1 else 1.0 - number(group["dampening"])
     scalars = {"forget": 1.0 - momentum, "admit": admit}
     return {**scalars, "momentum": momentum} if group["nesterov"] else scalars
 
@@ -80,7 +81,7 @@ def _decayed(u: Update, delta: torch.Tensor) -> torch.Tensor:
 def _decay(group: Group) -> dict[str, float]:
     if not group["weight_decay"]:
         return {}
-    return {"decay": float(group["lr"]) * float(group["weight_decay"]) * RESIDUAL_SCALE}
+    return {"decay": number(group["lr"]) * number(group["weight_decay"]) * RESIDUAL_SCALE}
 
 
 def _lion(u: Update) -> tuple[Slots, torch.Tensor]:
@@ -130,7 +131,7 @@ def orthogonal(x: torch.Tensor, factors: tuple[float, ...], steps: int) -> tuple
     a, b, c = factors
     rows, columns = x.shape
     power = max(0, round(math.log2(columns) / 2) - 1)
-    size = 2.0**power / math.sqrt(rows * columns)  # of an entry, the Frobenius norm being 1
+    size = 2.0**power / sqrt(rows * columns)  # of an entry, the Frobenius norm being 1
     least = torch.clamp(root_mean_square(x), min=LEAST).reshape(1, 1)
     x = (x / least) * size
     for _ in range(steps):
@@ -141,8 +142,8 @@ def orthogonal(x: torch.Tensor, factors: tuple[float, ...], steps: int) -> tuple
 
 def _shape_ratio(kind: str | None, rows: int, columns: int) -> float:
     if kind == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
+        return 0.2 * sqrt(max(rows, columns))
+    return sqrt(max(1.0, rows / columns))
 
 
 def _muon_compiled(group: Group) -> tuple[object, ...]:
@@ -159,8 +160,8 @@ MUON = Rule(
     slots=_muon_slots,
     scalars=lambda group, step: {
         "rate": step_rate(group),
-        "forget": 1.0 - float(group["momentum"]),
-        "momentum": float(group["momentum"]),
+        "forget": 1.0 - number(group["momentum"]),
+        "momentum": number(group["momentum"]),
         **_decay(group),
     },
     gated=frozenset({"rate", "forget", "decay"}),

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.optimizers.formulas import least, number, power_above, sqrt
+
 Slots = dict[str, torch.Tensor]
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -199,21 +201,21 @@ def square_scalars(forget: float) -> dict[str, float]:
     """The ports of `average_square`: the share of the new square, and its root."""
     return {
         "forget_sq": forget * SQUARE_RESIDUAL_SCALE,
-        "admit_sq": math.sqrt(forget * SQUARE_FACTOR * SQUARE_RESIDUAL_SCALE),
+        "admit_sq": sqrt(forget * SQUARE_FACTOR * SQUARE_RESIDUAL_SCALE),
     }
 
 
 def decay_scalars(group: Group, unit: float) -> dict[str, float]:
     """The port of `coupled_decay`, if there is weight decay."""
-    return {"weight_decay": float(group["weight_decay"]) * unit} if group["weight_decay"] else {}
+    return {"weight_decay": number(group["weight_decay"]) * unit} if group["weight_decay"] else {}
 
 
 def largest_gradient(scalars: Mapping[str, float], unit_scalars: Mapping[str, float]) -> float:
     """The magnitude in units that an update takes: its square, the mean of squares and the step must stay in fp16."""
     forget, rate = scalars.get("forget_sq", 0.0) / SQUARE_RESIDUAL_SCALE, abs(unit_scalars.get("rate", 0.0))
-    square = 45.0 / math.sqrt(forget) if forget else _LARGEST_GRADIENT
+    square = 45.0 / sqrt(forget) if forget else _LARGEST_GRADIENT
     step = scalars.get("forget", 1.0) * 2.0**15 / rate if rate else _LARGEST_GRADIENT
-    return min(square, step, _LARGEST_GRADIENT)
+    return least(square, step, _LARGEST_GRADIENT)
 
 
 def root_epsilon(epsilon: float, unit: float) -> float:
@@ -223,8 +225,8 @@ def root_epsilon(epsilon: float, unit: float) -> float:
 
 def split(rate: float) -> tuple[float, float]:
     """(rate / power, power): a rate that fp16 does not hold as two numbers that it does; `power` is one of two."""
-    exponent = min(0, max(-24, math.frexp(rate)[1])) if rate else 0
-    return rate * 2.0**-exponent, 2.0**exponent
+    power = power_above(rate)
+    return rate / power, power
 
 
 def units_for(epsilon: float) -> tuple[float, float]:
@@ -234,4 +236,4 @@ def units_for(epsilon: float) -> tuple[float, float]:
 
 def step_rate(group: Group) -> float:
     """Minus the learning rate, in the scale of weights' residuals."""
-    return -float(group["lr"]) * RESIDUAL_SCALE
+    return -number(group["lr"]) * RESIDUAL_SCALE

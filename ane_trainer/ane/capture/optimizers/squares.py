@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 
 import torch
 
+from ane_trainer.ane.capture.optimizers.formulas import least, number, sqrt
 from ane_trainer.ane.capture.optimizers.rule import (
     RESIDUAL,
     RESIDUAL_SCALE,
@@ -49,11 +49,11 @@ def _compiled(group: Group) -> tuple[object, ...]:
 
 def _share(group: Group, step: int) -> float:
     """1 - alpha, corrected: the weight of the new square."""
-    return (1.0 - float(group["alpha"])) / _rms_bias(group, step)
+    return (1.0 - number(group["alpha"])) / _rms_bias(group, step)
 
 
 def _rms_bias(group: Group, step: int) -> float:
-    return 1.0 - float(group["alpha"]) ** step
+    return 1.0 - number(group["alpha"]) ** step
 
 
 def _rmsprop_slots(group: Group, shape: Shape) -> tuple[Slot, ...]:
@@ -68,11 +68,11 @@ def _rmsprop_slots(group: Group, shape: Shape) -> tuple[Slot, ...]:
 def _rmsprop_scalars(group: Group, step: int) -> dict[str, float]:
     """The root of the uncorrected mean is sqrt(bias) times ours: rate and epsilon are divided by it."""
     share, bias = _share(group, step), _rms_bias(group, step)
-    scalars = {"rate": step_rate(group), "size": ROOT_FACTOR / math.sqrt(bias), **square_scalars(share)}
+    scalars = {"rate": step_rate(group), "size": ROOT_FACTOR / sqrt(bias), **square_scalars(share)}
     if group["centered"]:
         scalars |= {"forget": share, "bias": bias * SQUARE_FACTOR}
     if group["momentum"]:
-        scalars |= {"admit": 1.0, "forget_buffer": 1.0 - float(group["momentum"])}
+        scalars |= {"admit": 1.0, "forget_buffer": 1.0 - number(group["momentum"])}
     return scalars
 
 
@@ -96,9 +96,9 @@ RMSPROP = Rule(
     update=_rmsprop,
     slots=_rmsprop_slots,
     scalars=_rmsprop_scalars,
-    unit_range=lambda group: units_for(float(group["eps"])),
+    unit_range=lambda group: units_for(number(group["eps"])),
     unit_scalars=lambda group, step, unit: {
-        "eps": root_epsilon(float(group["eps"]) / math.sqrt(_rms_bias(group, step)), unit),
+        "eps": root_epsilon(number(group["eps"]) / sqrt(_rms_bias(group, step)), unit),
         **decay_scalars(group, unit),
     },
     gated=_GATED | {"forget", "admit", "forget_buffer"},
@@ -119,18 +119,18 @@ def _adagrad(u: Update) -> tuple[Slots, torch.Tensor]:
 
 
 def _adagrad_scalars(group: Group, step: int) -> dict[str, float]:
-    slowed = 1.0 + (step - 1) * float(group["lr_decay"])
-    rate = step_rate(group) * ROOT_FACTOR / (slowed * math.sqrt(step))
+    slowed = 1.0 + (step - 1) * number(group["lr_decay"])
+    rate = step_rate(group) * ROOT_FACTOR / (slowed * sqrt(step))
     return {"rate": rate, **square_scalars(1.0 / step)}
 
 
 ADAGRAD = Rule(
     update=_adagrad,
-    slots=lambda group, shape: (square_slot("sum", lambda group, step: float(step)),),
+    slots=lambda group, shape: (square_slot("sum", lambda group, step: number(step)),),
     scalars=_adagrad_scalars,
-    unit_range=lambda group: units_for(float(group["eps"])),
+    unit_range=lambda group: units_for(number(group["eps"])),
     unit_scalars=lambda group, step, unit: {
-        "eps": root_epsilon(float(group["eps"]) / math.sqrt(step), unit),
+        "eps": root_epsilon(number(group["eps"]) / sqrt(step), unit),
         **decay_scalars(group, unit),
     },
     gated=_GATED,
@@ -142,7 +142,7 @@ ADAGRAD = Rule(
 
 
 def _rho_bias(group: Group, step: int) -> float:
-    return 1.0 - float(group["rho"]) ** step
+    return 1.0 - number(group["rho"]) ** step
 
 
 def _adadelta(u: Update) -> tuple[Slots, torch.Tensor]:
@@ -163,11 +163,11 @@ def _adadelta_scalars(group: Group, step: int) -> dict[str, float]:
     `below` comes times ROOT_FACTOR, so `step` is divided by it; its square times SQUARE_FACTOR is d^2.
     """
     bias, following = _rho_bias(group, step), _rho_bias(group, step + 1)
-    forget = 1.0 - float(group["rho"])
+    forget = 1.0 - number(group["rho"])
     later = {f"step_{name}": value for name, value in square_scalars(forget / following).items()}
     return {
-        "rate": -float(group["lr"]) * ROOT_FACTOR,
-        "step_eps": float(group["eps"]) * RESIDUAL_SCALE**2 / bias,
+        "rate": -number(group["lr"]) * ROOT_FACTOR,
+        "step_eps": number(group["eps"]) * RESIDUAL_SCALE**2 / bias,
         **square_scalars(forget / bias),
         **later,
     }
@@ -184,9 +184,9 @@ ADADELTA = Rule(
     update=_adadelta,
     slots=_adadelta_slots,
     scalars=_adadelta_scalars,
-    unit_range=lambda group: (0.0, 16.0 / math.sqrt(float(group["eps"]) or 1e-18)),
+    unit_range=lambda group: (0.0, 16.0 / sqrt(number(group["eps"]) or 1e-18)),
     unit_scalars=lambda group, step, unit: {
-        "eps": float(group["eps"]) * unit**2 * SQUARE_FACTOR / _rho_bias(group, step),
+        "eps": number(group["eps"]) * unit**2 * SQUARE_FACTOR / _rho_bias(group, step),
         **decay_scalars(group, unit),
     },
     gated=_GATED | {"step_forget_sq", "step_admit_sq"},
@@ -226,19 +226,19 @@ def _adafactor_slots(group: Group, shape: Shape) -> tuple[Slot, ...]:
 
 
 def _adafactor_scalars(group: Group, step: int) -> dict[str, float]:
-    rate, decay = float(group["lr"]), float(group["weight_decay"])
+    rate, decay = number(group["lr"]), number(group["weight_decay"])
     scalars = {
-        "rate": -min(rate, 1.0 / math.sqrt(step)) * RESIDUAL_SCALE * ROOT_FACTOR,
-        "inverse_d": ROOT_FACTOR / float(group["d"]),
-        "least_weight": float(group["eps"][1]),
-        **square_scalars(float(step) ** float(group["beta2_decay"])),
+        "rate": -least(rate, 1.0 / sqrt(step)) * RESIDUAL_SCALE * ROOT_FACTOR,
+        "inverse_d": ROOT_FACTOR / number(group["d"]),
+        "least_weight": number(group["eps"][1]),
+        **square_scalars(number(step) ** number(group["beta2_decay"])),
     }
     return {**scalars, "decay": rate * decay * RESIDUAL_SCALE} if decay else scalars
 
 
 def _first_epsilon(group: Group) -> float:
     given = group["eps"][0]
-    return torch.finfo(torch.float32).eps if given is None else float(given)
+    return torch.finfo(torch.float32).eps if given is None else number(given)
 
 
 def _adafactor_unit_scalars(group: Group, step: int, unit: float) -> dict[str, float]:
@@ -246,7 +246,7 @@ def _adafactor_unit_scalars(group: Group, step: int, unit: float) -> dict[str, f
     epsilon = _first_epsilon(group)
     return {
         "eps": root_epsilon(epsilon, unit),
-        "mean_eps": root_epsilon(math.sqrt(epsilon), unit),
+        "mean_eps": root_epsilon(sqrt(epsilon), unit),
     }
 
 
@@ -255,7 +255,7 @@ ADAFACTOR = Rule(
     slots=_adafactor_slots,
     scalars=_adafactor_scalars,
     unit_scalars=_adafactor_unit_scalars,
-    unit_range=lambda group: units_for(math.sqrt(_first_epsilon(group)) / 32.0),
+    unit_range=lambda group: units_for(sqrt(_first_epsilon(group)) / 32.0),
     gated=_GATED | {"decay"},
     compiled=_compiled,
 )

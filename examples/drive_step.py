@@ -1,0 +1,99 @@
+"""Train with an exported step and nothing else: the file, its manifest, NumPy, and something that runs programs.
+
+    ane-trainer export RUN --format step-mlpackage      # step.mlpackage and step.json
+    python examples/drive_step.py step.mlpackage batches.npz weights.npz
+
+`batches.npz` holds each batch port (`x`, `y`) with one more axis in front. The simulator runs the program here.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+NAMES = {
+    "__builtins__": {}, "sqrt": math.sqrt, "min": min, "max": max, "abs": abs,
+    "power_above": lambda x: 2.0 ** min(0, max(-24, math.frexp(x)[1])) if x else 1.0,
+    "product": lambda term, n: math.prod(term(float(i)) for i in range(1, int(n) + 1)),
+}  # fmt: skip
+
+
+class Driver:
+    """`run(inputs) -> outputs` is one call of the step; `state` holds its values by input port."""
+
+    def __init__(self, manifest, state, run):
+        self.m, self.state, self.run = manifest, state, run
+        self.parameters = {p["name"]: dict(p) for p in manifest["parameters"]}
+        self.port = {row["target"]: row["name"] for row in manifest["inputs"] if "target" in row}
+        self.updates, self.steps = manifest["applied_steps"], manifest["steps"]
+
+    def value(self, formula, group, unit=1.0):
+        known = {**self.m["settings"][group], "t": self.updates + 1.0, "unit": unit, "shift": self.m["shift"]}
+        return eval(formula, {**NAMES, **known, "common": min(p["unit"] for p in self.parameters.values())})
+
+    def scalars(self):
+        found = {}
+        for target, row in self.m["scalars"].items():
+            own = [self.parameters[name] for name in row.get("parameters", ())] or [dict(row, unit=1.0)]
+            formulas = row.get("formula_by_group") or [row["formula"]] * len(self.m["settings"])
+            found[target] = [self.value(formulas[p["group"]], p["group"], p["unit"]) for p in own]
+        return {target: np.array(values, np.float16) for target, values in found.items()}
+
+    def step(self, batch):
+        scalars = self.scalars()
+        results = self.run({**self.state, **{self.port[t]: v for t, v in scalars.items()}, **batch})
+        self.state = {name: results[output] for output, name in self.m["aliases"].items()}
+        self.steps += 1
+        self.updates += bool(results["applied"][0])  # 0: a gradient overflowed, only the loss scale changed
+        self.move(results["health"].astype(float), scalars["gradient_limits"].astype(float))
+        return float(results["loss"][0]) / self.m["loss_unit"]
+
+    def move(self, health, limits):
+        """Units follow their gradients by powers of two, and the state in them. Not for clipped norms."""
+        policy = self.m["policy"]
+        up = self.steps in policy["up_first"] or self.steps % policy["up_every"] == 0
+        if not health[len(limits)] > 0:
+            return  # the loss scale, which is state, was halved instead
+        for p, peak, limit in zip(self.parameters.values(), health, limits, strict=False):
+            if peak > 0:
+                p["level"] = max(peak, policy["fade"] * p["level"]) if math.isfinite(peak) else 65504.0
+            fits = p["level"] <= policy["high"] and peak < limit
+            if p["level"] == 0 or (fits and (p["level"] >= policy["low"] or not up)):
+                continue
+            wanted = policy["peak"] / max(p["level"], p["least_gradient"] * p["unit"])
+            low, high = p["unit_bounds"]
+            factor = min(max(p["unit"] * 2.0 ** math.floor(math.log2(wanted)), low), high) / p["unit"]
+            states = [(self.port[s["target"]], s["power"]) for s in p["in_units"]]
+            if factor > 1:
+                peaks = [(np.abs(self.state[name]).max(), n) for name, n in states]
+                room = [math.log2(policy["moved_peak"] / peak) // n for peak, n in peaks if peak > 0]
+                factor = min(factor, max(1.0, 2.0 ** min([24, *room])))
+            p["unit"], p["level"] = p["unit"] * factor, p["level"] * factor
+            for name, power in states:
+                self.state[name] = (self.state[name] * np.float32(factor**power)).astype(np.float16)
+
+    def weights(self):
+        def value(term):
+            return self.state[term["port"]].astype(float) * term["factor"]
+
+        return {name: sum(map(value, terms)) for name, terms in self.m["weights"].items()}
+
+
+def open_package(path, chip="m4"):
+    """A driver of a package in the form io, on the simulator."""
+    from ane_trainer.ane import load_program
+    from ane_trainer.ane.simulator import make_context, prepare
+
+    plans = {f.name: prepare(f, make_context(chip)) for f in load_program(path).functions}
+    return Driver(
+        json.loads(path.with_suffix(".json").read_text()), plans["initial_state"].run({}), plans["main"].run
+    )
+
+
+if __name__ == "__main__":
+    driver, batches = open_package(Path(sys.argv[1])), np.load(sys.argv[2])
+    for i in range(len(batches["x"])):
+        print(i + 1, driver.step({name: batches[name][i].astype(np.float16) for name in batches.files}))
+    np.savez(sys.argv[3], **driver.weights())

@@ -1,0 +1,122 @@
+"""A step file, its manifest and a driver that knows nothing of the package: the same bits as the trainer's run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ane_trainer import compile_step
+from ane_trainer.ane.export import ExportOptions
+from ane_trainer.training.exporting import export_training
+
+DRIVER = Path(__file__).parents[3] / "examples" / "drive_step.py"
+
+
+def driver() -> Any:
+    spec = importlib.util.spec_from_file_location("drive_step", DRIVER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Block(nn.Module):
+    """A transformer block over characters, with a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 16)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embedding(x)).mean(1))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.GELU(), nn.Linear(24, 4))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 4),
+    )
+
+
+def image(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(i)
+    return torch.randn(8, 1, 8, 8, generator=draw), torch.randint(0, 4, (8,), generator=draw)
+
+
+def text(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(i)
+    return torch.randint(0, 11, (8, 6), generator=draw), torch.randint(0, 4, (8,), generator=draw)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Any], torch.optim.Optimizer]]] = {
+    "mlp": (mlp, image, lambda p: torch.optim.Adam(p, lr=3e-3)),
+    "cnn": (cnn, image, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3)),
+    "transformer": (Block, text, lambda p: torch.optim.AdamW(p, lr=3e-3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_the_driver_gives_the_trainers_bits(name: str, tmp_path: Path) -> None:
+    """20 steps from the file alone; images become bright on the way, so that units of gradients move."""
+    pytest.importorskip("coremltools")
+    make, batch, optimizer_of = CASES[name]
+    torch.manual_seed(0)
+    model = make()
+    optimizer = optimizer_of(model.parameters())
+    step = compile_step(model, "cross_entropy", optimizer, batch(0), sync="lazy")
+    step(*batch(0))
+    path = tmp_path / "step.mlpackage"
+    before = step.state_dict()
+    export_training(step, optimizer, path, "step-mlpackage", [batch(0)], ExportOptions())
+    step.load_state_dict(before)
+    driven = driver().open_package(path)
+    units = [p["unit"] for p in driven.parameters.values()]
+    for i in range(1, 21):
+        x, y = batch(i % 3)
+        x = x * 30 if x.is_floating_point() and i > 4 else x
+        expected = float(step(x, y))
+        assert (
+            driven.step({"x": x.numpy().astype(np.float16), "y": y.numpy().astype(np.float16)}) == expected
+        ), i
+    after = step.port_state()
+    for port, value in driven.state.items():
+        assert value.tobytes() == after[port].tobytes(), port
+    assert name != "mlp" or units != [p["unit"] for p in driven.parameters.values()]
+    step.sync()
+    for parameter, value in driven.weights().items():
+        own = dict(model.named_parameters())[parameter].detach().numpy()
+        np.testing.assert_allclose(value.reshape(own.shape), own, rtol=1e-6, atol=1e-8)
+    step.close()
+
+
+def test_the_driver_is_short_and_knows_the_simulator_only() -> None:
+    lines = DRIVER.read_text().splitlines()
+    assert len(lines) < 100
+    ours = [
+        line.strip()
+        for line in lines
+        if "ane_trainer" in line and line.strip().startswith(("from", "import"))
+    ]
+    assert ours == [
+        "from ane_trainer.ane import load_program",
+        "from ane_trainer.ane.simulator import make_context, prepare",
+    ]
