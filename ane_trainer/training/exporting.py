@@ -67,7 +67,7 @@ def export_training(
 
 def about_step(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     """The metadata that an app needs to feed the step."""
-    units, mirror, loss_unit = step.host_side
+    units, loaded = step.host_side
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     return {
         "description": f"A training step with {type(optimizer).__name__}, by ane_trainer",
@@ -75,9 +75,9 @@ def about_step(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[
         "applied_steps": step.applied_steps,
         "optimizer": {"name": type(optimizer).__name__, **{k: v for k, v in settings.items() if _plain(v)}},
         "next_scalars": step.scalars(),
-        "loss_unit": loss_unit,
+        "loss_unit": loaded.loss_unit,
         "steps": step.steps,
-        **driving(units, step.gradient_options, mirror),
+        **driving(units, step.gradient_options, loaded.mirror),
     }
 
 

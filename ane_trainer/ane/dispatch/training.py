@@ -30,7 +30,6 @@ from ane_trainer.ane.dispatch.agreement import (
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
-from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import check_mean, joined_costs, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
@@ -328,9 +327,9 @@ class TrainingStep:
         return self._units.overflows_by_module()
 
     @property
-    def host_side(self) -> tuple[GradientUnits, Mirror, float]:
-        """What the host keeps: units of gradients, the state's mirror, the factor of the loss."""
-        return self._units, self._loaded.mirror, self._loaded.loss_unit
+    def host_side(self) -> tuple[GradientUnits, LoadedStep]:
+        """What the host keeps: units of gradients, and the step with the mirror of its state."""
+        return self._units, self._loaded
 
     @property
     def optimizer_on(self) -> str:

@@ -62,10 +62,11 @@ _NEURONS = {
     "Floor": "floor", "RoundNearest": "round", "Abs": "abs", "Sign": "sign", "Erf": "erf",
 }  # fmt: skip
 
+_EPSILON: dict[str, Any] = {"epsilon": 0.0}
 _NEURON_PARAMETERS: dict[str, dict[str, Any]] = {
     "GELU": {"mode": "EXACT"},
-    "Inv": {"epsilon": 0.0},
-    "Rsqrt": {"epsilon": 0.0},
+    "Inv": _EPSILON,
+    "Rsqrt": _EPSILON,
 }
 
 _ELEMENTWISE = {
@@ -180,15 +181,8 @@ def _minmax(b: Builder, unit: Unit, x: list[Any]) -> Value:
 
 def _lrn(b: Builder, unit: Unit, x: list[Any]) -> Value:
     p = unit.params
-    alpha = unit.bits("Alpha", 1e-4)
-    return b.op(
-        "local_response_norm",
-        x=x[0],
-        size=p["KernelChannel"],
-        alpha=alpha,
-        beta=float(p["Beta"]),
-        k=float(p["K"]),
-    )
+    sizes = {"size": p["KernelChannel"], "beta": float(p["Beta"]), "k": float(p["K"])}
+    return b.op("local_response_norm", x=x[0], alpha=unit.bits("Alpha", 1e-4), **sizes)
 
 
 def _reduction(b: Builder, unit: Unit, x: list[Any]) -> Value:
@@ -240,9 +234,8 @@ def _cost_volume(b: Builder, unit: Unit, x: list[Any]) -> Value:
     for d in range(unit.params["DisparityRange"] + 1):
         window = b.op("slice_by_size", x=ref, begin=(0, 0, 0, d), size=aux.type.shape)
         cost = b.op("abs", x=b.op("sub", x=aux, y=window))
-        costs.append(
-            cost if aux.type.shape[1] == 1 else b.op("reduce_sum", x=cost, axes=(1,), keep_dims=True)
-        )
+        several = aux.type.shape[1] > 1
+        costs.append(b.op("reduce_sum", x=cost, axes=(1,), keep_dims=True) if several else cost)
     return costs[0] if len(costs) == 1 else b.op("concat", values=tuple(costs), axis=1, interleave=False)
 
 
@@ -261,8 +254,7 @@ def _concat(b: Builder, unit: Unit, x: list[Any]) -> Value:
 
 
 def _reshape(b: Builder, unit: Unit, x: list[Any]) -> Value:
-    names = ("ReshapedBatch", "ReshapedChannel", "ReshapedHeight", "ReshapedWidth")
-    return b.op("reshape", x=x[0], shape=tuple(unit.params[name] for name in names))
+    return b.op("reshape", x=x[0], shape=tuple(unit.params[f"Reshaped{name}"] for name in _AXES))
 
 
 def _flatten(b: Builder, unit: Unit, x: list[Any]) -> Value:
@@ -284,9 +276,8 @@ def _tiled(b: Builder, x: Value, times: Mapping[str, int]) -> Value:
 def _transpose(b: Builder, unit: Unit, x: list[Any]) -> Value:
     perm = list(range(4))
     for move in unit.params["TransposeDimensions"]:
-        perm[axis_of(unit, move["TransposeDestinationDimension"])] = axis_of(
-            unit, move["TransposeSourceDimension"]
-        )
+        source, place = (axis_of(unit, move[f"Transpose{end}Dimension"]) for end in ("Source", "Destination"))
+        perm[place] = source
     return b.op("transpose", x=x[0], perm=tuple(perm))
 
 
@@ -330,9 +321,8 @@ def _dynamic_slice(unit: Unit, x: list[Array]) -> Half:
     (info,) = unit.params["DynamicSliceInfo"]
     axis, size = axis_of(unit, info["Coordinate"]), int(info["SliceSize"])
     start = int(x[1].reshape(-1)[0])
-    out = np.full(
-        [*x[0].shape[:axis], size, *x[0].shape[axis + 1 :]], unit.params["BackgroundValue"], np.float16
-    )
+    shape = [*x[0].shape[:axis], size, *x[0].shape[axis + 1 :]]
+    out = np.full(shape, unit.params["BackgroundValue"], np.float16)
     low, high = max(start, 0), min(start + size, x[0].shape[axis])
     if low < high:
         place = [slice(None)] * 4
