@@ -7,13 +7,10 @@ gradient left its band. docs/export.md names a whole driver.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK
 from ane_trainer.ane.capture.gradients import LIMITS, UNIT_SCALE, UNITS, GradientOptions
 from ane_trainer.ane.capture.optimizers.formulas import Traced, formula, least, settings, traced_group
-from ane_trainer.ane.capture.optimizers.rule import Rule, largest_gradient
+from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, port_name
 from ane_trainer.ane.capture.step import least_gradient, unit_bounds
 from ane_trainer.ane.dispatch.mirror import MOVED_PEAK, Mirror
@@ -21,10 +18,10 @@ from ane_trainer.ane.dispatch.units import FADE, HIGH, LOW, UP_EVERY, UP_FIRST, 
 from ane_trainer.ane.mil.program import MAX_FP16
 
 #: A scalar of the manifest: one value a step (`each` "step"), or one for each of `parameters`.
-Scalar = dict[str, Any]
+Scalar = dict[str, object]
 
 
-def driving(units: GradientUnits, options: GradientOptions, mirror: Mirror) -> dict[str, Any]:
+def driving(units: GradientUnits, options: GradientOptions, mirror: Mirror) -> dict[str, object]:
     """`settings`, `parameters`, `scalars` and `policy` of a manifest; a scalar without a formula says so."""
     groups = [plain(group) for group in units.optimizer.param_groups]
     return {
@@ -49,9 +46,7 @@ def driving(units: GradientUnits, options: GradientOptions, mirror: Mirror) -> d
     }  # fmt: skip
 
 
-def _scalars(
-    units: GradientUnits, options: GradientOptions, groups: list[Mapping[str, Any]]
-) -> dict[str, Scalar]:
+def _scalars(units: GradientUnits, options: GradientOptions, groups: list[Group]) -> dict[str, Scalar]:
     found: dict[str, Scalar] = {}
     limits = []
     for number, group in enumerate(groups):
@@ -71,16 +66,14 @@ def _scalars(
     return found
 
 
-def _of_group(
-    rule: Rule, group: Mapping[str, Any], unit: Traced
-) -> tuple[dict[str, str], dict[str, str], str]:
+def _of_group(rule: Rule, group: Group, unit: Traced) -> tuple[dict[str, str], dict[str, str], str]:
     """Formulas of the scalars that a group shares, of those by parameter, and of the largest gradient."""
     traced = traced_group(group)
 
-    def shared(t: Any) -> dict[str, float]:
+    def shared(t: int) -> dict[str, float]:
         return rule.scalars(traced, t)
 
-    def own(t: Any) -> dict[str, float]:
+    def own(t: int) -> dict[str, float]:
         return rule.unit_scalars(traced, t, unit)
 
     return (

@@ -19,10 +19,10 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -110,24 +110,26 @@ class Processes(ModuleType):
         super().__init__("subprocess", subprocess.__doc__)
         self._context = context
         self._names = {str(path): name for name, path in invokers.items()}
-        self._real = subprocess.run, subprocess.Popen
+        self._real: tuple[object, object] = subprocess.run, subprocess.Popen
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(subprocess, name)
 
-    def run(self, command: Any, *rest: Any, **options: Any) -> Any:
+    def run(self, command: object, *rest: object, **options: object) -> object:
         """`subprocess.run`."""
         name = self._names.get(str(command[0])) if isinstance(command, list) else None
-        if name is None or subprocess.run is not self._real[0]:
-            return subprocess.run(command, *rest, **options)
+        run: Callable[..., object] = subprocess.run
+        if name is None or not isinstance(command, list) or run is not self._real[0]:
+            return run(command, *rest, **options)
         code, out, err = invoke(name, command[1:], self._context)
         return subprocess.CompletedProcess(command, code, out, err)
 
-    def Popen(self, command: Any, *rest: Any, **options: Any) -> Any:
+    def Popen(self, command: object, *rest: object, **options: object) -> object:
         """`subprocess.Popen`."""
         name = self._names.get(str(command[0])) if isinstance(command, list) else None
-        if name != WORKER or subprocess.Popen is not self._real[1]:
-            return subprocess.Popen(command, *rest, **options)
+        start: Callable[..., object] = subprocess.Popen
+        if name != WORKER or not isinstance(command, list) or start is not self._real[1]:
+            return start(command, *rest, **options)
         return WorkerThread(command[1:], self._context)
 
 
@@ -191,7 +193,7 @@ def _pairs(flags: dict[str, list[str]], flag: str) -> list[list[str]]:
     return [entry.split("=", 1) for entry in flags.get(flag, ())]
 
 
-def _live(symbol: str, shape: Sequence[int]) -> dict[str, Any]:
+def _live(symbol: str, shape: Sequence[int]) -> dict[str, int | str]:
     """What the engine says of a port; rows here follow each other without padding."""
     batches, channels, height, width = shape
     return {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def axis_of(unit: Unit, dimension: object) -> int:
 
 # -- layer -> MIL ------------------------------------------------------------------------------------------
 
-_Layer = Callable[[Builder, Unit, list[Any]], Value]
+Operands = list[Value]
+_Layer = Callable[[Builder, Unit, Operands], Value]
 
 #: Activations: the layer's name -> MIL op.
 _NEURONS = {
@@ -61,13 +63,6 @@ _NEURONS = {
     "Sqrt": "sqrt", "Rsqrt": "rsqrt", "Exp2": "exp2", "Inv": "inverse", "Sin": "sin", "Cos": "cos", "Ceil": "ceil",
     "Floor": "floor", "RoundNearest": "round", "Abs": "abs", "Sign": "sign", "Erf": "erf",
 }  # fmt: skip
-
-_EPSILON: dict[str, Any] = {"epsilon": 0.0}
-_NEURON_PARAMETERS: dict[str, dict[str, Any]] = {
-    "GELU": {"mode": "EXACT"},
-    "Inv": _EPSILON,
-    "Rsqrt": _EPSILON,
-}
 
 _ELEMENTWISE = {
     "Add": "add", "Mult": "mul", "Sub": "sub", "Min": "minimum", "Max": "maximum", "GreaterThan": "greater",
@@ -77,7 +72,7 @@ _ELEMENTWISE = {
 _REDUCTIONS = {"Sum": "reduce_sum", "Avg": "reduce_mean", "Max": "reduce_max", "Min": "reduce_min"}
 
 
-def _neuron(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _neuron(b: Builder, unit: Unit, x: Operands) -> Value:
     kind = unit.params["Type"]
     if kind == "ELU":
         return b.op("elu", x=x[0], alpha=unit.bits("EluAlpha", 1.0))
@@ -87,10 +82,11 @@ def _neuron(b: Builder, unit: Unit, x: list[Any]) -> Value:
         return b.op("clip", x=x[0], alpha=unit.bits("ReluMin", 0.0), beta=unit.bits("ReluMax", np.inf))
     if kind == "Log2":
         return b.op("mul", x=b.op("log", x=x[0], epsilon=0.0), y=float(np.float16(1 / np.log(2))))
-    return b.op(_NEURONS[kind], x=x[0], **_NEURON_PARAMETERS.get(kind, {}))
+    made = partial(b.op, _NEURONS[kind], x=x[0])
+    return made(mode="EXACT") if kind == "GELU" else made(epsilon=0.0) if kind in ("Inv", "Rsqrt") else made()
 
 
-def _elementwise(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _elementwise(b: Builder, unit: Unit, x: Operands) -> Value:
     kind = unit.params["Type"]
     if len(x) == 1:
         return b.op(_NEURONS[kind], x=x[0])
@@ -101,12 +97,12 @@ def _elementwise(b: Builder, unit: Unit, x: list[Any]) -> Value:
     return b.op("select", cond=y, a=one, b=zero)
 
 
-def _scaled_elementwise(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _scaled_elementwise(b: Builder, unit: Unit, x: Operands) -> Value:
     y = _elementwise(b, unit, x)
     return y if unit.params["Type"] == "Mult" else b.op("mul", x=y, y=unit.bits("Scale", 1.0))
 
 
-def _goc(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _goc(b: Builder, unit: Unit, x: Operands) -> Value:
     """Gain, offset: `scale * (x + bias)`; from parameters (GOC) or inputs (DynamicGOC: x, [scale], bias)."""
     scale = x[1] if len(x) == 3 else unit.bits("ScaleScalar", 1.0)
     bias = x[-1] if len(x) > 1 else unit.bits("BiasScalar", 0.0)
@@ -114,7 +110,7 @@ def _goc(b: Builder, unit: Unit, x: list[Any]) -> Value:
     return y if scale == 1.0 else b.op("mul", x=y, y=scale)
 
 
-def _sdpa(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _sdpa(b: Builder, unit: Unit, x: Operands) -> Value:
     """Query, key, value `[1, seq, heads, dim]`, scale, and a mask `[1, Sq, 1, Skv]` that is added."""
     q, k, v = (b.op("transpose", x=value, perm=(0, 2, 1, 3)) for value in x[:3])
     scores = b.op("matmul", x=q, y=k, transpose_x=False, transpose_y=True)
@@ -129,12 +125,12 @@ def _sdpa(b: Builder, unit: Unit, x: list[Any]) -> Value:
     return b.op("transpose", x=y, perm=(0, 2, 1, 3))
 
 
-def _global_arg(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _global_arg(b: Builder, unit: Unit, x: Operands) -> Value:
     kind = "reduce_argmax" if unit.params["Type"] == "Max" else "reduce_argmin"
     return b.op(kind, x=x[0], axis=unit.axis(), keep_dims=True)
 
 
-def _arg(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _arg(b: Builder, unit: Unit, x: Operands) -> Value:
     """Place of the extreme among height and width (Spatial) or channels (Channel), over the whole extent."""
     mode = unit.params["Mode"]
     kind = "reduce_argmax" if mode.endswith("ArgMax") else "reduce_argmin"
@@ -151,14 +147,14 @@ def _key_lane(b: Builder, unit: Unit, x: Value) -> Value:
     )  # fmt: skip
 
 
-def _sort(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _sort(b: Builder, unit: Unit, x: Operands) -> Value:
     """All channels along the width in the order of one of them; or the order itself."""
     key = _key_lane(b, unit, x[0])
     order = b.op("argsort", x=key, axis=3, ascending=unit.params["Direction"] == "Ascending")
     return _picked(b, unit, x[0], order)
 
 
-def _topk(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _topk(b: Builder, unit: Unit, x: Operands) -> Value:
     key = _key_lane(b, unit, x[0])
     largest = unit.params["Type"] == "Max"
     _, order = b.multi("topk", x=key, k=int(unit.params["K"]), axis=3, ascending=not largest)
@@ -171,7 +167,7 @@ def _picked(b: Builder, unit: Unit, x: Value, order: Value) -> Value:
     return b.op("gather", x=x, indices=b.op("reshape", x=order, shape=(order.type.size,)), axis=3)
 
 
-def _minmax(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _minmax(b: Builder, unit: Unit, x: Operands) -> Value:
     axes = (unit.axis(),)
     low = b.op("reduce_min", x=x[0], axes=axes, keep_dims=True)
     high = b.op("reduce_max", x=x[0], axes=axes, keep_dims=True)
@@ -179,30 +175,29 @@ def _minmax(b: Builder, unit: Unit, x: list[Any]) -> Value:
     return b.op("real_div", x=b.op("sub", x=x[0], y=low), y=span)
 
 
-def _lrn(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _lrn(b: Builder, unit: Unit, x: Operands) -> Value:
     p = unit.params
     sizes = {"size": p["KernelChannel"], "beta": float(p["Beta"]), "k": float(p["K"])}
     return b.op("local_response_norm", x=x[0], alpha=unit.bits("Alpha", 1e-4), **sizes)
 
 
-def _reduction(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _reduction(b: Builder, unit: Unit, x: Operands) -> Value:
     axes = tuple(axis_of(unit, name) for name in unit.params["Dimension"])
     return b.op(_REDUCTIONS[unit.params["Type"]], x=x[0], axes=axes, keep_dims=True)
 
 
-def _pooling(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _pooling(b: Builder, unit: Unit, x: Operands) -> Value:
     p = unit.params
-    sizes: dict[str, Any] = {
-        "kernel_sizes": (p["KernelHeight"], p["KernelWidth"]), "strides": (p["Step"][1], p["Step"][0]),
-        "pad_type": "custom", "pad": (p["PadTop"], p["PadBot"], p["PadLeft"], p["PadRight"]), "ceil_mode": False,
-    }  # fmt: skip
+    size, step = (p["KernelHeight"], p["KernelWidth"]), (p["Step"][1], p["Step"][0])
+    pad = (p["PadTop"], p["PadBot"], p["PadLeft"], p["PadRight"])
+    pool = partial(b.op, x=x[0], kernel_sizes=size, strides=step, pad_type="custom", pad=pad, ceil_mode=False)
     if p["Type"] == "Max":
-        return b.op("max_pool", x=x[0], **sizes)
+        return pool("max_pool")
     excluded = bool(p.get("AverageCountExcludePadding"))
-    return b.op("avg_pool", x=x[0], exclude_padding_from_average=excluded, **sizes)
+    return pool("avg_pool", exclude_padding_from_average=excluded)
 
 
-def _conv(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _conv(b: Builder, unit: Unit, x: Operands) -> Value:
     p = unit.params
     step = p["Step"]
     if p.get("KernelMode") == "Unity":  # a transposed convolution with ones repeats each value
@@ -215,7 +210,7 @@ def _conv(b: Builder, unit: Unit, x: list[Any]) -> Value:
     )  # fmt: skip
 
 
-def _cross_correlation(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _cross_correlation(b: Builder, unit: Unit, x: Operands) -> Value:
     p = unit.params
     channels = x[0].type.shape[1] // p["NumGroups"]
     kernel = b.op(
@@ -227,7 +222,7 @@ def _cross_correlation(b: Builder, unit: Unit, x: list[Any]) -> Value:
     )  # fmt: skip
 
 
-def _cost_volume(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _cost_volume(b: Builder, unit: Unit, x: Operands) -> Value:
     """`|aux - ref moved by d|`, summed over channels, for each disparity d from 0 to the range."""
     aux, ref = x
     costs = []
@@ -239,7 +234,7 @@ def _cost_volume(b: Builder, unit: Unit, x: list[Any]) -> Value:
     return costs[0] if len(costs) == 1 else b.op("concat", values=tuple(costs), axis=1, interleave=False)
 
 
-def _view(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _view(b: Builder, unit: Unit, x: Operands) -> Value:
     return _window(b, x[0], unit.axis(), unit.params["Offset"], unit.params["Size"])
 
 
@@ -249,23 +244,23 @@ def _window(b: Builder, x: Value, axis: int, start: int, size: int) -> Value:
     return b.op("slice_by_size", x=x, begin=tuple(begin), size=tuple(sizes))
 
 
-def _concat(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _concat(b: Builder, unit: Unit, x: Operands) -> Value:
     return b.op("concat", values=tuple(x), axis=unit.axis(), interleave=False)
 
 
-def _reshape(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _reshape(b: Builder, unit: Unit, x: Operands) -> Value:
     return b.op("reshape", x=x[0], shape=tuple(unit.params[f"Reshaped{name}"] for name in _AXES))
 
 
-def _flatten(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _flatten(b: Builder, unit: Unit, x: Operands) -> Value:
     return b.op("reshape", x=x[0], shape=(x[0].type.shape[0], 1, 1, x[0].type.size // x[0].type.shape[0]))
 
 
-def _broadcast(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _broadcast(b: Builder, unit: Unit, x: Operands) -> Value:
     return _tiled(b, x[0], {entry["Dimension"]: entry["Size"] for entry in unit.params["BroadcastInfo"]})
 
 
-def _tile(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _tile(b: Builder, unit: Unit, x: Operands) -> Value:
     return _tiled(b, x[0], {name: unit.params[name] for name in _AXES if name in unit.params})
 
 
@@ -273,7 +268,7 @@ def _tiled(b: Builder, x: Value, times: Mapping[str, int]) -> Value:
     return b.op("tile", x=x, reps=tuple(times.get(name, 1) for name in _AXES))
 
 
-def _transpose(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _transpose(b: Builder, unit: Unit, x: Operands) -> Value:
     perm = list(range(4))
     for move in unit.params["TransposeDimensions"]:
         source, place = (axis_of(unit, move[f"Transpose{end}Dimension"]) for end in ("Source", "Destination"))
@@ -281,18 +276,18 @@ def _transpose(b: Builder, unit: Unit, x: list[Any]) -> Value:
     return b.op("transpose", x=x[0], perm=tuple(perm))
 
 
-def _matmul(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _matmul(b: Builder, unit: Unit, x: Operands) -> Value:
     """Channels are rows and the width columns: `[C, K] @ [K, W]`."""
     rows, columns = (b.op("transpose", x=value, perm=(0, 2, 1, 3)) for value in x)
     y = b.op("matmul", x=rows, y=columns, transpose_x=False, transpose_y=False)
     return b.op("transpose", x=y, perm=(0, 2, 1, 3))
 
 
-def _softmax(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _softmax(b: Builder, unit: Unit, x: Operands) -> Value:
     return b.op("softmax", x=x[0], axis=unit.axis())
 
 
-def _identity(b: Builder, unit: Unit, x: list[Any]) -> Value:
+def _identity(b: Builder, unit: Unit, x: Operands) -> Value:
     return b.op("reshape", x=x[0], shape=x[0].type.shape)
 
 

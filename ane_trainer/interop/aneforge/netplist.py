@@ -19,12 +19,13 @@ import numpy as np
 from ane_trainer.ane.chips.lookup import op_status
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.mil.opset import Builder
-from ane_trainer.ane.mil.program import TensorType
+from ane_trainer.ane.mil.program import TensorType, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import EngineContext, Plan, prepare
 from ane_trainer.interop.aneforge.layers import DIRECT, LAYERS, Half, Unit
 
 Shape = tuple[int, int, int, int]
+Entry = Mapping[str, Any]
 
 #: Layer -> the name that the table of ops has for it on the netplist path.
 _NAMES = {
@@ -79,7 +80,7 @@ class Netplist:
 
     def _prepare(self, unit: Unit, operands: list[Array]) -> Plan:
         b = Builder()
-        values: list[Any] = []
+        values: list[Value] = []
         for i, array in enumerate(operands):
             values.append(b.input(f"x{i}", TensorType("fp16", array.shape)))
         made = LAYERS[unit.type](b, unit, values)
@@ -119,14 +120,14 @@ def _input_shape(entry: Mapping[str, int]) -> Shape:
     return entry["BatchSize"], entry["InputChannels"], entry["InputHeight"], entry["InputWidth"]
 
 
-def _unit(entry: Mapping[str, Any]) -> Unit:
+def _unit(entry: Entry) -> Unit:
     params = dict(entry.get("Params", {}))
     params["OutputChannels"] = entry.get("OutputChannels")
     params["NumGroups"] = params.get("NumGroups", entry.get("NumGroups", 1))
     return Unit(entry["Name"], entry["Type"], tuple(entry["Bottom"]), params)
 
 
-def _constant(entry: Mapping[str, Any], weights: Sequence[bytes]) -> Array:
+def _constant(entry: Entry, weights: Sequence[bytes]) -> Array:
     shape = tuple(entry[f"Constant{axis}"] for axis in ("BatchSize", "Channels", "Height", "Width"))
     dtype = {"Float16": np.float16, "UInt16": np.uint16, "Int8": np.int8, "UInt8": np.uint8}[
         entry["ConstantType"]
@@ -135,9 +136,7 @@ def _constant(entry: Mapping[str, Any], weights: Sequence[bytes]) -> Array:
     return np.frombuffer(data, dtype, int(np.prod(shape)), entry["ConstantByteOffset"]).reshape(shape)
 
 
-def _kernels(
-    network: Mapping[str, Any], units: tuple[Unit, ...], weights: Sequence[bytes]
-) -> dict[str, Array]:
+def _kernels(network: Entry, units: tuple[Unit, ...], weights: Sequence[bytes]) -> dict[str, Array]:
     """The weights of dense convolutions, by a name of their own: output, input, height, width."""
     found = {}
     for unit in units:

@@ -149,14 +149,14 @@ def evaluate(formula: str, values: Mapping[str, float]) -> float:
     return float(eval(formula, {"__builtins__": {}, **FUNCTIONS, **values}))
 
 
-def settings(group: Mapping[str, Any]) -> dict[str, float]:
+def settings(group: Mapping[str, object]) -> dict[str, float]:
     """The numbers of a parameter group by the names that formulas use: tuples are counted (betas -> beta1, beta2)."""
     found: dict[str, float] = {}
     for key, value in group.items():
-        several = isinstance(value, (tuple, list)) and all(map(_numeric, value))
-        for i, part in enumerate(value if several else (value,)):
-            if _numeric(part):
-                found[f"{key.rstrip('s') if several else key}{i + 1 if several else ''}"] = float(part)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[key] = float(value)
+        elif isinstance(value, (tuple, list)) and all(map(_numeric, value)):
+            found |= {f"{key.rstrip('s')}{i}": float(part) for i, part in enumerate(value, 1)}
     return found
 
 
@@ -164,10 +164,10 @@ def _numeric(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def traced_group(group: Mapping[str, Any]) -> dict[str, Any]:
+def traced_group(group: Mapping[str, object]) -> dict[str, object]:
     """The group with its numbers traced."""
     known = {name: Traced(value, name) for name, value in settings(group).items()}
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     for key, value in group.items():
         if isinstance(value, (tuple, list)) and all(map(_numeric, value)):
             made[key] = tuple(known[f"{key.rstrip('s')}{i + 1}"] for i in range(len(value)))
