@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 
 from ane_trainer.ane.capture.optimizers.formulas import least, number, sqrt
