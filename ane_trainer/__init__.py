@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ane_trainer.training.config import TrainConfig as TrainConfig
     from ane_trainer.training.config import make_config as make_config
     from ane_trainer.training.engine import compile_step as compile_step
+    from ane_trainer.training.lora import LoraOptions as LoraOptions
     from ane_trainer.training.report import ConsoleReporter as ConsoleReporter
     from ane_trainer.training.report import Reporter as Reporter
     from ane_trainer.training.results import Epoch as Epoch
@@ -54,6 +55,7 @@ _PLACES = {
     "ConsoleReporter": "ane_trainer.training.report",
     "Epoch": "ane_trainer.training.results",
     "InferenceProgram": "ane_trainer.ane.dispatch",
+    "LoraOptions": "ane_trainer.training.lora",
     "Metrics": "ane_trainer.training.results",
     "NumericsWarning": "ane_trainer.ane.errors",
     "Reporter": "ane_trainer.training.report",

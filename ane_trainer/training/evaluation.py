@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.calibrate import call_model, module_mode
+from ane_trainer.ane.capture.losses import model_loss
 from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import engine, loop
 from ane_trainer.training.intake import fit_target
 from ane_trainer.training.loop import Batch
+from ane_trainer.training.own_loss import LossOnly, OwnLossIntake, joined, labels_that_count
 from ane_trainer.training.results import Metrics
 from ane_trainer.utils import RunningMean, count_correct
 
@@ -42,6 +44,8 @@ class Inference:
 
         `see` is called with each batch's x, output and target.
         """
+        if self._loss is model_loss:
+            return self._evaluate_own(data, stop)
         loss, correct, counted = RunningMean(), 0, False
         for number, batch in enumerate(data, 1):
             x, y = loop.unpack(batch, f"evaluate: batch {number}")
@@ -59,6 +63,33 @@ class Inference:
         if not loss.count:
             raise loop.empty("evaluate")
         return Metrics(loss.mean, correct / loss.count if counted else None, loss.count)
+
+    def _evaluate_own(self, data: Iterable[Batch], stop: loop.Stop | None) -> Metrics:
+        """The mean of the losses that the model returns itself, by the labels that count in each batch."""
+        mean, examples, intake = RunningMean(), 0, OwnLossIntake(self.model, self._loss)
+        for number, batch in enumerate(data, 1):
+            where = f"evaluate: batch {number}"
+            x, y = loop.unpack(batch, where)
+            with loop.located(where):
+                whole = joined(self.model, x, y)
+                count, rows = labels_that_count(whole), loop.batch_size_of(whole)
+                if intake.example is None:
+                    intake.begin((), whole, ())
+                whole = intake.fitted(whole)
+                known = self._compiled.setdefault(("loss", _kind(whole), tuple(whole)), {})
+                size = loop.batch_size_of(whole)
+                if size not in known:
+                    known[size] = engine.make_forward(
+                        LossOnly(self.model), whole, self._target, self._fallback
+                    )
+                value = float(known[size](whole)) if count else 0.0
+            mean.update(value, count)
+            examples += rows
+            if stop is not None:
+                stop.check()
+        if not mean.count:
+            raise loop.empty("evaluate")
+        return Metrics(mean.mean, None, examples)
 
     def predict(self, x: ArrayLike | torch.Tensor | tuple[object, ...] | dict[str, Any]) -> Any:
         """The model's output for examples x [N, ...], as float32."""

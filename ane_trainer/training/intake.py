@@ -8,7 +8,7 @@ compile. That needs a loss with a value per example, and a model in which exampl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.nn.modules.loss import _Loss
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.calibrate import call_model, module_mode
-from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss, get_loss
+from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss, get_loss, model_loss
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import loop
 from ane_trainer.training.datasets.batches import Batches
@@ -108,7 +108,7 @@ def _check_range(y: torch.Tensor, classes: int) -> None:
 
 def per_example(loss: Loss) -> Loss | None:
     """The loss with a value for each example, of which it is the mean; None if that is not known of it."""
-    if loss in LOSSES.values():
+    if loss in LOSSES.values() and loss is not model_loss:
         return lambda output, y: cast(Any, loss)(output, y, reduction="none")
     known = isinstance(loss, (*_PLAIN_MODULES, *_CLASS_MODULES)) and loss.reduction == "mean"
     if not known or getattr(loss, "weight", None) is not None or type(loss).__module__ != _Loss.__module__:
@@ -171,6 +171,7 @@ def has_smaller_batch(data: Iterable[object]) -> bool:
 
 
 def _rows_of(batch: object) -> int:
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if hasattr(leaf, "shape") and len(leaf.shape)]
     return len(leaves[0]) if leaves else 0
 

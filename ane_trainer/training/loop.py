@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +170,17 @@ def tensors_of(value: object) -> list[torch.Tensor]:
 
 
 def unpack(batch: object, where: str) -> tuple[Any, Any]:
-    """(x, y) of a batch as tensors; DataError if it is not a pair of parts with numbers, of equal lengths."""
+    """(x, y) of a batch as tensors; DataError if it is not a pair of parts with numbers, of equal lengths.
+
+    Of a dictionary, as Hugging Face's collators make them, y is "labels" and x the rest; without labels y is ().
+    """
+    if isinstance(batch, Mapping):
+        with located(where):
+            named = {str(name): as_tensors(part) for name, part in batch.items()}
+            y = named.pop("labels", ())
+            if tensors_of(named):
+                check_rows(named, y)
+                return named, y
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         with located(where):
             x, y = (as_tensors(part) for part in batch)
@@ -183,7 +193,7 @@ def unpack(batch: object, where: str) -> tuple[Any, Any]:
         else type(batch).__name__
     )
     raise DataError(
-        f"{where}: needs a pair (x, y) of tensors or arrays; got {got}. "
+        f"{where}: needs a pair (x, y) of tensors or arrays, or a dictionary of them with labels; got {got}. "
         "Let the data yield pairs, e.g. torch.utils.data.DataLoader over (x, y) examples.",
         code="DATA105",
     )

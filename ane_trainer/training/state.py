@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -19,6 +20,7 @@ from ane_trainer.training.callbacks import Callbacks
 from ane_trainer.training.checkpoint import Checkpoint, check_scalars, describe_optimizer
 from ane_trainer.training.evaluation import Inference
 from ane_trainer.training.loop import Batch, Progress
+from ane_trainer.training.lora import LoraOptions, digest, frozen_of, is_adapted
 from ane_trainer.training.results import Epoch, Metrics, Result
 from ane_trainer.training.steps import Step
 
@@ -40,6 +42,7 @@ class Training:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.target, self.options = target, options
         self.chip, self.fidelity, self.precision = asked["chip"], asked["fidelity"], asked["precision"]
+        self.lora: LoraOptions | None = None
         self.seed, self.threads = options.seed or 0, target.threads
         self.history: list[Epoch] = []
         self.progress = Progress()
@@ -56,6 +59,8 @@ class Training:
         self._data_state: dict[str, Any] | None = None
         self._restored: Checkpoint | None = None
         self._metrics: Metrics | None = None
+        self._digest: str | None = None
+        self._at_first: dict[str, torch.Tensor] = {}  # parameters as the model was built, before `restore`
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -100,11 +105,15 @@ class Training:
         """Everything that training needs to go on: parameters, the step's state, counters, data position."""
         self.sync()
         tensors = {MODEL + name: value for name, value in self.model.state_dict().items()}
+        frozen = frozen_of(self.model) if self.is_adapter else {}
         if self.step is not None:
             tensors |= {STEP + name: value for name, value in self.step.state_dict().items()}
         elif self._restored is not None:
             tensors |= {k: v for k, v in self._restored.tensors.items() if k.startswith(STEP)}
         tensors |= self.callbacks.tensors()
+        for name in frozen:
+            tensors.pop(MODEL + name, None)
+            tensors.pop(STEP + name, None)
         progress = {**asdict(self.progress), "skipped_steps": self._skipped()}
         scalars = {
             "progress": progress,
@@ -116,7 +125,35 @@ class Training:
             "program": compiled.fingerprint if (compiled := self.step and self.step.compiled) else None,
             "callbacks": self.callbacks.state_dict(),
         }
-        return Checkpoint(tensors, scalars)
+        return Checkpoint(tensors, scalars | ({"base": self._base_digest(frozen)} if frozen else {}))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter is trained; its checkpoints leave out the model that it adapts, which stays as it is."""
+        return is_adapted(self.model)
+
+    def _base_digest(self, frozen: Mapping[str, torch.Tensor]) -> str:
+        """The checksum of the frozen weights, which do not change while one trainer lives."""
+        if self._digest is None:
+            self._digest = digest(frozen)
+        return self._digest
+
+    def _with_base(self, checkpoint: Checkpoint) -> Checkpoint:
+        """An adapter's checkpoint with the weights of the model that it adapts; CheckpointError for another one's."""
+        wanted = checkpoint.scalars.get("base")
+        if wanted is None:
+            return checkpoint
+        frozen = frozen_of(self.model)
+        if self._base_digest(frozen) != wanted:
+            raise CheckpointError(
+                "checkpoint: needs the model that the adapter was trained on; got one with other frozen weights. "
+                "Load the model as for the first run.",
+                code="CKPT106",
+            )
+        whole = {MODEL + name: value for name, value in frozen.items()}
+        if any(name.startswith(STEP) for name in checkpoint.tensors):
+            whole |= {STEP + n: v.float().reshape(tuple(v.shape) or (1,)) for n, v in frozen.items()}
+        return Checkpoint(whole | checkpoint.tensors, checkpoint.scalars)
 
     def _position(self) -> dict[str, Any] | None:
         """Where the data stands within a pass, if it can tell."""
@@ -133,6 +170,7 @@ class Training:
             "clip_grad_norm": gradients.clip_norm, "clip_grad_value": gradients.clip_value,
             "accumulate": gradients.accumulate, "optimizer_on": self.options.optimizer_on,
             "fallback": self.options.fallback, "shards": self.shards,
+            "lora": None if self.lora is None else asdict(self.lora),
         }  # fmt: skip
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -141,6 +179,8 @@ class Training:
         CheckpointError, before anything changed, for one that is not whole or of another model.
         """
         progress, history = check_scalars(checkpoint.scalars)
+        checkpoint = self._with_base(checkpoint)
+        self._at_first = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.load_weights(part(checkpoint.tensors, MODEL), "checkpoint")
         self.progress, self.history = progress, history
         self._data_state = checkpoint.scalars["data"]
@@ -150,6 +190,21 @@ class Training:
         last = self.history[-1] if self.history else None
         if last is not None and last.val_loss is not None:
             self._metrics = Metrics(last.val_loss, last.val_accuracy, 0)
+
+    @contextlib.contextmanager
+    def _as_at_first(self) -> Iterator[None]:
+        """Within the block the model has the parameters that it was built with, if a checkpoint was restored.
+
+        A step compiled for them has the very scales of the first run's, whose numbers it goes on with.
+        """
+        held = dict(self.model.named_parameters())
+        kept = {name: held[name].detach().clone() for name in self._at_first}
+        _put(held, self._at_first)
+        try:
+            yield
+        finally:
+            _put(held, kept)
+            self._at_first = {}
 
     def load_weights(self, state: Mapping[str, torch.Tensor], where: str) -> None:
         """Put a state_dict into the model; CheckpointError if it is of another model, or not finite."""
@@ -210,3 +265,9 @@ class Training:
 
     def _skipped(self) -> int:
         return self.progress.skipped_steps + (self.step.skipped_steps if self.step is not None else 0)
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -39,8 +39,16 @@ from ane_trainer.training.checkpoint import (
 )
 from ane_trainer.training.datasets.opening import batches_of
 from ane_trainer.training.exporting import CHECKED_STEPS, export_model, export_training
-from ane_trainer.training.intake import Intake
 from ane_trainer.training.loop import Batch
+from ane_trainer.training.lora import (
+    LoraOptions,
+    MakeOptimizer,
+    adapted,
+    merged,
+    optimizer_of,
+    save_adapter,
+)
+from ane_trainer.training.own_loss import make_intake
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
 from ane_trainer.training.state import Loss, Training
@@ -58,7 +66,10 @@ class Trainer(Training):
 
     model      any nn.Module made of supported layers; its parameters follow the engine's after each epoch.
     loss       a name ("cross_entropy", "mse", ...) or a callable(output, target) -> scalar.
+               "model": what the model returns as its own loss, as Hugging Face's do for batches with labels.
     optimizer  a torch.optim object over the model's parameters; default Adam, lr 1e-3. Schedulers of it act.
+               With `lora`, a function that makes one of the parameters that are trained.
+    lora       `LoraOptions`, or a configuration of peft: train an adapter of the model, which stays as it is.
     device     "auto", "sim" (simulator), "cpu" (plain PyTorch fp32), or a device that `doctor` lists.
     chip       whose arithmetic and limits hold on the simulator: "m1" ... "m6".
     fidelity   "exact" (the engine's arithmetic bit by bit where it is known) or "fast".
@@ -78,8 +89,9 @@ class Trainer(Training):
         self,
         model: nn.Module,
         loss: Loss = "cross_entropy",
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
         *,
+        lora: object = None,
         device: str = "auto",
         chip: str = "m4",
         fidelity: str = "exact",
@@ -97,10 +109,12 @@ class Trainer(Training):
     ) -> None:
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
         exchange = find_exchange(shards)
+        if lora is not None:
+            model = adapted(model, lora, seed)
         super().__init__(
             model,
             loss,
-            optimizer if optimizer is not None else torch.optim.Adam(model.parameters(), lr=1e-3),
+            optimizer_of(model, optimizer),
             engine.choose_target(device, chip, fidelity, precision, threads or share_of_cores(exchange)),
             StepOptions(gradients, optimizer_on, fallback, "auto", "lazy", seed, verify, exchange=exchange),
             {"chip": chip, "fidelity": fidelity, "precision": precision},
@@ -108,7 +122,8 @@ class Trainer(Training):
         self.report = report if report is not None else ConsoleReporter()
         if exchange is not None and not exchange.leads:
             self.report = Reporter()
-        self._intake = Intake(model, loss)
+        self.lora = lora if isinstance(lora, LoraOptions) else None
+        self._intake = make_intake(model, loss)
         self._announced = self._compared = False
 
     def fit(
@@ -219,19 +234,31 @@ class Trainer(Training):
         folder = Path(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_model(folder / "model.pt", self.model, self.loss)
+            if not self.is_adapter:
+                write_model(folder / "model.pt", self.model, self.loss)
             checkpoint = self.checkpoint()
             write_tensors(folder / CHECKPOINT, checkpoint.tensors, checkpoint.scalars)
         except OSError as error:
             raise unwritable(folder, error) from None
         return folder
 
+    def save_adapter(self, path: str | Path) -> Path:
+        """Write the trained adapter into a folder, in PEFT's own format: `PeftModel.from_pretrained` reads it."""
+        self.sync()
+        return save_adapter(self.model, path)
+
+    def merged_model(self) -> nn.Module:
+        """A copy of the model with its adapter merged into the weights, as it was before PEFT wrapped it."""
+        self.sync()
+        return merged(self.model)
+
     @classmethod
     def resume(
         cls, path: str | Path, *, model: nn.Module | None = None, loss: Loss | None = None,
         optimizer: torch.optim.Optimizer | None = None, report: Reporter | None = None, **options: object,
     ) -> Trainer:  # fmt: skip
-        """The trainer that `save` wrote. Whatever could not be stored has to be passed again.
+        """The trainer that `save` wrote. Whatever could not be stored has to be passed again: of a training with
+        `lora` the model, as it was then.
 
         `options` (device, chip, fidelity, threads) override the stored ones. CheckpointError: nothing there,
         damaged, of another model, or a model class that is not imported.
@@ -240,9 +267,13 @@ class Trainer(Training):
         stored_loss: Loss = checkpoint.scalars["loss"]
         if model is None:
             model, stored_loss = read_model(Path(path) / "model.pt")
+        settings = {**checkpoint.scalars["options"], **options}
+        if isinstance(settings.get("lora"), dict):
+            settings["lora"] = LoraOptions(**settings["lora"])
+        if settings.get("lora") is not None:
+            model = adapted(model, settings["lora"], settings["seed"])
         if optimizer is None:
             optimizer = rebuild_optimizer(checkpoint.scalars["optimizer"], model)
-        settings = {**checkpoint.scalars["options"], **options}
         trainer = cls(model, stored_loss if loss is None else loss, optimizer, report=report, **settings)
         trainer.restore(checkpoint)
         return trainer
@@ -427,9 +458,16 @@ class Trainer(Training):
         state = part(self._restored.tensors, STEP) if self._restored is not None else {}
         with loop.located("train: first batch"):
             ready = self._intake.begin(self._train, x, y)
-            step = engine.make_step(
-                self.model, self._intake.loss, self.optimizer, ready, self.target, self.options, state or None
-            )
+            with self._as_at_first():
+                step = engine.make_step(
+                    self.model,
+                    self._intake.loss,
+                    self.optimizer,
+                    ready,
+                    self.target,
+                    self.options,
+                    state or None,
+                )
         if self._restored is not None:
             self.progress.skipped_steps -= step.skipped_steps
             self._restored = None

@@ -1,4 +1,4 @@
-"""Losses by name, and any callable `(output, target) -> scalar`."""
+"""Losses by name, any callable `(output, target) -> scalar`, and the loss that a model returns itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ from ane_trainer.ane.errors import DataError, UsageError
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
+
+def model_loss(output: object, target: object = None) -> torch.Tensor:
+    """The loss that the model's own output holds, as that of Hugging Face's models does where they are given labels.
+
+    Raises: DataError DATA105 for an output without one.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(found, torch.Tensor):
+        raise DataError(
+            f'loss="model": needs a model whose output holds a loss; got {type(output).__name__} without one. '
+            'Let the batches hold "labels", or choose another loss.',
+            code="DATA105",
+        )
+    return found
+
+
 LOSSES: Mapping[str, Loss] = {
     "cross_entropy": F.cross_entropy,
     "nll": F.nll_loss,
@@ -22,6 +38,7 @@ LOSSES: Mapping[str, Loss] = {
     "smooth_l1": F.smooth_l1_loss,
     "bce": F.binary_cross_entropy,
     "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "model": model_loss,
 }
 
 

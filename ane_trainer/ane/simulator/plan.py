@@ -125,6 +125,7 @@ class _Binder:
         self.lazy = lazy_values(function)
         self.unfolded: dict[str, unfolding.Unfolded] = {}  # windows, read where they lie
         self.last_read = self._last_reads()
+        self.views_of = self._views()
         hidden = {name: found.q.name for name, found in self.integer.items()}
         self.pool = Pool(last_uses(function, self.entries, hidden), len(self.entries))
 
@@ -336,18 +337,18 @@ class _Binder:
 
     def _last_read_of_memory(self, name: str) -> int:
         """The last read of a value or of any view bound on its memory; views bound later read later."""
-        latest = -1
-        shown = {name}
-        for index, entry in enumerate(self.entries):
-            for op in entry.ops:
-                if any(v.name in shown for v in op.operands()):
-                    latest = max(latest, index)
-                    if op.kind in VIEWS:
-                        shown.update(v.name for v in op.results)
-        for value in self.function.outputs:
-            if value.name in shown:
-                latest = len(self.entries)
-        return latest
+        shown = [name]
+        for each in shown:  # it grows
+            shown += self.views_of.get(each, ())
+        return max(self.last_read.get(each, -1) for each in shown)
+
+    def _views(self) -> dict[str, list[str]]:
+        """For each value, the results of the ops that may be views on its memory."""
+        found: dict[str, list[str]] = {}
+        for op in self.function.ops:
+            for operand in op.operands() if op.kind in VIEWS else ():
+                found.setdefault(operand.name, []).extend(v.name for v in op.results)
+        return found
 
 
 def _copy(pairs: list[tuple[Array, Array]]) -> None:
