@@ -11,7 +11,7 @@ RUN_STAMP := $(VENV)/.ready-to-run
 DEV_STAMP := $(VENV)/.ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac bench clean
+.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac bench cost-model clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -70,6 +70,9 @@ hunt: $(DEV_STAMP) ## 5,000 random models, one step each against fp64: none may 
 
 test-mac: $(DEV_STAMP) ## The tests that need the engine of an Apple silicon Mac
 	$(BIN)/python -m pytest -m mac $(ARGS)
+
+cost-model: $(DEV_STAMP) ## Fit the cost model to the published measurements, cross-validate it, write its tables and page
+	$(BIN)/python -m docs._generate.cost
 
 bench: $(DEV_STAMP) ## Speed of the simulator against PyTorch, as ratios
 	$(BIN)/python -m bench

@@ -42,8 +42,9 @@ def build_model(
     name        "mlp" (takes `hidden`); "cnn" (takes channels=(16, 64)); "transformer" (takes patch=7, or 4
                 where 7 does not divide the image, width=64, depth=2, heads=4); "gpt", which maps
                 tokens [B, T] to scores [B, num_classes, T] of the next one (width, depth, heads); or
-                "path/to/file.py:ClassName", any class or function that returns an nn.Module: it is called
-                with all options given here, and with in_shape and num_classes if it has such parameters; or
+                "path/to/file.py:ClassName" or "package.module:ClassName", any class or function that returns an
+                nn.Module: it is called with all options given here, and with in_shape and num_classes if it has
+                such parameters; or
                 "path/to/model.keras", saved by Keras 3 under any backend, with its weights.
     hidden      widths of the mlp's hidden layers; default (256,); () is a linear model.
     activation  a name in ACTIVATIONS; default "gelu", for the cnn "relu".
@@ -60,7 +61,7 @@ def build_model(
         raise UsageError(_unknown("activation", activation, ACTIVATIONS), code="ANE102")
     arguments = {**options, **_given(hidden=hidden, activation=activation)}
     with seeded(seed):
-        if ".py:" in name:
+        if ":" in name:
             return build_user_model(
                 name, {"in_shape": tuple(in_shape), "num_classes": num_classes}, arguments
             )
@@ -73,7 +74,7 @@ def build_model(
 
             return load_keras_model(name)
         if name not in MODELS:
-            hint = "Or give a file: path/to/file.py:ClassName."
+            hint = "Or give a file or module: path/to/file.py:ClassName, package.module:ClassName."
             raise UsageError(f"{_unknown('model', name, MODELS)} {hint}", code="ANE102")
         builder, default_activation = MODELS[name]
         _check_options(name, builder, arguments)

@@ -33,6 +33,7 @@ from ane_trainer.models import build_model
 from ane_trainer.training import engine
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.optimizers import make_optimizer
+from ane_trainer.training.results import interval_text
 from ane_trainer.training.steps import Step
 from ane_trainer.utils import seeded
 
@@ -111,8 +112,7 @@ class Comparison:
             times = f"{row.median_ms:>8.2f} ms{row.best_ms:>8.2f} ms{row.ratio:>7.2f}x{row.first_s:>10.1f} s"
             lines.append(f"{row.device:<10}{times}  {row.where}")
         if self.estimate is not None:
-            band = self.estimate["error_band"]
-            sure = "error not known" if band is None else f"+-{band:.0%}"
+            sure = interval_text(self.estimate)
             lines.append(
                 f"{'estimate':<10}{self.estimate['latency_us'] / 1e3:>8.2f} ms{'':>33}"
                 f"{self.estimate['title']}'s engine, by the cost model ({sure}), not measured"

@@ -1,81 +1,262 @@
-"""`estimate`: what one training step takes on the engine by the cost model: time, energy, the most expensive ops."""
+"""`estimate`: time and energy on the engine by the cost model, of a training step or any program, on several chips."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from ane_trainer.commands.check import compile_model
-from ane_trainer.commands.options import (
-    Batch,
-    Chip,
-    Classes,
-    Dataset,
-    Input,
-    Model,
-    Optimizer,
-    Output,
-    example_sizes,
+import typer
+
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
+from ane_trainer.commands.options import Batch, Classes, Dataset, Optimizer, Output, show, table
+from ane_trainer.commands.subjects import (
+    Dtype,
+    LossName,
+    ModelSubject,
+    ProgramSubject,
+    Request,
+    Shapes,
+    Subject,
+    resolve,
+    shapes_of,
 )
-from ane_trainer.utils import format_count
+from ane_trainer.utils import format_count, format_seconds
+
+if TYPE_CHECKING:
+    from ane_trainer.ane.chips.cost import Cost, Interval
+
+#: Examples of the known data sets' training parts; of others, `--examples` says it.
+_EXAMPLES = {
+    "mnist": 60_000,
+    "fashion-mnist": 60_000,
+    "cifar-10": 50_000,
+    "cifar-100": 50_000,
+    "digits": 1_437,
+}
+_OPS = 8
 
 
 def estimate(
-    model: Model,
+    subject: Subject,
     dataset: Dataset = "mnist",
-    input_shape: Input = None,
+    input_shape: Shapes = None,
     classes: Classes = None,
     batch: Batch = 128,
+    loss: LossName = "auto",
+    dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
-    chip: Chip = "m4",
+    chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
+    path: Annotated[
+        str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
+    ] = "e5rt",
+    epochs: Annotated[int | None, typer.Option(help="Of a whole training, besides a step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Likewise, in steps.")] = None,
+    examples: Annotated[int | None, typer.Option(help="In an epoch (default: the dataset's).")] = None,
+    constants: Annotated[
+        bool, typer.Option("--constants", help="Show every constant with its source.")
+    ] = False,
 ) -> Output:
-    """Estimate the time and energy of a training step on the engine."""
-    shape, count = example_sizes(dataset, input_shape, classes, "estimate")
-    found = estimate_model(model, shape, count, batch, optimizer, chip)
-    return Output(found, estimate_text(found))
+    """Estimate time and energy on the engine: of a model's training step, of a run's, or of any program.
+
+    Each figure has the interval that holds nine of ten published values of that kind of program which the fit had
+    not seen (docs/cost-model.md). Energy is that of the engine's own rail.
+    """
+    from ane_trainer.data import find_dataset
+
+    count = classes if classes is not None else len(find_dataset(dataset).class_names)
+    request = Request("estimate", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
+    found = resolve(subject, request)
+    chips = estimates_of(found, [name.strip() for name in chip.split(",")], path)
+    total = _total_steps(found, dataset, batch, epochs, steps, examples)
+    return show(Estimates(found.name, batch if isinstance(found, ModelSubject) else None, path, tuple(chips), total,
+                          constants), 3 if all(item.cost is None for item in chips) else 0)  # fmt: skip
 
 
-def estimate_model(
-    model: str, in_shape: Sequence[int], classes: int, batch: int, optimizer: str, chip: str
-) -> dict[str, Any]:
-    """The cost model's figures for one training step; `latency_us` is None where nothing is known."""
-    from ane_trainer.ane.chips import cost as costs
+@dataclass(frozen=True)
+class ChipEstimate:
+    """The cost on one chip, or why the subject does not fit it."""
+
+    chip: str
+    title: str
+    cost: Cost | None
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What `estimate` found: a cost for each chip; `steps` of a whole training where they are known."""
+
+    subject: str
+    batch: int | None
+    path: str
+    chips: tuple[ChipEstimate, ...]
+    steps: int | None
+    constants: bool = False
+
+    def to_json(self) -> dict[str, object]:
+        """The same for machines; the first chip's figures also at the top."""
+        chips = [self._chip_json(item) for item in self.chips]
+        return {
+            "model": self.subject, "batch": self.batch, "path": self.path, "steps": self.steps, **chips[0],
+            "chips": chips,
+        }  # fmt: skip
+
+    def _chip_json(self, item: ChipEstimate) -> dict[str, object]:
+        from ane_trainer.ane.chips.cost import rates
+
+        head = {"chip": item.chip, "title": item.title}
+        cost = item.cost
+        if cost is None:
+            return {**head, "latency_us": None, "energy_uj": None, "refusal": item.refusal, "ops": []}
+        slowest = sorted(cost.ops, key=lambda op: op.latency_us, reverse=True)
+        training = None
+        if self.steps is not None:
+            training = {
+                "seconds": cost.latency_us * self.steps / 1e6,
+                "seconds_interval": [end * self.steps / 1e6 for end in _ends(cost.latency_interval)],
+                "joules": cost.energy_uj * self.steps / 1e6,
+                "joules_interval": [end * self.steps / 1e6 for end in _ends(cost.energy_interval)],
+            }
+        return {
+            **head,
+            "latency_us": cost.latency_us,
+            "latency_interval_us": _ends(cost.latency_interval),
+            "energy_uj": cost.energy_uj,
+            "energy_interval_uj": _ends(cost.energy_interval),
+            "energy_of": "engine rail",
+            "kind": cost.kind,
+            "split_us": dict(cost.split),
+            "dispatch_us": cost.dispatch_us,
+            "flops": cost.flops,
+            "engine_flops": cost.engine_flops,
+            "error_band": cost.error_band,
+            "provenance": cost.provenance,
+            "training": training,
+            "constants": {name: asdict(rate) for name, rate in rates(item.chip, self.path).items()},
+            "ops": [{**asdict(op), "latency_us": op.latency_us} for op in slowest],
+        }
+
+    def as_text(self) -> str:
+        """A table of the chips, the split, the most expensive ops of the first, and where the figures are from."""
+        batch = "" if self.batch is None else f", batch {self.batch}"
+        known = [item for item in self.chips if item.cost is not None]
+        lines = [f"{self.subject}{batch}, one dispatch by {self.path}"]
+        if known:
+            lines += table([_HEAD, *(_row(item) for item in known)], (0,))
+            lines += self._training(known)
+            lines += [f"{item.title}: {item.cost.provenance}" for item in known if item.cost is not None]
+            lines.append(_interval_note(known[0]))
+            lines += _ops_text(known[0])
+        lines += [f"{item.title}: does not fit. {item.refusal}" for item in self.chips if item.cost is None]
+        if self.constants:
+            lines += [line for item in known for line in _constants_text(item, self.path)]
+        return "\n".join(lines)
+
+    def _training(self, known: Sequence[ChipEstimate]) -> list[str]:
+        if self.steps is None:
+            return []
+        lines = []
+        for item in known:
+            assert item.cost is not None
+            seconds, joules = item.cost.latency_us * self.steps / 1e6, item.cost.energy_uj * self.steps / 1e6
+            low, high = (end * self.steps / 1e6 for end in _ends(item.cost.latency_interval))
+            lines.append(
+                f"{item.title}: {self.steps:,} steps take {format_seconds(seconds)} "
+                f"({format_seconds(low)} to {format_seconds(high)}) and {joules:,.2f} J on the engine's rail, "
+                "without the host's part"
+            )
+        return lines
+
+
+_HEAD = ("chip", "us", "interval", "uJ (engine rail)", "interval", "dispatch", "MAC", "elementwise", "weights",
+         "activations")  # fmt: skip
+
+
+def _row(item: ChipEstimate) -> tuple[str, ...]:
+    cost = item.cost
+    assert cost is not None
+    times, energies = cost.latency_interval, cost.energy_interval
+    return (
+        item.title, _figure(cost.latency_us), f"{_figure(times.low)} to {_figure(times.high)}",
+        _figure(cost.energy_uj), f"{_figure(energies.low)} to {_figure(energies.high)}",
+        *(f"{share / cost.latency_us:.0%}" for share in cost.split.values()),
+    )  # fmt: skip
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def _interval_note(item: ChipEstimate) -> str:
+    assert item.cost is not None
+    return (
+        f"interval: nine of ten published values of this kind ({item.cost.kind}) lie in it, by cross-validation on "
+        f"{item.cost.latency_interval.rows} programs (docs/cost-model.md)"
+    )
+
+
+def _ops_text(item: ChipEstimate) -> list[str]:
+    cost = item.cost
+    assert cost is not None
+    lines = [f"most expensive ops on {item.title} ({len(cost.ops)} ops, {format_count(cost.flops)} FLOPs):"]
+    for op in sorted(cost.ops, key=lambda op: op.latency_us, reverse=True)[:_OPS]:
+        lines.append(f"  {op.latency_us:>9.2f} us  {op.op:<14}{op.bound_by:<12}{op.source or op.name}")
+    return lines
+
+
+def _constants_text(item: ChipEstimate, path: str) -> list[str]:
+    from ane_trainer.ane.chips.cost import rates
+
+    lines = [f"constants of {item.title}, {path} (GB/s, us, pJ, W; +- one deviation):"]
+    for name, rate in rates(item.chip, path).items():
+        lines.append(f"  {name:<14}{rate.value:>10.4g}  +-{rate.deviation:<6.0%} {rate.source}")
+    return lines
+
+
+def estimates_of(
+    subject: ModelSubject | ProgramSubject, chips: Sequence[str], path: str
+) -> list[ChipEstimate]:
+    """The subject's cost on each chip; a model is compiled for each."""
+    from ane_trainer.ane.chips.cost import estimate as cost_of
     from ane_trainer.ane.chips.lookup import get_chip
 
-    step = compile_model(model, in_shape, classes, batch, optimizer, chip, where="estimate")
-    found = get_chip(chip)
-    base = {"model": model, "batch": batch, "chip": found.name, "title": found.title}
-    cost = costs.estimate(step.program, found)
-    if cost is None:
-        return {**base, "latency_us": None, "energy_uj": None, "ops": []}
-    dearest = sorted(cost.ops, key=lambda op: op.latency_us, reverse=True)
-    return {
-        **base,
-        "latency_us": cost.latency_us,
-        "energy_uj": cost.energy_uj,
-        "dispatch_us": cost.dispatch_us,
-        "flops": cost.flops,
-        "engine_flops": cost.engine_flops,
-        "error_band": cost.error_band,
-        "provenance": cost.provenance,
-        "ops": [{**asdict(op), "latency_us": op.latency_us} for op in dearest],
-    }
+    found = []
+    for chip in [get_chip(name) for name in chips]:
+        if isinstance(subject, ProgramSubject):
+            found.append(ChipEstimate(chip.name, chip.title, cost_of(subject.program, chip, path)))
+            continue
+        try:
+            step = subject.step(chip.name, path)
+        except UnsupportedModel as error:
+            found.append(ChipEstimate(chip.name, chip.title, None, str(error)))
+            continue
+        found.append(ChipEstimate(chip.name, chip.title, cost_of(step.program, chip, path)))
+        step.close()
+    return found
 
 
-def estimate_text(found: dict[str, Any], rows: int = 8) -> str:
-    """The estimate for people: the step, how sure, and the most expensive ops."""
-    head = f"{found['model']}, batch {found['batch']}, on {found['title']}"
-    if found["latency_us"] is None:
-        return f"{head}: not known; no measurement of this chip is published"
-    band = "error not known" if found["error_band"] is None else f"+-{found['error_band']:.0%}"
-    energy = "not known" if found["energy_uj"] is None else f"{found['energy_uj']:,.0f} uJ"
-    lines = [
-        f"{head}: {found['latency_us']:,.0f} us a step ({band}); dispatch {found['dispatch_us']:,.0f} us",
-        f"energy {energy} a step   {format_count(found['flops'])} FLOPs a step",
-        f"rates: {found['provenance']}",
-        "most expensive ops:",
-    ]
-    for op in found["ops"][:rows]:
-        lines.append(f"  {op['latency_us']:>9.2f} us  {op['op']:<14}{op['bound_by']:<12}{op['name']}")
-    return "\n".join(lines)
+def _total_steps(
+    subject: ModelSubject | ProgramSubject, dataset: str, batch: int, epochs: int | None, steps: int | None,
+    examples: int | None,
+) -> int | None:  # fmt: skip
+    """Steps of a whole training: as given, of the run, or epochs times batches."""
+    if any(value is not None and value < 1 for value in (epochs, steps, examples)):
+        raise UsageError("estimate: needs 1 or more for --epochs, --steps and --examples.", code="ANE104")
+    if steps is not None:
+        return steps
+    if epochs is None:
+        return subject.steps if isinstance(subject, ProgramSubject) else None
+    if isinstance(subject, ProgramSubject) and subject.steps and subject.epochs and examples is None:
+        return subject.steps * epochs // subject.epochs
+    count = examples if examples is not None else _EXAMPLES.get(dataset)
+    if count is None:
+        raise UsageError(
+            f"estimate: needs the examples of an epoch; {dataset} says none before it is loaded. Give --examples N.",
+            code="ANE104",
+        )
+    return epochs * max(count // batch, 1)

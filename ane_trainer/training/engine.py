@@ -160,6 +160,7 @@ def estimate_of(step: Step | None, target: Target) -> dict[str, Any] | None:
         "title": get_chip(target.chip).title,
         "latency_us": cost.latency_us,
         "energy_uj": cost.energy_uj,
+        "latency_interval_us": [cost.latency_interval.low, cost.latency_interval.high],
         "error_band": cost.error_band,
         "provenance": cost.provenance,
     }

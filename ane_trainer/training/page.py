@@ -10,6 +10,7 @@ from ane_trainer.__version__ import __version__
 from ane_trainer.training.analysis import Analysis, ClassAnalysis, LabelAnalysis, NumberAnalysis, Sample
 from ane_trainer.training.charts import line_chart, png
 from ane_trainer.training.records import RunRecord
+from ane_trainer.training.results import interval_text
 from ane_trainer.utils import format_count, format_seconds
 
 #: Classes up to which the confusion matrix is shown whole; of more, the pairs that are confused most.
@@ -277,10 +278,10 @@ def _cost(record: RunRecord) -> str:
     result = record.result or {}
     estimate = result.get("estimate") or {}
     latency, joules = estimate.get("latency_us"), estimate.get("energy_uj")
-    band = estimate.get("error_band")
-    sure = "error not known" if band is None else f"+-{band:.0%}"
     shown = {
-        "a step on the engine, estimated": None if latency is None else f"{latency:,.0f} us ({sure})",
+        "a step on the engine, estimated": None
+        if latency is None
+        else f"{latency:,.0f} us ({interval_text(estimate)})",
         "energy of a step, estimated": f"{joules:,.0f} uJ" if joules is not None else None,
         "chip": estimate.get("title"),
         "a step here": format_seconds(result["seconds_per_step"]) if result.get("seconds_per_step") else None,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.training.results import Epoch, Result
+from ane_trainer.training.results import Epoch, Result, interval_text
 from ane_trainer.utils import format_bytes, format_seconds
 
 #: Between two progress lines where there is no terminal.
@@ -345,9 +345,8 @@ def _time_lines(result: Result, phases: Phases | None, verbose: bool) -> Sequenc
     whole = f"{format_seconds(result.seconds_total)}, {format_seconds(result.seconds_per_step)} a step"
     lines = [f"time     {phases.as_text(result.seconds_per_step) if phases is not None else whole}"]
     if result.estimate:
-        band = result.estimate.get("error_band")
-        sure = "error not known" if band is None else f"+-{band:.0%}"
         total = result.estimate["latency_us"] * 1e-6 * result.steps
+        sure = interval_text(result.estimate)
         title = result.estimate["title"]
         lines.append(
             f"engine   {title}'s would need about {format_seconds(total)} for these steps ({sure}, cost model)"

@@ -83,3 +83,12 @@ class Result:
         plain = {name.name: getattr(self, name.name) for name in fields(self)}
         plain["history"] = [epoch.to_json() for epoch in self.history]
         return {**plain.pop("details"), **plain}
+
+
+def interval_text(estimate: Mapping[str, Any]) -> str:
+    """How sure an estimate is, as a share of its latency: `-12 to +28 %`; of runs before intervals, what they hold."""
+    ends, band = estimate.get("latency_interval_us"), estimate.get("error_band")
+    if ends is None:
+        return "error not known" if band is None else f"+-{band:.0%}"
+    low, high = (end / estimate["latency_us"] - 1 for end in ends)
+    return f"{low * 100:+.0f} to {high * 100:+.0f} %"

@@ -1,13 +1,15 @@
-"""Models out of a user's file: `path/to/file.py:ClassName`."""
+"""Models out of a user's file or an installed module: `path/to/file.py:ClassName`, `package.module:ClassName`."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -17,14 +19,20 @@ from ane_trainer.utils import did_you_mean
 
 
 def load_model_class(spec: str, where: str = "model") -> Callable[..., Any]:
-    """The class or function that "path/to/file.py:ClassName" names; UsageError ANE102 if there is none.
+    """The class or function that "path/to/file.py:ClassName" or "package.module:ClassName" names.
 
-    The file is run, as by `python file.py` but with a name of its own, and may import modules beside it.
+    A file is run, as by `python file.py` but with a name of its own, and may import modules beside it; a module is
+    imported. UsageError ANE102 if there is none.
     """
     path_text, _, attribute = spec.rpartition(":")
-    path = Path(path_text).expanduser().resolve()
     if not path_text or not attribute:
-        raise UsageError(f"{where}: needs path/to/file.py:ClassName; got {spec!r}.", code="ANE102")
+        raise UsageError(
+            f"{where}: needs path/to/file.py:ClassName or package.module:ClassName; got {spec!r}.",
+            code="ANE102",
+        )
+    if all(part.isidentifier() for part in path_text.split(".")) and not path_text.endswith(".py"):
+        return _attribute(_import(path_text, where), path_text, attribute, where)
+    path = Path(path_text).expanduser().resolve()
     if not path.is_file():
         raise UsageError(
             f"{where}: needs a Python file; got {path_text!r}, which does not exist.", code="ANE102"
@@ -42,9 +50,28 @@ def load_model_class(spec: str, where: str = "model") -> Callable[..., Any]:
     except (ImportError, SyntaxError) as error:
         del sys.modules[module_name]
         raise UsageError(f"{where}: {path_text} cannot be imported: {error}", code="ANE102") from error
+    return _attribute(module, path_text, attribute, where)
+
+
+def _import(name: str, where: str) -> ModuleType:
+    """An installed module, or one in the current folder."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except (ImportError, SyntaxError) as error:
+        raise UsageError(
+            f"{where}: {name} cannot be imported: {error}. Install it, or give path/to/file.py:ClassName.",
+            code="ANE102",
+        ) from error
+
+
+def _attribute(module: ModuleType, path_text: str, attribute: str, where: str) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if not callable(found):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
+        own = [
+            key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+        ]
         hint = did_you_mean(attribute, own)
         raise UsageError(
             f"{where}: needs a class or function in {path_text}; got {attribute!r}. {hint}", code="ANE102"

@@ -1,0 +1,284 @@
+"""Resolve what `check` and `estimate` are asked about: a model with an example batch and a loss, or a program.
+
+A model comes by name, as `file.py:Class` or `package.module:Class`; a program from a `.mil`, an `.mlpackage`, a
+folder that holds one, or a run. Where no example is given, one is made: shapes from `--input`, numbers or tokens by
+`--dtype` or by what the model takes, targets by the loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.commands.options import sizes_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ane_trainer.ane.capture.losses import Loss
+    from ane_trainer.ane.dispatch import TrainingStep
+    from ane_trainer.ane.mil.program import Program
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        help="mlp, cnn, transformer, gpt, path/to/file.py:Class, package.module:Class, a run, a .mil or .mlpackage.",
+        metavar="SUBJECT",
+    ),
+]
+Shapes = Annotated[
+    str | None,
+    typer.Option(
+        "--input", help="Shape of one example, e.g. 1x28x28; of several inputs 3x32x32,10.", metavar="SHAPE"
+    ),
+]
+LossName = Annotated[
+    str,
+    typer.Option("--loss", help="cross_entropy, mse, ...; auto goes by the model's output.", metavar="NAME"),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Of the inputs; auto tries numbers, then tokens.", metavar="float|int|auto"),
+]
+
+_FLOAT, _INT, _AUTO = "float", "int", "auto"
+_FILES = (".mil", ".txt", ".mlpackage", ".mlmodelc")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says of a model: shapes of one example, classes, batch, loss, dtype, optimizer."""
+
+    where: str
+    shapes: tuple[tuple[int, ...], ...]
+    classes: int
+    batch: int = 128
+    loss: str = _AUTO
+    dtype: str = _AUTO
+    optimizer: str = "adam"
+
+
+@dataclass(frozen=True)
+class ModelSubject:
+    """A model with an example batch (x, y) and a loss; `x` is a tensor or a tuple of several."""
+
+    name: str
+    model: nn.Module
+    loss: str | Loss
+    example: tuple[object, object]
+    request: Request
+
+    def step(self, chip: str, path: str = "e5rt", verify: str = "off") -> TrainingStep:
+        """The compiled training step for a chip."""
+        from ane_trainer.ane.dispatch import StepOptions, build_step, resolve_target
+        from ane_trainer.training.config import make_config
+        from ane_trainer.training.optimizers import make_optimizer
+
+        config = make_config(
+            {
+                "dataset": "mnist",
+                "batch_size": self.request.batch,
+                "optimizer": self.request.optimizer,
+                "chip": chip,
+            },
+            where=self.request.where,
+        )
+        target = resolve_target("sim", chip, "exact", path=path)
+        options = StepOptions(sync="lazy", verify=verify, seed=0)
+        return build_step(
+            self.model, self.loss, make_optimizer(config, self.model), self.example, target, options
+        )
+
+
+@dataclass(frozen=True)
+class ProgramSubject:
+    """A program as it lies on disk; `steps` of the run that it is from, if it is from one."""
+
+    name: str
+    program: Program
+    steps: int | None = None
+    epochs: int | None = None
+
+
+def resolve(text: str, request: Request) -> ModelSubject | ProgramSubject:
+    """The subject that a command names. UsageError, ProgramError or CheckpointError if there is none."""
+    path = Path(text).expanduser()
+    if text == "last" or (path / "config.toml").is_file():
+        return _run_subject(text)
+    if path.suffix in _FILES or (path.is_dir() and not path.name.isidentifier()):
+        return _program_subject(path)
+    if path.is_dir() and any((path / name).is_file() for name in ("model.mil", "program.mil")):
+        return _program_subject(path)
+    return _model_subject(text, request)
+
+
+def shapes_of(text: str | None, dataset: str) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one example's inputs: as given, else the dataset's."""
+    from ane_trainer.data import find_dataset
+
+    if text is None:
+        return (tuple(find_dataset(dataset).in_shape),)
+    shapes = tuple(
+        () if part == "1" and "," in text else sizes_of(part, "x", "--input") for part in text.split(",")
+    )
+    if any(size < 1 for shape in shapes for size in shape):
+        raise UsageError(f"--input: needs sizes of 1 or more; got {text!r}. Correct it.", code="ANE104")
+    return shapes
+
+
+def _run_subject(text: str) -> ProgramSubject:
+    from ane_trainer.ane.mil.loading import load_program
+    from ane_trainer.training.runs import open_run
+
+    run = open_run(text)
+    steps, epochs = None, run.read_config().epochs
+    if run.has_result():
+        result = json.loads((run.path / "result.json").read_text(encoding="utf-8"))
+        steps = result.get("steps")
+    return ProgramSubject(str(run.path), load_program(run.path), steps, epochs)
+
+
+def _program_subject(path: Path) -> ProgramSubject:
+    from ane_trainer.ane.mil.loading import load_program
+
+    return ProgramSubject(str(path), load_program(path))
+
+
+def _model_subject(text: str, request: Request) -> ModelSubject:
+    import torch
+
+    from ane_trainer.models import build_model
+    from ane_trainer.utils import seeded
+
+    if request.batch < 1 or request.classes < 1:
+        raise UsageError(
+            f"{request.where}: needs sizes of 1 or more for --batch and --classes. Correct them.",
+            code="ANE104",
+        )
+    with seeded(0):
+        model = build_model(text, request.shapes[0] or (1,), request.classes, seed=0)
+        _check_count(text, model, request)
+        x, output = _example_inputs(text, model, request)
+        loss, y = _target(text, output, x, request)
+    if torch.is_tensor(y) and y.numel() == 0:
+        raise DataError(f"{text}: needs outputs; got an empty tensor.", code="DATA105")
+    return ModelSubject(text, model, loss, (x, y), request)
+
+
+def _check_count(name: str, model: nn.Module, request: Request) -> None:
+    """Refuse another number of inputs than forward takes."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in positional)
+    most = len(positional)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        most = max(most, len(request.shapes))
+    if not least <= len(request.shapes) <= most:
+        names = ", ".join(p.name for p in positional[: max(least, 1)])
+        raise UsageError(
+            f"{request.where}: {name} needs {least} inputs ({names}); got the shapes of {len(request.shapes)}. "
+            f"Give one shape for each: --input {','.join(['3x32x32', '10', '10'][:least]) or '10'}.",
+            code="ANE104",
+        )
+
+
+def _example_inputs(
+    name: str, model: nn.Module, request: Request
+) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor]:
+    """Random inputs that the model takes, and its output for them."""
+    import torch
+
+    kinds = _dtypes(request)
+    faults: list[str] = []
+    for kind in kinds:
+        x = tuple(_random(shape, dtype, request.batch, _vocabulary(model)) for shape, dtype in kind)
+        try:
+            with torch.no_grad():
+                output = model(*x)
+        except (RuntimeError, TypeError, IndexError, ValueError) as fault:
+            faults.append(f"{', '.join(dtype for _, dtype in kind)}: {str(fault).splitlines()[0]}")
+            continue
+        if not torch.is_tensor(output):
+            found = getattr(output, "logits", None)
+            raise UsageError(
+                f"{request.where}: {name} needs to return one tensor; got {type(output).__name__}"
+                f"{', which has `.logits`: return that' if torch.is_tensor(found) else ''}. Wrap the model.",
+                code="ANE104",
+            )
+        return (x if len(x) > 1 else x[0]), output
+    raise DataError(
+        f"{request.where}: {name} does not run on examples of shape {' and '.join(map(str, request.shapes))} "
+        f"({'; '.join(faults)}). Give --input, and --dtype int for tokens.",
+        code="DATA105",
+    )
+
+
+def _dtypes(request: Request) -> list[list[tuple[tuple[int, ...], str]]]:
+    """Dtypes to try for each input, in order."""
+    given = request.dtype.split(",")
+    if any(word not in (_FLOAT, _INT, _AUTO) for word in given) or len(given) not in (1, len(request.shapes)):
+        raise UsageError(
+            f"--dtype: needs float, int or auto, for all inputs or one for each; got {request.dtype!r}. Correct it.",
+            code="ANE104",
+        )
+    words = given * len(request.shapes) if len(given) == 1 else given
+    choices: list[list[tuple[tuple[int, ...], str]]] = [[]]
+    for shape, word in zip(request.shapes, words, strict=True):
+        options = (_FLOAT, _INT) if word == _AUTO else (word,)
+        choices = [[*found, (shape, option)] for found in choices for option in options]
+    return sorted(choices, key=lambda found: sum(dtype == _INT for _, dtype in found))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    from torch import nn
+
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return min(sizes, default=2)
+
+
+def _random(shape: Sequence[int], dtype: str, batch: int, vocabulary: int) -> torch.Tensor:
+    import torch
+
+    if dtype == _INT:
+        return torch.randint(vocabulary, (batch, *shape))
+    return torch.randn(batch, *shape)
+
+
+def _target(
+    name: str, output: torch.Tensor, x: torch.Tensor | tuple[torch.Tensor, ...], request: Request
+) -> tuple[str | Loss, torch.Tensor]:
+    """The loss, and targets of the kind that it takes."""
+    import torch
+
+    loss: str | Loss = request.loss
+    if loss == _AUTO:
+        tokens = isinstance(x, torch.Tensor) and not x.is_floating_point()
+        if isinstance(x, torch.Tensor) and output.ndim == 3 and tokens and output.shape[1] == x.shape[1]:
+            return next_token_loss, torch.randint(output.shape[2], tuple(x.shape))
+        number = output.ndim < 2 or output.shape[1] == 1
+        loss = "mse" if number or not output.ndim >= 2 else "cross_entropy"
+    if loss in ("cross_entropy", "nll"):
+        if output.ndim < 2:
+            raise UsageError(
+                f"{request.where}: {name} needs outputs [batch, classes] for {loss}; got {list(output.shape)}. "
+                "Take another loss: --loss mse.",
+                code="ANE104",
+            )
+        return loss, torch.randint(output.shape[1], (output.shape[0], *output.shape[2:]))
+    y = torch.rand_like(output.float()) if str(loss).startswith("bce") else torch.randn_like(output.float())
+    return loss, y
+
+
+def next_token_loss(output_BTV: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the scores of each place."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(output_BTV.flatten(0, 1), target_BT.flatten())

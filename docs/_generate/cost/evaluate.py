@@ -1,0 +1,140 @@
+"""Cross-validation: every published value estimated by a fit that has not seen its program, or its chip, or its family.
+
+Intervals are conformal: quantiles of published over estimated of the left-out values of one kind of program,
+where values of one program on one chip count as one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ane_trainer.ane.chips.cost import leaves_engine, program_kind
+from ane_trainer.ane.chips.lookup import get_chip
+from ane_trainer.ane.chips.work import function_work
+from docs._generate.cost.distil import Row
+from docs._generate.cost.fit import Fit, fit, fitted_to
+from docs._generate.cost.workloads import program
+
+FOLDS = 10
+#: Share of values outside an interval, half on each side.
+OUTSIDE = 0.10
+#: Programs below which a kind's interval is widened to that of all programs of its path.
+FEW = 20
+
+
+@dataclass(frozen=True)
+class Left:
+    """A value that a fit had not seen: the row, the estimate, and the kind of its program."""
+
+    row: Row
+    estimate: float
+    kind: str
+
+    @property
+    def factor(self) -> float:
+        """Published over estimated."""
+        return self.row.value / self.estimate
+
+    @property
+    def error(self) -> float:
+        return abs(self.estimate / self.row.value - 1)
+
+
+def _fold(text: str, folds: int = FOLDS) -> str:
+    return str(hashlib.sha256(text.encode()).digest()[0] % folds)
+
+
+#: Name -> what is left out together. Roofs of a left-out chip stay: they are known of every chip that is tried.
+SCHEMES: dict[str, Callable[[Row], str]] = {
+    "program": lambda row: _fold(row.workload.removesuffix(" int8").removesuffix(" int4")),
+    "chip": lambda row: row.chip,
+    "family": lambda row: row.family,
+}
+
+
+def scored(rows: Sequence[Row]) -> list[Row]:
+    """The rows that errors are told of: those that the fit takes and powers; roofs only anchor."""
+    return [row for row in rows if row.family != "roof" and (row.quantity == "energy" or fitted_to(row))]
+
+
+def leave_out(rows: Sequence[Row], scheme: str) -> list[Left]:
+    """Each scored row estimated by a fit without its group."""
+    split, found = SCHEMES[scheme], list[Left]()
+    for group in sorted({split(row) for row in scored(rows)}):
+        rest = [row for row in rows if split(row) != group or row.family == "roof"]
+        found += _left(fit(rest), [row for row in scored(rows) if split(row) == group])
+    return found
+
+
+def _left(known: Fit, rows: Sequence[Row]) -> Iterator[Left]:
+    for row, value in zip(rows, known.predict(rows).tolist(), strict=True):
+        work = function_work(program(row.workload).main)
+        if not leaves_engine(work, get_chip(row.chip)):
+            yield Left(row, value, program_kind(work))
+
+
+def groups(left: Sequence[Left], key: Callable[[Left], str]) -> dict[str, list[Left]]:
+    """Left-out values by a key, sorted."""
+    found: dict[str, list[Left]] = defaultdict(list)
+    for item in left:
+        found[key(item)].append(item)
+    return dict(sorted(found.items()))
+
+
+def bounds(left: Sequence[Left]) -> tuple[float, float, int]:
+    """Factors on an estimate between which nine of ten values lie, and how many programs that rests on.
+
+    Conformal: with n programs the (n + 1)(1 - alpha)-th value bounds from above, the largest where n is small.
+    """
+    by_program: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for item in left:
+        by_program[item.row.chip, item.row.workload].append(item.factor)
+    factors = np.sort([factor for values in by_program.values() for factor in (min(values), max(values))])
+    count = len(factors)
+    rank = max(math.floor((count + 1) * OUTSIDE / 2) - 1, 0)
+    return float(factors[rank]), float(factors[count - 1 - rank]), len(by_program)
+
+
+def interval_of(left: Sequence[Left], everything: Sequence[Left]) -> tuple[float, float, int]:
+    """The bounds of one kind of program, widened where it has few programs to hold those of `everything`, too."""
+    low, high, programs = bounds(left) if left else (math.inf, 0.0, 0)
+    if programs >= FEW or not everything:
+        return low, high, programs
+    wide_low, wide_high, all_programs = bounds(everything)
+    return min(low, wide_low), max(high, wide_high), programs or all_programs
+
+
+def intervals(
+    known: Sequence[Left], carried: Sequence[Left]
+) -> list[tuple[str, str, str, str, float, float, int]]:
+    """Rows of the table of intervals: path, kind, basis, quantity, low, high, programs."""
+    found = []
+    for basis, left in (("measured", known), ("carried", carried)):
+        for quantity in ("latency", "energy"):
+            mine = [item for item in left if item.row.quantity == quantity]
+            keys = {(item.row.path, item.kind) for item in mine} | {(item.row.path, "any") for item in mine}
+            for path, kind in sorted({*keys, ("any", "any")}):
+                on_path = [m for m in mine if path in (m.row.path, "any")]
+                members = [m for m in on_path if kind in (m.kind, "any")]
+                found.append((path, kind, basis, quantity, *interval_of(members, on_path)))
+    return found
+
+
+def coverage(left: Sequence[Left], everything: Sequence[Left]) -> float:
+    """Share of values of one kind and path that lie in an interval made of the other programs, program by program.
+
+    `everything` holds all values of the path.
+    """
+    inside, total = 0, 0
+    for name, items in groups(left, lambda item: item.row.workload).items():
+        others = [item for item in left if item.row.workload != name]
+        low, high, _ = interval_of(others, [item for item in everything if item.row.workload != name])
+        inside += sum(low <= item.factor <= high for item in items)
+        total += len(items)
+    return inside / total

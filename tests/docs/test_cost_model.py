@@ -1,0 +1,142 @@
+"""The cost model's tables and page are what the generator makes; the programs are those that ANEForge emits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ane_trainer.ane.chips.cost import estimate, rates
+from ane_trainer.ane.mil.opset import family
+from docs._generate.cost import page
+from docs._generate.cost.distil import load
+from docs._generate.cost.evaluate import Left, coverage, groups, scored
+from docs._generate.cost.fit import DERIVED, ENERGY, NAMES, Fit, fit
+from docs._generate.cost.solve import Solution
+from docs._generate.cost.tables import read_left_out
+from docs._generate.cost.workloads import program
+
+PAGE = Path("docs/cost-model.md")
+
+
+def _median(left: list[Left]) -> float:
+    return float(np.median([item.error for item in left]))
+
+
+def test_the_page_is_current() -> None:
+    assert page.document() == PAGE.read_text(encoding="utf-8"), "run: make cost-model"
+
+
+@pytest.mark.slow
+def test_the_constants_are_current() -> None:
+    found = fit(load())
+    for chip, path in (
+        ("m1", "e5rt"),
+        ("m4", "e5rt"),
+        ("m5-pro", "e5rt"),
+        ("m3-pro", "direct"),
+        ("m6", "coreml"),
+    ):
+        for name, value in found.rates(chip, path).items():
+            assert rates(chip, path)[name].value == pytest.approx(value, rel=0.02), (chip, path, name)
+
+
+def test_the_package_prices_programs_as_the_fit_does() -> None:
+    """The scalar form that users get against the fit's own arithmetic, over every kind of program."""
+    rows = list({(row.family, row.path, row.quantity): row for row in scored(load())}.values())
+    for row in rows:
+        table = {name: rate.value for name, rate in rates(row.chip, row.path).items()}
+        plain = table | {name: table[name] / table[base] for name, base in DERIVED.items()}
+        known = Fit(*(
+            Solution(names, np.log([plain[name] for name in names] + [1.0] * 2 * len(names)), np.eye(1), {})
+            for names in (NAMES, tuple(ENERGY))
+        ))  # fmt: skip
+        cost = estimate(program(row.workload), row.chip, row.path)
+        want = known.predict([row])[0]
+        assert (cost.energy_uj if row.quantity == "energy" else cost.latency_us) == pytest.approx(
+            want, rel=1e-3
+        ), row
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("program", 0.12), ("family", 0.20), ("chip", 0.20)])
+def test_left_out_values_are_estimated(scheme: str, most: float) -> None:
+    left = [item for item in read_left_out()[scheme] if item.row.quantity == "latency"]
+    assert _median(left) <= most
+
+
+def test_left_out_programs_of_each_sort_are_estimated() -> None:
+    left = [item for item in read_left_out()["program"] if item.row.quantity == "latency"]
+    by_family = groups(left, lambda item: item.row.family)
+    assert _median(by_family["chain"] + by_family["stack"]) <= 0.15
+    assert _median(by_family["attention"] + by_family["block"]) <= 0.25
+    assert _median(by_family["model"] + by_family["decode"]) <= 0.25
+    assert _median([item for item in left if item.row.path == "direct"]) <= 0.25
+    energy = [item for item in read_left_out()["program"] if item.row.quantity == "energy"]
+    assert _median(energy) <= 0.25
+    assert (
+        _median([item for item in energy if item.row.family in ("elementwise", "reduction", "softmax")])
+        <= 0.60
+    )
+
+
+@pytest.mark.parametrize("scheme", ["program", "chip"])
+def test_nine_of_ten_values_lie_in_intervals_made_without_them(scheme: str) -> None:
+    left = [item for item in read_left_out()[scheme] if item.row.quantity == "latency"]
+    paths = groups(left, lambda item: item.row.path)
+    kinds = groups(left, lambda item: f"{item.row.path} {item.kind}").values()
+    inside = sum(coverage(items, paths[items[0].row.path]) * len(items) for items in kinds) / len(left)
+    assert 0.85 <= inside <= 0.96
+
+
+def _layer_norm(af: object) -> object:
+    gain = np.ones(8, np.float16)
+    return af.input((4, 8)).layer_norm(gain, gain)  # type: ignore[attr-defined]
+
+
+def _rms_norm(af: object) -> object:
+    return af.input((4, 8)).rms_norm(np.ones(8, np.float16))  # type: ignore[attr-defined]
+
+
+def _group_norm(af: object) -> object:
+    gain = np.ones(64, np.float16)
+    return af.input((1, 64, 4, 4)).group_norm(gain, gain, 32)  # type: ignore[attr-defined]
+
+
+def _attention(af: object) -> object:
+    weight, bias = np.ones((16, 16), np.float16), np.ones(16, np.float16)
+    return af.mha(af.input((8, 16)), *[weight, bias] * 4, 4)  # type: ignore[attr-defined]
+
+
+def _convolutions(af: object) -> object:
+    h = af.input((1, 8, 4, 4))  # type: ignore[attr-defined]
+    for _ in range(2):
+        h = af.conv(h, np.ones((8, 8, 3, 3), np.float16), stride=1, pad=1).relu()  # type: ignore[attr-defined]
+    return h
+
+
+@pytest.mark.parametrize(
+    ("workload", "graph"),
+    [
+        ("layer_norm 4 8", _layer_norm),
+        ("rms_norm 4 8", _rms_norm),
+        ("group_norm 1 64 4 4", _group_norm),
+        ("attention 8 16 4", _attention),
+        ("conv_stack 1 8 4 3 2", _convolutions),
+    ],
+)
+def test_programs_are_those_that_aneforge_emits(
+    workload: str, graph: Callable[[object], object], tmp_path: Path
+) -> None:
+    af = pytest.importorskip("aneforge")
+    from tests.ane.mil.text.test_aneforge import emitted
+
+    text, blob = emitted([graph(af)], tmp_path)  # type: ignore[list-item]
+    from ane_trainer.ane.mil.text.parser import parse_program
+
+    want = parse_program(text, {"@model_path/weights.bin": blob}).main
+    got = program(workload).main
+    assert sorted(op.kind for op in got.ops) == sorted(op.kind for op in want.ops)
+    shapes = [sorted(str(op.result.type) for op in f.ops if family(op.kind) != "view") for f in (got, want)]
+    assert shapes[0] == shapes[1]
