@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
@@ -30,6 +30,7 @@ __all__ = [
     "Rate",
     "estimate",
     "flops",
+    "in_turn",
     "macs",
     "program_kind",
     "rates",
@@ -145,6 +146,27 @@ def estimate(program: Program, chip: Chip | str, path: str = "e5rt") -> Cost:
         latency_interval=_interval(path, kind, basis, "latency", latency_us),
         energy_interval=_interval(path, kind, basis, "energy", energy_uj),
         provenance=known["dispatch_us"].source + _substitute(path),
+    )
+
+
+def in_turn(costs: Sequence[Cost]) -> Cost:
+    """The cost of programs that run one after the other; their errors are taken to go the same way."""
+
+    def together(intervals: Sequence[Interval]) -> Interval:
+        rows = min(interval.rows for interval in intervals)
+        return Interval(sum(i.low for i in intervals), sum(i.high for i in intervals), rows)
+
+    return replace(
+        costs[0],
+        latency_us=sum(cost.latency_us for cost in costs),
+        energy_uj=sum(cost.energy_uj for cost in costs),
+        ops=tuple(op for cost in costs for op in cost.ops),
+        flops=sum(cost.flops for cost in costs),
+        engine_flops=sum(cost.engine_flops for cost in costs),
+        dispatch_us=sum(cost.dispatch_us for cost in costs),
+        split={part: sum(cost.split[part] for cost in costs) for part in PARTS},
+        latency_interval=together([cost.latency_interval for cost in costs]),
+        energy_interval=together([cost.energy_interval for cost in costs]),
     )
 
 

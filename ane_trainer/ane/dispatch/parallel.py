@@ -11,7 +11,6 @@ hold the same bits, and how many processes share the shards changes nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 import zlib
@@ -28,7 +27,7 @@ from ane_trainer.ane.capture.calibrate import loss_of
 from ane_trainer.ane.capture.losses import Loss, get_loss
 from ane_trainer.ane.capture.parts import ALL_FIT, PEAKS, is_partial
 from ane_trainer.ane.capture.trace.torch_private import pytree
-from ane_trainer.ane.chips.cost import Cost
+from ane_trainer.ane.chips.cost import Cost, in_turn
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.errors import DataError, NumericsWarning, PeerLost, UsageError
@@ -345,14 +344,4 @@ def joined_costs(costs: Sequence[Cost], times: Sequence[int]) -> Cost:
     """The cost of programs that run one after the other, each so many times."""
     if tuple(times) == (1,):
         return costs[0]
-    runs = [cost for cost, count in zip(costs, times, strict=True) for _ in range(count)]
-    energies = [cost.energy_uj for cost in runs]
-    return dataclasses.replace(
-        costs[0],
-        latency_us=sum(cost.latency_us for cost in runs),
-        energy_uj=None if None in energies else sum(e for e in energies if e is not None),
-        ops=tuple(op for cost in runs for op in cost.ops),
-        flops=sum(cost.flops for cost in runs),
-        engine_flops=sum(cost.engine_flops for cost in runs),
-        dispatch_us=sum(cost.dispatch_us for cost in runs),
-    )
+    return in_turn([cost for cost, count in zip(costs, times, strict=True) for _ in range(count)])
