@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.ane import golden
+
+#: Nets that a release of torch writes in another form: torch 2.10 clamps the squares of cosine similarity's norms.
+OTHER_FORMS = {"2.10": {"cosine": "090cd9c57c443be0 274"}}
 
 
 @pytest.mark.parametrize("name", golden.NETS)
 def test_program_is_made_of_the_same_operations(name: str) -> None:
     hint = "another form of the program: if it is meant, run python -m tests.ane.golden"
-    assert golden.fingerprint(name) == golden.written()[name], hint
+    forms = golden.written() | OTHER_FORMS.get(".".join(torch.__version__.split(".")[:2]), {})
+    assert golden.fingerprint(name) == forms[name], hint

@@ -118,7 +118,9 @@ def run_torch(path: Path, signature: Signature, chip: str, fidelity: str) -> Run
     """model.pt2 with the weights read from model.safetensors."""
     from safetensors.torch import load_file
 
-    module = torch.export.load(path / "model.pt2").module()
+    with warnings.catch_warnings():  # torch 2.10 reads its own file through a buffer of which it warns
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        module = torch.export.load(path / "model.pt2").module()
     stored = {f"model.{name}": value for name, value in load_file(path / "model.safetensors").items()}
     known = module.state_dict()
     module.load_state_dict({name: value for name, value in stored.items() if name in known}, strict=False)

@@ -54,6 +54,8 @@ def run(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_what_no_program_runs_is_told_once(name: str, again: bool) -> None:
+    if name == "a break in a loop" and torch.__version__.startswith("2.10."):
+        pytest.skip("torch 2.10 gives such a function up without a trace")
     if again:  # the watch outlives a reset of Dynamo
         run(nn.Linear(8, 3), (X,))
         torch._dynamo.reset()

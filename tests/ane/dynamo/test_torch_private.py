@@ -90,4 +90,5 @@ def test_checks_of_linear_algebra_are_effects() -> None:
 
     torch.compile(torch.linalg.inv, backend=backend)(torch.eye(2))
     checks = [node for node in graphs[0].graph.nodes if node.target is torch_private.with_effects]
-    assert [node.args[1] for node in checks] == [torch.ops.aten._linalg_check_errors.default]
+    written = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 10)  # 2.10 drops them itself
+    assert [node.args[1] for node in checks] == [torch.ops.aten._linalg_check_errors.default] * written

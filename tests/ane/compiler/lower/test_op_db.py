@@ -43,7 +43,11 @@ def check(name: str, most: int | None = None) -> None:
 
 def test_at_least_150_ops_are_claimed() -> None:
     assert len(CLAIMS) >= 150
-    assert all(operators(name) for name in CLAIMS)
+    missing = {name for name in CLAIMS if not operators(name)}
+    assert missing <= {
+        "native_group_norm",
+        "nn.functional.linear_cross_entropy",
+    }  # not in the database of torch 2.10
 
 
 @pytest.mark.parametrize("name", QUICK)
