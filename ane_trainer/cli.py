@@ -52,6 +52,7 @@ COMMANDS = (
     Command("runs compare", _TRAIN, "Compare runs side by side.", "runs"),
     Command("runs plot", _TRAIN, "Draw a curve of each run into one SVG file.", "runs"),
     Command("runs rm", _TRAIN, "Delete runs with everything in their folders.", "runs"),
+    Command("sweep", _TRAIN, "Train with options that Optuna chooses, and compare the results.", "sweep"),
     Command("check", _INSPECT, "Say whether a model trains on a chip, op by op.", "check"),
     Command(
         "estimate", _INSPECT, "Estimate the time and energy of a training step on the engine.", "estimate"
