@@ -24,6 +24,8 @@ UNIT_SCALE = 2.0**9
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-15, 2.0**24
 #: Port of the largest magnitude of each gradient, in its unit, that an update takes.
 LIMITS = "gradient_limits"
+#: Port of the least such magnitude: an update from smaller ones waits until their unit has moved up.
+FLOORS = "gradient_floors"
 #: Suffix of the state that holds the sum of a parameter's gradients.
 ACCUMULATED = "accumulated"
 #: A sum of squares of numbers up to 1 stays below this by a static power of two.
@@ -88,11 +90,14 @@ def accumulate(
     ok: torch.Tensor,
     last: torch.Tensor,
 ) -> tuple[Tensors, Tensors, torch.Tensor]:
-    """(mean gradients so far, new state, whether all batches so far fit): sum += g/count; empty after `last`."""
+    """(mean gradients so far, new state, whether all batches so far fit): sum += g/count; empty after `last`.
+
+    A last batch that does not fit leaves the sums: it comes again.
+    """
     share = ok * (1.0 / options.accumulate)
     sums = {name: state[f"{name}/{ACCUMULATED}"] + g * share for name, g in gradients.items()}
     fits = state[SCALING + FITS] * ok
-    rest = 1.0 - last
+    rest = 1.0 - last * ok
     new = {f"{name}/{ACCUMULATED}": value * rest for name, value in sums.items()}
     return sums, {**new, SCALING + FITS: torch.maximum(fits, last)}, fits
 

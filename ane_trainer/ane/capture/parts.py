@@ -18,7 +18,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.ports import identifier
-from ane_trainer.ane.capture.range import keep_in_range, scale_rows
+from ane_trainer.ane.capture.range import calibrated, keep_in_range, scale_found, scale_rows
+from ane_trainer.ane.capture.range.calibration import Magnitudes
 from ane_trainer.ane.stages import Alias, Captured, Port
 
 Tensors = dict[str, torch.Tensor]
@@ -57,11 +58,23 @@ def finish(graph: GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) 
 
 
 def finish_whole(
-    graph: GraphModule, inputs: Sequence[Port], outputs: Sequence[Port], examples: Sequence[Tensors]
-) -> Captured:
-    """`finish`, then the range pass on `examples` (values by port name; none: a program in single precision)."""
+    graph: GraphModule,
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    examples: Sequence[Tensors],
+    sizes: Magnitudes,
+    buffers: Collection[str],
+) -> tuple[Captured, Magnitudes]:
+    """`finish`, then the range pass on `examples` (values by port name; none: a program in single precision).
+
+    `sizes`: magnitudes of an earlier capture of the same graph, instead; those that were used are returned.
+    """
     captured = finish(graph, inputs, outputs)
-    return keep_in_range(captured, examples) if examples else captured
+    if not examples:
+        return captured, {}
+    if not sizes or not sizes.keys() <= {n.name for n in graph.graph.nodes}:
+        sizes = calibrated(captured, examples)
+    return scale_found(captured, sizes, buffers), sizes
 
 
 def finish_divided(

@@ -15,6 +15,7 @@ from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
 from ane_trainer.ane.capture.calibrate import Calibration, calibrate, call_loss, call_model, copies, loss_of
 from ane_trainer.ane.capture.gradients import (
+    FLOORS,
     LARGEST_UNIT,
     LIMITS,
     SMALLEST_UNIT,
@@ -44,6 +45,7 @@ from ane_trainer.ane.capture.ports import (
     units_by_group,
 )
 from ane_trainer.ane.capture.randomness import HostRandomMode, bounds, draw
+from ane_trainer.ane.capture.range.calibration import Magnitudes
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import (
     LARGEST_SCALE,
@@ -80,7 +82,8 @@ class StepCapture:
     """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
 
     `classes` is their number where the target holds class numbers. `values(batch)` are those of the inputs in a
-    first step, in full precision. `update`: the second part of a step that is divided at its gradients.
+    first step, in full precision; `calibration` the magnitudes that its powers of two were chosen from. `update`: the
+    second part of a step that is divided at its gradients.
     """
 
     captured: Captured
@@ -94,13 +97,15 @@ class StepCapture:
         default=lambda batch: {}, repr=False, compare=False
     )
     update: Captured | None = None
+    calibration: Magnitudes = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class CaptureOptions:
     """How a step is captured. `units` are those of an earlier capture, to continue its state bit for bit; by
     default they are chosen. `precision` is what the program will be lowered to, "fp16" or "fp32". The range pass
-    looks at the example and at `calibrate_on`, more batches of its shape. `divided`: as two parts (`parts`).
+    looks at the example and at `calibrate_on`, more batches of its shape, or takes the magnitudes of an earlier one.
+    `divided`: as two parts (`parts`).
     """
 
     gradients: GradientOptions = field(default_factory=GradientOptions)
@@ -108,6 +113,7 @@ class CaptureOptions:
     precision: str = "fp16"
     units: Mapping[str, float] | None = None
     calibrate_on: Sequence[tuple[object, object]] = ()
+    calibration: Magnitudes = field(default_factory=dict)
     divided: bool = False
 
 
@@ -175,13 +181,13 @@ def capture_training(
     examples = (
         [values(batch) for batch in (example, *options.calibrate_on)] if options.precision == "fp16" else []
     )
-    update = None
+    update, sizes = None, options.calibration
     if options.divided:
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
-        captured = finish_whole(graph, plan.inputs, outputs, examples)
+        captured, sizes = finish_whole(graph, plan.inputs, outputs, examples, sizes, plan.buffers)
     return StepCapture(
-        captured, scale, chosen, rule, parameters, changes, calibration.classes, values, update
+        captured, scale, chosen, rule, parameters, changes, calibration.classes, values, update, sizes
     )
 
 
@@ -240,7 +246,7 @@ def _plan(
     trained = [p.unit for p in parameters if p.trained]
     if trained:
         sizes |= {n: len(v) for n, v in gradient_scalars(gradients, trained, 1.0, last=True).items()}
-        sizes[LIMITS] = len(trained)
+        sizes |= {LIMITS: len(trained), FLOORS: len(trained)}
     sizes |= dict.fromkeys(changes.scalars(), 1)
     scalars = [Port(identifier(name), (size,), "scalar", name) for name, size in sizes.items()]
     ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *draws, *state])
@@ -447,7 +453,8 @@ def process_gradients(
     ok = all_below(torch.cat(peaks), OVERFLOW)
     factors = named[UNITS] * (state[f"{SCALING}loss_scale_inverse"] * UNIT_SCALE)
     own = torch.cat([peak * entry(factors, i) for i, peak in enumerate(peaks)])
-    batch = fits = ok * (own < named[LIMITS]).to(torch.float32).amin().reshape(1)
+    within = (own < named[LIMITS]) & (own >= named[FLOORS])
+    batch = fits = ok * within.to(torch.float32).amin().reshape(1)
     gradients = {n: g.reshape(state[n].shape) * entry(factors, i) for i, (n, g) in enumerate(scaled.items())}
     health, of_batch = [own, ok], gradients
     changes: Tensors = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training
 from ane_trainer.ane.capture.calibrate import module_mode
-from ane_trainer.ane.capture.gradients import LIMITS
+from ane_trainer.ane.capture.gradients import FLOORS, LIMITS
 from ane_trainer.ane.capture.optimizers.table import structure
 from ane_trainer.ane.capture.randomness import PREFIX
+from ane_trainer.ane.capture.range.calibration import calibration_of
 from ane_trainer.ane.capture.step import GRADIENT, SHIFT, CaptureOptions
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.devices import Session
@@ -22,6 +22,7 @@ from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
+from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.stages import Compiled, Port
 
@@ -45,9 +46,9 @@ class LoadedStep:
     """A compiled step on its device, with what feeds it and what copies its state to and from PyTorch.
 
     `structure`: what of the optimizer's settings is compiled in. `scalars` and `draws` are the ports of the
-    host's numbers and random draws, `gradients` those of the gradients that a host optimizer reads, `limits` the
-    name of the one with the largest gradients that an update takes. A step in two parts has `update`, its second
-    program; `inputs` and `outputs` are those of both.
+    host's numbers and random draws, `gradients` those of the gradients that a host optimizer reads, `floors` and
+    `limits` the names of those with the least and largest gradients that an update takes. A step in two parts has
+    `update`, its second program; `inputs` and `outputs` are those of both.
     """
 
     capture: StepCapture
@@ -62,6 +63,7 @@ class LoadedStep:
     scalars: tuple[Port, ...]
     draws: tuple[Port, ...]
     gradients: tuple[Port, ...]
+    floors: str
     limits: str
     dtype: type[np.float16] | type[np.float32]
 
@@ -77,17 +79,17 @@ class LoadedStep:
 
 
 def load_step(
-    subject: Subject, target: Target, options: StepOptions, units: Mapping[str, float] | None = None
+    subject: Subject, target: Target, options: StepOptions, continued: StepState | None = None
 ) -> LoadedStep:
-    """Capture, lower, legalize, compile, load. `units` are those of a state that is to be continued.
+    """Capture, lower, legalize, compile, load, for a state that is to be continued with its units and ranges.
 
     Raises: UnsupportedModel with every reason at once; DataError for parameters beyond the precision.
     """
-    return load_compiled(subject, target, options, *compile_step_of(subject, target, options, units))
+    return load_compiled(subject, target, options, *compile_step_of(subject, target, options, continued))
 
 
 def compile_step_of(
-    subject: Subject, target: Target, options: StepOptions, units: Mapping[str, float] | None = None
+    subject: Subject, target: Target, options: StepOptions, continued: StepState | None = None
 ) -> tuple[StepCapture, Compiled]:
     """Capture, lower, legalize, compile."""
     check_parameters(subject.model, RANGES[target.precision])
@@ -99,7 +101,13 @@ def compile_step_of(
     capture = _capture(
         dataclasses.replace(subject, example=example),
         CaptureOptions(
-            options.gradients, options.loss_scale, target.precision, units, more, options.exchange is not None
+            options.gradients,
+            options.loss_scale,
+            target.precision,
+            None if continued is None else continued.units,
+            more,
+            {} if continued is None else calibration_of(continued.calibration),
+            options.exchange is not None,
         ),
     )
     assert target.chip is not None
@@ -131,6 +139,7 @@ def load_compiled(
         scalars=tuple(p for p in inputs if p.role == "scalar"),
         draws=tuple(p for p in inputs if p.target.startswith(PREFIX)),
         gradients=tuple(p for p in outputs if p.target.endswith(f"/{GRADIENT}")),
+        floors=next((p.name for p in inputs if p.target == FLOORS), ""),
         limits=next((p.name for p in inputs if p.target == LIMITS), ""),
         dtype=RANGES[target.precision].numpy,
     )  # fmt: skip

@@ -13,6 +13,7 @@ A step's state (`step/...` in a checkpoint), version 2:
     unit/step/clip_shift            the power of two after clipping, level/... the factor of clipping times it
     optimizer/<number>/<key>        the state of an optimizer that runs on the host; /number: a Python number
     optimizer/group/<number>/<key>  an integer that it counts in a parameter group
+    calibration/names, .../sizes    the magnitudes that the program's powers of two were chosen from
     pending                         batches since the last update, where they are accumulated
     counters                        int64 [3]: steps, applied updates, skipped updates
     mask_generator                  uint8: the state of the generator of random draws
@@ -53,7 +54,7 @@ OPTIMIZER = "optimizer/"
 
 #: State that earlier versions, which kept no levels, kept without the correction for its bias.
 _CORRECTED = ("/square_avg", "/sum", "/acc_delta", "/max_exp_avg_sq", "/exp_inf")
-_UNIT, _LEVEL = "unit/", "level/"
+_UNIT, _LEVEL, _CALIBRATION = "unit/", "level/", "calibration/"
 #: Names of the count of batches since the last update, and of the state of the generator of random draws.
 PENDING, GENERATOR = "pending", "mask_generator"
 #: Prefix in the state of the `cpu` device: gradients of batches since the last update.
@@ -76,6 +77,7 @@ class StepState:
     generator: torch.Tensor
     pending: int | None = None
     host: Tensors = field(default_factory=dict)
+    calibration: Tensors = field(default_factory=dict)
 
     def to_tensors(self) -> Tensors:
         """As the flat dictionary that is stored."""
@@ -83,6 +85,7 @@ class StepState:
         found |= {_UNIT + name: torch.tensor(unit) for name, unit in self.units.items()}
         found |= {_LEVEL + name: torch.tensor(level) for name, level in self.levels.items()}
         found |= {OPTIMIZER + name: value for name, value in self.host.items()}
+        found |= {_CALIBRATION + name: value for name, value in self.calibration.items()}
         if self.pending is not None:
             found[PENDING] = torch.tensor(self.pending)
         found[_COUNTERS] = torch.tensor([self.steps, self.applied_steps, self.skipped_steps])
@@ -95,7 +98,7 @@ class StepState:
         faults = _faults_of_scalars(tensors)
         if faults:
             raise incomplete("state", faults)
-        special = (_UNIT, _LEVEL, OPTIMIZER)
+        special = (_UNIT, _LEVEL, OPTIMIZER, _CALIBRATION)
         names = (_COUNTERS, PENDING, GENERATOR)
         steps, applied, skipped = map(int, tensors[_COUNTERS])
         return cls(
@@ -108,6 +111,7 @@ class StepState:
             generator=tensors[GENERATOR],
             pending=int(tensors[PENDING]) if PENDING in tensors else None,
             host=part(tensors, OPTIMIZER),
+            calibration=part(tensors, _CALIBRATION),
         )
 
     def check(self, ports: Iterable[Port], units: Collection[str], *, on_host: bool) -> None:

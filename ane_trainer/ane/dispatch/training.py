@@ -14,7 +14,8 @@ from ane_trainer.ane.capture import Loss
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.optimizers.table import check_structure
 from ane_trainer.ane.capture.randomness import draw
-from ane_trainer.ane.capture.step import CEILING, GRADIENT, HEALTH
+from ane_trainer.ane.capture.range.calibration import calibration_of, calibration_tensors
+from ane_trainer.ane.capture.step import CEILING, GRADIENT
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.chips.counting import flops
@@ -33,7 +34,7 @@ from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import check_mean, joined_costs, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
-from ane_trainer.ane.dispatch.units import GradientUnits
+from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
 from ane_trainer.ane.errors import PeerLost
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.mil.weights import Array
@@ -65,7 +66,7 @@ def build_step(
         options.exchange.broadcast(model)
         check_mean(model, loss, example, options.exchange.shards)
     subject = Subject(model, loss, optimizer, example)
-    loaded = load_step(subject, target, options, None if saved is None else saved.units)
+    loaded = load_step(subject, target, options, saved)
     step = TrainingStep(subject, target, options, loaded, reason)
     if saved is not None:
         step.load_state_dict(state or {})
@@ -125,8 +126,6 @@ class TrainingStep:
         self._pending = (self._pending + 1) % self.gradient_options.accumulate
         if self._pending == 0:
             self._count_update(bool(results["applied"][0]), results)
-        if HEALTH in results:
-            self._watch_units(results[HEALTH], feeds)
         if self.options.sync == "always":
             self._pull_weights()
         loss = float(results["loss"][0]) / self._loaded.loss_unit
@@ -134,10 +133,12 @@ class TrainingStep:
             self._compare(expected, loss, x, y)
         return torch.tensor(loss)
 
-    def _run(self, feeds: Mapping[str, Array], draws: torch.Tensor) -> Mapping[str, Floats]:
+    def _run(self, feeds: dict[str, Array], draws: torch.Tensor) -> Mapping[str, Floats]:
         """The programs on these feeds; if another process is lost, all is as before the step, draws included."""
+        last = self._pending + 1 == self.gradient_options.accumulate
+        scalars = lambda: self._fed(self.scalars())  # noqa: E731
         try:
-            return self._loaded.session.run(feeds)
+            return run_fitting(self._loaded, self._units, feeds, self.steps + 1, scalars, last)
         except PeerLost:
             self._draws.set_state(draws)
             raise
@@ -210,12 +211,6 @@ class TrainingStep:
                 }
             )
 
-    def _watch_units(self, health: Array, feeds: Mapping[str, Array]) -> None:
-        """Move the units of gradients that left their band; the state that is kept in them moves along."""
-        mirror, limits = self._loaded.mirror, feeds[self._loaded.limits]
-        for move in self._units.observe(health.tolist(), limits.tolist(), self.steps, mirror.room):
-            mirror.move(move.name, move.before_clipping, move.after_clipping)
-
     def feeds(self, x: object, y: object, ahead: int = 0) -> dict[str, Array]:
         """What a step on this batch is fed, by port: batch, new random draws, the optimizer's scalars.
 
@@ -227,8 +222,12 @@ class TrainingStep:
         feeds |= repeated_draws(loaded.draws, self.options.shards, make)
         counts = loaded.capture.changes.host_values(self._subject.model, self._unsynced)
         sent: dict[str, float | list[float]] = {**self.scalars(ahead), **counts}
-        feeds |= {port.name: np.atleast_1d(np.asarray(sent[port.target])) for port in loaded.scalars}
-        return {name: array.astype(loaded.dtype, copy=False) for name, array in feeds.items()}
+        return {n: a.astype(loaded.dtype, copy=False) for n, a in feeds.items()} | self._fed(sent)
+
+    def _fed(self, sent: Mapping[str, float | list[float]]) -> dict[str, Array]:
+        """The host's numbers by port."""
+        known, dtype = self._loaded.scalars, self._loaded.dtype
+        return {p.name: np.atleast_1d(np.asarray(sent[p.target], dtype)) for p in known if p.target in sent}
 
     def scalars(self, ahead: int = 0) -> dict[str, list[float]]:
         """Port target -> values of the optimizer's scalars for the next update, or one `ahead` steps after it."""
@@ -268,18 +267,21 @@ class TrainingStep:
             generator=self._draws.get_state(),
             pending=self._pending if self.gradient_options.accumulate > 1 else None,
             host={} if self._host is None else self._host.state(),
+            calibration=calibration_tensors(self._loaded.capture.calibration),
         ).to_tensors()
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from `state_dict`, bit for bit; another largest loss scale recompiles.
+        """Continue from `state_dict`, bit for bit; another largest loss scale, or other ranges, recompile.
 
         Raises: CheckpointError, before anything changed, for a state that is not whole or not of this step.
         """
         state = StepState.of(tensors)
         state.check(self._loaded.inputs, self._loaded.capture.units, on_host=self._host is not None)
-        if state.units[CEILING] != self._loaded.capture.units[CEILING]:
+        capture = self._loaded.capture
+        ranges = calibration_of(state.calibration)
+        if state.units[CEILING] != capture.units[CEILING] or ranges not in ({}, capture.calibration):
             self._loaded.session.close()
-            self._loaded = load_step(self._subject, self.target, self.options, state.units)
+            self._loaded = load_step(self._subject, self.target, self.options, state)
             self._variants.restart(self._loaded)
             self.compiles += 1
         mirror = self._loaded.mirror

@@ -1,8 +1,9 @@
 """The units of gradients while training: chosen from an example, watched after each step, moved by powers of two.
 
 A program takes each gradient times its unit, a power of two that the host feeds, and returns the largest magnitude of
-each in that unit. One beyond what the update takes makes the program skip the update; then, and when gradients have
-become small, the host moves the unit and scales the state that is kept in it. Nothing is compiled again.
+each in that unit. One beyond what the update takes, or far below, makes the program skip the update; then, and when
+gradients have slowly become small, the host moves the unit and scales the state that is kept in it. A batch that was
+skipped runs again with the moved units. Nothing is compiled again.
 """
 
 from __future__ import annotations
@@ -12,23 +13,36 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ane_trainer.ane.capture import StepCapture
 from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK
-from ane_trainer.ane.capture.gradients import LIMITS, GradientOptions, gradient_scalars
+from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, GradientOptions, gradient_scalars
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, scalar_values
 from ane_trainer.ane.capture.ports import Parameter, units_by_group
-from ane_trainer.ane.capture.step import SHIFT, largest_shift, least_gradient, unit_bounds
+from ane_trainer.ane.capture.step import HEALTH, SHIFT, largest_shift, least_gradient, unit_bounds
+from ane_trainer.ane.dispatch.devices.protocol import Floats
+from ane_trainer.ane.dispatch.loading import LoadedStep
 from ane_trainer.ane.errors import NumericsWarning
+from ane_trainer.ane.mil.weights import Array
 
 #: Gradients above this in their unit move it down, those below LOW for a while up.
 HIGH, LOW = 4.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
+#: Prefixes of names in a kept state.
+_QUIET_UNTIL, _QUIET_FOR = "quiet_until/", "quiet_for/"
 #: What is left of the level after a step with smaller gradients: from 8 to 1 in 20 steps.
 FADE = 0.9
+#: Gradients below this in their unit wait for it to move up, but for _QUIET steps (twice as long each time, at most
+#: the second) after it could not.
+_FLOOR, _QUIET, _LONGEST_QUIET = CALIBRATED_UNIT_PEAK / 32.0, 16, 4096
 #: Units move up after these steps and then every UP_EVERY: it takes reading the state.
 UP_FIRST, UP_EVERY = (1, 2, 4, 8), 16
+
+
+#: Runs of one batch until its gradients fit: units that move, and the loss scale, down to nothing.
+ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -40,12 +54,22 @@ class Move:
     after_clipping: float
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What the health of a run asks for: moves, whether it fitted, and the gradient that was too large, in words."""
+
+    moves: list[Move]
+    fits: bool
+    overflow: str = ""
+
+
 @dataclass
 class GradientUnits:
     """The present units of the trained parameters, in order. `levels`: recent largest magnitudes in them.
 
     `shift` is the power of two that follows clipping, `shift_level` the recent factor of clipping times it.
-    `overflows` counts by parameter the batches in which its gradient was the one that did not fit.
+    `overflows` counts by parameter the batches in which its gradient was the one that did not fit. `quiet`: the step
+    up to which a parameter's gradient may be below its floor, and for how long.
     """
 
     parameters: tuple[Parameter, ...]
@@ -56,6 +80,8 @@ class GradientUnits:
     levels: list[float] = field(default_factory=list)
     shift_level: float = 1.0
     overflows: dict[str, int] = field(default_factory=dict)
+    quiet: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _counted: dict[str, int] = field(default_factory=dict)
     _warned: bool = False
 
     @classmethod
@@ -79,15 +105,21 @@ class GradientUnits:
 
     def named_levels(self) -> dict[str, float]:
         """What decides about moves, as a state keeps it."""
-        return {p.name: v for p, v in zip(self.parameters, self.levels, strict=True)} | {
-            SHIFT: self.shift_level
-        }
+        found = {p.name: v for p, v in zip(self.parameters, self.levels, strict=True)}
+        quiet = {f"{_QUIET_UNTIL}{name}": float(until) for name, (until, _) in self.quiet.items()}
+        length = {f"{_QUIET_FOR}{name}": float(steps) for name, (_, steps) in self.quiet.items()}
+        return {**found, **quiet, **length, SHIFT: self.shift_level}
 
     def restore(self, units: Mapping[str, float], levels: Mapping[str, float]) -> None:
         """Take over what `named` and `named_levels` gave; missing levels start from zero."""
         self.values = [units[p.name] for p in self.parameters]
         self.levels = [levels.get(p.name, 0.0) for p in self.parameters]
         self.shift, self.shift_level = units.get(SHIFT, 1.0), levels.get(SHIFT, 1.0)
+        self.quiet = {
+            p.name: (int(levels[_QUIET_UNTIL + p.name]), int(levels[_QUIET_FOR + p.name]))
+            for p in self.parameters
+            if _QUIET_UNTIL + p.name in levels
+        }
         self.overflows.clear()
         self._warned = False
 
@@ -100,53 +132,76 @@ class GradientUnits:
         if self.values:
             found |= gradient_scalars(options, self.values, self.shift, last=last)
             found[LIMITS] = self._limits(step, own)
+            found[FLOORS] = [0.0] * len(self.values)
         return found
+
+    def floors(self, number: int) -> list[float]:
+        """For each parameter the gradient in its unit below which step `number` is to wait for the unit to move."""
+        largest = [unit_bounds(self.rule, plain(group))[1] for group in self.optimizer.param_groups]
+        awake = (number >= self.quiet.get(p.name, (0, 0))[0] for p in self.parameters)
+        ends = (largest[p.group or 0] for p in self.parameters)
+        found = zip(self.values, awake, ends, strict=True)
+        return [_FLOOR if ready and unit < end else 0.0 for unit, ready, end in found]
 
     def _limits(self, step: int, units: Mapping[str, float]) -> list[float]:
         """For each parameter the largest gradient that its update takes."""
-        shared: dict[int, dict[str, float]] = {}
+        groups = [plain(group) for group in self.optimizer.param_groups]
+        shared = [self.rule.scalars(group, step) for group in groups]
         limits = []
         for p in self.parameters:
-            group = self._group(p)
-            if p.group not in shared:
-                shared[p.group or 0] = self.rule.scalars(group, step)
-            own = self.rule.unit_scalars(group, step, units[p.name])
-            limits.append(largest_gradient(shared[p.group or 0], own))
+            number = p.group or 0
+            own = self.rule.unit_scalars(groups[number], step, units[p.name])
+            limits.append(largest_gradient(shared[number], own))
         return limits
 
     def _group(self, parameter: Parameter) -> Group:
         return plain(self.optimizer.param_groups[parameter.group or 0])
 
     def observe(
-        self, health: Sequence[float], limits: Sequence[float], number: int, room: Callable[[str], float]
-    ) -> list[Move]:
-        """The moves that the health of step `number` asks for; the units are those after them.
+        self,
+        health: Sequence[float],
+        bounds: tuple[Sequence[float], Sequence[float]],
+        number: int,
+        room: Callable[[str], float],
+    ) -> Watched:
+        """What the health of step `number` asks for; the units are those after the moves.
 
-        limits: as they were fed. room: the factor that a parameter's state can be scaled by within fp16.
+        bounds: floors and limits as they were fed. room: the factor that a parameter's state can be scaled by.
         """
         count = len(self.parameters)
         if not health[count] > 0.0:  # the scaled gradients did not fit: the loss scale moves instead
             ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]
-            self._count(max(range(count), key=lambda i: _size(ratios[i])))
-            return []
+            self._count(max(range(count), key=lambda i: _size(ratios[i])), number)
+            return Watched([], False)
         wanted, up = [1.0] * count, number in UP_FIRST or number % UP_EVERY == 0
-        for i, (peak, limit) in enumerate(zip(health[:count], limits, strict=True)):
-            wanted[i] = self._wanted(i, float(peak), float(limit), up)
+        overflow, below = "", []
+        for i, (peak, floor, limit) in enumerate(zip(health[:count], *bounds, strict=True)):
+            if not peak < limit:
+                overflow = overflow or self._overflow(i, peak, limit)
+                self._count(i, number)
+            if peak < floor:
+                below.append(i)
+                self.levels[i] = peak
+            wanted[i] = self._wanted(i, peak, limit, up or peak < floor)
         clipped = len(health) > count + 1
-        shift = self._wanted_shift(float(health[count + 1]), up) if clipped else 1.0
+        shift = self._wanted_shift(health[count + 1], up) if clipped else 1.0
         if shift > 1.0:
             shift = min(shift, *(room(p.name) for p in self.parameters))
         for i, p in enumerate(self.parameters):
             if wanted[i] > 1.0:
                 wanted[i] = min(wanted[i], max(1.0, room(p.name) / max(shift, 1.0)))
-        return self._moved(wanted, shift)
+        for i in below:
+            if wanted[i] * health[i] < _FLOOR:
+                self._be_quiet(self.parameters[i].name, number)
+        return Watched(self._moved(wanted, shift), not overflow and not below, overflow)
+
+    def _be_quiet(self, name: str, number: int) -> None:
+        length = min(2 * self.quiet.get(name, (0, _QUIET // 2))[1], _LONGEST_QUIET)
+        self.quiet[name] = (number + length, length)
 
     def _wanted(self, index: int, peak: float, limit: float, up: bool) -> float:
         """The factor that a unit is to change by."""
         parameter = self.parameters[index]
-        if not peak < limit:
-            self._count(index)
-            self._warn(index, peak, limit)
         if peak > 0.0:
             self.levels[index] = max(peak, FADE * self.levels[index]) if math.isfinite(peak) else 65504.0
         level = self.levels[index]
@@ -160,9 +215,12 @@ class GradientUnits:
         target = unit * 2.0 ** math.floor(math.log2(CALIBRATED_UNIT_PEAK / level))
         return min(max(target, low), high) / unit
 
-    def _count(self, index: int) -> None:
+    def _count(self, index: int, number: int) -> None:
+        """Once for each batch."""
         name = self.parameters[index].name
-        self.overflows[name] = self.overflows.get(name, 0) + 1
+        if self._counted.get(name) != number:
+            self._counted[name] = number
+            self.overflows[name] = self.overflows.get(name, 0) + 1
 
     def overflows_by_module(self) -> dict[str, int]:
         """`overflows` summed over each module's parameters."""
@@ -172,20 +230,21 @@ class GradientUnits:
             found[module] = found.get(module, 0) + count
         return found
 
-    def _warn(self, index: int, peak: float, limit: float) -> None:
-        """Say it once: the first gradient beyond its unit, and what becomes of it."""
-        if self._warned:
-            return
-        self._warned = True
+    def _overflow(self, index: int, peak: float, limit: float) -> str:
+        """A gradient beyond its unit, in words."""
         parameter, unit = self.parameters[index], self.values[index]
         stuck = unit <= unit_bounds(self.rule, self._group(parameter))[0]
         fix = "Lower the learning rate." if stuck else "Its power of two moves; training goes on."
-        warnings.warn(
+        return (
             f"{parameter.name}: needs a gradient below {limit / unit:.3g} for this update; got {peak / unit:.3g}. "
-            f"The update was skipped. {fix} Later ones are counted in `step.health`.",
-            NumericsWarning,
-            stacklevel=6,
+            f"The update was skipped. {fix} Later ones are counted in `step.health`."
         )
+
+    def warn(self, text: str) -> None:
+        """Say it, once: the first gradient beyond its unit that cost an update."""
+        if text and not self._warned:
+            self._warned = True
+            warnings.warn(text, NumericsWarning, stacklevel=5)
 
     def _wanted_shift(self, factor: float, up: bool) -> float:
         self.shift_level = max(factor, FADE * self.shift_level)
@@ -211,3 +270,37 @@ class GradientUnits:
 def _size(value: float) -> float:
     """The value; what is no number counts as the largest."""
     return value if value == value else math.inf
+
+
+def run_fitting(
+    loaded: LoadedStep,
+    units: GradientUnits,
+    feeds: dict[str, Array],
+    number: int,
+    scalars: Callable[[], dict[str, Array]],
+    last: bool,
+) -> Mapping[str, Floats]:
+    """Run step `number`; again where gradients left their bands, with units or a loss scale that moved.
+
+    A run whose gradients do not fit changes nothing but the loss scale, so no update is lost. `scalars`: the host's
+    numbers in the present units, by port; `last`: the batch completes an update.
+    """
+    mirror, run, before = loaded.mirror, loaded.session.run, loaded.mirror.scaling_state()
+    if not loaded.limits:
+        return run(feeds)
+    for attempt in range(ATTEMPTS):
+        floors = np.asarray(units.floors(number), loaded.dtype)
+        feeds = {**feeds, **(scalars() if attempt else {}), loaded.floors: floors}
+        results = run(feeds)
+        bounds = (floors.tolist(), feeds[loaded.limits].tolist())
+        found = units.observe(results[HEALTH].tolist(), bounds, number, mirror.room)
+        for move in found.moves:
+            mirror.move(move.name, move.before_clipping, move.after_clipping)
+        if found.fits:
+            return results
+        if not math.isfinite(float(results["loss"][0])):
+            break
+        mirror.try_again(before, attempt)
+    units.warn(found.overflow)
+    mirror.give_up(before, last=last)
+    return results

@@ -8,7 +8,7 @@ gradient left its band. docs/export.md names a whole driver.
 from __future__ import annotations
 
 from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK
-from ane_trainer.ane.capture.gradients import LIMITS, UNIT_SCALE, UNITS, GradientOptions
+from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, UNIT_SCALE, UNITS, GradientOptions
 from ane_trainer.ane.capture.optimizers.formulas import Traced, formula, least, settings, traced_group
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, port_name
@@ -63,6 +63,7 @@ def _scalars(units: GradientUnits, options: GradientOptions, groups: list[Group]
     if names:
         found |= _of_gradients(options, names)
         found[LIMITS] = {"each": "parameter", "parameters": names, "formula_by_group": limits}
+        found[FLOORS] = {"each": "parameter", "parameters": names, "formula": "0.0"}
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ane_trainer as at
-from ane_trainer.ane.capture import step as capture_step
+from ane_trainer.ane.capture import parts
 from ane_trainer.ane.dispatch import training
 from ane_trainer.ane.dispatch.agreement import compare
 from tests.ane.dispatch.test_host_optimizer import Drawing
@@ -44,8 +44,8 @@ def test_a_step_in_range_agrees(optimizer: type[torch.optim.Optimizer]) -> None:
 
 
 def test_a_step_that_leaves_the_range_is_announced_by_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_step, "scale_rows", lambda graph: 0)
-    monkeypatch.setattr(capture_step, "keep_in_range", lambda captured, examples: captured)
+    monkeypatch.setattr(parts, "scale_rows", lambda graph: 0)
+    monkeypatch.setattr(parts, "scale_found", lambda captured, found, buffers: captured)
     model, (x, y) = net(), batch(3000.0)
     step = at.compile_step(model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=1e-2), (x, y))
     with pytest.warns(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch.fx import Node
@@ -15,22 +16,30 @@ from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.stages import Captured, Port
 
+#: Buffers above the first get an exponent that brings them to the second.
+LARGEST_BUFFER, WANTED_BUFFER = 2.0**12, 2.0**9
 #: Targets of results that the host reads in their ports' scale: the loss, gradients, outputs.
 _SCALED_RESULTS = ("loss", "output", "result_")
 
 
+def calibrated(captured: Captured, examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Magnitude]:
+    """The magnitudes of the step's values on these examples (port name -> value)."""
+    return magnitudes(captured.graph, [[e[p.name] for p in captured.inputs] for e in examples])
+
+
 def keep_in_range(captured: Captured, examples: Sequence[Mapping[str, torch.Tensor]]) -> Captured:
-    """The same step with its values in fp16's range for these examples (port name -> value).
+    """The same step with its values in fp16's range for these examples; see `scale_found`."""
+    return scale_found(captured, calibrated(captured, examples))
 
-    Changes the graph in place. Ports of the batch and of results carry their power of two as `scale`; state keeps
-    its own.
+
+def scale_found(
+    captured: Captured, magnitudes: Mapping[str, Magnitude], buffers: Collection[str] = ()
+) -> Captured:
+    """The same step with its values in fp16's range, for magnitudes by node name; `captured` if they are as it is.
+
+    Changes the graph in place. Ports of the batch, of results and of `buffers` carry their power of two as `scale`;
+    other state keeps its own.
     """
-    found = magnitudes(captured.graph, [[e[p.name] for p in captured.inputs] for e in examples])
-    return scale_found(captured, found)
-
-
-def scale_found(captured: Captured, magnitudes: Mapping[str, Magnitude]) -> Captured:
-    """`keep_in_range` for magnitudes by node name; `captured` itself if every value is in range as it is."""
     graph, found = captured.graph.graph, dict(magnitudes)
     scale_names = {p.name for p in captured.inputs if p.target.startswith(SCALING)}
     for node in graph.nodes:  # the loss scale and its views: powers of two
@@ -38,24 +47,46 @@ def scale_found(captured: Captured, magnitudes: Mapping[str, Magnitude]) -> Capt
             for user in (node, *(u for u in node.users if u.target is aten.view.default)):
                 found.pop(user.name, None)
     fixed = [p.name for p in captured.inputs if p.role != "batch" or "/" in p.target]
-    exponents = scale_values(graph, found, fixed)
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    held = _buffer_exponents(captured, found, buffers)
+    exponents = scale_values(graph, found, fixed, held)
     if not exponents.shifts:
         return captured
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     inputs = tuple(_scaled(p, exponents, n) for p, n in zip(captured.inputs, placeholders, strict=True))
-    output = graph.output_node()
+    output, names = graph.output_node(), {p.target: p.name for p in captured.inputs if p.role == "state"}
     exponents.here = output
     nodes: list[Argument] = []
     outputs = []
     for port, node in zip(captured.outputs, _results(output), strict=True):
+        kept = held.get(names.get(port.target, ""), 0) if port.role == "state" else 0
         free = port.role == "result" and (port.target.startswith(_SCALED_RESULTS) or "/" in port.target)
-        nodes.append(node if free else exponents.at(node, 0))
-        outputs.append(_scaled(port, exponents, node) if free else port)
+        nodes.append(node if free else exponents.at(node, kept))
+        scaled = dataclasses.replace(port, scale=port.scale * 2.0**-kept) if kept else port
+        outputs.append(_scaled(port, exponents, node) if free else scaled)
     output.args = (nodes,)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     graph.lint()
     captured.graph.recompile()
     return dataclasses.replace(captured, inputs=inputs, outputs=tuple(outputs))
+
+
+def _buffer_exponents(
+    captured: Captured, found: Mapping[str, Magnitude], buffers: Collection[str]
+) -> dict[str, int]:
+    """Port name -> exponent of buffers that come near the end of the range: statistics have a way to go still."""
+    after = {
+        port.target: [node.name, *(n.name for n in node.all_input_nodes)]  # where(fits, new, old)
+        for port, node in zip(captured.outputs, _results(captured.graph.graph.output_node()), strict=True)
+        if port.role == "state" and isinstance(node, Node)
+    }
+    exponents = {}
+    for port in captured.inputs:
+        if port.role == "state" and port.target in buffers:
+            names = [port.name, *after.get(port.target, [])]
+            peak = max((found[name].peak for name in names if name in found), default=0.0)
+            if peak > LARGEST_BUFFER:
+                exponents[port.name] = math.ceil(math.log2(peak / WANTED_BUFFER))
+    return exponents
 
 
 def _results(output: Node) -> Sequence[Argument]:

@@ -55,6 +55,27 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
     return found
 
 
+def calibration_tensors(found: Magnitudes) -> dict[str, torch.Tensor]:
+    """Magnitudes as tensors that a state keeps: names, and a row of four numbers for each."""
+    rows = [[m.peak, m.rms, m.density, float(m.finite)] for m in found.values()]
+    names = torch.tensor(list("\n".join(found).encode()), dtype=torch.uint8)
+    return {"names": names, "sizes": torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)}
+
+
+def calibration_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Magnitude]:
+    """The magnitudes that `calibration_tensors` wrote; none for tensors that are not of its kind."""
+    names, sizes = tensors.get("names"), tensors.get("sizes")
+    if names is None or sizes is None:
+        return {}
+    words = bytes(names.tolist()).decode(errors="replace").split("\n") if names.numel() else []
+    if tuple(sizes.shape) != (len(words), 4):
+        return {}
+    return {
+        word: Magnitude(float(peak), float(rms), float(density), bool(finite))
+        for word, (peak, rms, density, finite) in zip(words, sizes.tolist(), strict=True)
+    }
+
+
 #: Numbers from here down stand for minus infinity where no other entry comes near them (masks of attention).
 _MASK, _GAP = -1e4, 16.0
 #: From here down they do whatever else there is (torch.finfo(...).min, -1e9).

@@ -16,6 +16,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -66,12 +67,18 @@ class Shift:
     exponent: int
 
 
-def scale_values(graph: Graph, found: Mapping[str, Magnitude], fixed: Sequence[str] = ()) -> Exponents:
+def scale_values(
+    graph: Graph,
+    found: Mapping[str, Magnitude],
+    fixed: Sequence[str] = (),
+    held: Mapping[str, int] = MappingProxyType({}),
+) -> Exponents:
     """Rewrite a graph in place; the result says which values carry which exponent.
 
-    `fixed` names the placeholders and `results` that must stay in their own units; others may get an exponent.
+    `fixed` names the placeholders that must stay in their own units, `held` those with a given exponent; others may
+    get one.
     """
-    exponents = Exponents(graph, found, frozenset(fixed))
+    exponents = Exponents(graph, found, frozenset(fixed), held)
     for node in list(graph.nodes):
         exponents.visit(node)
     if exponents.shifts:
@@ -82,9 +89,11 @@ def scale_values(graph: Graph, found: Mapping[str, Magnitude], fixed: Sequence[s
 class Exponents(Bands):
     """One walk over a graph. `of[node]` is the exponent of a node, 0 where it is missing."""
 
-    def __init__(self, graph: Graph, found: Mapping[str, Magnitude], fixed: frozenset[str]) -> None:
+    def __init__(
+        self, graph: Graph, found: Mapping[str, Magnitude], fixed: frozenset[str], held: Mapping[str, int]
+    ) -> None:
         super().__init__(graph, found)
-        self.fixed = fixed
+        self.fixed, self.held = fixed, held
         self.of: dict[Node, int] = {}
         self.parts: dict[Node, list[int]] = {}  # of operations with several results
         self.shifts: list[Shift] = []
@@ -97,7 +106,9 @@ class Exponents(Bands):
         if node.op == "call_function":
             self.follow_noise(node)
         if node.op == "placeholder":
-            if node.name not in self.fixed and self.risky(node, 0):
+            if node.name in self.held:
+                self._note(node, self.held[node.name])
+            elif node.name not in self.fixed and self.risky(node, 0):
                 self._note(node, self.wanted(node, 0))
         elif node.op == "call_function":
             rule = _RULES.get(str(node.target))

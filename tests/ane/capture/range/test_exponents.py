@@ -142,14 +142,20 @@ def test_the_rewrite_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatc
     """Every result is that of the graph before, times its port's scale."""
     model, loss, x, y = case(name)
     found: list = []
+    seen: list = []
 
-    def both(captured: object, examples: list) -> object:
+    def calibrated(captured: object, examples: list) -> object:
+        seen.append(examples[0])
+        return apply.calibrated(captured, examples)
+
+    def both(captured: object, sizes: object, buffers: object) -> object:
         before = copy.deepcopy(captured.graph)
-        after = apply.keep_in_range(captured, examples)
-        found.append((captured, before, after, examples[0]))
+        after = apply.scale_found(captured, sizes, buffers)
+        found.append((captured, before, after, seen[0]))
         return after
 
-    monkeypatch.setattr("ane_trainer.ane.capture.step.keep_in_range", both)
+    monkeypatch.setattr("ane_trainer.ane.capture.parts.calibrated", calibrated)
+    monkeypatch.setattr("ane_trainer.ane.capture.parts.scale_found", both)
     capture_training(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), (x, y))
     captured, before, after, values = found[0]
     values = {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
