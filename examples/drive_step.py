@@ -42,12 +42,18 @@ class Driver:
         return {target: np.array(values, np.float16) for target, values in found.items()}
 
     def step(self, batch):
-        scalars = self.scalars()
-        results = self.run({**self.state, **{self.port[t]: v for t, v in scalars.items()}, **batch})
-        self.state = {name: results[output] for output, name in self.m["aliases"].items()}
+        """One batch; again while its gradients do not fit: units move, and a loss scale that is too large halves."""
         self.steps += 1
-        self.updates += bool(results["applied"][0])  # 0: a gradient overflowed, only the loss scale changed
-        self.move(results["health"].astype(float), scalars["gradient_limits"].astype(float))
+        for _ in range(self.m["policy"]["attempts"]):
+            scalars = self.scalars()
+            results = self.run({**self.state, **{self.port[t]: v for t, v in scalars.items()}, **batch})
+            self.state = {name: results[output] for output, name in self.m["aliases"].items()}
+            health, limits = results["health"].astype(float), scalars["gradient_limits"].astype(float)
+            self.move(health, limits)
+            fits = health[len(limits)] > 0 and (health[: len(limits)] < limits).all()
+            if fits or not np.isfinite(results["loss"][0]):
+                break
+        self.updates += bool(results["applied"][0])  # 0: nothing brought a gradient into range
         return float(results["loss"][0]) / self.m["loss_unit"]
 
     def move(self, health, limits):
@@ -55,7 +61,7 @@ class Driver:
         policy = self.m["policy"]
         up = self.steps in policy["up_first"] or self.steps % policy["up_every"] == 0
         if not health[len(limits)] > 0:
-            return  # the loss scale, which is state, was halved instead
+            return  # the loss scale, which is state, was halved
         for p, peak, limit in zip(self.parameters.values(), health, limits, strict=False):
             if peak > 0:
                 p["level"] = max(peak, policy["fade"] * p["level"]) if math.isfinite(peak) else 65504.0

@@ -18,7 +18,7 @@ from ane_trainer.ane.capture.buffers import BufferChanges
 from ane_trainer.ane.capture.gradients import ACCUMULATED
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, Rule, Slot
 from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
-from ane_trainer.ane.capture.scaling import FITS, SCALING, SMALLEST_SCALE
+from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
@@ -207,29 +207,18 @@ class Mirror:
         if SCALING + FITS in self._ports:
             self._session.write(self._ports[SCALING + FITS].name, np.ones(1, np.float32))
 
-    def scaling_state(self) -> tuple[float, float, bool]:
-        """The loss scale, the count of good steps, and whether all batches that are being accumulated fitted."""
-        fits = SCALING + FITS not in self._ports or self.scaling(FITS) > 0.0
-        return self.scaling("loss_scale"), self.scaling("good_steps"), fits
+    def accumulated_fits(self) -> bool:
+        """Whether all batches that are being accumulated fitted."""
+        return SCALING + FITS not in self._ports or self.scaling(FITS) > 0.0
 
-    def try_again(self, before: tuple[float, float, bool], attempt: int) -> None:
-        """After a run that did not fit: the scaling as it was, but for the scale, which falls faster each time."""
-        scale, _, fits = before
-        now = self.scaling("loss_scale")
-        if now < scale:
-            self.set_scaling(max(now * 2.0 ** (-3 * attempt), SMALLEST_SCALE), 0.0)
-        else:
-            self.set_scaling(scale, before[1])
+    def try_again(self, fits: bool) -> None:
+        """After a run that did not fit: whether the batches before it did."""
         if SCALING + FITS in self._ports:
             self._session.write(self._ports[SCALING + FITS].name, np.full(1, float(fits), np.float32))
 
-    def give_up(self, before: tuple[float, float, bool], *, last: bool) -> None:
-        """After the last run of a batch that never fitted: the scale is halved once; what `last` completes is lost."""
-        if self.scaling("loss_scale") < before[0]:
-            self.set_scaling(max(before[0] / 2.0, SMALLEST_SCALE), 0.0)
-            if SCALING + FITS in self._ports:
-                self._session.write(self._ports[SCALING + FITS].name, np.full(1, float(last), np.float32))
-        for target, port in self._ports.items() if last else ():
+    def drop_accumulated(self) -> None:
+        """Empty the sums of gradients: the update that they were for is lost."""
+        for target, port in self._ports.items():
             if target.endswith(f"/{ACCUMULATED}"):
                 self._session.write(port.name, np.zeros(port.shape, np.float32))
 

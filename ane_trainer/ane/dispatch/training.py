@@ -183,7 +183,9 @@ class TrainingStep:
         mirror = self._loaded.mirror
         if mirror.changed():
             mirror.push_weights(changed_only=True)
+            self._units.fresh = True
         if mirror.moments_changed():
+            self._units.fresh = True
             self.applied_steps = mirror.push_moments(changed_only=self._stale_moments) or self.applied_steps
         if self._variants.changed():
             self._pull_weights()
@@ -286,6 +288,7 @@ class TrainingStep:
             self.compiles += 1
         mirror = self._loaded.mirror
         self._units.restore(state.units, state.levels)
+        self._units.fresh = state.steps == 0
         mirror.set_units(self._units.named(), self._units.shift)
         mirror.set_state(state.engine)
         self._pending = state.pending or 0

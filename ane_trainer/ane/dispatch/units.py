@@ -30,18 +30,15 @@ from ane_trainer.ane.mil.weights import Array
 
 #: Gradients above this in their unit move it down, those below LOW for a while up.
 HIGH, LOW = 4.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
-#: Prefixes of names in a kept state.
-_QUIET_UNTIL, _QUIET_FOR = "quiet_until/", "quiet_for/"
 #: What is left of the level after a step with smaller gradients: from 8 to 1 in 20 steps.
 FADE = 0.9
-#: Gradients below this in their unit wait for it to move up, but for _QUIET steps (twice as long each time, at most
-#: the second) after it could not.
-_FLOOR, _QUIET, _LONGEST_QUIET = CALIBRATED_UNIT_PEAK / 32.0, 16, 4096
+#: Gradients below this in their unit wait for it to move up, in the first step and after changes from outside.
+_FLOOR = CALIBRATED_UNIT_PEAK / 32.0
 #: Units move up after these steps and then every UP_EVERY: it takes reading the state.
 UP_FIRST, UP_EVERY = (1, 2, 4, 8), 16
 
 
-#: Runs of one batch until its gradients fit: units that move, and the loss scale, down to nothing.
+#: Runs of one batch until its gradients fit: units move, and each run halves a loss scale that is too large.
 ATTEMPTS = 8
 
 
@@ -68,8 +65,8 @@ class GradientUnits:
     """The present units of the trained parameters, in order. `levels`: recent largest magnitudes in them.
 
     `shift` is the power of two that follows clipping, `shift_level` the recent factor of clipping times it.
-    `overflows` counts by parameter the batches in which its gradient was the one that did not fit. `quiet`: the step
-    up to which a parameter's gradient may be below its floor, and for how long.
+    `overflows` counts by parameter the batches in which its gradient was the one that did not fit. `fresh`: before the
+    first step, and after changes from outside.
     """
 
     parameters: tuple[Parameter, ...]
@@ -80,7 +77,7 @@ class GradientUnits:
     levels: list[float] = field(default_factory=list)
     shift_level: float = 1.0
     overflows: dict[str, int] = field(default_factory=dict)
-    quiet: dict[str, tuple[int, int]] = field(default_factory=dict)
+    fresh: bool = True
     _counted: dict[str, int] = field(default_factory=dict)
     _warned: bool = False
 
@@ -105,21 +102,15 @@ class GradientUnits:
 
     def named_levels(self) -> dict[str, float]:
         """What decides about moves, as a state keeps it."""
-        found = {p.name: v for p, v in zip(self.parameters, self.levels, strict=True)}
-        quiet = {f"{_QUIET_UNTIL}{name}": float(until) for name, (until, _) in self.quiet.items()}
-        length = {f"{_QUIET_FOR}{name}": float(steps) for name, (_, steps) in self.quiet.items()}
-        return {**found, **quiet, **length, SHIFT: self.shift_level}
+        return {p.name: v for p, v in zip(self.parameters, self.levels, strict=True)} | {
+            SHIFT: self.shift_level
+        }
 
     def restore(self, units: Mapping[str, float], levels: Mapping[str, float]) -> None:
         """Take over what `named` and `named_levels` gave; missing levels start from zero."""
         self.values = [units[p.name] for p in self.parameters]
         self.levels = [levels.get(p.name, 0.0) for p in self.parameters]
         self.shift, self.shift_level = units.get(SHIFT, 1.0), levels.get(SHIFT, 1.0)
-        self.quiet = {
-            p.name: (int(levels[_QUIET_UNTIL + p.name]), int(levels[_QUIET_FOR + p.name]))
-            for p in self.parameters
-            if _QUIET_UNTIL + p.name in levels
-        }
         self.overflows.clear()
         self._warned = False
 
@@ -135,13 +126,13 @@ class GradientUnits:
             found[FLOORS] = [0.0] * len(self.values)
         return found
 
-    def floors(self, number: int) -> list[float]:
-        """For each parameter the gradient in its unit below which step `number` is to wait for the unit to move."""
+    def floors(self) -> list[float]:
+        """For each parameter the gradient in its unit below which a step is to wait for the unit to move."""
+        if not self.fresh:
+            return [0.0] * len(self.values)
         largest = [unit_bounds(self.rule, plain(group))[1] for group in self.optimizer.param_groups]
-        awake = (number >= self.quiet.get(p.name, (0, 0))[0] for p in self.parameters)
         ends = (largest[p.group or 0] for p in self.parameters)
-        found = zip(self.values, awake, ends, strict=True)
-        return [_FLOOR if ready and unit < end else 0.0 for unit, ready, end in found]
+        return [_FLOOR if unit < end else 0.0 for unit, end in zip(self.values, ends, strict=True)]
 
     def _limits(self, step: int, units: Mapping[str, float]) -> list[float]:
         """For each parameter the largest gradient that its update takes."""
@@ -190,14 +181,7 @@ class GradientUnits:
         for i, p in enumerate(self.parameters):
             if wanted[i] > 1.0:
                 wanted[i] = min(wanted[i], max(1.0, room(p.name) / max(shift, 1.0)))
-        for i in below:
-            if wanted[i] * health[i] < _FLOOR:
-                self._be_quiet(self.parameters[i].name, number)
         return Watched(self._moved(wanted, shift), not overflow and not below, overflow)
-
-    def _be_quiet(self, name: str, number: int) -> None:
-        length = min(2 * self.quiet.get(name, (0, _QUIET // 2))[1], _LONGEST_QUIET)
-        self.quiet[name] = (number + length, length)
 
     def _wanted(self, index: int, peak: float, limit: float, up: bool) -> float:
         """The factor that a unit is to change by."""
@@ -285,22 +269,26 @@ def run_fitting(
     A run whose gradients do not fit changes nothing but the loss scale, so no update is lost. `scalars`: the host's
     numbers in the present units, by port; `last`: the batch completes an update.
     """
-    mirror, run, before = loaded.mirror, loaded.session.run, loaded.mirror.scaling_state()
+    mirror, run = loaded.mirror, loaded.session.run
     if not loaded.limits:
         return run(feeds)
+    fits = mirror.accumulated_fits()
     for attempt in range(ATTEMPTS):
-        floors = np.asarray(units.floors(number), loaded.dtype)
+        floors = np.asarray(units.floors(), loaded.dtype)
         feeds = {**feeds, **(scalars() if attempt else {}), loaded.floors: floors}
         results = run(feeds)
         bounds = (floors.tolist(), feeds[loaded.limits].tolist())
         found = units.observe(results[HEALTH].tolist(), bounds, number, mirror.room)
         for move in found.moves:
             mirror.move(move.name, move.before_clipping, move.after_clipping)
+        if results[HEALTH][len(units.parameters)] > 0.0:  # else the loss scale is what moves
+            units.fresh &= not found.fits and bool(found.moves)
         if found.fits:
             return results
         if not math.isfinite(float(results["loss"][0])):
             break
-        mirror.try_again(before, attempt)
+        mirror.try_again(fits)
     units.warn(found.overflow)
-    mirror.give_up(before, last=last)
+    if last:
+        mirror.drop_accumulated()
     return results

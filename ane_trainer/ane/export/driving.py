@@ -14,7 +14,7 @@ from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradien
 from ane_trainer.ane.capture.optimizers.table import plain, port_name
 from ane_trainer.ane.capture.step import least_gradient, unit_bounds
 from ane_trainer.ane.dispatch.mirror import MOVED_PEAK, Mirror
-from ane_trainer.ane.dispatch.units import FADE, HIGH, LOW, UP_EVERY, UP_FIRST, GradientUnits
+from ane_trainer.ane.dispatch.units import ATTEMPTS, FADE, HIGH, LOW, UP_EVERY, UP_FIRST, GradientUnits
 from ane_trainer.ane.mil.program import MAX_FP16
 
 #: A scalar of the manifest: one value a step (`each` "step"), or one for each of `parameters`.
@@ -41,7 +41,7 @@ def driving(units: GradientUnits, options: GradientOptions, mirror: Mirror) -> d
         "policy": {
             "peak": CALIBRATED_UNIT_PEAK, "high": HIGH, "low": LOW, "fade": FADE, "up_first": list(UP_FIRST),
             "up_every": UP_EVERY, "moved_peak": MOVED_PEAK, "accumulate": options.accumulate,
-            "clipped": options.clip_norm is not None,
+            "clipped": options.clip_norm is not None, "attempts": ATTEMPTS,
         },
     }  # fmt: skip
 

@@ -157,7 +157,7 @@ def test_clipping_to_any_norm(limit: float) -> None:
     ):
         error, step = sized(make, sizes, clip_grad_norm=limit)
         assert step.compiles == 1
-        assert error < 0.01
+        assert error < 0.02
 
 
 @pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
