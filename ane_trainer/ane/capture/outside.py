@@ -22,6 +22,21 @@ Number = int | float
 Key = tuple[object, str]
 
 
+def refuse_gradient_hooks(model: torch.nn.Module) -> None:
+    """Raises: UnsupportedModel for hooks on the gradients of parameters: a program calls none."""
+    hooked = [
+        Finding(
+            name, "hook", "has a hook on its gradient, which no program calls.",
+            "Clip with the gradient options, do the same to a tensor of the forward (h.register_hook is followed), or "
+            'use torch.compile(model, backend="ane") with your own loop, where hooks run.',
+        )
+        for name, p in model.named_parameters()
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+    ]  # fmt: skip
+    if hooked:
+        raise UnsupportedModel("The step runs code of yours on finished gradients:", hooked)
+
+
 @contextlib.contextmanager
 def nothing_outside(model: torch.nn.Module, loss: object, value: Callable[[], float]) -> Iterator[None]:
     """Watch the block, a forward and its loss; `value()` runs both once more, for the loss as a number.

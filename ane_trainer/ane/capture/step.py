@@ -31,7 +31,7 @@ from ane_trainer.ane.capture.gradients import (
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update, two_term_add
 from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values
-from ane_trainer.ane.capture.outside import nothing_outside
+from ane_trainer.ane.capture.outside import nothing_outside, refuse_gradient_hooks
 from ane_trainer.ane.capture.parts import ALL_FIT, PARTIAL, PEAKS, finish_divided, finish_whole, partial_ports
 from ane_trainer.ane.capture.ports import (
     SCALING_STATE,
@@ -159,6 +159,7 @@ def capture_training(
     units = options.units or {}
     rule = rule_for(optimizer, options.gradients.on_host)
     found = find_parameters(model, optimizer)
+    refuse_gradient_hooks(model)
     with (
         forwarded(model) as final,
         nothing_outside(model, loss, lambda: loss_of(model, get_loss(loss), example)),

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,6 @@ class Guards:
         self._spaces, self._entries = walk.spaces, sum(map(len, walk.spaces))
         self._homes = walk.homes
         self._held = list(chain.from_iterable(map(dict.values, self._homes)))
-        self._ids = list(map(id, self._held))
         self._parameters = [t for t in self._held if isinstance(t, torch.Tensor)]
         self._trained = list(map(_trained, self._parameters))
         self._constants = Fingerprints(walk.constants)
@@ -79,8 +78,10 @@ class Guards:
             return (
                 self._saved != [read() for read in self._reads]
                 or self._entries != sum(map(len, self._spaces))
-                or self._ids != list(map(id, chain.from_iterable(map(dict.values, self._homes))))
+                or self._moved()
                 or self._trained != list(map(_trained, self._parameters))
+                or any(map(_hooks, self._parameters))
+                or any(map(_late_hooks, self._parameters))
                 or bool(self._constants.changed())
             )
         except (KeyError, ValueError, RuntimeError, TypeError):  # gone, or not comparable: not as it was
@@ -89,7 +90,7 @@ class Guards:
     def differences(self) -> list[str]:
         """What changed, in words; empty if nothing did."""
         found = list(dict.fromkeys(text for source in self._sources for text in source.changes()))
-        if self._ids != list(map(id, chain.from_iterable(map(dict.values, self._homes)))):
+        if self._moved():
             found.append("a parameter, buffer or submodule: another object")
         elif self._trained != list(map(_trained, self._parameters)):
             found.append("requires_grad")
@@ -97,10 +98,18 @@ class Guards:
             found.append("attributes or hooks of a module: more or fewer")
         return found + [f"{name}: written to" for name in self._constants.changed()]
 
+    def _moved(self) -> bool:
+        """Whether a parameter, buffer or child is another object."""
+        return len(self._held) != sum(map(len, self._homes)) or not all(
+            map(is_, self._held, chain.from_iterable(map(dict.values, self._homes)))
+        )
+
     def key(self) -> tuple[object, ...]:
         """Equal for equal states; holds the objects that it compares by identity."""
         values = tuple(tuple(map(_frozen, values)) for values in self._saved)
-        return values, self._entries, tuple(self._ids), tuple(self._trained), self._constants.digest()
+        hooked = any(map(_hooks, self._parameters)) or any(map(_late_hooks, self._parameters))
+        held = tuple(map(id, self._held))
+        return values, self._entries, held, tuple(self._trained), hooked, self._constants.digest()
 
 
 class _Walk:
@@ -247,6 +256,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 _trained = attrgetter("requires_grad")
+_hooks, _late_hooks = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
 def _contents(cells: Sequence[types.CellType]) -> tuple[object, ...]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,43 @@ from ane_trainer.ane.stages import Port
 
 #: The largest magnitude of state after its unit moved up.
 MOVED_PEAK = 2.0**13
+
+
+class LiveState(defaultdict[Any, Any]):
+    """`optimizer.state` that calls `refresh` before anyone looks into it; copies of it are ordinary ones."""
+
+    def __init__(self, entries: Mapping[Any, Any], refresh: Callable[[], None]) -> None:
+        super().__init__(dict, entries)
+        self._refresh = refresh
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._refresh()
+        return defaultdict, (dict,), None, None, iter(dict.items(self))
+
+    def __copy__(self) -> Any:
+        self._refresh()
+        return defaultdict(dict, dict.items(self))
+
+
+def _nothing() -> None:
+    pass
+
+
+def _refreshed(name: str) -> Callable[..., Any]:
+    plain = getattr(defaultdict, name)
+
+    def method(self: LiveState, *args: Any, **kwargs: Any) -> Any:
+        self._refresh()
+        return plain(self, *args, **kwargs)
+
+    return method
+
+
+for _name in (
+    "__getitem__ __setitem__ __delitem__ __iter__ __len__ __contains__ __eq__ keys values items get pop popitem clear "
+    "setdefault update"
+).split():
+    setattr(LiveState, _name, _refreshed(_name))
 
 
 class Mirror:
@@ -112,6 +151,13 @@ class Mirror:
                 self._combine(f"{parameter.name}/{slot.name}", value, slot.bias(group, count))
         self._moments = self._moments_now()
 
+    def show_moments(self, pull: Callable[[], None]) -> None:
+        """Have the method `pull` called before anyone looks into `optimizer.state`, while its object lives."""
+        if not isinstance(self._optimizer.state, LiveState):
+            method = weakref.WeakMethod(pull)
+            self._optimizer.state = LiveState(self._optimizer.state, lambda: (method() or _nothing)())
+            self._moments = self._moments_now()
+
     def moments_changed(self) -> bool:
         """Whether someone else changed `optimizer.state` since the last copy."""
         return bool(self._trained) and self._moments != self._moments_now()
@@ -119,7 +165,7 @@ class Mirror:
     def _moments_now(self) -> tuple[object, ...]:
         """Identities and versions of what `optimizer.state` holds."""
         state = self._optimizer.state
-        held = [value for entries in state.values() for value in entries.values()]
+        held = [value for entries in dict.values(state) for value in entries.values()]
         return id(state), [(id(v), version(v)) if isinstance(v, torch.Tensor) else v for v in held]
 
     @torch.no_grad()
@@ -133,12 +179,12 @@ class Mirror:
         old = set(before[1]) if changed_only and before and before[0] == self._moments[0] else set()
         count = 0
         for parameter, group, _ in self._slots():
-            state = self._optimizer.state.get(parameter.tensor, {})
+            state = dict.get(self._optimizer.state, parameter.tensor, {})
             if state:
                 steps = group if self._rule.group_counters(1) else state
                 count = max(count, int(steps.get("step", 1)))
         for parameter, group, slots in self._slots():
-            state = self._optimizer.state.get(parameter.tensor, {})
+            state = dict.get(self._optimizer.state, parameter.tensor, {})
             for slot in slots:
                 value = state.get(slot.name)
                 if value is not None and (id(value), version(value)) in old:

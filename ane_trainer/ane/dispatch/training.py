@@ -187,8 +187,9 @@ class TrainingStep:
         if mirror.moments_changed():
             self._units.fresh = True
             self.applied_steps = mirror.push_moments(changed_only=self._stale_moments) or self.applied_steps
+            mirror.show_moments(self._pull_moments)
         if self._variants.changed():
-            self._pull_weights()
+            self.sync()
             before, self._loaded = self._loaded, self._variants.adapted(self._loaded)
             if self._loaded is not before:
                 self.compiles += 1
@@ -244,15 +245,20 @@ class TrainingStep:
     def sync(self) -> None:
         """Engine -> module and optimizer: parameters, buffers, moments in torch's own layout and units."""
         self._pull_weights()
+        self._pull_moments()
+
+    def _pull_moments(self) -> None:
         if self._stale_moments:
-            self._loaded.mirror.pull_moments(self.applied_steps)
             self._stale_moments = False
+            self._loaded.mirror.pull_moments(self.applied_steps)
 
     def load(self) -> None:
         """Module and optimizer -> engine: use it after `optimizer.load_state_dict`; new weights are noticed anyway."""
         self._loaded.mirror.push_weights()
         self.applied_steps = self._loaded.mirror.push_moments()
         self._unsynced, self._stale_moments = 0, False
+        if self._host is None:
+            self._loaded.mirror.show_moments(self._pull_moments)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The engine's whole state, exactly, with counters and the generator of random draws (`dispatch.state`)."""

@@ -132,21 +132,90 @@ def test_a_change_between_steps_is_followed(name: str) -> None:
     assert step.compiles == (1 if kept else 2)
 
 
-def test_optimizer_state_set_from_outside_is_followed() -> None:
+def tripled(_model: Any, optimizer: Any, _loss: Any) -> None:
+    for entries in optimizer.state.values():
+        entries["momentum_buffer"].mul_(3)
+
+
+def loaded_back(_model: Any, optimizer: Any, _loss: Any) -> None:
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "lr": 0.01}]})
+
+
+MOMENTS: dict[str, Callable[[Any, Any, Any], object]] = {
+    "set": clear_momentum, "scaled in place": tripled, "cleared": lambda m, o, f: o.state.clear(),
+    "loaded": loaded_back,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("synced", [True, False])
+@pytest.mark.parametrize("name", MOMENTS)
+def test_optimizer_state_set_from_outside_is_followed(name: str, synced: bool) -> None:
     model, reference = Net(), Net()
     own, theirs = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, reference))
     step = at.compile_step(model, "cross_entropy", own, example=(X, Y), device="sim")
     for number in range(6):
         if number == 3:
-            step.sync()
-            clear_momentum(model, own, None)
-            clear_momentum(reference, theirs, None)
+            if synced:
+                step.sync()
+            MOMENTS[name](model, own, None)
+            MOMENTS[name](reference, theirs, None)
         loss = float(step(X, Y))
         theirs.zero_grad()
         value = F.cross_entropy(reference(X), Y)
         value.backward()
         theirs.step()
         assert loss == pytest.approx(float(value.detach()), rel=0.02)
+
+
+def test_a_copy_of_the_optimizer_has_the_present_state() -> None:
+    model = Net()
+    own = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = at.compile_step(model, "cross_entropy", own, example=(X, Y), device="sim")
+    step(X, Y)
+    step(X, Y)
+    copied, entries = copy.deepcopy(own), own.state[model.b.bias]
+    assert type(copied.state) is not type(own.state)
+    assert torch.equal(next(reversed(copied.state.values()))["momentum_buffer"], entries["momentum_buffer"])
+    assert bool(entries["momentum_buffer"].any())
+
+
+class Negated(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return -weight
+
+
+def test_momentum_outlives_a_parametrization() -> None:
+    def change(model: Any, *_: Any) -> None:
+        torch.nn.utils.parametrize.register_parametrization(model.b, "weight", Negated())
+
+    _, found, expected, model, reference = steps(change)
+    assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
+    torch.testing.assert_close(model.b.weight, reference.b.weight, rtol=0.02, atol=2e-3)
+
+
+HOOKS: dict[str, Callable[[Any, Any], object]] = {
+    "a.weight: hook": lambda m, o: m.a.weight.register_hook(lambda g: g * 2),
+    "b.bias: hook": lambda m, o: m.b.bias.register_post_accumulate_grad_hook(lambda p: None),
+    'SGD: .* optimizer_on="host"': lambda m, o: o.register_step_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("words", HOOKS)
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_hooks_that_no_program_calls_are_refused(words: str, when: str) -> None:
+    model = Net()
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    if when == "before":
+        HOOKS[words](model, own)
+        with pytest.raises(at.AneTrainerError, match=words):
+            at.compile_step(model, "cross_entropy", own, example=(X, Y), device="sim", optimizer_on="engine")
+        return
+    step = at.compile_step(model, "cross_entropy", own, example=(X, Y), device="sim")
+    step(X, Y)
+    HOOKS[words](model, own)
+    with pytest.raises(at.AneTrainerError, match=words):
+        step(X, Y)
 
 
 def test_going_back_compiles_nothing() -> None:

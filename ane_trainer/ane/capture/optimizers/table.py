@@ -123,6 +123,8 @@ def missing_rule(optimizer: torch.optim.Optimizer) -> str:
     rule = _find(type(optimizer))
     if rule is None:
         return "has no update rule for the engine"
+    if _step_hooks(optimizer):
+        return "has hooks around its step, which no program calls"
     try:
         covered = all(map(rule.takes, optimizer.param_groups)) and bool(structure(optimizer, rule))
     except (KeyError, TypeError):  # a class with other settings than the rule reads
@@ -132,6 +134,10 @@ def missing_rule(optimizer: torch.optim.Optimizer) -> str:
     if type(optimizer) in RULES:
         return ""
     return difference(optimizer, rule)
+
+
+def _step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def _find(kind: type[torch.optim.Optimizer]) -> Rule | None:
@@ -205,7 +211,9 @@ def structure(optimizer: torch.optim.Optimizer, rule: Rule) -> tuple[object, ...
 
 
 def check_structure(optimizer: torch.optim.Optimizer, rule: Rule, compiled: tuple[object, ...]) -> None:
-    """Raises: UsageError if a compiled-in setting was changed since capture."""
+    """Raises: UsageError if a compiled-in setting was changed since capture; UnsupportedModel if it has hooks now."""
+    if rule is not HOST and _step_hooks(optimizer):
+        rule_for(optimizer)
     if structure(optimizer, rule) != compiled:
         raise UsageError(
             "optimizer: needs the settings it was compiled with (which of momentum, nesterov, weight decay, "
