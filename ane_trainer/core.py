@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
-import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ane_trainer.__version__ import __version__
@@ -32,24 +31,26 @@ from ane_trainer.data import (
 from ane_trainer.models import build_model
 from ane_trainer.training.analysis import Seen
 from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.loop import interruptible
+from ane_trainer.training.loop import stoppable, with_exit_code
 from ane_trainer.training.optimizers import freeze, make_optimizer
-from ane_trainer.training.prediction import Inputs, answers, generate, parse_rows, read_inputs, target_text
+from ane_trainer.training.prediction import answers, generate, inputs_by_index, read_inputs
 from ane_trainer.training.recording import (
     Recorder,
     begun_before,
+    check_origin,
     check_same_data,
+    introduce,
     make_callbacks,
     restore_run,
 )
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
-from ane_trainer.training.runs import RunFolder, claim_run, open_run
+from ane_trainer.training.runs import RunFolder, Weights, claim_run, open_run, origin_of
 from ane_trainer.training.steps import Step
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.training.tuning import find_batch_size
 from ane_trainer.training.watching import watchers, write_report
-from ane_trainer.utils import finite, format_count
+from ane_trainer.utils import finite
 
 __all__ = ["Trainer", "evaluate_run", "export_run", "predict_run", "resume_training", "run_training"]
 
@@ -66,7 +67,7 @@ def run_training(
     report.activity("reading the data")
     if (begun := begun_before(out)) is not None:
         return resume_training(begun, report=report)
-    with _stoppable():
+    with stoppable():
         exchange = find_exchange(config.shards)
         splits = _open_in_turn(config, exchange)
         config = _settled(config, splits.description)
@@ -122,7 +123,7 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
     """
     started = time.perf_counter()
     report = report if report is not None else ConsoleReporter()
-    with _stoppable():
+    with stoppable():
         exchange = find_exchange(None)
         run = open_run(path if exchange is None else exchange.share(str(open_run(path).path)))
         given = {name: value for name, value in changes.items() if value is not None}
@@ -137,6 +138,9 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
             config = config.model_copy(update={"shards": world})
         follows = exchange is not None and not exchange.leads
         with contextlib.nullcontext() if follows else run.locked():
+            held = run.read_checkpoint() if run.holds_training() else None
+            if held is not None:
+                check_origin(run, config, run.read_description(), origin_of(held[0]))
             splits = _open_in_turn(config, exchange)
             check_same_data(run, splits.description)
             config = _settled(config, splits.description)
@@ -146,8 +150,8 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
                 report.note("warning", remark)
             if changed:
                 report.note("shards", note)
-            if run.holds_training():
-                restore_run(trainer, run, config)
+            if held is not None:
+                restore_run(trainer, run, config, *held)
             if exchange is not None:
                 exchange.share(None)  # all have read the run before it is written to
             if follows:
@@ -172,22 +176,6 @@ def _train_alongside(trainer: Trainer, config: TrainConfig, splits: Splits) -> R
     return trainer.result(dataset=splits.description.name)
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Within the block a signal ends in Interrupted, with the exit code that shells give it."""
-    with interruptible():
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            stopped = Interrupted("train: stopped before training began; there is nothing to go on from.")
-            raise _with_exit_code(stopped, error) from None
-
-
-def _with_exit_code(stopped: Interrupted, error: KeyboardInterrupt) -> Interrupted:
-    stopped.exit_code = 128 + (error.args[0] if error.args else signal.SIGINT)
-    return stopped
-
-
 def evaluate_run(path: str | Path, *, limit: int | None = None, **options: object) -> dict[str, Any]:
     """Loss, accuracy and scores by class of a run on its data's test part, by an inference program.
 
@@ -195,7 +183,8 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: objec
     run is judged by its last checkpoint (`weights`). `options` (device, chip, fidelity, threads) override those
     of the run.
     """
-    trainer, run, config, description = _open_trained(path, options)
+    trained = _open_trained(path, options)
+    trainer, run, config, description = trained.trainer, trained.run, trained.config, trained.description
     held_out = _held_out(run, config, limit)
     started, seen = time.perf_counter(), Seen()
     metrics = trainer.evaluate(held_out, see=seen.add)
@@ -210,7 +199,7 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: objec
     analysis = seen.label_analysis(names) if labels else seen.analysis(names, scale=scale)
     return {
         "run": str(run.path),
-        "weights": run.weights_origin(),
+        **trained.weights_used(),
         "dataset": config.dataset,
         "model": config.model,
         "split": held_out.split,
@@ -240,7 +229,8 @@ def predict_run(
             "predict: needs one of files, --index and --text. Try: ane-trainer predict last --index 0:10",
             code="ANE108",
         )
-    trainer, folder, config, description = _open_trained(run, options)
+    trained = _open_trained(run, options)
+    trainer, folder, config, description = trained.trainer, trained.run, trained.config, trained.description
     records: list[dict[str, Any]] = []
     if prompt is not None:
         if description.kind != "text":
@@ -252,7 +242,7 @@ def predict_run(
         records.append({"input": prompt, "text": text})
     parts = (part for path in paths for part in read_inputs(Path(path).expanduser(), description))
     if index is not None:
-        parts = (_by_index(_held_out(folder, config), str(index)) for _ in range(1))
+        parts = (inputs_by_index(_held_out(folder, config), str(index)) for _ in range(1))
     for part in parts:
         if limit is not None:
             part = part.first(limit - len(records))
@@ -261,18 +251,11 @@ def predict_run(
             break
     return {
         "run": str(folder.path),
-        "weights": folder.weights_origin(),
+        **trained.weights_used(),
         **_where(trainer),
         "classes": list(description.class_names),
         "predictions": records,
     }
-
-
-def _by_index(held_out: Batches, selection: str) -> Inputs:
-    rows = np.array(parse_rows(selection, held_out.num_examples))
-    x, y = held_out.examples.take(rows)
-    truth = tuple(target_text(row, held_out.description) for row in y)
-    return Inputs(tuple(map(str, rows)), held_out.normalise(torch.from_numpy(x)), truth)
 
 
 def export_run(
@@ -283,19 +266,21 @@ def export_run(
 
     The file goes to `out`, by default into the run's folder. `options` override those of the run.
     """
-    run = open_run(path)
-    config = run.read_config()
-    kind = format_of(out or "", format)
-    device = "sim" if kind.startswith("step-") or config.device == "cpu" else config.device
-    changed = {"device": device, "precision": "auto", **{k: v for k, v in options.items() if v is not None}}
-    config = config.model_copy(update=changed)
-    trainer = _run_trainer(run, config, _description_of(run, config))
+    kind, as_run = format_of(out or "", format), open_run(path).read_config()
+    device = "sim" if kind.startswith("step-") or as_run.device == "cpu" else as_run.device
+    trained = _open_trained(
+        path, {"device": device, "precision": "auto"} | {k: v for k, v in options.items() if v is not None}
+    )
+    trainer, run, config = trained.trainer, trained.run, trained.config
+    if trained.weights.damage:
+        warnings.warn(
+            f"the weights are those of {trained.weights.file}: {trained.weights.damage}", stacklevel=2
+        )
     target = Path(out) if out is not None else run.path / DEFAULT_NAMES[kind]
     if kind.startswith("step-"):
         trainer.restore(run.read_checkpoint()[0])
         data = open_data(config.dataset, _data_options(config, config.limit)).train
     else:
-        trainer.load_weights(run.read_weights(), str(run.path))
         data = _held_out(run, config)
     count = data.num_examples if examples is None else examples
     return trainer.export(target, kind, data=data, input=input, weights=weights, batch=batch, examples=count)
@@ -334,21 +319,37 @@ def _held_out(run: RunFolder, config: TrainConfig, limit: int | None = None) -> 
     return splits.held_out
 
 
-def _where(trainer: Trainer) -> dict[str, Any]:
+def _where(trainer: Trainer) -> dict[str, object]:
     device = trainer.target
     return {"device": device.name, "chip": device.chip, "fidelity": device.fidelity, "where": device.headline}
 
 
-def _open_trained(
-    path: str | Path, options: Mapping[str, object]
-) -> tuple[Trainer, RunFolder, TrainConfig, DataDescription]:
-    """A silent trainer with the model and weights of a run, finished or not."""
+@dataclass(frozen=True)
+class _Trained:
+    """A run opened for use: a silent trainer with its weights, its options and its data's description."""
+
+    trainer: Trainer
+    run: RunFolder
+    config: TrainConfig
+    description: DataDescription
+    weights: Weights
+
+    def weights_used(self) -> dict[str, str]:
+        """Which file the weights are from, and what is wrong with a newer one."""
+        damage = self.weights.damage
+        return {"weights": self.weights.file, **({"damage": damage} if damage else {})}
+
+
+def _open_trained(path: str | Path, options: Mapping[str, object]) -> _Trained:
+    """A run, finished or not, whose files are as training left them."""
     run = open_run(path)
-    config = run.read_config().model_copy(update={k: v for k, v in options.items() if v is not None})
-    description = _description_of(run, config)
+    config = run.read_config()
+    description, weights = _description_of(run, config), run.read_weights()
+    check_origin(run, config, description, weights.origin)
+    config = config.model_copy(update={k: v for k, v in options.items() if v is not None})
     trainer = _run_trainer(run, config, description)
-    trainer.load_weights(run.read_weights(), str(run.path))
-    return trainer, run, config, description
+    trainer.load_weights(weights.state, str(run.path))
+    return _Trained(trainer, run, config, description, weights)
 
 
 def _description_of(run: RunFolder, config: TrainConfig) -> DataDescription:
@@ -400,7 +401,7 @@ def _train_run(
     """Train to the end, recorded in the run's folder; write program, weights, result."""
     before = trainer.progress.seconds
     trainer.announce()
-    _introduce(trainer, config, splits)
+    introduce(trainer, config, splits)
     val = splits.val if splits.val is not None else splits.test
     recorder = Recorder(run, config, splits.description)
     trainer.report = watchers(trainer.report, run.path, config.log, config.model_dump())
@@ -419,16 +420,18 @@ def _train_run(
         if trainer.step is None:  # nothing was trained since the last checkpoint
             raise
         recorder.save(trainer)
+        with contextlib.suppress(KeyboardInterrupt):
+            write_report(run.path, step=trainer.step)
         stopped = Interrupted(
             f"train: stopped at epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}; "
             f"checkpoint in {run.path}. Go on: ane-trainer train --resume {run.path}"
         )
-        raise _with_exit_code(stopped, error) from None
+        raise with_exit_code(stopped, error) from None
     if trainer.step is not None and (compiled := trainer.step.compiled) is not None:
         run.write_program(compiled.text, compiled.weights)
         for part in (trainer.step.programs if isinstance(trainer.step, TrainingStep) else ())[1:]:
             run.write_program(part.text, part.weights, "update")
-    run.write_weights(trainer.model.state_dict())
+    run.write_weights(trainer.model.state_dict(), recorder.origin)
     result = trainer.result(
         dataset=splits.description.name,
         model=config.model,
@@ -445,7 +448,7 @@ def _train_run(
     return result
 
 
-def _test(trainer: Trainer, splits: Splits) -> dict[str, Any]:
+def _test(trainer: Trainer, splits: Splits) -> dict[str, object]:
     """Test loss and accuracy for the result; the test part is looked at once, unless it is all there is."""
     if splits.test is None:
         return {"test_loss": None, "test_accuracy": None}
@@ -453,25 +456,6 @@ def _test(trainer: Trainer, splits: Splits) -> dict[str, Any]:
         return {}
     metrics = trainer.evaluate(splits.test)
     return {"test_loss": metrics.loss, "test_accuracy": metrics.accuracy}
-
-
-def _introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
-    note, progress = trainer.report.note, trainer.progress
-    note("data", splits.description.summary())
-    for text in splits.description.notes:
-        note("data", text)
-    parameters = format_count(sum(parameter.numel() for parameter in trainer.model.parameters()))
-    note(
-        "model",
-        f"{config.model}  {parameters} parameters   {config.optimizer} lr {config.learning_rate:g}   "
-        f"batch {config.batch_size}   seed {config.seed}",
-    )
-    if (exchange := trainer.options.exchange) is not None:
-        count, world = exchange.shards.count, exchange.shards.world
-        size = config.examples_a_step // count
-        note("shards", f"{count} of {size} examples each in {world} process{'es' if world > 1 else ''}")
-    if progress.steps:
-        note("resume", f"at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
 
 
 def _train_reference(config: TrainConfig, splits: Splits, report: Reporter) -> Result:
@@ -484,7 +468,7 @@ def _train_reference(config: TrainConfig, splits: Splits, report: Reporter) -> R
     return trainer.fit(splits.train, config.epochs, val, callbacks=make_callbacks(config))
 
 
-def _provenance(config: TrainConfig, run: RunFolder, reference: Result | None) -> dict[str, Any]:
+def _provenance(config: TrainConfig, run: RunFolder, reference: Result | None) -> dict[str, object]:
     return {
         "run": str(run.path),
         "optimizer": config.optimizer,

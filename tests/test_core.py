@@ -447,7 +447,7 @@ def test_interrupted_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert not (tmp_path / "cut" / "result.json").exists()
     result = resume_training(tmp_path / "cut", report=Reporter())
     assert result.steps == 8
-    whole, cut = (RunFolder(tmp_path / name).read_weights() for name in ("whole", "cut"))
+    whole, cut = (RunFolder(tmp_path / name).read_weights().state for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 2
 

@@ -8,13 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.ane.dispatch import StepOptions, Target
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
 from ane_trainer.commands.options import (
     Batch,
@@ -29,13 +27,15 @@ from ane_trainer.commands.options import (
     example_sizes,
     show,
 )
-from ane_trainer.models import build_model
-from ane_trainer.training import engine
 from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.optimizers import make_optimizer
 from ane_trainer.training.results import interval_text
-from ane_trainer.training.steps import Step
 from ane_trainer.utils import seeded
+
+if TYPE_CHECKING:  # PyTorch is imported only by what runs
+    import torch
+
+    from ane_trainer.ane.dispatch import Target
+    from ane_trainer.training.steps import Step
 
 BASELINE = "cpu"
 """Plain PyTorch in fp32 on the processor: what every ratio is to."""
@@ -100,7 +100,7 @@ class Comparison:
     estimate: dict[str, Any] | None
     machine: dict[str, str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The same for machines."""
         return asdict(self)
 
@@ -131,6 +131,10 @@ def compare_devices(
     UsageError for unknown names and sizes; EnvironmentFault for a device that this machine does not have;
     UnsupportedModel if the model does not fit the chip.
     """
+    import torch
+
+    from ane_trainer.training import engine
+
     if steps < 1 or batch < 1 or classes < 1 or any(size < 1 for size in in_shape):
         raise UsageError("bench: needs positive steps and sizes. Correct them.", code="ANE104")
     names = tuple(dict.fromkeys((BASELINE, *devices)))
@@ -171,6 +175,11 @@ class _Task:
 
     def step(self, device: Target, *, on_gpu: bool) -> Step:
         """The compiled step, the model's weights being the same each time."""
+        from ane_trainer.ane.dispatch import StepOptions
+        from ane_trainer.models import build_model
+        from ane_trainer.training import engine
+        from ane_trainer.training.optimizers import make_optimizer
+
         model = build_model(self.config.model, self.in_shape, self.classes, seed=_SEED)
         model = model.to(GPU) if on_gpu else model
         optimizer = make_optimizer(self.config, model)
@@ -186,6 +195,10 @@ class _Task:
 
 def _choose(name: str, chip: str, fidelity: str) -> Target:
     """The device of a name. The GPU runs the baseline's code, moved there."""
+    import torch
+
+    from ane_trainer.training import engine
+
     if name == GPU and not torch.backends.mps.is_available():
         raise EnvironmentFault(
             f"bench: {GPU} needs the GPU of a Mac, and a PyTorch that has it; there is none here. Leave it out.",
@@ -204,6 +217,8 @@ def _timing(name: str, where: str, times: list[float], base: list[float], first:
 
 
 def _machine() -> dict[str, str]:
+    import torch
+
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

@@ -30,7 +30,8 @@ def data_fetch(
 
 def dataset_rows(root: str | Path | None = None) -> list[dict[str, Any]]:
     """One row a dataset: name, status (cached, to fetch, bundled), folder, shape and number of classes."""
-    from ane_trainer.data import DATASETS, default_root
+    from ane_trainer.training.datasets.fetch import default_root
+    from ane_trainer.training.datasets.table import DATASETS
 
     rows = []
     for info in DATASETS.values():

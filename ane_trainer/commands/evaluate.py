@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads
+from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads, weights_note
 from ane_trainer.training.report import headline
 
 #: How the parts of the data are called.
@@ -31,12 +31,9 @@ def evaluate(
     perplexity = f"   perplexity {found['perplexity']:.3f}" if "perplexity" in found else ""
     lines = [
         headline(found["where"]),
+        *weights_note(found),
         f"{accuracy}{part} loss {found['test_loss']:.4f}{perplexity}   {found['examples']:,} examples",
     ]
-    if found["weights"] != "weights.safetensors":
-        lines.insert(
-            1, f"note     the run has not come to its end; these are the weights of {found['weights']}"
-        )
     return Output(found, "\n".join([*lines, *_table(found["scores"] or {})]))
 
 

@@ -47,7 +47,7 @@ _ALSO = {"batch_size": "--batch"}
 class Output:
     """What a command found: plain values for machines (`--json`), text for people, the exit code."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     text: str
     exit_code: int = 0
 
@@ -55,7 +55,7 @@ class Output:
 class _Found(Protocol):
     """A result that can be shown in both ways."""
 
-    def to_json(self) -> dict[str, Any]: ...
+    def to_json(self) -> dict[str, object]: ...
 
     def as_text(self) -> str: ...
 
@@ -74,6 +74,14 @@ def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> list[str]:
         .rstrip()
         for r in rows
     ]  # fmt: skip
+
+
+def weights_note(found: Mapping[str, object]) -> list[str]:
+    """A line about the weights of a run that has not come to its end, and one about a damaged checkpoint."""
+    if found["weights"] == "weights.safetensors":
+        return []
+    lines = [f"note     the run has not come to its end; these are the weights of {found['weights']}"]
+    return lines + [f"warning  {found['damage']}" for _ in range("damage" in found)]
 
 
 def takes_train_options(

@@ -44,7 +44,7 @@ class Placement:
     operations: dict[str, int] | None
     how: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As plain values."""
         return {"operations": self.operations, "how": self.how}
 

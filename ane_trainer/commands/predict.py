@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity
+from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, weights_note
 
 
 def predict(
@@ -47,6 +48,8 @@ def predict(
         run, paths, index=index, prompt=text, tokens=tokens, temperature=temperature, limit=limit, chip=chip,
         device=device, fidelity=fidelity,
     )  # fmt: skip
+    for line in weights_note(found):
+        print(line, file=sys.stderr)
     if out is None:
         return Output(found, as_lines(found["predictions"]))
     write_answers(out, found["predictions"], found["classes"])

@@ -8,31 +8,23 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from ane_trainer.ane.chips.lookup import PATHS
 from ane_trainer.ane.errors import SimulationError, UsageError
-from ane_trainer.ane.mil.loading import load_program
-from ane_trainer.ane.mil.program import Function, Value
-from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.simulator import make_context, prepare, refusal
-from ane_trainer.ane.verify.profiling import (
-    Distance,
-    OpProfile,
-    OutputError,
-    Profile,
-    compare,
-    function_of,
-    profile,
-)
 from ane_trainer.commands.options import Chip, Fidelity, Output, Threads, show, table
-from ane_trainer.training.checkpoint import unwritable
+from ane_trainer.training.records import unwritable
 from ane_trainer.utils import atomic_write
 
-Feeds = list[dict[str, Array]]
+if TYPE_CHECKING:  # the command imports the simulator, and PyTorch with it, only when it runs
+    from ane_trainer.ane.mil.program import Function, Value
+    from ane_trainer.ane.mil.weights import Array
+    from ane_trainer.ane.verify.profiling import Distance, OpProfile, OutputError, Profile
+
+Feeds = list[dict[str, "Array"]]
 
 #: Rows of the profile's table; a longer program shows the ops that matter.
 TABLE_ROWS = 40
@@ -113,7 +105,7 @@ class ProgramRun:
     profile: Profile | None = None
     errors: tuple[OutputError, ...] | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The same for machines."""
         found = asdict(self)
         if self.profile is None:
@@ -160,6 +152,10 @@ def run_program(
     "none" for whatever the simulator can run, None for "coreml" (an .mlpackage, a function with states) or
     "e5rt".
     """
+    from ane_trainer.ane.mil.loading import load_program
+    from ane_trainer.ane.simulator import make_context, prepare, refusal
+    from ane_trainer.ane.verify.profiling import compare, function_of, profile
+
     if steps < 1:
         raise UsageError(f"--steps: needs a number from 1; got {steps}.", code="ANE104")
     files = parse_inputs(inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,10 @@ import typer
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, Run, table
 from ane_trainer.training.charts import line_chart
-from ane_trainer.training.records import RUNS, RunRecord, find_records, read_record
+from ane_trainer.training.records import RUNS, RunRecord, find_records, locked, read_record
 from ane_trainer.utils import atomic_write, did_you_mean, format_seconds
 
-_SORTS: Mapping[str, Callable[[RunRecord], Any]] = {
+_SORTS: Mapping[str, Callable[[RunRecord], float | str]] = {
     "time": lambda record: record.modified,
     "accuracy": lambda record: -1.0 if record.accuracy is None else record.accuracy,
     "name": lambda record: record.name,
@@ -60,6 +61,7 @@ def runs_show(run: Run) -> Output:
     """Show a run: its options, its epochs and its result."""
     record = read_record(run)
     lines = [f"{record.path}: {record.status}, last change {record.when}"]
+    lines += [f"  warning          {text}" for text in record.damage]
     lines += [f"  {name:<17}{value}" for name, value in record.config.items()]
     if record.history:
         lines.append("")
@@ -73,7 +75,8 @@ def runs_show(run: Run) -> Output:
     lines += ["", *(f"  {path.name:<17}{path}" for path in files if path.exists())]
     if record.status == "interrupted":
         lines.append(f"  go on: ane-trainer train --resume {record.path}")
-    kept = {"config": dict(record.config), "history": list(record.history), "result": record.result}
+    kept = {"config": dict(record.config), "history": list(record.history), "result": record.result,
+            "damage": list(record.damage)}  # fmt: skip
     return Output({**_values(record), **kept}, "\n".join(lines).rstrip())
 
 
@@ -114,6 +117,12 @@ def runs_plot(
     """Draw a curve of each run into one SVG file."""
     records = [read_record(run) for run in runs]
     known = list(dict.fromkeys(name for record in records for row in record.history for name in row))
+    if not known:
+        raise UsageError(
+            f"runs plot: needs epochs to draw; {', '.join(str(record.path) for record in records)} have none that "
+            "can be read. Choose another run.",
+            code="ANE104",
+        )
     chart = line_chart({str(record.path): record.curve(what) for record in records}, what, size=(820, 420))
     if not chart:
         raise UsageError(
@@ -150,8 +159,11 @@ def runs_rm(
             )
         if not typer.confirm(f"{names}\ndelete?"):
             return Output({"deleted": []}, "nothing was deleted")
-    for record in records:
-        shutil.rmtree(record.path)
+    with contextlib.ExitStack() as held:
+        for record in records:
+            held.enter_context(locked(record.path))
+        for record in records:
+            shutil.rmtree(record.path)
     paths = [str(record.path) for record in records]
     return Output({"deleted": paths}, "\n".join(f"deleted  {path}" for path in paths))
 
@@ -174,7 +186,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _values(record: RunRecord) -> dict[str, Any]:
+def _values(record: RunRecord) -> dict[str, object]:
     return {
         "run": str(record.path), "status": record.status, "model": record.config.get("model"),
         "dataset": record.config.get("dataset"), "epochs": len(record.history), "accuracy": record.accuracy,

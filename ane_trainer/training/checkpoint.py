@@ -28,7 +28,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from ane_trainer.ane.dispatch.state import FORMAT, READABLE, STEP, incomplete
-from ane_trainer.ane.errors import CheckpointError, EnvironmentFault
+from ane_trainer.ane.errors import CheckpointError
 from ane_trainer.training.loop import Progress
 from ane_trainer.training.results import Epoch
 from ane_trainer.utils import atomic_write
@@ -68,16 +68,19 @@ def write_tensors(
 ) -> None:
     """Write one safetensors file atomically; version, checksum and `scalars` go as JSON into its header.
 
+    The checksum covers tensors and scalars.
+
     The header has one entry only: safetensors writes several in an order that changes from run to run.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = json.dumps({"version": FORMAT, "checksum": checksum(plain), "scalars": scalars})
+    sealed = checksum(plain, json.dumps(scalars))
+    content = json.dumps({"version": FORMAT, "checksum": sealed, "scalars": scalars})
     atomic_write(path, save_tensors(plain, metadata={_HEADER: content}))
 
 
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
-    digest = hashlib.sha256()
+def checksum(tensors: Mapping[str, torch.Tensor], scalars: str = "") -> str:
+    """SHA-256 over names, types, shapes and bytes, and over scalars as JSON; early files have it without these."""
+    digest = hashlib.sha256(scalars.encode())
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -112,8 +115,9 @@ def read_tensors(path: Path, *, scalars: bool) -> Checkpoint:
             f"{path}: needs a format up to {FORMAT}; got {version}. Use the version of ane_trainer that wrote it.",
             code="CKPT103",
         )
-    if (version > 1 or wanted is not None) and checksum(tensors) != wanted:
-        raise _damaged(path, "its tensors are not those that were written (the checksum differs)")
+    sums = (checksum(tensors, json.dumps(found)), checksum(tensors))
+    if (version > 1 or wanted is not None) and wanted not in sums:
+        raise _damaged(path, "its content is not what was written (the checksum differs)")
     return Checkpoint(tensors, found or {})
 
 
@@ -164,15 +168,6 @@ def read_fields(kind: type[T], values: object, where: str) -> tuple[T | None, li
         if not (count if field.type == "int" else number):
             faults.append(f"{where}: {field.name} is {value!r}")
     return (None if faults else kind(**found)), faults
-
-
-def unwritable(path: Path, error: OSError) -> EnvironmentFault:
-    """The error for a folder or file that cannot be written."""
-    return EnvironmentFault(
-        f"{path}: needs a place that can be written; {error.strerror or error}. "
-        "Make room there, or choose another (--out DIR).",
-        code="ANE204",
-    )
 
 
 def write_model(path: Path, model: nn.Module, loss: str | Callable[..., object]) -> bool:

@@ -34,18 +34,7 @@ _MODEL_DEFAULTS: Mapping[str, dict[str, Any]] = {
 
 #: Options that may change when a run goes on: the weights do not depend on them, or they extend the run.
 RESUMABLE = frozenset(
-    {
-        "compare_fp32",
-        "device",
-        "epochs",
-        "keep_every",
-        "log",
-        "patience",
-        "save_every",
-        "shards",
-        "threads",
-        "time_limit",
-    }
+    "compare_fp32 device epochs keep_every log patience save_every shards threads time_limit".split()
 )
 
 #: Groups of options in the help of `train`; an option that names none is under "Training".
@@ -328,7 +317,7 @@ def make_config(options: Mapping[str, Any], *, where: str = "train") -> TrainCon
     try:
         return TrainConfig(**given)
     except ValidationError as error:
-        wrong = "; ".join(_explain(detail) for detail in error.errors())
+        wrong = "; ".join(dict.fromkeys(map(_explain, error.errors())))
         raise UsageError(f"{where}: {wrong}", code="ANE104") from None
 
 
@@ -350,9 +339,18 @@ def load_config(path: str | Path) -> TrainConfig:
     return make_config(read_config_file(path), where=str(path))
 
 
+#: Options that take a number or a word -> what they need.
+_WORDS_OR_NUMBERS = {"lr": "a number or 'auto'", "batch_size": "a whole number or 'auto'"}
+
+
 def _explain(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     option = str(detail["loc"][0])
+    words = _WORDS_OR_NUMBERS.get(option)
+    if words is not None and isinstance(detail["input"], str) and detail["type"] != "value_error":
+        return (
+            f"{option} needs {words}; got {_as_typed(detail['input'])}. Change --{option.replace('_', '-')}"
+        )
     if detail["type"] == "extra_forbidden":
         return f"there is no option {name!r}. {did_you_mean(name, TrainConfig.model_fields)}"
     if detail["type"] == "missing":

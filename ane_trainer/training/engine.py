@@ -200,3 +200,15 @@ def program_facts(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, Any
         "optimizer": type(optimizer).__name__.lower(),
         **step_facts(step),
     }
+
+
+#: What a resumed training says whose program is not the one that wrote its checkpoint.
+OTHER_PROGRAM = (
+    "the step is another program than the checkpoint's, of another version of ane_trainer or PyTorch, say: training "
+    "goes on, and its last bits may differ from a run in one piece"
+)
+
+
+def is_other_program(step: Step, fingerprint: object) -> bool:
+    """Whether the step's program is known not to have this fingerprint."""
+    return step.compiled is not None and fingerprint not in (None, step.compiled.fingerprint)

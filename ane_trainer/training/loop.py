@@ -15,11 +15,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.dispatch.state import incomplete
-from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.ane.errors import DataError, Interrupted, UsageError
 from ane_trainer.utils import seeded
 
 #: (x, y): x and y are tensors, or tuples or dicts of tensors.
 Batch = tuple[Any, Any]
+
+
+#: An epoch's mean loss beyond so many times the first step's says that training went astray.
+GROWN_LOSS = 10.0
 
 
 @dataclass
@@ -28,7 +32,8 @@ class Progress:
 
     Counters run over the whole training; `*_before_epoch` are their values when the current epoch began.
     `skipped_steps` counts those before a resume, the compiled step counts the rest. `passed` is 1 when all
-    batches of the pass are used, and what remains of the epoch is its evaluation.
+    batches of the pass are used, and what remains of the epoch is its evaluation. `first_loss` is that of the
+    first step that had a finite one.
     """
 
     epoch: int = 0
@@ -44,6 +49,7 @@ class Progress:
     skipped_before_epoch: int = 0
     seconds_before_epoch: float = 0.0
     passed: int = 0
+    first_loss: float | None = None
 
     def count(self, loss: float, *, skipped: bool) -> None:
         """One step with this loss is done."""
@@ -51,6 +57,7 @@ class Progress:
         if math.isfinite(loss):
             self.loss_sum += loss
             self.loss_count += 1
+            self.first_loss = loss if self.first_loss is None else self.first_loss
         self.bad_in_a_row = self.bad_in_a_row + 1 if skipped or not math.isfinite(loss) else 0
 
     def next_epoch(self, skipped_steps: int) -> None:
@@ -61,6 +68,16 @@ class Progress:
         self.steps_before_epoch = self.steps
         self.skipped_before_epoch = skipped_steps
         self.seconds_before_epoch = self.seconds_steps
+
+    def strayed(self, loss: float) -> str | None:
+        """What to say of an epoch's mean loss that is far beyond the first step's; None for any other."""
+        first = self.first_loss
+        if first is None or loss <= GROWN_LOSS * max(abs(first), 0.1):
+            return None
+        return (
+            f"the loss has grown from {first:.4g} to {loss:.4g}: the model has not learned; lower the learning rate, "
+            "or look for outliers in the data"
+        )
 
 
 def open_pass(data: Iterable[Batch], epoch: int, batch: int, state: dict[str, Any] | None) -> Iterator[Batch]:
@@ -342,3 +359,20 @@ def interruptible() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within the block a signal ends in Interrupted, with the exit code that shells give it."""
+    with interruptible():
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            stopped = Interrupted("train: stopped before training began; there is nothing to go on from.")
+            raise with_exit_code(stopped, error) from None
+
+
+def with_exit_code(stopped: Interrupted, error: KeyboardInterrupt) -> Interrupted:
+    """The error with the exit code of the signal that came."""
+    stopped.exit_code = 128 + (error.args[0] if error.args else signal.SIGINT)
+    return stopped

@@ -18,6 +18,7 @@ from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets import images, tables, text
 from ane_trainer.training.datasets.arrays import as_model_input, load_array
+from ane_trainer.training.datasets.batches import Batches
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.utils import atomic_write
 
@@ -187,6 +188,14 @@ def generate(
             choice = int(scores_V.argmax())
         known.append(choice)
     return text.decode_text(known, description.vocabulary)
+
+
+def inputs_by_index(held_out: Batches, selection: str) -> Inputs:
+    """Held-out examples by number, see `parse_rows`, with their targets."""
+    rows = np.array(parse_rows(selection, held_out.num_examples))
+    x, y = held_out.examples.take(rows)
+    truth = tuple(target_text(row, held_out.description) for row in y)
+    return Inputs(tuple(map(str, rows)), held_out.normalise(torch.from_numpy(x)), truth)
 
 
 def as_lines(records: Sequence[Mapping[str, object]]) -> str:

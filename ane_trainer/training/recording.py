@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.ane.errors import CheckpointError, DataError, UsageError
 from ane_trainer.training.callbacks import (
     BestWeights,
     Callback,
@@ -19,10 +21,12 @@ from ane_trainer.training.callbacks import (
 from ane_trainer.training.checkpoint import Checkpoint, has_step
 from ane_trainer.training.config import RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
+from ane_trainer.training.datasets.splits import Splits
 from ane_trainer.training.results import Epoch
-from ane_trainer.training.runs import BEST, RunFolder
+from ane_trainer.training.runs import BEST, DATA, RunFolder
 from ane_trainer.training.schedules import LearningRateSchedule, Schedule
 from ane_trainer.training.trainer import Trainer
+from ane_trainer.utils import format_count
 
 
 def make_callbacks(config: TrainConfig) -> list[Callback]:
@@ -53,7 +57,7 @@ class Recorder(Callback):
         self._saved_steps, self._saved_at, self._ended = 0, time.monotonic(), False
 
     def on_train_start(self, trainer: Trainer) -> None:
-        self._run.begin(self._config, trainer.progress.epoch)
+        self._run.begin(self._config, (record.to_json() for record in trainer.history))
         self._run.write_description(self._description)
         self.save(trainer)
 
@@ -70,7 +74,7 @@ class Recorder(Callback):
         score = score_of(record, self._config.monitor)
         if self._best is None or score > self._best:
             self._best = score
-            self._run.write_weights(trainer.evaluated_model.state_dict(), BEST)
+            self._run.write_weights(trainer.evaluated_model.state_dict(), self.origin, BEST)
         every = self._config.keep_every
         kept = every is not None and record.epoch % every == 0
         self.save(trainer, keep_as=f"epoch-{record.epoch:04d}" if kept else None)
@@ -90,23 +94,55 @@ class Recorder(Callback):
         self._run.write_checkpoint(checkpoint, keep_as=keep_as)
         self._saved_steps, self._saved_at = trainer.progress.steps, time.monotonic()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "config": self._config.model_dump(mode="json")}
+    @property
+    def origin(self) -> dict[str, object]:
+        """What the weights come from: the options and the data's description."""
+        return {"config": self._config.model_dump(mode="json"), "data": self._description.to_json()}
+
+    def state_dict(self) -> dict[str, object]:
+        return {"best": self._best, **self.origin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best = state.get("best")
 
 
-def changed_options(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
-    """The options that differ from those that the checkpoint was trained with, but for those that may."""
-    before = checkpoint.scalars.get("callbacks", {}).get(Recorder.__name__, {}).get("config", {})
-    now = config.model_dump(mode="json")
-    return sorted(name for name in before.keys() & now.keys() - RESUMABLE if before[name] != now[name])
+def check_origin(
+    run: RunFolder, config: TrainConfig, description: DataDescription | None, origin: Mapping[str, object]
+) -> None:
+    """Refuse to use weights with other options or another reading of the data than they were trained with.
+
+    Options that a run may change are left out. UsageError ANE107: config.toml; CheckpointError CKPT103: data.json.
+    """
+    before, now = origin.get("config"), config.model_dump(mode="json")
+    before = before if isinstance(before, Mapping) else {}
+    changed = sorted(name for name in before.keys() & now.keys() - RESUMABLE if before[name] != now[name])
+    if changed:
+        raise UsageError(
+            f"{run.path}: needs the options that it was begun with; {', '.join(changed)} of its config.toml differ "
+            "now. Put them back, or start a new run.",
+            code="ANE107",
+        )
+    stored = origin.get("data")
+    if stored is not None and description is not None and _plain(description.to_json()) != stored:
+        raise CheckpointError(
+            f"{run.path / DATA}: needs the description of the data that `train` wrote; it was changed since. "
+            "Put it back, or train again.",
+            code="CKPT103",
+        )
 
 
-def restore_run(trainer: Trainer, run: RunFolder, config: TrainConfig) -> None:
-    """Go on from the run's last checkpoint. UsageError where device, options or epochs do not allow it."""
-    checkpoint, damage = run.read_checkpoint()
+def _plain(value: object) -> object:
+    """As it comes back from JSON: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def restore_run(
+    trainer: Trainer, run: RunFolder, config: TrainConfig, checkpoint: Checkpoint, damage: str
+) -> None:
+    """Go on from a checkpoint of the run. UsageError where device or epochs do not allow it.
+
+    damage  what is wrong with a later checkpoint, if anything is.
+    """
     if damage:
         trainer.report.note("warning", f"the last checkpoint is left out, the one before is used: {damage}")
     was_cpu = checkpoint.scalars.get("options", {}).get("device") == "cpu"
@@ -114,12 +150,6 @@ def restore_run(trainer: Trainer, run: RunFolder, config: TrainConfig) -> None:
         raise UsageError(
             f"{run.path}: needs {'device cpu' if was_cpu else 'a device that runs programs'}, as it was begun; "
             f"got {trainer.target.device}. Leave --device out.",
-            code="ANE107",
-        )
-    if changed := changed_options(config, checkpoint):
-        raise UsageError(
-            f"{run.path}: needs the options that it was begun with; {', '.join(changed)} of its config.toml differ "
-            "now. Put them back, or start a new run.",
             code="ANE107",
         )
     trainer.restore(checkpoint)
@@ -162,3 +192,23 @@ def begun_before(out: str | Path | None) -> str | Path | None:
         )
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return out if again and RunFolder(Path(out)).holds_training() else None
+
+
+def introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
+    """Report what is trained on what."""
+    note, progress = trainer.report.note, trainer.progress
+    note("data", splits.description.summary())
+    for text in splits.description.notes:
+        note("data", text)
+    parameters = format_count(sum(parameter.numel() for parameter in trainer.model.parameters()))
+    note(
+        "model",
+        f"{config.model}  {parameters} parameters   {config.optimizer} lr {config.learning_rate:g}   "
+        f"batch {config.batch_size}   seed {config.seed}",
+    )
+    if (exchange := trainer.options.exchange) is not None:
+        count, world = exchange.shards.count, exchange.shards.world
+        size = config.examples_a_step // count
+        note("shards", f"{count} of {size} examples each in {world} process{'es' if world > 1 else ''}")
+    if progress.steps:
+        note("resume", f"at epoch {progress.epoch + 1}, batch {progress.batch + 1}")

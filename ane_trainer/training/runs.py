@@ -4,7 +4,7 @@
     data.json                what the data is, and how examples become numbers
     model.py, source.json    the user's model file, copied  result.json     the outcome
     weights.safetensors      the trained parameters         program.mil     the training step as MIL text
-    best.safetensors         those of the best epoch        weights.bin     the program's weight blob
+    best.safetensors         those of the best epoch        weights.bin     its weight blob; program.sha256 of both
     checkpoint.safetensors   everything needed to go on; checkpoint-before.safetensors: the one before
     checkpoints/             those that are kept for good (keep_every)
 
@@ -20,34 +20,50 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ane_trainer.ane.dispatch.state import MODEL, part
-from ane_trainer.ane.errors import CheckpointError
+from ane_trainer.ane.errors import CheckpointError, Interrupted
+from ane_trainer.ane.mil.loading import sums_of
 from ane_trainer.training.checkpoint import (
     BEFORE,
     CHECKPOINT,
     Checkpoint,
     check_scalars,
     read_tensors,
-    unwritable,
     write_tensors,
 )
 from ane_trainer.training.config import TrainConfig, load_config
 from ane_trainer.training.datasets.description import DataDescription
+from ane_trainer.training.records import RUNS, find_run, locked, unwritable
 from ane_trainer.utils import atomic_write, atomic_write_json, finite
-
-#: Where runs go when no folder is named.
-RUNS = Path("runs")
 
 WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
 KEPT = "checkpoints"
 DATA = "data.json"
-_MODEL, _SOURCE, _LOCK = "model.py", "source.json", ".lock"
+#: The entry of a checkpoint's callbacks that has the run's options and data (the class `Recorder`).
+_ORIGIN = "Recorder"
+_MODEL, _SOURCE = "model.py", "source.json"
+
+
+def origin_of(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """The options and the data's description that a run's checkpoint was trained with; {}: not known."""
+    found = checkpoint.scalars.get("callbacks", {}).get(_ORIGIN, {})
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A run's trained weights: the state_dict, its origin (options, data), its file, the damage of a newer file."""
+
+    state: dict[str, torch.Tensor]
+    origin: Mapping[str, object]
+    file: str
+    damage: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,15 +72,11 @@ class RunFolder:
 
     path: Path
 
-    def begin(self, config: TrainConfig, epochs_done: int) -> None:
-        """Training is about to write here: the configuration, the model's source, metrics up to `epochs_done`."""
+    def begin(self, config: TrainConfig, history: Iterable[Mapping[str, object]]) -> None:
+        """Training is about to write here: the configuration, the model's source, the metrics of epochs done."""
         self._write("config.toml", config.to_toml())
         self._copy_model(config.model)
-        lines: list[str] = []
-        if (self.path / "metrics.jsonl").exists() and epochs_done:
-            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-            lines = text.splitlines()[:epochs_done]
-        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        self._write("metrics.jsonl", "".join(json.dumps(finite(record)) + "\n" for record in history))
         left_over = [
             *self.path.glob(".*.tmp"),
             *(self.path / KEPT).glob(".*.tmp"),
@@ -105,10 +117,6 @@ class RunFolder:
                 code="CKPT103",
             ) from None
 
-    def weights_origin(self) -> str:
-        """Which file `read_weights` takes: the finished run's weights, or the last checkpoint."""
-        return WEIGHTS if (self.path / WEIGHTS).exists() else CHECKPOINT
-
     def has_result(self) -> bool:
         """True if the run came to its end."""
         return (self.path / "result.json").is_file()
@@ -117,6 +125,15 @@ class RunFolder:
         """Whether there is something to go on from or to use: a checkpoint, weights, a result."""
         names = (CHECKPOINT, BEFORE, WEIGHTS, "result.json")
         return any((self.path / name).exists() for name in names)
+
+    def forget_start(self) -> None:
+        """Delete the checkpoints of a run of which no step was trained, so that they do not block another start."""
+        with contextlib.suppress(CheckpointError):
+            if (
+                not (self.path / BEFORE).exists()
+                and not check_scalars(self._checked(CHECKPOINT).scalars)[0].steps
+            ):
+                (self.path / CHECKPOINT).unlink()
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null."""
@@ -129,20 +146,32 @@ class RunFolder:
             atomic_write_json(self.path / "result.json", finite(result))
 
     def write_program(self, text: str, blob: bytes, name: str = "program") -> None:
-        """Write the training step: program.mil and its weight blob weights.bin; of two parts also update.mil."""
+        """Write the training step: program.mil, weights.bin and the SHA-256 of both; of two parts also update.mil."""
+        weights = "weights.bin" if name == "program" else f"{name}-weights.bin"
+        (self.path / f"{name}.sha256").unlink(missing_ok=True)
         self._write(f"{name}.mil", text)
-        self._write("weights.bin" if name == "program" else f"{name}-weights.bin", blob)
+        self._write(weights, blob)
+        self._write(f"{name}.sha256", sums_of({f"{name}.mil": text.encode(), weights: blob}))
 
-    def write_weights(self, state: Mapping[str, torch.Tensor], name: str = WEIGHTS) -> None:
-        """Write the module's state_dict."""
+    def write_weights(
+        self,
+        state: Mapping[str, torch.Tensor],
+        origin: Mapping[str, object] | None = None,
+        name: str = WEIGHTS,
+    ) -> None:
+        """Write the module's state_dict, and the options and data that it was trained with (`origin`)."""
         with self._writing(name):
-            write_tensors(self.path / name, state)
+            write_tensors(self.path / name, state, origin)
 
-    def read_weights(self) -> dict[str, torch.Tensor]:
-        """The module's state_dict; that of the last checkpoint where the run has not come to its end."""
+    def read_weights(self) -> Weights:
+        """The trained weights; those of the last checkpoint where the run has not come to its end."""
         if not (self.path / WEIGHTS).exists() and self.holds_training():
-            return part(self.read_checkpoint()[0].tensors, MODEL)
-        return read_tensors(self.path / WEIGHTS, scalars=False).tensors
+            found, damage = self.read_checkpoint()
+            return Weights(
+                part(found.tensors, MODEL), origin_of(found), BEFORE if damage else CHECKPOINT, damage
+            )
+        found = read_tensors(self.path / WEIGHTS, scalars=False)
+        return Weights(found.tensors, found.scalars, WEIGHTS)
 
     def write_checkpoint(self, checkpoint: Checkpoint, *, keep_as: str | None = None) -> None:
         """Make this the last checkpoint, and the last one the one before; `keep_as` names one kept for good."""
@@ -210,60 +239,16 @@ class RunFolder:
         except OSError as error:
             raise unwritable(self.path / name, error) from None
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder against other processes; CheckpointError CKPT109 says which one has it."""
-        with self._writing(_LOCK):
-            handle = os.open(self.path if os.name == "posix" else self.path / _LOCK, _LOCK_FLAGS, 0o666)
-        try:
-            if not _try_lock(handle):
-                raise CheckpointError(
-                    f"{self.path}: needs a folder that no other process writes to; process {self._holder()} does. "
-                    "Wait for it, or end it.",
-                    code="CKPT109",
-                )
-            self._write(_LOCK, f"{os.getpid()}\n")
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    (self.path / _LOCK).unlink(missing_ok=True)
-        finally:
-            os.close(handle)
-
-    def _holder(self) -> str:
-        try:
-            return (self.path / _LOCK).read_text(encoding="utf-8").strip()
-        except OSError:
-            return "(unknown)"
-
-
-_LOCK_FLAGS = os.O_RDONLY if os.name == "posix" else os.O_RDWR | os.O_CREAT
-
-
-def _try_lock(handle: int) -> bool:
-    """Take the lock if it is free. The system gives it back when the process ends, however it ends."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the folder against other processes, see `records.locked`."""
+        return locked(self.path)
 
 
 @contextlib.contextmanager
 def claim_run(out: str | Path | None, name: str) -> Iterator[RunFolder]:
     """A folder for a new run, held while the block runs: `out`, or runs/<name>-<date>-<number>.
 
-    A folder that was made for the run goes again if the block fails before it holds a checkpoint.
+    If the block fails before a step was trained, what it wrote goes again, with the folder if it was made here.
     EnvironmentFault if it cannot be written, CheckpointError if `out` already holds a run, or is in use.
     """
     path = Path(out) if out is not None else RUNS / name
@@ -284,23 +269,17 @@ def claim_run(out: str | Path | None, name: str) -> Iterator[RunFolder]:
                     code="CKPT104",
                 )
             yield run
-    except BaseException:
+    except BaseException as error:
+        if not isinstance(error, Interrupted | CheckpointError):
+            run.forget_start()
         if new and not run.holds_training():
             shutil.rmtree(path, ignore_errors=True)
         raise
 
 
 def open_run(path: str | Path) -> RunFolder:
-    """An existing run: a folder, or `last` for the newest one under runs/. CheckpointError if it is none."""
-    if str(path) == "last" and not Path("last").exists():
-        found = [config.parent for config in RUNS.glob("*/config.toml")]
-        usable = [folder for folder in found if RunFolder(folder).holds_training()]
-        if not usable:
-            raise CheckpointError(
-                "last: needs a run under runs/; there is none. Train one first.", code="CKPT101"
-            )
-        path = max(usable, key=lambda folder: (folder / "config.toml").stat().st_mtime_ns)
-    run = RunFolder(Path(path))
+    """An existing run, see `records.find_run`, with a configuration that can be read. CheckpointError if it is none."""
+    run = RunFolder(find_run(path))
     run.read_config()
     return run
 

@@ -33,7 +33,6 @@ from ane_trainer.training.checkpoint import (
     read_model,
     read_tensors,
     rebuild_optimizer,
-    unwritable,
     write_model,
     write_tensors,
 )
@@ -49,6 +48,7 @@ from ane_trainer.training.lora import (
     save_adapter,
 )
 from ane_trainer.training.own_loss import make_intake
+from ane_trainer.training.records import unwritable
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
 from ane_trainer.training.state import Loss, Training
@@ -436,6 +436,8 @@ class Trainer(Training):
                 self.report.note("cpu", text)
         progress.next_epoch(self._skipped())
         self.report.end_epoch(record)
+        if (strayed := progress.strayed(record.train_loss)) is not None:
+            self.report.note("warning", strayed)
 
     def check_finite(self) -> None:
         """Diverged if a parameter is not finite, or the epoch so far had not one good step of many."""
@@ -470,6 +472,8 @@ class Trainer(Training):
                 )
         if self._restored is not None:
             self.progress.skipped_steps -= step.skipped_steps
+            if engine.is_other_program(step, self._restored.scalars.get("program")):
+                self.report.note("warning", engine.OTHER_PROGRAM)
             self._restored = None
         self.step = step
         self._inference.example = x

@@ -32,7 +32,7 @@ class CsvReporter(Reporter):
         self.folder = folder
 
     def end_epoch(self, record: Epoch) -> None:
-        before = [row for row in read_history(self.folder) if int(row.get("epoch", 0)) < record.epoch]
+        before = [row for row in read_history(self.folder)[0] if row["epoch"] < record.epoch]
         atomic_write(self.folder / "metrics.csv", as_csv([*before, finite(record.to_json())]))
 
 

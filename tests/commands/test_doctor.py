@@ -10,8 +10,8 @@ import pytest
 
 from ane_trainer.ane.chips.lookup import known_chips
 from ane_trainer.cli import run_command
-from ane_trainer.commands import doctor
-from ane_trainer.commands.doctor import Check, exit_code, try_device
+from ane_trainer.commands import examination as doctor
+from ane_trainer.commands.examination import Check, exit_code, try_device
 from tests.standin.fixtures import engine, library  # noqa: F401
 from tests.standin.library import Engine, needs_compiler
 

@@ -65,7 +65,7 @@ def interrupted(out: Path, step: int = 3, number: int = signal.SIGINT, **options
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return RunFolder(run).read_weights()
+    return RunFolder(run).read_weights().state
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -178,7 +178,7 @@ def test_options_together_resume_to_the_same_bits(tmp_path: Path) -> None:
         run_training(cut, out=tmp_path / "cut", report=Stop())
     again = resume_training(tmp_path / "cut", report=Reporter())
     assert again.test_loss == whole.test_loss
-    one, two = (RunFolder(tmp_path / name).read_weights() for name in ("whole", "cut"))
+    one, two = (RunFolder(tmp_path / name).read_weights().state for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.count_nonzero(one["fc1.bias"] - make_start()["fc1.bias"])
     assert (tmp_path / "cut" / BEST).exists()

@@ -77,9 +77,9 @@ def class_count(loss: Loss, output: Any, target: Any) -> int | None:
     Raises: DataError for numbers that are none of the output's classes.
     """
     tensors = isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)
-    if loss not in CLASS_LOSSES or not tensors or target.is_floating_point() or output.ndim < 2:
+    if loss not in CLASS_LOSSES or not tensors or target.is_floating_point() or not target.ndim:
         return None
-    if output.ndim > target.ndim + 1:
+    if output.ndim != target.ndim + 1:
         wanted = ", ".join(map(str, [len(target), "classes", *target.shape[1:]]))
         raise DataError(
             f"the model's output needs the shape [{wanted}] for these class numbers; "

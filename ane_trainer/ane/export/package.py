@@ -16,6 +16,7 @@ from typing import Any
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.coreml_proto import coreml_messages, program_to_proto
+from ane_trainer.ane.mil.loading import SEAL, blank_seal, seal_package
 from ane_trainer.ane.mil.program import Function, Program, Value
 
 SPECIFICATION_VERSION = 9
@@ -58,7 +59,10 @@ def write_package(path: str | Path, program: Program, description: Description) 
     _describe(spec, messages, program, description)
     if description.labels:
         _add_classifier(spec, messages, description)
-    _write_files(target, spec.SerializeToString(deterministic=True), blob)
+    texts = spec.description.metadata.userDefined
+    texts[SEAL] = blank_seal(0)
+    texts[SEAL] = blank_seal(spec.ByteSize() + len(blob))
+    _write_files(target, seal_package(spec.SerializeToString(deterministic=True), blob), blob)
     return target
 
 

@@ -6,8 +6,10 @@ Files come from outside: only files inside the program's own folder are read, an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,30 @@ from ane_trainer.ane.mil.text.parser import parse_program
 WEIGHT_FOLDERS = ("", "weights")
 
 _MODEL_PATH = "@model_path/"
+
+#: Ending of a file beside a text with the SHA-256 of text and weights, as `sha256sum` writes it.
+SUMS = ".sha256"
+
+#: The entry of a package's metadata with its SHA-256, and the number of bytes that it covers, see `seal_package`.
+SEAL = "ane_trainer.sha256"
+_BLANK = "0" * 64
+
+
+def sums_of(files: Mapping[str, bytes]) -> str:
+    """What a file of sums holds for these files."""
+    return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+
+
+def seal_package(specification: bytes, blob: bytes) -> bytes:
+    """The specification, whose metadata has `blank_seal`, with its digest and the blob's in that place."""
+    seal = blank_seal(len(specification) + len(blob)).encode()
+    digest = hashlib.sha256(specification + blob).hexdigest().encode()
+    return specification.replace(seal, seal.replace(_BLANK.encode(), digest))
+
+
+def blank_seal(size: int) -> str:
+    """The entry `SEAL` before the digest is known; its length is always the same."""
+    return f"{_BLANK} {size:012d}"
 
 
 def load_program(path: str | Path) -> Program:
@@ -51,11 +77,30 @@ def _load_text(path: Path) -> Program:
         text = _read(path).decode("utf-8")
     except UnicodeDecodeError as fault:
         raise ProgramError(f"{path}: needs UTF-8 text; got {fault.reason}.", code="MIL111") from None
+    _check_sums(path.parent, path.with_suffix(SUMS))
     names = set(re.findall(rf'"({_MODEL_PATH}[^"\n]*)"', text))
     try:
         return parse_program(text, _weight_files(path.parent, names))
     except ProgramError as fault:
         raise ProgramError(f"{path}: {fault.args[0]}", code=fault.code) from None
+
+
+def _check_sums(folder: Path, path: Path) -> None:
+    """ProgramError if a file in `folder` is not the one that the sums in `path`, where it is there, tell of."""
+    if not path.is_file():
+        return
+    for line in _read(path).decode("utf-8", "replace").splitlines():
+        wanted, _, name = line.partition("  ")
+        if (folder / name).parent != folder or not (folder / name).is_file():
+            raise ProgramError(
+                f"{path}: needs the digests of files beside it; got {line[:80]!r}.", code="MIL111"
+            )
+        if hashlib.sha256(_read(folder / name)).hexdigest() != wanted:
+            raise ProgramError(
+                f"{folder / name}: needs the content that was written; its SHA-256 is another one than in {path.name}. "
+                f"Write it again, or delete {path.name} if the change is meant.",
+                code="MIL111",
+            )
 
 
 def _weight_files(folder: Path, names: set[str]) -> dict[str, bytes]:
@@ -89,11 +134,32 @@ def _load_package(package: Path) -> Program:
     if kind != "mlProgram":
         raise ProgramError(f"{package}: needs an ML Program; got the model type {kind}.", code="MIL111")
     folder = model.parent
+    blobs = _weight_files(folder, _blob_names(spec.mlProgram))
+    _check_seal(package, spec.description.metadata.userDefined.get(SEAL, ""), model)
     _without_classifier(spec.mlProgram)
-    program = program_from_proto(spec.mlProgram, _weight_files(folder, _blob_names(spec.mlProgram)))
+    program = program_from_proto(spec.mlProgram, blobs)
     default = spec.description.defaultFunctionName or "main"
     first = sorted(program.functions, key=lambda function: function.name != default)
     return Program(tuple(first), program.version, program.attributes)
+
+
+def _check_seal(package: Path, seal: str, model: Path) -> None:
+    """ProgramError if a package that `seal_package` sealed has other bytes now.
+
+    A package of another size was written anew by another tool, which kept the metadata; it is read as it is.
+    """
+    digest, _, size = seal.partition(" ")
+    if not size.isdecimal():
+        return
+    weights = model.parent / "weights" / "weight.bin"
+    content = _read(model).replace(seal.encode(), blank_seal(int(size)).encode())
+    content += _read(weights) if weights.is_file() else b""
+    if len(content) == int(size) and hashlib.sha256(content).hexdigest() != digest:
+        raise ProgramError(
+            f"{package}: needs the content that was written; its SHA-256 is another one than in its metadata. "
+            "Export it again.",
+            code="MIL111",
+        )
 
 
 def _without_classifier(message: Any) -> None:
@@ -113,9 +179,10 @@ def _model_file(package: Path) -> Path:
         manifest = json.loads(_read(package / "Manifest.json"))
         root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
         model = package / "Data" / str(root)
-    except (ValueError, KeyError, TypeError) as fault:
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ProgramError(
-            f"{package}: needs a manifest that names its model; got {fault!r}.", code="MIL111"
+            f"{package}: needs a Manifest.json that names its model; it is damaged. Export it again.",
+            code="MIL111",
         ) from None
     if not model.resolve().is_relative_to(package.resolve()):
         raise ProgramError(f"{package}: needs a model inside the package; got {root}.", code="MIL111")

@@ -7,19 +7,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ane_trainer.ane.chips.lookup import get_chip
-from ane_trainer.ane.dispatch.devices.machine import known_chip
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.verify.evidence import Row
-from ane_trainer.commands.conformance.engines import DeviceEngine
-from ane_trainer.commands.conformance.evidence import add_rows, rows_as_text, rows_of
-from ane_trainer.commands.conformance.report import as_text, examine, read_report, write_report
 from ane_trainer.commands.options import Fidelity, Output, Threads
 from ane_trainer.training.report import ConsoleReporter, Reporter
+
+if TYPE_CHECKING:  # PyTorch is imported only by what runs
+    from ane_trainer.ane.verify.evidence import Row
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -40,6 +37,8 @@ def conformance(
     ] = None,
 ) -> Output:
     """Compare the engine with the simulator, bit for bit: run a fixed set of programs on both, write a report."""
+    from ane_trainer.commands.conformance.report import as_text
+
     found, path = run(device, chip, fidelity, threads, only=only, out=out, report=ConsoleReporter(sys.stderr))
     send = "" if device == "sim" else "   (one line; send it in an issue of the project)"
     return Output(found, f"{as_text(found)}\nreport   {path}{send}")
@@ -55,6 +54,8 @@ def conformance_read(
     ] = None,
 ) -> Output:
     """Turn conformance reports into rows of evidence: which case came out bit for bit on which chip."""
+    from ane_trainer.commands.conformance.evidence import rows_as_text
+
     rows, added = read(reports, into)
     text = rows_as_text(rows)
     if into is not None:
@@ -76,6 +77,11 @@ def run(
 
     Raises: EnvironmentFault where the device is not, UsageError when `only` chooses no case.
     """
+    from ane_trainer.ane.chips.lookup import get_chip
+    from ane_trainer.ane.dispatch.devices.machine import known_chip
+    from ane_trainer.commands.conformance.engines import DeviceEngine
+    from ane_trainer.commands.conformance.report import examine, write_report
+
     name = get_chip(chip).name if chip else known_chip() or "m4"
     say = report or Reporter()
     shown = [0.0]
@@ -95,5 +101,8 @@ def run(
 
 def read(paths: Iterable[Path], into: Path | None = None) -> tuple[tuple[Row, ...], int]:
     """Rows of the reports, and how many were new in the file `into`."""
+    from ane_trainer.commands.conformance.evidence import add_rows, rows_of
+    from ane_trainer.commands.conformance.report import read_report
+
     rows = tuple(row for path in paths for row in rows_of(read_report(path)))
     return rows, add_rows(into, rows) if into is not None else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,9 +40,18 @@ def load_keras_model(path: str) -> nn.Module:
     keras = import_keras()
     try:
         model: nn.Module = keras.saving.load_model(path, compile=False)
-    except (OSError, ValueError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"model: needs a file that Keras 3 can read; got {path} ({str(error).splitlines()[0]}). "
+            f"model: needs a file that Keras 3 can read; got {path} ({reason[:160]}). "
             "Save it by model.save('name.keras'), and import the modules of its own layers first.",
             code="ANE102",
         ) from error

@@ -72,7 +72,7 @@ def _attribute(module: ModuleType, path_text: str, attribute: str, where: str) -
         own = [
             key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
         ]
-        hint = did_you_mean(attribute, own)
+        hint = did_you_mean(attribute, own) if own else "It has no class or function."
         raise UsageError(
             f"{where}: needs a class or function in {path_text}; got {attribute!r}. {hint}", code="ANE102"
         )

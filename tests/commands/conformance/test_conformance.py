@@ -18,9 +18,12 @@ from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.simulator import KERNELS
 from ane_trainer.ane.verify.evidence import read_rows, stored_rows
 from ane_trainer.cli import run_command
-from ane_trainer.commands import conformance
-from ane_trainer.commands.conformance import DeviceEngine, evidence, examine
+from ane_trainer.commands.conformance import commands as conformance
+from ane_trainer.commands.conformance import evidence
+from ane_trainer.commands.conformance import report as report_file
 from ane_trainer.commands.conformance.compare import difference
+from ane_trainer.commands.conformance.engines import DeviceEngine
+from ane_trainer.commands.conformance.report import examine
 from ane_trainer.commands.conformance.suite import VERSION, suite
 from docs._generate import fidelity
 from tests.standin.library import Engine, needs_compiler
@@ -169,7 +172,7 @@ def from_a_mac(report: dict[str, Any], chip: str = "m1") -> dict[str, Any]:
 
 def test_reports_become_rows_and_rows_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = examine(sim("m1"), sim("m5"), only="cliff")
-    path = conformance.write_report(from_a_mac(found), tmp_path / "report.json")
+    path = report_file.write_report(from_a_mac(found), tmp_path / "report.json")
     assert path.read_text().count("\n") == 1
     table = tmp_path / "rows.csv"
     rows, added = conformance.read([path], table)
@@ -183,7 +186,7 @@ def test_reports_become_rows_and_rows_a_table(tmp_path: Path, monkeypatch: pytes
         "Darwin 26.5",
         "25F71",
     )
-    assert f"{row.differences} of {row.values} differ" in conformance.rows_as_text(rows).splitlines()[0]
+    assert f"{row.differences} of {row.values} differ" in evidence.rows_as_text(rows).splitlines()[0]
     monkeypatch.setattr(fidelity, "stored_rows", lambda: rows)
     book = fidelity.document(lambda figure: figure.published)
     assert f"| m1 | {row.case} | {row.differences} of {row.values} | {row.max_ulp} |" in book
@@ -200,11 +203,11 @@ def test_rows_that_the_package_carries_say_where_they_come_from() -> None:
 def test_only_an_engine_is_evidence(tmp_path: Path) -> None:
     report = examine(sim("m4"), sim("m4"), only="square near")
     with pytest.raises(DataError, match="the device sim on"):
-        conformance.rows_of(report)
+        evidence.rows_of(report)
     other = from_a_mac(report) | {"machine_chip": "m4"}
     with pytest.raises(DataError, match="Apple M1, compared with the simulator of m1"):
-        conformance.rows_of(other)
-    assert conformance.rows_of(from_a_mac(report))
+        evidence.rows_of(other)
+    assert evidence.rows_of(from_a_mac(report))
     for text in ("", "[]", '{"format": "another"}'):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(DataError, match="needs a report"):
@@ -237,6 +240,6 @@ def test_reports_are_values() -> None:
 @pytest.mark.mac
 def test_on_the_engine_the_suite_runs_and_leaves_a_report(tmp_path: Path) -> None:
     report, path = conformance.run("e5rt", out=tmp_path / "report.json")
-    print(conformance.as_text(report))
-    assert conformance.rows_of(conformance.read_report(path))
+    print(report_file.as_text(report))
+    assert evidence.rows_of(report_file.read_report(path))
     assert len(report["equal"]) > len(report["failed"])
