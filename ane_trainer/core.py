@@ -18,7 +18,7 @@ from ane_trainer.__version__ import __version__
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.dispatch.parallel import Exchange, find_exchange
 from ane_trainer.ane.errors import Diverged, Interrupted, PeerLost, UsageError
-from ane_trainer.ane.export import DEFAULT_NAMES, ExportReport, format_of
+from ane_trainer.ane.export import DEFAULT_NAMES, STEP_FORMATS, ExportReport, format_of
 from ane_trainer.data import (
     Batches,
     DataDescription,
@@ -267,7 +267,7 @@ def export_run(
     The file goes to `out`, by default into the run's folder. `options` override those of the run.
     """
     kind, as_run = format_of(out or "", format), open_run(path).read_config()
-    device = "sim" if kind.startswith("step-") or as_run.device == "cpu" else as_run.device
+    device = "sim" if kind in STEP_FORMATS or as_run.device == "cpu" else as_run.device
     trained = _open_trained(
         path, {"device": device, "precision": "auto"} | {k: v for k, v in options.items() if v is not None}
     )
@@ -277,7 +277,7 @@ def export_run(
             f"the weights are those of {trained.weights.file}: {trained.weights.damage}", stacklevel=2
         )
     target = Path(out) if out is not None else run.path / DEFAULT_NAMES[kind]
-    if kind.startswith("step-"):
+    if kind in STEP_FORMATS:
         trainer.restore(run.read_checkpoint()[0])
         data = open_data(config.dataset, _data_options(config, config.limit)).train
     else:

@@ -14,9 +14,9 @@ from ane_trainer.commands.options import Output, Run, RunChip, RunFidelity, show
 def export(
     run: Run,
     format: Annotated[
-        str,
+        str | None,
         typer.Option(help="mlpackage, aimodel, onnx, torch, step-mlpackage, step-aimodel.", metavar="NAME"),
-    ],
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file (default: in the run's folder).", metavar="PATH")
     ] = None,
@@ -26,11 +26,20 @@ def export(
     weights: Annotated[str, typer.Option(help="Of an mlpackage: fp16, int8, int4.", metavar="KIND")] = "fp16",
     batch: Annotated[int, typer.Option(help="Examples that go in at once.")] = 1,
     examples: Annotated[int, typer.Option(help="Test examples that the file is checked on; 0: all.")] = 1000,
+    state: Annotated[
+        str, typer.Option(help="Of a training step: io (inputs and outputs), state, both.", metavar="FORM")
+    ] = "io",
+    app: Annotated[
+        Path | None,
+        typer.Option(help="A Swift package that trains on with the step, into this folder.", metavar="DIR"),
+    ] = None,
     chip: RunChip = None,
     fidelity: RunFidelity = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
 ) -> Output:
     """Write a run's model, or its training step, for apps, and check the file by running it again."""
+    if app is not None:
+        out, format = app, "app"
     if out is None and format is None:
         raise UsageError(
             "export: needs a format; got none. Give --format mlpackage, or --out model.mlpackage."
@@ -45,7 +54,7 @@ def export(
     kind = format_of(out or "", format)
     return show(
         core.export_run(
-            run, kind, out, input=input, weights=weights, batch=batch, examples=examples or None, chip=chip,
-            fidelity=fidelity,
+            run, kind, out, input=input, weights=weights, batch=batch, examples=examples or None,
+            state=state, chip=chip, fidelity=fidelity,
         )
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,19 @@ from torch import nn
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.errors import DataError, UsageError
-from ane_trainer.ane.export import ExportOptions, ExportReport, Signature, export_inference, export_step
+from ane_trainer.ane.export import (
+    UNVERIFIED,
+    ExportOptions,
+    ExportReport,
+    Signature,
+    export_inference,
+    export_step,
+)
 from ane_trainer.ane.export.driving import driving
+from ane_trainer.ane.export.freeze import Deployed
+from ane_trainer.ane.export.report import size_bytes
+from ane_trainer.ane.export.step import changing
+from ane_trainer.ane.export.swift import write_app, write_predictor
 
 INPUTS = ("auto", "image", "tensor")
 #: Steps that an exported training step is run for.
@@ -63,6 +75,36 @@ def export_training(
     feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
     about = about_step(step, optimizer)
     return export_step(step.compiled, step.port_state(), feeds, path, format, options, about)
+
+
+def export_app(
+    step: TrainingStep, optimizer: torch.optim.Optimizer, model: nn.Module, folder: str | Path,
+    data: Iterable[Any], options: ExportOptions,
+) -> ExportReport:  # fmt: skip
+    """Write a Swift package that trains on with the step: `export_training` in the form io, and what surrounds it."""
+    batches = list(itertools.islice(iter(data), CHECKED_STEPS))
+    with tempfile.TemporaryDirectory() as place:
+        package = Path(place) / "step.mlpackage"
+        report = export_training(
+            step, optimizer, package, "step-mlpackage", batches, replace(options, state="io")
+        )
+        x, y = batches[0]
+        state, chip = step.port_state(), step.compiled.chip
+        write_app(Path(folder), package, state, step.feeds(x, y), chip)
+    x = x if isinstance(x, torch.Tensor) else torch.as_tensor(x)
+    signature = Signature(tuple(x.shape[1:]), 1, None, (), not x.is_floating_point())
+    ports = {p.target: p.name for p in step.compiled.inputs if p.role == "state" and "/" not in p.target}
+    travels = set(changing(step.compiled.legalized.lowered))
+    names = {target: port for target, port in ports.items() if port in travels}
+    fixed = {target: state[port] for target, port in ports.items()}
+    write_predictor(Path(folder), Deployed(model, signature), signature, names, fixed)
+    return replace(
+        report,
+        path=Path(folder),
+        format="app",
+        size_bytes=size_bytes(Path(folder)),
+        unverified=UNVERIFIED["app"],
+    )
 
 
 def about_step(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:

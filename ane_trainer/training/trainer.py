@@ -24,7 +24,7 @@ from ane_trainer.ane.errors import (
     PeerLost,
     UsageError,
 )
-from ane_trainer.ane.export import ExportOptions, ExportReport, format_of
+from ane_trainer.ane.export import STEP_FORMATS, ExportOptions, ExportReport, format_of
 from ane_trainer.training import energy, engine, loop
 from ane_trainer.training.callbacks import Callback, Callbacks
 from ane_trainer.training.checkpoint import (
@@ -37,7 +37,7 @@ from ane_trainer.training.checkpoint import (
     write_tensors,
 )
 from ane_trainer.training.datasets.opening import batches_of
-from ane_trainer.training.exporting import CHECKED_STEPS, export_model, export_training
+from ane_trainer.training.exporting import CHECKED_STEPS, export_app, export_model, export_training
 from ane_trainer.training.loop import Batch
 from ane_trainer.training.lora import (
     LoraOptions,
@@ -285,7 +285,7 @@ class Trainer(Training):
         """Write the trained model (or its training step) as a file, and run that file again to check it.
 
         format    mlpackage, aimodel, onnx, torch; step-mlpackage, step-aimodel: the training step with its
-                  state. By default what the path ends in says.
+                  state; app: a Swift package around it. By default what the path ends in says.
         data      batches to check it on; by default the first batch of training.
         input     "image": pixels, normalised inside (data with mean and std); "tensor"; "auto".
         weights   fp16, int8 or int4 (mlpackage).
@@ -301,7 +301,7 @@ class Trainer(Training):
         if source is None:
             raise UsageError("export: needs data to check the file; got none. Pass data=...", code="ANE117")
         options = ExportOptions(input, weights, batch, examples, self.chip, self.fidelity, state)
-        if kind.startswith("step-"):
+        if kind in STEP_FORMATS:
             step = self.step
             if step is None:
                 step = self.compiled(*loop.unpack(next(iter(source)), "export: first batch"))
@@ -313,6 +313,8 @@ class Trainer(Training):
                 )
             ready = (self._ready(*loop.unpack(batch, "export: batch"), "export: batch") for batch in source)
             whole = [pair for pair in itertools.islice(ready, CHECKED_STEPS) if pair is not None]
+            if kind == "app":
+                return export_app(step, self.optimizer, self.model, path, whole, options)
             return export_training(step, self.optimizer, path, kind, whole, options)
         return export_model(self.model, path, kind, source, options, classes=self._loss in CLASS_LOSSES)
 

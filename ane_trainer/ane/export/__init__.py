@@ -1,6 +1,6 @@
 """Exports: a trained model, or its training step, as a file for apps; each is run again on the spot.
 
-Formats: mlpackage, aimodel, onnx, torch for inference; step-mlpackage, step-aimodel for training.
+Formats: mlpackage, aimodel, onnx, torch for inference; step-mlpackage, step-aimodel, app (Swift) for training.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from ane_trainer.ane.stages import Compiled
 __all__ = [
     "DEFAULT_NAMES",
     "FORMATS",
+    "STEP_FORMATS",
+    "UNVERIFIED",
     "ExportOptions",
     "ExportReport",
     "Signature",
@@ -44,20 +46,22 @@ _INFERENCE = {
     "onnx": (inference.write_onnx, inference.run_onnx, "onnxruntime"),
     "torch": (inference.write_torch, inference.run_torch, "torch.export.load"),
 }
-_STEPS = ("step-mlpackage", "step-aimodel")
-FORMATS = (*_INFERENCE, *_STEPS)
+#: Formats that hold the training step; `app` is a Swift package around it.
+STEP_FORMATS = ("step-mlpackage", "step-aimodel", "app")
+FORMATS = (*_INFERENCE, *STEP_FORMATS)
 #: How a format's file is called where nobody says.
 DEFAULT_NAMES = {
     "mlpackage": "model.mlpackage", "aimodel": "model.aimodel", "onnx": "model.onnx", "torch": "torch",
-    "step-mlpackage": "step.mlpackage", "step-aimodel": "step.aimodel",
+    "step-mlpackage": "step.mlpackage", "step-aimodel": "step.aimodel", "app": "app",
 }  # fmt: skip
 
 _PRECISION = {"aimodel": "fp16", "onnx": "fp32", "torch": "fp32"}
-_UNVERIFIED = {
+UNVERIFIED = {
     "mlpackage": "Core ML itself, on a Mac or iPhone",
     "aimodel": "the Neural Engine, on macOS 27",
     "step-mlpackage": "Core ML itself, on macOS 15 or iOS 18",
     "step-aimodel": "the Neural Engine, on macOS 27",
+    "app": "a Swift compiler, Core ML and the Neural Engine",
 }
 
 
@@ -104,7 +108,7 @@ def export_inference(
     return ExportReport(
         written, format, size_bytes(written), _PRECISION.get(format, options.weights), checked_by,
         "the same model in PyTorch, fp32", len(inputs), largest_difference(got, wanted),
-        accuracy(got, truth), accuracy(wanted, truth), _UNVERIFIED.get(format, ""),
+        accuracy(got, truth), accuracy(wanted, truth), UNVERIFIED.get(format, ""),
     )  # fmt: skip
 
 
@@ -148,7 +152,7 @@ def export_step(
     difference = max(difference, largest_difference(np.asarray(losses), np.asarray(reference)))
     return ExportReport(
         written, format, size_bytes(written), "fp16", checked_by, "the same steps on the simulator",
-        len(feeds), difference, unverified=_UNVERIFIED[format],
+        len(feeds), difference, unverified=UNVERIFIED[format],
     )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from ane_trainer.ane.stages import Lowered, Port
 
 VERSION = 1
 
+Manifest = dict[str, Any]
+
 
 def manifest(lowered: Lowered, form: str, about: Mapping[str, object]) -> dict[str, object]:
     """The manifest of `lowered` in a form of `export.step`; `about` adds what the caller knows."""
@@ -92,7 +94,7 @@ def write_manifest(path: str | Path, content: Mapping[str, object]) -> None:
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
+def read_manifest(path: str | Path) -> Manifest:
     """The manifest beside an exported step."""
     content: dict[str, object] = json.loads(manifest_path(path).read_text(encoding="utf-8"))
     return content
