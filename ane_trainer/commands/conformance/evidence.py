@@ -12,7 +12,7 @@ from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.verify.evidence import Row, read_rows, write_rows
 
 #: Devices that reach an engine; a report of any other says nothing about a chip.
-ENGINES = ("e5rt", "e5rt-pingpong", "coreai")
+ENGINES = ("e5rt", "e5rt-pingpong", "coreai", "coreml")
 
 
 def rows_of(report: dict[str, Any]) -> tuple[Row, ...]:

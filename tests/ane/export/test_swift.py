@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from ane_trainer.ane.export.swift import (
 )
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.ane.simulator import make_context, prepare
+from ane_trainer.commands.conformance.evidence import rows_of
+from ane_trainer.commands.conformance.report import FORMAT
+from ane_trainer.commands.conformance.suite import VERSION
 
 pytest.importorskip("coremltools")
 tree_sitter = pytest.importorskip("tree_sitter")
@@ -273,3 +277,33 @@ def test_generated_sources_are_the_same_each_time(app: Path) -> None:
     manifest = read_manifest(app / RESOURCES / "step.mlpackage")
     assert scalars_source(manifest, "m4") == (app / "Sources/TrainingStep/Scalars.swift").read_text()
     assert vectors_source(manifest) == (app / "Tests/TrainingStepTests/Vectors.swift").read_text()
+
+
+def test_the_apps_report_is_one_that_conformance_read_takes() -> None:
+    """The keys of the report in `Conformance.swift`, filled in, are evidence."""
+    source = (files("ane_trainer.ane.export") / "app/Sources/TrainingStep/Conformance.swift").read_text()
+    literal = source[source.index("let report: [String: Any] = [") :]
+    keys = set(re.findall(r'"(\w+)":', literal[: literal.index("        ]\n")]))
+    assert f'"suite": {VERSION}' in literal
+    assert f'"format": "{FORMAT}"' in literal
+    assert {
+        "machine",
+        "machine_chip",
+        "device",
+        "compared_with",
+        "equal",
+        "different",
+        "failed",
+        "skipped",
+    } <= keys
+    report = {
+        "format": FORMAT, "suite": VERSION, "machine_chip": "m4", "equal": {"app: loss": 1},
+        "machine": {"system": "Darwin", "release": "26.5.0", "build": "25F71", "chip": "Apple M4"},
+        "device": {"name": "coreml", "chip": "m4"}, "compared_with": {"name": "sim", "chip": "m4"},
+        "different": [{"case": "app: health", "values": 3, "count": 1, "max_ulp": 2}],
+    }  # fmt: skip
+    rows = rows_of(report)
+    assert [(row.case, row.differences, row.max_ulp) for row in rows] == [
+        ("app: loss", 0, 0),
+        ("app: health", 1, 2),
+    ]
