@@ -3,8 +3,8 @@ import Foundation
 /// The units of the gradients, powers of two that follow their sizes so that half precision holds them.
 ///
 /// The model returns the largest magnitude of each gradient in its unit (`health`). One that is beyond what the
-/// update takes makes the model skip the update; its unit then moves down. Units whose gradients have become small
-/// move up. What the optimizer keeps in a unit is scaled along. Nothing is compiled again.
+/// update takes makes the model skip the update; its unit then moves down and the batch runs again. Units whose
+/// gradients have become small move up. What the optimizer keeps in a unit is scaled along. Nothing is compiled again.
 public struct GradientUnits: Codable, Equatable, Sendable {
     /// A parameter's state is to be multiplied: by `before` where it is kept before clipping, else by `after`.
     public struct Move: Equatable, Sendable {
@@ -24,7 +24,7 @@ public struct GradientUnits: Codable, Equatable, Sendable {
         shift = manifest.shift
     }
 
-    /// The moves that the health of a step asks for; the units are those after them.
+    /// The moves that the health of a run asks for, and whether its gradients fitted; the units are those after them.
     ///
     /// - Parameters:
     ///   - limits: the largest gradients that the update takes, as they were fed.
@@ -32,10 +32,10 @@ public struct GradientUnits: Codable, Equatable, Sendable {
     ///   - room: the factor by which a parameter's state can be scaled within half precision.
     public mutating func observe(
         health: [Double], limits: [Double], step: Int, manifest: Manifest, room: (Int) -> Double
-    ) -> [Move] {
+    ) -> (moves: [Move], fits: Bool) {
         let policy = manifest.policy
         let count = values.count
-        guard health[count] > 0 else { return [] }  // the loss scale was halved instead; it is state
+        guard health[count] > 0 else { return ([], false) }  // the loss scale was halved instead; it is state
         let up = policy.upFirst.contains(step) || step % policy.upEvery == 0
         var wanted = (0..<count).map { i in
             factor(of: i, peak: health[i], limit: limits[i], up: up, manifest: manifest)
@@ -47,7 +47,8 @@ public struct GradientUnits: Codable, Equatable, Sendable {
         for i in 0..<count where wanted[i] > 1 {
             wanted[i] = min(wanted[i], max(1, room(i) / max(shiftFactor, 1)))
         }
-        return moved(by: wanted, shiftFactor: shiftFactor)
+        let fits = zip(health, limits).allSatisfy { $0 < $1 }
+        return (moved(by: wanted, shiftFactor: shiftFactor), fits)
     }
 
     private mutating func factor(

@@ -49,9 +49,11 @@ public struct Manifest: Codable, Sendable {
         public let movedPeak: Double
         public let accumulate: Int
         public let clipped: Bool
+        /// Runs of one batch until its gradients fit.
+        public let attempts: Int
 
         enum CodingKeys: String, CodingKey {
-            case peak, high, low, fade, accumulate, clipped
+            case peak, high, low, fade, accumulate, clipped, attempts
             case upFirst = "up_first"
             case upEvery = "up_every"
             case movedPeak = "moved_peak"

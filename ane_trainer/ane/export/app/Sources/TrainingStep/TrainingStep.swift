@@ -48,29 +48,38 @@ public actor TrainingStep {
     }
 
     /// Trains on one batch, by port name, and returns its loss before the update.
+    ///
+    /// A batch whose gradients do not fit changes nothing but the loss scale. It runs again with units that moved,
+    /// so that no update is lost.
     public func train(_ batch: [String: MLShapedArray<Float16>]) throws -> Double {
-        let pending = (batches + 1) % manifest.policy.accumulate
-        let scalars = Scalars.values(
-            update: updates + 1, settings: settings, units: units.values, shift: units.shift, last: pending == 0
-        )
-        var inputs = state.merging(batch) { _, new in new }
-        for (target, values) in scalars {
-            guard let port = manifest.port(of: target) else { continue }
-            inputs[port] = MLShapedArray(scalars: values.map(Float16.init), shape: [values.count])
+        batches += 1
+        let completes = batches % manifest.policy.accumulate == 0
+        let accumulated = manifest.port(of: "step/accumulated_fits").map { ($0, state[$0]) }
+        var loss = 0.0
+        for _ in 0..<manifest.policy.attempts {
+            let scalars = Scalars.values(
+                update: updates + 1, settings: settings, units: units.values, shift: units.shift, last: completes
+            )
+            let results = try run(batch, scalars: scalars)
+            loss = try Double(array("loss", of: results).scalars[0]) / manifest.lossUnit
+            let health = try array("health", of: results).scalars.map(Double.init)
+            let limits = (scalars["gradient_limits"] ?? []).map { Double(Float16($0)) }
+            let watched = units.observe(
+                health: health, limits: limits, step: batches, manifest: manifest, room: room
+            )
+            move(watched.moves)
+            if watched.fits {
+                if completes { updates += 1 }
+                return loss
+            }
+            if !loss.isFinite { break }
+            if let (port, before) = accumulated { state[port] = before }
         }
-        try check(inputs)
-        let provider = try MLDictionaryFeatureProvider(
-            dictionary: inputs.mapValues { MLFeatureValue(multiArray: MLMultiArray($0)) }
-        )
-        let results = try model.prediction(from: provider)
-        for (output, input) in manifest.aliases {
-            state[input] = try array(output, of: results)
+        if completes {
+            skipped += 1
+            dropAccumulated()
         }
-        try count(results, completes: pending == 0)
-        let health = try array("health", of: results).scalars.map(Double.init)
-        let limits = (scalars["gradient_limits"] ?? []).map { Double(Float16($0)) }
-        move(units.observe(health: health, limits: limits, step: batches, manifest: manifest, room: room))
-        return try Double(array("loss", of: results).scalars[0]) / manifest.lossUnit
+        return loss
     }
 
     /// The trained parameters in single precision: each is the sum of two half-precision terms.
@@ -134,13 +143,31 @@ public actor TrainingStep {
 
     // MARK: - Details
 
-    private func count(_ results: MLFeatureProvider, completes: Bool) throws {
-        batches += 1
-        guard completes else { return }
-        if try array("applied", of: results).scalars[0] > 0 {
-            updates += 1
-        } else {
-            skipped += 1
+    /// One prediction: feeds state, batch and scalars, and takes the next state.
+    private func run(
+        _ batch: [String: MLShapedArray<Float16>], scalars: [String: [Double]]
+    ) throws -> MLFeatureProvider {
+        var inputs = state.merging(batch) { _, new in new }
+        for (target, values) in scalars {
+            guard let port = manifest.port(of: target) else { continue }
+            inputs[port] = MLShapedArray(scalars: values.map(Float16.init), shape: [values.count])
+        }
+        try check(inputs)
+        let provider = try MLDictionaryFeatureProvider(
+            dictionary: inputs.mapValues { MLFeatureValue(multiArray: MLMultiArray($0)) }
+        )
+        let results = try model.prediction(from: provider)
+        for (output, input) in manifest.aliases {
+            state[input] = try array(output, of: results)
+        }
+        return results
+    }
+
+    /// Empties the sums of gradients: the update that they were for is lost.
+    private func dropAccumulated() {
+        for port in manifest.inputs where port.target?.hasSuffix("/accumulated") == true {
+            guard let old = state[port.name] else { continue }
+            state[port.name] = MLShapedArray(repeating: 0, shape: old.shape)
         }
     }
 
