@@ -19,7 +19,7 @@ __all__ = [
 
 
 def load_dataset(
-    name: Any, batch_size: int = 128, seed: int = 0, *,
+    name: object, batch_size: int = 128, seed: int = 0, *,
     limit: int | tuple[int | None, int | None] | None = None, shuffle: bool = True,
     drop_last: bool | None = None, augment: Sequence[str] | str = (), **options: Any,
 ) -> tuple[Batches, Batches]:  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -87,7 +86,7 @@ def build_model(
         return builder(**arguments)
 
 
-def _given(**arguments: object) -> dict[str, Any]:
+def _given(**arguments: object) -> dict[str, object]:
     return {key: value for key, value in arguments.items() if value is not None}
 
 
@@ -95,7 +94,7 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"{kind}: needs a known name; got {name!r}. {did_you_mean(name, known)}"
 
 
-def _check_options(name: str, builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
+def _check_options(name: str, builder: Callable[..., nn.Module], arguments: dict[str, object]) -> None:
     """Refuse options that the builder does not take."""
     known = [key for key in inspect.signature(builder).parameters if key not in ("in_shape", "num_classes")]
     for key in arguments:
@@ -106,7 +105,7 @@ def _check_options(name: str, builder: Callable[..., nn.Module], arguments: dict
             )
 
 
-def _as_sizes(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _as_sizes(name: str, arguments: dict[str, object]) -> dict[str, object]:
     """Allow a bare number for `hidden` and `channels`; refuse whatever is not a whole number >= 1."""
     sizes = dict(arguments)
     for key in ("hidden", "channels"):

@@ -49,7 +49,7 @@ def dataset_rows(root: str | Path | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def fetch_dataset(name: str, root: str | Path | None = None) -> dict[str, Any]:
+def fetch_dataset(name: str, root: str | Path | None = None) -> dict[str, object]:
     """Fetch and verify a dataset; where it came from and where it lies."""
     from ane_trainer.data import find_dataset, load_dataset
 

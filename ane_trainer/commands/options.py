@@ -118,7 +118,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         *flags, help=f"{field.description or ''}{default}", metavar=metavar, show_default=False,
         rich_help_panel=str(extra.get("panel", "Training")),
     )  # fmt: skip
-    annotation: Any = Annotated[cast(Any, kind | None), option]
+    annotation: object = Annotated[cast(object, kind | None), option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +69,7 @@ class ClassAnalysis:
     worst: tuple[Sample, ...]
     random: tuple[Sample, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Without the samples' inputs."""
         plain = {**asdict(self), "confusion_TP": self.confusion_TP.tolist()}
         for kind in ("worst", "random"):
@@ -96,7 +95,7 @@ class NumberAnalysis:
     numbers: tuple[NumberScores, ...]
     pairs_NK2: Floats
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Without the pairs."""
         return {"examples": self.examples, "numbers": [asdict(row) for row in self.numbers]}
 
@@ -109,7 +108,7 @@ class LabelAnalysis:
     macro_f1: float
     classes: tuple[ClassScores, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As plain values."""
         return asdict(self)
 

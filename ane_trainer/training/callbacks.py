@@ -49,11 +49,11 @@ class Callback:
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         """Training ends by an error or by Ctrl-C."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What a resumed training has to know, as JSON."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from `state_dict`."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ class Callbacks:
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self._callbacks = tuple(callbacks)
-        self._scalars: dict[str, Any] = {}
+        self._scalars: dict[str, object] = {}
         self._tensors: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[Callback]:
@@ -90,7 +90,7 @@ class Callbacks:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise incomplete("checkpoint", [f"{name} cannot go on from its state ({error!r})"]) from None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON by the class's name."""
         return self._scalars | {type(c).__name__: state for c in self if (state := c.state_dict())}
 
@@ -135,7 +135,7 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
             trainer.report.note("stopped", f"early: no better result for {self.waited} epochs")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"best": None if math.isinf(self.best) else self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ class BestWeights(Callback):
         if self._weights:
             trainer.finish_with(self._weights, self.epoch)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"best": None if math.isinf(self._best) else self._best, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -224,7 +224,7 @@ def _allowed(name: str, path: Path) -> Any:
     )
 
 
-def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, object]:
     """Class and hyperparameters as JSON; parameters by their names in the model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [

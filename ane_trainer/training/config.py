@@ -25,7 +25,7 @@ DEFAULT_LR: Mapping[str, float] = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 
 
 #: What a model takes where an option is not given.
-_MODEL_DEFAULTS: Mapping[str, dict[str, Any]] = {
+_MODEL_DEFAULTS: Mapping[str, dict[str, object]] = {
     "mlp": {"hidden": (256,), "activation": "gelu"},
     "cnn": {"activation": "relu"},
     "transformer": {"activation": "gelu"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -135,7 +134,7 @@ def make_step(
 
 def make_forward(
     model: nn.Module, example: object, target: Target, fallback: str = "none"
-) -> Callable[[Any], Any]:
+) -> Callable[[object], object]:
     """The forward pass in evaluation mode for a target.
 
     UnsupportedModel if the model does not fit the chip and `fallback` is "none".
@@ -150,7 +149,7 @@ def make_forward(
     return CpuForward(model, Partitioned(model, target))
 
 
-def estimate_of(step: Step | None, target: Target) -> dict[str, Any] | None:
+def estimate_of(step: Step | None, target: Target) -> dict[str, object] | None:
     """The cost model's figures for one step on the chip; None where it knows nothing."""
     cost = step.cost() if step is not None else None
     if cost is None or target.chip is None:
@@ -171,7 +170,7 @@ def agreement_of(step: Step) -> Agreement | None:
     return step.agreement if isinstance(step, TrainingStep) else None
 
 
-def step_facts(step: Step | None) -> dict[str, Any]:
+def step_facts(step: Step | None) -> dict[str, object]:
     """The counters of a compiled step by their names in result.json; unknown ones before it is compiled."""
     if step is None:
         unknown = ("engine_flop_fraction", "host_bytes_per_step", "loss_scale")
@@ -188,7 +187,7 @@ def step_facts(step: Step | None) -> dict[str, Any]:
     }
 
 
-def program_facts(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def program_facts(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, object] | None:
     """Size of the compiled step; None where there is not one program."""
     if step.compiled is None:
         return None

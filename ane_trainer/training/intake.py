@@ -137,7 +137,7 @@ class WeightedLoss:
 
 def fill_up(
     x: object, y: torch.Tensor, rows: int, ignored: int | None
-) -> tuple[Any, torch.Tensor, torch.Tensor]:
+) -> tuple[object, torch.Tensor, torch.Tensor]:
     """x and y with copies of their examples up to `rows`, and the weights of the losses' values, with mean 1.
 
     A value that counts, of n that do, weighs 1 / n, divided among its copies, times the number of all values.
@@ -176,7 +176,7 @@ def _rows_of(batch: object) -> int:
     return len(leaves[0]) if leaves else 0
 
 
-def mixes_examples(model: nn.Module, call: Callable[[Any], object], x: object) -> bool:
+def mixes_examples(model: nn.Module, call: Callable[[object], object], x: object) -> bool:
     """Whether an example's output in training depends on the others in its batch, as with batch norm.
 
     Tried on the host: the first example's output must stay when the others are replaced. The module's
@@ -227,7 +227,7 @@ class Intake:
         """Whether targets come with weights, so that a smaller batch can be filled up."""
         return isinstance(self.loss, WeightedLoss)
 
-    def begin(self, data: Iterable[object], x: object, y: object) -> tuple[Any, Any]:
+    def begin(self, data: Iterable[object], x: object, y: object) -> tuple[object, object]:
         """Settle the form on the first batch of `data`; the batch in that form. DataError if it cannot be."""
         smaller = has_smaller_batch(data)
         if self._needs_output(x, y) or smaller:
@@ -252,7 +252,7 @@ class Intake:
             )
         return self._weighed(x, self.example[1], rows)
 
-    def __call__(self, x: object, y: object, where: str) -> tuple[Any, Any] | None:
+    def __call__(self, x: object, y: object, where: str) -> tuple[object, object] | None:
         """The batch in the form of the step; None for a smaller one that is left out (and counted)."""
         assert self.example is not None
         with loop.located(where):
@@ -262,7 +262,7 @@ class Intake:
             return None
         return self._weighed(x, y, loop.batch_size_of(self.example[0]))
 
-    def _weighed(self, x: Any, y: Any, rows: int) -> tuple[Any, Any]:
+    def _weighed(self, x: object, y: Any, rows: int) -> tuple[object, object]:
         if not self.weighted:
             return x, y
         x, y, weights = fill_up(x, y, rows, self._ignored)

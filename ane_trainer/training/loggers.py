@@ -105,10 +105,10 @@ class Tracker(NamedTuple):
 
     package: str
     module: str
-    open: Callable[[Any, Path, dict[str, Any]], Sink]
+    open: Callable[[object, Path, dict[str, object]], Sink]
 
 
-def _tensorboard(module: Any, folder: Path, config: dict[str, Any]) -> Sink:
+def _tensorboard(module: Any, folder: Path, config: dict[str, object]) -> Sink:
     """Event files in the run's folder: `tensorboard --logdir runs`."""
     writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"))
     writer.add_text("options", "\n".join(f"    {name} = {value}" for name, value in config.items()), 0)
@@ -120,7 +120,7 @@ def _tensorboard(module: Any, folder: Path, config: dict[str, Any]) -> Sink:
     return Sink(log, writer.close)
 
 
-def _wandb(module: Any, folder: Path, config: dict[str, Any]) -> Sink:
+def _wandb(module: Any, folder: Path, config: dict[str, object]) -> Sink:
     """A run of the project "ane_trainer" or WANDB_PROJECT; WANDB_MODE=offline keeps it in the run's folder."""
     run = module.init(
         project=_setting("WANDB_PROJECT"), name=folder.name, config=config, dir=str(folder), id=_once(folder, "wandb"),
@@ -129,7 +129,7 @@ def _wandb(module: Any, folder: Path, config: dict[str, Any]) -> Sink:
     return Sink(lambda values, step: run.log(dict(values), step=step), run.finish)
 
 
-def _mlflow(module: Any, folder: Path, config: dict[str, Any]) -> Sink:
+def _mlflow(module: Any, folder: Path, config: dict[str, object]) -> Sink:
     """A run of the experiment "ane_trainer" or MLFLOW_EXPERIMENT_NAME, at MLFLOW_TRACKING_URI or in ./mlruns."""
     module.set_experiment(_setting("MLFLOW_EXPERIMENT_NAME"))
     known = folder / ".mlflow-run"
@@ -143,7 +143,7 @@ def _mlflow(module: Any, folder: Path, config: dict[str, Any]) -> Sink:
     return Sink(lambda values, step: module.log_metrics(dict(values), step=step), module.end_run)
 
 
-def _trackio(module: Any, folder: Path, config: dict[str, Any]) -> Sink:
+def _trackio(module: Any, folder: Path, config: dict[str, object]) -> Sink:
     """A run of the project "ane_trainer" or TRACKIO_PROJECT, kept on this machine: `trackio show`."""
     plain = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value)

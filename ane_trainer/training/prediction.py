@@ -118,7 +118,7 @@ def _read_table(path: Path, description: DataDescription) -> Inputs:
 # Answers -----------------------------------------------------------------------------------------------------
 
 
-def answers(output: torch.Tensor, inputs: Inputs, description: DataDescription) -> list[dict[str, Any]]:
+def answers(output: torch.Tensor, inputs: Inputs, description: DataDescription) -> list[dict[str, object]]:
     """One record an example: its name, what the model says in the task's terms, the truth where known."""
     tell = {"classify": _class_answer, "multilabel": _label_answer, "regress": _number_answer}.get(
         description.task, _token_answer
@@ -142,14 +142,14 @@ def target_text(y: Any, description: DataDescription) -> str:
     return text.decode_text(np.ravel(y), description.vocabulary)
 
 
-def _class_answer(logits: torch.Tensor, description: DataDescription) -> dict[str, Any]:
+def _class_answer(logits: torch.Tensor, description: DataDescription) -> dict[str, object]:
     probabilities = logits.softmax(dim=0)
     best = int(probabilities.argmax())
     return {"class": best, "name": description.class_names[best], "probability": float(probabilities[best]),
             "probabilities": [float(p) for p in probabilities]}  # fmt: skip
 
 
-def _label_answer(logits: torch.Tensor, description: DataDescription) -> dict[str, Any]:
+def _label_answer(logits: torch.Tensor, description: DataDescription) -> dict[str, object]:
     probabilities = dict(zip(description.class_names, map(float, logits.sigmoid()), strict=True))
     return {"labels": [name for name, p in probabilities.items() if p > 0.5], "probabilities": probabilities}
 
@@ -160,7 +160,7 @@ def _number_answer(row: torch.Tensor, description: DataDescription) -> dict[str,
     return {"values": dict(zip(description.class_names, values, strict=True))}
 
 
-def _token_answer(scores_VT: torch.Tensor, description: DataDescription) -> dict[str, Any]:
+def _token_answer(scores_VT: torch.Tensor, description: DataDescription) -> dict[str, object]:
     best = int(scores_VT[:, -1].argmax())
     return {"next": text.decode_text([best], description.vocabulary)}
 
@@ -234,8 +234,8 @@ def write_answers(path: Path, records: Sequence[Mapping[str, object]], class_nam
     atomic_write(path, buffer.getvalue())
 
 
-def _flat(record: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {}
+def _flat(record: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, object]:
+    row: dict[str, object] = {}
     for key, value in record.items():
         if key == "probabilities":
             pairs = value.items() if isinstance(value, Mapping) else zip(class_names, value, strict=True)

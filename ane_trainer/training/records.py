@@ -40,7 +40,7 @@ class RunRecord:
     """
 
     path: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     history: tuple[Mapping[str, Any], ...]
     result: Mapping[str, Any] | None
     modified: float

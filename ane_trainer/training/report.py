@@ -132,7 +132,7 @@ class ConsoleReporter(Reporter):
         self.verbose = verbose
         self.phases = Phases(started)
         self._live: Any = None  # rich's bar or spinner
-        self._task: Any = None
+        self._task: object = None
         self._shown = self._last_step = 0.0
         self._rates: list[float] = []  # seconds of whole epochs, for the time that is left
         self._reset(0, 0, None, 0)

@@ -33,7 +33,7 @@ class Epoch:
     seconds: float
     energy_joules: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As a line of metrics.jsonl."""
         return {name.name: getattr(self, name.name) for name in fields(self)}
 
@@ -70,15 +70,15 @@ class Result:
     seconds_compile: float
     seconds_per_step: float
     fp32_reference: float | None = None
-    placement: Mapping[str, Any] = field(default_factory=dict)
+    placement: Mapping[str, object] = field(default_factory=dict)
     estimate: Mapping[str, Any] | None = None
     energy_joules: float | None = None
     health: Mapping[str, int] = field(default_factory=dict)
-    agreement: Mapping[str, Any] | None = None
+    agreement: Mapping[str, object] | None = None
     history: tuple[Epoch, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As result.json; `details` (versions, seeds, batch size, paths) are merged into the top level."""
         plain = {name.name: getattr(self, name.name) for name in fields(self)}
         plain["history"] = [epoch.to_json() for epoch in self.history]

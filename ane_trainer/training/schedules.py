@@ -111,7 +111,7 @@ class LearningRateSchedule(Callback):
             self._waited = 0
             self._plateau = max(self._plateau * self._schedule.decay, self._schedule.lowest)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         best = None if math.isinf(self._best) else self._best
         return {"tops": self._tops, "plateau": self._plateau, "best": best, "waited": self._waited}
 

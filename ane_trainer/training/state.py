@@ -56,7 +56,7 @@ class Training:
         self._inference = Inference(model, self._loss, target, options.fallback)
         self._train: Iterable[Batch] = ()  # what `fit` trains on
         self._pass: Iterable[Batch] | None = None  # the same while a pass over it is under way
-        self._data_state: dict[str, Any] | None = None
+        self._data_state: dict[str, object] | None = None
         self._restored: Checkpoint | None = None
         self._metrics: Metrics | None = None
         self._digest: str | None = None
@@ -155,13 +155,13 @@ class Training:
             whole |= {STEP + n: v.float().reshape(tuple(v.shape) or (1,)) for n, v in frozen.items()}
         return Checkpoint(whole | checkpoint.tensors, checkpoint.scalars)
 
-    def _position(self) -> dict[str, Any] | None:
+    def _position(self) -> dict[str, object] | None:
         """Where the data stands within a pass, if it can tell."""
         if self._pass is None:
             return self._data_state
         return self._pass.state_dict() if hasattr(self._pass, "state_dict") else None
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         """The arguments that make a trainer like this one."""
         gradients = self.options.gradients
         return {

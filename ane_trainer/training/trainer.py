@@ -215,7 +215,7 @@ class Trainer(Training):
         self.sync()
         return self._inference.evaluate(batches_of(data, "evaluate", self.seed), see=see)
 
-    def predict(self, x: ArrayLike | torch.Tensor | tuple[object, ...] | dict[str, Any]) -> Any:
+    def predict(self, x: ArrayLike | torch.Tensor | tuple[object, ...] | dict[str, object]) -> Any:
         """The model's output for examples x [N, ...], as float32: [N, ...], or such tensors in its structure.
 
         A tuple or dict of tensors is what the model takes several of; a list is an array.

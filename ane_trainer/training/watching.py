@@ -19,7 +19,7 @@ from ane_trainer.training.results import Epoch
 from ane_trainer.training.steps import Step
 from ane_trainer.utils import atomic_write, atomic_write_json, finite
 
-Batch = tuple[Any, Any]
+Batch = tuple[Any, object]
 
 #: Examples that are looked at closely at the end; that takes as long as an epoch's evaluation on them.
 EXAMPLES = 10_000

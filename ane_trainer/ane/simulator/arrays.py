@@ -16,7 +16,7 @@ from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.loops.convert import decode_into, encoded
 from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
 
-_STORAGE: dict[str, Any] = {
+_STORAGE: dict[str, object] = {
     "fp16": np.float32, "fp32": np.float32, "bool": np.bool_,
     "int8": np.int8, "uint8": np.uint8, "int16": np.int16, "uint16": np.uint16, "int32": np.int32,
     "uint32": np.uint32, "int64": np.int64, "uint64": np.uint64, "fp64": np.float64,

@@ -274,7 +274,7 @@ class _Binder:
     def _operands(self, op: Op) -> list[Any]:
         """The op's tensor operands as arrays, in the order of its parameters."""
         definition = bind(op.kind, dict(op.args)).op
-        operands: list[Any] = []
+        operands: list[object] = []
         for param in definition.params:
             if param.role == "const":
                 continue
@@ -361,7 +361,7 @@ def _copy(pairs: list[tuple[Array, Array]]) -> None:
         np.copyto(to, source)
 
 
-def _kernel_step(op: Op, context: EngineContext, operands: list[Any], outputs: list[Array]) -> Step:
+def _kernel_step(op: Op, context: EngineContext, operands: list[object], outputs: list[Array]) -> Step:
     """One unfused op as a callable that fills `outputs`."""
     call = bind(op.kind, dict(op.args))
     host = runs_on_host(op)
@@ -384,7 +384,7 @@ def _kernel_step(op: Op, context: EngineContext, operands: list[Any], outputs: l
 
 
 def _run_kernel(
-    kernel: Kernel, context: EngineContext, call: Call, convert: Callable[[Any], object], *operands: object
+    kernel: Kernel, context: EngineContext, call: Call, convert: Callable[[object], object], *operands: object
 ) -> Any:
     return kernel.run(context, call, *map(convert, operands))
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -72,7 +72,7 @@ def run(
     only: str = "",
     out: Path | None = None,
     report: Reporter | None = None,
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[dict[str, object], Path]:
     """Compare `device` with the exact simulator of `chip` (this Mac's, else M4); the report and its file.
 
     Raises: EnvironmentFault where the device is not, UsageError when `only` chooses no case.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ SHOWN = 3
 _WORDS = {np.dtype(np.float16): np.int16, np.dtype(np.float32): np.int32}
 
 
-def difference(got: Array, want: Array) -> dict[str, Any] | None:
+def difference(got: Array, want: Array) -> dict[str, object] | None:
     """None if every bit agrees, else count, largest distance in units in the last place, and examples.
 
     An example is [flat index, got, wanted], the bit patterns in hexadecimal. `got` is the fingerprint of

@@ -43,7 +43,7 @@ def examine(
     """
     started = time.perf_counter()
     chosen = [case for case in _cases(reference) if only in f"{case[0]} {case[1]}"]
-    report: dict[str, Any] = {
+    report: dict[str, object] = {
         "format": FORMAT,
         "suite": VERSION,
         "machine": describe(),
@@ -91,7 +91,7 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_report(report: dict[str, Any], path: Path) -> Path:
+def write_report(report: dict[str, object], path: Path) -> Path:
     """As one line of JSON without spaces. Raises: EnvironmentFault (ANE204) where it cannot be written."""
     try:
         atomic_write(path, json.dumps(report, separators=(",", ":")) + "\n")
@@ -103,7 +103,7 @@ def write_report(report: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, object]:
     """A report that `write_report` wrote. Raises: DataError (DATA113) for anything else."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

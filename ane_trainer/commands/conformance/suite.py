@@ -22,7 +22,7 @@ _UNARY = (
     "abs sign square floor ceil round sigmoid tanh erf silu sqrt exp2 sin cos atan rsqrt inverse log exp "
     "softplus softsign relu relu6"
 ).split()
-_ACTIVATIONS: dict[str, dict[str, Any]] = {
+_ACTIVATIONS: dict[str, dict[str, object]] = {
     "elu": {"alpha": 0.5}, "leaky_relu": {"alpha": 0.25}, "thresholded_relu": {"alpha": 0.5},
     "threshold": {"alpha": 0.5}, "clip": {"alpha": -0.5, "beta": 2.0},
     "clamped_relu": {"alpha": 0.25, "beta": 6.0}, "linear_activation": {"alpha": 0.3, "beta": 0.7},
@@ -252,7 +252,7 @@ def _quantized() -> Cases:
     yield "quantize", lambda s: s.op("quantize", input=s.patterns(), scale=0.5, output_dtype="int8")
     yield "w8a8 conv", w8a8
 
-    def decoded(kind: str, make: Callable[[Sheet], dict[str, Any]]) -> Build:
+    def decoded(kind: str, make: Callable[[Sheet], dict[str, object]]) -> Build:
         """A compressed weight of 8 x 16, added to numbers."""
         return lambda s: s.op("add", x=s.spread(8, 16), y=s.op(kind, **make(s)))
 

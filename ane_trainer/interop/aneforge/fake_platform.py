@@ -81,7 +81,7 @@ def disguise(belongs: Callable[[str], bool]) -> Installation:
     return done
 
 
-def _asking(module: dict[str, Any], belongs: Callable[[str], bool]) -> bool:
+def _asking(module: dict[str, object], belongs: Callable[[str], bool]) -> bool:
     """Whether a module, given by its globals, is one that is shown a Mac."""
     file = module.get("__file__", NO_FILE if module.get("__name__") == "__main__" else None)
     return isinstance(file, str) and belongs(file)
@@ -89,7 +89,7 @@ def _asking(module: dict[str, Any], belongs: Callable[[str], bool]) -> bool:
 
 def _answer(
     real: Callable[..., object], answer: Callable[[Any], object], asks: Callable[[], bool]
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     def ask(*arguments: object, **options: object) -> Any:
         given = asks()
         return answer(real) if given else real(*arguments, **options)
@@ -97,7 +97,7 @@ def _answer(
     return ask
 
 
-def _always(answer: object) -> Callable[[Any], Any]:
+def _always(answer: object) -> Callable[[object], object]:
     return lambda real: answer
 
 

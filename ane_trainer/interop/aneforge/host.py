@@ -30,10 +30,10 @@ class Installation:
     """Attributes that were replaced, and what was there before; `library` is what ANEForge now uses."""
 
     library: SimulatedLibrary | None
-    _before: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    _before: list[tuple[object, object, Any]] = field(default_factory=list)
     _at_end: list[Callable[[], None]] = field(default_factory=list)
 
-    def replace(self, owner: Any, name: Any, value: Any) -> None:
+    def replace(self, owner: object, name: Any, value: object) -> None:
         """Set an attribute (or a dictionary's entry) and remember what it was."""
         if isinstance(owner, MutableMapping):
             self._before.append((owner, name, owner.get(name, _MISSING)))
@@ -84,7 +84,7 @@ def put_in(library: SimulatedLibrary) -> Installation:
     return done
 
 
-def _put_in_bridges(done: Installation, context: EngineContext, bridges: Any, worker: Any) -> None:
+def _put_in_bridges(done: Installation, context: EngineContext, bridges: object, worker: object) -> None:
     """Netplists are run by `bridges.py`, which both modules take for processes."""
     folder = Path(tempfile.mkdtemp(prefix="ane_trainer_invokers_"))
     invokers = write_invokers(folder, context)
@@ -100,7 +100,7 @@ def _put_in_bridges(done: Installation, context: EngineContext, bridges: Any, wo
 def _opening(real: Callable[..., None], library: SimulatedLibrary) -> Callable[..., None]:
     """`ctypes.CDLL(path)`, which opens ANEForge's library by its name as the simulated one."""
 
-    def init(self: Any, name: Any, *arguments: Any, **options: Any) -> None:
+    def init(self: Any, name: Any, *arguments: object, **options: object) -> None:
         if name is None or Path(os.fsdecode(name)).name != LIBRARY_NAME:
             real(self, name, *arguments, **options)
             return

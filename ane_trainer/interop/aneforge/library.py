@@ -42,7 +42,7 @@ class SimulatedLibrary:
     #: Loaded programs by handle, and the handles to come.
     loaded: ClassVar[dict[int, LoadedProgram]] = {}
     _handles: ClassVar[Iterator[int]] = count(0x10000, 0x10)
-    _blocks: ClassVar[dict[int, tuple[Any, Any]]] = {}
+    _blocks: ClassVar[dict[int, tuple[object, object]]] = {}
     _lane: ClassVar[threading.RLock] = threading.RLock()
 
     #: Operations that were loaded before the process whose limit counts began (see `start_counting`).
@@ -54,7 +54,7 @@ class SimulatedLibrary:
             if name.startswith("_c_"):
                 setattr(self, f"ane_e5rt_{name[3:]}", partial(getattr(self, name)))
 
-    def functions(self) -> dict[str, Callable[..., Any]]:
+    def functions(self) -> dict[str, Callable[..., object]]:
         """The functions of the C interface by their names."""
         return {name: value for name, value in vars(self).items() if name.startswith("ane_e5rt_")}
 
@@ -307,7 +307,7 @@ def _target_chip(options: str, host: Chip) -> Chip:
         return host
 
 
-def _specs(names: Any, sizes: Any, how_many: Any) -> list[PortSpec]:
+def _specs(names: Any, sizes: Any, how_many: object) -> list[PortSpec]:
     return [(_text(names[i]), _number(sizes[i])) for i in range(_number(how_many))]
 
 

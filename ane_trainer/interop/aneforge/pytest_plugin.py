@@ -15,7 +15,6 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -99,7 +98,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"ane: ANEForge on the simulated {context.chip.title} ({context.fidelity}); test files {seen}"
 
 
-def pytest_markeval_namespace(config: pytest.Config) -> dict[str, Any]:
+def pytest_markeval_namespace(config: pytest.Config) -> dict[str, object]:
     """Conditions that are written as strings see the same Mac."""
     return {"sys": MacSys()} if config.getoption("ane_mac") else {}
 

@@ -377,12 +377,12 @@ class ColumnPairs:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> tuple[Any, Any]:
+    def __getitem__(self, row: int) -> tuple[object, object]:
         item = self.dataset[row]
         return item[self.x], item[self.y]
 
     @property
-    def targets(self) -> list[Any]:
+    def targets(self) -> list[object]:
         """The targets of all items."""
         return list(self.dataset[self.y])
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -242,14 +242,14 @@ class Batches:
         """Make the next `iter()` pass number `epoch`, from its first batch."""
         self._next_epoch, self._skip, self._current = epoch, 0, None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Where the data stands: the pass in progress, how many of its batches are delivered, whose it is."""
         epoch, batch = self._current if self._current is not None else (self._next_epoch, self._skip)
         if batch >= len(self):
             epoch, batch = epoch + 1, 0
         return {"epoch": epoch, "batch": batch, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue where `state` was taken; DataError DATA103 if it belongs to other data or order."""
         added = {"augment": [], "targets_crc32": self._identity()["targets_crc32"]}  # absent from old states
         different = [f"{key} {known!r} (here {value!r})" for key, value in self._identity().items()
@@ -269,7 +269,7 @@ class Batches:
             )
         self._next_epoch, self._skip, self._current = epoch, batch, None
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         keys = ("name", "split", "num_examples", "batch_size", "seed", "shuffle", "drop_last")
         return {
             **{key: getattr(self, key) for key in keys},

@@ -148,7 +148,7 @@ class DataDescription:
             f"{self.num_outputs} different ones",
         }[self.task]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As plain JSON values."""
         return dataclasses.asdict(self)
 

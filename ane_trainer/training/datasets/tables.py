@@ -137,7 +137,7 @@ def is_frame(data: object) -> bool:
     return hasattr(data, "columns") and hasattr(data, "dtypes")
 
 
-def table_of(frame: Mapping[str, Any] | Any) -> Table:
+def table_of(frame: Mapping[str, object] | Any) -> Table:
     """A mapping of columns, or a pandas or polars data frame, as a table."""
     names = list(frame) if isinstance(frame, Mapping) else list(frame.columns)
     return {str(name): typed_column(np.asarray(frame[name]).tolist()) for name in names}

@@ -92,7 +92,7 @@ def build_keras_model(
 
 def _hidden_layers(
     keras: Any, activation: str, seed: int | None, hidden: Sequence[int] = (256,)
-) -> list[Any]:
+) -> list[object]:
     function = _activation(keras, activation)
     return [
         keras.layers.Dense(width, activation=function, kernel_initializer=_weights(keras, seed, number))
@@ -102,7 +102,7 @@ def _hidden_layers(
 
 def _conv_layers(
     keras: Any, activation: str, seed: int | None, channels: Sequence[int] = (16, 64)
-) -> list[Any]:
+) -> list[object]:
     layers = []
     first = {"data_format": "channels_first"}
     for number, width in enumerate(channels, 1):

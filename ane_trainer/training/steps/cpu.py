@@ -116,7 +116,7 @@ class CpuStep:
         """Single precision holds all gradients."""
         return {}
 
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> dict[str, object]:
         """Where the step runs."""
         return {"where": "CPU, plain PyTorch", "how": "this device has no other executor"}
 
@@ -157,7 +157,7 @@ class CpuStep:
         self._pending, gradients = int(tensors.get(PENDING, 0)), part(tensors, GRADIENT)
         for name, parameter in self._parameters():
             parameter.grad = gradients.get(name)
-        state: dict[int, dict[str, Any]] = {}
+        state: dict[int, dict[str, object]] = {}
         for name, value in entries.items():
             number, key = name.split("/", 1)
             state.setdefault(int(number), {})[key] = value
@@ -168,7 +168,7 @@ class CpuStep:
 class CpuForward:
     """The model's inference by plain PyTorch in fp32, or by `forward`."""
 
-    def __init__(self, model: nn.Module, forward: Callable[[Any], object] | None = None) -> None:
+    def __init__(self, model: nn.Module, forward: Callable[[object], object] | None = None) -> None:
         self._model = model
         self._forward = forward or (lambda x: call_model(model, {}, x))
 

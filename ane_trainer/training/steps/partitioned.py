@@ -31,7 +31,7 @@ class Partitioned:
         def call(x: object) -> Any:
             return call_model(model, {}, x) if isinstance(x, (dict, tuple, list)) else model(x)
 
-        self._call: Callable[..., Any] = torch.compile(call, backend="ane", options=options)
+        self._call: Callable[..., object] = torch.compile(call, backend="ane", options=options)
         self.records: list[ProgramRecord] = []
 
     def __call__(self, x: object) -> Any:
@@ -86,7 +86,7 @@ class PartitionedStep(CpuStep):
         """The least share of a graph's FLOPs in programs; the optimizer's are not counted."""
         return min((record.engine_flop_fraction for record in self._parts.records), default=0.0)
 
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> dict[str, object]:
         """Where the parts run."""
         cpu = [text for record in self._parts.records for text in record.cpu]
         name = type(self._optimizer).__name__

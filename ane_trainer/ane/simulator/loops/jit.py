@@ -41,7 +41,7 @@ _CTYPES: dict[str, Any] = {
 }
 
 _lock = threading.Lock()
-_engines: list[Any] = []  # one per compiled module; kept so that the code stays mapped
+_engines: list[object] = []  # one per compiled module; kept so that the code stays mapped
 _pool: ThreadPoolExecutor | None = None
 
 

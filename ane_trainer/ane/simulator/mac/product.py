@@ -309,7 +309,7 @@ def _strides(array: F32) -> tuple[int, ...]:
     return tuple(stride >> 2 for stride in array.strides)
 
 
-def _is_safe(sum_of_magnitudes: Any, depth: int, bias_magnitude: Any) -> Any:
+def _is_safe(sum_of_magnitudes: Any, depth: int, bias_magnitude: object) -> Any:
     """No partial sum can overflow; with room for the roundings and for float32 errors of the sum."""
     margin = 1.01 + depth * 2.0**-23
     return sum_of_magnitudes * margin + bias_magnitude + depth * 2.0**-17 + 1.0 < OVERFLOW
