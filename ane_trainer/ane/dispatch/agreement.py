@@ -23,6 +23,8 @@ from ane_trainer.ane.errors import NumericsWarning
 
 #: Relative differences up to which a step agrees without question; beyond, fp16's own error is asked for.
 LOSS_TOLERANCE, UPDATE_TOLERANCE = 0.01, 0.02
+#: A weight in two fp16 numbers is exact to this share of itself, which may move updates by the second.
+_RESOLUTION, _UNRESOLVED_TOLERANCE = 2.0**-22, 0.05
 #: A step may differ by this many times what rounding every result to fp16 does.
 _OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
 #: Share of a gradient's mean size by which its entries may be off, and how much an update may change by that.
@@ -41,7 +43,7 @@ class Agreement:
     each parameter's, over the entries that rounding leaves determined, small gradients counting less.
 
     `fp16` is what rounding alone does to the gradients, None where it was not asked for; `first` names the
-    operation that departs.
+    operation that departs. `resolved`: of all updates, beyond what a weight in two numbers cannot resolve.
     """
 
     step: int
@@ -50,12 +52,14 @@ class Agreement:
     updates: Mapping[str, float] = field(repr=False)
     fp16: float | None = None
     first: Departure | None = None
+    resolved: float = math.inf
 
     @property
     def agrees(self) -> bool:
         """Whether the differences are within what fp16 itself costs."""
         own = _OWN_ERRORS * min(self.fp16 or 0.0, _LARGEST_OWN)
-        return self.loss <= max(LOSS_TOLERANCE, own) and self.update <= max(UPDATE_TOLERANCE, own)
+        small = self.resolved <= UPDATE_TOLERANCE and self.update <= _UNRESOLVED_TOLERANCE
+        return self.loss <= max(LOSS_TOLERANCE, own) and (small or self.update <= max(UPDATE_TOLERANCE, own))
 
     def __str__(self) -> str:
         verb = "agrees with" if self.agrees else "departs from"
@@ -81,6 +85,7 @@ class Reference:
     loss: float
     changes: Mapping[str, torch.Tensor] | None
     weights: Callable[[float], Mapping[str, torch.Tensor]] = field(default=lambda noise: {}, repr=False)
+    before: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def without_update(self) -> Reference:
         """The loss alone, of a step that was skipped."""
@@ -139,7 +144,7 @@ def _stepped(
     if not torch.equal(drawn, torch.get_rng_state()):
         return Reference(loss, None)
     weights = functools.partial(_weights, model, optimizer, before, gradients, changes)
-    return Reference(loss, {n: c + (before[n] - start[n]) for n, c in changes.items()}, weights)
+    return Reference(loss, {n: c + (before[n] - start[n]) for n, c in changes.items()}, weights, before)
 
 
 def _copied(subject: Subject) -> tuple[Any, Any, torch.optim.Optimizer]:
@@ -205,16 +210,21 @@ def compare(
     step: int, loss: float, changes: Mapping[str, torch.Tensor], expected: Reference, noise: float = _NOISE
 ) -> Agreement:
     """The relative differences between what a step did and what it should have done."""
-    updates, errors, sizes = {}, 0.0, 0.0
+    updates, errors, sizes, unresolved = {}, 0.0, 0.0, 0.0
     weights = expected.weights(noise)
     for name, want in (expected.changes or {}).items():
         weight = weights[name]
-        error, size = float(((changes[name] - want) * weight).norm()), float((want * weight).norm())
+        apart = ((changes[name] - want) * weight).abs()
+        error, size = float(apart.norm()), float((want * weight).norm())
+        if name in expected.before:
+            apart = (apart - expected.before[name].abs() * _RESOLUTION).clamp(min=0.0)
+        unresolved += float(apart.norm()) ** 2
         updates[name] = error / size if size else 0.0 if not error else math.inf
         errors, sizes = errors + error**2, sizes + size**2
     update = math.sqrt(errors / sizes) if sizes else 0.0
     scale = max(abs(expected.loss), 1e-12)
-    return Agreement(step, abs(loss - expected.loss) / scale, update, updates)
+    resolved = math.sqrt(unresolved / sizes) if sizes else update
+    return Agreement(step, abs(loss - expected.loss) / scale, update, updates, resolved=resolved)
 
 
 def explained(

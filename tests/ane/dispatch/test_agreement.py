@@ -55,6 +55,43 @@ def test_a_step_that_leaves_the_range_is_announced_by_module(monkeypatch: pytest
     assert not step.agreement.agrees
 
 
+def test_gradients_that_vanish_are_no_cost_of_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch under 1e-7 without its powers of two: what rounding to eleven bits costs excuses nothing of it."""
+    monkeypatch.setattr(parts, "scale_found", lambda captured, found, buffers: captured)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), Faint(), nn.Tanh(), nn.Linear(16, 3))
+    x, y = batch()
+    step = at.compile_step(
+        model, "cross_entropy", torch.optim.Adam(model.parameters()), (x, y), fidelity="fast"
+    )
+    with pytest.warns(at.NumericsWarning, match=r"departs from fp32.* too small for fp16"):
+        step(x, y)
+    assert step.agreement.fp16 < 0.01
+
+
+class Faint(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 1e-5) * 1e-3 * 1e8
+
+
+@pytest.mark.parametrize(("limit", "agrees"), [(3e-4, True), (1e-6, False)])
+def test_what_a_weight_cannot_resolve_is_told_from_what_is_wrong(limit: float, agrees: bool) -> None:
+    """Clipping to 3e-4 moves weights by the last bits of two fp16 numbers (and fp32's own next ones)."""
+    torch.manual_seed(3)
+    model, x, y = (
+        nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)),
+        torch.randn(16, 4),
+        torch.arange(16) % 3,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    step = at.compile_step(model, "cross_entropy", optimizer, (x, y), clip_grad_norm=limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if agrees else "ignore", at.NumericsWarning)
+        step(x, y)
+    assert step.agreement.agrees is agrees
+    assert step.agreement.update > 0.005
+
+
 @pytest.mark.parametrize(("verify", "compared"), [("first", [1]), ("off", []), (2, [1, 3])])
 def test_verify_says_which_steps_are_compared(verify: str | int, compared: list[int]) -> None:
     model, (x, y) = net(), batch()

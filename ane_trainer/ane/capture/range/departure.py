@@ -18,6 +18,8 @@ from ane_trainer.ane.stages import Captured
 #: What an operation may add to the error of its operands before it counts as the place where numbers depart.
 _STEP = 0.02
 _LARGEST = 65504.0
+#: Numbers of this magnitude stand for infinity.
+_MASK = 1e8
 #: Below this share of the largest gradient one counts as what cancellation left: a bias before a batch norm has 1e-9.
 _LEAST = 1e-3
 #: Error of one product in the accumulator.
@@ -38,24 +40,27 @@ class Departure:
 
 @dataclass(frozen=True)
 class Rounded:
-    """What a run in rounded arithmetic shows: the error of the gradients, and where it begins."""
+    """What runs in rounded arithmetic show: the error of the gradients that eleven bits of any exponent cost, and the
+    first operation that departs in fp16, with its range.
+    """
 
     gradient_error: float
     first: Departure | None
 
 
 def run_rounded(captured: Captured, values: Mapping[str, torch.Tensor]) -> Rounded:
-    """Run the graph twice, exactly and with fp16 results, on the values of its ports."""
+    """Run the graph on the values of its ports: exactly, with results of eleven bits, and with fp16 results."""
     inputs = [values[p.name] for p in captured.inputs]
-    exact, rounded = _Kept(captured), _Half(captured)
+    exact, eleven, rounded = _Kept(captured), _Eleven(captured), _Half(captured)
     with torch.no_grad():
-        exact.run(*inputs)
-        rounded.run(*inputs)
+        for run in (exact, eleven, rounded):
+            run.run(*inputs)
     ends = [n for n in exact.kept if any(in_update(u) for u in n.users)]
     least = _LEAST * max((_finite_norm(exact.kept[n]) for n in ends), default=0.0)
     errors = {n: _error(rounded.kept[n], v, least if n in ends else 0.0) for n, v in exact.kept.items()}
-    first = next((n for n in exact.kept if _departs(n, errors)), None)
-    worst = max((errors[n] for n in ends), default=0.0)
+    found = (n for n in exact.kept if n.op == "call_function" and _departs(n, errors))
+    first = next(found, None)
+    worst = max((_error(eleven.kept[n], exact.kept[n], least) for n in ends), default=0.0)
     return Rounded(
         worst, None if first is None else _described(first, exact.kept[first], rounded.kept[first])
     )
@@ -67,7 +72,13 @@ def _finite_norm(value: torch.Tensor) -> float:
 
 
 def _error(got: torch.Tensor, want: torch.Tensor, least: float) -> float:
-    """The error relative to the size, or to `least` if that is larger; 0 where there is no size."""
+    """The error relative to the size, or to `least` if that is larger; 0 where there is no size.
+
+    Numbers that stand for minus infinity are as they should be if they are beyond fp16.
+    """
+    masks = (want.abs() >= _MASK) & (got.abs() >= _LARGEST)
+    if bool(masks.any()):
+        got, want = got.masked_fill(masks, 0.0), want.masked_fill(masks, 0.0)
     size = _finite_norm(want)
     return float((got.double() - want.double()).norm()) / max(size, least) if size else 0.0
 
@@ -113,6 +124,17 @@ class _Kept(Measured):
     def changed(self, n: Node, result: object) -> object:
         """The result that the next nodes see."""
         return result
+
+
+class _Eleven(_Kept):
+    """Rounds each result to eleven significant bits, of any exponent."""
+
+    def changed(self, n: Node, result: object) -> object:
+        """The rounded result."""
+        if in_update(n) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+            return result
+        significand, exponent = torch.frexp(result)
+        return torch.ldexp(torch.round(significand * 2048.0) / 2048.0, exponent)
 
 
 class _Half(_Kept):
