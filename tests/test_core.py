@@ -286,10 +286,28 @@ def test_loss_that_stays_nan_stops_the_run() -> None:
         small_model(), lambda output, y: output.sum() * float("nan"), device="cpu", report=Reporter()
     )
     batch = (torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(Diverged, match=rf"{MAX_BAD_STEPS} steps in a row") as caught:
+    with pytest.raises(
+        Diverged, match=rf"a loss that stays finite; got {MAX_BAD_STEPS} steps in a row"
+    ) as caught:
         trainer.fit([batch] * 100)
     assert caught.value.exit_code == 4
     assert trainer.progress.steps == MAX_BAD_STEPS
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+def test_gradients_that_never_fit_are_told_from_a_loss_that_does_not() -> None:
+    """A learning rate of 1e4: no unit holds a gradient whose step does not fit a weight."""
+    model = small_model()
+    trainer = Trainer(
+        model, lambda output, y: (output * 30).square().mean(), fidelity="fast", report=Reporter(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e4),
+    )  # fmt: skip
+    batch = (torch.ones(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(
+        Diverged, match=r"gradients that fit; got .* the loss is finite .* most often of"
+    ) as caught:
+        trainer.fit([batch] * 100)
+    assert "Normalise" in str(caught.value)
 
 
 def test_weights_that_are_not_finite_stop_the_run() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.dispatch.state import incomplete
-from ane_trainer.ane.errors import DataError, Interrupted, UsageError
+from ane_trainer.ane.errors import DataError, Diverged, Interrupted, UsageError
 from ane_trainer.utils import seeded
 
 #: (x, y): x and y are tensors, or tuples or dicts of tensors.
@@ -285,6 +285,19 @@ def check_classes(y: Any, classes: int | None, where: str) -> None:
             "Check the labels, or give the model more outputs.",
             code="DATA107",
         )
+
+
+def diverged(where: str, what: str, loss: float, loss_scale: float, health: Mapping[str, int]) -> Diverged:
+    """ANE401: the last loss is not finite, or it is and gradients are not; `health` counts those by module."""
+    wanted, fix = "a loss that stays finite", "Lower the learning rate, or look for outliers in the data."
+    if math.isfinite(loss):
+        worst = max(health, key=lambda name: health[name], default="")
+        wanted = "gradients that fit"
+        what += f"; the loss is finite ({loss:.4g}), its gradients are not" + (
+            f", most often of {worst}" if worst else ""
+        )
+        fix = "Normalise what goes into that module, scale the loss down, or lower the learning rate."
+    return Diverged(f"{where}: needs {wanted}; got {what} (loss scale {loss_scale:g}). {fix}", code="ANE401")
 
 
 def empty(what: str) -> DataError:

@@ -388,7 +388,9 @@ class Trainer(Training):
         for callback in self.callbacks:
             callback.on_train_batch_end(self, loss)
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
-            raise self._diverged(f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite")
+            raise self._diverged(
+                f"{MAX_BAD_STEPS} steps in a row that were skipped or had a loss not finite", loss
+            )
 
     def _agree(self, stop: loop.Stop | None = None) -> None:
         """All processes stop where one of them does."""
@@ -490,10 +492,7 @@ class Trainer(Training):
             self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
         return step
 
-    def _diverged(self, what: str) -> Diverged:
-        return Diverged(
-            f"train: epoch {self.progress.epoch + 1}, batch {self.progress.batch}: needs a loss that stays "
-            f"finite; got {what} (loss scale {self._loss_scale():g}). "
-            "Lower the learning rate, or look for outliers in the data.",
-            code="ANE401",
-        )
+    def _diverged(self, what: str, loss: float = math.nan) -> Diverged:
+        where = f"train: epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
+        health = self.step.health if self.step is not None else {}
+        return loop.diverged(where, what, loss, self._loss_scale(), health)

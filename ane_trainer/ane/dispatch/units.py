@@ -132,7 +132,9 @@ class GradientUnits:
             return [0.0] * len(self.values)
         largest = [unit_bounds(self.rule, plain(group))[1] for group in self.optimizer.param_groups]
         ends = (largest[p.group or 0] for p in self.parameters)
-        return [_FLOOR if unit < end else 0.0 for unit, end in zip(self.values, ends, strict=True)]
+        return [
+            _FLOOR if unit * self.shift < end else 0.0 for unit, end in zip(self.values, ends, strict=True)
+        ]
 
     def _limits(self, step: int, units: Mapping[str, float]) -> list[float]:
         """For each parameter the largest gradient that its update takes."""
@@ -196,6 +198,7 @@ class GradientUnits:
         group, unit = self._group(parameter), self.values[index]
         level = max(level, least_gradient(parameter, self.rule, group) * unit)
         low, high = unit_bounds(self.rule, group)
+        high = max(high / self.shift, low)  # the optimizer gets it times the shift
         target = unit * 2.0 ** math.floor(math.log2(CALIBRATED_UNIT_PEAK / level))
         return min(max(target, low), high) / unit
 

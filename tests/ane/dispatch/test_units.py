@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import ane_trainer as at
 from ane_trainer import compile_step
+from ane_trainer.ane.capture.optimizers.table import plain
+from ane_trainer.ane.capture.step import unit_bounds
 from ane_trainer.ane.dispatch import TrainingStep
 from tests.ane.dispatch.test_gradients import batches, distance, mlp
 from tests.ane.dispatch.test_optimizers import Lamb, Lion
@@ -309,3 +311,16 @@ def test_a_step_goes_on_with_the_ranges_of_its_state() -> None:
     for x, y in data[1:]:
         assert float(step(x, y)) == float(again(x, y)) == float(late(x, y))
     assert all((v == again.port_state()[n]).all() for n, v in step.port_state().items())
+
+
+def test_units_leave_room_for_the_shift_after_clipping() -> None:
+    """Adadelta's epsilon times the square of unit and shift must stay in fp16 when a unit moves up."""
+    torch.manual_seed(0)
+    model, x, y = Branch(1e-6), torch.randn(32, 16), torch.randint(0, 4, (32,))
+    optimizer = optim.Adadelta(model.parameters())
+    step = compile_step(model, "cross_entropy", optimizer, (x, y), fidelity="fast", clip_grad_norm=1e-3)
+    for _ in range(4):
+        step(x, y)
+    assert step.applied_steps == 4
+    high = unit_bounds(step._units.rule, plain(optimizer.param_groups[0]))[1]
+    assert max(step._units.after_clipping().values()) <= high
