@@ -77,8 +77,12 @@ cost-model: $(DEV_STAMP) ## Fit the cost model to the published measurements, cr
 bench: $(DEV_STAMP) ## Speed of the simulator against PyTorch, as ratios
 	$(BIN)/python -m bench
 
+docs: $(DEV_STAMP) ## Build the documentation site into site/, strictly (ARGS=serve shows it while you write)
+	$(BIN)/python -m docs._generate.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(ARGS),$(ARGS),build --strict)
+
 clean: ## Remove the environment and caches; runs/ and downloaded data stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
