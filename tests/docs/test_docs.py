@@ -88,3 +88,37 @@ def test_readme_shows_real_output() -> None:
 def test_ci_runs_a_command_of_the_readme() -> None:
     command = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1].removeprefix("exec ")
     assert command in (ROOT / "README.md").read_text()
+
+
+def test_architecture_names_places_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w./<>]+)`", text)) | set(re.findall(r"  (ane/[\w./]+)$", text, re.MULTILINE))
+    paths = sorted(name for name in named if "/" in name or name.endswith((".py", ".csv", ".md")))
+    assert len(paths) > 25
+    homes = (ROOT, ROOT / "docs", ROOT / "ane_trainer", ROOT / "ane_trainer" / "ane")
+    missing = [
+        path
+        for path in paths
+        if not any(any(home.glob(re.sub(r"<\w+>", "*", path).rstrip("/"))) for home in homes)
+    ]
+    assert not missing
+
+
+def test_architecture_says_where_to_go_for_each_task() -> None:
+    rows = re.findall(
+        r"^\| (an? [\w ]+|the checkpoint format) \| (.*) \|$",
+        (ROOT / "docs" / "architecture.md").read_text(),
+        re.MULTILINE,
+    )
+    tasks = (
+        "an op",
+        "a chip",
+        "a dataset",
+        "a command",
+        "a device",
+        "a loss",
+        "an optimizer",
+        "the checkpoint format",
+    )
+    assert set(tasks) <= dict(rows).keys()
+    assert all(".py`" in dict(rows)[task] for task in tasks)
