@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 #: Folder -> most entries, so that each can be read at a glance.
-ENTRIES = {"": 13, "ane": 12}
+ENTRIES = {"": 14, "ane": 12}
 HARD_STOP, LONG, MOST_LONG = 500, 400, 7
 FUNCTION_LINES = 60
 PARAMETERS = 8

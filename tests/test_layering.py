@@ -28,7 +28,7 @@ LEVELS: dict[str, int] = {
             ("data", "models"),
             ("core",),
             ("", "commands"),
-            ("cli",),
+            ("cli", "testing"),
         )
     )
     for unit in units

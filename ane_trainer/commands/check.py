@@ -1,148 +1,333 @@
-"""`check`: will a model's training step run on a chip, op by op, with the reason and the way out."""
+"""`check`: whether a training step runs on a chip and keeps to fp32, op by op, with evidence and the way out."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ane_trainer.ane.errors import Finding, UnsupportedModel
-from ane_trainer.commands.options import (
-    Batch,
-    Classes,
-    Dataset,
-    Input,
-    Model,
-    Optimizer,
-    Output,
-    example_sizes,
-    show,
+from ane_trainer.ane.errors import Finding, NumericsWarning, UnsupportedModel
+from ane_trainer.commands.options import Batch, Classes, Dataset, Optimizer, Output
+from ane_trainer.commands.subjects import (
+    Dtype,
+    LossName,
+    ModelSubject,
+    ProgramSubject,
+    Request,
+    Shapes,
+    Subject,
+    resolve,
+    shapes_of,
 )
+from ane_trainer.commands.verdicts import ChipVerdict, OpCheck, Problem, Verdict
+from ane_trainer.utils import format_bytes
 
 if TYPE_CHECKING:
+    from ane_trainer.ane.chips.lookup import Chip
     from ane_trainer.ane.dispatch import TrainingStep
+    from ane_trainer.ane.mil.program import Program
+    from ane_trainer.ane.verify.profiling import OpProfile
+
+#: What the accumulator and fp16 hold, and the share of it from which a value counts as near.
+_MAC_LIMIT, _HALF_LIMIT, _NEAR = 32768.0, 65504.0, 0.5
+#: Share of a product's results that vanish from which it is told.
+_DEAD = 0.05
+#: Op -> magnitude of the operand beyond which the engine's table is constant or infinite (M6 notes, ANE guide).
+_TABLE_ENDS = {"exp": 11.09, "sigmoid": 8.0, "tanh": 4.0, "softplus": 11.09}
+#: Where a bound is known from, as legalization tells it.
+_SOURCE = re.compile(r" on [^()]+ \((.+)\); got ")
+#: A bound that a size breaks: the bound, and the size.
+_LIMIT = re.compile(r"of at (?:most|least) ([\d.e+]+).*; got (\d+)")
+#: Layers of the longest program known to compile where a chip has no row of its own (measured on M4).
+_KNOWN_LAYERS = 383
+_KNOWN_LAYERS_FROM = "measured: maderix (M4, chains of convolutions); nothing is published of this chip"
 
 
 def check(
-    model: Model,
+    subject: Subject,
     dataset: Dataset = "mnist",
-    input_shape: Input = None,
+    input_shape: Shapes = None,
     classes: Classes = None,
     batch: Batch = 128,
+    loss: LossName = "auto",
+    dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
     chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
+    path: Annotated[
+        str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
+    ] = "e5rt",
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Run a step on the simulator against fp32.")
+    ] = True,
+    sarif: Annotated[
+        str | None, typer.Option(help="Write the problems there as SARIF.", metavar="FILE")
+    ] = None,
 ) -> Output:
-    """Say whether a model trains on a chip, op by op.
+    """Say whether a model trains on a chip, op by op, and what heals it where it does not.
 
-    `trains`: every op is known to run there. `unproven`: nothing refuses it, but no source covers what is listed.
-    `does not train`: the reasons follow, each with its place and a way out; the exit code is then 3.
+    `trains`: every op is known to run there, and the first step keeps to fp32. `unproven`: nothing refuses it, but no
+    source covers what is listed. `departs`: its numbers are not fp32's. `does not train`: it is refused. The last two
+    end with exit code 3.
     """
-    shape, count = example_sizes(dataset, input_shape, classes, "check")
-    found = check_model(model, shape, count, batch, optimizer, tuple(chip.split(",")))
-    return show(found, 0 if found.fits else 3)
+    from ane_trainer.data import find_dataset
+
+    count = classes if classes is not None else len(find_dataset(dataset).class_names)
+    request = Request("check", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
+    found = verdict_of(resolve(subject, request), [name.strip() for name in chip.split(",")], path, run=run)
+    if sarif is not None:
+        file = Path(subject.rpartition(":")[0])
+        document = found.to_sarif([file] if file.suffix == ".py" else [])
+        Path(sarif).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return Output(found.to_json(), found.as_text(), 0 if found.fits else 3)
 
 
-@dataclass(frozen=True)
-class ChipVerdict:
-    """Whether the step runs on one chip: `refused` are the reasons why not, `notes` what is good to know.
-
-    `ops` counts the program's ops by what the chip's tables say of them: native, reachable, refused, unknown.
-    """
-
-    chip: str
-    title: str
-    refused: tuple[Finding, ...]
-    notes: tuple[Finding, ...]
-    ops: dict[str, int]
-
-    @property
-    def fits(self) -> bool:
-        """True if nothing refuses the step."""
-        return not self.refused
-
-    @property
-    def verdict(self) -> str:
-        """`trains`, `unproven` (an op or a size that no source covers) or `does not train`."""
-        if self.refused:
-            return "does not train"
-        beyond = any(note.where == "program" for note in self.notes)  # larger than any known to compile
-        return "unproven" if beyond or self.ops.get("unknown") else "trains"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer of `check` for several chips."""
-
-    model: str
-    chips: tuple[ChipVerdict, ...]
-
-    @property
-    def fits(self) -> bool:
-        """True if the step runs on every chip asked about."""
-        return all(chip.fits for chip in self.chips)
-
-    def to_json(self) -> dict[str, object]:
-        """The same for machines."""
-        return {
-            "model": self.model,
-            "fits": self.fits,
-            "chips": [{**asdict(chip), "fits": chip.fits, "verdict": chip.verdict} for chip in self.chips],
-        }
-
-    def as_text(self) -> str:
-        """A line a chip, then every reason with its place and the way out."""
-        lines = []
-        for chip in self.chips:
-            counted = ", ".join(f"{count} {status}" for status, count in sorted(chip.ops.items()))
-            lines.append(f"{chip.title:<10}{chip.verdict:<16}{f'ops: {counted}' if counted else ''}".rstrip())
-        reasons: dict[Finding, list[str]] = {}
-        for chip in self.chips:
-            for finding in (*chip.refused, *chip.notes):
-                reasons.setdefault(finding, []).append(chip.chip)
-        for number, (finding, chips) in enumerate(reasons.items(), 1):
-            lines.append(f"{number:>3}  [{', '.join(chips)}] {finding}")
-        return "\n".join(lines)
-
-
-def check_model(
-    model: str, in_shape: Sequence[int], classes: int, batch: int, optimizer: str, chips: Sequence[str]
+def verdict_of(
+    subject: ModelSubject | ProgramSubject, chips: Sequence[str], path: str, *, run: bool = True
 ) -> Verdict:
-    """Compile the training step for each chip and collect what is refused."""
-    from ane_trainer.ane.chips.lookup import get_chip, op_status
+    """Check the subject for each chip; a model's step is compiled, and run once where `run` is set."""
+    from ane_trainer.ane.chips.lookup import get_chip
 
-    known = [get_chip(chip) for chip in chips]
-    verdicts = []
-    for chip in known:
-        try:
-            step = compile_model(model, in_shape, classes, batch, optimizer, chip.name, where="check")
-        except UnsupportedModel as error:
-            verdicts.append(ChipVerdict(chip.name, chip.title, error.findings, (), {}))
-            continue
-        statuses = Counter[str](op_status(op.kind, chip).status for op in step.program.main.ops)
-        verdicts.append(ChipVerdict(chip.name, chip.title, (), step.compiled.legalized.notes, dict(statuses)))
-    return Verdict(model, tuple(verdicts))
+    return Verdict(subject.name, tuple(_chip_verdict(subject, get_chip(name), path, run) for name in chips))
 
 
-def compile_model(
-    model: str, in_shape: Sequence[int], classes: int, batch: int, optimizer: str, chip: str, *, where: str
-) -> TrainingStep:
-    """The compiled step of the model with random weights; errors begin with `where`."""
-    import torch
+def _chip_verdict(subject: ModelSubject | ProgramSubject, chip: Chip, path: str, run: bool) -> ChipVerdict:
+    if isinstance(subject, ProgramSubject):
+        return _program_verdict(subject.program, chip, path)
+    try:
+        step = subject.step(chip.name, path, "first" if run else "off")
+    except UnsupportedModel as error:
+        return ChipVerdict(chip.name, chip.title, _by_cause(map(_refusal, error.findings)))
+    try:
+        return _step_verdict(subject, step, chip, path, run)
+    finally:
+        step.close()
 
-    from ane_trainer.ane.dispatch import StepOptions, build_step, resolve_target
-    from ane_trainer.models import build_model
-    from ane_trainer.training.config import make_config
-    from ane_trainer.training.optimizers import make_optimizer
 
-    config = make_config(
-        {"dataset": "mnist", "model": model, "batch_size": batch, "optimizer": optimizer, "chip": chip},
-        where=where,
+def _refusal(finding: Finding) -> Problem:
+    match = _SOURCE.search(finding.reason)
+    refused = match is not None or "the engine refuses" in finding.reason
+    return Problem("refused" if refused else "unsupported", "error", finding.where, finding.op, finding.reason,
+                   finding.fix, match[1] if match else "")  # fmt: skip
+
+
+def _by_cause(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """One problem for each cause: a limit that one size breaks is told at the user's line, with the count of ops.
+
+    A layer that is too wide is refused in forward, backward, loss and optimizer alike.
+    """
+    causes: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in problems:
+        match = _LIMIT.search(problem.reason)
+        key = match.groups() if match else (problem.where, problem.op, problem.reason)
+        causes.setdefault((problem.rule, *key), []).append(problem)
+    found = []
+    for members in causes.values():
+        first = min(members, key=lambda problem: ".py:" not in problem.where)
+        more = len(members) - 1
+        reason = f"{first.reason} So are {more} more inputs and ops of the step." if more else first.reason
+        found.append(replace(first, reason=reason))
+    return tuple(found)
+
+
+def _program_verdict(program: Program, chip: Chip, path: str) -> ChipVerdict:
+    from ane_trainer.ane.compiler.legalize import Target, notes, refusals
+
+    target = Target(chip, path)
+    problems = list(_by_cause(map(_refusal, refusals(program.main, target))))
+    problems += [p for finding in notes(program.main, target) if (p := _note(finding, chip)) is not None]
+    problems += _size(program, chip, path, "Split the program.")
+    return ChipVerdict(
+        chip.name,
+        chip.title,
+        tuple(problems),
+        _checked(program, chip, path),
+        (),
+        _budgets(program, chip, path),
     )
-    module = build_model(model, tuple(in_shape), classes, seed=0)
-    target = resolve_target("sim", chip, "exact")
-    example = (torch.zeros(batch, *in_shape), torch.zeros(batch, dtype=torch.int64))
-    options = StepOptions(sync="lazy")
-    return build_step(module, "cross_entropy", make_optimizer(config, module), example, target, options)
+
+
+def _step_verdict(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str, run: bool) -> ChipVerdict:
+    problems = [p for finding in step.compiled.legalized.notes if (p := _note(finding, chip)) is not None]
+    problems += _size(step.program, chip, path, _shorter(subject, step, chip, path))
+    words = ""
+    if run:
+        hazards = list(_hazards(subject, step, chip))
+        words, wrong = _agreement(subject, step)
+        problems += [*wrong, *hazards]
+    budgets = _budgets(step.program, chip, path)
+    return ChipVerdict(chip.name, chip.title, tuple(problems), _checked(step.program, chip, path), _rewrites(step),
+                       budgets, words)  # fmt: skip
+
+
+def _note(finding: Finding, chip: Chip) -> Problem | None:
+    """A note of legalization as a problem; the program's length is told apart (`_size`)."""
+    if finding.where == "program":
+        return None
+    if "no source says" in finding.reason:
+        fix = "Run `ane-trainer conformance` on such a Mac, or replace the layer that needs it."
+        return Problem("unknown-op", "warning", finding.where, finding.op, finding.reason, fix)
+    if "into inf" in finding.reason:
+        evidence = chip.evidence_for("width_slice_clamp")
+        source = "" if evidence is None else evidence.source
+        return Problem(
+            "clamped-slice", "note", finding.where, finding.op, finding.reason, finding.fix, source
+        )
+    return Problem("working-set", "note", finding.where, finding.op, finding.reason, finding.fix)
+
+
+def _checked(program: Program, chip: Chip, path: str) -> tuple[OpCheck, ...]:
+    from ane_trainer.ane.chips.lookup import op_status
+
+    found = {kind: op_status(kind, chip, path) for kind in {op.kind for op in program.main.ops}}
+    return tuple(
+        OpCheck(op.name, op.kind, op.source or op.name, found[op.kind].status,
+                f"{found[op.kind].evidence}: {found[op.kind].source}")
+        for op in program.main.ops
+    )  # fmt: skip
+
+
+def _known_layers(chip: Chip, path: str) -> tuple[float, str]:
+    from ane_trainer.ane.chips.lookup import limit
+
+    row = limit(chip, "program_layers", path)
+    return (_KNOWN_LAYERS, _KNOWN_LAYERS_FROM) if row is None else (row.value, str(row.evidence.source))
+
+
+def _size(program: Program, chip: Chip, path: str, fix: str) -> list[Problem]:
+    most, evidence = _known_layers(chip, path)
+    count = len(program.main.ops)
+    if count <= most:
+        return []
+    reason = f"{count} ops; the longest program known to compile has {most:g} layers."
+    return [Problem("program-size", "warning", "program", "depth", reason, fix, evidence)]
+
+
+def _shorter(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str) -> str:
+    """What brings the program within the known length: the optimizer on the host, where that is enough."""
+    most, _ = _known_layers(chip, path)
+    if len(step.program.main.ops) <= most:
+        return ""
+    own = [op for op in step.program.main.ops if not (op.source or "").startswith("optimizer")]
+    if len(own) <= most:
+        return f'Update on the host: optimizer_on="host" leaves about {len(own)} ops.'
+    share = most / len(own)
+    return f'Train fewer layers at a time (about {share:.0%} of the model fits), with optimizer_on="host".'
+
+
+def _agreement(subject: ModelSubject, step: TrainingStep) -> tuple[str, list[Problem]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericsWarning)
+        step(*subject.example)
+    found = step.agreement
+    if found is None:
+        skipped = step.skipped_steps > 0
+        return (
+            "skipped: gradients overflowed, the loss scale falls" if skipped else "fp32 itself cannot run it"
+        ), []
+    if found.agrees:
+        return str(found), []
+    where = "step" if found.first is None else str(found.first)
+    reason = f"{found}."
+    fix = "See the overflow and the dead products told below; keep the values there smaller, or normalise before."
+    return str(found), [
+        Problem("agreement", "warning", where, "numbers", reason, fix, "simulated, exact arithmetic")
+    ]
+
+
+def _hazards(subject: ModelSubject, step: TrainingStep, chip: Chip) -> Iterator[Problem]:
+    """Numeric hazards of the example batch, each kind once a place."""
+    from ane_trainer.ane.verify.profiling import profile
+
+    feeds = step.feeds(*subject.example) | step.port_state()
+    found = profile(step.program, feeds, chip=chip.name)
+    by_name = {op.name: op for op in found.ops}
+    told: set[tuple[str, str]] = set()
+    operands = {op.name: [v.name for v in op.operands()] for op in step.program.main.ops}
+    for op in found.ops:
+        inputs = [by_name[name] for name in operands.get(op.name, []) if name in by_name]
+        for problem in (_overflow(op), _near(op), _dead(op), _table_end(op, inputs)):
+            if problem is not None and (problem.rule, problem.where) not in told:
+                told.add((problem.rule, problem.where))
+                yield problem
+
+
+def _where(op: OpProfile) -> str:
+    return op.source or f"op {op.name}"
+
+
+def _largest(op: OpProfile) -> float:
+    return max(abs(op.low or 0.0), abs(op.high or 0.0))
+
+
+def _overflow(op: OpProfile) -> Problem | None:
+    if not op.overflows:
+        return None
+    reason = f"{op.overflows} of its numbers become infinite on this batch."
+    fix = "Scale its operands down, or normalise before it."
+    return Problem("overflow", "note", _where(op), op.kind, reason, fix, "simulated")
+
+
+def _near(op: OpProfile) -> Problem | None:
+    product = op.kind in ("matmul", "linear", "conv", "conv_transpose")
+    limit, largest = (_MAC_LIMIT if product else _HALF_LIMIT), _largest(op)
+    if op.overflows or not _NEAR * limit <= largest < limit:
+        return None
+    reason = f"its largest number is {largest:,.0f}; the engine holds up to {limit:,.0f} there."
+    return Problem(
+        "near-limit", "note", _where(op), op.kind, reason, "Leave room: scale it down.", "simulated"
+    )
+
+
+def _dead(op: OpProfile) -> Problem | None:
+    extents = op.type.partition("[")[2].rstrip("]").split(",")
+    size = math.prod(int(extent) for extent in extents if extent)
+    if op.kind not in ("matmul", "linear", "conv", "conv_transpose") or op.underflows < _DEAD * size:
+        return None
+    reason = f"{op.underflows / size:.0%} of its results vanish: products below 2^-17 are dropped."
+    fix = "Scale its operands up by a power of two (gradients: raise loss_scale)."
+    return Problem(
+        "dead-products", "note", _where(op), op.kind, reason, fix, "simulated; M6 notes/numerics.md"
+    )
+
+
+def _table_end(op: OpProfile, operands: Sequence[OpProfile]) -> Problem | None:
+    end = _TABLE_ENDS.get(op.kind)
+    largest = max((_largest(item) for item in operands), default=0.0)
+    if end is None or largest <= end or (op.kind == "exp" and max(i.high or 0.0 for i in operands) <= end):
+        return None
+    reason = f"operands reach {largest:,.3g}; the engine's table ends at {end:g}."
+    return Problem(
+        "table-end", "note", _where(op), op.kind, reason, "Normalise before it.", "decoded tables, M6 notes"
+    )
+
+
+def _rewrites(step: TrainingStep) -> tuple[str, ...]:
+    """What was changed to keep the step in range: powers of two on ports, and scaled values."""
+    scaled = [port.target for port in step.compiled.inputs if port.role == "batch" and port.scale != 1.0]
+    found = [f"{name} is fed times a power of two" for name in scaled]
+    if step.optimizer_on == "host":
+        found.append("the optimizer runs on the host, which has no rule on the engine")
+    return tuple(found)
+
+
+def _budgets(program: Program, chip: Chip, path: str) -> dict[str, object]:
+    """Sizes of the program beside what is known."""
+    main = program.main
+    state = sum(value.type.nbytes for value in main.inputs)
+    constants = sum(
+        item.type.nbytes for op in main.ops for _, item in op.literals() if isinstance(item.data, bytes)
+    )
+    most, _ = _known_layers(chip, path)
+    return {
+        "ops": f"{len(main.ops)} (known to compile: {most:g})",
+        "inputs": format_bytes(state),
+        "constants": format_bytes(constants),
+        "compiles": "1 of about 119 a process" if path == "direct" else "1 of 128 loaded programs a process",
+    }

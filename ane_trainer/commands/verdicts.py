@@ -1,0 +1,187 @@
+"""The answer of `check` as values: problems with place, evidence and fix, one verdict a chip, text, JSON and SARIF."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ane_trainer.__version__ import __version__
+from ane_trainer.commands.options import table
+
+Level = Literal["error", "warning", "note"]
+#: Worst first. `departs`: nothing refuses it, but its numbers are not fp32's.
+VERDICTS = ("does not train", "departs", "unproven", "trains")
+
+_PLACE = re.compile(r"([^\s()]+\.py):(\d+)")
+_SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing found: `rule` names its kind, `evidence` says whence it is known, `fix` what heals it (may be empty).
+
+    An error keeps the model from training on the chip, a warning leaves it unproven or wrong, a note does neither.
+    """
+
+    rule: str
+    level: Level
+    where: str
+    op: str
+    reason: str
+    fix: str = ""
+    evidence: str = ""
+
+    def __str__(self) -> str:
+        known = f" [{self.evidence}]" if self.evidence and self.evidence not in self.reason else ""
+        return f"{self.where}: {self.op}: {self.reason}{known} {self.fix}".rstrip()
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """One op of the step: its place, what the chip's tables say of it, and by which evidence."""
+
+    name: str
+    op: str
+    where: str
+    status: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class ChipVerdict:
+    """What was found of one chip. `budgets` are sizes of the program beside what is known of the chip.
+
+    `agreement` is the first step against fp32 in words, empty where it was not run.
+    """
+
+    chip: str
+    title: str
+    problems: tuple[Problem, ...]
+    checked: tuple[OpCheck, ...] = field(default=(), repr=False)
+    rewrites: tuple[str, ...] = ()
+    budgets: Mapping[str, object] = field(default_factory=dict)
+    agreement: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step trains as far as is known: neither refused nor away from fp32."""
+        return self.verdict in ("trains", "unproven")
+
+    @property
+    def verdict(self) -> str:
+        """One of VERDICTS, by the worst problem alone."""
+        rules = {problem.rule for problem in self.problems if problem.level != "note"}
+        if any(problem.level == "error" for problem in self.problems):
+            return "does not train"
+        if rules & {"agreement"}:
+            return "departs"
+        return "unproven" if rules else "trains"
+
+    @property
+    def ops(self) -> dict[str, int]:
+        """Ops by what the chip's tables say of them."""
+        return dict(Counter(op.status for op in self.checked))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of `check` for several chips."""
+
+    model: str
+    chips: tuple[ChipVerdict, ...]
+
+    @property
+    def fits(self) -> bool:
+        """True if the step trains, as far as is known, on every chip asked about."""
+        return all(chip.fits for chip in self.chips)
+
+    def to_json(self) -> dict[str, object]:
+        """The same for machines."""
+        chips = [
+            {
+                **asdict(chip), "ops": chip.ops, "fits": chip.fits, "verdict": chip.verdict,
+                "refused": [asdict(p) for p in chip.problems if p.level == "error"],
+                "notes": [asdict(p) for p in chip.problems if p.level != "error"],
+            }
+            for chip in self.chips
+        ]  # fmt: skip
+        return {"model": self.model, "fits": self.fits, "chips": chips}
+
+    def as_text(self) -> str:
+        """A line a chip, then every problem with its place, the evidence and the way out."""
+        rows = [("chip", "verdict", "ops", "first step")]
+        for chip in self.chips:
+            counted = ", ".join(f"{count} {status}" for status, count in sorted(chip.ops.items()))
+            rows.append((chip.title, chip.verdict, counted or "-", chip.agreement or "not run"))
+        lines = table(rows, range(4))
+        reasons: dict[Problem, list[str]] = {}
+        for chip in self.chips:
+            for problem in chip.problems:
+                reasons.setdefault(problem, []).append(chip.chip)
+        ordered = sorted(reasons.items(), key=lambda item: ("error", "warning", "note").index(item[0].level))
+        for number, (problem, chips) in enumerate(ordered, 1):
+            lines.append(f"{number:>3}  {problem.level:<8}[{', '.join(chips)}] {problem}")
+        for chip in self.chips:
+            if chip.rewrites:
+                lines.append(f"{chip.title}: rewritten: {'; '.join(chip.rewrites)}")
+            if chip.budgets:
+                lines.append(
+                    f"{chip.title}: " + "; ".join(f"{name} {value}" for name, value in chip.budgets.items())
+                )
+        return "\n".join(lines)
+
+    def to_sarif(self, sources: Iterable[Path] = ()) -> dict[str, object]:
+        """SARIF 2.1.0; places in `sources`, the user's files, keep their paths and lines."""
+        paths = {path.name: path for path in sources}
+        results = [
+            _result(problem, chip, paths)
+            for chip in self.chips
+            for problem in chip.problems
+            if problem.level != "note"
+        ]
+        rules = sorted({problem.rule for chip in self.chips for problem in chip.problems})
+        driver = {
+            "name": "ane-trainer check", "version": __version__, "informationUri": "https://pypi.org/project/ane-trainer/",
+            "rules": [{"id": rule, "shortDescription": {"text": RULES[rule]}} for rule in rules],
+        }  # fmt: skip
+        return {
+            "$schema": _SARIF,
+            "version": "2.1.0",
+            "runs": [{"tool": {"driver": driver}, "results": results}],
+        }
+
+
+#: Kinds of problems.
+RULES = {
+    "refused": "The chip, or its compiler, does not take this.",
+    "unsupported": "There is no form of this for the engine.",
+    "unknown-op": "No source says whether the chip runs this op.",
+    "program-size": "The program is larger than any that is known to compile.",
+    "clamped-slice": "Large values become infinite in this slice on this chip.",
+    "agreement": "The first step departs from fp32 by more than fp16 costs.",
+    "overflow": "Numbers become infinite here.",
+    "near-limit": "Numbers come near the largest that the engine holds here.",
+    "dead-products": "Products below the engine's least step vanish here.",
+    "table-end": "Operands lie beyond the end of the engine's table.",
+    "working-set": "An operand exceeds what stays on the chip.",
+}
+
+
+def _result(problem: Problem, chip: ChipVerdict, paths: Mapping[str, Path]) -> dict[str, object]:
+    found: dict[str, object] = {
+        "ruleId": problem.rule,
+        "level": problem.level,
+        "message": {"text": f"{chip.title}: {problem.op}: {problem.reason} {problem.fix}".rstrip()},
+    }
+    match = _PLACE.search(problem.where)
+    name = Path(match[1]).name if match else next(iter(paths), None)
+    if name is not None:
+        path = paths.get(name, Path(name))
+        location: dict[str, object] = {"artifactLocation": {"uri": path.as_posix()}}
+        location["region"] = {"startLine": int(match[2]) if match else 1}
+        found["locations"] = [{"physicalLocation": location}]
+    return found

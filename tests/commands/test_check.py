@@ -1,0 +1,236 @@
+"""`check`: verdicts of models of different kinds, four built to break, whose named fixes turn them green."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import Literal, Program, TensorType, literal
+from ane_trainer.ane.mil.text.printer import print_program
+from ane_trainer.cli import run_command
+from ane_trainer.testing import assert_trains
+
+NETS = """
+import torch
+from torch import nn
+
+class Mlp(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 10))
+
+class Cnn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 10)
+    def forward(self, x):
+        return self.head(torch.relu(self.features(x)).mean((2, 3)))
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(16, 16), nn.LayerNorm(16), nn.SiLU(), nn.Linear(16, 5))
+
+class Regressor(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 1))
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+    def forward(self, tokens):
+        return self.head(self.table(tokens))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.facts, self.head = nn.Linear(16, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+    def forward(self, image, facts):
+        return self.head(torch.relu(self.image(image.flatten(1)) + self.facts(facts)))
+
+class Frozen(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(16, 16).requires_grad_(False), nn.Tanh(), nn.Linear(16, 4))
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+    def forward(self, x):
+        rows = (x.abs() * 300).flatten(1)
+        return self.head(rows[:, :64] / rows.sum(1, keepdim=True))
+
+class Inverse(nn.Module):
+    def __init__(self, heal=False):
+        super().__init__()
+        self.heal, self.head = heal, nn.Linear(16, 4)
+    def forward(self, x):
+        rows = x.reshape(-1, 4, 4) + 9 * torch.eye(4)
+        rows = rows if self.heal else torch.linalg.inv(rows)
+        return self.head(rows.flatten(1))
+
+class Healed(Inverse):
+    def __init__(self):
+        super().__init__(heal=True)
+
+class Wide(nn.Module):
+    def __init__(self, outputs=16_400):
+        super().__init__()
+        self.head = nn.Linear(4, outputs)
+    def forward(self, x):
+        return self.head(x)
+
+class Narrower(Wide):
+    def __init__(self):
+        super().__init__(16_384)
+
+class Deep(nn.Sequential):
+    def __init__(self, depth=9):
+        super().__init__(*[layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.ReLU())], nn.Linear(8, 4))
+
+class Shallow(Deep):
+    def __init__(self):
+        super().__init__(2)
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def checked(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
+    code = run_command(["check", *words, "--json"])
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ("Mlp", "1x8x8"), ("Normed", "16"), ("Regressor", "13"), ("Tokens", "6"),
+        ("Two", "1x4x4,4"), ("Frozen", "16"), ("Sum", "1x16x16"),
+    ],
+)  # fmt: skip
+def test_a_model_trains(nets: Path, capsys: pytest.CaptureFixture[str], model: str, shape: str) -> None:
+    code, found = checked(capsys, f"nets.py:{model}", "--input", shape, "--batch", "4", "--chip", "m4")
+    (chip,) = found["chips"]
+    assert (code, chip["verdict"], chip["refused"]) == (0, "trains", [])
+    assert chip["agreement"].startswith("agrees with fp32")
+    assert all(op["status"] in ("native", "reachable") and op["evidence"] for op in chip["checked"])
+    assert any(op["where"].startswith("optimizer Adam") for op in chip["checked"])
+
+
+def test_an_installed_module_is_checked_without_a_run(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = checked(capsys, "nets:Cnn", "--input", "1x6x6", "--batch", "2", "--no-run")
+    assert code == 0
+    assert found["chips"][0]["agreement"] == ""
+
+
+@pytest.mark.parametrize(
+    ("broken", "healed", "shape", "chip", "verdict", "word"),
+    [
+        ("Inverse", "Healed", "16", "m4", "does not train", "linalg_inv"),
+        ("Wide", "Narrower", "4", "m1", "does not train", "at most 16384"),
+        ("Deep", "Shallow", "8", "m1", "unproven", "known to compile"),
+    ],
+)
+def test_a_model_built_to_break_and_its_fix(
+    nets: Path, capsys: pytest.CaptureFixture[str],
+    broken: str, healed: str, shape: str, chip: str, verdict: str, word: str,
+) -> None:  # fmt: skip
+    words = ["--input", shape, "--batch", "2", "--chip", chip, "--no-run"]
+    code, found = checked(capsys, f"nets.py:{broken}", *words)
+    told = found["chips"][0]
+    assert told["verdict"] == verdict
+    assert code == (3 if verdict == "does not train" else 0)
+    problems = [p for p in told["problems"] if word in p["reason"] + p["op"]]
+    assert len(problems) == 1  # told once, at the user's line, with a way out
+    assert problems[0]["fix"]
+    assert verdict == "unproven" or "nets.py:" in problems[0]["where"]
+    code, found = checked(capsys, f"nets.py:{healed}", *words)
+    assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+
+
+def kernel(*widths: int) -> Program:
+    b = Builder()
+    y = b.input("x", TensorType("fp16", (1, 2, 8, 32)))
+    for width in widths:
+        weight = Literal(TensorType("fp16", (2, 2, 1, width)), b"\0" * (8 * width))
+        y = b.op("conv", x=y, weight=weight, pad_type=literal("same", "string"))
+    return Program((b.finish((y,)),))
+
+
+def test_a_kernel_too_wide_for_m1_and_two_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, program in (("wide", kernel(15)), ("stacked", kernel(8, 8))):
+        text, blob = print_program(program)
+        (tmp_path / f"{name}.mil").write_text(text)
+        (tmp_path / "weights.bin").write_bytes(blob)
+        code, found = checked(capsys, f"{name}.mil", "--chip", "m1,m4")
+        verdicts = [chip["verdict"] for chip in found["chips"]]
+        assert (code, verdicts) == (
+            (3, ["does not train", "trains"]) if name == "wide" else (0, ["trains"] * 2)
+        )
+        if name == "wide":
+            (problem,) = found["chips"][0]["refused"]
+            assert "kernel width of at most 13" in problem["reason"]
+            assert "Stack smaller kernels" in problem["fix"]
+            assert problem["evidence"]
+
+
+def test_what_is_missing_is_said(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, word in (
+        (["nets.py:Two", "--input", "1x4x4"], "2 inputs (image, facts)"),
+        (["nets.py:Mlp", "--input", "1x9x9"], "DATA105"),
+        (["nets.py:Mlp", "--input", "1x8x8", "--dtype", "double"], "--dtype"),
+        (["nowhere.at.all:Net", "--input", "4"], "cannot be imported"),
+    ):
+        assert run_command(["check", *words, "--batch", "2"]) == 1
+        assert word in capsys.readouterr().err
+
+
+def test_sarif_has_the_users_lines(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_command(["check", "nets.py:Inverse", "--input", "16", "--batch", "2", "--sarif", "out.sarif"])
+    assert code == 3
+    (run,) = json.loads((nets / "out.sarif").read_text())["runs"]
+    place = run["results"][0]["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "nets.py"
+    assert "linalg.inv" in NETS.splitlines()[place["region"]["startLine"] - 1]
+    assert {result["ruleId"] for result in run["results"]} <= {
+        rule["id"] for rule in run["tool"]["driver"]["rules"]
+    }
+
+
+def test_assert_trains() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    example = (torch.randn(4, 8), torch.randint(3, (4,)))
+    assert assert_trains(model, example, chips=("m1",)).chips[0].verdict == "trains"
+
+    class Inverts(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.inv(super().forward(x))  # type: ignore[no-any-return]
+
+    with pytest.raises(AssertionError, match=r"does not train[\s\S]*linalg_inv"):
+        assert_trains(Inverts(8, 8), (torch.randn(8, 8), torch.randn(8, 8)), loss="mse", run=False)
+
+
+def test_the_action_and_the_hook_call_check_as_it_is() -> None:
+    yaml = pytest.importorskip("yaml")
+    root = Path(__file__).resolve().parents[2]
+    steps = yaml.safe_load((root / "action.yml").read_text())["runs"]["steps"]
+    (hook,) = yaml.safe_load((root / ".pre-commit-hooks.yaml").read_text())
+    assert hook["entry"] == "ane-trainer check"
+    command = next(step["run"] for step in steps if "ane-trainer" in step["run"])
+    words = (
+        command.replace('"$SUBJECT"', "net.py:Net").replace('"$CHIPS"', "m1").replace('"$SARIF"', "o").split()
+    )
+    assert run_command([*words[1:-1], "--help"]) == 0  # every option is known
