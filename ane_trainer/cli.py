@@ -54,9 +54,7 @@ COMMANDS = (
     Command("runs rm", _TRAIN, "Delete runs with everything in their folders.", "runs"),
     Command("sweep", _TRAIN, "Train with options that Optuna chooses, and compare the results.", "sweep"),
     Command("check", _INSPECT, "Say whether a model trains on a chip, op by op.", "check"),
-    Command(
-        "estimate", _INSPECT, "Estimate the time and energy of a training step on the engine.", "estimate"
-    ),
+    Command("estimate", _INSPECT, "Estimate time and energy on the engine.", "estimate"),
     Command("bench", _INSPECT, "Time a model's training step on several devices in turn.", "bench"),
     Command("run", _INSPECT, "Run any MIL program on the simulator.", "run"),
     Command(
