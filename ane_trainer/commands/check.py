@@ -125,7 +125,8 @@ def _by_cause(problems: Iterable[Problem]) -> tuple[Problem, ...]:
     causes: dict[tuple[str, ...], list[Problem]] = {}
     for problem in problems:
         match = _LIMIT.search(problem.reason)
-        key = match.groups() if match else (problem.where, problem.op, problem.reason)
+        same = problem.where if problem.rule == "unsupported" else ""
+        key = match.groups() if match else (problem.op, problem.reason, same)
         causes.setdefault((problem.rule, *key), []).append(problem)
     found = []
     for members in causes.values():

@@ -82,6 +82,11 @@ class ModelSubject:
         from ane_trainer.training.config import make_config
         from ane_trainer.training.optimizers import make_optimizer
 
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UsageError(
+                f"{self.request.where}: {self.name} needs parameters to train; it has none. Add a layer, or thaw one.",
+                code="ANE104",
+            )
         config = make_config(
             {
                 "dataset": "mnist",

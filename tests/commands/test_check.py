@@ -193,6 +193,7 @@ def test_what_is_missing_is_said(nets: Path, capsys: pytest.CaptureFixture[str])
         (["nets.py:Mlp", "--input", "1x9x9"], "DATA105"),
         (["nets.py:Mlp", "--input", "1x8x8", "--dtype", "double"], "--dtype"),
         (["nowhere.at.all:Net", "--input", "4"], "cannot be imported"),
+        (["torch.nn:Identity", "--input", "4"], "needs parameters to train"),
     ):
         assert run_command(["check", *words, "--batch", "2"]) == 1
         assert word in capsys.readouterr().err

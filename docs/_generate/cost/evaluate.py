@@ -107,7 +107,7 @@ def interval_of(left: Sequence[Left], everything: Sequence[Left]) -> tuple[float
     if programs >= FEW or not everything:
         return low, high, programs
     wide_low, wide_high, all_programs = bounds(everything)
-    return min(low, wide_low), max(high, wide_high), programs or all_programs
+    return min(low, wide_low), max(high, wide_high), all_programs
 
 
 def intervals(

@@ -130,7 +130,8 @@ def _intervals(left: dict[str, list[Left]]) -> str:
             mine = [item for item in left[scheme] if item.row.quantity == quantity]
             for kind, items in groups(mine, lambda item: f"{item.row.path} {item.kind}").items():
                 on_path = [item for item in mine if item.row.path == items[0].row.path]
-                low, high, programs = interval_of(items, on_path)
+                low, high, _ = interval_of(items, on_path)
+                programs = len({(item.row.chip, item.row.workload) for item in items})
                 inside = f"{coverage(items, on_path):.0%}"
                 lines.append((quantity, basis, kind, str(programs), f"{low:.2f} to {high:.2f}", inside))
     text = (
