@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ane_trainer.ane.dispatch.state import CALLBACK, incomplete, part
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.training.checkpoint import write_tensors
+from ane_trainer.training.records import unwritable
 from ane_trainer.training.results import Epoch, Metrics
 
 if TYPE_CHECKING:
@@ -70,8 +74,8 @@ class Callbacks:
     The state of one that is not here stays as it was loaded, so that nothing is lost.
     """
 
-    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
-        self._callbacks = tuple(callbacks)
+    def __init__(self, callbacks: Iterable[object] = ()) -> None:
+        self._callbacks = tuple(c if isinstance(c, Callback) else KerasCallback(c) for c in callbacks)
         self._scalars: dict[str, object] = {}
         self._tensors: dict[str, torch.Tensor] = {}
 
@@ -98,6 +102,123 @@ class Callbacks:
         """By the names that they have in a checkpoint."""
         own = {f"{type(c).__name__}/{name}": value for c in self for name, value in c.tensors().items()}
         return {CALLBACK + name: value for name, value in (self._tensors | own).items()}
+
+
+#: A callback's moments in Keras -> in this module.
+KERAS_MOMENTS = {
+    "on_train_begin": "on_train_start", "on_epoch_begin": "on_train_epoch_start", "on_epoch_end": "on_train_epoch_end",
+    "on_batch_begin": "on_train_batch_start", "on_train_batch_begin": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end", "on_train_batch_end": "on_train_batch_end", "on_train_end": "on_train_end",
+}  # fmt: skip
+
+
+class KerasCallback(Callback):
+    """Calls an object by Keras' moments, `on_epoch_end(epoch, logs)` and the like; its `model` is the trainer.
+
+    Epochs and batches count from 0; logs has loss, and after an epoch val_loss, val_accuracy and lr. UsageError for an
+    object without any of the moments.
+    """
+
+    def __init__(self, callback: object) -> None:
+        known = [name for name in KERAS_MOMENTS if callable(getattr(callback, name, None))]
+        if not known:
+            raise UsageError(
+                f"callbacks: needs Callbacks, or objects with methods like on_epoch_end; got {callback!r}. "
+                "Derive it from ane_trainer.Callback.",
+                code="ANE104",
+            )
+        self._callback, self._known = callback, known
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        setattr(self._callback, "model", trainer)  # noqa: B010  as Keras' set_model does
+        self._call("on_train_begin", {})
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        self._call("on_epoch_begin", trainer.progress.epoch, {})
+
+    def on_train_batch_start(self, trainer: Trainer) -> None:
+        self._each("on_batch_begin", "on_train_batch_begin", trainer.progress.batch - 1, {})
+
+    def on_train_batch_end(self, trainer: Trainer, loss: float) -> None:
+        self._each("on_batch_end", "on_train_batch_end", trainer.progress.batch - 1, {"loss": loss})
+
+    def on_train_epoch_end(self, trainer: Trainer, record: Epoch) -> None:
+        known = {"loss": record.train_loss, "val_loss": record.val_loss, "val_accuracy": record.val_accuracy}
+        logs = {name: value for name, value in known.items() if value is not None}
+        self._call("on_epoch_end", record.epoch - 1, {**logs, "lr": trainer.optimizer.param_groups[0]["lr"]})
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self._call("on_train_end", {})
+
+    def _each(self, one: str, other: str, number: int, logs: dict[str, object]) -> None:
+        self._call(one if one in self._known else other, number, logs)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if name in self._known:
+            getattr(self._callback, name)(*arguments)
+
+
+class ModelCheckpoint(Callback):
+    """Writes the model's state_dict as safetensors after an epoch: each better one, or each (`save_best_only=False`).
+
+    filepath  may hold {epoch}, {val_loss:.3f}, {val_accuracy:.3f}, {train_loss:.3f}. monitor: see `EarlyStopping`.
+    """
+
+    def __init__(self, filepath: str | Path, monitor: str = "auto", save_best_only: bool = True) -> None:
+        self.filepath, self.monitor, self.save_best_only = str(filepath), monitor, save_best_only
+        self.best = -math.inf
+        self.best_model_path = ""
+
+    def on_train_epoch_end(self, trainer: Trainer, record: Epoch) -> None:
+        score = score_of(record, self.monitor)
+        if self.save_best_only and score <= self.best:
+            return
+        self.best = max(self.best, score)
+        self.best_model_path = self.filepath.format(**record.to_json())
+        try:
+            write_tensors(Path(self.best_model_path), trainer.evaluated_model.state_dict())
+        except OSError as error:
+            raise unwritable(Path(self.best_model_path), error) from None
+
+    def state_dict(self) -> dict[str, object]:
+        return {"best": None if math.isinf(self.best) else self.best, "path": self.best_model_path}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self.best_model_path = state["path"]
+
+
+class LearningRateScheduler(Callback):
+    """Sets the learning rate of each epoch to `schedule(epoch, rate)`; epochs count from 0, as in Keras."""
+
+    def __init__(self, schedule: Callable[[int, float], float]) -> None:
+        self.schedule = schedule
+        self._epoch = -1
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        if self._epoch != trainer.progress.epoch:  # of a resumed epoch the rate is set already
+            self._epoch = trainer.progress.epoch
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = float(self.schedule(self._epoch, float(group["lr"])))
+
+    def state_dict(self) -> dict[str, object]:
+        return {"epoch": self._epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch = state["epoch"]
+
+
+class LearningRateMonitor(Callback):
+    """Keeps the learning rate of each step in `rates`, and reports it after each epoch."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, loss: float) -> None:
+        self.rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
+
+    def on_train_epoch_end(self, trainer: Trainer, record: Epoch) -> None:
+        trainer.report.note("lr", f"{self.rates[-1]:g} at the end of epoch {record.epoch}")
 
 
 def score_of(record: Epoch, monitor: str = "auto") -> float:

@@ -26,7 +26,7 @@ from ane_trainer.ane.errors import (
 )
 from ane_trainer.ane.export import STEP_FORMATS, ExportOptions, ExportReport, format_of
 from ane_trainer.training import energy, engine, loop
-from ane_trainer.training.callbacks import Callback, Callbacks
+from ane_trainer.training.callbacks import Callbacks
 from ane_trainer.training.checkpoint import (
     CHECKPOINT,
     has_step,
@@ -128,7 +128,7 @@ class Trainer(Training):
 
     def fit(
         self, train: Iterable[Batch], epochs: int = 1, val: Iterable[Batch] | None = None, *,
-        after_epoch: Callable[[Epoch], None] | None = None, callbacks: Iterable[Callback] = (),
+        after_epoch: Callable[[Epoch], None] | None = None, callbacks: Iterable[object] = (),
     ) -> Result:  # fmt: skip
         """Finish `epochs` more passes over `train`, evaluating on `val` after each.
 

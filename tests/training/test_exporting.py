@@ -148,3 +148,17 @@ def test_mnist_through_core_ai_reaches_pytorch_fp32() -> None:
         trainer.fit(train, 1)
         accuracies.append(trainer.evaluate(test).accuracy)
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.003)
+
+
+@pytest.mark.parametrize(("words", "format"), [(22, "mlpackage"), (22, "aimodel"), (3000, "mlpackage")])
+def test_models_of_tokens(words, format, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(words, 4), torch.nn.Flatten(), torch.nn.Linear(24, 3))
+    data = [(torch.randint(words, (4, 6)), torch.arange(4) % 3)]
+    trainer = Trainer(model, device="cpu", report=Reporter())
+    path = tmp_path / f"net.{format}"
+    if words > 2048:
+        with pytest.raises(UsageError, match="2048"):
+            trainer.export(path, data=data)
+        return
+    assert trainer.export(path, data=data).largest_difference < 5e-3

@@ -10,6 +10,8 @@ from torch import nn
 
 from ane_trainer import ConsoleReporter, Reporter, Trainer, compile_forward, compile_step
 from ane_trainer.ane.errors import DataError, UnsupportedModel, UsageError
+from ane_trainer.training.callbacks import LearningRateMonitor, LearningRateScheduler, ModelCheckpoint
+from ane_trainer.training.checkpoint import read_tensors
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -172,3 +174,40 @@ def test_limits_of_clipping_can_be_changed_while_training() -> None:
     assert float((net[0].weight.detach() - before).norm()) > 20 * small
     with pytest.raises(UsageError, match="clip_grad_norm"):
         dataclasses.replace(step.gradient_options, clip_norm=0.0)
+
+
+def test_callbacks_by_the_names_of_keras_and_lightning(tmp_path):
+    class Keras:
+        def __init__(self):
+            self.seen = []
+
+        def on_train_begin(self, logs):
+            self.seen.append("begin")
+
+        def on_train_batch_end(self, batch, logs):
+            assert logs["loss"] > 0
+            self.seen.append(batch)
+
+        def on_epoch_end(self, epoch, logs):
+            self.seen.append((epoch, sorted(logs)))
+            self.model.stop_training = epoch == 1
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    data = [(torch.rand(8, 4), torch.arange(8) % 3) for _ in range(2)]
+    keras, monitor = Keras(), LearningRateMonitor()
+    best = ModelCheckpoint(tmp_path / "{epoch}.safetensors", "train_loss")
+    trainer = Trainer(
+        model, optimizer=torch.optim.SGD(model.parameters(), 0.5), device="cpu", report=Reporter()
+    )
+    trainer.fit(
+        data, 5, data, callbacks=[LearningRateScheduler(lambda epoch, lr: lr / 2), keras, monitor, best]
+    )
+    logs = ["loss", "lr", "val_accuracy", "val_loss"]
+    assert keras.seen == ["begin", 0, 1, (0, logs), 0, 1, (1, logs)]
+    assert monitor.rates == [0.25, 0.25, 0.125, 0.125]
+    assert best.best_model_path == str(tmp_path / "2.safetensors")
+    kept = read_tensors(tmp_path / "2.safetensors", scalars=False).tensors
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(UsageError, match="on_epoch_end"):
+        trainer.fit(data, callbacks=[3])

@@ -12,6 +12,7 @@ from torch import nn
 
 from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.compiler.lower import lower
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, Value, literal
 from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Captured, Lowered
@@ -84,12 +85,18 @@ def freeze(model: nn.Module, signature: Signature, precision: str = "fp16") -> L
 
     Raises: UnsupportedModel for ops without a rule.
     """
-    example = torch.zeros(signature.batch_shape)
+    example = torch.zeros(signature.batch_shape, dtype=torch.int64 if signature.tokens else torch.float32)
     captured = capture_forward(Deployed(model, signature), example)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     lowered = lower(
         _constant(captured, {f"model.{n}": t.detach() for n, t in tensors.items()}), dtype=precision
     )
+    if lowered.inputs[0].index_encoding != "none":
+        raise UsageError(
+            "export: needs whole numbers up to 2048, which a program's fp16 input holds; this model looks up a longer "
+            "table. Export it as onnx or torch.",
+            code="ANE116",
+        )
     names = {lowered.inputs[0].name: signature.input_name, lowered.outputs[0].name: signature.output_name}
     return rename(lowered, names)
 
