@@ -198,7 +198,7 @@ def _result(record: RunRecord, name: str) -> Any:
     return (record.result or {}).get(name)
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return format_seconds(value) if _RESULTS[name] == "s" else format(value, _RESULTS[name])

@@ -181,11 +181,10 @@ class ModelCheckpoint(Callback):
             raise unwritable(Path(self.best_model_path), error) from None
 
     def state_dict(self) -> dict[str, object]:
-        return {"best": None if math.isinf(self.best) else self.best, "path": self.best_model_path}
+        return {"best": str(self.best), "path": self.best_model_path}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = -math.inf if state["best"] is None else state["best"]
-        self.best_model_path = state["path"]
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.best, self.best_model_path = float(str(state["best"])), str(state["path"])
 
 
 class LearningRateScheduler(Callback):
@@ -204,8 +203,8 @@ class LearningRateScheduler(Callback):
     def state_dict(self) -> dict[str, object]:
         return {"epoch": self._epoch}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch = state["epoch"]
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self._epoch = int(str(state["epoch"]))
 
 
 class LearningRateMonitor(Callback):

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ane_trainer.ane.errors import CheckpointError, DataError, UsageError
 from ane_trainer.training.callbacks import (
@@ -102,8 +101,9 @@ class Recorder(Callback):
     def state_dict(self) -> dict[str, object]:
         return {"best": self._best, **self.origin}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._best = state.get("best")
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        best = state.get("best")
+        self._best = best if isinstance(best, float | None) else None
 
 
 def check_origin(
