@@ -25,6 +25,7 @@ from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state, training_argument, variables_as
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
+from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,13 +89,27 @@ def calibrate(
         output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
         classes = class_count(loss, output, example[1])
         value = call_loss(loss, output, example[1])
-    if not trained or not value.requires_grad:
-        return Calibration(tuple(mode.noted), {}, classes=classes)
+    _check_loss(value, bool(trained))
     gradients, largest = gradients_and_largest_intermediate(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
     peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
     return Calibration(tuple(mode.noted), peaks, largest, classes, norm)
+
+
+def _check_loss(value: object, trained: bool) -> None:
+    """Raises: UnsupportedModel ANE303 for what is not one number that depends on trained parameters."""
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        reason, fix = f"needs one number, a tensor of one element; got {got}.", "Take the mean or the sum."
+    elif not trained or not value.requires_grad:
+        reason = "depends on no parameter that is trained."
+        fix = "Leave out detach(), no_grad() and whole numbers on its way, or set requires_grad_(True)."
+    else:
+        return
+    raise UnsupportedModel(
+        "There is nothing to train:", [Finding("loss", "loss", reason, fix)], code="ANE303"
+    )
 
 
 def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[object, object]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
+from ane_trainer.ane.capture.trace.sources import faults_in_words
 from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.compiler.build import prepare
@@ -47,9 +49,10 @@ class InferenceProgram:
     def __init__(self, model: torch.nn.Module, example: object, target: Target) -> None:
         self.target, self._range = target, RANGES[target.precision]
         check_parameters(model, self._range)
-        self._structure, self._shapes = _output_of(model, example)
+        with faults_in_words(model, functools.partial(_run_plainly, model, example)):
+            self._structure, self._shapes = _output_of(model, example)
+            captured = capture_forward(model, example, calibrate=target.precision == "fp16")
         assert target.chip is not None
-        captured = capture_forward(model, example, calibrate=target.precision == "fp16")
         self.compiled = prepare(captured, target.chip, target.path, target.precision)
         self._session = target.load(self.compiled)
         inputs = self.compiled.inputs
@@ -97,6 +100,11 @@ class InferenceProgram:
             if self._sent.get(port.name) != version(tensor):
                 self._session.write(port.name, tensor.detach().to(dtype).numpy().reshape(port.shape))
                 self._sent[port.name] = version(tensor)
+
+
+def _run_plainly(model: torch.nn.Module, example: object) -> None:
+    with module_mode(model, training=False), torch.no_grad():
+        call_model(model, {}, program_form(example))
 
 
 def _single(model: torch.nn.Module) -> dict[str, torch.Tensor]:

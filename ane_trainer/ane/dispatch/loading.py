@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ane_trainer.ane.capture import Loss, StepCapture, capture_training
-from ane_trainer.ane.capture.calibrate import module_mode
+from ane_trainer.ane.capture import Loss, StepCapture, capture_training, get_loss
+from ane_trainer.ane.capture.batches import program_form
+from ane_trainer.ane.capture.calibrate import call_model, module_mode
 from ane_trainer.ane.capture.gradients import FLOORS, LIMITS
 from ane_trainer.ane.capture.optimizers.table import structure
 from ane_trainer.ane.capture.randomness import PREFIX
 from ane_trainer.ane.capture.range.calibration import calibration_of
 from ane_trainer.ane.capture.step import GRADIENT, SHIFT, CaptureOptions
+from ane_trainer.ane.capture.trace.sources import faults_in_words
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
@@ -165,5 +169,15 @@ def check_parameters(model: torch.nn.Module, limits: Range) -> None:
 def _capture(subject: Subject, options: CaptureOptions) -> StepCapture:
     """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
     kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    with kept if subject.model.training or subject.as_it_is else module_mode(subject.model, training=True):
+    mode = kept if subject.model.training or subject.as_it_is else module_mode(subject.model, training=True)
+    with mode, faults_in_words(subject.model, functools.partial(_run_plainly, subject)):
         return capture_training(subject.model, subject.loss, subject.optimizer, subject.example, options)
+
+
+def _run_plainly(subject: Subject) -> None:
+    """Forward, loss and backward on copies in plain PyTorch."""
+    model = copy.deepcopy(subject.model)
+    x, y = map(program_form, subject.example)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        value = get_loss(subject.loss)(call_model(model, {}, x), y)
+        torch.autograd.backward(value)

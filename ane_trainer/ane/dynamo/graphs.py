@@ -15,9 +15,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.range import scale_rows
 from ane_trainer.ane.capture.trace.simplify import simplify
-from ane_trainer.ane.capture.trace.sources import META_KEY
+from ane_trainer.ane.capture.trace.sources import META_KEY, PACKAGE_FOLDER, fault, place_of
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.dynamo.torch_private import default_partition, with_effects
+from ane_trainer.ane.errors import UnsupportedModel
 
 aten = torch.ops.aten
 
@@ -137,11 +138,18 @@ def _module_path(stack: Any) -> str:
 def last_line(trace: str | None) -> str:
     """`File "net.py", line 7, in forward` -> `net.py:7` for the last frame outside torch."""
     frames = [line.strip() for line in (trace or "").splitlines() if line.strip().startswith("File ")]
-    own = [line for line in frames if "/torch/" not in line]
+    own = [line for line in frames if "/torch/" not in line and PACKAGE_FOLDER not in line]
     if not own:
         return ""
     file, line = own[-1].split('"')[1], own[-1].split("line ")[1].split(",")[0]
     return f"{file}:{line}"
+
+
+def graph_fault(error: BaseException) -> UnsupportedModel:
+    """An error that torch raised while a graph was compiled or calibrated, with the user's line where it names one."""
+    where = last_line(str(error)) or place_of(error, torch.nn.Module()).partition(" (")[2].rstrip(")")
+    fix = "See whether plain PyTorch runs it; if so, keep it out with torch.compiler.disable."
+    return fault(error, where or "torch.compile", fix)
 
 
 # -- Random numbers

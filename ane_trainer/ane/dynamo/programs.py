@@ -18,14 +18,14 @@ from torch.fx import GraphModule, Node
 from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.capture.range import scale_found
 from ane_trainer.ane.capture.range.calibration import Magnitude, Measured
-from ane_trainer.ane.capture.trace.sources import META_KEY
+from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, to_float, to_pair
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
-from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, prepare_graph
+from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import make_boxed_func
@@ -132,7 +132,10 @@ class GraphFunction:
         with torch.no_grad(), without_modes():
             run = _WholeGraph(self._prepared.graph)
             nodes = self._placeholders()
-            run.run(*(v.detach().to(n.meta["val"].dtype) for n, v in zip(nodes, values, strict=True)))
+            try:
+                run.run(*(v.detach().to(n.meta["val"].dtype) for n, v in zip(nodes, values, strict=True)))
+            except FAULTS as error:
+                raise graph_fault(error) from error
         return run.found
 
     def calibrate(self, found: Mapping[str, Magnitude]) -> bool:

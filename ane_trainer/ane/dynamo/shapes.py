@@ -15,10 +15,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.trace.sources import FAULTS
 from ane_trainer.ane.capture.trace.tracer import tracing
 from ane_trainer.ane.dynamo.gradient import backward_function
 from ane_trainer.ane.dynamo.graph_match import same_but_for_sizes, sizes_only
-from ane_trainer.ane.dynamo.graphs import last_line, partition
+from ane_trainer.ane.dynamo.graphs import graph_fault, last_line, partition
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import forward_function
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
@@ -72,6 +73,8 @@ class Specializer:
             return self._compile(list(inputs))
         except DynamicOutputShapeException as error:
             return self._without_engine(str(error), inputs)
+        except FAULTS as error:
+            raise graph_fault(error) from error
 
     def _without_engine(self, operation: str, inputs: Sequence[object]) -> Callable[..., object]:
         """The graph in PyTorch, for one whose tensors have shapes that depend on data, if `fallback` allows it."""

@@ -19,9 +19,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ane_trainer.ane.capture.trace.torch_private import pytree
+from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 META_KEY = "ane_source"
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(__file__)))) + os.sep
 _OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
@@ -135,6 +137,52 @@ def user_line() -> str | None:
             return None
         frame = frame.f_back
     return None
+
+
+#: What code of the user or of torch raises where a model cannot be run or recorded.
+FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def faults_in_words(model: torch.nn.Module, runs: Callable[[], object]) -> Iterator[None]:
+    """Whatever the block raises, as a finding with module and line; `runs()` does the same in plain PyTorch.
+
+    Raises: UnsupportedModel ANE303.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        fix = "Plain PyTorch runs it, a program cannot: leave this out of the step, or do it on the host."
+        try:
+            runs()
+        except FAULTS:
+            fix = "Plain PyTorch says the same: run loss(model(x), y).backward() there first."
+        raise fault(error, place_of(error, model), fix) from error
+
+
+def fault(error: BaseException, where: str, fix: str) -> UnsupportedModel:
+    """An error of torch's or the user's as a refusal with its place."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (lines[0][:300] if lines else "no message").rstrip(".")
+    finding = Finding(where, type(error).__name__, f"{text}.", fix)
+    return UnsupportedModel("The step cannot be made of this model and loss:", [finding], code="ANE303")
+
+
+def place_of(error: BaseException, model: torch.nn.Module) -> str:
+    """`module.path (file.py:line)` of the innermost module and the user's innermost line that an error came through."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    where, line, trace = "", "", error.__traceback__
+    while trace is not None:
+        frame, trace_line = trace.tb_frame, trace.tb_lineno
+        where = paths.get(id(frame.f_locals.get("self")), "") or where
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH_FOLDER, PACKAGE_FOLDER, "<")) and os.sep + "contextlib" not in name:
+            line = f"{_short(name)}:{trace_line}"
+        trace = trace.tb_next
+    where = where or type(model).__name__
+    return f"{where} ({line})" if line else where
 
 
 @functools.cache

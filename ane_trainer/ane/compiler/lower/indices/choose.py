@@ -88,7 +88,8 @@ def _encoding(node: Node, port: Port, exact: bool) -> str:
     found = list(_looked_up(node))
     if any(rows > (EXACT_INTEGERS if summed else most_rows("fp16")) for rows, summed in found):
         return "split"
-    large = exact and (port.bounds is None or too_large(port.bounds))
+    only_looked_up = bool(found) and not _computed_with(node)
+    large = exact and (not only_looked_up if port.bounds is None else too_large(port.bounds))
     coded = any(rows > EXACT_INTEGERS + 1 for rows, _ in found)
     if not coded and not large:
         return "none"

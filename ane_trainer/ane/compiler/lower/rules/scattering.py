@@ -16,6 +16,7 @@ import torch
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.operands import (
+    Encoded,
     Operand,
     Shape,
     as_tensor,
@@ -90,7 +91,7 @@ def index_(ctx: Context, x: Operand, indices: Sequence[Operand | None]) -> Opera
     `concat`. Indexed axes that are no neighbours `-> transpose` first.
     """
     p = picks(ctx, x, indices)
-    if not any(isinstance(i, Value) for i in p.given):
+    if not any(isinstance(i, (Value, Encoded)) for i in p.given):
         return _index_constant(ctx, p)
     shape, several = shape_of(p.x), len(p.given) > 1
     lead, count = math.prod(shape[: p.first]), math.prod(p.where)
