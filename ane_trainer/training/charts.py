@@ -22,11 +22,12 @@ Points = Sequence[tuple[float, float | None]]
 
 def line_chart(
     series: Mapping[str, Points], title: str, *, x_label: str = "epoch", size: tuple[int, int] = (520, 260),
-    diagonal: bool = False,
+    diagonal: bool = False, most: float | None = None,
 ) -> str:  # fmt: skip
     """An SVG of one line a series, with axes, ticks, a legend, and each value as a tooltip.
 
     Values that are None or not finite leave a gap. `diagonal` draws y = x, dashed, over a square of 0 to 1.
+    `most` is the largest value that there can be, such as 1 for a share.
     """
     width, height = size
     known = {
@@ -38,7 +39,9 @@ def line_chart(
         flat += [(0.0, 0.0), (1.0, 1.0)]
     if not flat:
         return ""
-    x_ticks, y_ticks = ticks(*_range(x for x, _ in flat)), ticks(*_range(y for _, y in flat))
+    whole = all(float(x).is_integer() for x, _ in flat) and not diagonal
+    x_ticks = ticks(*_range(x for x, _ in flat), least=1.0 if whole else 0.0)
+    y_ticks = ticks(*_range((y for _, y in flat), most))
     inner = (width - _LEFT - _RIGHT, height - _TOP - _BOTTOM)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -101,16 +104,20 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor">{escape(text)}</text>'
 
 
-def _range(values: Iterable[float]) -> tuple[float, float]:
+def _range(values: Iterable[float], most: float | None = None) -> tuple[float, float]:
+    """The least and the largest value; equal ones below `most` are given room downwards."""
     found = list(values)
-    return min(found), max(found)
+    low, high = min(found), max(found)
+    return (low, high) if most is None or low < high else (min(low, most) - 0.1, most)
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about so many."""
-    if high <= low:
+def ticks(low: float, high: float, about: int = 5, least: float = 0.0) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about so many, at least `least` apart."""
+    if high <= low and least:
+        low, high = low - least, high + least
+    elif high <= low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / about
+    rough = max((high - low) / about, least)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * power for unit in (1, 2, 2.5, 5, 10) if unit * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

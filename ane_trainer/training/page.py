@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from ane_trainer.__version__ import __version__
@@ -56,8 +57,8 @@ def page(
         ("Confusion matrix", _confusion(analysis)),
         ("Calibration", _calibration(analysis)),
         ("Predicted against true", _numbers(analysis)),
-        ("Worst samples", _samples(analysis, "worst", "The test examples with the largest loss.")),
-        ("Random samples", _samples(analysis, "random", "Test examples drawn with a fixed seed.")),
+        ("Worst samples", _samples(analysis, "worst", "The held-out examples with the largest loss.")),
+        ("Random samples", _samples(analysis, "random", "Held-out examples drawn with a fixed seed.")),
         ("Health and agreement", _health(record)),
         ("Most expensive ops of a step", _ops(ops)),
         ("Cost", _cost(record)),
@@ -68,7 +69,8 @@ def page(
     body = "".join(
         (f"<h2>{escape(title)}</h2>\n" if title else "") + text + "\n" for title, text in sections if text
     )
-    title, where = f"{record.config.get('model')} on {record.config.get('dataset')}", _where(record)
+    model, data = (Path(str(record.config.get(name))).name for name in ("model", "dataset"))
+    title, where = f"{model} on {data}", _where(record)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(record.name)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head><body>\n'
@@ -84,9 +86,12 @@ def _where(record: RunRecord) -> str:
 
 def _tiles(record: RunRecord, analysis: Analysis | None) -> str:
     result = record.result or {}
+    tested = result.get("test_loss") is not None
     shown: list[tuple[str, str | None]] = [
         ("test accuracy", _percent(result.get("test_accuracy"))),
-        ("test loss", _number(result.get("test_loss", record.last("val_loss")))),
+        ("test loss", _number(result.get("test_loss"))),
+        ("validation accuracy", None if tested else _percent(record.last("val_accuracy"))),
+        ("validation loss", None if tested else _number(record.last("val_loss"))),
         ("train loss", _number(result.get("train_loss", record.last("train_loss")))),
         ("PyTorch fp32, same seed", _percent(result.get("fp32_reference"))),
     ]
@@ -113,7 +118,7 @@ def _tiles(record: RunRecord, analysis: Analysis | None) -> str:
 def _curves(record: RunRecord) -> str:
     charts = [
         line_chart({"training": record.curve("train_loss"), "validation": record.curve("val_loss")}, "Loss"),
-        line_chart({"accuracy": record.curve("val_accuracy")}, "Accuracy on validation data"),
+        line_chart({"accuracy": record.curve("val_accuracy")}, "Accuracy on validation data", most=1.0),
     ]
     for name, title in (
         ("loss_scale", "Loss scale"),
