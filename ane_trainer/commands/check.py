@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 #: What the accumulator and fp16 hold, and the share of it from which a value counts as near.
 _MAC_LIMIT, _HALF_LIMIT, _NEAR = 32768.0, 65504.0, 0.5
+#: Examples that are run; legality is checked for the whole batch.
+_RUN_BATCH = 8
 #: Share of a product's results that vanish from which it is told.
 _DEAD = 0.05
 #: Op -> magnitude of the operand beyond which the engine's table is constant or infinite (M6 notes, ANE guide).
@@ -101,7 +103,7 @@ def _chip_verdict(subject: ModelSubject | ProgramSubject, chip: Chip, path: str,
     if isinstance(subject, ProgramSubject):
         return _program_verdict(subject.program, chip, path)
     try:
-        step = subject.step(chip.name, path, "first" if run else "off")
+        step = subject.step(chip.name, path)
     except UnsupportedModel as error:
         return ChipVerdict(chip.name, chip.title, _by_cause(map(_refusal, error.findings)))
     try:
@@ -159,8 +161,10 @@ def _step_verdict(subject: ModelSubject, step: TrainingStep, chip: Chip, path: s
     problems += _size(step.program, chip, path, _shorter(subject, step, chip, path))
     words = ""
     if run:
-        hazards = list(_hazards(subject, step, chip))
-        words, wrong = _agreement(subject, step)
+        few = subject.with_batch(_RUN_BATCH)
+        with few.step(chip.name, path, "first") as small:
+            hazards = list(_hazards(few, small, chip))
+            words, wrong = _agreement(few, small)
         problems += [*wrong, *hazards]
     budgets = _budgets(step.program, chip, path)
     return ChipVerdict(chip.name, chip.title, tuple(problems), _checked(step.program, chip, path), _rewrites(step),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,6 +75,14 @@ class ModelSubject:
     loss: str | Loss
     example: tuple[object, object]
     request: Request
+
+    def with_batch(self, size: int) -> ModelSubject:
+        """The same with the first `size` examples of its batch, or itself where it has no more."""
+        if self.request.batch <= size:
+            return self
+        x, y = self.example
+        parts = tuple(part[:size] for part in x) if isinstance(x, tuple) else x[:size]  # type: ignore[index]
+        return replace(self, example=(parts, y[:size]), request=replace(self.request, batch=size))  # type: ignore[index]
 
     def step(self, chip: str, path: str = "e5rt", verify: str = "off") -> TrainingStep:
         """The compiled training step for a chip."""
