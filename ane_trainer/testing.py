@@ -6,8 +6,8 @@ def test_my_model_trains_on_the_engine() -> None:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence, Sized
+from typing import TYPE_CHECKING, cast
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.check import verdict_of
@@ -24,7 +24,7 @@ __all__ = ["assert_trains"]
 
 def assert_trains(
     model: nn.Module,
-    example: tuple[Any, Any],
+    example: tuple[object, object],
     *,
     loss: str | Loss = "cross_entropy",
     chips: Sequence[str] = ("m4",),
@@ -45,7 +45,7 @@ def assert_trains(
             f"chips: needs a sequence of names; got {chips!r}. Give ({chips!r},).", code="ANE104"
         )
     x = example[0]
-    batch = len(x[0] if isinstance(x, (tuple, list)) else x)
+    batch = len(cast(Sized, x[0] if isinstance(x, (tuple, list)) else x))
     request = Request("assert_trains", ((),), 1, batch, optimizer=optimizer)
     subject = ModelSubject(type(model).__name__, model, loss, example, request)
     found = verdict_of(subject, chips, path, run=run)

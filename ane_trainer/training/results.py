@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,11 @@ class Result:
         return {**plain.pop("details"), **plain}
 
 
-def interval_text(estimate: Mapping[str, Any]) -> str:
+def interval_text(estimate: Mapping[str, object]) -> str:
     """How sure an estimate is, as a share of its latency: `-12 to +28 %`; of runs before intervals, what they hold."""
     ends, band = estimate.get("latency_interval_us"), estimate.get("error_band")
     if ends is None:
         return "error not known" if band is None else f"+-{band:.0%}"
-    low, high = (end / estimate["latency_us"] - 1 for end in ends)
+    whole = cast(float, estimate["latency_us"])
+    low, high = (end / whole - 1 for end in cast(list[float], ends))
     return f"{low * 100:+.0f} to {high * 100:+.0f} %"

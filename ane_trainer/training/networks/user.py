@@ -66,7 +66,7 @@ def _import(name: str, where: str) -> ModuleType:
         ) from error
 
 
-def _attribute(module: ModuleType, path_text: str, attribute: str, where: str) -> Callable[..., Any]:
+def _attribute(module: ModuleType, path_text: str, attribute: str, where: str) -> Callable[..., object]:
     found = getattr(module, attribute, None)
     if not callable(found):
         own = [
