@@ -95,8 +95,10 @@ def _floats(value: Any, like: torch.dtype) -> Any:
     return value.to(like) if value.is_floating_point() else value
 
 
-def reference(setup: Setup, noise: float = 0.0, rounded: Callable[[], Rounded] | None = None) -> Way:
-    """The set-up in fp64; each gradient changed by `noise` of its mean size, or everything rounded."""
+def reference(
+    setup: Setup, noise: Mapping[str, float] | None = None, rounded: Callable[[], Rounded] | None = None
+) -> Way:
+    """The set-up in fp64; each gradient changed by its share (`noise`) of its mean size, or everything rounded."""
     model = copy.deepcopy(setup.drawn.model).double()
     optimizer = OPTIMIZERS[setup.optimizer](model.parameters())
     way, count = Way(), int(setup.options.get("accumulate", 1))  # type: ignore[call-overload]
@@ -112,7 +114,7 @@ def reference(setup: Setup, noise: float = 0.0, rounded: Callable[[], Rounded] |
         way.losses.append(float(loss.detach()))
         if (number + 1) % count == 0:
             way.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-            _disturb(model, noise)
+            _disturb(model, noise or {})
             _clip(model, setup.options)
             optimizer.step()
     way.after = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -190,7 +192,8 @@ _ROUNDINGS: tuple[Callable[[], Rounded], ...] = (Rounded, lambda: Rounded(1), la
 
 def _compared(setup: Setup, want: Way, got: Way) -> tuple[str, bool]:
     ways = [reference(setup, rounded=make) for make in _ROUNDINGS]
-    noise = min(max(NOISE, OWN * max(_gradient_error(way, want) for way in ways)), 0.1)
+    found = [_gradient_errors(way, want) for way in ways]
+    noise = {n: max(NOISE, OWN * max(errors[n] for errors in found)) for n in want.gradients}
     sure = _sure(setup, want, noise)
     own = [_errors(setup, way, want, sure) for way in ways]
     pairs = [(g, max(o), b) for g, o, b in zip(_errors(setup, got, want, sure), zip(*own, strict=True),
@@ -207,16 +210,18 @@ def _errors(
 ) -> tuple[float, float, float, float]:
     """Of losses, of the last update, of the whole way, of buffers."""
     whole = {n: torch.ones_like(v, dtype=torch.bool) for n, v in want.buffers.items()}
+    weights = dict(setup.drawn.model.named_parameters())
+    least = {n: weights[n].detach().abs().double() * RESOLUTION for n in want.after}
     return (
         max(_apart(g, w) for g, w in zip(way.losses, want.losses, strict=True)),
-        _distance(way.changes(), want.changes(), sure),
-        _distance(_gone(setup, way), _gone(setup, want), sure),
+        _distance(way.changes(), want.changes(), sure, least),
+        _distance(_gone(setup, way), _gone(setup, want), sure, least),
         _distance(way.buffers, want.buffers, whole),
     )
 
 
-def _gradient_error(way: Way, want: Way) -> float:
-    """The largest relative error of a gradient's entries; one counts as 1e-4 of the largest at least."""
+def _gradient_errors(way: Way, want: Way) -> dict[str, float]:
+    """The relative error of each gradient; one counts as 1e-4 of the largest at least."""
     sizes = {n: float(g.square().mean().sqrt()) for n, g in want.gradients.items()}
     least = 1e-4 * max(sizes.values(), default=0.0) or 1e-30
     errors = [
@@ -235,22 +240,38 @@ def _apart(got: float, want: float) -> float:
     return abs(got - want) / max(abs(want), 1e-9) if math.isfinite(got) else math.inf
 
 
-def _sure(setup: Setup, want: Way, noise: float) -> dict[str, torch.Tensor]:
-    """Entries of the update that an error of the gradients, relative to their mean size, leaves as they are."""
-    sure = {n: torch.ones_like(v, dtype=torch.bool) for n, v in want.after.items()}
-    for sign in (noise, -noise):
-        near = reference(setup, sign)
+def _sure(setup: Setup, want: Way, noise: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Entries of the update that an error of the gradients, relative to their mean size, leaves as they are.
+
+    None of a gradient that cancels to less than rounding leaves of it (a norm over groups of two is a sign).
+    """
+    known = {n: noise.get(n, 0.0) <= OWN * LARGEST_OWN for n in want.after}
+    sure = {n: torch.full_like(v, known[n], dtype=torch.bool) for n, v in want.after.items()}
+    for sign in (1.0, -1.0):
+        near = reference(setup, {n: sign * share for n, share in noise.items()})
         for changed, original in ((near.changes(), want.changes()), (_gone(setup, near), _gone(setup, want))):
             for name, value in original.items():
-                sure[name] &= (changed[name] - value).abs() <= max(0.2, 2 * noise) * value.abs()
+                sure[name] &= (changed[name] - value).abs() <= max(
+                    0.2, 2 * noise.get(name, 0.0)
+                ) * value.abs()
     return sure
 
 
+#: A weight in two fp16 numbers is exact to this share of itself; smaller steps are lost.
+RESOLUTION = 2.0**-22
+
+
 def _distance(
-    got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor], sure: Mapping[str, torch.Tensor]
+    got: Mapping[str, torch.Tensor],
+    want: Mapping[str, torch.Tensor],
+    sure: Mapping[str, torch.Tensor],
+    least: Mapping[str, torch.Tensor] | None = None,
 ) -> float:
-    """Of all tensors together, relative."""
-    error = math.sqrt(sum(float(((got[n] - w) * sure[n]).norm()) ** 2 for n, w in want.items()))
+    """Of all tensors together, relative; entries may differ by `least`."""
+    apart = {n: ((got[n] - w) * sure[n]).abs() for n, w in want.items()}
+    if least is not None:
+        apart = {n: (a - least[n]).clamp(min=0.0) for n, a in apart.items()}
+    error = math.sqrt(sum(float(a.norm()) ** 2 for a in apart.values()))
     size = math.sqrt(sum(float((w * sure[n]).norm()) ** 2 for n, w in want.items()))
     return error / size if size else 0.0
 

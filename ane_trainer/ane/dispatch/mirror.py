@@ -169,15 +169,15 @@ class Mirror:
         return id(state), [(id(v), version(v)) if isinstance(v, torch.Tensor) else v for v in held]
 
     @torch.no_grad()
-    def push_moments(self, changed_only: bool = False) -> int:
+    def push_moments(self, changed_only: bool = False) -> int | None:
         """`optimizer.state` -> engine; returns the number of updates it stands for.
 
-        With `changed_only`, those entries that were changed since the last copy, unless all are other objects; the
-        number is 0 then, for the others' count goes on.
+        With `changed_only`, those entries that were changed since the last copy; None if others were not, for their
+        count goes on. A state that was cleared stands for no update.
         """
         before, self._moments = self._moments, self._moments_now()
         old = set(before[1]) if changed_only and before and before[0] == self._moments[0] else set()
-        count = 0
+        count, kept = 0, False
         for parameter, group, _ in self._slots():
             state = dict.get(self._optimizer.state, parameter.tensor, {})
             if state:
@@ -188,11 +188,12 @@ class Mirror:
             for slot in slots:
                 value = state.get(slot.name)
                 if value is not None and (id(value), version(value)) in old:
+                    kept = True
                     continue
                 bias = slot.bias(group, count) if count else 1.0
                 value = torch.zeros(slot.shape or parameter.tensor.shape) if value is None else value / bias
                 self._split(f"{parameter.name}/{slot.name}", value.float())
-        return 0 if old else count
+        return None if kept else count
 
     # Units
 

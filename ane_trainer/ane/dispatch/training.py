@@ -186,7 +186,8 @@ class TrainingStep:
             self._units.fresh = True
         if mirror.moments_changed():
             self._units.fresh = True
-            self.applied_steps = mirror.push_moments(changed_only=self._stale_moments) or self.applied_steps
+            count = mirror.push_moments(changed_only=self._stale_moments)
+            self.applied_steps = self.applied_steps if count is None else count
             mirror.show_moments(self._pull_moments)
         if self._variants.changed():
             self.sync()
@@ -255,7 +256,7 @@ class TrainingStep:
     def load(self) -> None:
         """Module and optimizer -> engine: use it after `optimizer.load_state_dict`; new weights are noticed anyway."""
         self._loaded.mirror.push_weights()
-        self.applied_steps = self._loaded.mirror.push_moments()
+        self.applied_steps = self._loaded.mirror.push_moments() or 0
         self._unsynced, self._stale_moments = 0, False
         if self._host is None:
             self._loaded.mirror.show_moments(self._pull_moments)

@@ -324,3 +324,23 @@ def test_units_leave_room_for_the_shift_after_clipping() -> None:
     assert step.applied_steps == 4
     high = unit_bounds(step._units.rule, plain(optimizer.param_groups[0]))[1]
     assert max(step._units.after_clipping().values()) <= high
+
+
+def test_a_state_that_was_cleared_begins_again() -> None:
+    """Adam's correction for its bias counts from the clearing, as in PyTorch."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.randn(16, 6), torch.randint(0, 3, (16,))
+    twin = copy.deepcopy(model)
+    own, other = (optim.Adam(m.parameters(), lr=1e-2) for m in (model, twin))
+    step = compile_step(model, "cross_entropy", own, (x, y), fidelity="fast")
+    for number in range(5):
+        if number == 3:
+            step.sync()
+            own.state.clear()
+            other.state.clear()
+        step(x, y)
+        other.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        other.step()
+    assert step.applied_steps == 2
+    torch.testing.assert_close(model.weight, twin.weight, rtol=0, atol=2e-4)
