@@ -96,7 +96,9 @@ def _floats(value: Any, like: torch.dtype) -> Any:
 
 
 def reference(
-    setup: Setup, noise: Mapping[str, float] | None = None, rounded: Callable[[], Rounded] | None = None
+    setup: Setup,
+    noise: Mapping[str, float] | None = None,
+    rounded: Callable[[], Rounded] | None = None,
 ) -> Way:
     """The set-up in fp64; each gradient changed by its share (`noise`) of its mean size, or everything rounded."""
     model = copy.deepcopy(setup.drawn.model).double()
@@ -224,11 +226,10 @@ def _gradient_errors(way: Way, want: Way) -> dict[str, float]:
     """The relative error of each gradient; one counts as 1e-4 of the largest at least."""
     sizes = {n: float(g.square().mean().sqrt()) for n, g in want.gradients.items()}
     least = 1e-4 * max(sizes.values(), default=0.0) or 1e-30
-    errors = [
-        float((way.gradients[n] - g).square().mean().sqrt()) / max(sizes[n], least)
+    return {
+        n: float((way.gradients[n] - g).square().mean().sqrt()) / max(sizes[n], least)
         for n, g in want.gradients.items()
-    ]
-    return max(errors, default=0.0)
+    }
 
 
 def _gone(setup: Setup, way: Way) -> dict[str, torch.Tensor]:

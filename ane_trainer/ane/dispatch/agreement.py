@@ -27,8 +27,9 @@ LOSS_TOLERANCE, UPDATE_TOLERANCE = 0.01, 0.02
 _RESOLUTION, _UNRESOLVED_TOLERANCE = 2.0**-22, 0.05
 #: A step may differ by this many times what rounding every result to fp16 does.
 _OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
-#: Share of a gradient's mean size by which its entries may be off, and how much an update may change by that.
-_NOISE, _ALIKE = 2.0**-9, 0.1
+#: Share of a gradient's mean size by which its entries may be off, at first and where a step seems to depart (the
+#: engine's tables), and how much an update may change by that.
+_NOISE, _LARGEST_NOISE, _ALIKE = 2.0**-9, 0.01, 0.1
 #: Below this share of the largest gradient's size one counts as what cancellation left.
 _LEAST_GRADIENT = 1e-4
 #: What an entry with next to no gradient counts, against one of at least the mean size.
@@ -231,7 +232,7 @@ def explained(
     agreement: Agreement, changes: Mapping[str, torch.Tensor], expected: Reference, loss: float, run: Rounded
 ) -> Agreement:
     """The agreement with fp16's own error and the first operation that departs; warns if it is beyond that."""
-    noise = max(_NOISE, 2.0 * run.gradient_error)
+    noise = max(_LARGEST_NOISE, 2.0 * run.gradient_error)
     again = compare(agreement.step, loss, changes, expected, noise)
     result = dataclasses.replace(again, fp16=run.gradient_error, first=run.first)
     if not result.agrees:
