@@ -124,15 +124,13 @@ def reference(
     return way
 
 
-def _disturb(model: nn.Module, noise: float) -> None:
+def _disturb(model: nn.Module, noise: Mapping[str, float]) -> None:
     """Change gradients by a share of their size; the least counts as 1e-4 of the largest."""
-    if not noise:
-        return
     sizes = [float(p.grad.square().mean().sqrt()) for p in model.parameters() if p.grad is not None]
     least = 1e-4 * max(sizes, default=0.0)
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad += noise * max(float(p.grad.square().mean().sqrt()), least)
+    for n, p in model.named_parameters():
+        if p.grad is not None and n in noise:
+            p.grad += noise[n] * max(float(p.grad.square().mean().sqrt()), least)
 
 
 def _clip(model: nn.Module, options: Mapping[str, Any]) -> None:
