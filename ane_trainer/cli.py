@@ -36,11 +36,14 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("train", _TRAIN, "Train a model on a dataset.", "train"),
+    Command("finetune", _TRAIN, "Tune a language model on your own text, with an adapter.", "finetune"),
     Command("evaluate", _TRAIN, "Measure a run on its held-out data.", "evaluate"),
     Command("predict", _TRAIN, "Predict with a run's model, its own preprocessing included.", "predict"),
     Command("export", _TRAIN, "Write a run's model, or its training step, for apps.", "export"),
     Command("data list", _TRAIN, "List the known datasets, and which of them are in the cache.", "data"),
     Command("data fetch", _TRAIN, "Download a dataset, verified, so that training works offline.", "data"),
+    Command("cache show", _INSPECT, "Show what compiled programs and machine code take on disk.", "cache"),
+    Command("cache prune", _INSPECT, "Delete what was not used for longest, down to a size.", "cache"),
     Command("init", _TRAIN, "Write a commented file of all options of `train`.", "init"),
     Command(
         "runs list",
@@ -74,6 +77,7 @@ COMMANDS = (
 
 #: Commands that only hold others -> what their help says.
 GROUPS = {
+    "cache": "Show and prune what is kept of earlier compilations.",
     "data": "Fetch datasets, and list what is known and cached.",
     "runs": "List, show, compare, draw and delete runs.",
 }

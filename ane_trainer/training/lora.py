@@ -146,6 +146,12 @@ def frozen_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
 
 
+def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state_dict, of one with an adapter without the base."""
+    frozen = frozen_of(model) if is_adapted(model) else {}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """A checksum of tensors: which base an adapter was trained on."""
     found = hashlib.blake2b(digest_size=16)

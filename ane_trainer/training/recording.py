@@ -21,6 +21,7 @@ from ane_trainer.training.checkpoint import Checkpoint, has_step
 from ane_trainer.training.config import RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.splits import Splits
+from ane_trainer.training.lora import own_state
 from ane_trainer.training.results import Epoch
 from ane_trainer.training.runs import BEST, DATA, RunFolder
 from ane_trainer.training.schedules import LearningRateSchedule, Schedule
@@ -73,7 +74,7 @@ class Recorder(Callback):
         score = score_of(record, self._config.monitor)
         if self._best is None or score > self._best:
             self._best = score
-            self._run.write_weights(trainer.evaluated_model.state_dict(), self.origin, BEST)
+            self._run.write_weights(own_state(trainer.evaluated_model), self.origin, BEST)
         every = self._config.keep_every
         kept = every is not None and record.epoch % every == 0
         self.save(trainer, keep_as=f"epoch-{record.epoch:04d}" if kept else None)

@@ -2,7 +2,7 @@
 
 The simulator's kernels are generated as LLVM IR text and compiled on first use by `llvmlite`; no C
 compiler and no numba. IR in the generic vector types (`<16 x float>`) runs everywhere: LLVM splits
-what the CPU has not. Compiled code lives as long as the process.
+what the CPU has not. Compiled code lives as long as the process, and is kept on disk for the next one (`objects`).
 
 Loops run on the threads of PyTorch's OpenMP: handing work over takes microseconds, and both share cores. A loop is
 a compiled function `void (ptr arguments, i64 first, i64 last)`. A `Team` calls one loop, or a chain of loops, on
@@ -26,7 +26,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from ane_trainer.ane.simulator.loops import jit
+from ane_trainer.ane.simulator.loops import jit, objects
 from ane_trainer.ane.simulator.loops.ir import I32, I64, PTR, Definition, Function, module
 
 _CTYPES: dict[str, Any] = {
@@ -76,17 +76,28 @@ def compile_ir(
     unless the IR asks for it (`llvm.fma`, fast-math flags).
     """
     with _lock:
-        module = llvm.parse_assembly(ir_text)
         machine = _target_machine()
-        module.triple = machine.triple
-        module.data_layout = str(machine.target_data)
-        module.verify()
-        prototypes = {name: _prototype(module.get_function(name)) for name in names}
-        _optimize(module, machine, vectorize)
-        engine = llvm.create_mcjit_compiler(module, machine)
+        key = objects.key_of(ir_text, names, f"vectorize {vectorize}")
+        code = objects.load(key)
+        if code is None:
+            code = _machine_code(ir_text, names, machine, vectorize)
+            objects.store(key, code)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code.data))
         engine.finalize_object()
         _engines.append(engine)
-        return {name: kind(engine.get_function_address(name)) for name, kind in prototypes.items()}
+        kinds = {name: _prototype(*signature) for name, signature in code.signatures.items()}
+        return {name: kind(engine.get_function_address(name)) for name, kind in kinds.items()}
+
+
+def _machine_code(ir_text: str, names: Sequence[str], machine: Any, vectorize: bool) -> objects.MachineCode:
+    module = llvm.parse_assembly(ir_text)
+    module.triple = machine.triple
+    module.data_layout = str(machine.target_data)
+    module.verify()
+    signatures = {name: _signature(module.get_function(name)) for name in names}
+    _optimize(module, machine, vectorize)
+    return objects.MachineCode(machine.emit_object(module), signatures)
 
 
 def address(function: Any) -> int:
@@ -172,10 +183,15 @@ def _optimize(module: object, machine: object, vectorize: bool) -> None:
     builder.getModulePassManager().run(module, builder)
 
 
-def _prototype(function: Any) -> Any:
-    """The ctypes prototype of an LLVM function, from its own signature."""
+def _signature(function: Any) -> tuple[str, list[str]]:
+    """The names of an LLVM function's types: of its result, of its parameters."""
     result = str(function.global_value_type).split(" (", 1)[0]
-    arguments = [_CTYPES[str(argument.type)] for argument in function.arguments]
+    return result, [str(argument.type) for argument in function.arguments]
+
+
+def _prototype(result: str, parameters: Sequence[str]) -> Any:
+    """The ctypes prototype of a function with these types."""
+    arguments = [_CTYPES[name] for name in parameters]
     return ctypes.CFUNCTYPE(None if result == "void" else _CTYPES[result], *arguments)
 
 
