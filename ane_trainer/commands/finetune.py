@@ -24,53 +24,55 @@ _OTHER = frozenset(
 ) & TrainConfig.model_fields.keys()  # fmt: skip
 
 
+_Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A model's folder, a GGUF file, or a name on the hub.", metavar="MODEL", show_default=False
+    ),
+]
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        help="FILE.jsonl with text, prompt and completion, or messages; FILE.txt; hf:NAME.", metavar="DATA"
+    ),
+]
+_Lora = Annotated[int, typer.Option(help="Rank of the adapter; 0: train all weights.", metavar="N", min=0)]
+_Targets = Annotated[
+    str, typer.Option(help="attention, all-linear, or names of modules.", metavar="NAME,...")
+]
+_Alpha = Annotated[
+    float | None, typer.Option(help="The adapter's scale (default: twice the rank).", metavar="X")
+]
+_Dropout = Annotated[float, typer.Option(help="Of what goes into the adapter.", metavar="X")]
+_Dora = Annotated[bool, typer.Option("--dora", help="Train the weights' magnitudes apart.")]
+_Row = Annotated[
+    int | None,
+    typer.Option("--context", help="Tokens of a row (default: as the data needs).", metavar="N", min=2),
+]
+_Packed = Annotated[
+    bool | None, typer.Option("--pack/--no-pack", help="Rows run on over records (default: of plain texts).")
+]
+_Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.")]
+_Prompt = Annotated[
+    list[str] | None, typer.Option(help="Ask this before and after; as often as needed.", metavar="TEXT")
+]
+_Answers = Annotated[
+    int, typer.Option(help="Held-out records answered before and after.", metavar="N", min=0)
+]
+_Out = Annotated[
+    Path | None, typer.Option(help="Folder for the run (default: a new one in runs/).", metavar="DIR")
+]
+_Resume = Annotated[str | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN")]
+_Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more of the training.")]
+
+
 @functools.partial(takes_train_options, without=_OTHER)
 def finetune(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A model's folder, a GGUF file, or a name on the hub.", metavar="MODEL", show_default=False
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="FILE.jsonl with text, prompt and completion, or messages; FILE.txt; hf:NAME.",
-            metavar="DATA",
-        ),
-    ] = None,
-    lora: Annotated[int, typer.Option(help="Rank of the adapter; 0: train all weights.", metavar="N")] = 8,
-    lora_targets: Annotated[
-        str, typer.Option(help="attention, all-linear, or names of modules.", metavar="NAME,...")
-    ] = "attention",
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="Its scale (default: twice the rank).", metavar="X")
-    ] = None,
-    lora_dropout: Annotated[float, typer.Option(help="Of what goes into it.", metavar="X")] = 0.0,
-    dora: Annotated[bool, typer.Option("--dora", help="Train the weights' magnitudes apart.")] = False,
-    row: Annotated[
-        int | None,
-        typer.Option("--context", help="Tokens of a row (default: as the data needs).", metavar="N"),
-    ] = None,
-    packed: Annotated[
-        bool | None,
-        typer.Option("--pack/--no-pack", help="Rows run on over records (default: of plain texts)."),
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.")] = True,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Ask this before and after; as often as needed.", metavar="TEXT")
-    ] = None,
-    answers: Annotated[
-        int, typer.Option(help="Held-out records answered before and after.", metavar="N")
-    ] = 16,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the run (default: a new one in runs/).", metavar="DIR")
-    ] = None,
-    resume: Annotated[str | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show more of the training.")] = False,
-    as_json: bool = False,
-    options: Mapping[str, object] = {},
-) -> Output:
+    model: _Model = None, data: _Data = None, lora: _Lora = 8, lora_targets: _Targets = "attention",
+    lora_alpha: _Alpha = None, lora_dropout: _Dropout = 0.0, dora: _Dora = False, row: _Row = None,
+    packed: _Packed = None, chat: _Chat = True, prompt: _Prompt = None, answers: _Answers = 16, out: _Out = None,
+    resume: _Resume = None, verbose: _Verbose = False, as_json: bool = False, options: Mapping[str, object] = {},
+) -> Output:  # fmt: skip
     """Tune a language model on your own text, with an adapter that PEFT reads.
 
     ane-trainer finetune SmolLM2/ --data pairs.jsonl

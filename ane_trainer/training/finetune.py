@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from ane_trainer.ane.errors import CheckpointError, Interrupted
 from ane_trainer.training import loop
@@ -22,6 +22,7 @@ from ane_trainer.training.datasets.splits import VAL_SPLIT, Splits
 from ane_trainer.training.language import (
     Record,
     RowOptions,
+    Tokenizer,
     answer,
     asked_and_expected,
     load_language_model,
@@ -79,7 +80,7 @@ class _Job:
     """What is tuned, with its tokenizer, on which rows, and the records that are answered."""
 
     trainer: Trainer
-    tokenizer: Any
+    tokenizer: Tokenizer
     splits: Splits
     held_out: Sequence[Record]
 
@@ -121,7 +122,7 @@ def resume_finetuning(path: str | Path, *, report: Reporter, **changes: object) 
             return _tune(job, run, config, tuning, started)
 
 
-def _read_options(stored: dict[str, Any]) -> TuningOptions:
+def _read_options(stored: dict[str, object]) -> TuningOptions:
     """The options out of JSON, which has lists for tuples."""
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     make: Callable[..., TuningOptions] = TuningOptions
@@ -157,9 +158,9 @@ def _tune(job: _Job, run: RunFolder, config: TrainConfig, tuning: TuningOptions,
     _introduce(trainer, config, splits)
     recorder, answers = Recorder(run, config, splits.description), _Answers(job, tuning)
     resumed = trainer.progress.steps > 0
-    first: dict[str, object] = _read_first(run) if resumed else {}
+    first = _read_first(run) if resumed else None
     try:
-        if not first:
+        if first is None:
             trainer.report.activity("asking the model", "answers")
             first = {"answers": answers.all(), "loss": None}
             if splits.val is not None and not resumed:
@@ -196,18 +197,23 @@ def _tune(job: _Job, run: RunFolder, config: TrainConfig, tuning: TuningOptions,
 _BEFORE = "before.json"
 
 
-def _read_first(run: RunFolder) -> dict[str, object]:
-    """What was measured before training began, of a run that goes on."""
+class _Before(TypedDict):
+    """What was measured before training began: answers, and the loss on what is held out."""
+
+    answers: list[dict[str, str]]
+    loss: float | None
+
+
+def _read_first(run: RunFolder) -> _Before | None:
+    """What was measured before training began, of a run that goes on; None if that is not known."""
     try:
-        found: dict[str, object] = json.loads((run.path / _BEFORE).read_text(encoding="utf-8"))
+        found = json.loads((run.path / _BEFORE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found
+        return None
+    return cast(_Before, found) if isinstance(found, dict) and {"answers", "loss"} <= found.keys() else None
 
 
-def _outcome(
-    job: _Job, run: RunFolder, first: Mapping[str, Any], after: list[dict[str, str]]
-) -> dict[str, object]:
+def _outcome(job: _Job, run: RunFolder, first: _Before, after: list[dict[str, str]]) -> dict[str, object]:
     """What the result has besides every training's; writes the adapter, or the model."""
     trainer = job.trainer
     trainer.sync()
@@ -221,7 +227,7 @@ def _outcome(
     answers = [{**then, "after": now["answer"]} for then, now in zip(first["answers"], after, strict=False)]
     return {
         "run": str(run.path), "saved": str(saved), "answers": answers,
-        "perplexity_before": _perplexity(first.get("loss")), "perplexity": _perplexity(last),
+        "perplexity_before": _perplexity(first["loss"]), "perplexity": _perplexity(last),
         "right_before": _right(first["answers"]), "right": _right(after),
     }  # fmt: skip
 

@@ -10,10 +10,10 @@ import contextlib
 import importlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,24 @@ _ANSWERED = ("completion", "response", "answer", "output")
 _TEXT_ROW, _LONGEST_ROW = 128, 512
 
 Messages = list[dict[str, str]]
+
+
+class Tokenizer(Protocol):
+    """What is used of the tokenizers of transformers."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+    chat_template: str | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]: ...
+
+    def apply_chat_template(
+        self, conversation: list[Mapping[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
+
+    def decode(self, token_ids: torch.Tensor, *, skip_special_tokens: bool = False) -> str: ...
+
+    def save_pretrained(self, save_directory: str) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ class RowOptions:
 # Models ------------------------------------------------------------------------------------------------------
 
 
-def load_language_model(name: str) -> tuple[nn.Module, Any]:
+def load_language_model(name: str) -> tuple[nn.Module, Tokenizer]:
     """(model in single precision, tokenizer) of a folder, a GGUF file or a name on the hub.
 
     DataError DATA119 for what is none of these or cannot be read; MissingDependency without transformers.
@@ -74,7 +92,7 @@ def load_language_model(name: str) -> tuple[nn.Module, Any]:
         raise MissingDependency(
             f"{name}: needs transformers ({error}). Install it: pip install 'ane_trainer[lm]'."
         ) from None
-    path, more = Path(name).expanduser(), dict[str, Any]()
+    path, more = Path(name).expanduser(), dict[str, str]()
     if path.suffix.lower() == ".gguf":
         path, more = path.parent, {"gguf_file": path.name}
     elif path.is_dir() and not (path / "config.json").exists() and len(found := [*path.glob("*.gguf")]) == 1:
@@ -93,16 +111,16 @@ def load_language_model(name: str) -> tuple[nn.Module, Any]:
             code="DATA119",
         ) from None
     if more:
-        _forget_quantization(model)
-    return model, tokenizer
+        _forget_quantization(cast(nn.Module, model))
+    return cast(nn.Module, model), cast(Tokenizer, tokenizer)
 
 
-def _forget_quantization(model: Any) -> None:
+def _forget_quantization(model: nn.Module) -> None:
     """A GGUF model was dequantized when it was read: let it be saved as any other."""
     for holder, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         vars(holder).pop(attribute, None)
-    model.is_quantized = False
-    vars(model).pop("quantization_method", None)
+    for attribute in ("is_quantized", "quantization_method"):
+        vars(model).pop(attribute, None)
 
 
 @contextlib.contextmanager
@@ -182,7 +200,7 @@ def _is_message(value: object) -> bool:
 # Rows --------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(record: Record, tokenizer: Any, chat: bool) -> tuple[list[int], list[int]]:
+def tokens_of(record: Record, tokenizer: Tokenizer, chat: bool) -> tuple[list[int], list[int]]:
     """(token numbers, labels): of a conversation only the assistant's turns have labels that count."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if not record.messages:
@@ -202,13 +220,12 @@ def tokens_of(record: Record, tokenizer: Any, chat: bool) -> tuple[list[int], li
     return ids, labels
 
 
-def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], asked: bool = False) -> list[int]:
+def _templated(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], asked: bool = False) -> list[int]:
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asked)
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return found
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _plain_turns(record: Record, tokenizer: Any, end: list[int]) -> tuple[list[int], list[int]]:
+def _plain_turns(record: Record, tokenizer: Tokenizer, end: list[int]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []
     for message in record.messages:
@@ -222,7 +239,7 @@ def _plain_turns(record: Record, tokenizer: Any, end: list[int]) -> tuple[list[i
     return ids, labels
 
 
-def open_rows(data: str, tokenizer: Any, options: RowOptions) -> tuple[Splits, list[Record]]:
+def open_rows(data: str, tokenizer: Tokenizer, options: RowOptions) -> tuple[Splits, list[Record]]:
     """(rows of tokens for training and validation, the records held out). DataError DATA104 for too few.
 
     x and y of a batch are the token numbers and the labels [B, T]; the model moves labels by one itself.
@@ -268,7 +285,7 @@ def open_rows(data: str, tokenizer: Any, options: RowOptions) -> tuple[Splits, l
 
 
 def rows_of(
-    parts: Sequence[tuple[list[int], list[int]]], length: int, packed: bool, tokenizer: Any
+    parts: Sequence[tuple[list[int], list[int]]], length: int, packed: bool, tokenizer: Tokenizer
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(token numbers, labels) [N, T]: a record a row, or, packed, one stream of all records cut into rows.
 
@@ -298,7 +315,9 @@ def asked_and_expected(record: Record) -> tuple[Messages, str]:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, asked: Messages | str, *, tokens: int = 48, chat: bool = True) -> str:
+def answer(
+    model: nn.Module, tokenizer: Tokenizer, asked: Messages | str, *, tokens: int = 48, chat: bool = True
+) -> str:
     """What the model answers, the likeliest token at a time, by plain PyTorch on the host."""
     if isinstance(asked, str):
         asked = [{"role": "user", "content": asked}]
@@ -311,11 +330,11 @@ def answer(model: Any, tokenizer: Any, asked: Messages | str, *, tokens: int = 4
     model.eval()
     try:
         with _quiet():
-            out = model.generate(
+            generate = cast(Callable[..., torch.Tensor], model.generate)
+            out = generate(
                 input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )  # fmt: skip
     finally:
         model.train(was_training)
-    text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-    return text.strip()
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()

@@ -90,7 +90,9 @@ def compile_ir(
         return {name: kind(engine.get_function_address(name)) for name, kind in kinds.items()}
 
 
-def _machine_code(ir_text: str, names: Sequence[str], machine: Any, vectorize: bool) -> objects.MachineCode:
+def _machine_code(
+    ir_text: str, names: Sequence[str], machine: llvm.TargetMachine, vectorize: bool
+) -> objects.MachineCode:
     module = llvm.parse_assembly(ir_text)
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
@@ -183,7 +185,7 @@ def _optimize(module: object, machine: object, vectorize: bool) -> None:
     builder.getModulePassManager().run(module, builder)
 
 
-def _signature(function: Any) -> tuple[str, list[str]]:
+def _signature(function: llvm.ValueRef) -> tuple[str, list[str]]:
     """The names of an LLVM function's types: of its result, of its parameters."""
     result = str(function.global_value_type).split(" (", 1)[0]
     return result, [str(argument.type) for argument in function.arguments]
