@@ -89,3 +89,47 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
         "except UsageError as error:\n    print(error.code)"
     )
     assert python(code, "torch", str(path)).strip().endswith("ANE102")
+
+
+CALLBACKS = """
+import sys
+import torch, keras
+import ane_trainer as at
+from ane_trainer.training.callbacks import KerasCallbacks
+
+torch.manual_seed(0)
+x = torch.randn(64, 6)
+data = [(x[:32], x[:32, :3].argmax(1)), (x[32:], x[32:, :3].argmax(1))]
+model = torch.nn.Linear(6, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+trainer = at.Trainer(model, "cross_entropy", optimizer, report=at.Reporter())
+seen = []
+result = trainer.fit(data, epochs=9, val=data, callbacks=[KerasCallbacks(
+    keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.5 if epoch < 2 else 0.0),
+    keras.callbacks.EarlyStopping(monitor="val_loss", patience=2, restore_best_weights=True),
+    keras.callbacks.CSVLogger(sys.argv[1]),
+    keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append((batch, logs["loss"]))),
+)])
+losses = [e.val_loss for e in result.history]
+assert len(result.history) == 4, losses  # two that learn, two that cannot get better
+assert optimizer.param_groups[0]["lr"] == 0.0
+assert [batch for batch, _ in seen] == [0, 1] * 4
+rows = open(sys.argv[1]).read().splitlines()
+assert rows[0].startswith("epoch") and "val_loss" in rows[0] and len(rows) == 5, rows
+assert abs(trainer.evaluate(data).loss - min(losses)) < 1e-3
+try:
+    keras.callbacks.ModelCheckpoint(sys.argv[1] + ".keras").set_model(None)
+    from ane_trainer.training.callbacks import _KerasView
+    _KerasView(trainer).compile_metrics
+except AttributeError as error:
+    assert "compile_metrics" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def test_callbacks_of_keras_act_on_a_trainer(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": "torch"}
+    command = [sys.executable, "-c", CALLBACKS, str(tmp_path / "log.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

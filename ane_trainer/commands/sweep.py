@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,11 +21,15 @@ from ane_trainer.training.sweeps import (
     STORAGE,
     TABLE,
     Study,
+    Value,
     open_study,
     read_sweep,
     write_outcome,
 )
 from ane_trainer.utils import atomic_write, format_count
+
+if TYPE_CHECKING:
+    from ane_trainer.training.runs import RunFolder
 
 #: Times that a training which was killed is gone on with, before its trial counts as failed.
 _TRIES = 3
@@ -94,7 +98,7 @@ def _train_all(study: Study, jobs: int, run: Callable[[Path, Path], tuple[int, s
                 _note(study, running.pop(future), *future.result())
 
 
-def _write_options(study: Study, number: int, chosen: dict[str, Any]) -> Path:
+def _write_options(study: Study, number: int, chosen: Mapping[str, Value]) -> Path:
     file = study.folder / f"trial-{number:04d}.toml"
     options = study.sweep.options(chosen)
     here = {"threads": 1} if "threads" not in options else {}
@@ -143,7 +147,7 @@ def train_in_process(options: Path, folder: Path) -> tuple[int, str]:
     return code, text
 
 
-def _wait_for(run: Any) -> None:
+def _wait_for(run: RunFolder) -> None:
     while run.path.exists():
         try:
             with run.locked():
