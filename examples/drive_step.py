@@ -25,6 +25,7 @@ class Driver:
 
     def __init__(self, manifest, state, run):
         self.m, self.state, self.run = manifest, state, run
+        self.dtype = {"fp16": np.float16, "fp32": np.float32}[manifest["inputs"][0]["dtype"]]
         self.parameters = {p["name"]: dict(p) for p in manifest["parameters"]}
         self.port = {row["target"]: row["name"] for row in manifest["inputs"] if "target" in row}
         self.updates, self.steps = manifest["applied_steps"], manifest["steps"]
@@ -39,7 +40,7 @@ class Driver:
             own = [self.parameters[name] for name in row.get("parameters", ())] or [dict(row, unit=1.0)]
             formulas = row.get("formula_by_group") or [row["formula"]] * len(self.m["settings"])
             found[target] = [self.value(formulas[p["group"]], p["group"], p["unit"]) for p in own]
-        return {target: np.array(values, np.float16) for target, values in found.items()}
+        return {target: np.array(values, self.dtype) for target, values in found.items()}
 
     def step(self, batch):
         """One batch; again while its gradients do not fit: units move, and a loss scale that is too large halves."""
@@ -78,7 +79,7 @@ class Driver:
                 factor = min(factor, max(1.0, 2.0 ** min([24, *room])))
             p["unit"], p["level"] = p["unit"] * factor, p["level"] * factor
             for name, power in states:
-                self.state[name] = (self.state[name] * np.float32(factor**power)).astype(np.float16)
+                self.state[name] = (self.state[name] * np.float32(factor**power)).astype(self.dtype)
 
     def weights(self):
         def value(term):
