@@ -15,7 +15,9 @@ def export(
     run: Run,
     format: Annotated[
         str | None,
-        typer.Option(help="mlpackage, aimodel, onnx, torch, step-mlpackage, step-aimodel.", metavar="NAME"),
+        typer.Option(
+            help="mlpackage, aimodel, onnx, torch, step-mlpackage, step-aimodel, step-onnx.", metavar="NAME"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file (default: in the run's folder).", metavar="PATH")

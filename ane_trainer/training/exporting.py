@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ane_trainer.__version__ import __version__
+from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.export import (
@@ -74,7 +75,12 @@ def export_training(
     chosen = [batches[i % len(batches)] for i in range(CHECKED_STEPS)]
     feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
     about = about_step(step, optimizer)
-    return export_step(step.compiled, step.port_state(), feeds, path, format, options, about)
+    single = None
+    if format == "step-onnx":
+        _, loaded = step.host_side
+        single = lower(loaded.capture.captured, dtype="fp32")
+        single = replace(single, inputs=loaded.mirror.scaled(single.inputs))
+    return export_step(step.compiled, step.port_state(), feeds, path, format, options, about, single)
 
 
 def export_app(

@@ -15,7 +15,7 @@ from torch import nn
 from ane_trainer.ane.capture.calibrate import module_mode
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.export import inference, step
+from ane_trainer.ane.export import inference, onnx_step, step
 from ane_trainer.ane.export.freeze import Deployed, Signature, to_input
 from ane_trainer.ane.export.report import (
     ExportOptions,
@@ -25,7 +25,7 @@ from ane_trainer.ane.export.report import (
     size_bytes,
 )
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Compiled
+from ane_trainer.ane.stages import Compiled, Lowered
 
 __all__ = [
     "DEFAULT_NAMES",
@@ -47,12 +47,13 @@ _INFERENCE = {
     "torch": (inference.write_torch, inference.run_torch, "torch.export.load"),
 }
 #: Formats that hold the training step; `app` is a Swift package around it.
-STEP_FORMATS = ("step-mlpackage", "step-aimodel", "app")
+STEP_FORMATS = ("step-mlpackage", "step-aimodel", "step-onnx", "app")
 FORMATS = (*_INFERENCE, *STEP_FORMATS)
 #: How a format's file is called where nobody says.
 DEFAULT_NAMES = {
     "mlpackage": "model.mlpackage", "aimodel": "model.aimodel", "onnx": "model.onnx", "torch": "torch",
-    "step-mlpackage": "step.mlpackage", "step-aimodel": "step.aimodel", "app": "app",
+    "step-mlpackage": "step.mlpackage", "step-aimodel": "step.aimodel", "step-onnx": "step.onnx",
+    "app": "app",
 }  # fmt: skip
 
 _PRECISION = {"aimodel": "fp16", "onnx": "fp32", "torch": "fp32"}
@@ -61,6 +62,7 @@ UNVERIFIED = {
     "aimodel": "the Neural Engine, on macOS 27",
     "step-mlpackage": "Core ML itself, on macOS 15 or iOS 18",
     "step-aimodel": "the Neural Engine, on macOS 27",
+    "step-onnx": "",
     "app": "a Swift compiler, Core ML and the Neural Engine",
 }
 
@@ -120,11 +122,13 @@ def export_step(
     format: str,
     options: ExportOptions | None = None,
     about: Mapping[str, object] | None = None,
+    single: Lowered | None = None,
 ) -> ExportReport:
     """Write a compiled fp16 training step with its state, and run the file for `feeds`, one feed a step.
 
     The reference is the same program from the same state on the simulator: a package must agree in every bit
-    of the state; an asset is compared in losses and parameters, where IEEE fp16 stays near the engine's.
+    of the state; an asset, and an ONNX model (of `single`, the step lowered for fp32), are compared in losses and
+    parameters, where IEEE numbers stay near the engine's.
     """
     lowered, options = compiled.legalized.lowered, options or ExportOptions()
     if lowered.program.main.inputs[0].type.dtype != "fp16":
@@ -139,13 +143,18 @@ def export_step(
         written = step.write_step_mlpackage(Path(path), lowered, state, about or {}, options.state)
         got, losses = step.replay_mlpackage(written, feeds, compiled.chip, fidelity)
         checked_by = f"our reader and the simulator of {compiled.chip}, {fidelity}"
+    elif format == "step-onnx":
+        assert single is not None
+        written = onnx_step.write_step_onnx(Path(path), single, state, about or {})
+        got, losses = onnx_step.replay_step_onnx(written, feeds)
+        checked_by = "onnxruntime, in fp32"
     else:
         written = step.write_step_aimodel(Path(path), lowered, state, about or {}, options.state)
         got, losses = step.replay_aimodel(written, feeds)
         checked_by = "Apple's Core AI runtime on this machine"
     wanted, reference = _simulate(compiled, state, feeds, fidelity)
     wanted = {name: wanted[name] for name in step.changing(lowered)}
-    if format == "step-aimodel":  # optimizer state is in units of its own
+    if format != "step-mlpackage":  # optimizer state is in units of its own
         parameters = {p.name for p in compiled.inputs if p.role == "state" and "/" not in p.target}
         got, wanted = ({k: v for k, v in arrays.items() if k in parameters} for arrays in (got, wanted))
     difference = step.state_difference(got, wanted)

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ane_trainer.ane.errors import Finding, MissingDependency, UnsupportedModel
+from ane_trainer.ane.export.manifest import Manifest, manifest, read_manifest, write_manifest
+from ane_trainer.ane.export.step import changing, feed_back, fixed_as_constants
 from ane_trainer.ane.mil.program import Function, Literal, Op, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import literal_array
+from ane_trainer.ane.stages import Lowered
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -220,13 +223,40 @@ def _assembled(function: Function, graph: _Graph) -> GraphProto:
     )
 
 
-def save_step(path: Path, model: ModelProto) -> Path:
-    """Write the model."""
-    from onnx import save
+def write_step_onnx(
+    path: Path, lowered: Lowered, state: Mapping[str, Array], about: Mapping[str, object]
+) -> Path:
+    """A step that was lowered for fp32, its manifest, and the state it starts from (`.safetensors`) beside it.
 
+    A weight starts whole in its first term: fp32 holds it.
+    """
+    from onnx import save
+    from safetensors.numpy import save_file
+
+    start = {name: np.asarray(array, np.float32) for name, array in state.items()}
+    ready = fixed_as_constants(lowered, start)
+    content: Manifest = manifest(ready, "io", about)
+    for terms in content["weights"].values():
+        whole = sum(start[term["port"]].astype(np.float64) * term["factor"] for term in terms)
+        start[terms[0]["port"]] = np.asarray(whole, np.float32)
+        start[terms[1]["port"]] = np.zeros_like(start[terms[1]["port"]])
+    model = step_model(ready.program.main, {"description": str(about.get("description", ""))})
     path.parent.mkdir(parents=True, exist_ok=True)
     save(model, str(path))
+    write_manifest(path, content)
+    save_file({name: start[name] for name in changing(ready)}, path.with_suffix(".safetensors"))
     return path
+
+
+def replay_step_onnx(
+    path: Path, feeds: Sequence[Mapping[str, Array]]
+) -> tuple[dict[str, Array], list[float]]:
+    """(state, losses) after running what `write_step_onnx` wrote, on onnxruntime."""
+    from safetensors.numpy import load_file
+
+    return feed_back(
+        runner(path), load_file(path.with_suffix(".safetensors")), read_manifest(path)["aliases"], feeds
+    )
 
 
 def runner(path: Path) -> Callable[[Mapping[str, Array]], dict[str, Array]]:

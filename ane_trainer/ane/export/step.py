@@ -142,7 +142,7 @@ def replay_mlpackage(
     plan = prepare(functions[MAIN], context)
     aliases = read_manifest(path)["aliases"]
     if not any(value.type.state for value in functions[MAIN].inputs):
-        return _feed_back(lambda feed: plan.run(dict(feed)), first, aliases, feeds)
+        return feed_back(lambda feed: plan.run(dict(feed)), first, aliases, feeds)
     for name, value in first.items():
         plan.write(name, value)
     losses = [float(plan.run(dict(feed))["loss"][0]) for feed in feeds]
@@ -154,14 +154,14 @@ def replay_aimodel(path: Path, feeds: Sequence[Arrays]) -> tuple[dict[str, Array
     asset = open_asset(path)
     try:
         if not asset.ports["states"]:
-            return _feed_back(asset.run, asset.state(), read_manifest(path)["aliases"], feeds)
+            return feed_back(asset.run, asset.state(), read_manifest(path)["aliases"], feeds)
         losses = [float(asset.run(feed)["loss"][0]) for feed in feeds]
         return {name: np.array(asset.state()[name]) for name in asset.ports["states"]}, losses
     finally:
         asset.close()
 
 
-def _feed_back(
+def feed_back(
     run: Callable[[Arrays], Arrays], first: Arrays, aliases: Mapping[str, str], feeds: Sequence[Arrays]
 ) -> tuple[dict[str, Array], list[float]]:
     """Run a step in the form io: each output that is an alias becomes the input of the next call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 from ane_trainer import compile_step
+from ane_trainer.ane.errors import UnsupportedModel
 from ane_trainer.ane.export import ExportOptions
+from ane_trainer.ane.export.manifest import read_manifest
+from ane_trainer.ane.export.onnx_step import runner, step_model
+from ane_trainer.ane.mil.opset import Builder
+from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.training.exporting import export_training
 
 DRIVER = Path(__file__).parents[3] / "examples" / "drive_step.py"
@@ -120,3 +127,45 @@ def test_the_driver_is_short_and_knows_the_simulator_only() -> None:
         "from ane_trainer.ane import load_program",
         "from ane_trainer.ane.simulator import make_context, prepare",
     ]
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_the_step_as_onnx_trains_as_pytorch_does(name: str, tmp_path: Path) -> None:
+    """20 steps on onnxruntime from the files alone, against PyTorch in fp32."""
+    pytest.importorskip("onnxruntime")
+    make, batch, optimizer_of = CASES[name]
+    torch.manual_seed(0)
+    model = make()
+    own = copy.deepcopy(model)
+    optimizer, plain = optimizer_of(model.parameters()), optimizer_of(own.parameters())
+    step = compile_step(model, "cross_entropy", optimizer, batch(0), sync="lazy")
+    path = tmp_path / "step.onnx"
+    report = export_training(step, optimizer, path, "step-onnx", [batch(0), batch(1)], ExportOptions())
+    assert report.largest_difference < 0.1
+    driven = driver().Driver(read_manifest(path), load_file(path.with_suffix(".safetensors")), runner(path))
+    for i in range(20):
+        x, y = batch(i % 3)
+        loss = nn.functional.cross_entropy(own(x), y)
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+        fed = {"x": x.numpy().astype(np.float32), "y": y.numpy().astype(np.float32)}
+        assert driven.step(fed) == pytest.approx(loss.item(), rel=1e-5)
+    for parameter, value in driven.weights().items():
+        if parameter.endswith("in_proj_bias"):  # keys' biases: gradients that are rounding alone
+            continue
+        want = dict(own.named_parameters())[parameter].detach().numpy()
+        np.testing.assert_allclose(value.reshape(want.shape), want, atol=1e-5)
+    step.close()
+
+
+def test_ops_without_a_form_in_onnx_are_named() -> None:
+    def one(kind: str, **parameters: int) -> Any:
+        b = Builder()
+        x = b.input("x", TensorType("fp32", (2, 3)))
+        return step_model(b.finish((b.op(kind, x=x, **parameters),)), {})
+
+    with pytest.raises(UnsupportedModel, match="cumsum"):
+        one("cumsum", axis=0)
+    assert len(one("relu").graph.node) == 1
