@@ -113,7 +113,7 @@ def export_app(
     )
 
 
-def about_step(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+def about_step(step: TrainingStep, optimizer: torch.optim.Optimizer) -> Mapping[str, object]:
     """The metadata that an app needs to feed the step."""
     units, loaded = step.host_side
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}

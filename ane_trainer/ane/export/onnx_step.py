@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,13 +44,14 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def node(self, kind: str, inputs: Sequence[str], out: str = "", **attributes: Any) -> str:
+    def node(self, kind: str, inputs: Sequence[str], out: str = "", **attributes: _Attribute) -> str:
         """Add a node; the name of its result."""
         from onnx import helper
 
         self._count += 1
         out = out or f"inner_{self._count}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [out], **attributes))
+        make: Callable[..., NodeProto] = helper.make_node
+        self.nodes.append(make(kind, list(inputs), [out], **attributes))
         return out
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ane_trainer.ane.errors import UsageError
 
@@ -96,7 +95,7 @@ def _called(name: str, compute: Callable[..., float], *values: float) -> float:
 # -- What rules use in the place of float, math.sqrt, min, max -------------------------------------------------
 
 
-def number(value: Any) -> float:
+def number(value: float) -> float:
     """The value as a float; one that is traced stays so."""
     return value if isinstance(value, Traced) else float(value)
 
