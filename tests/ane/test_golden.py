@@ -7,8 +7,9 @@ import torch
 
 from tests.ane import golden
 
-#: Nets that a release of torch writes in another form: torch 2.10 clamps the squares of cosine similarity's norms.
-OTHER_FORMS = {"2.10": {"cosine": "090cd9c57c443be0 274"}}
+#: Nets that a release of torch writes in another form: 2.10 clamps the squares of cosine similarity's norms, 2.15
+#: compares with > in clamp's gradient.
+OTHER_FORMS = {"2.10": {"cosine": "090cd9c57c443be0 274"}, "2.15": {"normalize": "b778bc8dba5b4ff7 249"}}
 
 
 @pytest.mark.parametrize("name", golden.NETS)

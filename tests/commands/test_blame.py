@@ -30,7 +30,7 @@ FILES = {
         "line 8, in __init__: KeyError: 'a'",
     ),
     "forward": (NET + FORWARD + "lair(x)\n", "line 9, in forward: AttributeError: 'Net'"),
-    "shape": (NET + FORWARD + "layer(x)\n", "line 9, in forward: RuntimeError: mat1 and mat2"),
+    "shape": (NET + FORWARD + "layer(x)\n", "mat1 and mat2 shapes cannot be multiplied"),
 }
 CHECK = ("check", "--input", "1x8x8")
 TRAIN = ("train", "digits", "--limit", "256", "--out", "r")
