@@ -11,7 +11,6 @@ simulator and the cost model. Names are imported at first use: `import ane_train
 from typing import TYPE_CHECKING
 
 from ane_trainer.__version__ import __version__ as __version__
-from ane_trainer.utils import lazy_names
 
 if TYPE_CHECKING:
     from ane_trainer import ane as ane
@@ -77,4 +76,13 @@ _PLACES = {
 __all__ = ["__version__", *_PLACES]
 
 if not TYPE_CHECKING:  # so that a wrong name is still an error to a type checker
-    __getattr__, __dir__ = lazy_names(__name__, _PLACES)
+
+    def __getattr__(name):
+        """The name, imported now; the helper as well, so that the command line listens to Ctrl-C early."""
+        from ane_trainer.utils import lazy_names
+
+        return lazy_names(__name__, _PLACES)[0](name)
+
+    def __dir__():
+        """All names, imported or not."""
+        return sorted({*globals(), *_PLACES})
