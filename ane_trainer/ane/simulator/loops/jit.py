@@ -168,7 +168,7 @@ def _target() -> Any:
     return llvm.Target.from_triple(llvm.get_process_triple())
 
 
-def _target_machine() -> Any:
+def _target_machine() -> llvm.TargetMachine:
     """A fresh machine description: an engine takes ownership of its own."""
     features = llvm.get_host_cpu_features().flatten()
     return _target().create_target_machine(
