@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS
 from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
-from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.errors import DataError, NumericsWarning
 from ane_trainer.ane.mil.program import MAX_FP16
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import PAIR, Port
@@ -173,6 +174,16 @@ def to_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, Array]:
     assert slot.high is not None
     parts = {slot.port: leaf % PAIR, slot.high: torch.div(leaf, PAIR, rounding_mode="floor")}
     return {name: to_float(slot, part, limits) for name, part in parts.items()}
+
+
+def tell_of_rounded_integers(place: str, largest: float) -> None:
+    """Warn that a result of integers has some that fp16 may have rounded: `largest` is 2048 or more."""
+    warnings.warn(
+        f"{place}: needs integers below 2048, which fp16 holds; got {largest:.0f}, which may be rounded. Return what "
+        'they are made of and compute them on the host, or use precision="fp32".',
+        NumericsWarning,
+        stacklevel=3,
+    )
 
 
 def _not_representable(slot: Slot, leaf: torch.Tensor, largest: float, limits: Range) -> DataError:

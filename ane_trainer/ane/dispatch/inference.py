@@ -16,7 +16,7 @@ from ane_trainer.ane.capture.trace.sources import faults_in_words
 from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.chips.cost import Cost, estimate
 from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
+from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, tell_of_rounded_integers
 from ane_trainer.ane.dispatch.loading import check_parameters
 from ane_trainer.ane.dispatch.options import Target, resolve_target
 from ane_trainer.ane.mil.program import Program
@@ -50,7 +50,7 @@ class InferenceProgram:
         self.target, self._range = target, RANGES[target.precision]
         check_parameters(model, self._range)
         with faults_in_words(model, functools.partial(_run_plainly, model, example)):
-            self._structure, self._shapes = _output_of(model, example)
+            self._structure, self._shapes, integral = _output_of(model, example)
             captured = capture_forward(model, example, calibrate=target.precision == "fp16")
         assert target.chip is not None
         self.compiled = prepare(captured, target.chip, target.path, target.precision)
@@ -59,6 +59,8 @@ class InferenceProgram:
         self._feeds = Feeds((example,), ("x",), inputs, target.precision)
         tensors = dict(model.named_parameters()) | float_buffers(model)
         self._state = [(port, tensors[port.target]) for port in inputs if port.role == "state"]
+        #: Places of results of integers, until one was told to be rounded.
+        self._integers = integral if target.precision == "fp16" else []
         self._sent: dict[str, int] = {}
 
     def __call__(self, x: object) -> Any:
@@ -70,6 +72,12 @@ class InferenceProgram:
             torch.from_numpy(results[port.name].astype(np.float32) / np.float32(port.scale)).reshape(shape)
             for port, shape in zip(self.compiled.outputs, self._shapes, strict=True)
         ]
+        largest = max(
+            (float(leaves[i].abs().amax()) for i in self._integers if leaves[i].numel()), default=0.0
+        )
+        if largest >= self._range.largest_integer:
+            self._integers = []
+            tell_of_rounded_integers("output", largest)
         return self._structure.filled(leaves)
 
     @property
@@ -112,8 +120,11 @@ def _single(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().float() for name, p in model.named_parameters()}
 
 
-def _output_of(model: torch.nn.Module, example: object) -> tuple[Structure, list[tuple[int, ...]]]:
-    """Structure and shapes of the model's output, from one run in plain PyTorch."""
+def _output_of(model: torch.nn.Module, example: object) -> tuple[Structure, list[tuple[int, ...]], list[int]]:
+    """Structure and shapes of the model's output, and which are integers, from one run in plain PyTorch."""
     with module_mode(model, training=False), torch.no_grad():
         output = call_model(model, _single(model) | copies(model, with_sparse=True), program_form(example))
-    return Structure.of(output), [tuple(leaf.shape) for leaf in tensors_of(output)]
+    leaves = tensors_of(output)
+    floats = [leaf.is_floating_point() or leaf.dtype == torch.bool for leaf in leaves]
+    integral = [i for i, is_float in enumerate(floats) if not is_float]
+    return Structure.of(output), [tuple(leaf.shape) for leaf in leaves], integral

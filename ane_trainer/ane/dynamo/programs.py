@@ -23,7 +23,7 @@ from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
-from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, to_float, to_pair
+from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, tell_of_rounded_integers, to_float, to_pair
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
@@ -252,7 +252,7 @@ class EnginePart:
     def __init__(self, module: GraphModule, options: Options) -> None:
         self._options, self._module = options, module
         self._range = RANGES[options.target.precision]
-        self._scaled = False
+        self._scaled = self._told = False
         #: Of the last run, for each float result: its node, the largest stored entry, and the power of two.
         self.peaks: list[tuple[str, float, float]] = []
         self.fed: list[tuple[str, float, float]] = []  # the same of what was fed
@@ -306,8 +306,17 @@ class EnginePart:
             value = torch.from_numpy(np.array(results[port.name])).reshape(node.meta["val"].shape)
             if node.meta["val"].is_floating_point() and value.numel():
                 self.peaks.append((node.name, float(value.abs().amax()), port.scale))
+            elif node.meta["val"].dtype != torch.bool and value.numel():
+                self._check_integers(node, value)
             found.append(value if port.scale == 1.0 else value.float() / port.scale)
         return found
+
+    def _check_integers(self, node: Node, value: torch.Tensor) -> None:
+        """Warn once of a result of integers that fp16 may have rounded."""
+        largest = float(value.abs().amax())
+        if largest >= self._range.largest_integer and not self._told:
+            self._told = True
+            tell_of_rounded_integers(str(node.meta.get(META_KEY) or node.name), largest)
 
     def _array(self, value: torch.Tensor, slot: Slot) -> Array:
         """Values in the program's precision are taken bit by bit; others are checked and rounded."""

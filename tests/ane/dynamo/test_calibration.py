@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 
 import pytest
@@ -137,3 +138,24 @@ def test_what_stays_beyond_the_range_is_told() -> None:
 
     with pytest.warns(at.NumericsWarning, match=r"test_calibration.py:\d+.* needs values below 65504"):
         torch.compile(Exponential(), backend="ane")(torch.full((4,), 20.0))
+
+
+class Codes(nn.Module):
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(-1) + self.first
+
+
+@pytest.mark.parametrize("first", [2000, 4001])
+def test_integers_that_come_out_rounded_are_told(first: int) -> None:
+    x, model = torch.eye(3, 10), Codes(first)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [at.compile_forward(model, x)(x), torch.compile(model, backend="ane")(x)]
+    told = [w for w in caught if "integers below 2048" in str(w.message)]
+    assert len(told) == (2 if first > 2048 else 0)
+    if not told:
+        assert all(torch.equal(got.long(), model(x)) for got in found)
