@@ -35,7 +35,7 @@ MOVED_PEAK = 2.0**13
 class LiveState(defaultdict[Any, Any]):
     """`optimizer.state` that calls `refresh` before anyone looks into it; copies of it are ordinary ones."""
 
-    def __init__(self, entries: Mapping[Any, Any], refresh: Callable[[], None]) -> None:
+    def __init__(self, entries: Mapping[torch.Tensor, Any], refresh: Callable[[], None]) -> None:
         super().__init__(dict, entries)
         self._refresh = refresh
 
@@ -52,10 +52,10 @@ def _nothing() -> None:
     pass
 
 
-def _refreshed(name: str) -> Callable[..., Any]:
+def _refreshed(name: str) -> Callable[..., object]:
     plain = getattr(defaultdict, name)
 
-    def method(self: LiveState, *args: Any, **kwargs: Any) -> Any:
+    def method(self: LiveState, *args: object, **kwargs: object) -> object:
         self._refresh()
         return plain(self, *args, **kwargs)
 
