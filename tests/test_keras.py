@@ -95,7 +95,7 @@ CALLBACKS = """
 import sys
 import torch, keras
 import ane_trainer as at
-from ane_trainer.training.callbacks import KerasCallbacks
+from ane_trainer.training.keras_callbacks import KerasCallbacks
 
 torch.manual_seed(0)
 x = torch.randn(64, 6)
@@ -119,7 +119,7 @@ assert rows[0].startswith("epoch") and "val_loss" in rows[0] and len(rows) == 5,
 assert abs(trainer.evaluate(data).loss - min(losses)) < 1e-3
 try:
     keras.callbacks.ModelCheckpoint(sys.argv[1] + ".keras").set_model(None)
-    from ane_trainer.training.callbacks import _KerasView
+    from ane_trainer.training.keras_callbacks import _KerasView
     _KerasView(trainer).compile_metrics
 except AttributeError as error:
     assert "compile_metrics" in str(error)

@@ -1,0 +1,111 @@
+"""Callbacks of Keras in a training of ours: what they see, and when they are called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ane_trainer.training.callbacks import Callback
+from ane_trainer.training.results import Epoch
+
+if TYPE_CHECKING:
+    from ane_trainer.training.trainer import Trainer
+
+
+class KerasCallbacks(Callback):
+    """Callbacks of Keras (its own, and those written for it) in a training of ours.
+
+    They see as `model` what they commonly use of one: `stop_training`, `optimizer.learning_rate`, `get_weights`,
+    `set_weights`, and for Keras models `save` and `save_weights`; anything else raises AttributeError. `logs` holds
+    `loss`, and after an epoch `val_loss` and `val_accuracy`. Their own state is not in checkpoints.
+    """
+
+    def __init__(self, *callbacks: Any) -> None:
+        self._callbacks = callbacks
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Tell them the model, and that training begins."""
+        for callback in self._callbacks:
+            callback.set_params(
+                {"epochs": trainer.max_epochs, "steps": trainer.steps_per_epoch, "verbose": 0}
+            )
+            callback.set_model(_KerasView(trainer))
+            callback.on_train_begin({})
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        """`on_epoch_begin`, epochs from 0."""
+        for callback in self._callbacks:
+            callback.on_epoch_begin(trainer.progress.epoch, {})
+
+    def on_train_batch_start(self, trainer: Trainer) -> None:
+        """`on_train_batch_begin`, batches from 0."""
+        for callback in self._callbacks:
+            callback.on_train_batch_begin(trainer.progress.batch - 1, {})
+
+    def on_train_batch_end(self, trainer: Trainer, loss: float) -> None:
+        """`on_train_batch_end` with the loss."""
+        for callback in self._callbacks:
+            callback.on_train_batch_end(trainer.progress.batch - 1, {"loss": loss})
+
+    def on_train_epoch_end(self, trainer: Trainer, record: Epoch) -> None:
+        """`on_epoch_end` with the epoch's results."""
+        known = {"loss": record.train_loss, "val_loss": record.val_loss, "val_accuracy": record.val_accuracy}
+        for callback in self._callbacks:
+            callback.on_epoch_end(record.epoch - 1, {k: v for k, v in known.items() if v is not None})
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """`on_train_end`."""
+        for callback in self._callbacks:
+            callback.on_train_end({})
+
+
+class _KerasView:
+    """What Keras callbacks use of a model, of a trainer's."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.metrics: list[object] = []
+
+    @property
+    def optimizer(self) -> _KerasView:
+        """Where `learning_rate` is."""
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the first parameter group; setting it sets all."""
+        return float(self._trainer.optimizer.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        for group in self._trainer.optimizer.param_groups:
+            group["lr"] = float(value)
+
+    @property
+    def stop_training(self) -> bool:
+        """Whether training is to end after the epoch."""
+        return self._trainer.stop_training
+
+    @stop_training.setter
+    def stop_training(self, value: bool) -> None:
+        self._trainer.stop_training = value
+
+    def get_weights(self) -> list[object]:
+        """Parameters and buffers as arrays, in the order of the state_dict."""
+        self._trainer.sync()
+        return [value.detach().cpu().numpy().copy() for value in self._trainer.model.state_dict().values()]
+
+    def set_weights(self, weights: list[object]) -> None:
+        """Put back what `get_weights` returned."""
+        names = self._trainer.model.state_dict()
+        tensors = {name: torch.as_tensor(value) for name, value in zip(names, weights, strict=True)}
+        self._trainer.model.load_state_dict(tensors)
+
+    def __getattr__(self, name: str) -> object:
+        if name in ("save", "save_weights"):
+            self._trainer.sync()
+            return getattr(self._trainer.model, name)
+        raise AttributeError(
+            f"a trainer's model has no {name!r} for Keras callbacks; they see {dir(type(self))}"
+        )
