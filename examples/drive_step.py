@@ -19,6 +19,8 @@ NAMES = {
     "product": lambda term, n: math.prod(term(float(i)) for i in range(1, int(n) + 1)),
 }  # fmt: skip
 
+SCALE = ("step/loss_scale", "step/loss_scale_inverse", "step/good_steps")
+
 
 class Driver:
     """`run(inputs) -> outputs` is one call of the step; `state` holds its values by input port."""
@@ -44,7 +46,7 @@ class Driver:
 
     def step(self, batch):
         """One batch; again while its gradients do not fit: units move, and a loss scale that is too large halves."""
-        self.steps += 1
+        self.steps, scale = self.steps + 1, None
         for _ in range(self.m["policy"]["attempts"]):
             scalars = self.scalars()
             results = self.run({**self.state, **{self.port[t]: v for t, v in scalars.items()}, **batch})
@@ -52,8 +54,10 @@ class Driver:
             health, limits = results["health"].astype(float), scalars["gradient_limits"].astype(float)
             self.move(health, limits)
             fits = health[len(limits)] > 0 and (health[: len(limits)] < limits).all()
+            scale = scale or {self.port[t]: self.state[self.port[t]] for t in SCALE}
             if fits or not np.isfinite(results["loss"][0]):
                 break
+        self.state |= {} if fits else scale  # where nothing fits, one halving
         self.updates += bool(results["applied"][0])  # 0: nothing brought a gradient into range
         return float(results["loss"][0]) / self.m["loss_unit"]
 

@@ -247,12 +247,16 @@ class Mirror:
         return float(self._session.values(self._ports[SCALING + name].name)[0])
 
     def set_scaling(self, scale: float, good_steps: float = 0.0) -> None:
-        """Set the loss scale (a power of two), its inverse and the count of good steps."""
+        """Set the loss scale (a power of two), its inverse and the count of good steps; sums of gradients fit."""
+        self.write_scale(scale, good_steps)
+        if SCALING + FITS in self._ports:
+            self._session.write(self._ports[SCALING + FITS].name, np.ones(1, np.float32))
+
+    def write_scale(self, scale: float, good_steps: float) -> None:
+        """The loss scale, its inverse and the count of good steps; nothing else changes."""
         values = {"loss_scale": scale, "loss_scale_inverse": 1.0 / scale, "good_steps": good_steps}
         for name, value in values.items():
             self._session.write(self._ports[SCALING + name].name, np.full(1, value, np.float32))
-        if SCALING + FITS in self._ports:
-            self._session.write(self._ports[SCALING + FITS].name, np.ones(1, np.float32))
 
     def accumulated_fits(self) -> bool:
         """Whether all batches that are being accumulated fitted."""

@@ -56,7 +56,9 @@ public actor TrainingStep {
         let completes = batches % manifest.policy.accumulate == 0
         let accumulated = manifest.port(of: "step/accumulated_fits").map { ($0, state[$0]) }
         var loss = 0.0
-        for _ in 0..<manifest.policy.attempts {
+        var scaling: [String: MLShapedArray<Float16>] = [:]
+        for attempt in 0..<manifest.policy.attempts {
+            if attempt > 0, let (port, before) = accumulated { state[port] = before }
             let scalars = Scalars.values(
                 update: updates + 1, settings: settings, units: units.values, shift: units.shift, last: completes
             )
@@ -72,9 +74,10 @@ public actor TrainingStep {
                 if completes { updates += 1 }
                 return loss
             }
+            if attempt == 0 { scaling = state.filter { scalingPorts.contains($0.key) } }
             if !loss.isFinite { break }
-            if let (port, before) = accumulated { state[port] = before }
         }
+        state.merge(scaling) { $1 }  // where nothing fits, the loss scale is halved once
         if completes {
             skipped += 1
             dropAccumulated()
@@ -103,6 +106,11 @@ public actor TrainingStep {
             state[terms[0].port] = MLShapedArray(scalars: pairs.map(\.high), shape: old.shape)
             state[terms[1].port] = MLShapedArray(scalars: pairs.map(\.residual), shape: old.shape)
         }
+    }
+
+    /// The ports of the loss scale, its inverse and the count of good steps.
+    private var scalingPorts: Set<String> {
+        Set(["loss_scale", "loss_scale_inverse", "good_steps"].compactMap { manifest.port(of: "step/\($0)") })
     }
 
     /// Half-precision weights for a `Classifier` that is exported beside the step, by port.
