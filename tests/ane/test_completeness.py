@@ -80,6 +80,6 @@ def lists_of_ops() -> Iterator[tuple[str, int]]:
 
 
 def test_no_table_elsewhere_lists_ops() -> None:
-    """Core AI spells its own formulas; every other file asks the registry for a family."""
+    """Core AI and ONNX spell their own formulas; every other file asks the registry for a family."""
     found = {place: n for place, n in lists_of_ops() if n > MOST_NAMED_ELSEWHERE}
-    assert set(found) <= {"compiler/coreai/ops.py"}, found
+    assert set(found) <= {"compiler/coreai/ops.py", "export/onnx_step.py"}, found

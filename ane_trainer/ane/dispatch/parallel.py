@@ -40,6 +40,11 @@ F64 = NDArray[np.float64]
 
 #: A loss whose value on the batch is the sum of its shards', to within this, is no mean.
 _ALIKE = 1e-3
+#: Modules whose results differ from call to call.
+_DROPOUTS = (
+    torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout,
+    torch.nn.FeatureAlphaDropout,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def check_mean(model: torch.nn.Module, loss: str | Loss, batch: Batch, shards: S
             f"the batch, {total:.4g} on its {shards.count} shards together). Divide it by the number of examples.",
             code="ANE132",
         )
-    draws = any(isinstance(m, torch.nn.modules.dropout._DropoutNd) for m in model.modules())
+    draws = any(isinstance(m, _DROPOUTS) for m in model.modules())
     if not draws and abs(total / shards.count / whole - 1.0) > _ALIKE / 10:
         warnings.warn(
             f"loss: {whole:.4g} on the batch, {total / shards.count:.4g} as the mean over its {shards.count} shards. "

@@ -51,8 +51,8 @@ class DeviceEngine:
         losses = [float(step(x, y)) for x, y in batches]
         state = step.state_dict()
         step.close()
-        skipped = ("counters", "mask_generator")
-        kept = [k for k in sorted(state) if k not in skipped and not k.startswith("unit/")]
+        of_the_host = ("counters", "mask_generator", "unit/", "calibration/")
+        kept = [k for k in sorted(state) if not k.startswith(of_the_host)]
         flat = np.concatenate([state[name].numpy().ravel() for name in kept])
         return {"losses": np.array(losses, np.float32), "state": flat}
 

@@ -15,6 +15,7 @@ import ane_trainer as at
 from ane_trainer import compile_step
 from ane_trainer.ane.capture.optimizers import Rule, Slot, Update, average, step_rate
 from ane_trainer.ane.capture.optimizers.table import NAMED, PACKAGES, RULES, missing_rule
+from ane_trainer.ane.capture.optimizers.trial import difference
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.errors import UsageError
 from tests.ane.dispatch import test_gradients as plain
@@ -209,9 +210,12 @@ def test_a_rule_that_is_not_the_classs_is_found_out() -> None:
 
     at.register_optimizer(Doubled, "lion")
     optimizer = Doubled(mlp().parameters())
-    optimizer.register_step_post_hook(lambda *args: pytest.fail("a hook ran"))
     assert "differs from its rule in step 1" in missing_rule(optimizer)
     assert not optimizer.state
+    optimizer.register_step_pre_hook(lambda *args: pytest.fail("a hook ran"))
+    optimizer.register_step_post_hook(lambda *args: pytest.fail("a hook ran"))
+    assert "has hooks around its step" in missing_rule(optimizer)  # without a trial; in one they do not run
+    assert "differs from its rule in step 1" in difference(optimizer, NAMED["lion"])
 
     class Failing(plain.Lion):
         def step(self, closure: Any = None) -> None:

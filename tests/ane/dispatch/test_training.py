@@ -262,8 +262,8 @@ def test_facts_about_a_step() -> None:
     x, y = batch()
     with compile_step(model, "cross_entropy", sgd(model), (x, y), threads=1) as step:
         assert step.host_bytes_per_step == 2 * (
-            16 * 20 + 16 + 3 * 4 + 2 + 5
-        )  # x, y; rates, units, limits; loss, flag; health
+            16 * 20 + 16 + 4 * 4 + 2 + 5
+        )  # x, y; rates, units, limits, floors; loss, flag; health
         assert "matmul" in step.text()
         assert step.program is step.compiled.program
         assert step.cost().latency_us > 0

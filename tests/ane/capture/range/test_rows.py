@@ -11,6 +11,7 @@ from torch.fx import Interpreter
 from torch.nn import functional as F
 
 import ane_trainer as at
+from ane_trainer.ane.capture import parts as capture_parts
 from ane_trainer.ane.capture import range as range_pass
 from ane_trainer.ane.capture import step as capture_step
 from ane_trainer.ane.capture.range.rows import LARGE, SMALL, scale_rows
@@ -72,7 +73,7 @@ def graphs(norm: nn.Module, scale: float, monkeypatch: pytest.MonkeyPatch) -> tu
     """The captured step before and after the rewrite, and inputs in fp64."""
     torch.manual_seed(0)
     model, x, y = net(norm), rows_of_all_sizes(scale), torch.randint(0, 4, (8,))
-    monkeypatch.setattr(capture_step, "scale_rows", lambda graph: 0)
+    monkeypatch.setattr(capture_parts, "scale_rows", lambda graph: 0)
     captured = capture_step.capture_training(
         model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), (x, y)
     ).captured
@@ -108,7 +109,7 @@ def test_rows_of_ordinary_size_keep_their_bits(monkeypatch: pytest.MonkeyPatch) 
     x, y = torch.randn(8, 16), torch.randint(0, 4, (8,))
     losses = []
     for switch in (lambda graph: 0, range_pass.scale_rows):
-        monkeypatch.setattr(capture_step, "scale_rows", switch)
+        monkeypatch.setattr(capture_parts, "scale_rows", switch)
         torch.manual_seed(1)
         model = net(nn.LayerNorm(32))
         step = at.compile_step(model, "cross_entropy", torch.optim.Adam(model.parameters()), example=(x, y))
