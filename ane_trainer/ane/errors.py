@@ -108,6 +108,12 @@ class UnsupportedModel(AneTrainerError):
         super().__init__("\n".join(lines), code=code)
 
 
+class BrokenModel(UnsupportedModel):
+    """The model or the loss raises an error in plain PyTorch, too; `__cause__` is that error."""
+
+    code = "ANE303"
+
+
 class Diverged(AneTrainerError):
     """Training stopped making sense: the loss stayed non-finite although steps were skipped and rescaled."""
 

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from ane_trainer.ane.errors import AneTrainerError, UsageError
+from ane_trainer.ane.errors import AneTrainerError, BrokenModel, UsageError
 
 #: Set it to see the whole traceback.
 SHOW_ALL = "ANE_TRAINER_TRACEBACK"
@@ -21,7 +21,8 @@ _MOST_FRAMES = 6
 class UserFaults:
     """Within the block, an exception that a user's file raised becomes a UsageError (ANE119) that shows its lines.
 
-    `SystemExit` counts: a model file that calls `sys.exit` does not end the command without a word.
+    `SystemExit` counts: a model file that calls `sys.exit` does not end the command without a word. So does what a
+    step could not be made of because plain PyTorch raises it, too (`BrokenModel`).
     """
 
     def __enter__(self) -> UserFaults:
@@ -30,7 +31,11 @@ class UserFaults:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, AneTrainerError) or os.environ.get(SHOW_ALL):
+        if os.environ.get(SHOW_ALL):
+            return
+        if isinstance(error, BrokenModel) and error.__cause__ is not None:
+            error, trace = error.__cause__, error.__cause__.__traceback__
+        if isinstance(error, AneTrainerError):
             return
         if isinstance(error, (Exception, SystemExit)) and (frames := users_frames(error, trace)):
             raise UsageError(_message(error, frames), code="ANE119") from None
@@ -46,6 +51,12 @@ def users_frames(error: BaseException, trace: TracebackType | None) -> list[trac
     if frames and frames[-1].filename.startswith(_OURS + os.sep) and not isinstance(error, RuntimeError):
         return []
     return [frame for frame in frames if _is_users(frame.filename)]
+
+
+def users_line(error: BaseException) -> str:
+    """Where in the user's files an exception came from, as "net.py, line 9, in forward"; empty if nowhere."""
+    frames = users_frames(error, error.__traceback__)
+    return f"{_short(frames[-1].filename)}, line {frames[-1].lineno}, in {frames[-1].name}" if frames else ""
 
 
 def _is_users(file: str) -> bool:

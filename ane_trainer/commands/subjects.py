@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.commands.blame import users_line
 from ane_trainer.commands.options import sizes_of
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ def _example_inputs(
 
     kinds = _dtypes(request)
     faults: list[str] = []
+    line = ""
     for kind in kinds:
         x = tuple(_random(shape, dtype, request.batch, _vocabulary(model)) for shape, dtype in kind)
         try:
@@ -218,6 +220,7 @@ def _example_inputs(
                 output = model(*x)
         except (RuntimeError, TypeError, IndexError, ValueError) as fault:
             faults.append(f"{', '.join(dtype for _, dtype in kind)}: {str(fault).splitlines()[0]}")
+            line = line or users_line(fault)
             continue
         if not torch.is_tensor(output):
             found = getattr(output, "logits", None)
@@ -229,7 +232,7 @@ def _example_inputs(
         return (x if len(x) > 1 else x[0]), output
     raise DataError(
         f"{request.where}: {name} does not run on examples of shape {' and '.join(map(str, request.shapes))} "
-        f"({'; '.join(faults)}). Give --input, and --dtype int for tokens.",
+        f"({'; '.join([*faults, *filter(None, [line])])}). Give --input, and --dtype int for tokens.",
         code="DATA105",
     )
 

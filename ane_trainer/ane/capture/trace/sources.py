@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ane_trainer.ane.capture.trace.torch_private import pytree
-from ane_trainer.ane.errors import Finding, UnsupportedModel
+from ane_trainer.ane.errors import BrokenModel, Finding, UnsupportedModel
 
 META_KEY = "ane_source"
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
@@ -149,25 +149,29 @@ FAULTS = (
 def faults_in_words(model: torch.nn.Module, runs: Callable[[], object]) -> Iterator[None]:
     """Whatever the block raises, as a finding with module and line; `runs()` does the same in plain PyTorch.
 
-    Raises: UnsupportedModel ANE303.
+    Raises: UnsupportedModel ANE303; BrokenModel where plain PyTorch raises, too.
     """
     try:
         yield
     except FAULTS as error:
+        kind = UnsupportedModel
         fix = "Plain PyTorch runs it, a program cannot: leave this out of the step, or do it on the host."
         try:
             runs()
         except FAULTS:
+            kind = BrokenModel
             fix = "Plain PyTorch says the same: run loss(model(x), y).backward() there first."
-        raise fault(error, place_of(error, model), fix) from error
+        raise fault(error, place_of(error, model), fix, kind) from error
 
 
-def fault(error: BaseException, where: str, fix: str) -> UnsupportedModel:
+def fault(
+    error: BaseException, where: str, fix: str, kind: type[UnsupportedModel] = UnsupportedModel
+) -> UnsupportedModel:
     """An error of torch's or the user's as a refusal with its place."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = (lines[0][:300] if lines else "no message").rstrip(".")
     finding = Finding(where, type(error).__name__, f"{text}.", fix)
-    return UnsupportedModel("The step cannot be made of this model and loss:", [finding], code="ANE303")
+    return kind("The step cannot be made of this model and loss:", [finding], code="ANE303")
 
 
 def place_of(error: BaseException, model: torch.nn.Module) -> str:
