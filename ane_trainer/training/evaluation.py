@@ -16,7 +16,7 @@ from ane_trainer.ane.capture.losses import model_loss
 from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import engine, loop
-from ane_trainer.training.intake import fit_target
+from ane_trainer.training.intake import check_target, fit_target
 from ane_trainer.training.loop import Batch
 from ane_trainer.training.own_loss import LossOnly, OwnLossIntake, joined, labels_that_count
 from ane_trainer.training.results import Metrics
@@ -50,6 +50,7 @@ class Inference:
         for number, batch in enumerate(data, 1):
             x, y = loop.unpack(batch, f"evaluate: batch {number}")
             with loop.located(f"evaluate: batch {number}"):
+                check_target(y)
                 output = self._forward(x)
                 target = fit_target(self._loss, output.shape, y) if isinstance(output, torch.Tensor) else y
             loss.update(float(self._loss(output, target)), loop.batch_size_of(x))

@@ -45,6 +45,16 @@ def compares_numbers(loss: Loss) -> bool:
 # One batch ---------------------------------------------------------------------------------------------------
 
 
+def check_target(y: object) -> None:
+    """DataError DATA105 for the target of a dictionary without labels, which only a model's own loss does without."""
+    if isinstance(y, tuple) and not y:
+        raise DataError(
+            'needs a pair (x, y), or a dictionary with "labels", for this loss; got a dictionary without. Let the '
+            'data yield pairs, add "labels", or train with loss="model" what returns its own loss.',
+            code="DATA105",
+        )
+
+
 def fit_target(loss: Loss, output_shape: Sequence[int], y: object) -> Any:
     """The target in the type and shape that the loss wants for outputs [B, ...] of `output_shape`.
 
@@ -229,6 +239,7 @@ class Intake:
 
     def begin(self, data: Iterable[object], x: object, y: object) -> tuple[object, object]:
         """Settle the form on the first batch of `data`; the batch in that form. DataError if it cannot be."""
+        check_target(y)
         smaller = has_smaller_batch(data)
         if self._needs_output(x, y) or smaller:
             self._tail = self._try(x)
@@ -256,6 +267,7 @@ class Intake:
         """The batch in the form of the step; None for a smaller one that is left out (and counted)."""
         assert self.example is not None
         with loop.located(where):
+            check_target(y)
             y = self._fitted(x, y)
         if not loop.fits_step(x, y, self.example, where) and not self.weighted:
             self.left_out += loop.batch_size_of(x)
