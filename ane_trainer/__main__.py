@@ -1,7 +1,9 @@
 """`python -m ane_trainer` and `ane-trainer`: the command line, with signals caught from the first import on."""
 
+import os
 import signal
 import sys
+from types import FrameType
 
 _STOPPED = "ANE130 stopped before there was anything to save."
 
@@ -22,10 +24,19 @@ def main() -> None:
     sys.exit(code)
 
 
-def _stop(number: int, _frame: object) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
     """Until training takes the signals over, there is nothing to save."""
-    print(_STOPPED, file=sys.stderr)
+    print(_STOPPED, file=sys.stderr, flush=True)
+    if _imports(frame):  # NumPy's and PyTorch's C code drop an exception there, and go on or fail otherwise
+        os._exit(128 + number)
     sys.exit(128 + number)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in this frame or one that called it."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 if __name__ == "__main__":
