@@ -419,7 +419,7 @@ def test_run_folder_is_complete(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {
         "config.toml", "metrics.jsonl", "result.json", "weights.safetensors", "program.mil", "weights.bin",
-        "checkpoint.safetensors", "checkpoint-before.safetensors", "best.safetensors",
+        "program.sha256", "checkpoint.safetensors", "checkpoint-before.safetensors", "best.safetensors",
         "data.json", "metrics.csv", "analysis.json", "report.html",
     }  # fmt: skip
     resolved = config(compare_fp32=True, model="mlp", loss="cross_entropy").resolved()
