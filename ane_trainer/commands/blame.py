@@ -33,8 +33,8 @@ class UserFaults:
     ) -> None:
         if os.environ.get(SHOW_ALL):
             return
-        if isinstance(error, BrokenModel) and error.__cause__ is not None:
-            error, trace = error.__cause__, error.__cause__.__traceback__
+        if isinstance(error, BrokenModel) and (cause := error.__cause__) is not None:
+            error, trace = cause, cause.__traceback__
         if isinstance(error, AneTrainerError):
             return
         if isinstance(error, (Exception, SystemExit)) and (frames := users_frames(error, trace)):

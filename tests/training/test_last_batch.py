@@ -166,6 +166,13 @@ def test_data_that_cannot_be_used_is_refused_with_a_code(train, val, code, devic
     assert caught.value.code == code
 
 
+def test_a_dictionary_without_labels_is_not_evaluated():
+    trainer = Trainer(model(), device="cpu", report=Notes())
+    with pytest.raises(DataError, match=r'batch 1: needs a pair .* loss="model"') as caught:
+        trainer.evaluate([{"input": X}])
+    assert caught.value.code == "DATA105"
+
+
 def test_a_number_of_epochs_below_zero_is_refused():
     with pytest.raises(UsageError, match="epochs"):
         Trainer(model(), device="cpu", report=Notes()).fit([(X, Y)], -1)
