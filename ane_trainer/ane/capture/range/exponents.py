@@ -149,6 +149,13 @@ class Exponents(Bands):
         beyond = self.emit(aten.full.default, list(shape_of(peak)), LARGEST_HALF)
         return self.emit(aten.where.self, self.emit(aten.ge.Scalar, peak, OVERFLOW), beyond, value)
 
+    def stored_larger(self) -> list[Node]:
+        """Values that are stored larger than they are and then taken back: what leaves fp16 there looks small again."""
+        found = {
+            v: None for v, exponent in self._shifted if self.of.get(v, 0) < exponent and v not in self._peaks
+        }
+        return list(found)
+
     def settle(self, node: Node) -> None:
         """Give the node the true values of its arguments."""
         for argument in node.all_input_nodes:

@@ -12,3 +12,12 @@ def test_no_draw_is_silent_or_raw() -> None:
     counts = hunt(DRAWS)
     assert counts["silent"] == counts["raw"] == 0
     assert counts["announced"] <= 0.15 * len(DRAWS)
+
+
+#: Draws that were silent once. 31025: a product in a norm's backward that is stored 2^11 times larger than it is left
+#: fp16 when the loss had grown, and came back as 32.
+MENDED = (31_025,)
+
+
+def test_draws_that_were_mended_are_right() -> None:
+    assert hunt(MENDED) == {"right": len(MENDED)}
