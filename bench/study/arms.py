@@ -1,0 +1,70 @@
+"""The arms of the study: plain PyTorch, the engine's arithmetic, and the latter without one of its ingredients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import ContextManager
+from unittest import mock
+
+import torch
+
+from ane_trainer.ane.capture import step as capture
+from ane_trainer.ane.capture.optimizers.rule import two_term_add
+from ane_trainer.ane.stages import Captured
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: options of `Trainer`, and a change to how the step is captured."""
+
+    name: str
+    what: str
+    options: Mapping[str, object]
+    change: Callable[[], ContextManager[object]] = field(default=nullcontext, repr=False)
+
+
+@contextmanager
+def _one_term() -> Iterator[None]:
+    """A weight is one fp16 number: what two terms would keep of an update beyond it is thrown away."""
+
+    def add(hi: torch.Tensor, lo: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        high, low = two_term_add(hi, lo, delta)
+        return high, low * 0.0
+
+    with mock.patch.object(capture, "two_term_add", add):
+        yield
+
+
+@contextmanager
+def _no_range_pass() -> Iterator[None]:
+    """The graph as captured: neither norms by row nor powers of two beside values."""
+
+    def as_it_is(captured: Captured, examples: object) -> Captured:
+        return captured
+
+    def nothing(*arguments: object, **options: object) -> None:
+        return None
+
+    with (
+        mock.patch.object(capture, "keep_in_range", as_it_is),
+        mock.patch.object(capture, "scale_rows", nothing),
+    ):
+        yield
+
+
+_EXACT: Mapping[str, object] = {"device": "sim", "chip": "m4", "fidelity": "exact"}
+
+#: By name, the reference first.
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("fp32", "plain PyTorch on the CPU", {"device": "cpu"}),
+        Arm("exact", "everything on the engine, the engine's arithmetic (M4)", _EXACT),
+        Arm("fast", "the same program with sums in fp32", {**_EXACT, "fidelity": "fast"}),
+        Arm("host", "exact, but the optimizer in fp32 on the host", {**_EXACT, "optimizer_on": "host"}),
+        Arm("one-term", "exact, but each weight is one fp16 number", _EXACT, _one_term),
+        Arm("no-range", "exact, but the graph as captured, without the range pass", _EXACT, _no_range_pass),
+    )
+}
