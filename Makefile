@@ -11,7 +11,7 @@ RUN_STAMP := $(VENV)/.ready-to-run
 DEV_STAMP := $(VENV)/.ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac bench cost-model clean
+.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac study bench cost-model docs clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -73,6 +73,10 @@ test-mac: $(DEV_STAMP) ## The tests that need the engine of an Apple silicon Mac
 
 cost-model: $(DEV_STAMP) ## Fit the cost model to the published measurements, cross-validate it, write its tables and page
 	$(BIN)/python -m docs._generate.cost
+
+study: $(DEV_STAMP) ## Train the study's tasks in fp32 and in the engine's arithmetic (hours), write docs/training-numerics.md
+	$(BIN)/python -m bench.study $(ARGS)
+	$(BIN)/python -m docs._generate.numerics
 
 bench: $(DEV_STAMP) ## Speed of the simulator against PyTorch, as ratios
 	$(BIN)/python -m bench

@@ -1,1 +1,1 @@
-"""The numerics of training, task by task: the engine's arithmetic against fp32 from the same start on the same batches."""
+"""The numerics of training: the engine's arithmetic against fp32, from the same start on the same batches."""

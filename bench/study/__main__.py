@@ -94,6 +94,7 @@ def train(task: Task, arm: Arm, seed: int, warm: nn.Module | None = None) -> Row
     started = time.perf_counter()
     train_data, held_out = task.data(seed)
     model = copy.deepcopy(warm) if warm is not None else task.model(seed)
+    _nudge(model, arm.nudge, seed)
     with arm.change():
         trainer = Trainer(
             model,
@@ -118,6 +119,13 @@ def train(task: Task, arm: Arm, seed: int, warm: nn.Module | None = None) -> Row
     )  # fmt: skip
 
 
+def _nudge(model: nn.Module, relative: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters() if relative else ():
+            parameter *= 1 + relative * torch.randn(parameter.shape, generator=generator)
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -133,7 +141,9 @@ def _warmed(task: Task, seed: int) -> nn.Module | None:
 
 def plan(seeds: Sequence[int]) -> list[tuple[str, str, int]]:
     """What the study consists of, the most telling first: (task, arm, seed)."""
-    main = [(task, arm, seed) for seed in seeds for task in TASKS for arm in ("fp32", "exact", "fast")]
+    main = [
+        (task, arm, seed) for seed in seeds for task in TASKS for arm in ("fp32", "exact", "fast", "nudged")
+    ]
     without = [
         (task, arm, seed) for seed in seeds if seed in ABLATION_SEEDS for task in ABLATED for arm in ABLATIONS
     ]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ContextManager
 from unittest import mock
 
 import torch
@@ -22,7 +21,8 @@ class Arm:
     name: str
     what: str
     options: Mapping[str, object]
-    change: Callable[[], ContextManager[object]] = field(default=nullcontext, repr=False)
+    nudge: float = 0.0  #: relative change of the first weights
+    change: Callable[[], AbstractContextManager[object]] = field(default=nullcontext, repr=False)
 
 
 @contextmanager
@@ -61,10 +61,18 @@ ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("fp32", "plain PyTorch on the CPU", {"device": "cpu"}),
+        Arm(
+            "nudged", "plain PyTorch from weights changed by one part in ten million", {"device": "cpu"}, 1e-7
+        ),
         Arm("exact", "everything on the engine, the engine's arithmetic (M4)", _EXACT),
         Arm("fast", "the same program with sums in fp32", {**_EXACT, "fidelity": "fast"}),
         Arm("host", "exact, but the optimizer in fp32 on the host", {**_EXACT, "optimizer_on": "host"}),
-        Arm("one-term", "exact, but each weight is one fp16 number", _EXACT, _one_term),
-        Arm("no-range", "exact, but the graph as captured, without the range pass", _EXACT, _no_range_pass),
+        Arm("one-term", "exact, but each weight is one fp16 number", _EXACT, change=_one_term),
+        Arm(
+            "no-range",
+            "exact, but the graph as captured, without the range pass",
+            _EXACT,
+            change=_no_range_pass,
+        ),
     )
 }
