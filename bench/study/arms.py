@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from ane_trainer.ane.capture import parts
 from ane_trainer.ane.capture import step as capture
 from ane_trainer.ane.capture.optimizers.rule import two_term_add
 from ane_trainer.ane.stages import Captured
@@ -41,16 +42,13 @@ def _one_term() -> Iterator[None]:
 def _no_range_pass() -> Iterator[None]:
     """The graph as captured: neither norms by row nor powers of two beside values."""
 
-    def as_it_is(captured: Captured, examples: object) -> Captured:
+    def as_it_is(captured: Captured, sizes: object, buffers: object) -> Captured:
         return captured
 
     def nothing(*arguments: object, **options: object) -> None:
         return None
 
-    with (
-        mock.patch.object(capture, "keep_in_range", as_it_is),
-        mock.patch.object(capture, "scale_rows", nothing),
-    ):
+    with mock.patch.object(parts, "scale_found", as_it_is), mock.patch.object(parts, "scale_rows", nothing):
         yield
 
 

@@ -18,6 +18,9 @@ from bench.study.tasks import TASKS, Task
 DOCS = Path(__file__).parents[1]
 PAGE, PICTURES = DOCS / "training-numerics.md", DOCS / "images"
 
+#: Seeds from which on a mean is held against its bound; the study asks for five.
+LEAST_SEEDS = 3
+
 Rows = Mapping[tuple[str, str], Mapping[int, Row]]
 
 _INTRODUCTION = """\
@@ -75,7 +78,8 @@ def document(rows: Sequence[Row]) -> str:
 
 _LEGEND = """\
 Accuracy in percent and points, loss in nats a token; for `mnist-long` (20,124 Adam steps at 1e-5 from a model trained
-for two epochs) the relative difference of the test loss. *within*: whether the mean difference keeps the bound.
+for two epochs) the relative difference of the test loss. *within*: whether the mean difference keeps the bound,
+from three seeds on; single trainings scatter as the column *nudged* does.
 """
 
 #: Pictures by file name: validation loss by epoch.
@@ -145,8 +149,14 @@ def _against(by: Rows, tasks: Sequence[Task]) -> Iterator[tuple[str, ...]]:
         yield (
             task.name, str(len(exact)), f"{score:.2f}" if task.metric == "accuracy" else f"{score:.4f}",
             _shown(task, exact), *(_shown(task, differences(by, task, arm)) for arm in ("fast", "nudged")),
-            _digits(task, task.bound), "yes" if abs(mean(exact)) <= task.bound else "**no**",
+            _digits(task, task.bound), _verdict(task, exact),
         )  # fmt: skip
+
+
+def _verdict(task: Task, found: Sequence[float]) -> str:
+    if len(found) < LEAST_SEEDS:
+        return "too few seeds"
+    return "yes" if abs(mean(found)) <= task.bound else "**no**"
 
 
 def _lost(seeds: Mapping[int, Row]) -> tuple[str, str]:

@@ -7,10 +7,10 @@ from statistics import mean
 
 import pytest
 
-from bench.study.__main__ import read_rows, train
+from bench.study.__main__ import Row, read_rows, train
 from bench.study.arms import ARMS
 from bench.study.tasks import TASKS
-from docs._generate.numerics import PAGE, PICTURES, differences, document, pictures
+from docs._generate.numerics import LEAST_SEEDS, PAGE, PICTURES, differences, document, pictures
 
 ROWS = read_rows()
 
@@ -21,13 +21,14 @@ def test_the_page_and_its_pictures_are_current() -> None:
         assert svg == (PICTURES / f"{name}.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_task_keeps_its_bound(task: str) -> None:
+def test_tasks_of_enough_seeds_keep_their_bounds() -> None:
     """The stored rows: the mean difference of exact training to fp32."""
-    found = {(row.task, row.arm): {} for row in ROWS}
+    found: dict[tuple[str, str], dict[int, Row]] = {}
     for row in ROWS:
-        found[row.task, row.arm][row.seed] = row
-    assert abs(mean(differences(found, TASKS[task], "exact"))) <= TASKS[task].bound
+        found.setdefault((row.task, row.arm), {})[row.seed] = row
+    for name, task in TASKS.items():
+        exact = differences(found, task, "exact") if (name, "fp32") in found else []
+        assert len(exact) < LEAST_SEEDS or abs(mean(exact)) <= task.bound, name
 
 
 def test_the_study_in_short() -> None:
