@@ -47,8 +47,8 @@ _TABLE_ENDS = {"exp": 11.09, "sigmoid": 8.0, "tanh": 4.0, "softplus": 11.09}
 _SOURCE = re.compile(r" on [^()]+ \((.+)\); got ")
 #: A bound that a size breaks: the bound, and the size.
 _LIMIT = re.compile(r"of at (?:most|least) ([\d.e+]+).*; got (\d+)")
-#: Layers of the longest program known to compile where a chip has no row of its own (measured on M4).
-_KNOWN_LAYERS = 383
+#: Whose longest program that is known to compile stands in where a chip has no row of its own.
+_LAYERS_OF = "m4"
 _KNOWN_LAYERS_FROM = "measured: maderix (M4, chains of convolutions); nothing is published of this chip"
 
 
@@ -199,10 +199,13 @@ def _checked(program: Program, chip: Chip, path: str) -> tuple[OpCheck, ...]:
 
 
 def _known_layers(chip: Chip, path: str) -> tuple[float, str]:
-    from ane_trainer.ane.chips.lookup import limit
+    from ane_trainer.ane.chips.lookup import get_chip, limit
 
-    row = limit(chip, "program_layers", path)
-    return (_KNOWN_LAYERS, _KNOWN_LAYERS_FROM) if row is None else (row.value, str(row.evidence.source))
+    if (row := limit(chip, "program_layers", path)) is not None:
+        return row.value, str(row.evidence.source)
+    known = limit(get_chip(_LAYERS_OF), "program_layers", path)
+    assert known is not None
+    return known.value, _KNOWN_LAYERS_FROM
 
 
 def _size(program: Program, chip: Chip, path: str, fix: str) -> list[Problem]:

@@ -145,7 +145,7 @@ class Verdict:
         ]
         rules = sorted({problem.rule for chip in self.chips for problem in chip.problems})
         driver = {
-            "name": "ane-trainer check", "version": __version__, "informationUri": "https://pypi.org/project/ane-trainer/",
+            "name": "ane-trainer check", "version": __version__,
             "rules": [{"id": rule, "shortDescription": {"text": RULES[rule]}} for rule in rules],
         }  # fmt: skip
         return {

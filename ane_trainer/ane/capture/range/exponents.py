@@ -151,10 +151,8 @@ class Exponents(Bands):
 
     def stored_larger(self) -> list[Node]:
         """Values that are stored larger than they are and then taken back: what leaves fp16 there looks small again."""
-        found = {
-            v: None for v, exponent in self._shifted if self.of.get(v, 0) < exponent and v not in self._peaks
-        }
-        return list(found)
+        larger = (v for v, exponent in self._shifted if self.of.get(v, 0) < exponent)
+        return [v for v in dict.fromkeys(larger) if v not in self._peaks]
 
     def settle(self, node: Node) -> None:
         """Give the node the true values of its arguments."""
