@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ane_trainer.ane.verify.profiling import OpProfile
 
 #: What the accumulator and fp16 hold, and the share of it from which a value counts as near.
-_MAC_LIMIT, _HALF_LIMIT, _NEAR = 32768.0, 65504.0, 0.5
+_MAC_LIMIT, _NEAR = 32768.0, 0.5
 #: Examples that are run; legality is checked for the whole batch.
 _RUN_BATCH = 8
 #: Share of a product's results that vanish from which it is told.
@@ -283,8 +283,10 @@ def _overflow(op: OpProfile) -> Problem | None:
 
 
 def _near(op: OpProfile) -> Problem | None:
+    from ane_trainer.ane.mil.program import MAX_FP16
+
     product = op.kind in ("matmul", "linear", "conv", "conv_transpose")
-    limit, largest = (_MAC_LIMIT if product else _HALF_LIMIT), _largest(op)
+    limit, largest = (_MAC_LIMIT if product else MAX_FP16), _largest(op)
     if op.overflows or not _NEAR * limit <= largest < limit:
         return None
     reason = f"its largest number is {largest:,.0f}; the engine holds up to {limit:,.0f} there."

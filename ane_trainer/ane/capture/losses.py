@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.utils import did_you_mean
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -51,11 +51,8 @@ def get_loss(loss: str | Loss) -> Loss:
         return loss
     if loss in LOSSES:
         return LOSSES[loss]
-    near = difflib.get_close_matches(str(loss), LOSSES, n=1, cutoff=0.4)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
     raise UsageError(
-        f"loss: needs one of {', '.join(LOSSES)} or a callable(output, target); got {loss!r}. {hint}"
-        "Choose a known loss."
+        f"loss: needs a known one or a callable(output, target); got {loss!r}. {did_you_mean(str(loss), LOSSES)}"
     )
 
 

@@ -13,7 +13,6 @@ engine's compiler, which bind every path).
 from __future__ import annotations
 
 import csv
-import difflib
 import re
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +21,7 @@ from typing import Any, Literal, cast
 
 from ane_trainer.ane.chips.table import CHIP_ROWS, LIMIT_ROWS
 from ane_trainer.ane.errors import UsageError
+from ane_trainer.utils import did_you_mean
 
 Bound = Literal["max", "min", "multiple"]
 Status = Literal["native", "reachable", "refused", "unknown"]
@@ -129,10 +129,7 @@ def get_chip(name: str) -> Chip:
     table = _by_name()
     if key in table:
         return table[key]
-    near = difflib.get_close_matches(key, known_chips(), n=1, cutoff=0.4)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    names = ", ".join(known_chips())
-    raise UsageError(f"chip: needs one of {names}; got {name!r}. {hint}Choose a known chip.")
+    raise UsageError(f"chip: needs a known one; got {name!r}. {did_you_mean(key, known_chips())}")
 
 
 def known_chips() -> tuple[str, ...]:
@@ -223,9 +220,7 @@ def _rank(claim: OpSupport) -> tuple[bool, int]:
 
 def _path(path: str) -> str:
     if path not in PATHS:
-        near = difflib.get_close_matches(path, PATHS, n=1, cutoff=0.3)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"path: needs one of {', '.join(PATHS)}; got {path!r}. {hint}Choose a known path.")
+        raise UsageError(f"path: needs a known one; got {path!r}. {did_you_mean(path, PATHS)}")
     return path
 
 

@@ -173,7 +173,7 @@ def test_paths_have_constants_of_their_own() -> None:
     program = gemm(8, 8, 8)
     assert estimate(program, "m4", "direct").dispatch_us != estimate(program, "m4", "e5rt").dispatch_us
     assert "rates of direct" in estimate(program, "m1", "netplist").provenance
-    with pytest.raises(UsageError, match="path: needs one of"):
+    with pytest.raises(UsageError, match="path: needs a known one"):
         estimate(program, "m4", "teleport")
     with pytest.raises(UsageError, match="Did you mean"):
         estimate(program, "m44")

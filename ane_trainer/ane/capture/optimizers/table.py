@@ -18,8 +18,7 @@ from ane_trainer.ane.capture.optimizers.rule import Group, Rule, adapted
 from ane_trainer.ane.capture.optimizers.squares import ADADELTA, ADAFACTOR, ADAGRAD, RMSPROP
 from ane_trainer.ane.capture.optimizers.trial import difference
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
-
-LARGEST = 65504.0
+from ane_trainer.ane.mil.program import MAX_FP16
 
 #: Exact optimizer class -> rule. A subclass may override `step`, so it is not taken for its parent.
 RULES: dict[type[torch.optim.Optimizer], Rule] = {
@@ -197,10 +196,10 @@ def scalar_values(
 
 def _check_range(name: str, group: int, values: Iterable[float], rate: Any) -> None:
     for value in values:
-        if not abs(value) <= LARGEST:
+        if not abs(value) <= MAX_FP16:
             given = f"a learning rate of {float(rate):.12g}, which is " if rate is not None else ""
             raise UsageError(
-                f"optimizer: {name} of parameter group {group} needs a magnitude of at most {LARGEST:g}; "
+                f"optimizer: {name} of parameter group {group} needs a magnitude of at most {MAX_FP16:g}; "
                 f"got {given}{value:g} in the engine's units. Choose a smaller learning rate or weight decay."
             )
 

@@ -13,11 +13,11 @@ from torch.fx import Node
 from ane_trainer.ane.capture.range.calibration import Measured
 from ane_trainer.ane.capture.range.editing import in_update
 from ane_trainer.ane.capture.trace.sources import META_KEY
+from ane_trainer.ane.mil.program import MAX_FP16
 from ane_trainer.ane.stages import Captured
 
 #: What an operation may add to the error of its operands before it counts as the place where numbers depart.
 _STEP = 0.02
-_LARGEST = 65504.0
 #: Numbers of this magnitude stand for infinity.
 _MASK = 1e8
 #: Below this share of the largest gradient one counts as what cancellation left: a bias before a batch norm has 1e-9.
@@ -76,7 +76,7 @@ def _error(got: torch.Tensor, want: torch.Tensor, least: float) -> float:
 
     Numbers that stand for minus infinity are as they should be if they are beyond fp16.
     """
-    masks = (want.abs() >= _MASK) & (got.abs() >= _LARGEST)
+    masks = (want.abs() >= _MASK) & (got.abs() >= MAX_FP16)
     if bool(masks.any()):
         got, want = got.masked_fill(masks, 0.0), want.masked_fill(masks, 0.0)
     size = _finite_norm(want)
@@ -93,7 +93,7 @@ def _described(node: Node, want: torch.Tensor, got: torch.Tensor) -> Departure:
         node = node.all_input_nodes[0]
     where = str(node.meta.get(META_KEY, node.name))
     peak = float(want.abs().amax())
-    if float(got.abs().amax()) >= _LARGEST:
+    if float(got.abs().amax()) >= MAX_FP16:
         reason = f"reaches {peak:.3g}, beyond what fp16 holds; divide what goes in"
     elif peak < 2.0**-10:
         reason = f"is {peak:.3g} at most, too small for fp16; multiply what goes in"
@@ -147,5 +147,5 @@ class _Half(_Kept):
         name = str(n.target)
         if n.op == "call_function" and ("mm" in name or "convolution" in name):
             result = torch.where(result.abs() < _PRODUCT, 0.0, result)
-            result = torch.where(result.abs() >= 32768.0, result.sign() * _LARGEST * 1.0005, result)
+            result = torch.where(result.abs() >= 32768.0, result.sign() * MAX_FP16 * 1.0005, result)
         return result.clamp(-65536.0, 65536.0).half().float()

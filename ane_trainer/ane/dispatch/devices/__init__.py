@@ -11,6 +11,7 @@ from ane_trainer.ane.dispatch.devices.e5rt import E5RT
 from ane_trainer.ane.dispatch.devices.protocol import Device, Session
 from ane_trainer.ane.dispatch.devices.sim import Simulator
 from ane_trainer.ane.errors import EnvironmentFault, UsageError
+from ane_trainer.utils import did_you_mean
 
 __all__ = ["DEVICE_NAMES", "Choice", "Device", "Session", "choose_precision", "get_device", "register"]
 
@@ -93,11 +94,7 @@ def _choose() -> Choice:
 
 
 def _unknown(name: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(str(name).lower(), DEVICE_NAMES, n=1, cutoff=0.4)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    return f"device: needs one of {', '.join(DEVICE_NAMES)}; got {name!r}. {hint}Choose a known device."
+    return f"device: needs a known one; got {name!r}. {did_you_mean(str(name), DEVICE_NAMES)}"
 
 
 register(Simulator())
