@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ane_trainer.ane.errors import Finding
-from ane_trainer.ane.mil.program import Program
+from ane_trainer.ane.mil.program import Literal, Program
 
 if TYPE_CHECKING:
     import torch
@@ -92,10 +92,42 @@ class Legalized:
 
 
 @dataclass(frozen=True)
+class Dispatch:
+    """One run of a program within a step of several: its number, and what its ports are in the whole step.
+
+    inputs, outputs  (port of the program, value of the step): ports of the whole step by their names, and what
+                     programs hand to each other
+    constants        (port of the program, number) where programs for several blocks differ
+    title            phase and block, for people
+    """
+
+    program: int
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Literal], ...] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A step in several programs: each distinct one once, and the dispatches in order. `chosen`: why, in words."""
+
+    programs: tuple[Compiled, ...]
+    dispatches: tuple[Dispatch, ...]
+    chosen: str = ""
+
+    @property
+    def in_turn(self) -> tuple[Compiled, ...]:
+        """The program of each dispatch."""
+        return tuple(self.programs[each.program] for each in self.dispatches)
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What a device loads: program, ports and the files it was written to.
 
-    `fingerprint` is the SHA-256 of text and weights; equal programs compile once.
+    `fingerprint` is the SHA-256 of text and weights; equal programs compile once. A step that is divided has its
+    programs in `chain`: `text` is theirs, `program` what they are together.
     """
 
     legalized: Legalized
@@ -103,6 +135,12 @@ class Compiled:
     weights: bytes = field(repr=False)
     fingerprint: str
     folder: Path | None = None
+    chain: Chain | None = None
+
+    @property
+    def programs(self) -> tuple[Compiled, ...]:
+        """What is compiled for the engine: this program, or those of the chain."""
+        return (self,) if self.chain is None else self.chain.programs
 
     @property
     def program(self) -> Program:

@@ -47,9 +47,6 @@ _TABLE_ENDS = {"exp": 11.09, "sigmoid": 8.0, "tanh": 4.0, "softplus": 11.09}
 _SOURCE = re.compile(r" on [^()]+ \((.+)\); got ")
 #: A bound that a size breaks: the bound, and the size.
 _LIMIT = re.compile(r"of at (?:most|least) ([\d.e+]+).*; got (\d+)")
-#: Whose longest program that is known to compile stands in where a chip has no row of its own.
-_LAYERS_OF = "m4"
-_KNOWN_LAYERS_FROM = "measured: maderix (M4, chains of convolutions); nothing is published of this chip"
 
 
 def check(
@@ -198,18 +195,10 @@ def _checked(program: Program, chip: Chip, path: str) -> tuple[OpCheck, ...]:
     )  # fmt: skip
 
 
-def _known_layers(chip: Chip, path: str) -> tuple[float, str]:
-    from ane_trainer.ane.chips.lookup import get_chip, limit
-
-    if (row := limit(chip, "program_layers", path)) is not None:
-        return row.value, str(row.evidence.source)
-    known = limit(get_chip(_LAYERS_OF), "program_layers", path)
-    assert known is not None
-    return known.value, _KNOWN_LAYERS_FROM
-
-
 def _size(program: Program, chip: Chip, path: str, fix: str) -> list[Problem]:
-    most, evidence = _known_layers(chip, path)
+    from ane_trainer.ane.chips.lookup import known_layers
+
+    most, evidence = known_layers(chip, path)
     count = len(program.main.ops)
     if count <= most:
         return []
@@ -219,7 +208,9 @@ def _size(program: Program, chip: Chip, path: str, fix: str) -> list[Problem]:
 
 def _shorter(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str) -> str:
     """What brings the program within the known length: the optimizer on the host, where that is enough."""
-    most, _ = _known_layers(chip, path)
+    from ane_trainer.ane.chips.lookup import known_layers
+
+    most, _ = known_layers(chip, path)
     if len(step.program.main.ops) <= most:
         return ""
     own = [op for op in step.program.main.ops if not (op.source or "").startswith("optimizer")]
@@ -334,7 +325,9 @@ def _budgets(program: Program, chip: Chip, path: str) -> dict[str, object]:
     constants = sum(
         item.type.nbytes for op in main.ops for _, item in op.literals() if isinstance(item.data, bytes)
     )
-    most, _ = _known_layers(chip, path)
+    from ane_trainer.ane.chips.lookup import known_layers
+
+    most, _ = known_layers(chip, path)
     return {
         "ops": f"{len(main.ops)} (known to compile: {most:g})",
         "inputs": format_bytes(state),

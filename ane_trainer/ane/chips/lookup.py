@@ -150,6 +150,19 @@ def limit(chip: Chip | str, name: str, path: str = "e5rt") -> Limit | None:
     return next(iter(limits(chip, name, path)), None)
 
 
+#: Whose longest program that is known to compile stands in where a chip has no row of its own.
+_LAYERS_OF = "m4"
+_KNOWN_LAYERS_FROM = "measured: maderix (M4, chains of convolutions); nothing is published of this chip"
+
+
+def known_layers(chip: Chip, path: str = "e5rt") -> tuple[float, str]:
+    """Operations of the longest program that is known to compile, and the evidence; the M4's where none is published."""
+    row = limit(chip, "program_layers", path)
+    known = row or limit(_LAYERS_OF, "program_layers", path)
+    assert known is not None
+    return known.value, _KNOWN_LAYERS_FROM if row is None else str(known.evidence.source)
+
+
 def known_limits() -> tuple[str, ...]:
     """Names of all limits."""
     return tuple(dict.fromkeys(row.name for row in LIMITS))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import platformdirs
 
+from ane_trainer.ane.compiler.blocks import Division
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.mil.text.printer import print_program
-from ane_trainer.ane.stages import Captured, Compiled, Legalized
+from ane_trainer.ane.stages import Captured, Chain, Compiled, Legalized, Lowered
 
 TEXT_FILE = "model.mil"
 WEIGHTS_FILE = "weights.bin"
@@ -63,12 +64,40 @@ def _holds(folder: Path, text: str, weights: bytes) -> bool:
     return False
 
 
-def prepare(captured: Captured, chip: str, path: str, precision: str) -> Compiled:
-    """Lower, legalize and compile.
+def prepare(
+    captured: Captured, chip: str, path: str, precision: str, division: Division | None = None
+) -> Compiled:
+    """Lower, legalize and compile; in the programs that `division` chooses.
 
     A program in single precision never reaches an engine, which computes in fp16: no chip's limits bind it.
     Raises: UnsupportedModel for ops without a rule, and for what the chip refuses (fp16).
     """
     lowered = lower(captured, dtype=precision)
+    divided = None if division is None else division.of(lowered, chip, path)
+    if divided is None:
+        return _compiled(lowered, chip, path, precision)
+    programs = tuple(_compiled(each, chip, path, precision) for each in divided.programs)
+    return _together(lowered, Chain(programs, tuple(divided.dispatches), divided.reason))
+
+
+def _compiled(lowered: Lowered, chip: str, path: str, precision: str) -> Compiled:
     legal = Legalized(lowered, chip, path) if precision == "fp32" else legalize(lowered, chip, path)
     return compile_program(legal)
+
+
+def _together(lowered: Lowered, chain: Chain) -> Compiled:
+    """A step in several programs as one value."""
+    first = chain.programs[0].legalized
+    notes = tuple(dict.fromkeys(note for each in chain.programs for note in each.legalized.notes))
+    legal = Legalized(lowered, first.chip, first.path, notes)
+    names = [each.fingerprint for each in chain.programs]
+    digest = hashlib.sha256(repr((names, chain.dispatches)).encode())
+    text = "\n".join(
+        f"// program {i} of {len(names)}: {_titles(chain, i)}\n{each.text}"
+        for i, each in enumerate(chain.programs)
+    )
+    return Compiled(legal, text, b"", digest.hexdigest(), chain=chain)
+
+
+def _titles(chain: Chain, number: int) -> str:
+    return ", ".join(each.title for each in chain.dispatches if each.program == number)

@@ -18,8 +18,10 @@ from ane_trainer.ane.capture.gradients import FLOORS, LIMITS
 from ane_trainer.ane.capture.optimizers.table import structure
 from ane_trainer.ane.capture.randomness import PREFIX
 from ane_trainer.ane.capture.range.calibration import calibration_of
+from ane_trainer.ane.capture.repeats import repeating
 from ane_trainer.ane.capture.step import GRADIENT, SHIFT, CaptureOptions
 from ane_trainer.ane.capture.trace.sources import faults_in_words
+from ane_trainer.ane.compiler.blocks import Division
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
@@ -28,7 +30,7 @@ from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.errors import DataError
-from ane_trainer.ane.stages import Compiled, Port
+from ane_trainer.ane.stages import Captured, Compiled, Port
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,18 @@ class LoadedStep:
 
     @property
     def programs(self) -> tuple[Compiled, ...]:
-        """What a step runs: one program, or backward and update."""
+        """What is compiled for a step: one program, or those of its blocks; of a divided batch backward and update."""
+        return self.compiled.programs + (() if self.update is None else self.update.programs)
+
+    @property
+    def wholes(self) -> tuple[Compiled, ...]:
+        """The whole step, or where a batch is divided backward and update."""
         return (self.compiled,) if self.update is None else (self.compiled, self.update)
+
+    def dispatched(self, shards: int) -> tuple[Compiled, ...]:
+        """The program of each dispatch of a step, in order; `shards`: how often the backward part runs."""
+        parts = [self.compiled] * shards + ([] if self.update is None else [self.update])
+        return tuple(c for part in parts for c in ((part,) if part.chain is None else part.chain.in_turn))
 
 
 def load_step(
@@ -114,8 +126,14 @@ def compile_step_of(
             options.exchange is not None,
         ),
     )
+    return capture, _prepared(subject, target, options, capture.captured)
+
+
+def _prepared(subject: Subject, target: Target, options: StepOptions, captured: Captured) -> Compiled:
+    """A captured step compiled, whole or in programs of blocks."""
     assert target.chip is not None
-    return capture, prepare(capture.captured, target.chip, target.path, target.precision)
+    division = Division(options.blocks, repeating(subject.model))
+    return prepare(captured, target.chip, target.path, target.precision, division)
 
 
 def load_compiled(
@@ -124,9 +142,8 @@ def load_compiled(
     """A compiled step on its device, with the loss scale that the capture chose."""
     session, inputs, outputs, update = target.load(compiled), compiled.inputs, compiled.outputs, None
     if capture.update is not None:
-        assert target.chip is not None
         assert options.exchange is not None
-        update = prepare(capture.update, target.chip, target.path, target.precision)
+        update = _prepared(subject, target, options, capture.update)
         inputs = joined_ports(compiled.inputs, update.inputs)
         outputs = joined_ports(compiled.outputs, update.outputs)
         sessions, dtype = (session, target.load(update)), RANGES[target.precision].numpy

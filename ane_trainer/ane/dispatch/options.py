@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from ane_trainer.ane.chips.lookup import get_chip
+from ane_trainer.ane.compiler.blocks import check_blocks
 from ane_trainer.ane.dispatch.devices import Session, choose_precision, get_device
 from ane_trainer.ane.dispatch.devices.machine import known_chip
 from ane_trainer.ane.dispatch.parallel import Exchange
@@ -117,6 +118,8 @@ class StepOptions:
                   "off".
     calibrate_on  more batches that the range pass looks at, besides the example.
     exchange      of a step whose batches are divided into shards (`parallel`); None: one program.
+    blocks        how many blocks, modules that repeat, are one program; "off": the whole step is one; "auto": divided
+                  where the whole step would be longer than what is known to compile for the chip.
 
     Raises: UsageError for values out of range.
     """
@@ -130,6 +133,7 @@ class StepOptions:
     verify: str | int = "first"
     calibrate_on: Sequence[tuple[object, object]] = ()
     exchange: Exchange | None = None
+    blocks: str | int = "auto"
 
     def __post_init__(self) -> None:
         known = (
@@ -142,6 +146,7 @@ class StepOptions:
                     code="ANE104",
                 )
         _check_scale(self.loss_scale)
+        check_blocks(self.blocks)
         whole = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify >= 1
         if self.verify not in ("first", "off") and not whole:
             raise UsageError(

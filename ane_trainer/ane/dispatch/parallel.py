@@ -27,7 +27,6 @@ from ane_trainer.ane.capture.calibrate import loss_of
 from ane_trainer.ane.capture.losses import Loss, get_loss
 from ane_trainer.ane.capture.parts import ALL_FIT, PEAKS, is_partial
 from ane_trainer.ane.capture.trace.torch_private import pytree
-from ane_trainer.ane.chips.cost import Cost, in_turn
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.errors import DataError, NumericsWarning, PeerLost, UsageError
@@ -344,9 +343,3 @@ def repeated_draws(ports: Sequence[Port], count: int, make: Callable[[Port], Arr
     shards = [[make(p) for p in ports] for _ in range(count)]
     return {p.name: np.concatenate([shard[i] for shard in shards]) for i, p in enumerate(ports)}
 
-
-def joined_costs(costs: Sequence[Cost], times: Sequence[int]) -> Cost:
-    """The cost of programs that run one after the other, each so many times."""
-    if tuple(times) == (1,):
-        return costs[0]
-    return in_turn([cost for cost, count in zip(costs, times, strict=True) for _ in range(count)])

@@ -17,7 +17,7 @@ from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.range.calibration import calibration_of, calibration_tensors
 from ane_trainer.ane.capture.step import CEILING, GRADIENT
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
-from ane_trainer.ane.chips.cost import Cost, estimate
+from ane_trainer.ane.chips.cost import Cost, estimate, in_turn
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.dispatch.adapting import Variants
 from ane_trainer.ane.dispatch.agreement import (
@@ -32,7 +32,7 @@ from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
-from ane_trainer.ane.dispatch.parallel import check_mean, joined_costs, repeated_draws
+from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
 from ane_trainer.ane.errors import PeerLost
@@ -98,9 +98,7 @@ class TrainingStep:
         self._stale_moments = False
         self._units = GradientUnits.of(loaded.capture, subject.optimizer)
         self._variants = Variants(subject, target, options, loaded)
-        #: How often a call runs each program: one, or the backward for each own shard, then the update.
-        self._times = (1,) if options.exchange is None else (len(options.exchange.shards.own), 1)
-        self.dispatches_per_step = sum(self._times)
+        self._own_shards = 1 if options.exchange is None else len(options.exchange.shards.own)
         self.load()
 
     def __call__(self, x: object, y: object) -> torch.Tensor:
@@ -320,8 +318,13 @@ class TrainingStep:
 
     @property
     def programs(self) -> tuple[Compiled, ...]:
-        """What a step runs: one program, or where batches are divided backward and update."""
+        """What is compiled for a step: one program, or those of its blocks; of a divided batch backward and update."""
         return self._loaded.programs
+
+    @property
+    def dispatches_per_step(self) -> int:
+        """How many programs one call runs."""
+        return len(self._loaded.dispatched(self._own_shards))
 
     @property
     def program(self) -> Program:
@@ -356,7 +359,7 @@ class TrainingStep:
         """
         if self._host is None:
             return 1.0
-        ops = [op for part in self.programs for op in part.program.main.ops]
+        ops = [op for part in self._loaded.wholes for op in part.program.main.ops]
         engine = self.gradient_options.accumulate * sum(flops(op) for op in ops)
         host = self._host.flops or 10 * sum(p.numel() for p in self._subject.model.parameters())
         return engine / (engine + host)
@@ -370,7 +373,7 @@ class TrainingStep:
     def host_bytes_per_step(self) -> int:
         """Bytes between host and engine in one step: batch, scalars, results; of a host optimizer also weights."""
         bytes_each = np.dtype(self._loaded.dtype).itemsize
-        ports = [port for part in self.programs for port in (*part.inputs, *part.outputs)]
+        ports = [port for part in self._loaded.wholes for port in (*part.inputs, *part.outputs)]
         batch = sum(bytes_each * math.prod(p.shape) for p in ports if p.role != "state")
         weights = sum(bytes_each * p.numel() for p in self._subject.model.parameters() if p.requires_grad)
         return batch + (weights if self._host is not None else 0)
@@ -381,8 +384,8 @@ class TrainingStep:
 
     def cost(self) -> Cost:
         """Estimated time and energy of one step on the chip; of a divided one without what processes exchange."""
-        costs = [estimate(part.program, part.chip, self.target.path) for part in self.programs]
-        return joined_costs(costs, self._times)
+        known = {p.fingerprint: estimate(p.program, p.chip, self.target.path) for p in self.programs}
+        return in_turn([known[p.fingerprint] for p in self._loaded.dispatched(self._own_shards)])
 
     def placement(self) -> dict[str, object]:
         """Where the step runs and how that is known."""

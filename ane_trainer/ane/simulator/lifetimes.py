@@ -34,11 +34,14 @@ def last_uses(function: Function, entries: Sequence[Entry], hidden: Mapping[str,
 
 
 class Pool:
-    """Blocks of memory; a value's is reused after `release` of its last reader."""
+    """Blocks of memory; a value's is reused after `release` of its last reader.
 
-    def __init__(self, last: Mapping[str, int], end: int) -> None:
+    `free`: blocks that pools share whose users never run at one time.
+    """
+
+    def __init__(self, last: Mapping[str, int], end: int, free: list[Array] | None = None) -> None:
         self._last, self._end = last, end
-        self._free: list[Array] = []
+        self._free: list[Array] = [] if free is None else free
         self._held: dict[str, Array] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -48,7 +51,7 @@ class Pool:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         fitting = [b for b in self._free if size <= b.size and _LEAST_FILLED * b.size <= size]
         block = min(fitting, key=lambda b: b.size) if fitting else empty((size,), np.uint8)
-        self._free = [b for b in self._free if b is not block]
+        self._free[:] = [b for b in self._free if b is not block]
         self._held[name] = block
         found: Array = block[:size].view(dtype).reshape(shape)
         return found

@@ -7,7 +7,7 @@ Inputs that an alias feeds are resident: a run reads them and leaves the next st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -97,22 +97,39 @@ class Plan:
         return to_border(self.buffers[name], value.type)
 
 
-def prepare(function: Function, context: EngineContext, aliases: Sequence[tuple[str, str]] = ()) -> Plan:
+@dataclass(frozen=True)
+class Memory:
+    """Memory that a plan shares with others that run in turn: of inputs and outputs by name, and free blocks."""
+
+    ports: Mapping[str, Array] = field(default_factory=dict)
+    free: list[Array] = field(default_factory=list)
+
+
+def prepare(
+    function: Function,
+    context: EngineContext,
+    aliases: Sequence[tuple[str, str]] = (),
+    memory: Memory | None = None,
+) -> Plan:
     """Lay out memory and compile; `aliases` lists (output, input) pairs whose output is the next run's input.
 
     Core ML states become resident inputs (`states.py`); what depends on no input is worked out now.
     """
     function, kept = without_states(function)
-    return _Binder(function, context, (*aliases, *kept)).bind()
+    return _Binder(function, context, (*aliases, *kept), memory or Memory()).bind()
 
 
 class _Binder:
     """Builds a plan: one pass over the schedule, allocating and binding each entry."""
 
     def __init__(
-        self, function: Function, context: EngineContext, aliases: Sequence[tuple[str, str]]
+        self,
+        function: Function,
+        context: EngineContext,
+        aliases: Sequence[tuple[str, str]],
+        memory: Memory,
     ) -> None:
-        self.function, self.context = function, context
+        self.function, self.context, self.given = function, context, memory.ports
         self.next_input = dict(aliases)
         self.entries = schedule(function)
         self.integer = integer_operands(function, context.chip.generation_number)
@@ -127,11 +144,14 @@ class _Binder:
         self.last_read = self._last_reads()
         self.views_of = self._views()
         hidden = {name: found.q.name for name, found in self.integer.items()}
-        self.pool = Pool(last_uses(function, self.entries, hidden), len(self.entries))
+        self.pool = Pool(last_uses(function, self.entries, hidden), len(self.entries), memory.free)
 
     def bind(self) -> Plan:
         for value in self.function.inputs:
-            self.buffers[value.name] = zeros(value.type.shape, storage_dtype(value.type))
+            own = self.given.get(value.name)
+            self.buffers[value.name] = (
+                zeros(value.type.shape, storage_dtype(value.type)) if own is None else own
+            )
             self.base[value.name] = value.name
         for index, entry in enumerate(self.entries):
             if entry.fused:
@@ -142,6 +162,7 @@ class _Binder:
             self.pool.release(index)
         self._keep_old_state()
         self._copy_state_back()
+        self._copy_results()
         self._note_steps(())
         self.compiler.finish()
         aliased = set(self.next_input)
@@ -213,6 +234,8 @@ class _Binder:
 
     def _memory(self, value: Value, constant: bool = False) -> Array:
         """Memory for a result; a constant keeps its own."""
+        if value.name in self.given:
+            return self.given[value.name]
         shape, dtype = value.type.shape, storage_dtype(value.type)
         return empty(shape, dtype) if constant else self.pool.take(value.name, shape, dtype)
 
@@ -324,6 +347,14 @@ class _Binder:
                 pairs.append((self.buffers[target], self.buffers[output]))
         if pairs:
             self.steps.append(lambda: _copy(pairs))
+
+    def _copy_results(self) -> None:
+        """Outputs that are views of other values are copied to where they are to be."""
+        outputs = [v.name for v in self.function.outputs if v.name in self.given]
+        pairs = [(self.given[n], self.buffers[n]) for n in outputs if self.buffers[n] is not self.given[n]]
+        if pairs:
+            self.steps.append(lambda: _copy(pairs))
+        self.buffers.update({name: self.given[name] for name in outputs})
 
     def _last_reads(self) -> dict[str, int]:
         """For each value, the index of the last entry that reads it; outputs are read at the very end."""

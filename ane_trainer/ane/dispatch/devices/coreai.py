@@ -20,6 +20,8 @@ from ane_trainer.ane.compiler.coreai import (
     read_state,
     save_asset,
 )
+from ane_trainer.ane.dispatch.devices.chain import ChainSession
+from ane_trainer.ane.dispatch.devices.protocol import Session
 from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled
@@ -53,11 +55,13 @@ class CoreAI:
         """Why `auto` does not take it although it can run: None where it may reach the Neural Engine."""
         return None if prefers_neural_engine() else "it runs on the CPU here"
 
-    def load(self, compiled: Compiled, *, fidelity: str, threads: int | None) -> CoreAISession:
+    def load(self, compiled: Compiled, *, fidelity: str, threads: int | None) -> Session:
         """Translate, write and load the program; `fidelity` and `threads` mean nothing to Apple's runtime.
 
         Raises: UnsupportedModel (ANE305) for ops without a translation.
         """
+        if compiled.chain is not None:
+            return ChainSession(compiled, [CoreAISession(each) for each in compiled.programs])
         return CoreAISession(compiled)
 
 

@@ -30,8 +30,9 @@ from ane_trainer.ane.dispatch.devices.aneforge_runtime import (
     missing,
     on_apple_silicon,
 )
+from ane_trainer.ane.dispatch.devices.chain import ChainSession
 from ane_trainer.ane.dispatch.devices.ordering import ordered
-from ane_trainer.ane.dispatch.devices.protocol import F16
+from ane_trainer.ane.dispatch.devices.protocol import F16, Session
 from ane_trainer.ane.errors import EnvironmentFault, SimulationError, UsageError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Alias, Compiled
@@ -65,8 +66,10 @@ class E5RT:
             return "Neural Engine, direct dispatch (e5rt)", how
         return f"unknown: the dispatch library {given_library()}", "this machine has no Neural Engine"
 
-    def load(self, compiled: Compiled, *, fidelity: str, threads: int | None) -> E5RTSession:
+    def load(self, compiled: Compiled, *, fidelity: str, threads: int | None) -> Session:
         """Compile and load; `fidelity` and `threads` mean nothing to an engine. Raises as `load_program`."""
+        if compiled.chain is not None:
+            return ChainSession(compiled, [E5RTSession(c, load_program(c), self.state) for c in compiled.programs])
         return E5RTSession(compiled, load_program(compiled), self.state)
 
 

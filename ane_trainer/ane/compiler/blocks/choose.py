@@ -1,0 +1,84 @@
+"""Whether a step is divided into programs of blocks, and how many blocks are one program: decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ane_trainer.ane.chips.lookup import get_chip, known_layers
+from ane_trainer.ane.compiler.blocks.alike import programs_of
+from ane_trainer.ane.compiler.blocks.cut import cut
+from ane_trainer.ane.compiler.blocks.places import places_of
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.stages import Dispatch, Lowered
+
+#: What `blocks=` may be besides a number.
+BLOCKS = ("auto", "off")
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A step's distinct programs, its dispatches in order, and why it is divided."""
+
+    programs: list[Lowered]
+    dispatches: list[Dispatch]
+    reason: str
+
+    @property
+    def longest(self) -> int:
+        """Operations of the longest program."""
+        return max(len(each.program.main.ops) for each in self.programs)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a step is to be divided: `wish` is "auto", "off" or the blocks that are one program, `repeating` the paths
+    of modules that repeat, side by side (`capture.repeats`).
+    """
+
+    wish: str | int
+    repeating: Sequence[Sequence[str]]
+
+    def of(self, lowered: Lowered, chip: str, path: str) -> Divided | None:
+        """The step in programs of blocks; None: it is one program."""
+        if self.wish == "off":
+            return None
+        count = len(lowered.program.main.ops)
+        if isinstance(self.wish, int):
+            return self._divided(lowered, self.wish, f"blocks={self.wish}")
+        most, _ = known_layers(get_chip(chip), path)
+        if count <= most:
+            return None
+        reason = f"auto: {count} operations, and {most:g} are the most that are known to compile"
+        longest = max(map(len, self.repeating), default=1)
+        for each in (n for n in range(longest, 0, -1) if longest % n == 0):
+            found = self._divided(lowered, each, reason)
+            if found.longest <= most:
+                break
+        return found
+
+    def _divided(self, lowered: Lowered, each: int, reason: str) -> Divided:
+        places = places_of(lowered, self._blocks(each))
+        programs, dispatches = programs_of(cut(lowered.program.main, places), lowered)
+        return Divided(programs, dispatches, reason)
+
+    def _blocks(self, each: int) -> dict[str, str]:
+        """Module path -> the name of its block: `each` of the modules that repeat, side by side, are one."""
+        names: dict[str, str] = {}
+        for paths in self.repeating:
+            for start in range(0, len(paths), each):
+                own = paths[start : start + each]
+                more = "" if len(own) == 1 else f" to {own[-1].rpartition('.')[2]}"
+                names |= dict.fromkeys(own, own[0] + more)
+        return names
+
+
+def check_blocks(wish: str | int) -> None:
+    """Raises: UsageError for what `blocks=` cannot be."""
+    number = isinstance(wish, int) and not isinstance(wish, bool)
+    if wish not in BLOCKS and not (number and int(wish) >= 1):
+        raise UsageError(
+            f'blocks: needs "auto", "off" or a number from 1 on (blocks that are one program); got {wish!r}. '
+            "Choose one of them.",
+            code="ANE104",
+        )

@@ -1,0 +1,92 @@
+"""A step's function in parts, each with what it takes from those before it and gives to those after it.
+
+Only floats go from part to part: booleans and integers, and what is made of constants alone, are made again where they
+are read, so that every port is one that an engine has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ane_trainer.ane.compiler.blocks.places import Key, Place
+from ane_trainer.ane.mil.program import Function, Op, Value
+
+_FLOATS = ("fp16", "fp32")
+#: Results of these stay in the part that reads them, whose products an engine computes in integers.
+_DECODED = ("dequantize", "constexpr_")
+
+
+@dataclass
+class Part:
+    """One dispatch's work: operations in order, what they read of other parts, and which results others read."""
+
+    place: Place
+    ops: list[Op] = field(default_factory=list)
+    inputs: dict[str, Value] = field(default_factory=dict)
+    outputs: dict[str, Value] = field(default_factory=dict)
+
+
+def cut(function: Function, places: Sequence[Place]) -> list[Part]:
+    """The parts in the order in which they are to run."""
+    return _Cutter(function, places).parts()
+
+
+class _Cutter:
+    def __init__(self, function: Function, places: Sequence[Place]) -> None:
+        self.function = function
+        self.ports = {value.name: value for value in function.inputs}
+        self.maker = {value.name: i for i, op in enumerate(function.ops) for value in op.results}
+        self.places = places
+        self.results = {value.name for value in function.outputs}
+
+    def parts(self) -> list[Part]:
+        own: dict[Key, Part] = {}
+        order: dict[Key, list[int]] = {}
+        for index, place in enumerate(self.places):
+            if self._is_made_again(self.function.ops[index]):
+                continue
+            own.setdefault(place.key, Part(place))
+            order.setdefault(place.key, []).append(index)
+        parts = [own[key] for key in sorted(own)]
+        for part in parts:
+            made: set[int] = set()
+            for index in order[part.place.key]:
+                self._take(index, part, made)
+        self._outputs(parts)
+        return [part for part in parts if part.outputs]
+
+    def _is_made_again(self, op: Op) -> bool:
+        if any(value.name in self.results for value in op.results):
+            return False
+        made = all(value.type.dtype not in _FLOATS for value in op.results)
+        return made or op.kind.startswith(_DECODED) or not any(True for _ in op.operands())
+
+    def _take(self, index: int, part: Part, made: set[int]) -> None:
+        """Put an operation into a part, after what it reads of those that are made again."""
+        if index in made:
+            return
+        made.add(index)
+        op = self.function.ops[index]
+        for value in op.operands():
+            maker = self.maker.get(value.name)
+            if maker is None:
+                part.inputs[value.name] = value
+            elif self._is_made_again(self.function.ops[maker]):
+                self._take(maker, part, made)
+            elif self.places[maker].key != part.place.key:
+                part.inputs[value.name] = value
+        part.ops.append(op)
+
+    def _outputs(self, parts: Sequence[Part]) -> None:
+        read = self.results | {name for part in parts for name in part.inputs}
+        for part in parts:
+            found = (value for op in part.ops for value in op.results)
+            again = {v.name for op in part.ops if self._is_made_again(op) for v in op.results}
+            part.outputs = {v.name: v for v in found if v.name in read and v.name not in again}
+
+
+def crossing_bytes(parts: Sequence[Part], ports: Mapping[str, object]) -> int:
+    """Bytes of what parts hand to later ones."""
+    crossing = {name: value for part in parts for name, value in part.inputs.items() if name not in ports}
+    return sum(value.type.nbytes for value in crossing.values())
