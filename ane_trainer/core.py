@@ -384,6 +384,7 @@ def _make_trainer(
         optimizer_on=config.optimizer_on,
         fallback=config.fallback,
         shards=0 if device == "cpu" else config.shards,
+        blocks=config.blocks,
     )
 
 
@@ -429,8 +430,8 @@ def _train_run(
         raise with_exit_code(stopped, error) from None
     if trainer.step is not None and (compiled := trainer.step.compiled) is not None:
         run.write_program(compiled.text, compiled.weights)
-        for part in (trainer.step.programs if isinstance(trainer.step, TrainingStep) else ())[1:]:
-            run.write_program(part.text, part.weights, "update")
+        for name, part in trainer.step.parts() if isinstance(trainer.step, TrainingStep) else ():
+            run.write_program(part.text, part.weights, name)
     run.write_weights(trainer.model.state_dict(), recorder.origin)
     result = trainer.result(
         dataset=splits.description.name,

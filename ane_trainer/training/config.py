@@ -34,7 +34,7 @@ _MODEL_DEFAULTS: Mapping[str, dict[str, object]] = {
 
 #: Options that may change when a run goes on: the weights do not depend on them, or they extend the run.
 RESUMABLE = frozenset(
-    "compare_fp32 device epochs keep_every log patience save_every shards threads time_limit".split()
+    "blocks compare_fp32 device epochs keep_every log patience save_every shards threads time_limit".split()
 )
 
 #: Groups of options in the help of `train`; an option that names none is under "Training".
@@ -214,6 +214,10 @@ class TrainConfig(BaseModel):
         None, ge=1, json_schema_extra=_WHERE,
         description="Parts of a batch that processes share (default: one for each that torchrun started).",
     )  # fmt: skip
+    blocks: int | Literal["auto", "off"] = Field(
+        "off", json_schema_extra=_WHERE,
+        description="Layers that are one program: a number, off (the step is one), auto (as the chip needs it).",
+    )  # fmt: skip
     optimizer_on: Literal["auto", "engine", "host"] = Field(
         "auto", description="Where weights are updated; the host does it in fp32.", json_schema_extra=_WHERE
     )
@@ -229,7 +233,7 @@ class TrainConfig(BaseModel):
             read_interval(text)
         return text
 
-    @field_validator("batch_size")
+    @field_validator("batch_size", "blocks")
     @classmethod
     def _some_examples(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
@@ -340,7 +344,10 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 #: Options that take a number or a word -> what they need.
-_WORDS_OR_NUMBERS = {"lr": "a number or 'auto'", "batch_size": "a whole number or 'auto'"}
+_WORDS_OR_NUMBERS = {
+    "lr": "a number or 'auto'", "batch_size": "a whole number or 'auto'",
+    "blocks": "a whole number, 'auto' or 'off'",
+}  # fmt: skip
 
 
 def _explain(detail: Any) -> str:

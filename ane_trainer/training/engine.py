@@ -34,7 +34,7 @@ def compile_step(
     path: str = "e5rt", precision: str = "auto", state: Mapping[str, torch.Tensor] | None = None,
     clip_grad_norm: float | None = None, clip_grad_value: float | None = None, accumulate: int = 1,
     optimizer_on: str = "auto", fallback: str = "none", verify: str | int = "first",
-    calibrate_on: Sequence[tuple[object, object]] = (), shards: int | None = None,
+    calibrate_on: Sequence[tuple[object, object]] = (), shards: int | None = None, blocks: str | int = "off",
 ) -> TrainingStep | PartitionedStep:  # fmt: skip
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
 
@@ -59,6 +59,8 @@ def compile_step(
                 more batches (x, y) that show how large the model's numbers get, besides the example.
     shards      parts that a batch is divided into, a backward program each and one update (docs/scale.md); default: one
                 for each process that torchrun started. Every process passes whole batches. 0: this process alone.
+    blocks      modules that repeat (layers) in one program, which is dispatched for each; "off": the step is one;
+                "auto": divided where that is longer than what is known to compile (docs/scale.md). Bits are the same.
 
     A model in evaluation mode is captured in training mode.
     Raises: UnsupportedModel with every reason at once (ops, limits of the chip, the optimizer), UsageError
@@ -69,7 +71,7 @@ def compile_step(
     if exchange is not None and seed is None:
         seed = exchange.share(int(torch.randint(2**31, ())))
     options = StepOptions(
-        gradients, optimizer_on, fallback, loss_scale, sync, seed, verify, calibrate_on, exchange
+        gradients, optimizer_on, fallback, loss_scale, sync, seed, verify, calibrate_on, exchange, blocks
     )
     target = resolve_target(device, chip, fidelity, precision, threads, path)
     try:
@@ -192,10 +194,12 @@ def program_facts(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, obj
     if step.compiled is None:
         return None
     programs = step.programs if isinstance(step, TrainingStep) else (step.compiled,)
-    ops = sum(len(part.program.main.ops) for part in programs)
+    sizes = [len(part.program.main.ops) for part in programs]
     return {
-        "ops": ops,
+        "ops": sum(sizes),
+        "longest": max(sizes),
         "programs": len(programs),
+        "blocks": step.placement().get("blocks", ""),
         "optimizer": type(optimizer).__name__.lower(),
         **step_facts(step),
     }

@@ -146,7 +146,7 @@ def _prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> _J
         model, config.loss, make_optimizer(config, model), device=config.device, chip=config.chip,
         fidelity=config.fidelity, precision=config.precision, seed=config.seed, threads=config.threads, report=report,
         clip_grad_norm=config.clip_grad_norm, clip_grad_value=config.clip_grad_value, accumulate=config.accumulate,
-        optimizer_on=config.optimizer_on, fallback=config.fallback,
+        optimizer_on=config.optimizer_on, fallback=config.fallback, blocks=config.blocks,
     )  # fmt: skip
     return _Job(trainer, tokenizer, splits, held_out)
 

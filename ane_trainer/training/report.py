@@ -311,18 +311,34 @@ def summary(
 
 def program_line(program: Mapping[str, Any], seconds: float, verbose: bool = True) -> str:
     """Size of the compiled step: `one program of 161 ops`; verbose: what is in it, and the traffic with the host."""
-    fraction, several = program["engine_flop_fraction"], program.get("programs", 1) > 1
+    fraction, several, blocks = (
+        program["engine_flop_fraction"],
+        program.get("programs", 1),
+        program.get("blocks"),
+    )
     if not verbose:
         rest = "" if fraction is None or fraction > 0.995 else f", {fraction:.0%} of the arithmetic"
-        count = "two programs (backward, update)" if several else "one program"
+        count = "one program" if several == 1 else "two programs (backward, update)"
+        if blocks:
+            return f"{format_seconds(seconds)}, {_in_blocks(program)}{rest}"
         return f"{format_seconds(seconds)}, {count} of {program['ops']} ops{rest}"
-    count = "2 programs" if several else "1 program"
+    count = "1 program" if several == 1 else f"{several} programs"
+    if blocks:
+        count = f"{_in_blocks(program)} ({blocks})"
     share = "an unknown share" if fraction is None else f"{fraction:.0%}"
     traffic = format_bytes(program["host_bytes_per_step"])
     return (
         f"{count}: forward + loss + backward + {program['optimizer']}, {program['ops']} ops, "
         f"{share} of the step's FLOPs, "
         f"{traffic} from and to the host a step   {format_seconds(seconds)}"
+    )
+
+
+def _in_blocks(program: Mapping[str, Any]) -> str:
+    """How a step is divided into programs of blocks."""
+    return (
+        f"{program['programs']} programs of up to {program['longest']} ops, "
+        f"{program['dispatches_per_step']} dispatches a step"
     )
 
 

@@ -170,7 +170,7 @@ class Training:
             "clip_grad_norm": gradients.clip_norm, "clip_grad_value": gradients.clip_value,
             "accumulate": gradients.accumulate, "optimizer_on": self.options.optimizer_on,
             "fallback": self.options.fallback, "shards": self.shards,
-            "lora": None if self.lora is None else asdict(self.lora),
+            "blocks": self.options.blocks, "lora": None if self.lora is None else asdict(self.lora),
         }  # fmt: skip
 
     def restore(self, checkpoint: Checkpoint) -> None:

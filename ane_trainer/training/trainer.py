@@ -19,11 +19,7 @@ from ane_trainer.ane.capture.losses import CLASS_LOSSES
 from ane_trainer.ane.dispatch import StepOptions, TrainingStep
 from ane_trainer.ane.dispatch.parallel import digest_of, find_exchange, share_of_cores
 from ane_trainer.ane.dispatch.state import STEP, part
-from ane_trainer.ane.errors import (
-    Diverged,
-    PeerLost,
-    UsageError,
-)
+from ane_trainer.ane.errors import Diverged, PeerLost, UsageError
 from ane_trainer.ane.export import STEP_FORMATS, ExportOptions, ExportReport, format_of
 from ane_trainer.training import energy, engine, loop
 from ane_trainer.training.callbacks import Callbacks
@@ -39,14 +35,7 @@ from ane_trainer.training.checkpoint import (
 from ane_trainer.training.datasets.opening import batches_of
 from ane_trainer.training.exporting import CHECKED_STEPS, export_app, export_model, export_training
 from ane_trainer.training.loop import Batch
-from ane_trainer.training.lora import (
-    LoraOptions,
-    MakeOptimizer,
-    adapted,
-    merged,
-    optimizer_of,
-    save_adapter,
-)
+from ane_trainer.training.lora import LoraOptions, MakeOptimizer, adapted, merged, optimizer_of, save_adapter
 from ane_trainer.training.own_loss import make_intake
 from ane_trainer.training.records import unwritable
 from ane_trainer.training.report import ConsoleReporter, Reporter
@@ -83,6 +72,7 @@ class Trainer(Training):
     verify     "first": compare the first step with fp32 and say how they agree; N: every N steps; "off".
     shards     parts that each batch is divided into, whose gradients are averaged; default: one for each process
                that torchrun started (docs/scale.md). 0: this process alone.
+    blocks     how many of the modules that repeat are one program, "off" or "auto", as in `compile_step`.
     """
 
     def __init__(
@@ -106,9 +96,13 @@ class Trainer(Training):
         fallback: str = "none",
         verify: str | int = "first",
         shards: int | None = None,
+        blocks: str | int = "off",
     ) -> None:
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
         exchange = find_exchange(shards)
+        options = StepOptions(
+            gradients, optimizer_on, fallback, "auto", "lazy", seed, verify, (), exchange, blocks
+        )
         if lora is not None:
             model = adapted(model, lora, seed)
         super().__init__(
@@ -116,7 +110,7 @@ class Trainer(Training):
             loss,
             optimizer_of(model, optimizer),
             engine.choose_target(device, chip, fidelity, precision, threads or share_of_cores(exchange)),
-            StepOptions(gradients, optimizer_on, fallback, "auto", "lazy", seed, verify, exchange=exchange),
+            options,
             {"chip": chip, "fidelity": fidelity, "precision": precision},
         )
         self.report = report if report is not None else ConsoleReporter()

@@ -156,7 +156,7 @@ _KNOWN_LAYERS_FROM = "measured: maderix (M4, chains of convolutions); nothing is
 
 
 def known_layers(chip: Chip, path: str = "e5rt") -> tuple[float, str]:
-    """Operations of the longest program that is known to compile, and the evidence; the M4's where none is published."""
+    """Operations of the longest program known to compile, and the evidence; the M4's where none is published."""
     row = limit(chip, "program_layers", path)
     known = row or limit(_LAYERS_OF, "program_layers", path)
     assert known is not None

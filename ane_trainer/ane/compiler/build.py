@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import platformdirs
 
 from ane_trainer.ane.compiler.blocks import Division
-from ane_trainer.ane.compiler.legalize import legalize
+from ane_trainer.ane.compiler.legalize import legalize, rewritten
 from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.ane.stages import Captured, Chain, Compiled, Legalized, Lowered
@@ -78,6 +79,22 @@ def prepare(
         return _compiled(lowered, chip, path, precision)
     programs = tuple(_compiled(each, chip, path, precision) for each in divided.programs)
     return _together(lowered, Chain(programs, tuple(divided.dispatches), divided.reason))
+
+
+def whole(compiled: Compiled) -> Compiled:
+    """A step in several programs as the one that it is: for files and people, not checked against the chip."""
+    if compiled.chain is None:
+        return compiled
+    legal = compiled.legalized
+    lowered = legal.lowered
+    if dtype_of(lowered) == "fp16":
+        lowered = rewritten(lowered, legal.chip, legal.path)
+    return compile_program(dataclasses.replace(legal, lowered=lowered), cache=False)
+
+
+def dtype_of(lowered: Lowered) -> str:
+    """The program's float type."""
+    return lowered.program.main.inputs[0].type.dtype
 
 
 def _compiled(lowered: Lowered, chip: str, path: str, precision: str) -> Compiled:

@@ -53,7 +53,8 @@ def legalize(lowered: Lowered, chip: str, path: str = "e5rt") -> Legalized:
     UsageError for an unknown chip or path.
     """
     target = Target(get_chip(chip), path)
-    function = spread_factors(move_width_slices(lowered.program.main, target), target)
+    ready = rewritten(lowered, chip, path)
+    function = ready.program.main
     findings = refusals(function, target)
     if findings:
         count = len(findings)
@@ -61,10 +62,15 @@ def legalize(lowered: Lowered, chip: str, path: str = "e5rt") -> Legalized:
         needs = f"ops and shapes that {target.chip.title} accepts ({path})"
         summary = f"model: needs {needs}; got {count} refused {ops}."
         raise UnsupportedModel(summary, findings, code="ANE302")
+    return Legalized(ready, target.chip.name, path, tuple(notes(function, target)))
+
+
+def rewritten(lowered: Lowered, chip: str, path: str) -> Lowered:
+    """The program with what chip and path need written in another way; checked is nothing."""
+    target = Target(get_chip(chip), path)
+    function = spread_factors(move_width_slices(lowered.program.main, target), target)
     program = Program((function,), lowered.program.version, lowered.program.attributes)
-    return Legalized(
-        replace(lowered, program=program), target.chip.name, path, tuple(notes(function, target))
-    )
+    return replace(lowered, program=program)
 
 
 def refusals(function: Function, target: Target) -> list[Finding]:

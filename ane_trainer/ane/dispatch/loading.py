@@ -22,7 +22,7 @@ from ane_trainer.ane.capture.repeats import repeating
 from ane_trainer.ane.capture.step import GRADIENT, SHIFT, CaptureOptions
 from ane_trainer.ane.capture.trace.sources import faults_in_words
 from ane_trainer.ane.compiler.blocks import Division
-from ane_trainer.ane.compiler.build import prepare
+from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
 from ane_trainer.ane.dispatch.mirror import Mirror
@@ -83,10 +83,27 @@ class LoadedStep:
         """What is compiled for a step: one program, or those of its blocks; of a divided batch backward and update."""
         return self.compiled.programs + (() if self.update is None else self.update.programs)
 
+    @functools.cached_property
+    def whole(self) -> Compiled:
+        """The step, or its backward part, as one program."""
+        return whole(self.compiled)
+
+    @property
+    def chosen(self) -> str:
+        """Why the step is in programs of blocks; empty where it is not."""
+        return next((part.chain.chosen for part in self.wholes if part.chain is not None), "")
+
     @property
     def wholes(self) -> tuple[Compiled, ...]:
         """The whole step, or where a batch is divided backward and update."""
         return (self.compiled,) if self.update is None else (self.compiled, self.update)
+
+    def named_parts(self) -> list[tuple[str, Compiled]]:
+        """What is compiled beside `compiled`, by a name for files: the update part, and the programs of blocks."""
+        found = [("update", part) for part in (self.update,) if part is not None]
+        if self.chosen:
+            found += [(f"block-{number}", part) for number, part in enumerate(self.programs)]
+        return found
 
     def dispatched(self, shards: int) -> tuple[Compiled, ...]:
         """The program of each dispatch of a step, in order; `shards`: how often the backward part runs."""

@@ -133,7 +133,7 @@ class StepOptions:
     verify: str | int = "first"
     calibrate_on: Sequence[tuple[object, object]] = ()
     exchange: Exchange | None = None
-    blocks: str | int = "auto"
+    blocks: str | int = "off"
 
     def __post_init__(self) -> None:
         known = (

@@ -342,4 +342,3 @@ def repeated_draws(ports: Sequence[Port], count: int, make: Callable[[Port], Arr
         return {p.name: make(p) for p in ports}
     shards = [[make(p) for p in ports] for _ in range(count)]
     return {p.name: np.concatenate([shard[i] for shard in shards]) for i, p in enumerate(ports)}
-

@@ -83,7 +83,9 @@ class StepState:
         """As the flat dictionary that is stored."""
         found = dict(self.engine)
         found |= {_UNIT + name: torch.tensor(unit) for name, unit in self.units.items()}
-        found |= {_LEVEL + name: torch.tensor(level) for name, level in self.levels.items()}
+        found |= {
+            _LEVEL + name: torch.tensor(level, dtype=torch.float64) for name, level in self.levels.items()
+        }
         found |= {OPTIMIZER + name: value for name, value in self.host.items()}
         found |= {_CALIBRATION + name: value for name, value in self.calibration.items()}
         if self.pending is not None:

@@ -38,7 +38,7 @@ from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
 from ane_trainer.ane.errors import PeerLost
 from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Compiled
+from ane_trainer.ane.stages import Compiled, Dispatch
 
 
 def build_step(
@@ -307,8 +307,11 @@ class TrainingStep:
 
     @property
     def compiled(self) -> Compiled:
-        """The program with its ports, whose scales are those of the present units."""
-        compiled = self._loaded.compiled
+        """The whole step as one program, with its ports, whose scales are those of the present units.
+
+        A step in programs of blocks has `programs` and `dispatches`; what they are together is printed when asked for.
+        """
+        compiled = self._loaded.whole
         lowered = compiled.legalized.lowered
         inputs, outputs = (self._loaded.mirror.scaled(ports) for ports in (lowered.inputs, lowered.outputs))
         lowered = dataclasses.replace(lowered, inputs=inputs, outputs=outputs)
@@ -321,6 +324,17 @@ class TrainingStep:
         """What is compiled for a step: one program, or those of its blocks; of a divided batch backward and update."""
         return self._loaded.programs
 
+    def parts(self) -> list[tuple[str, Compiled]]:
+        """Programs beside the first, or of blocks all, by a name for files."""
+        return self._loaded.named_parts()
+
+    @property
+    def dispatches(self) -> tuple[Dispatch, ...]:
+        """The runs of programs of blocks that make a step, in order; none where the step is one program."""
+        return tuple(
+            d for part in self._loaded.wholes if part.chain is not None for d in part.chain.dispatches
+        )
+
     @property
     def dispatches_per_step(self) -> int:
         """How many programs one call runs."""
@@ -329,7 +343,7 @@ class TrainingStep:
     @property
     def program(self) -> Program:
         """The MIL program of the whole step; where batches are divided, of the backward."""
-        return self.compiled.program
+        return self._loaded.compiled.program
 
     @property
     def classes(self) -> int | None:
@@ -379,8 +393,8 @@ class TrainingStep:
         return batch + (weights if self._host is not None else 0)
 
     def text(self) -> str:
-        """The program as MIL text."""
-        return self.compiled.text
+        """The program as MIL text; of a step in programs of blocks those, one after the other."""
+        return self._loaded.compiled.text
 
     def cost(self) -> Cost:
         """Estimated time and energy of one step on the chip; of a divided one without what processes exchange."""
@@ -397,6 +411,7 @@ class TrainingStep:
         return {
             "where": where, "how": how, "device": self.target.device, "choice": self.target.reason,
             "optimizer_on": self.optimizer_on, "optimizer_reason": self._host_reason,
+            "programs": len(self.programs), "dispatches": self.dispatches_per_step, "blocks": self._loaded.chosen,
         }  # fmt: skip
 
     def close(self) -> None:

@@ -110,11 +110,10 @@ def _program(kind: _Kind, ports: Mapping[str, Port]) -> tuple[Lowered, list[Spot
     }
     outputs = [v for op in first.ops for v in op.results if place[v.name] in read]
     function = Function("main", tuple(inputs), ops, tuple(outputs))
-    declared = lambda v, role: _port(v, ports.get(v.name), role)  # noqa: E731
     lowered = Lowered(
         Program((function,)),
-        tuple(declared(v, "batch") for v in inputs),
-        tuple(declared(v, "result") for v in outputs),
+        tuple(_port(v, ports.get(v.name), "batch") for v in inputs),
+        tuple(_port(v, ports.get(v.name), "result") for v in outputs),
         (),
     )
     return lowered, spots

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ane_trainer.ane.mil.program import Literal, Op, Value
+from ane_trainer.ane.mil.program import Literal, Op
 from ane_trainer.ane.stages import Lowered
 
 #: Sources of what follows backward (`capture.step`), by their first words.
@@ -158,10 +158,11 @@ class _Assignment:
         for index, op in enumerate(self.ops):
             numbers = [a for _, a in op.args if isinstance(a, Literal) and a.type.size == 1]
             operand = next(op.operands(), None)
-            if op.kind == "mul" and numbers and operand is not None and operand.name in made:
-                if len(readers[operand.name]) == 1:
-                    self.pairs[made[operand.name]] = index
-                    self.places[index] = self.places[made[operand.name]]
+            if op.kind != "mul" or not numbers or operand is None or operand.name not in made:
+                continue
+            if len(readers[operand.name]) == 1:
+                self.pairs[made[operand.name]] = index
+                self.places[index] = self.places[made[operand.name]]
 
     def _readers(self) -> dict[str, list[int]]:
         readers: dict[str, list[int]] = {}

@@ -8,8 +8,8 @@ Unverified on hardware: exercised on the simulator and on Core AI's runtime for 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from ane_trainer.ane.mil.program import Literal, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Chain, Compiled
 
-_NUMPY: Mapping[str, type[np.float16] | type[np.float32]] = {"fp16": np.float16, "fp32": np.float32}
+_NUMPY: Mapping[str, Any] = {"fp16": np.float16, "fp32": np.float32}
 
 
 def number(constant: Literal) -> Floats:
@@ -75,17 +75,17 @@ class ChainSession:
         """Every dispatch in turn, then the new state in place of the old."""
         for name, array in feeds.items():
             self.write(name, array)
-        between: dict[str, Floats] = {}
-        kept = {*self._next, *self._results}
+        values: dict[str, Any] = dict(self._values)
+        kept = {*self._next, *self._results, *self._types}
         for index, each in enumerate(self._chain.dispatches):
-            given = {port: between.get(v, self._values.get(v)) for port, v in each.inputs}
+            given = {port: values[value] for port, value in each.inputs}
             results = self._sessions[each.program].run({**given, **self._constants[index]})
-            between |= {value: results[port] for port, value in each.outputs}
-            done = [v for v in between if v not in kept and self._last.get(v, -1) <= index]
-            for value in done:
-                del between[value]
-        self._values |= {state: between[name] for name, state in self._next.items()}
-        return {name: between[name] for name in self._results}
+            values |= {value: results[port] for port, value in each.outputs}
+            for value in (v for _, v in (*each.inputs, *each.outputs)):
+                if value not in kept and self._last.get(value, -1) <= index:
+                    values.pop(value, None)
+        self._values |= {state: values[name] for name, state in self._next.items()}
+        return {name: values[name] for name in self._results}
 
     def close(self) -> None:
         """Release every program."""
@@ -97,17 +97,3 @@ class ChainSession:
             known = ", ".join(sorted(self._types)[:8])
             raise SimulationError(f"write: needs one of the inputs {known}, ..; got {port}.", code="SIM102")
         return self._types[port]
-
-
-def crossing_bytes(chain: Chain) -> int:
-    """Bytes of what programs of one step hand to each other, each value once."""
-    made = {value: port for each in chain.dispatches for port, value in each.outputs}
-    read = {value for each in chain.dispatches for _, value in each.inputs}
-    sizes = {
-        value: 2 * math.prod(p.shape)
-        for each in chain.dispatches
-        for p in chain.programs[each.program].outputs
-        for port, value in each.outputs
-        if port == p.name and value in read and value in made
-    }
-    return sum(sizes.values())

@@ -69,7 +69,9 @@ class E5RT:
     def load(self, compiled: Compiled, *, fidelity: str, threads: int | None) -> Session:
         """Compile and load; `fidelity` and `threads` mean nothing to an engine. Raises as `load_program`."""
         if compiled.chain is not None:
-            return ChainSession(compiled, [E5RTSession(c, load_program(c), self.state) for c in compiled.programs])
+            return ChainSession(
+                compiled, [E5RTSession(c, load_program(c), self.state) for c in compiled.programs]
+            )
         return E5RTSession(compiled, load_program(compiled), self.state)
 
 

@@ -11,8 +11,8 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.dispatch.devices.chain import last_reads, number
 from ane_trainer.ane.dispatch.devices.protocol import F16
 from ane_trainer.ane.errors import SimulationError
-from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.mil.program import Value
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import EngineContext, Memory, Plan, make_context, prepare
 from ane_trainer.ane.simulator.arrays import from_border, storage_dtype, to_border
 from ane_trainer.ane.simulator.lifetimes import Pool
