@@ -233,14 +233,16 @@ def estimates_of(
         try:
             step = subject.step(chip.name, path)
         except UnsupportedModel as error:
-            found.append(ChipEstimate(chip.name, chip.title, None, _refusal(error, subject.name, chip.name)))
+            found.append(
+                ChipEstimate(chip.name, chip.title, None, refusal_of(error, subject.name, chip.name))
+            )
             continue
         found.append(ChipEstimate(chip.name, chip.title, cost_of(step.program, chip, path)))
         step.close()
     return found
 
 
-def _refusal(error: UnsupportedModel, name: str, chip: str) -> str:
+def refusal_of(error: UnsupportedModel, name: str, chip: str) -> str:
     """The first cause, at the user's line where one has it; `check` tells them all."""
     first = min(error.findings, key=lambda finding: ".py:" not in finding.where)
     return f"{first} All {len(error.findings)} reasons: ane-trainer check {name} --chip {chip}"

@@ -43,6 +43,7 @@ _EXTRAS = (
     ("energy", "zeus-apple-silicon", "energy of a run in joules", "darwin"),
     ("keras", "keras", "Keras models", None),
     ("digits", "scikit-learn", "the digits dataset", None),
+    ("plot", "matplotlib", "pictures of `trace` and reports", None),
 )
 
 

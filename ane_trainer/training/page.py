@@ -17,6 +17,9 @@ from ane_trainer.utils import format_count, format_seconds
 #: Classes up to which the confusion matrix is shown whole; of more, the pairs that are confused most.
 MATRIX_CLASSES = 40
 
+#: Between these lie the pictures of a step.
+_PICTURES = ("<!-- pictures of a step -->", "<!-- end of the pictures -->")
+
 #: Rows of the table of ops.
 OP_ROWS = 25
 
@@ -61,6 +64,7 @@ def page(
         ("Random samples", _samples(analysis, "random", "Held-out examples drawn with a fixed seed.")),
         ("Health and agreement", _health(record)),
         ("Most expensive ops of a step", _ops(ops)),
+        ("", f"{_PICTURES[0]}{_PICTURES[1]}"),
         ("Cost", _cost(record)),
         ("Data", _mapping(about_data or {})),
         ("Environment", _environment(record)),
@@ -277,6 +281,17 @@ def _ops(ops: Sequence[Mapping[str, Any]]) -> str:
     head = ("op", "kind", "us", "share", "FLOPs", "bytes", "bound by")
     note = f"{len(ops)} ops in all. Times on the engine by the cost model; not measured."
     return _table(head, rows) + f"<p class='note'>{note}</p>"
+
+
+def with_pictures(text: str, images: Sequence[str]) -> str:
+    """The page with these images of a step instead of those that it has; a page without a place for them as it is."""
+    before, begin, rest = text.partition(_PICTURES[0])
+    _, end, after = rest.partition(_PICTURES[1])
+    if not begin or not end:
+        return text
+    note = "<p class='note'>By the cost model; not measured.</p>"
+    shown = f"<h2>A step on the engine</h2>\n<div class='row'>{''.join(images)}</div>{note}" if images else ""
+    return f"{before}{begin}{shown}{end}{after}"
 
 
 def _cost(record: RunRecord) -> str:

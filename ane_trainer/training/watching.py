@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.chips.timeline import timeline
+from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.training.analysis import Analysis, Seen
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.loggers import make_loggers
-from ane_trainer.training.page import page
+from ane_trainer.training.page import page, with_pictures
+from ane_trainer.training.pictures import as_images, missing
 from ane_trainer.training.records import as_csv, read_history, read_record
 from ane_trainer.training.report import Reporter, Reporters
 from ane_trainer.training.results import Epoch
@@ -69,7 +72,14 @@ def write_report(
     ops = [{**asdict(op), "latency_us": op.latency_us} for op in cost.ops] if cost is not None else []
     told = {"data": about.summary(), "notes": "; ".join(about.notes)} if about is not None else {}
     text = page(read_record(folder), analysis, ops, {name: value for name, value in told.items() if value})
-    return atomic_write(folder / "report.html", text)
+    return atomic_write(folder / "report.html", with_pictures(text, _pictures(step)))
+
+
+def _pictures(step: Step | None) -> list[str]:
+    """Roofline and memory of each program of the step; none without matplotlib, or without programs."""
+    if not isinstance(step, TrainingStep) or missing():
+        return []
+    return as_images([timeline(part.program, part.chip, step.target.path) for part in step.programs])
 
 
 def _analysis(seen: Seen, about: DataDescription | None) -> Analysis | None:

@@ -284,7 +284,7 @@ def _op_cost(work: OpWork, chip: Chip, rates_gb_s: Mapping[str, float], host: bo
         )
     parts = {unit: compute_us + overhead_us, "weights": weight_us, "activations": activation_us}
     bound_by = max(parts, key=lambda key: parts[key]) if any(parts.values()) else unit
-    moved = sum(v.type.nbytes for v in op.operands()) + sum(v.type.nbytes for v in op.results)
+    moved = sum({v.name: v.type.nbytes for v in (*op.operands(), *op.results)}.values())
     return OpCost(
         name=op.name,
         op=op.kind,

@@ -76,7 +76,7 @@ class _Walk:
         self.makers = {value.name: op for op in function.ops for value in op.results}
         self.pending = {value.name: value.type.nbytes for value in function.inputs}
         self.encoded = {
-            op.name: sum(_stored_bytes(item) for _, item in op.literals())
+            op.name: sum(stored_bytes(item) for _, item in op.literals())
             for op in function.ops
             if family(op.kind) == "constexpr"
         }
@@ -184,7 +184,7 @@ def _plain_bytes(op: Op) -> int:
     )
 
 
-def _stored_bytes(item: Literal) -> int:
+def stored_bytes(item: Literal) -> int:
     """Bytes of a constant as stored; sub-byte types packed."""
     bits = _PACKED_BITS.get(item.type.dtype)
     return item.type.nbytes if bits is None else item.type.size * bits // 8

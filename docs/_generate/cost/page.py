@@ -40,6 +40,15 @@ Energy is that of the engine's own rail: a constant a dispatch, pJ a multiply-ac
 transfers and passes, W while the array computes. Host, DRAM and the rest of the chip are not in it. Two files of one
 machine give 0.7 and 1.9 W for one product: power states are inside the interval, not in the estimate.
 
+## In time
+
+`ane-trainer trace MODEL` writes one dispatch as a Chrome trace for https://ui.perfetto.dev: a process a chip, a lane each for
+host, transfers in, constants, MAC array, elementwise unit and transfers out; counters of bytes under way, of memory held, and
+of each op's rounding error by the simulator. Every slice is labelled as modelled, and together they take what `estimate`
+prints: units take turns in the model, so that lanes never overlap but for constants. The dispatch stands before the first
+op; how much of it comes after the last one is unknown. With matplotlib (`pip install "ane_trainer[plot]"`) a roofline with the
+program's ops and memory over time lie beside it as PNG and SVG, and in a run's `report.html`.
+
 ## The fit
 
 `docs/_generate/cost/measurements.csv` holds {rows} published values with chip, path, program and source. Every program is
