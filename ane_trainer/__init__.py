@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ane_trainer.training.callbacks import WeightAveraging as WeightAveraging
     from ane_trainer.training.config import TrainConfig as TrainConfig
     from ane_trainer.training.config import make_config as make_config
+    from ane_trainer.training.debugging import debug as debug
     from ane_trainer.training.engine import compile_step as compile_step
     from ane_trainer.training.lora import LoraOptions as LoraOptions
     from ane_trainer.training.report import ConsoleReporter as ConsoleReporter
@@ -66,6 +67,7 @@ _PLACES = {
     "build_model": "ane_trainer.models",
     "compile_forward": "ane_trainer.ane.dispatch",
     "compile_step": "ane_trainer.training.engine",
+    "debug": "ane_trainer.training.debugging",
     "interop": "",
     "load_dataset": "ane_trainer.data",
     "make_config": "ane_trainer.training.config",

@@ -57,6 +57,7 @@ COMMANDS = (
     Command("runs rm", _TRAIN, "Delete runs with everything in their folders.", "runs"),
     Command("sweep", _TRAIN, "Train with options that Optuna chooses, and compare the results.", "sweep"),
     Command("check", _INSPECT, "Say whether a model trains on a chip, op by op.", "check"),
+    Command("debug", _INSPECT, "Find the op where a step departs from full precision.", "debug"),
     Command("estimate", _INSPECT, "Estimate time and energy on the engine.", "estimate"),
     Command("trace", _INSPECT, "Lay one step out in time, for Perfetto, with a roofline.", "trace"),
     Command("bench", _INSPECT, "Time a model's training step on several devices in turn.", "bench"),

@@ -213,6 +213,15 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: objec
     }
 
 
+def open_for_step(path: str | Path) -> tuple[Trainer, tuple[Any, Any]]:
+    """A silent trainer with a run's weights, and a batch of the data that it was trained on."""
+    trained = _open_trained(path, {})
+    splits = open_data(trained.config.dataset, _data_options(trained.config, None))
+    check_same_data(trained.run, splits.description)
+    x, y = next(iter(splits.train))
+    return trained.trainer, (x, y)
+
+
 def predict_run(
     run: str | Path, paths: Sequence[str | Path] = (), *, index: str | int | None = None, prompt: str | None = None,
     limit: int | None = None, tokens: int = 200, temperature: float = 0.0, **options: object,

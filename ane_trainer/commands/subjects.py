@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ane_trainer.ane.capture.losses import Loss
     from ane_trainer.ane.dispatch import TrainingStep
+    from ane_trainer.ane.dispatch.loading import Subject as Trained
     from ane_trainer.ane.mil.program import Program
 
 Subject = Annotated[
@@ -85,9 +86,9 @@ class ModelSubject:
         parts = tuple(part[:size] for part in x) if isinstance(x, tuple) else x[:size]  # type: ignore[index]
         return replace(self, example=(parts, y[:size]), request=replace(self.request, batch=size))  # type: ignore[index]
 
-    def step(self, chip: str, path: str = "e5rt", verify: str = "off") -> TrainingStep:
-        """The compiled training step for a chip."""
-        from ane_trainer.ane.dispatch import StepOptions, build_step, resolve_target
+    def trained(self, chip: str) -> Trained:
+        """What is trained, with the optimizer that was asked for."""
+        from ane_trainer.ane.dispatch.loading import Subject as Trained
         from ane_trainer.training.config import make_config
         from ane_trainer.training.optimizers import make_optimizer
 
@@ -105,21 +106,27 @@ class ModelSubject:
             },
             where=self.request.where,
         )
+        return Trained(self.model, self.loss, make_optimizer(config, self.model), self.example)
+
+    def step(self, chip: str, path: str = "e5rt", verify: str = "off") -> TrainingStep:
+        """The compiled training step for a chip."""
+        from ane_trainer.ane.dispatch import StepOptions, build_step, resolve_target
+
+        trained = self.trained(chip)
         target = resolve_target("sim", chip, "exact", path=path)
         options = StepOptions(sync="lazy", verify=verify, seed=0)
-        return build_step(
-            self.model, self.loss, make_optimizer(config, self.model), self.example, target, options
-        )
+        return build_step(self.model, self.loss, trained.optimizer, self.example, target, options)
 
 
 @dataclass(frozen=True)
 class ProgramSubject:
-    """A program as it lies on disk; `steps` of the run that it is from, if it is from one."""
+    """A program as it lies on disk; `steps`, `epochs` and the folder of the run that it is from, if it is from one."""
 
     name: str
     program: Program
     steps: int | None = None
     epochs: int | None = None
+    run: Path | None = None
 
 
 def resolve(text: str, request: Request) -> ModelSubject | ProgramSubject:
@@ -157,7 +164,7 @@ def _run_subject(text: str) -> ProgramSubject:
     if run.has_result():
         result = json.loads((run.path / "result.json").read_text(encoding="utf-8"))
         steps = result.get("steps")
-    return ProgramSubject(str(run.path), load_program(run.path), steps, epochs)
+    return ProgramSubject(str(run.path), load_program(run.path), steps, epochs, run.path)
 
 
 def _program_subject(path: Path) -> ProgramSubject:

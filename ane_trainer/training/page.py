@@ -23,7 +23,7 @@ _PICTURES = ("<!-- pictures of a step -->", "<!-- end of the pictures -->")
 #: Rows of the table of ops.
 OP_ROWS = 25
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --card: #8881; --good: #009e73; --bad: #d55e00; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
@@ -77,7 +77,7 @@ def page(
     title, where = f"{model} on {data}", _where(record)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(record.name)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head><body>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head><body>\n'
         f"<h1>{escape(title)}</h1>\n<p class='sub'>{escape(record.name)}, {record.status}, {record.when}; "
         f"ran on {escape(where)}</p>\n{body}<footer>ane_trainer {__version__}</footer></body></html>\n"
     )

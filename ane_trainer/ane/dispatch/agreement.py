@@ -102,7 +102,7 @@ def reference(
     generator is left as it is.
     """
     try:
-        model, loss, optimizer = _copied(subject)
+        model, loss, optimizer = copied(subject)
         if not (model.training or subject.as_it_is):
             model.train()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -148,7 +148,7 @@ def _stepped(
     return Reference(loss, {n: c + (before[n] - start[n]) for n, c in changes.items()}, weights, before)
 
 
-def _copied(subject: Subject) -> tuple[Any, Any, torch.optim.Optimizer]:
+def copied(subject: Subject) -> tuple[Any, Any, torch.optim.Optimizer]:
     """Copies of model, loss and optimizer that refer to one another as these do.
 
     `torch.optim.Optimizer` leaves out what a subclass keeps as attributes: those follow, but for a step that a
@@ -246,6 +246,17 @@ def explained(
             stacklevel=4,
         )
     return result
+
+
+def judged(
+    step: int, loss: float, changes: Mapping[str, torch.Tensor], expected: Reference, fp16: float | None
+) -> Agreement:
+    """The agreement, where `fp16` is known (of another run of this batch) with what that leaves undetermined."""
+    found = compare(step, loss, changes, expected)
+    if found.agrees or fp16 is None:
+        return found
+    again = compare(step, loss, changes, expected, max(_LARGEST_NOISE, 2.0 * fp16))
+    return dataclasses.replace(again, fp16=fp16)
 
 
 def rounded_run(loaded: LoadedStep, x: object, y: object) -> Rounded:

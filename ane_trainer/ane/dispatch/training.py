@@ -356,6 +356,11 @@ class TrainingStep:
         return self._units.overflows_by_module()
 
     @property
+    def subject(self) -> Subject:
+        """What is trained: the model, loss and optimizer as the loop holds them, and the example."""
+        return self._variants.subject
+
+    @property
     def host_side(self) -> tuple[GradientUnits, LoadedStep]:
         """What the host keeps: units of gradients, and the step with the mirror of its state."""
         return self._units, self._loaded

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
 from ane_trainer.ane.errors import ProgramError
 from ane_trainer.ane.mil import semantics
-from ane_trainer.ane.mil.program import Function, Op, Program
+from ane_trainer.ane.mil.program import Function, Op, Program, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import KERNELS, Plan, make_context, prepare, refusal
 from ane_trainer.ane.simulator.schedule import live_ops
@@ -130,7 +131,7 @@ def profile(
     values = before | {v.name: np.array(plan.buffers[v.name]) for v in plan.function.outputs}
     times, whole_us = _times(plan)
     exact = _reference_steps(chosen, steps, aliases)
-    profiles = tuple(p for op in ops for p in _profiles(op, values, exact, times))
+    profiles = tuple(p for op in ops for p in op_profiles(op, values, exact, times))
     return Profile(profiles, _outputs(plain, aliases, values, exact), whole_us)
 
 
@@ -214,48 +215,52 @@ def as_fed(array: Array, dtype: str) -> Array:
     return array
 
 
-def _profiles(
+def op_profiles(
     op: Op,
     values: Mapping[str, Array],
     exact: Mapping[str, Array],
-    times: Mapping[str, tuple[float, int]],
+    times: Mapping[str, tuple[float, int]] = MappingProxyType({}),
+    own: Sequence[Array] | None = None,
 ) -> list[OpProfile]:
-    """One profile for each result of an op."""
+    """One profile for each result of an op: `values` of its operands and results as decoded, `exact` of its results.
+
+    `own`: the op in double precision on these operands, where that is known already.
+    """
     wide: dict[str, Array] = {
-        v.name: values[v.name].astype(semantics.wide_dtype(v.type.dtype)) for v in op.operands()
+        v.name: values[v.name].astype(semantics.wide_dtype(v.type.dtype), copy=False) for v in op.operands()
     }
-    own = semantics.apply(op, wide.__getitem__)
-    time_us, fused = times.get(op.name, (None, 1))
-    kernel = KERNELS.get(op.kind)
+    own = semantics.apply(op, wide.__getitem__) if own is None else own
     numbers = (semantics.literal_array(v) for _, v in op.literals() if isinstance(v.data, bytes))
     given_infinity = any(np.isinf(array).any() for array in numbers)
     profiles = []
     for value, local in zip(op.results, own, strict=True):
         got = values[value.name]
-        half = value.type.dtype == "fp16"
-        infinite = np.abs(got) >= ENGINE_INF if half else np.zeros(got.shape, np.bool_)
-        new = infinite & (np.abs(local) != ENGINE_INF) & ~(np.isinf(local) & given_infinity)
-        new &= ~_infinite_operands(wide.values(), got.shape)
-        finite = got[~infinite]
+        infinite = np.abs(got) >= ENGINE_INF if value.type.dtype == "fp16" else np.zeros(got.shape, np.bool_)
+        new = infinite
+        if infinite.any():
+            new = infinite & (np.abs(local) != ENGINE_INF) & ~(np.isinf(local) & given_infinity)
+            new &= ~_infinite_operands(wide.values(), got.shape)
+        finite = got if new is infinite and not infinite.any() else got[~infinite]
+        ends = (float(finite.min()), float(finite.max())) if finite.size else (None, None)
+        found = result_profile(op, value, got, local, exact.get(value.name, local))
+        time_us, fused = times.get(op.name, (None, 1))
         profiles.append(
-            OpProfile(
-                value.name,
-                op.kind,
-                op.source,
-                str(value.type),
-                float(finite.min()) if finite.size else None,
-                float(finite.max()) if finite.size else None,
-                int(infinite.sum()),
-                int(new.sum()),
-                int(((got == 0) & (local != 0) & np.isfinite(local)).sum()) if half else 0,
-                distance(got, local, half),
-                distance(got, exact.get(value.name, local), half),
-                time_us,
-                fused,
-                kernel.level if kernel else "",
-            )
-        )
+            replace(found, low=ends[0], high=ends[1], infinities=int(infinite.sum()), overflows=int(new.sum()),
+                    time_us=time_us, fused=fused)
+        )  # fmt: skip
     return profiles
+
+
+def result_profile(op: Op, value: Value, got: Array, local: Array, exact: Array) -> OpProfile:
+    """The profile of a result of which these are all entries, or some, none of them infinite on the engine."""
+    half = value.type.dtype == "fp16"
+    kernel = KERNELS.get(op.kind)
+    lost = int(((got == 0) & (local != 0) & np.isfinite(local)).sum()) if half else 0
+    low, high = (float(got.min()), float(got.max())) if got.size else (None, None)
+    return OpProfile(
+        value.name, op.kind, op.source, str(value.type), low, high, 0, 0, lost, distance(got, local, half),
+        distance(got, exact, half), None, 1, kernel.level if kernel else "",
+    )  # fmt: skip
 
 
 def _infinite_operands(operands: Iterable[Array], shape: tuple[int, ...]) -> Array:

@@ -13,6 +13,7 @@ from torch.fx.node import Argument
 from ane_trainer.ane.capture.range.calibration import Magnitude, magnitudes
 from ane_trainer.ane.capture.range.editing import aten, in_update, is_float
 from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
+from ane_trainer.ane.capture.range.switch import POWERS, is_allowed, note
 from ane_trainer.ane.capture.scaling import OVERFLOW, SCALING
 from ane_trainer.ane.stages import Captured, Port
 
@@ -40,6 +41,8 @@ def scale_found(
     Changes the graph in place. Ports of the batch, of results and of `buffers` carry their power of two as `scale`;
     other state keeps its own.
     """
+    if not is_allowed(POWERS):
+        return captured
     graph, found = captured.graph.graph, dict(magnitudes)
     scale_names = {p.name for p in captured.inputs if p.target.startswith(SCALING)}
     for node in graph.nodes:  # the loss scale and its views: powers of two
@@ -49,7 +52,10 @@ def scale_found(
     fixed = [p.name for p in captured.inputs if p.role != "batch" or "/" in p.target]
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     held = _buffer_exponents(captured, found, buffers)
+    kinds = {n.name: str(n.target).removeprefix("aten.").partition(".")[0] for n in graph.nodes}
     exponents = scale_values(graph, found, fixed, held)
+    for shift in exponents.shifts:
+        note(POWERS, shift.source, kinds.get(shift.node, shift.node))
     if not exponents.shifts:
         return captured
     _guard(exponents, [n for n in placeholders if n.name in scale_names])

@@ -45,6 +45,8 @@ from ane_trainer.ane.capture.range.norms import (
     squared,
 )
 from ane_trainer.ane.capture.range.scaled import Scaled, joined, times
+from ane_trainer.ane.capture.range.switch import NORMS, is_allowed, note
+from ane_trainer.ane.capture.trace.sources import META_KEY
 
 #: A row whose largest entry is above the first is scaled by the second; the squares then stay below 2^12. Two steps,
 #: so that the root of what is left is never far below 1: a gradient is divided by it before it is scaled back.
@@ -63,6 +65,8 @@ DONE = "ane_rows"
 
 def scale_rows(graph: Graph) -> int:
     """Rewrite all norms of a graph in place; returns their number."""
+    if not is_allowed(NORMS):
+        return 0
     share_centred(graph)
     rows = Rows(graph)
     for node in list(graph.nodes):
@@ -70,6 +74,8 @@ def scale_rows(graph: Graph) -> int:
             rows.visit(node)
         elif node.op in ("call_function", "output"):
             rows.settle(node)
+    for scale, _ in rows.families:
+        note(NORMS, str(scale.meta.get(META_KEY, scale.name)), "norm")
     if rows.families:
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return len(rows.families)

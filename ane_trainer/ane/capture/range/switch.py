@@ -1,0 +1,57 @@
+"""Which rewrites of the range pass are made, and where: for those who look for what each one heals.
+
+All are made unless a block says otherwise:
+
+    with limited_to({NORMS}) as made: ...      # no powers of two; `made` fills with what was rewritten
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+NORMS, POWERS = "norms", "powers"
+#: Name of a rewrite -> what it does.
+REWRITES = {
+    NORMS: "each row is brought near 1 by a power of two before it is squared",
+    POWERS: "values out of range are carried with a power of two",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """One rewrite: its name, the place (module and line) and the operation whose numbers it changes."""
+
+    rewrite: str
+    where: str
+    op: str
+
+
+_allowed: ContextVar[frozenset[str]] = ContextVar("allowed", default=frozenset(REWRITES))
+_made: ContextVar[list[Made] | None] = ContextVar("made", default=None)
+
+
+@contextlib.contextmanager
+def limited_to(names: Collection[str]) -> Iterator[list[Made]]:
+    """Within the block only these rewrites are made; the list fills with them."""
+    found: list[Made] = []
+    tokens = _allowed.set(frozenset(names)), _made.set(found)
+    try:
+        yield found
+    finally:
+        _allowed.reset(tokens[0])
+        _made.reset(tokens[1])
+
+
+def is_allowed(name: str) -> bool:
+    """Whether the rewrite is made here."""
+    return name in _allowed.get()
+
+
+def note(name: str, where: str, op: str) -> None:
+    """Tell of a rewrite to whoever asked."""
+    found = _made.get()
+    if found is not None:
+        found.append(Made(name, where, op))

@@ -1,0 +1,290 @@
+"""A program op by op: the engine's arithmetic and double precision side by side, or either in the other's place.
+
+Ops that the engine's compiler takes as one (a sum and the number that it is multiplied by, a product of quantized
+operands) are one unit here, too. Values are let go after their last reader, so that memory does not grow with the
+length of a program. The engine's values are decoded fp16 in float32, its infinity 65536.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil import semantics
+from ane_trainer.ane.mil.program import Arg, Function, Op, Value
+from ane_trainer.ane.mil.weights import Array
+from ane_trainer.ane.simulator import EngineContext, Plan, prepare
+from ane_trainer.ane.simulator.arrays import from_border, storage_dtype
+from ane_trainer.ane.simulator.kernels.integer import encoded_products, integer_operands
+from ane_trainer.ane.simulator.schedule import folded_factors, live_ops
+
+#: The engine's infinity, a number to it, and the largest number below it.
+ENGINE_INF, LARGEST = 65536.0, 65504.0
+#: Bytes of plans that are kept for equal ops to come.
+_KEPT_BYTES = 256_000_000
+
+Values = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Ops that run as one; `own` are those that are new in it, the others a copy of what another unit shows."""
+
+    ops: tuple[Op, ...]
+    own: tuple[Op, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its last result."""
+        return self.own[-1].name
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        """What it takes from elsewhere."""
+        made = {v.name for op in self.ops for v in op.results}
+        found = {v.name: v for op in self.ops for v in op.operands() if v.name not in made}
+        return tuple(found.values())
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        """Its own results."""
+        return tuple(v for op in self.own for v in op.results)
+
+
+def units_of(function: Function, context: EngineContext) -> tuple[Unit, ...]:
+    """The live ops of a function without states, in an order of work."""
+    ops = live_ops(function)
+    made_by = {v.name: op for op in ops for v in op.results}
+    factors = folded_factors(function)
+    quantized = {*integer_operands(function, context.chip.generation_number), *encoded_products(function)}
+    sums = {next(op.operands()).name: op for op in ops if op.name in factors}
+    found = []
+    for op in ops:
+        if op.name in factors:
+            continue  # with its sum
+        if op.name in sums:
+            factor = sums[op.name]
+            found.append(Unit((op, factor), (op, factor)))
+        elif op.name in quantized:
+            before = tuple(made_by[v.name] for v in op.operands() if v.name in made_by)
+            before = tuple(
+                o for o in before if not any(v.name in made_by for v in o.operands()) or "quantize" in o.kind
+            )
+            found.append(Unit((*before, op), (op,)))
+        else:
+            found.append(Unit((op,), (op,)))
+    return tuple(found)
+
+
+class Engine:
+    """Runs units on the simulated engine; units that are equal but for names share a plan."""
+
+    def __init__(self, context: EngineContext) -> None:
+        self.context = context
+        self._plans: OrderedDict[Function, tuple[Plan, int]] = OrderedDict()
+        self._bytes = 0
+
+    def run(self, unit: Unit, value_of: Callable[[str], Array]) -> Values:
+        """The unit's own results on these operands, which are decoded fp16 or of their own type."""
+        names = {value.name: f"a{number}" for number, value in enumerate(unit.reads)}
+        for op in unit.ops:
+            for value in op.results:
+                names[value.name] = f"a{len(names)}"
+        plan = self._plan(_renamed(unit, names))
+        for value in unit.reads:
+            np.copyto(plan.buffers[names[value.name]], value_of(value.name), casting="same_kind")
+        for step in plan.steps:
+            step()
+        return {v.name: np.array(plan.buffers[names[v.name]]) for v in unit.results}
+
+    def _plan(self, function: Function) -> Plan:
+        found = self._plans.get(function)
+        if found is None:
+            plan = prepare(function, self.context)
+            size = sum(array.nbytes for array in plan.buffers.values())
+            found = self._plans[function] = (plan, size)
+            self._bytes += size
+            while self._bytes > _KEPT_BYTES and len(self._plans) > 1:
+                self._bytes -= self._plans.popitem(last=False)[1][1]
+        self._plans.move_to_end(function)
+        return found[0]
+
+
+def _renamed(unit: Unit, names: Mapping[str, str]) -> Function:
+    """The unit as a function of its own, under names that say nothing of where it stands."""
+
+    def value(old: Value) -> Value:
+        return Value(names[old.name], old.type)
+
+    def argument(arg: Arg) -> Arg:
+        if isinstance(arg, tuple):
+            return tuple(value(item) if isinstance(item, Value) else item for item in arg)
+        return value(arg) if isinstance(arg, Value) else arg
+
+    ops = tuple(
+        Op(op.kind, tuple((n, argument(a)) for n, a in op.args), tuple(map(value, op.results)))
+        for op in unit.ops
+    )
+    return Function("main", tuple(map(value, unit.reads)), ops, tuple(map(value, unit.results)))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One op of a run in lockstep: its operands and results on the engine, what double precision makes of the same
+    operands (`local`), and its results in double precision from the start (`exact`).
+    """
+
+    op: Op
+    operands: Mapping[str, Array]
+    got: tuple[Array, ...]
+    local: tuple[Array, ...]
+    exact: tuple[Array, ...]
+    exact_operands: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outputs of a function by name, on the engine and in double precision."""
+
+    engine: Values
+    exact: Values
+
+
+class Lockstep:
+    """A function without states, its feeds, and an engine for it.
+
+    feeds  arrays by input as a program takes them; `exact` those that they were rounded from, where known.
+    """
+
+    def __init__(
+        self, function: Function, feeds: Mapping[str, Array], context: EngineContext,
+        exact: Mapping[str, Array] | None = None,
+    ) -> None:  # fmt: skip
+        self.function, self.engine = function, Engine(context)
+        self.given, self.given_exact = feeds, exact
+        self.units = units_of(function, context)
+        self.feeds = {v.name: _as_seen(v, feeds.get(v.name)) for v in function.inputs}
+        given = exact or {}
+        self.exact_feeds: Values = {
+            v.name: np.asarray(given.get(v.name, self.feeds[v.name])).reshape(v.type.shape)
+            .astype(semantics.wide_dtype(v.type.dtype)) for v in function.inputs
+        }  # fmt: skip
+        self._last = _last_readers(self.units, function)
+
+    def walk(self, seen: Callable[[Seen], None]) -> Outcome:
+        """Run both from the start; every op is shown to `seen` in order."""
+        engine, exact = dict(self.feeds), dict(self.exact_feeds)
+        with np.errstate(all="ignore"):
+            for number, unit in enumerate(self.units):
+                engine.update(self.engine.run(unit, engine.__getitem__))
+                for op in unit.own:
+                    operands = {v.name: engine[v.name] for v in op.operands()}
+                    wide: Values = {n: a.astype(_wide(a)) for n, a in operands.items()}
+                    exact_operands = {v.name: exact[v.name] for v in op.operands()}
+                    local = semantics.apply(op, wide.__getitem__)
+                    same = all(exact_operands[n] is wide[n] for n in wide)
+                    found = local if same else semantics.apply(op, exact.__getitem__)
+                    exact.update(zip((v.name for v in op.results), found, strict=True))
+                    got = tuple(engine[v.name] for v in op.results)
+                    seen(Seen(op, operands, got, local, found, exact_operands))
+                for name in self._last[number]:
+                    engine.pop(name, None)
+                    exact.pop(name, None)
+        names = [v.name for v in self.function.outputs]
+        return Outcome({n: engine[n] for n in names}, {n: exact[n] for n in names})
+
+    def hybrid(
+        self, exactly: Callable[[Unit], bool], wide: bool = True, rounded: Collection[str] | None = None
+    ) -> tuple[Values, frozenset[str]]:
+        """Run the units that `exactly` chooses in double precision, the others on the engine; the outputs, and the
+        names of the units that ran in double precision.
+
+        With `wide`, a unit whose operands came in double precision and are beyond fp16 runs so, too. `rounded`: the
+        inputs that are as the engine sees them; None: all.
+        """
+        values: Values = dict(self.feeds)
+        if rounded is not None:
+            values |= {name: array for name, array in self.exact_feeds.items() if name not in rounded}
+        exact_units = set()
+        with np.errstate(all="ignore"):
+            for number, unit in enumerate(self.units):
+                if exactly(unit) or (wide and any(_leaves(values[v.name]) for v in unit.reads)):
+                    exact_units.add(unit.name)
+                    self._exact(unit, values)
+                else:
+                    operands = {v.name: _on_engine(values[v.name], v) for v in unit.reads}
+                    values.update(self.engine.run(unit, operands.__getitem__))
+                for name in self._last[number]:
+                    values.pop(name, None)
+        return {v.name: values[v.name] for v in self.function.outputs}, frozenset(exact_units)
+
+    def _exact(self, unit: Unit, values: Values) -> None:
+        for op in unit.own:
+            wide: Values = {
+                v.name: values[v.name].astype(_wide(values[v.name]), copy=False) for v in op.operands()
+            }
+            results = semantics.apply(op, wide.__getitem__)
+            values.update(zip((v.name for v in op.results), results, strict=True))
+
+
+def _as_seen(value: Value, array: Array | None) -> Array:
+    """An input as the engine sees it."""
+    if array is None:
+        raise SimulationError(
+            f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101"
+        )
+    if tuple(array.shape) != value.type.shape:
+        raise SimulationError(
+            f"write {value.name}: needs the shape {value.type.shape}; got {tuple(array.shape)}.",
+            code="SIM103",
+        )
+    out = np.zeros(value.type.shape, storage_dtype(value.type))
+    from_border(np.asarray(array), value.type, out)
+    return out
+
+
+def _wide(array: Array) -> type:
+    if array.dtype == np.bool_:
+        return np.bool_
+    return np.float64 if array.dtype.kind == "f" else np.int64
+
+
+def _leaves(array: Array) -> bool:
+    """Whether numbers of double precision are beyond what fp16 holds."""
+    if array.dtype != np.float64 or not array.size:
+        return False
+    size = np.abs(array)
+    return bool(((size > LARGEST) & np.isfinite(size) & (size != ENGINE_INF)).any())
+
+
+def _on_engine(array: Array, value: Value) -> Array:
+    """A value as an operand on the engine: numbers of double precision are rounded to fp16, its infinity 65536."""
+    if array.dtype == np.float64 and value.type.dtype == "fp16":
+        rounded = np.where(np.isnan(array), 0.0, np.clip(array, -ENGINE_INF, ENGINE_INF))
+        with np.errstate(over="ignore"):
+            half = rounded.astype(np.float16).astype(np.float32)
+        return np.where(np.isinf(half), np.copysign(np.float32(ENGINE_INF), half), half)
+    return array.astype(storage_dtype(value.type), copy=False)
+
+
+def _last_readers(units: tuple[Unit, ...], function: Function) -> list[list[str]]:
+    """For each unit, the values that nobody reads after it."""
+    last: dict[str, int] = {}
+    for number, unit in enumerate(units):
+        for value in (*unit.reads, *unit.results):
+            last[value.name] = number
+    found: list[list[str]] = [[] for _ in units]
+    kept = {v.name for v in function.outputs}
+    for name, number in last.items():
+        if name not in kept:
+            found[number].append(name)
+    return found
+
+
+def makers_of(units: tuple[Unit, ...]) -> dict[str, Unit]:
+    """Value name -> the unit that makes it."""
+    return {value.name: unit for unit in units for value in unit.results}

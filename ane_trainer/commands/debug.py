@@ -1,0 +1,156 @@
+"""`debug`: which op of a training step, or of a program, departs from full precision, and what heals it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.commands.options import Chip, Classes, Dataset, Optimizer, Output
+from ane_trainer.commands.subjects import (
+    Dtype,
+    LossName,
+    ModelSubject,
+    ProgramSubject,
+    Request,
+    Shapes,
+    Subject,
+    resolve,
+    shapes_of,
+)
+from ane_trainer.utils import atomic_write
+
+if TYPE_CHECKING:
+    from ane_trainer.training.debugging import Report
+    from ane_trainer.training.debugging.trials import Way
+
+
+def debug(
+    subject: Subject,
+    dataset: Dataset = "mnist",
+    input_shape: Shapes = None,
+    classes: Classes = None,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples a step.")] = 8,
+    loss: LossName = "auto",
+    dtype: Dtype = "auto",
+    optimizer: Optimizer = "adam",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Take a batch of this dataset instead of random numbers.", metavar="NAME"),
+    ] = None,
+    feed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a program: an input, once for each; others are drawn.", metavar="NAME=FILE.npy"
+        ),
+    ] = None,
+    chip: Chip = "m4",
+    path: Annotated[
+        str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
+    ] = "e5rt",
+    rewrites: Annotated[
+        bool,
+        typer.Option("--rewrites/--no-rewrites", help="The range pass; without it, what it heals shows."),
+    ] = True,
+    loss_scale: Annotated[
+        str, typer.Option(help="A power of two to start from, or auto.", metavar="X|auto")
+    ] = "auto",
+    optimizer_on: Annotated[
+        str, typer.Option(help="Where the optimizer runs.", metavar="auto|engine|host")
+    ] = "auto",
+    clip_grad_norm: Annotated[
+        float | None, typer.Option(help="Clip the norm of all gradients.", metavar="X")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with histograms there.", metavar="FILE")
+    ] = None,
+) -> Output:
+    """Find the op where a step departs from full precision, and what heals it.
+
+    Every op of forward, loss, backward and optimizer is held against double precision on the simulator. Where the step
+    departs from fp32, the op to blame is found by putting double precision in its place, and remedies are tried; each
+    is told with what was measured. Exit code 3 where the step departs, or is refused.
+
+    ane-trainer debug net.py:Model --input 3x32x32
+
+    ane-trainer debug model.mil --feed x=image.npy --html report.html
+    """
+    from ane_trainer.data import find_dataset
+
+    count = classes if classes is not None else len(find_dataset(dataset).class_names)
+    request = Request("debug", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
+    way = _way(rewrites, loss_scale, optimizer_on, clip_grad_norm)
+    found = report_of(resolve(subject, request), chip, path, way, data=data, feed=feed or ())
+    if html is not None:
+        atomic_write(html, found.as_html())
+    return Output(found.to_json(), found.as_text(), 0 if found.agrees else 3)
+
+
+def report_of(
+    subject: ModelSubject | ProgramSubject, chip: str, path: str, way: Way, *, data: str | None = None,
+    feed: list[str] | tuple[str, ...] = (),
+) -> Report:  # fmt: skip
+    """The report of a model's step, of a run's, or of a program."""
+    from ane_trainer.ane.dispatch import resolve_target
+    from ane_trainer.training.debugging import debug_function, debug_step
+    from ane_trainer.training.debugging.remedies import Bench
+
+    target = resolve_target("sim", chip, "exact", path=path)
+    if isinstance(subject, ModelSubject):
+        trained = subject.trained(chip)
+        if data is not None:
+            trained = dataclasses.replace(trained, example=_batch_of(data, subject.request.batch))
+        return debug_step(subject.name, Bench(trained, target), way)
+    if subject.run is not None:
+        return _report_of_run(subject, chip, path, way)
+    from ane_trainer.commands.run import feeds_of, parse_inputs
+
+    feeds, _ = feeds_of(subject.program.main, parse_inputs(feed), 1, 0)
+    return debug_function(subject.name, subject.program, feeds[0], chip, path)
+
+
+def _report_of_run(subject: ProgramSubject, chip: str, path: str, way: Way) -> Report:
+    """A run's step with its weights, on a batch of its data."""
+    from ane_trainer import core
+    from ane_trainer.ane.dispatch import resolve_target
+    from ane_trainer.ane.dispatch.loading import Subject as Trained
+    from ane_trainer.training.debugging import debug_step
+    from ane_trainer.training.debugging.remedies import Bench
+
+    assert subject.run is not None
+    trainer, example = core.open_for_step(subject.run)
+    trained = Trained(trainer.model, trainer.loss, trainer.optimizer, example)
+    target = resolve_target("sim", chip, "exact", path=path)
+    return debug_step(subject.name, Bench(trained, target), way)
+
+
+def _batch_of(data: str, size: int) -> tuple[object, object]:
+    from ane_trainer.data import load_dataset
+
+    train, _ = load_dataset(data, batch_size=size)
+    x, y = next(iter(train))
+    return x, y
+
+
+def _way(rewrites: bool, loss_scale: str, optimizer_on: str, clip_norm: float | None) -> Way:
+    from ane_trainer.ane.capture.gradients import GradientOptions
+    from ane_trainer.ane.capture.range.switch import REWRITES
+    from ane_trainer.ane.dispatch import StepOptions
+    from ane_trainer.training.debugging.trials import Way
+
+    options = StepOptions(
+        GradientOptions(clip_norm), optimizer_on, loss_scale=_scale(loss_scale), seed=0, sync="lazy"
+    )
+    return Way(options, frozenset(REWRITES) if rewrites else frozenset())
+
+
+def _scale(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise UsageError(
+            f"--loss-scale: needs a power of two or auto; got {text!r}. Correct it.", code="ANE104"
+        ) from None
