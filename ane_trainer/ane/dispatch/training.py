@@ -203,7 +203,7 @@ class TrainingStep:
         self._stale_moments |= applied
         if self._host is not None and applied:
             self._pull_weights()
-            units = {f"{name}/{GRADIENT}": unit for name, unit in self._units.after_clipping().items()}
+            units = {f"{name}/{GRADIENT}": unit for name, unit in self._units.read_in.items()}
             self._host.update(
                 {
                     port.target.removesuffix(f"/{GRADIENT}"): torch.from_numpy(

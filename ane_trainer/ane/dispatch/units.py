@@ -67,7 +67,7 @@ class GradientUnits:
 
     `shift` is the power of two that follows clipping, `shift_level` the recent factor of clipping times it.
     `overflows` counts by parameter the batches in which its gradient was the one that did not fit. `fresh`: before the
-    first step, and after changes from outside.
+    first step, and after changes from outside. `read_in`: the units after clipping of the results of the last run.
     """
 
     parameters: tuple[Parameter, ...]
@@ -79,6 +79,7 @@ class GradientUnits:
     shift_level: float = 1.0
     overflows: dict[str, int] = field(default_factory=dict)
     fresh: bool = True
+    read_in: Mapping[str, float] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
     _warned: bool = False
 
@@ -274,6 +275,7 @@ def run_fitting(
     numbers in the present units, by port; `last`: the batch completes an update.
     """
     mirror, run = loaded.mirror, loaded.session.run
+    units.read_in = units.after_clipping()
     if not loaded.limits:
         return run(feeds)
     fits = mirror.accumulated_fits()
@@ -282,6 +284,7 @@ def run_fitting(
             mirror.try_again(fits)
         floors = np.asarray(units.floors(), loaded.dtype)
         feeds = {**feeds, **(scalars() if attempt else {}), loaded.floors: floors}
+        units.read_in = units.after_clipping()
         results = run(feeds)
         bounds = (floors.tolist(), feeds[loaded.limits].tolist())
         found = units.observe(results[HEALTH].tolist(), bounds, number, mirror.room)

@@ -62,17 +62,18 @@ class Backward:
         if peak and not self._function.calibrations:
             self._calibrate(given, peak)
         for attempt in range(_ATTEMPTS):
+            last = attempt + 1 == _ATTEMPTS
             scale = 2.0 ** (self.power - math.frexp(peak)[1]) if peak else 1.0
             values, known = self._function.values(self._scaled(given, scale))
             engine = self._function.run_or_none(values)
             if engine is None or self._function.left_range(OVERFLOW):
-                if self._calibrate(given, peak):
+                if self._calibrate(given, peak) and not last:
                     continue
                 if not self._function.can_calibrate:
                     self._function.tell_of_sizes()
             if engine is None:
                 engine = self._function.run_engine(values)
-            if self._function.beyond(OVERFLOW) and attempt + 1 < _ATTEMPTS:
+            if self._function.beyond(OVERFLOW) and not last:
                 self.power -= 4
                 continue
             results = self._function.results(known | {"engine": engine}, 1 << 30)

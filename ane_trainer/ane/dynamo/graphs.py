@@ -36,7 +36,10 @@ _RANDOM = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a result comes from: "input" number, "draw" number, "host" number, "engine" number, "value"."""
+    """Where a result comes from: "input" number, "draw" number, "host" number, "engine" number, "value".
+
+    "copy": an input's number, where the result is a tensor of its own with the input's values.
+    """
 
     kind: str
     value: Any
@@ -82,6 +85,7 @@ def prepare_graph(module: GraphModule) -> Prepared:
     _spell_out_dropout(graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     draws = _take_out_draws(module, inputs)
+    given = list(graph.output_node().args[0])  # type: ignore[arg-type]
     simplify(graph)
     scale_rows(graph)
     places = {node: Source("input", number) for number, node in enumerate(inputs)}
@@ -89,11 +93,12 @@ def prepare_graph(module: GraphModule) -> Prepared:
     results: list[Source] = []
     engine: list[Node] = []
     host: list[Node] = []
-    for result in graph.output_node().args[0]:  # type: ignore[union-attr]
+    for before, result in zip(given, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
         if not isinstance(result, Node):
             results.append(Source("value", result))
         elif result in places:
-            results.append(places[result])
+            copied = before is not result and places[result].kind == "input"
+            results.append(Source("copy", places[result].value) if copied else places[result])
         else:
             kind, chosen = ("host", host) if _only_integers(result) else ("engine", engine)
             results.append(Source(kind, len(chosen)))
@@ -145,9 +150,9 @@ def last_line(trace: str | None) -> str:
     return f"{file}:{line}"
 
 
-def graph_fault(error: BaseException) -> UnsupportedModel:
-    """An error that torch raised while a graph was compiled or calibrated, with the user's line where it names one."""
-    where = last_line(str(error)) or place_of(error, torch.nn.Module()).partition(" (")[2].rstrip(")")
+def graph_fault(error: BaseException, line: str = "") -> UnsupportedModel:
+    """An error that torch raised while a graph was made, compiled or calibrated, with the user's line if known."""
+    where = line or last_line(str(error)) or place_of(error, torch.nn.Module()).partition(" (")[2].rstrip(")")
     fix = "See whether plain PyTorch runs it; if so, keep it out with torch.compiler.disable."
     return fault(error, where or "torch.compile", fix)
 

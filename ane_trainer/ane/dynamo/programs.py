@@ -116,7 +116,7 @@ class GraphFunction:
         draws = [draw() for draw in prepared.draws]
         host = prepared.host(*inputs) if prepared.host is not None else ()
         values = [inputs[i] for i in prepared.inputs] + [draws[i] for i in prepared.used_draws]
-        return values, {"input": inputs, "draw": draws, "host": host}
+        return values, {"input": inputs, "copy": inputs, "draw": draws, "host": host}
 
     def results(self, sources: Mapping[str, Sequence[Any]], users: int) -> list[Any]:
         """The whole graph's results in order, those before number `users` in PyTorch's types."""
@@ -124,6 +124,7 @@ class GraphFunction:
         for number, (source, dtype) in enumerate(zip(self._prepared.results, self._dtypes, strict=True)):
             value = source.value if source.kind == "value" else sources[source.kind][source.value]
             cast = isinstance(value, torch.Tensor) and source.kind == "engine" and number < users
+            value = value.clone() if source.kind == "copy" else value
             found.append(value.to(dtype) if cast else value)
         return found
 

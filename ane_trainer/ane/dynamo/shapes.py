@@ -23,10 +23,12 @@ from ane_trainer.ane.dynamo.graphs import graph_fault, last_line, partition
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import forward_function
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
+from ane_trainer.ane.dynamo.silence import tell_of_cpu
 from ane_trainer.ane.dynamo.torch_private import (
     DynamicOutputShapeException,
     FakeTensorMode,
     aot_module_simplified,
+    is_known,
 )
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
 
@@ -44,7 +46,7 @@ class Specializer:
     """Callable in the graph's place; `function` identifies the user's function that the graph is of."""
 
     def __init__(self, graph: torch.fx.GraphModule, options: Options, function: str) -> None:
-        self._graph, self._options, self._function = _without_reads(graph), options, function
+        self._graph, self._options, self._function = _without_counts(_without_reads(graph)), options, function
         self._compiled: dict[Key, Callable[..., object]] = {}
         self._earlier: list[Specializer] = []
         family = _GRAPHS.setdefault(function, weakref.WeakSet())
@@ -72,18 +74,21 @@ class Specializer:
         try:
             return self._compile(list(inputs))
         except DynamicOutputShapeException as error:
-            return self._without_engine(str(error), inputs)
+            return self._without_engine(str(error).splitlines()[0], inputs)
+        except UnsupportedModel as error:
+            if not _selects(self._graph) or error.code != "ANE300":
+                raise
+            return self._without_engine(error.findings[0].op, inputs)
         except FAULTS as error:
             raise graph_fault(error) from error
 
     def _without_engine(self, operation: str, inputs: Sequence[object]) -> Callable[..., object]:
-        """The graph in PyTorch, for one whose tensors have shapes that depend on data, if `fallback` allows it."""
+        """The graph in PyTorch, for one whose tensors have shapes that depend on data; warns."""
         found = Finding(
-            _last_place(self._graph), operation, "gives a shape that depends on data (a mask as an index).",
-            'Keep the shape: torch.where or a product with the mask; or use compile_step, or fallback="cpu".',
+            _last_place(self._graph), operation, "gives a shape that depends on data.",
+            "Keep the shape: torch.where or a product with the mask; or use compile_step.",
         )  # fmt: skip
-        if self._options.fallback != "cpu":
-            raise UnsupportedModel("The function depends on values that are not known beforehand:", [found])
+        tell_of_cpu(str(found), "")
         shapes = tuple(tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor))
         chip, device = self._options.target.chip or "", self._options.target.device
         report().programs.append(ProgramRecord("forward", shapes, chip, device, 0, 0, 0.0, (), (str(found),)))
@@ -106,7 +111,7 @@ class Specializer:
     def _compile(self, inputs: list[object]) -> Callable[..., object]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants made in the model are real tensors
         fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
-        with tracing():
+        with tracing(is_known):
             compiled: Callable[..., object] = aot_module_simplified(
                 self._graph,
                 fakes,
@@ -124,9 +129,8 @@ class Specializer:
 
 def _last_place(graph: torch.fx.GraphModule) -> str:
     """The user's line of the last operation that takes a mask as an index."""
-    indexing = [
-        n for n in graph.graph.nodes if getattr(n.target, "__name__", n.target) in ("getitem", "setitem")
-    ]
+    names = ("getitem", "setitem", "masked_select", "nonzero", "unique", "where")
+    indexing = [n for n in graph.graph.nodes if getattr(n.target, "__name__", n.target) in names]
     lines = [last_line(n.meta.get("stack_trace")) for n in indexing]
     return next((line for line in reversed(lines) if line), "torch.compile")
 
@@ -145,6 +149,29 @@ def _without_reads(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
             module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def _without_counts(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Without what Dynamo asserts of the number of rows that a mask selects: the rows stay where they are."""
+    graph = module.graph
+    for node in reversed(graph.nodes):
+        node.meta.pop("unbacked_bindings", None)
+        asserts = "_assert_scalar" in str(node.target) or "sym_constrain" in str(node.target)
+        if node.op == "call_function" and not node.users and (asserts or _is_number(node)):
+            graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _is_number(node: Any) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat))
+
+
+def _selects(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph takes a mask as an index."""
+    names = {getattr(n.target, "__name__", n.target) for n in module.graph.nodes}
+    return bool(names & {"getitem", "setitem", "masked_select"})
 
 
 def _is_float_input(node: Any) -> bool:

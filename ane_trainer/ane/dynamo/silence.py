@@ -9,34 +9,52 @@ from __future__ import annotations
 
 import warnings
 
+from ane_trainer.ane.capture.trace.sources import FAULTS
 from ane_trainer.ane.dynamo import torch_private
+from ane_trainer.ane.dynamo.graphs import graph_fault
 from ane_trainer.ane.dynamo.report import GraphBreakWarning, report
+from ane_trainer.ane.errors import AneTrainerError
 
 _ALLOW_RNN = "torch._dynamo.config.allow_rnn = True makes Dynamo take recurrent layers. "
 
 
 def watch(backend: object) -> None:
-    """Warn from here on, until Dynamo is reset, of frames and parts of frames that `backend` never sees."""
-    known = set(torch_private.break_reasons())
+    """From here on, until Dynamo is reset: warn of frames and parts of frames that `backend` never sees.
+
+    Masks as indices stay in the graph, and what fails in Dynamo or the backend is raised as an error of this package.
+    """
+    known, before = set(torch_private.break_reasons()), [False]
+
+    def start() -> None:
+        if torch_private.compiles_for(backend):
+            before[0] = torch_private.whole_masks(True)
 
     def end() -> None:
-        given_up = torch_private.given_up()
+        given_up, error = torch_private.given_up(), torch_private.failure()
         fresh = [text for text in torch_private.break_reasons() if text not in known]
         known.update(fresh)
         if not torch_private.compiles_for(backend):
             return
+        torch_private.whole_masks(before[0])
+        if isinstance(error, AneTrainerError):
+            error.__suppress_context__ = True
+            torch_private.leave_with(error)
+        if isinstance(error, FAULTS):
+            torch_private.leave_with(graph_fault(error, torch_private.user_line()))
         if given_up is not None:
-            _tell(*given_up)
+            tell_of_cpu(*given_up)
             return
         for reason in fresh:
             text = torch_private.gist(reason)
             if not any(told.startswith(reason.strip().splitlines()[0]) for told in report().graph_breaks):
-                _tell(text, "")
+                tell_of_cpu(text, "")
 
-    torch_private.at_end_of_frames(end)
+    torch_private.causal_masks_as_given()
+    torch_private.around_frames(start, end)
 
 
-def _tell(text: str, place: str) -> None:
+def tell_of_cpu(text: str, place: str) -> None:
+    """Warn once of code that PyTorch runs on the CPU."""
     line = f"{text}, at {place}" if place else text
     if line in report().on_cpu:
         return

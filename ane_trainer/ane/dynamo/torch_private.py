@@ -14,12 +14,13 @@ from typing import Any
 import functorch.compile
 import torch
 from torch._higher_order_ops.effects import with_effects
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 __all__ = [
-    "DynamicOutputShapeException", "FakeTensorMode", "aot_module_simplified", "at_end_of_frames", "break_reasons",
-    "compile_id", "compiles_for", "default_partition", "expression", "forget_backend", "gist", "given_up",
-    "make_boxed_func", "with_effects",
+    "DynamicOutputShapeException", "FakeTensorMode", "aot_module_simplified", "around_frames",
+    "break_reasons", "causal_masks_as_given", "compile_id", "compiles_for", "default_partition", "expression",
+    "failure", "forget_backend", "gist", "given_up", "is_known", "leave_with", "make_boxed_func", "user_line",
+    "whole_masks", "with_effects",
 ]  # fmt: skip
 
 
@@ -47,22 +48,94 @@ def expression(size: object) -> Any:
 # -- What Dynamo does not hand to a backend
 
 
-def at_end_of_frames(function: Callable[[], None]) -> None:
-    """Call the function when Dynamo is through with a frame, until `torch._dynamo.reset()`."""
-    from torch._dynamo.callback import on_compile_end
+def around_frames(start: Callable[[], None], end: Callable[[], None]) -> None:
+    """Call the functions when Dynamo begins with a frame and is through with it, until `torch._dynamo.reset()`."""
+    from torch._dynamo.callback import on_compile_end, on_compile_start
 
-    on_compile_end(lambda _arguments: function())
+    on_compile_start(lambda _arguments: start())
+    on_compile_end(lambda _arguments: end())
+
+
+def whole_masks(whole: bool) -> bool:
+    """Whether Dynamo keeps `x[mask]` in the graph, where it cuts the graph by default; returns what it was."""
+    from torch._dynamo import config
+
+    before = bool(config.capture_dynamic_output_shape_ops)
+    config.capture_dynamic_output_shape_ops = whole
+    return before
+
+
+def is_known(value: object) -> bool:
+    """Whether a tensor has values while AOTAutograd traces: a constant of the model."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return False
+    return not torch._is_functional_tensor(value) and not hasattr(value, "from_functional")
 
 
 def given_up() -> tuple[str, str] | None:
     """At the end of a frame: (the reason, file:line) if Dynamo gave the whole frame up."""
-    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.exc import Unsupported, UserError
 
     error = sys.exc_info()[1]
-    if not isinstance(error, Unsupported):
+    if not isinstance(error, (Unsupported, UserError)):
         return None
-    frames = list(getattr(error, "real_stack", None) or ())
-    return gist(str(error)), f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return gist(str(error)), user_line()
+
+
+def failure() -> BaseException | None:
+    """At the end of a frame: the error that Dynamo is about to raise; where a backend failed, the backend's own."""
+    from torch._dynamo.exc import (
+        BackendCompilerFailed,
+        InternalTorchDynamoError,
+        TorchDynamoException,
+        TorchRuntimeError,
+    )
+
+    error = sys.exc_info()[1]
+    if isinstance(error, BackendCompilerFailed):
+        return error.inner_exception
+    if isinstance(error, (TorchRuntimeError, InternalTorchDynamoError)):
+        _, _, cause = str(error).partition("): got ")
+        said = (cause or str(error)).strip().splitlines()[0]
+        return RuntimeError(said.partition("Error(")[2].rstrip(")").strip("'\"") or said)
+    control = isinstance(error, TorchDynamoException) or not isinstance(error, Exception)
+    return None if control else error
+
+
+def user_line() -> str:
+    """At the end of a frame that failed: `file:line` of the user's code, empty if Dynamo does not know it."""
+    frames = list(getattr(sys.exc_info()[1], "real_stack", None) or ())
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def leave_with(error: BaseException) -> None:
+    """At the end of a frame: have this error raised in place of Dynamo's."""
+    from torch._dynamo.callback import callback_handler
+    from torch._dynamo.exc import ShortenTraceback
+
+    class Instead(ShortenTraceback):
+        """Carries the error through Dynamo, which lets this kind alone and asks it for what to raise."""
+
+        def remove_dynamo_frames(self) -> Any:
+            return error
+
+    name = (
+        "_CompilationCallbackHandler__pending_callbacks_counter"  # an error of a callback leaves it as it was
+    )
+    setattr(callback_handler, name, getattr(callback_handler, name) - 1)
+    raise Instead(str(error), first_useful_frame=None)
+
+
+def causal_masks_as_given() -> None:
+    """From here on Dynamo does not look into whether a mask is the causal one (`trace.torch_private`, same name)."""
+    compared = getattr(torch.nn.modules.transformer, "_detect_is_causal_mask", None)
+    if compared is not None and not getattr(compared, "_ane_as_given", False):
+
+        def as_given(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:
+            return is_causal is True
+
+        torch.compiler.substitute_in_graph(compared)(as_given)
+        compared._ane_as_given = True
 
 
 def break_reasons() -> list[str]:

@@ -58,6 +58,32 @@ def test_its_path_is_pytorchs() -> None:
     assert error < 0.01
 
 
+def test_it_gets_gradients_in_pytorchs_size_when_their_units_move() -> None:
+    """Units move between steps, after the run whose gradients they were: those were taken for other ones."""
+    torch.manual_seed(3)
+    layers = (
+        torch.nn.Linear(8, 16, bias=False),
+        torch.nn.BatchNorm1d(16),
+        torch.nn.Tanh(),
+        torch.nn.Linear(16, 4),
+    )
+    model = torch.nn.Sequential(*layers)
+    exact = copy.deepcopy(model)
+    own, other = (torch.optim.ASGD(m.parameters(), 1e-2) for m in (model, exact))
+    data = [(torch.randn(16, 8), torch.randn(16, 4) * 0.5**i) for i in range(6)]
+    step = compile_step(model, "mse", own, example=data[0], device="sim", verify="off")
+    before = copy.deepcopy(model.state_dict())
+    for x, y in data:
+        step(x, y)
+        other.zero_grad()
+        torch.nn.functional.mse_loss(exact(x), y).backward()
+        other.step()
+    step.sync()
+    for name, q in exact.named_parameters():
+        moved = q.detach() - before[name]
+        assert float((model.state_dict()[name] - q.detach()).norm()) < 0.02 * float(moved.norm()), name
+
+
 def test_an_update_costs_what_the_optimizers_own_step_costs() -> None:
     """Timed in turn in one run; operations are counted in the first update only."""
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(9)])

@@ -184,20 +184,3 @@ def test_importing_the_package_does_not_import_dynamo() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.stdout.strip() == "False"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_masks_as_indices_are_refused_by_code_or_run_on_the_cpu_where_that_is_allowed() -> None:
-    def masked(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        out, inside = torch.zeros_like(h), h.abs() < 1
-        out[inside] = torch.tanh(h * w)[inside]
-        return out
-
-    h, w = torch.randn(6, 5), torch.ones(5, requires_grad=True)
-    torch._dynamo.reset()
-    with pytest.raises(UnsupportedModel, match=r"test_dynamo.py:\d+.*gives a shape that depends on data"):
-        torch.compile(masked, backend="ane", options={"device": "sim"})(h, w).sum().backward()
-    torch._dynamo.reset()
-    got = torch.compile(masked, backend="ane", options={"device": "sim", "fallback": "cpu"})(h, w)
-    torch.testing.assert_close(got, masked(h, w), rtol=1e-3, atol=1e-3)
-    assert any("depends on data" in reason for record in dynamo.report().programs for reason in record.cpu)
