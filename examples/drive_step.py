@@ -1,9 +1,7 @@
 """Train with an exported step and nothing else: the file, its manifest, NumPy, and something that runs programs.
 
-    ane-trainer export RUN --format step-mlpackage      # step.mlpackage and step.json
-    python examples/drive_step.py step.mlpackage batches.npz weights.npz
-
-`batches.npz` holds each batch port (`x`, `y`) with one more axis in front. The simulator runs the program here.
+ane-trainer export RUN --format step-mlpackage      # step.mlpackage and step.json
+python examples/drive_step.py step.mlpackage batches.npz weights.npz    # batches: x and y, an axis more in front
 """
 
 import json
@@ -19,8 +17,6 @@ NAMES = {
     "product": lambda term, n: math.prod(term(float(i)) for i in range(1, int(n) + 1)),
 }  # fmt: skip
 
-SCALE = ("step/loss_scale", "step/loss_scale_inverse", "step/good_steps")
-
 
 class Driver:
     """`run(inputs) -> outputs` is one call of the step; `state` holds its values by input port."""
@@ -30,19 +26,18 @@ class Driver:
         self.dtype = {"fp16": np.float16, "fp32": np.float32}[manifest["inputs"][0]["dtype"]]
         self.parameters = {p["name"]: dict(p) for p in manifest["parameters"]}
         self.port = {row["target"]: row["name"] for row in manifest["inputs"] if "target" in row}
+        self.scaling = [row["name"] for row in manifest["inputs"] if row["role"] == "scaling"]
         self.updates, self.steps = manifest["applied_steps"], manifest["steps"]
 
-    def value(self, formula, group, unit=1.0):
-        known = {**self.m["settings"][group], "t": self.updates + 1.0, "unit": unit, "shift": self.m["shift"]}
-        return eval(formula, {**NAMES, **known, "common": min(p["unit"] for p in self.parameters.values())})
-
     def scalars(self):
-        found = {}
+        found, common = {}, min(p["unit"] for p in self.parameters.values())
+        known = {**NAMES, "t": self.updates + 1.0, "shift": self.m["shift"], "common": common}
         for target, row in self.m["scalars"].items():
             own = [self.parameters[name] for name in row.get("parameters", ())] or [dict(row, unit=1.0)]
             formulas = row.get("formula_by_group") or [row["formula"]] * len(self.m["settings"])
-            found[target] = [self.value(formulas[p["group"]], p["group"], p["unit"]) for p in own]
-        return {target: np.array(values, self.dtype) for target, values in found.items()}
+            terms = [(formulas[p["group"]], self.m["settings"][p["group"]], p["unit"]) for p in own]
+            found[target] = np.array([eval(f, {**s, **known, "unit": u}) for f, s, u in terms], self.dtype)
+        return found
 
     def step(self, batch):
         """One batch; again while its gradients do not fit: units move, and a loss scale that is too large halves."""
@@ -51,10 +46,8 @@ class Driver:
             scalars = self.scalars()
             results = self.run({**self.state, **{self.port[t]: v for t, v in scalars.items()}, **batch})
             self.state = {name: results[output] for output, name in self.m["aliases"].items()}
-            health, limits = results["health"].astype(float), scalars["gradient_limits"].astype(float)
-            self.move(health, limits)
-            fits = health[len(limits)] > 0 and (health[: len(limits)] < limits).all()
-            scale = scale or {self.port[t]: self.state[self.port[t]] for t in SCALE}
+            fits = self.move(results["health"].astype(float), scalars["gradient_limits"].astype(float))
+            scale = scale or {name: self.state[name] for name in self.scaling}
             if fits or not np.isfinite(results["loss"][0]):
                 break
         self.state |= {} if fits else scale  # where nothing fits, one halving
@@ -64,32 +57,29 @@ class Driver:
     def move(self, health, limits):
         """Units follow their gradients by powers of two, and the state in them. Not for clipped norms."""
         policy = self.m["policy"]
-        up = self.steps in policy["up_first"] or self.steps % policy["up_every"] == 0
         if not health[len(limits)] > 0:
-            return  # the loss scale, which is state, was halved
+            return False  # the loss scale, which is state, was halved
         for p, peak, limit in zip(self.parameters.values(), health, limits, strict=False):
             if peak > 0:
                 p["level"] = max(peak, policy["fade"] * p["level"]) if math.isfinite(peak) else 65504.0
+            up = self.steps in policy["up_first"] or self.steps % policy["up_every"] == 0
             fits = p["level"] <= policy["high"] and peak < limit
             if p["level"] == 0 or (fits and (p["level"] >= policy["low"] or not up)):
                 continue
             wanted = policy["peak"] / max(p["level"], p["least_gradient"] * p["unit"])
-            low, high = p["unit_bounds"]
-            factor = min(max(p["unit"] * 2.0 ** math.floor(math.log2(wanted)), low), high) / p["unit"]
-            states = [(self.port[s["target"]], s["power"]) for s in p["in_units"]]
-            if factor > 1:
-                peaks = [(np.abs(self.state[name]).max(), n) for name, n in states]
-                room = [math.log2(policy["moved_peak"] / peak) // n for peak, n in peaks if peak > 0]
-                factor = min(factor, max(1.0, 2.0 ** min([24, *room])))
+            unit = float(np.clip(p["unit"] * 2.0 ** math.floor(math.log2(wanted)), *p["unit_bounds"]))
+            states, factor = [(self.port[s["target"]], s["power"]) for s in p["in_units"]], unit / p["unit"]
+            peaks = [(np.abs(self.state[name]).max(), n) for name, n in states]
+            room = [math.log2(policy["moved_peak"] / peak) // n for peak, n in peaks if peak > 0]
+            factor = min(factor, max(1.0, 2.0 ** min([24, *room])))
             p["unit"], p["level"] = p["unit"] * factor, p["level"] * factor
             for name, power in states:
                 self.state[name] = (self.state[name] * np.float32(factor**power)).astype(self.dtype)
+        return (health[: len(limits)] < limits).all()
 
     def weights(self):
-        def value(term):
-            return self.state[term["port"]].astype(float) * term["factor"]
-
-        return {name: sum(map(value, terms)) for name, terms in self.m["weights"].items()}
+        v = {port: value.astype(float) for port, value in self.state.items()}
+        return {n: sum(v[t["port"]] * t["factor"] for t in terms) for n, terms in self.m["weights"].items()}
 
 
 def open_package(path, chip="m4"):
@@ -98,9 +88,8 @@ def open_package(path, chip="m4"):
     from ane_trainer.ane.simulator import make_context, prepare
 
     plans = {f.name: prepare(f, make_context(chip)) for f in load_program(path).functions}
-    return Driver(
-        json.loads(path.with_suffix(".json").read_text()), plans["initial_state"].run({}), plans["main"].run
-    )
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    return Driver(manifest, plans["initial_state"].run({}), plans["main"].run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def export(
     format: Annotated[
         str | None,
         typer.Option(
-            help="mlpackage, aimodel, onnx, torch, step-mlpackage, step-aimodel, step-onnx.", metavar="NAME"
+            help="mlpackage, aimodel, onnx, torch, step-mlpackage, step-aimodel, step-onnx, step-stablehlo.",
+            metavar="NAME",
         ),
     ] = None,
     out: Annotated[

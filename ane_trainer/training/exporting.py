@@ -17,6 +17,7 @@ from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.export import (
+    SINGLE_FORMATS,
     UNVERIFIED,
     ExportOptions,
     ExportReport,
@@ -76,7 +77,7 @@ def export_training(
     feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
     about = about_step(step, optimizer)
     single = None
-    if format == "step-onnx":
+    if format in SINGLE_FORMATS:
         _, loaded = step.host_side
         single = lower(loaded.capture.captured, dtype="fp32")
         single = replace(single, inputs=loaded.mirror.scaled(single.inputs))

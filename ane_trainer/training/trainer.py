@@ -278,8 +278,8 @@ class Trainer(Training):
     ) -> ExportReport:  # fmt: skip
         """Write the trained model (or its training step) as a file, and run that file again to check it.
 
-        format    mlpackage, aimodel, onnx, torch; step-mlpackage, step-aimodel: the training step with its
-                  state; app: a Swift package around it. By default what the path ends in says.
+        format    mlpackage, aimodel, onnx, torch; step-mlpackage, -aimodel, -onnx, -stablehlo: the training step with
+                  its state; app: a Swift package around it. By default what the path ends in says.
         data      batches to check it on; by default the first batch of training.
         input     "image": pixels, normalised inside (data with mean and std); "tensor"; "auto".
         weights   fp16, int8 or int4 (mlpackage).

@@ -1,6 +1,7 @@
 """Exports: a trained model, or its training step, as a file for apps; each is run again on the spot.
 
-Formats: mlpackage, aimodel, onnx, torch for inference; step-mlpackage, step-aimodel, app (Swift) for training.
+Formats: mlpackage, aimodel, onnx, torch for inference; step-mlpackage, step-aimodel, step-onnx, step-stablehlo, app
+(Swift) for training.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 from ane_trainer.ane.capture.calibrate import module_mode
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.ane.export import inference, onnx_step, step
+from ane_trainer.ane.export import inference, onnx_step, stablehlo_step, step
 from ane_trainer.ane.export.freeze import Deployed, Signature, to_input
 from ane_trainer.ane.export.report import (
     ExportOptions,
@@ -30,6 +31,7 @@ from ane_trainer.ane.stages import Compiled, Lowered
 __all__ = [
     "DEFAULT_NAMES",
     "FORMATS",
+    "SINGLE_FORMATS",
     "STEP_FORMATS",
     "UNVERIFIED",
     "ExportOptions",
@@ -47,13 +49,23 @@ _INFERENCE = {
     "torch": (inference.write_torch, inference.run_torch, "torch.export.load"),
 }
 #: Formats that hold the training step; `app` is a Swift package around it.
-STEP_FORMATS = ("step-mlpackage", "step-aimodel", "step-onnx", "app")
+STEP_FORMATS = ("step-mlpackage", "step-aimodel", "step-onnx", "step-stablehlo", "app")
+#: Those that are lowered for fp32 -> writing, running again, and by what.
+_SINGLE = {
+    "step-onnx": (onnx_step.write_step_onnx, onnx_step.replay_step_onnx, "onnxruntime, in fp32"),
+    "step-stablehlo": (
+        stablehlo_step.write_step_stablehlo,
+        stablehlo_step.replay_step_stablehlo,
+        "IREE, in fp32",
+    ),
+}
+SINGLE_FORMATS = tuple(_SINGLE)
 FORMATS = (*_INFERENCE, *STEP_FORMATS)
 #: How a format's file is called where nobody says.
 DEFAULT_NAMES = {
     "mlpackage": "model.mlpackage", "aimodel": "model.aimodel", "onnx": "model.onnx", "torch": "torch",
     "step-mlpackage": "step.mlpackage", "step-aimodel": "step.aimodel", "step-onnx": "step.onnx",
-    "app": "app",
+    "step-stablehlo": "step.mlir", "app": "app",
 }  # fmt: skip
 
 _PRECISION = {"aimodel": "fp16", "onnx": "fp32", "torch": "fp32"}
@@ -63,6 +75,7 @@ UNVERIFIED = {
     "step-mlpackage": "Core ML itself, on macOS 15 or iOS 18",
     "step-aimodel": "the Neural Engine, on macOS 27",
     "step-onnx": "",
+    "step-stablehlo": "",
     "app": "a Swift compiler, Core ML and the Neural Engine",
 }
 
@@ -127,7 +140,7 @@ def export_step(
     """Write a compiled fp16 training step with its state, and run the file for `feeds`, one feed a step.
 
     The reference is the same program from the same state on the simulator: a package must agree in every bit
-    of the state; an asset, and an ONNX model (of `single`, the step lowered for fp32), are compared in losses and
+    of the state; an asset, and ONNX or StableHLO (of `single`, the step lowered for fp32), are compared in losses and
     parameters, where IEEE numbers stay near the engine's.
     """
     lowered, options = compiled.legalized.lowered, options or ExportOptions()
@@ -143,11 +156,11 @@ def export_step(
         written = step.write_step_mlpackage(Path(path), lowered, state, about or {}, options.state)
         got, losses = step.replay_mlpackage(written, feeds, compiled.chip, fidelity)
         checked_by = f"our reader and the simulator of {compiled.chip}, {fidelity}"
-    elif format == "step-onnx":
+    elif format in _SINGLE:
         assert single is not None
-        written = onnx_step.write_step_onnx(Path(path), single, state, about or {})
-        got, losses = onnx_step.replay_step_onnx(written, feeds)
-        checked_by = "onnxruntime, in fp32"
+        write, replay, checked_by = _SINGLE[format]
+        written = write(Path(path), single, state, about or {})
+        got, losses = replay(written, feeds)
     else:
         written = step.write_step_aimodel(Path(path), lowered, state, about or {}, options.state)
         got, losses = step.replay_aimodel(written, feeds)
@@ -160,7 +173,8 @@ def export_step(
     difference = step.state_difference(got, wanted)
     difference = max(difference, largest_difference(np.asarray(losses), np.asarray(reference)))
     return ExportReport(
-        written, format, size_bytes(written), "fp16", checked_by, "the same steps on the simulator",
+        written, format, size_bytes(written), "fp32" if format in _SINGLE else "fp16", checked_by,
+        "the same steps on the simulator",
         len(feeds), difference, unverified=UNVERIFIED[format],
     )  # fmt: skip
 

@@ -203,7 +203,7 @@ def step_model(function: Function, metadata: Mapping[str, str]) -> ModelProto:
         found = [
             Finding("program", kind, "has no form in ONNX here.", "Use step-mlpackage.") for kind in missing
         ]
-        raise UnsupportedModel("step-onnx: needs ops that are written; got others.", found)
+        raise UnsupportedModel("step in fp32: needs ops that are written; got others.", found)
     graph = _Graph()
     for op in function.ops:
         _OPS[op.kind](_Call(graph, op))
@@ -227,11 +227,21 @@ def _assembled(function: Function, graph: _Graph) -> GraphProto:
 def write_step_onnx(
     path: Path, lowered: Lowered, state: Mapping[str, Array], about: Mapping[str, object]
 ) -> Path:
-    """A step that was lowered for fp32, its manifest, and the state it starts from (`.safetensors`) beside it.
+    """A step that was lowered for fp32, its manifest, and the state it starts from (`.safetensors`) beside it."""
+    from onnx import save
+
+    model = model_beside_state(path, lowered, state, about)
+    save(model, str(path))
+    return path
+
+
+def model_beside_state(
+    path: Path, lowered: Lowered, state: Mapping[str, Array], about: Mapping[str, object]
+) -> ModelProto:
+    """The model of a step in fp32, whose manifest and starting state are written beside `path`.
 
     A weight starts whole in its first term: fp32 holds it.
     """
-    from onnx import save
     from safetensors.numpy import save_file
 
     start = {name: np.asarray(array, np.float32) for name, array in state.items()}
@@ -243,10 +253,9 @@ def write_step_onnx(
         start[terms[1]["port"]] = np.zeros_like(start[terms[1]["port"]])
     model = step_model(ready.program.main, {"description": str(about.get("description", ""))})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(model, str(path))
     write_manifest(path, content)
     save_file({name: start[name] for name in changing(ready)}, path.with_suffix(".safetensors"))
-    return path
+    return model
 
 
 def replay_step_onnx(

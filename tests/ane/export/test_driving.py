@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from torch import nn
 
 from ane_trainer import compile_step
 from ane_trainer.ane.errors import UnsupportedModel
-from ane_trainer.ane.export import ExportOptions
+from ane_trainer.ane.export import DEFAULT_NAMES, ExportOptions, onnx_step, stablehlo_step
 from ane_trainer.ane.export.manifest import read_manifest
-from ane_trainer.ane.export.onnx_step import runner, step_model
+from ane_trainer.ane.export.onnx_step import step_model
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.training.exporting import export_training
 
+RUNTIMES = {"step-onnx": ("onnxruntime", onnx_step.runner), "step-stablehlo": ("IREE", stablehlo_step.runner)}
 DRIVER = Path(__file__).parents[3] / "examples" / "drive_step.py"
 
 
@@ -117,7 +119,7 @@ def test_the_driver_gives_the_trainers_bits(name: str, tmp_path: Path) -> None:
 
 def test_the_driver_is_short_and_knows_the_simulator_only() -> None:
     lines = DRIVER.read_text().splitlines()
-    assert len(lines) < 112
+    assert len(lines) < 100
     ours = [
         line.strip()
         for line in lines
@@ -129,21 +131,42 @@ def test_the_driver_is_short_and_knows_the_simulator_only() -> None:
     ]
 
 
+def assert_pure(path: Path) -> None:
+    """The text holds StableHLO alone, and the manifest's ports in order."""
+    text, content = path.read_text(), read_manifest(path)
+    assert set(re.findall(r"= \"?([a-z]+)\.", text)) == {"stablehlo"}
+    (signature,) = re.findall(r"func\.func @training_step\((.*)\) -> \((.*)\) \{", text)
+    for side, types in zip(("inputs", "outputs"), signature, strict=True):
+        shapes = [list(map(int, found.split("x")[:-1])) for found in re.findall(r"tensor<([^>]*)>", types)]
+        assert shapes == [row["shape"] for row in content[side]]
+
+
+FP32 = [
+    *(("step-onnx", name) for name in CASES), ("step-stablehlo", "mlp"), ("step-stablehlo", "cnn"),
+    pytest.param("step-stablehlo", "transformer", marks=pytest.mark.slow),  # 25 s of IREE's compiler
+]  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
-@pytest.mark.parametrize("name", CASES)
-def test_the_step_as_onnx_trains_as_pytorch_does(name: str, tmp_path: Path) -> None:
-    """20 steps on onnxruntime from the files alone, against PyTorch in fp32."""
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize(("format", "name"), FP32)
+def test_the_step_in_fp32_trains_as_pytorch_does(format: str, name: str, tmp_path: Path) -> None:
+    """20 steps on onnxruntime, and on IREE, from the files alone, against PyTorch in fp32."""
+    for package in {"step-onnx": ["onnxruntime"], "step-stablehlo": ["torch_mlir", "iree.compiler"]}[format]:
+        pytest.importorskip(package)
     make, batch, optimizer_of = CASES[name]
     torch.manual_seed(0)
     model = make()
     own = copy.deepcopy(model)
     optimizer, plain = optimizer_of(model.parameters()), optimizer_of(own.parameters())
     step = compile_step(model, "cross_entropy", optimizer, batch(0), sync="lazy")
-    path = tmp_path / "step.onnx"
-    report = export_training(step, optimizer, path, "step-onnx", [batch(0), batch(1)], ExportOptions())
+    path = tmp_path / DEFAULT_NAMES[format]
+    report = export_training(step, optimizer, path, format, [batch(0), batch(1)], ExportOptions())
     assert report.largest_difference < 0.1
-    driven = driver().Driver(read_manifest(path), load_file(path.with_suffix(".safetensors")), runner(path))
+    assert (report.weights, report.checked_by) == ("fp32", f"{RUNTIMES[format][0]}, in fp32")
+    if format == "step-stablehlo":
+        assert_pure(path)
+    run = RUNTIMES[format][1](path)
+    driven = driver().Driver(read_manifest(path), load_file(path.with_suffix(".safetensors")), run)
     for i in range(20):
         x, y = batch(i % 3)
         loss = nn.functional.cross_entropy(own(x), y)
