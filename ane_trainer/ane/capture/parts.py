@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from ane_trainer.ane.capture.ports import identifier
 from ane_trainer.ane.capture.range import calibrated, keep_in_range, scale_found, scale_rows
 from ane_trainer.ane.capture.range.calibration import Magnitudes
+from ane_trainer.ane.capture.trace.torch_private import graph_module
 from ane_trainer.ane.stages import Alias, Captured, Port
 
 Tensors = dict[str, torch.Tensor]
@@ -124,7 +125,7 @@ def _part(
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[node] for node in results])
-    return GraphModule(whole, graph), names
+    return graph_module(whole, graph), names
 
 
 def _results_of(captured: Captured, example: Tensors) -> Tensors:

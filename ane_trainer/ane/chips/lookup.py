@@ -139,7 +139,11 @@ def known_chips() -> tuple[str, ...]:
 
 def limits(chip: Chip | str, name: str, path: str = "e5rt") -> tuple[Limit, ...]:
     """Every claim about limit `name` that applies to the chip on the path, strictest first; may be empty."""
-    chip = get_chip(chip) if isinstance(chip, str) else chip
+    return _limits(get_chip(chip) if isinstance(chip, str) else chip, name, path)
+
+
+@cache
+def _limits(chip: Chip, name: str, path: str) -> tuple[Limit, ...]:
     paths = (_path(path), "compiler")
     rows = [row for row in LIMITS if row.name == name and row.path in paths and covers(row.families, chip)]
     return tuple(sorted(rows, key=lambda row: row.value if row.bound == "max" else -row.value))
@@ -174,7 +178,11 @@ def op_status(op: str, chip: Chip | str, path: str = "e5rt") -> OpSupport:
     `op` may name a form, as `gather(static_index)`. Without one, rows of the plain op decide; where there
     are only rows of forms, the strictest of them.
     """
-    chip = get_chip(chip) if isinstance(chip, str) else chip
+    return _op_status(op, get_chip(chip) if isinstance(chip, str) else chip, path)
+
+
+@cache
+def _op_status(op: str, chip: Chip, path: str) -> OpSupport:
     plain, forms = _op_rows().get(_path(path), ({}, {}))
     found = [row for row in plain.get(op, ()) or forms.get(op, ()) if row.applies(chip) is not None]
     claims = sorted((row.claim(chip) for row in found), key=_rank)

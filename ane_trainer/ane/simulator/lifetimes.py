@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -41,26 +43,32 @@ class Pool:
 
     def __init__(self, last: Mapping[str, int], end: int, free: list[Array] | None = None) -> None:
         self._last, self._end = last, end
-        self._free: list[Array] = [] if free is None else free
-        self._held: dict[str, Array] = {}
+        self._free: list[Array] = [] if free is None else free  # from the smallest on
+        self._held: dict[int, list[Array]] = {}  # by their last reader
+        self._now = -1
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Memory for a value, with any content; its own for a value that is read at the end."""
         if self._last.get(name, -1) >= self._end:
             return empty(shape, dtype)
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        fitting = [b for b in self._free if size <= b.size and _LEAST_FILLED * b.size <= size]
-        block = min(fitting, key=lambda b: b.size) if fitting else empty((size,), np.uint8)
-        self._free[:] = [b for b in self._free if b is not block]
-        self._held[name] = block
+        place = bisect_left(self._free, size, key=_size)
+        fits = place < len(self._free) and _LEAST_FILLED * self._free[place].size <= size
+        block = self._free.pop(place) if fits else empty((size,), np.uint8)
+        self._held.setdefault(max(self._last.get(name, -1), self._now + 1), []).append(block)
         found: Array = block[:size].view(dtype).reshape(shape)
         return found
 
     def release(self, index: int) -> None:
         """Take back what was last read by the entry `index`."""
-        for name in [n for n in self._held if self._last.get(n, -1) <= index]:
-            self._free.append(self._held.pop(name))
+        for block in self._held.pop(index, ()):
+            insort(self._free, block, key=_size)
+        self._now = index
 
     def blocks(self) -> list[Array]:
         """All memory that is handed on."""
-        return [*self._free, *self._held.values()]
+        return [*self._free, *chain.from_iterable(self._held.values())]
+
+
+def _size(block: Array) -> int:
+    return block.size

@@ -1,11 +1,15 @@
 """The order of work: which ops run alone and which pointwise ops share one fused loop.
 
 An entry may use only what earlier entries made, or, inside a fused entry, what the entry itself made. A
-pointwise op joins the earliest fused entry of its shape for which that holds; otherwise it opens a new one.
+pointwise op joins the earliest fused entry of its shape for which that holds; otherwise it opens a new one. Ops of an
+entry that share nothing are entries of their own in the end: the updates of equal parameters are then equal loops,
+compiled once, and how long a loop is does not grow with the number of layers.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -38,25 +42,59 @@ def schedule(function: Function) -> list[Entry]:
     """Entries in an order that respects every dependency; dead ops are left out."""
     made_by: dict[str, int] = {value.name: -1 for value in function.inputs}
     entries: list[Entry] = []
+    fused: dict[tuple[int, ...], list[int]] = {}  # the fused entries of each shape, in order
     constants: set[str] = set()
     factors = folded_factors(function)
     for op in live_ops(function):
         needs = max((made_by[v.name] for v in op.operands()), default=-1)
         constant = all(v.name in constants for v in op.operands())
         fusable = _fusable(op) and not constant
-        index = _place(op, needs, entries) if fusable else None
+        alike = fused.setdefault(op.result.type.shape, []) if fusable else []
+        place = bisect_left(alike, needs)  # at `needs` itself only if that is fused
+        index = alike[place] if place < len(alike) else None
         if op.name in factors and not constant:
             index, entries[needs].factor = needs, factors[op.name]
         if index is None:
             index = len(entries)
             entries.append(Entry([], fusable, constant=constant))
+            alike.append(index)
         entries[index].ops.append(op)
         entries[index].reads.update(v.name for v in op.operands())
         for value in op.results:
             made_by[value.name] = index
         if constant:
             constants.update(value.name for value in op.results)
-    return entries
+    return [part for entry in entries for part in (_parts(entry) if entry.fused else [entry])]
+
+
+#: Elements below which a loop costs less than its call: entries that share nothing stay together, up to so many ops.
+_SMALL, _MOST_SMALL_OPS = 1 << 12, 32
+
+
+def _parts(entry: Entry) -> list[Entry]:
+    """The groups of a fused entry's ops that are connected by what they make, or read of the entry's own shape."""
+    shape, leader = entry.ops[0].result.type.shape, dict[str, str]()
+
+    def find(name: str) -> str:
+        while (above := leader.setdefault(name, name)) != name:
+            leader[name] = name = leader[above]
+        return name
+
+    for op in entry.ops:
+        for value in op.operands():
+            if value.type.shape == shape:
+                leader[find(op.result.name)] = find(value.name)
+    groups: dict[str, list[int]] = {}
+    for number, op in enumerate(entry.ops):
+        groups.setdefault(find(op.result.name), []).append(number)
+    joined: list[list[int]] = []
+    for numbers in groups.values():
+        if joined and math.prod(shape) < _SMALL and len(joined[-1]) + len(numbers) <= _MOST_SMALL_OPS:
+            joined[-1] += numbers
+        else:
+            joined.append(numbers)
+    parts = [[entry.ops[number] for number in sorted(numbers)] for numbers in joined]
+    return [Entry(ops, True, {v.name for op in ops for v in op.operands()}) for ops in parts]
 
 
 def lazy_values(function: Function) -> frozenset[str]:
@@ -130,13 +168,3 @@ def _fusable(op: Op) -> bool:
         and all(t in ("fp16", "bool") for t in types)
         and any(True for _ in op.operands())
     )
-
-
-def _place(op: Op, needs: int, entries: list[Entry]) -> int | None:
-    """The earliest fused entry of the same shape at or after `needs` (at `needs` only if it is fused)."""
-    shape = op.result.type.shape
-    for index in range(max(needs, 0), len(entries)):
-        entry = entries[index]
-        if entry.fused and entry.ops[0].result.type.shape == shape:
-            return index
-    return None

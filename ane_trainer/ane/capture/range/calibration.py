@@ -98,11 +98,24 @@ def measure(tensor: torch.Tensor) -> Magnitude:
     if not count:
         return Magnitude(0.0, 0.0, 0.0, finite)
     peak = float(values.amax())
-    rms = peak * float((values / peak).square().sum(dtype=torch.float64)) ** 0.5 / math.sqrt(count)
+    flat = values.reshape(-1)
+    if values.numel() >= 4096 and _SQUARABLE < peak < 1 / _SQUARABLE:
+        squares = float(torch.dot(flat, flat))
+    else:
+        squares = peak**2 * float((flat / peak).square().sum(dtype=torch.float64))
+    rms = math.sqrt(squares / count)
     return Magnitude(peak, rms, count / tensor.numel(), finite)
 
 
+#: The mean square of numbers up to here and down to its inverse needs no other unit in float32.
+_SQUARABLE = 1e-12
+
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
+
+
+#: Operations whose result has the entries of the first operand, in another order or place.
+_MOVES = frozenset((*_VIEWS[:2], aten.t.default, aten.transpose.int, aten.permute.default, aten.clone.default,
+                    aten.unsqueeze.default, aten.detach.default, aten.alias.default))  # fmt: skip
 
 
 class Measured(Interpreter):
@@ -126,5 +139,7 @@ class Measured(Interpreter):
             and isinstance(result, torch.Tensor)
             and result.is_floating_point()
         ):
-            self.found[n.name] = measure(result)
+            source = n.args[0] if n.target in _MOVES else None
+            known = self.found.get(source.name) if isinstance(source, Node) else None
+            self.found[n.name] = known or measure(result)
         return result

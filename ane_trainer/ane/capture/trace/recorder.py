@@ -37,6 +37,7 @@ from ane_trainer.ane.capture.trace.torch_private import (
     SideTable,
     TorchDispatchMode,
     can_decompose,
+    graph_module,
 )
 from ane_trainer.ane.errors import Finding
 
@@ -102,7 +103,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def finish(self, results: Sequence[torch.Tensor]) -> GraphModule:
         """The graph with these tensors as its results."""
         self.graph.output([self._read(self._slot(t)) for t in results])
-        return GraphModule(self.root_module, self.graph)
+        return graph_module(self.root_module, self.graph)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Any = (), kwargs: dict[str, object] | None = None

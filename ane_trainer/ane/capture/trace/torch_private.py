@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch._ops import OperatorBase, OpOverload, OpOverloadPacket
+from torch.fx import Graph, GraphModule
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
@@ -31,6 +33,7 @@ __all__ = [
     "causal_masks_as_given",
     "checkpoints_run_once",
     "decompositions_of",
+    "graph_module",
     "is_all_true",
     "mark_stepped",
     "non_persistent_buffers",
@@ -136,6 +139,12 @@ def decompositions_of(packets: Sequence[OpOverloadPacket]) -> Decompositions:
     from torch._decomp import get_decompositions
 
     return get_decompositions(packets)
+
+
+def graph_module(root: torch.nn.Module, graph: Graph) -> GraphModule:
+    """A module of a graph, which writes and compiles its Python code when that is first asked for (to run it)."""
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)
 
 
 @contextlib.contextmanager

@@ -323,9 +323,10 @@ def _name_outputs(function: Function, names: Sequence[str]) -> Function:
     new: dict[Value, Value] = {}
     extra: list[Op] = []
     outputs: list[Value] = []
+    inputs = set(function.inputs)
     for value, name in zip(function.outputs, names, strict=True):
         renamed = Value(name, value.type)
-        if value in function.inputs or value in new:
+        if value in inputs or value in new:
             one = literal(1.0, value.type.dtype)
             extra.append(Op("mul", (("x", value), ("y", one)), (renamed,)))
         else:

@@ -86,6 +86,18 @@ def test_versions_count_writes() -> None:
     assert torch_private.version(x) == before + 1
 
 
+def test_a_graphs_code_is_written_when_it_is_first_run() -> None:
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.add, (graph.placeholder("x"), 1)))
+    module = torch_private.graph_module(torch.nn.Module(), graph)
+    module.recompile()
+    assert float(module(torch.ones(()))) == 2.0
+    assert "torch.add" in module.code
+    graph.output_node().args = (graph.find_nodes(op="placeholder")[0],)
+    module.recompile()
+    assert float(module(torch.ones(()))) == 1.0
+
+
 def test_schedulers_see_that_an_update_was_made() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
