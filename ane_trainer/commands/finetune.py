@@ -45,6 +45,7 @@ _Alpha = Annotated[
 ]
 _Dropout = Annotated[float, typer.Option(help="Of what goes into the adapter.", metavar="X")]
 _Dora = Annotated[bool, typer.Option("--dora", help="Train the weights' magnitudes apart.")]
+_Frozen = Annotated[str, typer.Option(help="What the base is kept in: fp16, int8 or int4.", metavar="KIND")]
 _Row = Annotated[
     int | None,
     typer.Option("--context", help="Tokens of a row (default: as the data needs).", metavar="N", min=2),
@@ -69,7 +70,8 @@ _Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more of th
 @functools.partial(takes_train_options, without=_OTHER)
 def finetune(
     model: _Model = None, data: _Data = None, lora: _Lora = 8, lora_targets: _Targets = "attention",
-    lora_alpha: _Alpha = None, lora_dropout: _Dropout = 0.0, dora: _Dora = False, row: _Row = None,
+    lora_alpha: _Alpha = None, lora_dropout: _Dropout = 0.0, dora: _Dora = False, frozen: _Frozen = "fp16",
+    row: _Row = None,
     packed: _Packed = None, chat: _Chat = True, prompt: _Prompt = None, answers: _Answers = 16, out: _Out = None,
     resume: _Resume = None, verbose: _Verbose = False, as_json: bool = False, options: Mapping[str, object] = {},
 ) -> Output:  # fmt: skip
@@ -99,7 +101,17 @@ def finetune(
             lora_targets if lora_targets in ("attention", "all-linear") else tuple(lora_targets.split(","))
         )
         chosen = tuning.TuningOptions(
-            lora, targets, lora_alpha, lora_dropout, dora, row, packed, chat, tuple(prompt or ()), answers
+            lora,
+            targets,
+            lora_alpha,
+            lora_dropout,
+            dora,
+            row,
+            packed,
+            chat,
+            tuple(prompt or ()),
+            answers,
+            frozen=frozen,
         )
         settings = make_config(
             {**tuning.DEFAULTS, **options, "dataset": data, "model": model}, where="finetune"

@@ -56,7 +56,8 @@ _SHOWN = 3
 class TuningOptions:
     """What tuning has besides the options of every training.
 
-    lora      rank of the adapter; 0: all weights are trained. targets, alpha, dropout, dora: see `LoraOptions`.
+    lora      rank of the adapter; 0: all weights are trained. targets, alpha, dropout, dora, frozen: see
+              `LoraOptions`.
     length    tokens of a row; None: as the data needs. packed: rows run on over records; None: of plain texts.
     chat      use the model's chat template. prompts: asked before and after. answers: held-out records that are
               answered before and after, for the share that is right. tokens: of an answer at most.
@@ -73,6 +74,7 @@ class TuningOptions:
     prompts: tuple[str, ...] = ()
     answers: int = 16
     tokens: int = 48
+    frozen: str = "fp16"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ def _prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> _J
     )  # fmt: skip
     splits, held_out = open_rows(config.dataset, tokenizer, rows)
     if tuning.lora:
-        options = LoraOptions(tuning.lora, tuning.targets, tuning.alpha, tuning.dropout, tuning.dora)
+        options = LoraOptions(
+            tuning.lora, tuning.targets, tuning.alpha, tuning.dropout, tuning.dora, tuning.frozen
+        )
         model = adapted(model, options, config.seed)
     freeze(model, config.freeze)
     trainer = Trainer(

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.utils import seeded
 
@@ -33,6 +34,8 @@ class LoraOptions:
     alpha    the scale of the adapters; None: twice the rank.
     dropout  of what goes into the adapters, in training.
     dora     train the weights' magnitudes apart (weight-decomposed adapters).
+    frozen   what the base's weights are kept in: "fp16", "int8" or "int4" (a palette of 16 for each row), as constants
+             of the program. The model gets the values that these stand for.
     """
 
     rank: int = 8
@@ -40,6 +43,7 @@ class LoraOptions:
     alpha: float | None = None
     dropout: float = 0.0
     dora: bool = False
+    frozen: str = "fp16"
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str):  # JSON has lists
@@ -103,6 +107,8 @@ def adapted(model: nn.Module, options: object, seed: int) -> nn.Module:
     with seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name of before
         found: nn.Module = peft.get_peft_model(model, config)
+    if isinstance(options, LoraOptions):
+        quantize_frozen(found, options.frozen)
     return found
 
 

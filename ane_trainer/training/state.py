@@ -13,6 +13,7 @@ from torch import nn
 from ane_trainer.ane.capture.losses import get_loss, loss_name
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.dispatch import StepOptions, Target
+from ane_trainer.ane.dispatch.frozen import quantized_names
 from ane_trainer.ane.dispatch.state import MODEL, STEP, faults_of, incomplete, part
 from ane_trainer.ane.errors import CheckpointError
 from ane_trainer.training import energy, engine, loop
@@ -152,7 +153,12 @@ class Training:
             )
         whole = {MODEL + name: value for name, value in frozen.items()}
         if any(name.startswith(STEP) for name in checkpoint.tensors):
-            whole |= {STEP + n: v.float().reshape(tuple(v.shape) or (1,)) for n, v in frozen.items()}
+            held = quantized_names(self.model)  # constants of the program, no state of the step
+            whole |= {
+                STEP + n: v.float().reshape(tuple(v.shape) or (1,))
+                for n, v in frozen.items()
+                if n not in held
+            }
         return Checkpoint(whole | checkpoint.tensors, checkpoint.scalars)
 
     def _position(self) -> dict[str, object] | None:

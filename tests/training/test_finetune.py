@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import DataError
 from ane_trainer.cli import run_command
 from ane_trainer.training.language import (
@@ -141,13 +142,15 @@ def test_a_tiny_model_learns_pairs_and_leaves_an_adapter(
 ) -> None:
     monkeypatch.chdir(folder)
     common = ["finetune", "model", "--data", "pairs.jsonl", "--lora", "8", "--lora-targets", "all-linear", "--lr",
-              "0.01", "--answers", "2", "--out"]  # fmt: skip
+              "0.01", "--answers", "2", "--frozen", "int8", "--out"]  # fmt: skip
     assert run_command([*common, "run", "--epochs", "4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["perplexity"] < 0.8 * result["perplexity_before"]
     assert len(result["answers"]) == 2
     assert {*result["answers"][0]} == {"prompt", "expected", "answer", "after"}
-    model = peft.PeftModel.from_pretrained(load_language_model("model")[0], "run/adapter").eval()
+    base = load_language_model("model")[0].requires_grad_(False)
+    quantize_frozen(base, "int8")
+    model = peft.PeftModel.from_pretrained(base, "run/adapter").eval()
     splits, _ = open_rows("pairs.jsonl", load_language_model("model")[1], RowOptions())
     assert splits.val is not None
     x, y = next(iter(splits.val))

@@ -122,10 +122,10 @@ def test_adapters_of_peft_train_as_they_are(config: Any) -> None:
     assert changed <= {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-def adapter_trainer(model: Any = None, **options: Any) -> at.Trainer:
+def adapter_trainer(model: Any = None, frozen: str = "fp16", **options: Any) -> at.Trainer:
     return at.Trainer(
         model if model is not None else tiny(), "model", lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        lora=at.LoraOptions(rank=2), device="sim", report=at.Reporter(), **options,
+        lora=at.LoraOptions(rank=2, frozen=frozen), device="sim", report=at.Reporter(), **options,
     )  # fmt: skip
 
 
@@ -153,11 +153,12 @@ def test_an_adapter_leaves_as_peft_writes_it_and_merged(tmp_path: Path) -> None:
     assert loss_of(whole) == pytest.approx(loss, abs=0.01)
 
 
-def test_an_adapters_checkpoint_holds_no_base_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", ["fp16", "int4"])
+def test_an_adapters_checkpoint_holds_no_base_and_goes_on_bit_for_bit(tmp_path: Path, frozen: str) -> None:
     data = [batch(), batch(seed=1)]
-    straight = adapter_trainer(seed=3)
+    straight = adapter_trainer(frozen=frozen, seed=3)
     straight.fit(data, 2)
-    first = adapter_trainer(seed=3)
+    first = adapter_trainer(frozen=frozen, seed=3)
     first.fit(data, 1)
     first.save(tmp_path)
     stored = read_tensors(tmp_path / CHECKPOINT, scalars=True).tensors

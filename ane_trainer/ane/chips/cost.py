@@ -18,7 +18,7 @@ from importlib import resources
 
 from ane_trainer.ane.chips.counting import flops, macs
 from ane_trainer.ane.chips.lookup import Chip, get_chip, op_status
-from ane_trainer.ane.chips.work import OpWork, function_work
+from ane_trainer.ane.chips.work import OpWork, function_work, held_bytes
 from ane_trainer.ane.mil.opset import family
 from ane_trainer.ane.mil.program import Program
 
@@ -96,7 +96,8 @@ class Cost:
     """A program's cost on a chip and path. `engine_flops` are those of ops that the engine takes on this path.
 
     `energy_uj` is of the engine's own rail: host, memory and the rest of the chip are not in it. `split` has the
-    time of each of PARTS in us. `kind` is the kind of program that the intervals (in us and uJ) were checked on.
+    time of each of PARTS in us. `memory_bytes`: the program's constants as they are stored, its inputs and outputs;
+    what lies between ops is not in it. `kind` is the kind of program that the intervals (in us and uJ) were checked on.
     """
 
     latency_us: float
@@ -110,6 +111,7 @@ class Cost:
     latency_interval: Interval
     energy_interval: Interval
     provenance: str
+    memory_bytes: int = 0
 
     @property
     def error_band(self) -> float:
@@ -146,6 +148,7 @@ def estimate(program: Program, chip: Chip | str, path: str = "e5rt") -> Cost:
         latency_interval=_interval(path, kind, basis, "latency", latency_us),
         energy_interval=_interval(path, kind, basis, "energy", energy_uj),
         provenance=known["dispatch_us"].source + _substitute(path),
+        memory_bytes=held_bytes(function),
     )
 
 
@@ -165,6 +168,7 @@ def in_turn(costs: Sequence[Cost]) -> Cost:
         engine_flops=sum(cost.engine_flops for cost in costs),
         dispatch_us=sum(cost.dispatch_us for cost in costs),
         split={part: sum(cost.split[part] for cost in costs) for part in PARTS},
+        memory_bytes=sum(cost.memory_bytes for cost in costs),
         latency_interval=together([cost.latency_interval for cost in costs]),
         energy_interval=together([cost.energy_interval for cost in costs]),
     )

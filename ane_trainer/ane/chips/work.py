@@ -190,6 +190,18 @@ def stored_bytes(item: Literal) -> int:
     return item.type.nbytes if bits is None else item.type.size * bits // 8
 
 
+def constant_bytes(function: Function) -> int:
+    """Bytes of a program's constants as they are stored."""
+    found = [item for op in function.ops for _, item in op.literals() if isinstance(item.data, bytes)]
+    return sum(_stored_bytes(item) for item in found)
+
+
+def held_bytes(function: Function) -> int:
+    """Bytes that a program's constants, inputs and outputs take."""
+    ports = {value.name: value.type.nbytes for value in (*function.inputs, *function.outputs)}
+    return constant_bytes(function) + sum(ports.values())
+
+
 def _geometry(op: Op) -> tuple[int, int, bool]:
     """Fan-in of one output, taps of the kernel, and whether Winograd's form applies (3 x 3, stride 1)."""
     if op.kind != "conv":

@@ -8,13 +8,16 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import platformdirs
 
 from ane_trainer.ane.compiler.blocks import Division
+from ane_trainer.ane.compiler.constants import hold_weights
 from ane_trainer.ane.compiler.legalize import legalize, rewritten
 from ane_trainer.ane.compiler.lower import lower
+from ane_trainer.ane.mil.program import Op
 from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.ane.stages import Captured, Chain, Compiled, Legalized, Lowered
 
@@ -66,14 +69,17 @@ def _holds(folder: Path, text: str, weights: bytes) -> bool:
 
 
 def prepare(
-    captured: Captured, chip: str, path: str, precision: str, division: Division | None = None
+    captured: Captured, chip: str, path: str, precision: str, division: Division | None = None,
+    held: Mapping[str, Op] | None = None,
 ) -> Compiled:
     """Lower, legalize and compile; in the programs that `division` chooses.
+
+    `held`: weights by target that the program holds, as the ops that decode them.
 
     A program in single precision never reaches an engine, which computes in fp16: no chip's limits bind it.
     Raises: UnsupportedModel for ops without a rule, and for what the chip refuses (fp16).
     """
-    lowered = lower(captured, dtype=precision)
+    lowered = hold_weights(lower(captured, dtype=precision), held or {})
     divided = None if division is None else division.of(lowered, chip, path)
     if divided is None:
         return _compiled(lowered, chip, path, precision)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ane_trainer.ane.chips.lookup import Chip, Limit, get_chip, limit, op_status
+from ane_trainer.ane.chips.work import constant_bytes
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.mil.opset import Call, bind, family
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Program, TensorType, Value, literal
@@ -113,9 +114,7 @@ def _ops(function: Function, target: Target) -> Iterator[Finding]:
 
 
 def _program(function: Function, target: Target) -> Iterator[Finding]:
-    total = sum(
-        item.type.nbytes for op in function.ops for _, item in op.literals() if isinstance(item.data, bytes)
-    )
+    total = constant_bytes(function)
     bound = target.exceeds("program_bytes", total)
     if bound:
         yield Finding("program", "constants", f"needs {bound}; got {total} bytes.", "Pass weights as inputs.")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from ane_trainer.ane.capture.batches import program_form
 from ane_trainer.ane.capture.calibrate import call_model, module_mode
 from ane_trainer.ane.capture.gradients import FLOORS, LIMITS
 from ane_trainer.ane.capture.optimizers.table import structure
+from ane_trainer.ane.capture.ports import Parameter
 from ane_trainer.ane.capture.randomness import PREFIX
 from ane_trainer.ane.capture.range.calibration import calibration_of
 from ane_trainer.ane.capture.repeats import repeating
@@ -25,11 +27,12 @@ from ane_trainer.ane.compiler.blocks import Division
 from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
+from ane_trainer.ane.dispatch.frozen import frozen_constants
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
 from ane_trainer.ane.dispatch.state import StepState
-from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.stages import Captured, Compiled, Port
 
 
@@ -143,14 +146,26 @@ def compile_step_of(
             options.exchange is not None,
         ),
     )
-    return capture, _prepared(subject, target, options, capture.captured)
+    return capture, _prepared(subject, target, options, capture.captured, capture.parameters)
 
 
-def _prepared(subject: Subject, target: Target, options: StepOptions, captured: Captured) -> Compiled:
+def _prepared(
+    subject: Subject, target: Target, options: StepOptions, captured: Captured, parameters: Iterable[Parameter]
+) -> Compiled:
     """A captured step compiled, whole or in programs of blocks."""
     assert target.chip is not None
-    division = Division(options.blocks, repeating(subject.model))
-    return prepare(captured, target.chip, target.path, target.precision, division)
+    held = frozen_constants(parameters) if target.precision == "fp16" else {}
+    blocks = options.blocks
+    if held and blocks != "off":
+        if blocks != "auto":
+            raise UsageError(
+                f'blocks: needs "off" or "auto" where weights are constants of the program; got {blocks!r}. Leave it '
+                "out, or keep the base in fp16.",
+                code="ANE104",
+            )
+        blocks = "off"  # programs that hold other weights are other programs
+    division = Division(blocks, repeating(subject.model))
+    return prepare(captured, target.chip, target.path, target.precision, division, held)
 
 
 def load_compiled(
@@ -160,7 +175,7 @@ def load_compiled(
     session, inputs, outputs, update = target.load(compiled), compiled.inputs, compiled.outputs, None
     if capture.update is not None:
         assert options.exchange is not None
-        update = _prepared(subject, target, options, capture.update)
+        update = _prepared(subject, target, options, capture.update, capture.parameters)
         inputs = joined_ports(compiled.inputs, update.inputs)
         outputs = joined_ports(compiled.outputs, update.outputs)
         sessions, dtype = (session, target.load(update)), RANGES[target.precision].numpy

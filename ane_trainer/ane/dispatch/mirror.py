@@ -25,6 +25,7 @@ from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES
 from ane_trainer.ane.dispatch.fingerprint import Fingerprints
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Port
 
@@ -110,7 +111,14 @@ class Mirror:
     def push_weights(self, changed_only: bool = False) -> None:
         """Module -> engine; with `changed_only`, only tensors that were changed since the last copy."""
         for name in self._fingerprints.changed() if changed_only else self._tensors:
-            self._split(name, self._tensors[name].detach().float())
+            if name in self._ports:
+                self._split(name, self._tensors[name].detach().float())
+            elif changed_only:
+                raise UsageError(
+                    f"{name}: needs to stay as it was compiled, a quantized constant of the program; got other values. "
+                    "Compile the step again for another base.",
+                    code="ANE133",
+                )
         self._fingerprints.note()
 
     def shares(self, other: Mirror, name: str) -> bool:

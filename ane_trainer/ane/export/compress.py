@@ -12,18 +12,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, TensorType, Value
+from ane_trainer.ane.mil.quantization import LEVELS, MIN_ELEMENTS, quantize
 from ane_trainer.ane.mil.weights import from_array, to_array
 
-#: Kinds of weights and their largest magnitude as an integer.
-LEVELS = {"int8": 127, "int4": 7}
 WEIGHTS = ("fp16", *LEVELS)
-#: Smaller constants (biases, scales) stay as they are.
-MIN_ELEMENTS = 512
-BLOCK = 32
 
 #: Parameters that hold weights, by op.
 _PARAMETERS = {"matmul": ("x", "y"), "linear": ("weight",), "conv": ("weight",)}
@@ -75,19 +70,3 @@ def _contracted(op: Op, key: str, rank: int) -> tuple[int, ...]:
     flag = op.arg(f"transpose_{key}")
     transposed = isinstance(flag, Literal) and bool(flag.to_python())
     return (rank - 1,) if (key == "x") != transposed else (rank - 2,)
-
-
-def quantize(
-    values: NDArray[np.float32], kind: str, contracted: tuple[int, ...]
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """(integers, scales): scales have the values' rank, extent 1 or number of blocks on contracted axes."""
-    top, axis = LEVELS[kind], contracted[0]
-    blocks = values.shape[axis] // BLOCK if kind == "int4" and values.shape[axis] % BLOCK == 0 else 1
-    split = (*values.shape[:axis], blocks, values.shape[axis] // blocks, *values.shape[axis + 1 :])
-    within = (axis + 1, *(a + 1 for a in contracted[1:]))
-    grouped = values.reshape(split)
-    peak = np.abs(grouped).max(axis=within, keepdims=True)
-    scale = np.maximum(peak / top, 2.0**-24).astype(np.float16).astype(np.float32)
-    data = np.clip(np.rint(grouped / scale), -top, top).astype(np.int8).reshape(values.shape)
-    shape = tuple(blocks if a == axis else 1 if a in contracted else n for a, n in enumerate(values.shape))
-    return data, scale.reshape(shape).astype(np.float16)
