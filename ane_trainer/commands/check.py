@@ -320,21 +320,13 @@ def _rewrites(step: TrainingStep) -> tuple[str, ...]:
 
 def _budgets(program: Program, chip: Chip, path: str) -> dict[str, object]:
     """Sizes of the program beside what is known."""
+    from ane_trainer.ane.chips.lookup import known_layers
     from ane_trainer.ane.chips.work import constant_bytes, held_bytes
 
     main = program.main
     state = sum(value.type.nbytes for value in main.inputs)
-<<<<<<< HEAD
-    constants = sum(
-        item.type.nbytes for op in main.ops for _, item in op.literals() if isinstance(item.data, bytes)
-    )
-    from ane_trainer.ane.chips.lookup import known_layers
-
-    most, _ = known_layers(chip, path)
-=======
     constants = constant_bytes(main)
-    most, _ = _known_layers(chip, path)
->>>>>>> 9b27235 ([dispatch] Keep an adapter's base in 8 or 4 bits, as constants that the engine decodes)
+    most, _ = known_layers(chip, path)
     return {
         "ops": f"{len(main.ops)} (known to compile: {most:g})",
         "inputs": format_bytes(state),

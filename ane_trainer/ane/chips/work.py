@@ -193,7 +193,7 @@ def stored_bytes(item: Literal) -> int:
 def constant_bytes(function: Function) -> int:
     """Bytes of a program's constants as they are stored."""
     found = [item for op in function.ops for _, item in op.literals() if isinstance(item.data, bytes)]
-    return sum(_stored_bytes(item) for item in found)
+    return sum(stored_bytes(item) for item in found)
 
 
 def held_bytes(function: Function) -> int:

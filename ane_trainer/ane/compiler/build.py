@@ -69,7 +69,11 @@ def _holds(folder: Path, text: str, weights: bytes) -> bool:
 
 
 def prepare(
-    captured: Captured, chip: str, path: str, precision: str, division: Division | None = None,
+    captured: Captured,
+    chip: str,
+    path: str,
+    precision: str,
+    division: Division | None = None,
     held: Mapping[str, Op] | None = None,
 ) -> Compiled:
     """Lower, legalize and compile; in the programs that `division` chooses.

@@ -53,7 +53,7 @@ def quantize_frozen(model: torch.nn.Module, kind: str) -> int:
             rounded = torch.from_numpy(data * scale.astype(np.float32))
         else:
             step = max(1, _AT_ONCE // rows.shape[1])
-            rounded = torch.cat([palettize(part) for part in rows.split(step)])
+            rounded = torch.cat([palettize(rows[i : i + step]) for i in range(0, len(rows), step)])
         parameter.copy_(rounded.reshape(parameter.shape))
         _KIND_OF[parameter] = kind
     return len(found)

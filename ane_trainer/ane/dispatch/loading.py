@@ -150,7 +150,11 @@ def compile_step_of(
 
 
 def _prepared(
-    subject: Subject, target: Target, options: StepOptions, captured: Captured, parameters: Iterable[Parameter]
+    subject: Subject,
+    target: Target,
+    options: StepOptions,
+    captured: Captured,
+    parameters: Iterable[Parameter],
 ) -> Compiled:
     """A captured step compiled, whole or in programs of blocks."""
     assert target.chip is not None

@@ -105,7 +105,7 @@ class Mirror:
         for name in self._changing:
             self._combine(name, self._tensors[name])
         self._changes.count(self._model, steps)
-        self._fingerprints.note()
+        self._fingerprints.note(self._changing)
 
     @torch.no_grad()
     def push_weights(self, changed_only: bool = False) -> None:

@@ -46,5 +46,17 @@ def test_tensors_with_gaps_and_of_other_types() -> None:
     assert prints.changed() == ["column", "half", "flag"]
 
 
+def test_some_are_noted_and_others_stay_as_they_were() -> None:
+    tensors = {"a": torch.zeros(40), "b": torch.zeros(8, 6).mT, "c": torch.zeros(5)}
+    prints = Fingerprints(tensors)
+    for tensor in tensors.values():
+        tensor.data.add_(1.0)
+    prints.note(("a", "b"))
+    assert prints.changed() == ["c"]
+    tensors["b"].data = torch.ones(6, 8)  # elsewhere
+    prints.note(("b",))
+    assert prints.changed() == []
+
+
 def test_no_tensors() -> None:
     assert Fingerprints({}).changed() == []

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.weights import Array
@@ -79,11 +81,45 @@ def product_into(
     ctx: EngineContext, a: Array, b: Array, bias: Array | None, out: Array
 ) -> Callable[[], None]:
     """`out = a @ b + bias` on the multiply-accumulate unit; leading axes broadcast."""
-    if ctx.fast:
-        return _fast(ctx, a, b, bias, out)
     if b.ndim == 2 < a.ndim and a.flags.c_contiguous and out.flags.c_contiguous:
         a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
-    return mac_bind(a, b, bias, threads=ctx.threads, out=out)
+    step = _dense(ctx, a, b, bias, out)
+    if bias is None and a.ndim == b.ndim == 2 and out.size * a.shape[1] >= _LARGE:
+        return partial(_without_zeros, ctx, a, b, out, step)
+    return step
+
+
+def _dense(ctx: EngineContext, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
+    return _fast(ctx, a, b, bias, out) if ctx.fast else mac_bind(a, b, bias, threads=ctx.threads, out=out)
+
+
+#: Multiply-accumulates from which it is worth while to look for zeros, and the share of rows or columns (and of the
+#: first one's entries) that may hold others.
+_LARGE, _SPARSE = 1 << 22, 0.25
+
+
+def _without_zeros(ctx: EngineContext, a: Array, b: Array, out: Array, dense: Step) -> None:
+    """`out = a @ b` where most columns or rows of `a` are zero: an embedding's one-hot numbers, and its gradient's.
+
+    A product with 0 is 0 and adds nothing, for numbers here are finite.
+    """
+    if np.count_nonzero(a[0]) <= _SPARSE * a.shape[1] and len(used := _used(a, 0)) <= _SPARSE * a.shape[1]:
+        out[...] = 0
+        if len(used):
+            _dense(ctx, a[:, used], b[used], None, out)()
+    elif np.count_nonzero(a[:, 0]) <= _SPARSE * len(a) and len(used := _used(a, 1)) <= _SPARSE * len(a):
+        out[...] = 0
+        if len(used):
+            part = np.empty((len(used), out.shape[1]), np.float32)
+            _dense(ctx, a[used], b, None, part)()
+            out[used] = part
+    else:
+        dense()
+
+
+def _used(a: Array, axis: int) -> NDArray[np.intp]:
+    """The columns (axis 0) or rows (axis 1) that are not all zero."""
+    return np.flatnonzero(a.any(axis))
 
 
 def _fast(ctx: EngineContext, a: Array, b: Array, bias: Array | None, out: Array) -> Callable[[], None]:
