@@ -29,6 +29,8 @@ LEAST_POWER, LARGEST_POWER = -30, 34
 _SAMPLE = 2**15
 #: Steps of a sum, and entries of each factor, that dead products are counted over; of more, evenly spaced ones.
 _STEPS, _ROWS = 48, 4096
+#: The ops that make infinities or nan of ordinary numbers: divisions by 0, logarithms and roots of what has none.
+_UNDEFINED_BY = ("real_div", "inverse", "rsqrt", "log", "sqrt", "pow", "acos", "asin", "atanh")
 #: The ops whose products meet in the accumulator: kind -> its two factors.
 CONTRACTIONS = {
     "matmul": ("x", "y"), "linear": ("x", "weight"), "conv": ("x", "weight"), "conv_transpose": ("x", "weight"),
@@ -44,9 +46,10 @@ class OpAccuracy:
     dead       of a contraction, the share of its products of numbers other than 0 that vanish in the accumulator
     before     the largest relative error from the start among its operands
     rms        root mean square of its numbers in double precision from the start
-    peak       the largest of those on the engine's operands (`local`), before the engine's limits
+    peak       the largest of those on the engine's operands, before the engine's limits; `true_peak` from the start
     histogram  counts by power of two from LEAST_POWER to LARGEST_POWER, on the engine and in double precision; 0, and
                what is beyond the ends, is in `zeros` and in the last bins
+    undefined  numbers that are infinite or nan in double precision, of operands that are not
     """
 
     profile: OpProfile
@@ -57,6 +60,8 @@ class OpAccuracy:
     peak: float
     histogram: tuple[tuple[int, ...], tuple[int, ...]] = field(repr=False)
     zeros: tuple[int, int] = (0, 0)
+    undefined: int = 0
+    true_peak: float = 0.0
 
     @property
     def name(self) -> str:
@@ -118,10 +123,20 @@ def _measured(each: Seen, before: float) -> list[OpAccuracy]:
         rows.append(
             OpAccuracy(
                 profile, _flushed(got, local) if numbers else 0.0, dead, before, _rms(true) if numbers else 0.0,
-                peak, (engine[0], double[0]), (engine[1], double[1]),
+                peak, (engine[0], double[0]), (engine[1], double[1]), _undefined(each, number),
+                _peak(each.exact[number]) if numbers else 0.0,
             )
         )  # fmt: skip
     return rows
+
+
+def _undefined(each: Seen, number: int) -> int:
+    """Results in double precision from the start that are no numbers, though all operands are."""
+    found = each.exact[number]
+    if found.dtype != np.float64 or np.isfinite(found).all() or each.op.kind not in _UNDEFINED_BY:
+        return 0
+    whole = all(np.isfinite(a).all() for a in each.exact_operands.values() if a.dtype == np.float64)
+    return int((~np.isfinite(found)).sum()) if whole else 0
 
 
 def _largest(array: Array) -> float:

@@ -27,6 +27,7 @@ _SUMS = ("reduce_sum", "reduce_mean", "reduce_sum_square", "reduce_l2_norm", "cu
 
 #: Kinds of faults -> what they are, worst first.
 RULES = {
+    "undefined": "the program as it is divides by 0 here, or takes a logarithm or root of what has none",
     "overflow": "numbers become infinite here",
     "accumulator": "a sum passes 32,768, where the accumulator ends",
     "clamped-slice": "large values become infinite in this slice on this chip",
@@ -54,6 +55,9 @@ def fault_of(op: OpAccuracy, operands: float = 0.0, tolerated: float = TOLERATED
     """The fault that an op shows on this run, or None. `operands`: the largest magnitude among them."""
     profile = op.profile
     own, total = profile.own.relative, profile.total.relative
+    if op.undefined:
+        facts = f"{op.undefined:,} numbers are infinite or nan in double precision, too: a division by 0, say"
+        return Fault("undefined", facts, math.inf)
     if profile.overflows:
         return _overflow(op)
     if own > tolerated:

@@ -23,7 +23,7 @@ from ane_trainer.ane.simulator.kernels.integer import encoded_products, integer_
 from ane_trainer.ane.simulator.schedule import folded_factors, live_ops
 
 #: The engine's infinity, a number to it, and the largest number below it.
-ENGINE_INF, LARGEST = 65536.0, 65504.0
+ENGINE_INF, LARGEST, SMALLEST_NORMAL = 65536.0, 65504.0, 2.0**-14
 #: Bytes of plans that are kept for equal ops to come.
 _KEPT_BYTES = 256_000_000
 
@@ -254,11 +254,12 @@ def _wide(array: Array) -> type:
 
 
 def _leaves(array: Array) -> bool:
-    """Whether numbers of double precision are beyond what fp16 holds."""
+    """Whether numbers of double precision are beyond what fp16 holds, or most of them below its normal ones."""
     if array.dtype != np.float64 or not array.size:
         return False
     size = np.abs(array)
-    return bool(((size > LARGEST) & np.isfinite(size) & (size != ENGINE_INF)).any())
+    there = size[(size > 0) & np.isfinite(size) & (size != ENGINE_INF)]
+    return bool((there > LARGEST).any()) or 2 * int((there < SMALLEST_NORMAL).sum()) > there.size
 
 
 def _on_engine(array: Array, value: Value) -> Array:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from ane_trainer.ane.compiler.lower.passes.rewriting import Rewriter
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value, literal
 from ane_trainer.ane.verify.accuracy import CONTRACTIONS, OpAccuracy
-from ane_trainer.training.debugging.forms import new_op
+from ane_trainer.training.debugging.forms import is_square, new_op, number_of
 
 #: Where the largest number of a value is brought that was too large; operands of slices that clamp; too small ones.
 WANTED, WANTED_SLICE, RAISED = 2.0**12, 2.0**11, 2.0**8
@@ -57,18 +57,25 @@ class _Carrier:
             return
         names = {name for name, arg in op.args if isinstance(arg, Value) and arg.type.dtype == "fp16"}
         x, y = op.arg("x"), op.arg("y")
-        if op.kind in ("square",) or (op.kind == "mul" and x == y) or (op.kind == "pow" and _is_two(y)):
-            half = math.ceil(k / 2)
-            scaled = self._times(x, -half, op)
+        degree = _degree(op)
+        if degree is not None and degree >= 1 and degree == int(degree):
+            each = math.ceil(k / degree)
+            scaled = self._times(x, -each, op)
             args = op.args if op.kind != "mul" else _with(op, "y", scaled)
-            self._finish(replace(op, args=_with(replace(op, args=args), "x", scaled)), 2 * half)
+            self._finish(replace(op, args=_with(replace(op, args=args), "x", scaled)), int(each * degree))
         elif op.kind in CONTRACTIONS and "x" in names:
             args = _with(op, "x", self._times(x, -k, op))
             bias = op.arg("bias")
             if bias is not None:
                 args = _with(replace(op, args=args), "bias", self._times(bias, -k, op))
             self._finish(replace(op, args=args), k)
-        elif op.kind in ("mul", "real_div") and "x" in names:
+        elif op.kind == "mul":
+            first = -min(-k, self._room(x)) if k < 0 else k  # the operand must stay in range itself
+            args = _with(op, "x", self._times(x, -first, op))
+            if first != k:
+                args = _with(replace(op, args=args), "y", self._times(y, first - k, op))
+            self._finish(replace(op, args=args), k)
+        elif op.kind == "real_div" and "x" in names:
             self._finish(replace(op, args=_with(op, "x", self._times(x, -k, op))), k)
         elif op.kind in _ALIGNED:
             args = _with(op, "x", self._times(x, -k, op))
@@ -84,12 +91,12 @@ class _Carrier:
         x, y = powers.get("x", 0), powers.get("y", 0)
         if op.kind in _LINEAR and {n for n, p in powers.items() if p} == {"x"}:
             self._finish(op, x)
-        elif op.kind == "square" or (op.kind == "pow" and _is_two(op.arg("y"))):
-            self._finish(op, 2 * x)
+        elif (degree := _degree(op)) is not None and op.kind != "mul":
+            self._power(op, x, degree)
         elif op.kind in ("mul", "matmul"):
-            self._finish(op, x + y)
+            self._product(op, x + y)
         elif op.kind == "real_div":
-            self._finish(op, x - y)
+            self._product(op, x - y)
         elif op.kind in ("linear", "conv", "conv_transpose"):
             args, bias = op.args, op.arg("bias")
             if bias is not None:
@@ -102,33 +109,48 @@ class _Carrier:
                 if power != most:
                     args = _with(replace(op, args=args), name, self._times(op.arg(name), power - most, op))
             self._finish(replace(op, args=args), most)
-        elif op.kind in ("sqrt", "rsqrt", "inverse"):
-            self._root(op, x)
         elif op.kind == "log":
             self.rewriter.append(op)
             self._stand(op, self._op("add", op, x=op.result, y=x * math.log(2.0)))
         else:
             self._give_up(op)
 
-    def _root(self, op: Op, k: int) -> None:
-        epsilon = op.arg("epsilon")
-        argument, degree = dict(op.args)["x"], {"sqrt": 0.5, "rsqrt": -0.5, "inverse": -1.0}[op.kind]
-        if k % 2 and op.kind != "inverse":
+    def _power(self, op: Op, k: int, degree: float) -> None:
+        """A power or root: the exponent times its degree, made whole before."""
+        epsilon, argument = op.arg("epsilon"), dict(op.args)["x"]
+        while (k * degree) % 1:
             argument, k = self._times(argument, -1, op), k + 1
         args = _with(op, "x", argument)
         if isinstance(epsilon, Literal):
-            number = epsilon.to_python()
-            value = float(number) if isinstance(number, (int, float)) else 0.0
-            args = _with(
-                replace(op, args=args), "epsilon", literal(math.ldexp(value, -k), epsilon.type.dtype)
-            )
+            value = literal(math.ldexp(number_of(epsilon) or 0.0, -k), epsilon.type.dtype)
+            args = _with(replace(op, args=args), "epsilon", value)
         self._finish(replace(op, args=args), int(k * degree))
+
+    def _product(self, op: Op, k: int) -> None:
+        """A product or quotient; its first operand takes what brings the result into range."""
+        found = self.measured.get(op.name)
+        if found is not None and found.true_peak > 0.0:
+            stored = found.true_peak * 2.0**-k
+            if not LEAST <= stored <= LARGEST:
+                shift = math.ceil(math.log2(stored / WANTED))
+                op, k = replace(op, args=_with(op, "x", self._times(op.arg("x"), -shift, op))), k + shift
+        self._finish(op, k)
+
+    def _room(self, argument: Arg | None) -> int:
+        """The power of two that an operand can grow by."""
+        found = self.measured.get(argument.name) if isinstance(argument, Value) else None
+        if isinstance(argument, Literal):
+            number = number_of(argument)
+            peak = abs(number) if number else 1.0
+        else:
+            peak = found.true_peak if found is not None and found.true_peak > 0.0 else 1.0
+        return max(0, math.floor(math.log2(WANTED / peak)))
 
     def _finish(self, op: Op, k: int) -> None:
         """Append an op whose result is v * 2^-k; the true value again where that is in range."""
         self.rewriter.append(op)
         found = self.measured.get(op.name)
-        peak, rms = (found.peak, found.rms) if found is not None else (0.0, 1.0)
+        peak, rms = (found.true_peak, found.rms) if found is not None else (0.0, 1.0)
         output = op.result in self.rewriter.function.outputs
         if k and ((peak <= LARGEST and rms >= LEAST) or output or peak == 0.0):
             self._stand(op, self._times(op.result, k, op))
@@ -146,8 +168,8 @@ class _Carrier:
     def _times(self, argument: Arg | None, power: int, op: Op) -> Arg:
         """An operand times 2^power, in factors that fp16 holds."""
         assert argument is not None
-        if isinstance(argument, Literal):
-            argument = self._op("mul", op, x=argument, y=1.0) if argument.type.shape else argument
+        if isinstance(argument, Literal) and (number := number_of(argument)) is not None:
+            return literal(math.ldexp(number, power), argument.type.dtype)
         value: Arg = argument
         while power:
             part = max(-14, min(14, power))
@@ -164,13 +186,13 @@ def carried(
 ) -> tuple[int, Function] | None:
     """(k, the function with the result of `op` carried as v * 2^-k); None where no power helps or it cannot be."""
     found = measured.get(op.name)
-    if found is None or len(op.results) != 1 or op.result.type.dtype != "fp16" or not found.peak > 0.0:
+    if found is None or len(op.results) != 1 or op.result.type.dtype != "fp16" or not found.true_peak > 0.0:
         return None
-    wanted = WANTED if found.peak > LARGEST or rule in ("overflow", "accumulator") else RAISED
+    wanted = WANTED if found.true_peak > LARGEST or rule in ("overflow", "accumulator") else RAISED
     wanted = WANTED_SLICE if rule == "clamped-slice" else wanted
-    power = math.ceil(math.log2(found.peak / wanted))
+    power = math.ceil(math.log2(found.true_peak / wanted))
     if rule == "dead-products":
-        power = min(power, math.floor(math.log2(found.peak / RAISED)))
+        power = min(power, math.floor(math.log2(found.true_peak / RAISED)))
     if power == 0 or (rule == "clamped-slice" and power < 0):
         return None
     carrier = _Carrier(function, op, power, measured)
@@ -182,5 +204,10 @@ def _with(op: Op, name: str, value: Arg) -> tuple[tuple[str, Arg], ...]:
     return tuple((n, value if n == name else a) for n, a in op.args)
 
 
-def _is_two(argument: Arg | None) -> bool:
-    return isinstance(argument, Literal) and argument.type.size == 1 and argument.to_python() in (2.0, (2.0,))
+def _degree(op: Op) -> float | None:
+    """The power that an op raises its operand to; None where it raises it to none."""
+    if is_square(op):
+        return 2.0
+    if op.kind == "pow":
+        return number_of(op.arg("y"))
+    return {"sqrt": 0.5, "rsqrt": -0.5, "inverse": -1.0}.get(op.kind)

@@ -117,6 +117,7 @@ class Report:
     verdict  "agrees" (with fp32, as far as fp16 goes), "departs", or "refused" (there is no step to look at)
     faults   the ops to blame, in order; empty where it agrees
     healed   faults that the rewrites of the range pass heal: without them the step departs
+    costs    faults of a step that agrees, where fp16's own rounding costs more than usual
     ops      every op's numbers, in order of work; empty where refused
     """
 
@@ -127,6 +128,7 @@ class Report:
     against: str
     faults: tuple[Fault, ...] = ()
     healed: tuple[Fault, ...] = ()
+    costs: tuple[Fault, ...] = ()
     ops: tuple[OpLine, ...] = field(default=(), repr=False)
     notes: tuple[str, ...] = ()
     seconds_step: float = 0.0
@@ -142,7 +144,8 @@ class Report:
         return {
             "subject": self.subject, "chip": self.chip, "verdict": self.verdict, "agrees": self.agrees,
             "against": self.against, "score": asdict(self.score), "faults": [f.to_json() for f in self.faults],
-            "healed": [f.to_json() for f in self.healed], "notes": list(self.notes),
+            "healed": [f.to_json() for f in self.healed],
+            "costs": [f.to_json() for f in self.costs], "notes": list(self.notes),
             "seconds_step": self.seconds_step, "seconds": self.seconds, "ops": [op.to_json() for op in self.ops],
         }  # fmt: skip
 

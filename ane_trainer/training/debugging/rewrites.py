@@ -11,7 +11,7 @@ epsilon     a larger one
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ane_trainer.ane.errors import ProgramError
@@ -24,7 +24,7 @@ from ane_trainer.training.debugging.normalising import norm
 def rewrites_at(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
     """The rewrites that fit an op with a fault of this rule, the likeliest first."""
     found = []
-    for make in (norm, _maximum, _logsigmoid, _variance, _carry, _epsilon):
+    for make in (norm, _maximum, _logsigmoid, _variance, _reassociate, _carry, _epsilon):
         try:
             rewritten = make(graph, op, rule)
         except ProgramError:  # a type rule refuses the form here
@@ -50,45 +50,53 @@ def _carry(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
 
 
 def _maximum(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
-    """exp(x) / sum(exp(x)), log(sum(exp(x)))."""
+    """exp(x) / sum(exp(x)), log(sum(exp(x))); numbers that both are multiplied by stay."""
     makers, readers = graph.makers, graph.readers
     while op.kind != "exp":
         values = [v for v in op.operands() if v.name in makers]
-        if op.kind not in ("reduce_sum", "real_div", "log", "mul", "inverse") or not values:
+        if op.kind not in ("reduce_sum", "reduce_mean", "real_div", "log", "mul", "inverse") or not values:
             return []
         op = makers[values[0].name]
-    x = op.arg("x")
-    sums = [u for u in readers.get(op.name, []) if u.kind == "reduce_sum"]
-    if not isinstance(x, Value) or len(sums) != 1:
-        return []
-    total = sums[0]
-    others = [u for u in readers.get(op.name, []) if u is not total and u.kind not in ("real_div", "mul")]
-    uses = readers.get(total.name, [])
-    if others or not all(u.kind in ("real_div", "log", "inverse") for u in uses):
+    x, shown = op.arg("x"), [op.name]
+    for name in shown:  # it grows: the exponential, and it times numbers
+        users = readers.get(name, [])
+        shown += [u.name for u in users if u.kind == "mul" and None in (_value(u, "x"), _value(u, "y"))]
+    sums = [u for n in shown for u in readers.get(n, []) if u.kind in ("reduce_sum", "reduce_mean")]
+    first = next((s for s in sums if _axes_alike(s, sums)), None)
+    if not isinstance(x, Value) or first is None:
         return []
     replay = Replay(graph.function)
 
     def lowered(m: Maker) -> Mapping[str, Value]:
-        largest = m.op("reduce_max", x=x, axes=total.arg("axes"), keep_dims=True)
+        largest = m.op("reduce_max", x=x, axes=first.arg("axes"), keep_dims=True)
         m.known["largest"] = largest
         return {op.name: m.op("exp", x=m.op("sub", x=x, y=largest))}
 
+    def back(m: Maker, use: Op) -> Mapping[str, Value]:
+        largest = m.known["largest"]
+        if largest.type.shape != use.result.type.shape:
+            largest = m.op("reshape", x=largest, shape=list(use.result.type.shape))
+        return {use.name: m.op("add", x=use.result, y=largest)}
+
     replay.at(op, lowered)
-    for use in uses:
-        if use.kind == "log":
-
-            def back(m: Maker, use: Op = use) -> Mapping[str, Value]:
-                largest = m.known["largest"]
-                if largest.type.shape != use.result.type.shape:
-                    largest = m.op("reshape", x=largest, shape=list(use.result.type.shape))
-                return {use.name: m.op("add", x=use.result, y=largest)}
-
-            replay.at(use, back)
+    for total in sums:
+        for use in readers.get(total.name, []):
+            if use.kind == "log":
+                replay.at(use, lambda m, use=use: back(m, use))  # type: ignore[misc]
     how = (
         "subtract the row's largest entry before exp: x - x.amax(dim, keepdim=True), as torch.softmax and "
         "torch.logsumexp do"
     )
     return [Rewritten("maximum", how, replay.result())]
+
+
+def _value(op: Op, name: str) -> Value | None:
+    arg = op.arg(name)
+    return arg if isinstance(arg, Value) else None
+
+
+def _axes_alike(one: Op, others: Sequence[Op]) -> bool:
+    return all(o.arg("axes") == one.arg("axes") for o in others)
 
 
 def _logsigmoid(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
@@ -157,6 +165,21 @@ def _variance(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
     replay.at(sub, centred)
     how = "subtract the mean before the square: ((x - x.mean(dim, keepdim=True)) ** 2).mean(dim)"
     return [Rewritten("variance", how, replay.result())]
+
+
+def _reassociate(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
+    """(x + c) - d and the like."""
+    inner = next((graph.makers[v.name] for v in op.operands() if v.name in graph.makers), None)
+    signs = {"add": 1.0, "sub": -1.0}
+    if inner is None or op.kind not in signs or inner.kind not in signs:
+        return []
+    x, c, d = inner.arg("x"), number_of(inner.arg("y")), number_of(op.arg("y"))
+    if not isinstance(x, Value) or c is None or d is None:
+        return []
+    replay, total = Replay(graph.function), signs[inner.kind] * c + signs[op.kind] * d
+    replay.at(op, lambda m: {op.name: m.op("add", x=x, y=total)})
+    how = f"join the two constants: x + {total:.6g}, so that the large one never meets x"
+    return [Rewritten("reassociate", how, replay.result())]
 
 
 #: Epsilons that are tried.

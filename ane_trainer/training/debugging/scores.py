@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ class StepCriterion:
         self.feeds = feeds
         self.applied = next((p.name for p in compiled.outputs if p.target == "applied"), None)
 
+    def strict(self) -> StepCriterion:
+        """The same without allowance for what rounding to eleven bits costs this model."""
+        found = copy.copy(self)
+        found.official = None
+        return found
+
     def __call__(self, outputs: Mapping[str, Array], exact: Mapping[str, Array]) -> Score:
         """The score of outputs that are decoded, or in double precision."""
         loss = float(np.asarray(outputs[self.loss.name], np.float64).reshape(-1)[0]) / self.loss.scale
@@ -110,6 +117,11 @@ class OutputCriterion:
     def __call__(self, outputs: Mapping[str, Array], exact: Mapping[str, Array]) -> Score:
         """The score of outputs that are decoded, or in double precision."""
         worst, where = 0.0, ""
+        undefined = sum(int((~np.isfinite(a)).sum()) for a in exact.values() if a.dtype == np.float64)
+        if undefined:
+            return Score(
+                False, note=f"{undefined:,} numbers of the outputs are infinite or nan in double precision"
+            )
         for name, half in self.half.items():
             found = distance(
                 np.asarray(outputs[name], np.float64), np.asarray(exact[name], np.float64), half

@@ -44,12 +44,12 @@ class Suspect:
 @dataclass(frozen=True)
 class Culprit:
     """A suspect with what became of the result when it alone ran in double precision (with those before it, where
-    several are to blame); `alone`: whether that healed it.
+    several are to blame; None: double precision itself has no number here); `alone`: whether that healed it.
     """
 
     suspect: Suspect
     before: Score
-    after: Score
+    after: Score | None
     alone: bool
 
 
@@ -78,13 +78,18 @@ class Search:
 
     def culprits(self) -> tuple[Culprit, ...]:
         """Who is to blame; nobody where the result agrees as it is, or the program's own numbers are."""
+        if self.before.agrees:
+            return ()
+        undefined = [s for s in self.suspects() if s.fault.rule == "undefined"]
+        if undefined:
+            return (Culprit(undefined[0], self.before, None, False),)
         if self.heals(self.before):
             return ()
         best: tuple[Culprit, ...] = ()
         for tolerated in (TOLERATED, TOLERATED / 8):
             suspects = self.suspects(tolerated)
             found = self._one_by_one(suspects)
-            if found and self.heals(found[-1].after):
+            if found and self.heals(found[-1].after or self.before):
                 return tuple(found)
             together = self._together(suspects) if len(suspects) > 1 else ()
             if together:

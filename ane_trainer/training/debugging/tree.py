@@ -59,6 +59,10 @@ def as_text(report: Report) -> str:
     lines = [*_headline(report)]
     for number, fault in enumerate(report.faults, 1):
         lines += ["", *_fault(fault, f"{number}. ")]
+    if report.costs:
+        lines += ["", "As good as rounding to fp16 allows, which costs most here:"]
+        for fault in report.costs:
+            lines += _fault(fault, "   ")
     if report.healed:
         lines += ["", "Healed by the range pass (without its rewrites the step departs):"]
         for fault in report.healed:

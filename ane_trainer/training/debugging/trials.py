@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.fx import Graph
 
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
+from ane_trainer.ane.capture.range.editing import in_update
 from ane_trainer.ane.capture.range.switch import REWRITES, Made, limited_to
+from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.dispatch import StepOptions, Target, TrainingStep, build_step
 from ane_trainer.ane.dispatch.agreement import Agreement, Reference, copied, reference
 from ane_trainer.ane.dispatch.devices import Session
@@ -34,6 +38,16 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A number in the graph that fp16 does not hold: its place, the operation, and what fp16 has for it."""
+
+    where: str
+    op: str
+    number: float
+    half: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """What came of it. `refused`: why there is no step, then all else is empty.
 
@@ -51,6 +65,7 @@ class Trial:
     exact: Mapping[str, Array] = field(default_factory=dict, repr=False)
     criterion: StepCriterion | None = field(default=None, repr=False)
     agreement: Agreement | None = None
+    constants: tuple[Constant, ...] = ()
 
 
 class _Watched:
@@ -132,7 +147,25 @@ def _trial(
         score = Score(
             found.agrees and not skipped, found.loss, None if skipped else found.update, note=skipped
         )
-    return Trial(way, score, (), 0.0, step.loss_scale, None, compiled, feeds, exact, criterion, found)
+    constants = tuple(_constants(step.host_side[1].capture.captured.graph.graph))
+    return Trial(
+        way, score, (), 0.0, step.loss_scale, None, compiled, feeds, exact, criterion, found, constants
+    )
+
+
+#: Relative error of a constant in fp16 from which it is told.
+_ROUGH = 2.0**-9
+
+
+def _constants(graph: Graph) -> Iterator[Constant]:
+    """The numbers in front of the update that fp16 does not hold."""
+    for node in graph.nodes:
+        numbers = [a for a in node.args if isinstance(a, float)] if node.op == "call_function" else []
+        for number in numbers if not in_update(node) else []:
+            half = float(torch.tensor(number).half())
+            if math.isfinite(number) and abs(half - number) > _ROUGH * abs(number):
+                op = str(node.target).removeprefix("aten.").partition(".")[0]
+                yield Constant(str(node.meta.get(META_KEY, node.name)), op, number, half)
 
 
 def _unrounded(
