@@ -26,10 +26,11 @@ from ane_trainer.commands.subjects import (
     resolve,
     shapes_of,
 )
-from ane_trainer.commands.verdicts import ChipVerdict, OpCheck, Problem, Verdict
+from ane_trainer.commands.verdicts import ChipVerdict, OpCheck, Problem, Rewrite, Verdict
 from ane_trainer.utils import format_bytes
 
 if TYPE_CHECKING:
+    from ane_trainer.ane.capture.range.switch import Made
     from ane_trainer.ane.chips.lookup import Chip
     from ane_trainer.ane.dispatch import TrainingStep
     from ane_trainer.ane.mil.program import Program
@@ -99,12 +100,15 @@ def verdict_of(
 def _chip_verdict(subject: ModelSubject | ProgramSubject, chip: Chip, path: str, run: bool) -> ChipVerdict:
     if isinstance(subject, ProgramSubject):
         return _program_verdict(subject.program, chip, path)
+    from ane_trainer.ane.capture.range.switch import REWRITES, limited_to
+
     try:
-        step = subject.step(chip.name, path)
+        with limited_to(REWRITES) as made:
+            step = subject.step(chip.name, path)
     except UnsupportedModel as error:
         return ChipVerdict(chip.name, chip.title, _by_cause(map(_refusal, error.findings)))
     try:
-        return _step_verdict(subject, step, chip, path, run)
+        return replace(_step_verdict(subject, step, chip, path, run), rewrites=_rewrites(step, made))
     finally:
         step.close()
 
@@ -164,8 +168,8 @@ def _step_verdict(subject: ModelSubject, step: TrainingStep, chip: Chip, path: s
             words, wrong = _agreement(few, small)
         problems += [*wrong, *hazards]
     budgets = _budgets(step.program, chip, path)
-    return ChipVerdict(chip.name, chip.title, tuple(problems), _checked(step.program, chip, path), _rewrites(step),
-                       budgets, words)  # fmt: skip
+    return ChipVerdict(chip.name, chip.title, tuple(problems), _checked(step.program, chip, path), (), budgets,
+                       words)  # fmt: skip
 
 
 def _note(finding: Finding, chip: Chip) -> Problem | None:
@@ -309,13 +313,18 @@ def _table_end(op: OpProfile, operands: Sequence[OpProfile]) -> Problem | None:
     )
 
 
-def _rewrites(step: TrainingStep) -> tuple[str, ...]:
-    """What was changed to keep the step in range: powers of two on ports, and scaled values."""
-    scaled = [port.target for port in step.compiled.inputs if port.role == "batch" and port.scale != 1.0]
-    found = [f"{name} is fed times a power of two" for name in scaled]
+def _rewrites(step: TrainingStep, made: Sequence[Made]) -> tuple[Rewrite, ...]:
+    """What was changed to keep the step in range, op by op, and what the host does for it."""
+    found = [
+        Rewrite(port.target, "input", f"fed times {port.scale:g}", "its numbers leave the range")
+        for port in step.compiled.inputs
+        if port.role == "batch" and port.scale != 1.0
+    ]
+    found += [Rewrite(item.where, item.op, item.change, item.reason) for item in made]
     if step.optimizer_on == "host":
-        found.append("the optimizer runs on the host, which has no rule on the engine")
-    return tuple(found)
+        reason = str(step.placement()["optimizer_reason"] or "it has no rule on the engine")
+        found.append(Rewrite("optimizer", "update", "runs on the host", reason))
+    return tuple(dict.fromkeys(found))  # a graph may be captured twice
 
 
 def _budgets(program: Program, chip: Chip, path: str) -> dict[str, object]:

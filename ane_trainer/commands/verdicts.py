@@ -52,6 +52,16 @@ class OpCheck:
 
 
 @dataclass(frozen=True)
+class Rewrite:
+    """What was changed to keep an op, or an input, in the engine's range: its place, how, and why."""
+
+    where: str
+    op: str
+    change: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ChipVerdict:
     """What was found of one chip. `budgets` are sizes of the program beside what is known of the chip.
 
@@ -62,7 +72,7 @@ class ChipVerdict:
     title: str
     problems: tuple[Problem, ...]
     checked: tuple[OpCheck, ...] = field(default=(), repr=False)
-    rewrites: tuple[str, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
     budgets: Mapping[str, object] = field(default_factory=dict)
     agreement: str = ""
 
@@ -126,8 +136,7 @@ class Verdict:
         for number, (problem, chips) in enumerate(ordered, 1):
             lines.append(f"{number:>3}  {problem.level:<8}[{', '.join(chips)}] {problem}")
         for chip in self.chips:
-            if chip.rewrites:
-                lines.append(f"{chip.title}: rewritten: {'; '.join(chip.rewrites)}")
+            lines += _rewrites_text(chip)
             if chip.budgets:
                 lines.append(
                     f"{chip.title}: " + "; ".join(f"{name} {value}" for name, value in chip.budgets.items())
@@ -154,6 +163,28 @@ class Verdict:
             "runs": [{"tool": {"driver": driver}, "results": results}],
         }
 
+
+def _rewrites_text(chip: ChipVerdict) -> list[str]:
+    """The rewrites by place: of each the ops and the ways; the first reason that is not another value's."""
+    if not chip.rewrites:
+        return []
+    places: dict[str, list[Rewrite]] = {}
+    for rewrite in chip.rewrites:
+        places.setdefault(rewrite.where, []).append(rewrite)
+    lines = [f"{chip.title}: {len(chip.rewrites)} rewritten to stay in range:"]
+    for where, members in list(places.items())[:_PLACES]:
+        first = next((m for m in members if m.reason != FOLLOWS), members[0])
+        more = f", and {len(members) - 1} more of its values" if len(members) > 1 else ""
+        lines.append(f"       {where}: {first.op}: {first.change} ({first.reason}){more}")
+    if len(places) > _PLACES:
+        lines.append(f"       and at {len(places) - _PLACES} more places: --json has all")
+    return lines
+
+
+#: Places whose rewrites are shown.
+_PLACES = 12
+#: The reason of a value that carries a power of two because another does.
+FOLLOWS = "what it is made of carries one"
 
 #: Kinds of problems.
 RULES = {

@@ -99,6 +99,21 @@ class Shallow(Deep):
 """
 
 
+LOUD = """
+import torch
+from torch import nn
+
+class Loud(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+    def forward(self, x):
+        y = self.norm(self.body(x))
+        z = (y * 3000) * (y * 3000)
+        return self.head(z * 1e-7)
+"""
+
+
 @pytest.fixture
 def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nets.py").write_text(NETS)
@@ -235,3 +250,25 @@ def test_the_action_and_the_hook_call_check_as_it_is() -> None:
         command.replace('"$SUBJECT"', "net.py:Net").replace('"$CHIPS"', "m1").replace('"$SARIF"', "o").split()
     )
     assert run_command([*words[1:-1], "--help"]) == 0  # every option is known
+
+
+def test_rewrites_are_told_op_by_op(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A norm by rows and values that leave fp16, each at its module with the reason; nothing where all is as it was."""
+    (nets / "loud.py").write_text(LOUD)
+    code, found = checked(capsys, f"{nets}/loud.py:Loud", "--input", "16", "--batch", "4", "--no-run")
+    assert code == 0
+    rewrites = found["chips"][0]["rewrites"]
+    norms = [r for r in rewrites if r["op"] == "norm"]
+    assert [r["where"].split(" ")[0] for r in norms] == ["norm"]
+    assert "before it is squared" in norms[0]["change"]
+    assert "256" in norms[0]["reason"]
+    large = [r for r in rewrites if r["reason"].startswith("reaches")]
+    assert large
+    assert all("times 2^-" in r["change"] for r in large)
+    assert any("loud.py:11" in r["where"] for r in large)
+    run_command(["check", f"{nets}/loud.py:Loud", "--input", "16", "--batch", "4", "--no-run"])
+    text = capsys.readouterr().out
+    assert f"{len(rewrites)} rewritten to stay in range" in text
+    assert "norm" in text
+    _, quiet = checked(capsys, "nets.py:Frozen", "--input", "16", "--batch", "4", "--no-run")
+    assert not [r for r in quiet["chips"][0]["rewrites"] if r["op"] == "norm"]

@@ -55,7 +55,8 @@ def scale_found(
     kinds = {n.name: str(n.target).removeprefix("aten.").partition(".")[0] for n in graph.nodes}
     exponents = scale_values(graph, found, fixed, held)
     for shift in exponents.shifts:
-        note(POWERS, shift.source, kinds.get(shift.node, shift.node))
+        change = f"carried times 2^{-shift.exponent}"
+        note(POWERS, shift.source, kinds.get(shift.node, shift.node), change, shift.reason)
     if not exponents.shifts:
         return captured
     _guard(exponents, [n for n in placeholders if n.name in scale_names])

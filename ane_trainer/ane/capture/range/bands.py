@@ -78,6 +78,14 @@ class Bands(Editor):
         least = SMALLEST if exponent == 0 else SMALLEST_KEPT
         return size.peak * 2.0**-exponent > most or size.rms * 2.0**-exponent < least
 
+    def why(self, node: Node) -> str:
+        """What makes the value, or those that it is made of, leave the range."""
+        size = self.size(node)
+        if size is None or not self.risky(node, 0):
+            return "what it is made of carries one"
+        large = size.peak > (LARGEST_SQUARE if node in self.squares else LARGEST)
+        return f"reaches {size.peak:,.3g}" if large else f"is as small as {size.rms:.2g} (root mean square)"
+
     def wanted(self, node: Node, natural: int) -> int:
         """The exponent to store the value with: the natural one or none, if they do, else one that fits."""
         for exponent in (natural, 0):

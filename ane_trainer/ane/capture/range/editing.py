@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import Argument, map_arg
 
+from ane_trainer.ane.capture.range.switch import CONSTANTS, note
 from ane_trainer.ane.capture.trace.sources import META_KEY
 
 Shape = tuple[int, ...]
@@ -46,7 +47,13 @@ class Editor:
         """The node times a number that fp16 may not hold: at most two factors that it holds."""
         if factor == 1.0:
             return node
-        for part in split_factor(factor):
+        parts = split_factor(factor)
+        if len(parts) > 1:
+            place = str(self.here.meta.get(META_KEY, self.here.name))
+            note(
+                CONSTANTS, place, "mul", f"a factor of {factor:.3g} as {len(parts)}", "fp16 does not hold it"
+            )
+        for part in parts:
             node = self.emit(aten.mul.Tensor, node, part)
         return node
 

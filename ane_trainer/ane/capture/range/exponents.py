@@ -60,11 +60,12 @@ Target = Callable[..., object]
 
 @dataclass(frozen=True)
 class Shift:
-    """One value that is carried with a power of two: the node's name, its source and the exponent."""
+    """One value that is carried with a power of two: the node's name, its source, the exponent, and why."""
 
     node: str
     source: str
     exponent: int
+    reason: str = ""
 
 
 def scale_values(
@@ -163,7 +164,8 @@ class Exponents(Bands):
     def _note(self, node: Node, exponent: int) -> None:
         if exponent:
             self.of[node] = exponent
-            self.shifts.append(Shift(node.name, str(node.meta.get("ane_source", node.name)), exponent))
+            place = str(node.meta.get("ane_source", node.name))
+            self.shifts.append(Shift(node.name, place, exponent, self.why(node)))
 
     def _item(self, node: Node) -> None:
         source, index = cast("Node", node.args[0]), cast("int", node.args[1])

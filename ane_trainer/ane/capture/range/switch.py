@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 NORMS, POWERS = "norms", "powers"
+#: A factor that fp16 does not hold, as two; always made, also where the powers come from elsewhere.
+CONSTANTS = "constants"
 #: Name of a rewrite -> what it does.
 REWRITES = {
     NORMS: "each row is brought near 1 by a power of two before it is squared",
@@ -22,11 +24,13 @@ REWRITES = {
 
 @dataclass(frozen=True)
 class Made:
-    """One rewrite: its name, the place (module and line) and the operation whose numbers it changes."""
+    """One rewrite: its name, the place (module and line), the operation whose numbers it changes, how, and why."""
 
     rewrite: str
     where: str
     op: str
+    change: str = ""
+    reason: str = ""
 
 
 _allowed: ContextVar[frozenset[str]] = ContextVar("allowed", default=frozenset(REWRITES))
@@ -50,8 +54,8 @@ def is_allowed(name: str) -> bool:
     return name in _allowed.get()
 
 
-def note(name: str, where: str, op: str) -> None:
-    """Tell of a rewrite to whoever asked."""
+def note(name: str, where: str, op: str, change: str = "", reason: str = "") -> None:
+    """Tell of a rewrite to whoever asked; the arguments are those of `Made`."""
     found = _made.get()
     if found is not None:
-        found.append(Made(name, where, op))
+        found.append(Made(name, where, op, change, reason))
