@@ -24,6 +24,8 @@ from ane_trainer.commands.subjects import (
 from ane_trainer.utils import atomic_write
 
 if TYPE_CHECKING:
+    import torch
+
     from ane_trainer.training.debugging import Report
     from ane_trainer.training.debugging.trials import Way
 
@@ -70,9 +72,8 @@ def debug(
 ) -> Output:
     """Find the op where a step departs from full precision, and what heals it.
 
-    Every op of forward, loss, backward and optimizer is held against double precision on the simulator. Where the step
-    departs from fp32, the op to blame is found by putting double precision in its place, and remedies are tried; each
-    is told with what was measured. Exit code 3 where the step departs, or is refused.
+    Every op of forward, loss, backward and optimizer is held against fp64. Where the step departs from fp32,
+    the op to blame is found by putting double precision in its place, and remedies are measured; exit code 3 then.
 
     ane-trainer debug net.py:Model --input 3x32x32
 
@@ -80,18 +81,20 @@ def debug(
     """
     from ane_trainer.data import find_dataset
 
+    example = None if data is None else _batch_of(data, batch)
     count = classes if classes is not None else len(find_dataset(dataset).class_names)
-    request = Request("debug", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
+    shapes = shapes_of(input_shape, dataset, None if example is None else example[0])
+    request = Request("debug", shapes, count, batch, loss, dtype, optimizer)
     way = _way(rewrites, loss_scale, optimizer_on, clip_grad_norm)
-    found = report_of(resolve(subject, request), chip, path, way, data=data, feed=feed or ())
+    found = report_of(resolve(subject, request), chip, path, way, example, feed or ())
     if html is not None:
         atomic_write(html, found.as_html())
     return Output(found.to_json(), found.as_text(), 0 if found.agrees else 3)
 
 
 def report_of(
-    subject: ModelSubject | ProgramSubject, chip: str, path: str, way: Way, *, data: str | None = None,
-    feed: list[str] | tuple[str, ...] = (),
+    subject: ModelSubject | ProgramSubject, chip: str, path: str, way: Way,
+    example: tuple[torch.Tensor, torch.Tensor] | None = None, feed: list[str] | tuple[str, ...] = (),
 ) -> Report:  # fmt: skip
     """The report of a model's step, of a run's, or of a program."""
     from ane_trainer.ane.dispatch import resolve_target
@@ -101,8 +104,8 @@ def report_of(
     target = resolve_target("sim", chip, "exact", path=path)
     if isinstance(subject, ModelSubject):
         trained = subject.trained(chip)
-        if data is not None:
-            trained = dataclasses.replace(trained, example=_batch_of(data, subject.request.batch))
+        if example is not None:
+            trained = dataclasses.replace(trained, example=example)
         return debug_step(subject.name, Bench(trained, target), way)
     if subject.run is not None:
         return _report_of_run(subject, chip, path, way)
@@ -127,7 +130,8 @@ def _report_of_run(subject: ProgramSubject, chip: str, path: str, way: Way) -> R
     return debug_step(subject.name, Bench(trained, target), way)
 
 
-def _batch_of(data: str, size: int) -> tuple[object, object]:
+def _batch_of(data: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first batch of a dataset; its shape is the model's input."""
     from ane_trainer.data import load_dataset
 
     train, _ = load_dataset(data, batch_size=size)

@@ -141,10 +141,14 @@ def resolve(text: str, request: Request) -> ModelSubject | ProgramSubject:
     return _model_subject(text, request)
 
 
-def shapes_of(text: str | None, dataset: str) -> tuple[tuple[int, ...], ...]:
-    """Shapes of one example's inputs: as given, else the dataset's."""
+def shapes_of(
+    text: str | None, dataset: str, batch: torch.Tensor | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one example's inputs: as given, else the batch's, else the dataset's."""
     from ane_trainer.data import find_dataset
 
+    if text is None and batch is not None:
+        return (tuple(batch.shape[1:]),)
     if text is None:
         return (tuple(find_dataset(dataset).in_shape),)
     shapes = tuple(
