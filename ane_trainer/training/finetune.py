@@ -78,7 +78,7 @@ class TuningOptions:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What is tuned, with its tokenizer, on which rows, and the records that are answered."""
 
     trainer: Trainer
@@ -93,7 +93,7 @@ def run_finetuning(
     """Tune `config.model` on `config.dataset`; `details` of the result has perplexities, answers and the folder."""
     started = time.perf_counter()
     with loop.interruptible():
-        job = _prepare(config, tuning, report)
+        job = prepare(config, tuning, report)
         name = f"{Path(config.dataset).stem}-{Path(config.model).stem}"
         with claim_run(out, name) as run:
             atomic_write_json(run.path / _OPTIONS, asdict(tuning))
@@ -105,18 +105,11 @@ def resume_finetuning(path: str | Path, *, report: Reporter, **changes: object) 
     started = time.perf_counter()
     with loop.interruptible():
         run = open_run(path)
-        try:
-            stored = json.loads((run.path / _OPTIONS).read_text(encoding="utf-8"))
-            tuning = _read_options(stored)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{run.path}: needs a run that `finetune` began; {error}. Use train --resume for others.",
-                code="CKPT101",
-            ) from None
+        tuning = read_tuning(run)
         given = {name: value for name, value in changes.items() if value is not None}
         config = make_config({**run.read_config().model_dump(), **given})
         with run.locked():
-            job = _prepare(config, tuning, report)
+            job = prepare(config, tuning, report)
             held = run.read_checkpoint()
             check_origin(run, config, run.read_description(), origin_of(held[0]))
             check_same_data(run, job.splits.description)
@@ -124,14 +117,22 @@ def resume_finetuning(path: str | Path, *, report: Reporter, **changes: object) 
             return _tune(job, run, config, tuning, started)
 
 
-def _read_options(stored: dict[str, object]) -> TuningOptions:
-    """The options out of JSON, which has lists for tuples."""
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+def read_tuning(run: RunFolder) -> TuningOptions:
+    """A run's options, out of JSON, which has lists for tuples. CheckpointError CKPT101 for another kind of run."""
     make: Callable[..., TuningOptions] = TuningOptions
-    return make(**plain)
+    try:
+        stored = json.loads((run.path / _OPTIONS).read_text(encoding="utf-8"))
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        return make(**plain)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{run.path}: needs a run that `finetune` began; {error}. Use train --resume for others.",
+            code="CKPT101",
+        ) from None
 
 
-def _prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> _Job:
+def prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> Job:
+    """The model with its adapter, the data, and the trainer of both."""
     report.activity("reading the model")
     model, tokenizer = load_language_model(config.model)
     report.activity("reading the data")
@@ -152,10 +153,10 @@ def _prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> _J
         clip_grad_norm=config.clip_grad_norm, clip_grad_value=config.clip_grad_value, accumulate=config.accumulate,
         optimizer_on=config.optimizer_on, fallback=config.fallback, blocks=config.blocks,
     )  # fmt: skip
-    return _Job(trainer, tokenizer, splits, held_out)
+    return Job(trainer, tokenizer, splits, held_out)
 
 
-def _tune(job: _Job, run: RunFolder, config: TrainConfig, tuning: TuningOptions, started: float) -> Result:
+def _tune(job: Job, run: RunFolder, config: TrainConfig, tuning: TuningOptions, started: float) -> Result:
     """Answers, training, answers; everything into the run's folder."""
     trainer, splits = job.trainer, job.splits
     trainer.announce()
@@ -217,7 +218,7 @@ def _read_first(run: RunFolder) -> _Before | None:
     return cast(_Before, found) if isinstance(found, dict) and {"answers", "loss"} <= found.keys() else None
 
 
-def _outcome(job: _Job, run: RunFolder, first: _Before, after: list[dict[str, str]]) -> dict[str, object]:
+def _outcome(job: Job, run: RunFolder, first: _Before, after: list[dict[str, str]]) -> dict[str, object]:
     """What the result has besides every training's; writes the adapter, or the model."""
     trainer = job.trainer
     trainer.sync()
@@ -249,7 +250,7 @@ def _right(answers: Sequence[Mapping[str, str]]) -> float | None:
 class _Answers:
     """The prompts and held-out records that are asked, and the model's answers to them."""
 
-    def __init__(self, job: _Job, tuning: TuningOptions) -> None:
+    def __init__(self, job: Job, tuning: TuningOptions) -> None:
         self._job, self._tuning, self._held_out = job, tuning, job.held_out[: tuning.answers]
 
     def all(self) -> list[dict[str, str]]:

@@ -164,5 +164,17 @@ def test_a_tiny_model_learns_pairs_and_leaves_an_adapter(
     assert longer["epochs"] == 5
     assert longer["history"][:4] == result["history"]
     assert longer["perplexity_before"] == result["perplexity_before"]
+    assert run_command(["evaluate", "run", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["test_loss"] == pytest.approx(longer["history"][-1]["val_loss"], rel=1e-3)
+    assert again["perplexity"] == pytest.approx(longer["perplexity"], rel=1e-3)
+    assert run_command(["predict", "run", "--index", "0:2", "--tokens", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["predictions"]
+    assert [(each["input"], each["truth"]) for each in told] == [
+        (each["prompt"], each["expected"]) for each in longer["answers"]
+    ]
+    for wrong in (["--index", "99"], ["--index", "x"]):
+        assert run_command(["predict", "run", *wrong]) == 1
+    assert "held-out records" in capsys.readouterr().err
     assert run_command(["finetune", "--resume", "run", "--lr", "1"]) == 1
     assert "--resume keeps the run's options" in capsys.readouterr().err
