@@ -1,5 +1,6 @@
 """`python -m ane_trainer` and `ane-trainer`: the command line, with signals caught from the first import on."""
 
+import io
 import os
 import signal
 import sys
@@ -10,10 +11,13 @@ _STOPPED = "ANE130 stopped before there was anything to save."
 
 def main() -> None:
     """Run the command line and exit with the documented code. SIGTERM and SIGHUP end it as Ctrl-C does."""
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from ane_trainer.cli import run_command
 
@@ -26,6 +30,8 @@ def main() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Until training takes the signals over, there is nothing to save."""
+    if number == signal.SIGINT and not _imports(frame):
+        raise KeyboardInterrupt(number)
     print(_STOPPED, file=sys.stderr, flush=True)
     if _imports(frame):  # NumPy's and PyTorch's C code drop an exception there, and go on or fail otherwise
         os._exit(128 + number)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -106,12 +107,23 @@ Json = Annotated[
 ]
 
 
+#: Options whose value may be an empty word.
+_MAY_BE_EMPTY = ("--text", "--augment")
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; errors are printed, the exit code is returned."""
     setup_logging(logging.WARNING)
     words = list(arguments)
     if not words or (len(words) == 1 and words[0] in GROUPS):
         words.append("--help")
+    empty = next((i for i, word in enumerate(words) if not word and words[i - 1] not in _MAY_BE_EMPTY), None)
+    if empty is not None:
+        text = (
+            f"command line: word {empty + 1} needs a value; got nothing. Is a variable of the shell not set?"
+        )
+        return _fail(UsageError(text), words)
+    before, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         return _run(words)
     except AneTrainerError as error:
@@ -121,6 +133,20 @@ def run_command(arguments: Sequence[str]) -> int:
         return _fail(UsageError(f"command line: {text} See: {_help(words)}"), words)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(Interrupted("stopped before there was anything to save."), words)
+    finally:
+        warnings.formatwarning = before
+
+
+_python_form = warnings.formatwarning
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning for people as one line; what is for programmers (deprecations) as Python shows it."""
+    if issubclass(category, UserWarning):
+        return f"warning  {message}\n"
+    return _python_form(message, category, filename, lineno, line)
 
 
 def _run(words: list[str]) -> int:
@@ -206,7 +232,7 @@ def _of_the_machine(error: Exception) -> Exception:
 
 def _help(words: Sequence[str]) -> str:
     """The command line that shows the help of what was typed."""
-    known = [command.name for command in COMMANDS]
+    known = [*GROUPS, *(command.name for command in COMMANDS)]
     for count in (2, 1):
         if " ".join(words[:count]) in known:
             return f"ane-trainer {' '.join(words[:count])} --help"

@@ -33,11 +33,12 @@ from ane_trainer.training.analysis import Seen
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.finetuned import answer_finetuned, evaluate_finetuned, is_finetuned
 from ane_trainer.training.loop import stoppable, with_exit_code
-from ane_trainer.training.optimizers import freeze, make_optimizer
+from ane_trainer.training.optimizers import check_trainable, freeze, make_optimizer
 from ane_trainer.training.prediction import answers, generate, inputs_by_index, read_inputs
 from ane_trainer.training.recording import (
     Recorder,
     begun_before,
+    check_loss,
     check_origin,
     check_same_data,
     introduce,
@@ -317,6 +318,7 @@ def _settled(config: TrainConfig, description: DataDescription) -> TrainConfig:
     if ".py:" in path:
         path, colon, function = path.rpartition(":")
     here = Path(path).expanduser().resolve()
+    check_loss(config, description)
     is_path = find_known(config.dataset) is None and here.exists()
     return config.model_copy(
         update={
@@ -380,6 +382,7 @@ def _make_trainer(
     net = build_model(
         model or config.model, description.in_shape, description.num_outputs, seed=config.seed, **options
     )
+    check_trainable(net, f"model {config.model}")
     freeze(net, config.freeze)
     return Trainer(
         net,

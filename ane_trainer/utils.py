@@ -9,11 +9,12 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +180,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
@@ -210,6 +211,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def memory_bytes() -> int:
+    """The machine's memory; 2^34 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 34
+
+
+def as_text(name: str) -> str:
+    """A file's name in characters that can be written anywhere: bytes that are no UTF-8 become a question mark."""
+    return name.encode(errors="replace").decode()
 
 
 def finite(value: object) -> Any:
@@ -259,3 +273,28 @@ def without_warnings_of(logger: str) -> Iterator[None]:
 def torchrun_rank() -> int:
     """The number of this process among those that torchrun started; 0 where it is the only one."""
     return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+class Interval(NamedTuple):
+    """So many steps, or so many seconds; 0: never."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def read_interval(text: str) -> Interval:
+    """Steps as in "500", or a time as in "10min"; ValueError for anything else."""
+    if text.strip().isdecimal() and int(text):
+        return Interval(steps=int(text))
+    try:
+        return Interval(seconds=read_duration(text)) if text else Interval()
+    except ValueError:
+        raise ValueError("needs a number of steps, or a time as in 10min") from None
+
+
+def read_duration(text: str) -> float:
+    """Seconds of "90s", "10min" (or "10m"), "2h"; ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise ValueError("needs a time as in 90s, 10min or 2h")
+    return float(found[1]) * {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}[found[2]]

@@ -37,7 +37,9 @@ class UserFaults:
             error, trace = cause, cause.__traceback__
         if isinstance(error, AneTrainerError):
             return
-        if isinstance(error, (Exception, SystemExit)) and (frames := users_frames(error, trace)):
+        if error is None or isinstance(error, KeyboardInterrupt):
+            return
+        if frames := users_frames(error, trace):
             raise UsageError(_message(error, frames), code="ANE119") from None
 
 

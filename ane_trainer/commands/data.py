@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ane_trainer.commands.options import Output
+from ane_trainer.commands.options import Output, table
 
 
 def data_list() -> Output:
     """List the known datasets, and which of them are in the cache."""
     rows = dataset_rows()
-    lines = [f"{row['name']:<15}{row['status']:<12}{row['folder']}" for row in rows]
+    lines = table([(row["name"], row["status"], row["folder"]) for row in rows], left=range(3))
     return Output({"datasets": rows}, "\n".join(lines))
 
 

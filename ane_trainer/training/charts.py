@@ -113,9 +113,10 @@ def _range(values: Iterable[float], most: float | None = None) -> tuple[float, f
 
 def ticks(low: float, high: float, about: int = 5, least: float = 0.0) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, about so many, at least `least` apart."""
-    if high <= low and least:
+    same = high - low <= 1e-9 * max(abs(low), abs(high))
+    if same and least > 1e-9 * abs(low):
         low, high = low - least, high + least
-    elif high <= low:
+    elif same:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = max((high - low) / about, least)
     power = 10.0 ** math.floor(math.log10(rough))

@@ -9,23 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.utils import did_you_mean
+from ane_trainer.utils import Interval, did_you_mean, read_duration, read_interval
 
 #: Learning rates used when none is given: common first choices for batches of about 128.
 DEFAULT_LR: Mapping[str, float] = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 
-
 #: What a model takes where an option is not given.
-_MODEL_DEFAULTS: Mapping[str, dict[str, object]] = {
+MODEL_DEFAULTS: Mapping[str, dict[str, object]] = {
     "mlp": {"hidden": (256,), "activation": "gelu"},
     "cnn": {"activation": "relu"},
     "transformer": {"activation": "gelu"},
@@ -40,31 +38,6 @@ RESUMABLE = frozenset(
 #: Groups of options in the help of `train`; an option that names none is under "Training".
 _MODEL: dict[str, Any] = {"panel": "Data and model"}
 _WHERE: dict[str, Any] = {"panel": "Where it runs"}
-
-
-class Interval(NamedTuple):
-    """So many steps, or so many seconds; 0: never."""
-
-    steps: int = 0
-    seconds: float = 0.0
-
-
-def read_interval(text: str) -> Interval:
-    """Steps as in "500", or a time as in "10min"; ValueError for anything else."""
-    if text.strip().isdecimal() and int(text):
-        return Interval(steps=int(text))
-    try:
-        return Interval(seconds=read_duration(text)) if text else Interval()
-    except ValueError:
-        raise ValueError("needs a number of steps, or a time as in 10min") from None
-
-
-def read_duration(text: str) -> float:
-    """Seconds of "90s", "10min" (or "10m"), "2h"; ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise ValueError("needs a time as in 90s, 10min or 2h")
-    return float(found[1]) * {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}[found[2]]
 
 
 class TrainConfig(BaseModel):
@@ -233,6 +206,16 @@ class TrainConfig(BaseModel):
             read_interval(text)
         return text
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: object, info: ValidationInfo) -> object:
+        kinds = str(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and ("int" in kinds or "float" in kinds):
+            raise ValueError("needs a number")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("needs text without zero bytes")
+        return value
+
     @field_validator("batch_size", "blocks")
     @classmethod
     def _some_examples(cls, value: int | str) -> int | str:
@@ -298,7 +281,7 @@ class TrainConfig(BaseModel):
 
     def resolved(self) -> TrainConfig:
         """The same with the defaults that depend on other options written out, for a run to be repeated by."""
-        defaults = _MODEL_DEFAULTS.get(self.model, {})
+        defaults = MODEL_DEFAULTS.get(self.model, {})
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return self.model_copy(update={"lr": self.lr if self.lr == "auto" else self.learning_rate, **missing})
 
@@ -329,7 +312,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """The options of a TOML file, unchecked; UsageError if the file cannot be read or is not TOML."""
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return tomllib.loads(file.read().decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(
             f"{path}: needs a readable TOML file; {error.strerror or error}. Check the path.", code="ANE105"
@@ -354,7 +337,7 @@ def _explain(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     option = str(detail["loc"][0])
     words = _WORDS_OR_NUMBERS.get(option)
-    if words is not None and isinstance(detail["input"], str) and detail["type"] != "value_error":
+    if words is not None and detail["type"] != "value_error":
         return (
             f"{option} needs {words}; got {_as_typed(detail['input'])}. Change --{option.replace('_', '-')}"
         )

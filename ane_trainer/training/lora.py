@@ -15,6 +15,7 @@ from torch import nn
 
 from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import MissingDependency, UsageError
+from ane_trainer.training.optimizers import check_trainable
 from ane_trainer.utils import seeded
 
 #: Makes an optimizer of the parameters that are trained.
@@ -176,6 +177,7 @@ def optimizer_of(
     UsageError ANE104 for one that holds none of an adapter's parameters.
     """
     if optimizer is None:
+        check_trainable(model)
         trained = (
             [p for p in model.parameters() if p.requires_grad] if is_adapted(model) else model.parameters()
         )

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo
 from ane_trainer.ane.errors import UsageError
@@ -18,6 +19,22 @@ _CLASSES: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+
+
+def check_trainable(model: nn.Module, where: str = "model") -> None:
+    """UsageError ANE103 for a model without parameters to train, or whose parameters hold no numbers yet."""
+    named = dict(model.named_parameters())
+    empty = [name for name, p in named.items() if isinstance(p, UninitializedParameter) or p.is_meta]
+    if empty:
+        got = f"{', '.join(empty[:3])} without (lazy modules, device 'meta')"
+        fix = "Run the model once on an example, or build it on the CPU."
+    elif not named:
+        got, fix = "a model without any", "Register layers as attributes (self.layer = ...)."
+    elif not any(p.requires_grad for p in named.values()):
+        got, fix = "all frozen", "Set requires_grad of those that are to learn."
+    else:
+        return
+    raise UsageError(f"{where}: needs parameters with numbers to train; got {got}. {fix}", code="ANE103")
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from ane_trainer.training.callbacks import (
     score_of,
 )
 from ane_trainer.training.checkpoint import Checkpoint, has_step
-from ane_trainer.training.config import RESUMABLE, TrainConfig
+from ane_trainer.training.config import MODEL_DEFAULTS, RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.splits import Splits
 from ane_trainer.training.lora import own_state
@@ -198,6 +198,7 @@ def begun_before(out: str | Path | None) -> str | Path | None:
 def introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
     """Report what is trained on what."""
     note, progress = trainer.report.note, trainer.progress
+    _check_steps(trainer, config, len(splits.train))
     note("data", splits.description.summary())
     for text in splits.description.notes:
         note("data", text)
@@ -213,3 +214,41 @@ def introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
         note("shards", f"{count} of {size} examples each in {world} process{'es' if world > 1 else ''}")
     if progress.steps:
         note("resume", f"at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
+
+
+def _check_steps(trainer: Trainer, config: TrainConfig, batches: int) -> None:
+    """UsageError ANE104 where no weight would ever change; a warning where the learning rate would only rise."""
+    steps = batches * config.epochs
+    if config.accumulate > steps:
+        raise UsageError(
+            f"train: accumulate needs at most the {steps:,} batches of this training; got {config.accumulate:,}: "
+            "no weight would change. Change --accumulate or --epochs",
+            code="ANE104",
+        )
+    if config.warmup >= steps:
+        trainer.report.note(
+            "warning",
+            f"--warmup of {config.warmup:,} steps is as long as the training ({steps:,}): the learning rate only rises",
+        )
+
+
+def check_loss(config: TrainConfig, description: DataDescription) -> None:
+    """UsageError ANE104 for a loss that cannot be of this task, or not of the outputs of a ready model."""
+    ready = description.default_model if config.model == "auto" else config.model
+    unfit, task = {"auto"}, description.task
+    if task == "regress":
+        unfit |= {"cross_entropy", "nll"}
+    elif task == "next-token":
+        unfit |= {"mse", "l1", "huber", "smooth_l1", "bce", "bce_with_logits"}
+    if ready in MODEL_DEFAULTS:  # they end in logits
+        unfit |= {"nll", "bce"}
+    if config.loss in unfit - {"auto"}:
+        what = (
+            f"{task} data"
+            if config.loss not in ("nll", "bce")
+            else f"the outputs of {ready}, which are logits"
+        )
+        raise UsageError(
+            f"loss: needs one for {what}; got {config.loss!r}. Do: --loss {description.default_loss}.",
+            code="ANE104",
+        )

@@ -7,9 +7,9 @@ import csv
 import datetime
 import io
 import json
-import math
 import os
 import sys
+import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -152,8 +152,9 @@ def _record(line: bytes) -> Mapping[str, Any] | None:
 
 def _is_number(value: object) -> bool:
     """Whether it is a finite number, or None: not known."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value is None or plain
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return abs(value) <= sys.float_info.max  # false for nan, and for whole numbers beyond
 
 
 def as_csv(history: Iterable[Mapping[str, object]]) -> str:
@@ -204,9 +205,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise unwritable(note, error) from None
     try:
         if not _try_lock(handle):
-            holder = ""
-            with contextlib.suppress(OSError):
-                holder = note.read_text(encoding="utf-8", errors="replace").strip()
+            holder = _holder(note)
             raise CheckpointError(
                 f"{folder}: needs a folder that no other process writes to; process {holder or '(unknown)'} does. "
                 "Wait for it, or end it.",
@@ -223,6 +222,16 @@ def locked(folder: Path) -> Iterator[None]:
                 note.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+def _holder(note: Path) -> str:
+    """The number of the process that has the lock, which it writes down right after it took it; "" if unknown."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            if holder := note.read_text(encoding="utf-8", errors="replace").strip():
+                return holder
+        time.sleep(0.02)
+    return ""
 
 
 def _try_lock(handle: int) -> bool:

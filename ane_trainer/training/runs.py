@@ -200,24 +200,25 @@ class RunFolder:
         return found
 
     def model_source(self, model: str) -> tuple[str, str]:
-        """How to build the run's model, and a remark if its file is not as it was; a known name stays as it is.
+        """How to build the run's model, and a remark if the user's file is not as it was; a known name stays as it is.
 
-        The copy in the run counts. Modules beside the original are found where it was.
+        The copy in the run counts, as it was written: CheckpointError (CKPT103) otherwise. Modules beside the original
+        are found where it was.
         """
         copy, name = self.path / _MODEL, model.rpartition(":")[2]
-        if not copy.exists():
+        if not copy.exists() and not (self.path / _SOURCE).exists():
             return model, ""
         try:
             source = json.loads((self.path / _SOURCE).read_text(encoding="utf-8"))
             path, wanted = Path(source["path"]), source["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
-            return f"{copy}:{name}", f"{self.path / _SOURCE} cannot be read"
+            raise _changed(self.path / _SOURCE) from None
         if path.parent.is_dir() and str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
         remark = ""
-        if _hash(copy) != wanted:
-            remark = f"{copy} was changed since the run began"
-        elif path.exists() and _hash(path) != wanted:
+        if not copy.is_file() or _hash(copy) != wanted:
+            raise _changed(copy)
+        if path.exists() and _hash(path) != wanted:
             remark = f"{path} was changed since the run began; the run's own copy is used"
         return f"{copy}:{name}", remark
 
@@ -311,6 +312,13 @@ def _link(file: Path, name: Path) -> None:
     except OSError:
         shutil.copyfile(file, temporary)
     os.replace(temporary, name)
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: needs what `train` wrote; it was changed since, or is gone. Put it back, or train again.",
+        code="CKPT103",
+    )
 
 
 def _hash(path: Path) -> str:

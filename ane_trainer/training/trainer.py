@@ -445,7 +445,9 @@ class Trainer(Training):
         progress = self.progress
         steps = progress.steps - progress.steps_before_epoch
         skipped = self._skipped() - progress.skipped_before_epoch
-        if progress.passed and steps and (not progress.loss_count or skipped == steps >= MAX_BAD_STEPS // 2):
+        never = self._skipped() == progress.steps and progress.epoch + 1 >= self.max_epochs
+        idle = skipped == steps and (never or steps >= MAX_BAD_STEPS // 2)
+        if progress.passed and steps and (idle or not progress.loss_count):
             raise self._diverged(f"an epoch of {steps} steps, all skipped or with a loss not finite")
 
     def compiled(self, x: object, y: object) -> Step:

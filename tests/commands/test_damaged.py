@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from ane_trainer import Trainer
-from ane_trainer.ane.errors import AneTrainerError, Interrupted
+from ane_trainer.ane.errors import AneTrainerError, Interrupted, NumericsWarning
 from ane_trainer.ane.export.package import Description, write_package
 from ane_trainer.ane.mil.loading import load_program
 from ane_trainer.cli import run_command
@@ -27,6 +27,7 @@ from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.report import Reporter
 
 NET = """
+import abc
 import torch
 class Net(torch.nn.Module):
     def __init__(self):
@@ -43,6 +44,33 @@ class Init(Net):
 class Forward(Net):
     def forward(self, x):
         return x.missing
+class Bare(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+class Frozen(Net):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+class Meta(Net):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10, device="meta")
+class Lazy(Net):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.LazyLinear(10)
+class Base(Net):
+    def forward(self, x):
+        raise BaseException("mine")
+class Logarithm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+    def forward(self, x):
+        return self.layer(x.flatten(1)).log()
+class Abstract(Net, abc.ABC):
+    @abc.abstractmethod
+    def forward(self, x): ...
 class One(Net):
     def forward(self, x):
         return self.layer(x).mean(dim=(1, 2, 3))
@@ -53,6 +81,15 @@ def build():
     return Net()
 def three():
     return 3
+"""
+OWN = """
+from torch import nn
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 4), nn.Linear(4, 10)
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)).relu())
 """
 PROGRAM = """program(1.3)
 [buildInfo = dict<string, string>({{"coremlc-version", "1"}})]
@@ -338,6 +375,30 @@ def test_numbers_that_are_none_are_left_out(folder: Path, capsys: pytest.Capture
     refused(capsys, ("runs", "plot", "done"), 1, "needs epochs to draw")
 
 
+def test_a_number_beyond_all_floats_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "done" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 10**400}))
+    assert run_command(["runs", "show", "done"]) == 0
+    assert "steps of result.json are damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone", "noise"])
+def test_a_run_s_own_copy_of_a_model_s_file_is_as_it_was(
+    damage: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own.py").write_text(OWN)
+    assert run_command((*DIGITS, "--model", "own.py:Own")) == 0
+    capsys.readouterr()
+    copy, about = folder / "r" / "model.py", folder / "r" / "source.json"
+    if damage == "changed":
+        copy.write_text(OWN.replace("relu", "tanh"))
+    elif damage == "gone":
+        copy.unlink()
+    else:
+        about.write_bytes(b"\xff")
+    refused(capsys, ("evaluate", "r"), 1, "needs what `train` wrote")
+
+
 def test_a_run_in_use_is_not_deleted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from ane_trainer.training.records import locked
 
@@ -500,6 +561,144 @@ def test_an_input_of_a_program_that_does_not_do_is_refused(
     refused(capsys, ("run", "p", "--input", f"{name}=in.npy"), 1, said)
 
 
+# Configurations ----------------------------------------------------------------------------------------------
+
+SMALL = 'dataset = "digits"\nlimit = 64\nbatch_size = 16\nepochs = 1\ndevice = "cpu"\n'
+SETTINGS: dict[str, tuple[str, str]] = {
+    "empty": ("", "ANE104 train: dataset is missing"),
+    "a table": (SMALL + "[train]\nlr = 1\n", "there is no option 'train'"),
+    "twice": (SMALL + "epochs = 2", "ANE105"),
+    "a truth as a number": (SMALL.replace("epochs = 1", "epochs = true"), "epochs: needs a number; got True"),
+    "a list as a number": (SMALL + "lr = [1]", "lr needs a number or 'auto'; got [1]"),
+    "a date as a number": (SMALL + "lr = 2020-01-01", "lr needs a number or 'auto'"),
+    "a zero byte": (SMALL + 'model = "a\\u0000.py:Net"', "needs text without zero bytes"),
+    "a target of known data": (SMALL + 'target = "x"', "got target (of tables)"),
+    "a task of known data": (SMALL + 'task = "regress"', "got task (of own tables and arrays)"),
+    "a size of known data": (SMALL + "size = 9", "got size (of folders of images)"),
+    "tokens of known data": (SMALL + 'tokens = "bytes"\ncontext = 9', "got context (of text), tokens (of text)"),
+    "a test twice": (SMALL + "test_split = 0.1", "got test_split (of data without a test part)"),
+    "everything held out": (SMALL + "val_split = 0.6\ntest_split = 0.6", "below 1 together"),
+    "no update": (SMALL + "accumulate = 1000000000", "no weight would change"),
+    "logits to bce": (SMALL + 'loss = "bce"', "the outputs of mlp, which are logits; got 'bce'"),
+    "logits to nll": (SMALL + 'loss = "nll"', "the outputs of mlp, which are logits; got 'nll'"),
+    "a loss of its own": (SMALL + 'loss = "model"', "unexpected keyword argument"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_configuration_that_does_not_do_is_refused(
+    kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, said = SETTINGS[kind]
+    (folder / "c.toml").write_text(text)
+    assert run_command(("train", "--config", "c.toml", "--out", "r")) in (1, 3)
+    told = capsys.readouterr().err
+    assert said in told
+    assert told[:3] in ("ANE", "DAT")
+    assert "Traceback" not in told
+    assert not (folder / "r").exists()
+
+
+def test_a_configuration_with_a_byte_order_mark_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "c.toml").write_text("\ufeff" + SMALL + "warmup = 99\n", encoding="utf-8")
+    assert run_command(("train", "--config", "c.toml", "--out", "r")) == 0
+    assert "the learning rate only rises" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("train", ""), ("train", "digits", "--out", ""), ("evaluate", "")])
+def test_an_empty_word_is_refused(
+    words: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, words, 1, "needs a value; got nothing")
+
+
+# Data files --------------------------------------------------------------------------------------------------
+
+ROWS = "\n".join(f"{k % 7},{'xyz'[k % 3]},{k % 5 + 0.5}" for k in range(60))
+TABLES: dict[str, tuple[str, str]] = {
+    "a stray text": (f"f,kind,price\n{ROWS}\n1,x,abc\n", "got 'abc' beside 60 numbers"),
+    "a constant": ("f,price\n" + "\n".join(f"{k},2" for k in range(60)), "got '2' in all rows of 'price'"),
+    "zero bytes": (f"f,kind,price\n{ROWS}\n1,\0,2\n", "zero bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_damaged_table_is_refused(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, said = TABLES[kind]
+    (folder / "t.csv").write_text(text)
+    refused(capsys, ("train", "t.csv", "--target", "price", *SHORT), 1, said)
+    assert not (folder / "r").exists()
+
+
+ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
+    "single numbers": ({"x": np.float32(1), "y": np.int64(1)}, "DATA105"),
+    "nan to predict": ({"x": np.eye(9), "y": np.full(9, np.nan)}, "d.npz: train: y: needs finite numbers"),
+    "inf to predict": ({"x": np.eye(9), "y": np.full(9, np.inf)}, "d.npz: train: y: needs finite numbers"),
+}  # fmt: skip
+SOURCES = {
+    "an argument": ("def f(path): return path\n", "without arguments"),
+    "a negative length": ("class f:\n  def __len__(self): return -1\n  def __getitem__(self, i): return 1\n",
+                          "__len__"),
+    "other shapes": ("import numpy as np\nclass f:\n  def __len__(self): return 40\n  def __getitem__(self, i):\n"
+                     "    return np.zeros(3 + (i == 17), np.float32), i % 2\n", "needs examples of one shape, [3]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_damaged_arrays_are_refused(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays, said = ARRAYS[kind]
+    np.savez(folder / "d.npz", **arrays)
+    refused(capsys, ("train", "d.npz", *SHORT), 1, said)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_source_that_does_not_do_is_refused(
+    kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, said = SOURCES[kind]
+    (folder / "source.py").write_text(text)
+    refused(capsys, ("train", "source.py:f", *SHORT), 1, said)
+
+
+def test_names_and_texts_that_hold_nothing_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.txt").write_text("a" * 2000)
+    refused(capsys, ("train", "a.txt", *SHORT), 1, "got only 'a'")
+    np.savez(folder / "d.npz", x=np.eye(9), y=np.eye(9) / 2)
+    refused(capsys, ("train", "d.npz", *SHORT, "--task", "multilabel"), 1, "needs 0 and 1")
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "nll"])
+def test_a_loss_of_another_task_is_refused(
+    loss: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "t.csv").write_text(f"f,kind,price\n{ROWS}\n")
+    refused(capsys, ("train", "t.csv", "--target", "price", *SHORT, "--loss", loss), 1, f"got {loss!r}")
+
+
+def test_a_target_of_huge_numbers_is_reported(folder: Path) -> None:
+    (folder / "t.csv").write_text(f"f,kind,price\n{ROWS}\n1,x,1e38\n")
+    assert run_command(("train", "t.csv", "--target", "price", *SHORT)) == 0
+    assert (folder / "r" / "report.html").exists()
+
+
+def test_images_that_no_memory_holds_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for name in ("a", os.fsdecode(b"\xff")):
+        (folder / "imgs" / name).mkdir(parents=True)
+        for k in range(4):
+            Image.new("L", (8, 8), 40 * k).save(folder / "imgs" / name / f"{k}.png")
+    refused(capsys, ("train", "imgs", *SHORT, "--size", "1000000"), 1, "needs batches that fit in memory")
+    assert (
+        run_command(("train", "imgs", *SHORT)) == 0
+    )  # and a class whose name is no UTF-8 is reported as "?"
+    assert "a, ?" in capsys.readouterr().out
+
+
 # Words of the command line -----------------------------------------------------------------------------------
 
 DIGITS = ("train", "digits", *SHORT)
@@ -527,13 +726,16 @@ WORDS: list[tuple[tuple[str, ...], int, str]] = [
     )),
     (("train", "digitz", *SHORT), 1, "Did you mean 'digits'"),
     (("train", "digits", "--epoch", "3", "--out", "r"), 1, "--epoch"),
-    ((*DIGITS, "--model", "net.py"), 1, "got the file alone. It has: Net, Needs"),
+    ((*DIGITS, "--model", "net.py"), 1, "got the file alone. It has: Net, "),
     *(((*DIGITS, "--model", spec), 1, said) for spec, said in (
         ("wrong.py:Net", "ANE102"), ("imports.py:Net", "nothing_like_it"), ("net.py:Missing", "ANE102"),
         ("net.py:three", "needs an nn.Module; got int"), ("net.py:Needs", "ANE103"), ("none.py:Net", "does not exist"),
         ("net.py:", "ANE102"), ("a.json:Net", "ANE102"), ("/etc/passwd:Net", "ANE102"), (".:Net", "ANE102"),
+        ("net.py:Bare", "got a model without any"), ("net.py:Frozen", "got all frozen"), ("net.py:Abstract", "ANE103"),
+        ("net.py:Meta", "layer.weight, layer.bias without"), ("net.py:Lazy", "layer.weight, layer.bias without"),
+        ("net.py:Base", "in forward: BaseException: mine"),
         ("raises.py:Net", "raises.py, line 1"), ("net.py:Init", "in __init__: ValueError: not built"),
-        ("net.py:Forward", "net.py, line 17, in forward"),
+        ("net.py:Forward", "in forward: AttributeError"),
         ("net.py:Exits", "sys.exit(7)"), ("exits.py:Net", "sys.exit(7)"),
         *((f"net.py:{name}", "the model's output needs the shape [128, classes]") for name in ("Net", "One")),
     )),
@@ -565,6 +767,26 @@ def test_a_loss_for_numbers_takes_rows_with_a_single_one(
     """Row 121."""
     assert run_command([*DIGITS, "--loss", "mse"]) == 0
     assert "class numbers become rows of 10" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_nan_in_pytorch_is_told(folder: Path) -> None:
+    """The engine has no nan, and computes a loss that looks well."""
+    words = (
+        "train",
+        "digits",
+        "--limit",
+        "64",
+        "--batch",
+        "16",
+        "--epochs",
+        "1",
+        "--device",
+        "sim",
+        "--out",
+        "r",
+    )
+    with pytest.warns(NumericsWarning, match="is nan in plain PyTorch"):
+        run_command((*words, "--model", "net.py:Logarithm"))
 
 
 def test_training_that_goes_astray_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,13 @@ def reference(
             found = _stepped(model, optimizer, options, mean, start)
     except _CANNOT:
         return None
+    if math.isnan(found.loss):
+        warnings.warn(
+            "the loss of this batch is nan in plain PyTorch: the engine has no nan, and what it computes instead means "
+            "nothing. Look for logarithms and roots of negative numbers, and for 0 / 0.",
+            NumericsWarning,
+            stacklevel=4,
+        )
     finite = all(bool(c.isfinite().all()) for c in (found.changes or {}).values())
     return found if finite and math.isfinite(found.loss) else None
 

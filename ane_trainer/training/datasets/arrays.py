@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.errors import DataError, MissingDependency
+from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets import images, tables
 from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset, seeded_by
@@ -65,14 +65,25 @@ def _check_arrays(x: Array, y: Array, where: str) -> None:
     _check_lengths(x, y, where)
     if x.dtype.kind not in "uifb":
         raise DataError(f"{where}: needs numbers as x; got dtype {x.dtype}. Convert it.", code="DATA105")
-    if not bool(np.isfinite(x).all()):
-        wrong = int((~np.isfinite(x)).sum())
+    for name, part in (("x", x), ("y", y)):
+        check_finite(part, f"{where}: {name}")
+
+
+def check_finite(values: Array, where: str) -> None:
+    """DataError DATA106 for numbers that are nan or inf."""
+    if values.dtype.kind == "f" and not bool(np.isfinite(values).all()):
+        wrong = int((~np.isfinite(values)).sum())
         raise DataError(
             f"{where}: needs finite numbers; got {wrong} that are nan or inf. Clean the data.", code="DATA106"
         )
 
 
 def _check_lengths(x: Array, y: Array, where: str) -> None:
+    if not x.ndim or not y.ndim:
+        raise DataError(
+            f"{where}: needs arrays with examples along their first axis; got single numbers. Put them in rows.",
+            code="DATA105",
+        )
     if not len(x) or len(x) != len(y):
         raise DataError(
             f"{where}: needs as many targets as examples, and some; got {len(x)} and {len(y)}. Make them equal.",
@@ -84,6 +95,8 @@ def open_datasets(datasets: Mapping[str, object], where: str, options: DataOptio
     """Map-style datasets by split: PIL images or bytes are scaled here, other x is taken as it is."""
     train = open_items(datasets["train"])
     opened = {k: train if k == "train" else open_items(part, train.shape) for k, part in datasets.items()}
+    for split, items in opened.items():
+        check_finite(items.y, f"{where}: {split}: y")
     task, found, y = find_target(train.y, options.task, where)
     y_by = {k: y if k == "train" else _like_train(part.y, task, found, where) for k, part in opened.items()}
     given = tuple(str(name) for name in getattr(datasets["train"], "classes", None) or ())
@@ -134,32 +147,6 @@ def unscaled(data: Any, where: str) -> tuple[Examples, DataDescription]:
     return items, DataDescription(where, "array", "regress", items.shape, pixel_max=255.0 if pixels else 1.0)
 
 
-def open_hub(name: str, options: DataOptions) -> Parts:
-    """A dataset of the hub: images with a column of classes, or a table."""
-    found = read_hub(name)
-    splits = {images.SPLIT_FOLDERS[key]: part for key, part in found.items() if key in images.SPLIT_FOLDERS}
-    if "train" not in splits:
-        raise DataError(
-            f"hf:{name}: needs a split called train; got {', '.join(found)}. Choose another.", code="DATA115"
-        )
-    columns = list(splits["train"].column_names)
-    first = splits["train"][0]
-    picture = next((column for column in columns if is_image(first[column])), None)
-    if picture is None:
-        frames = {split: tables.table_of({c: part[c] for c in columns}) for split, part in splits.items()}
-        return tables.open_tables(frames, f"hf:{name}", options)
-    usual = tuple(c for c in columns if c in (*tables.USUAL_TARGETS, "labels", "fine_label"))[:1]
-    target = options.target or usual
-    if len(target) != 1 or target[0] not in columns:
-        raise DataError(
-            f"hf:{name}: needs the column of the classes; its columns are {', '.join(columns)}. "
-            "Do: --target COLUMN.",
-            code="DATA116",
-        )
-    pairs = {split: ColumnPairs(part, picture, target[0]) for split, part in splits.items()}
-    return open_datasets(pairs, f"hf:{name}", options)
-
-
 def as_model_input(x: Array) -> Array:
     """Images with their channels first, single numbers as rows of one; bytes stay bytes, others float32."""
     if x.ndim == 1:
@@ -193,6 +180,8 @@ def find_target(y: Array, task: str, where: str) -> tuple[Task, tuple[str, ...],
         )
     names = tuple(f"y{k}" for k in range(columns.shape[1]))
     multilabel = task == "multilabel" or (task == "auto" and zero_one)
+    if multilabel and not bool(np.isin(columns, (0, 1)).all()):
+        raise DataError(f"{where}: needs 0 and 1 in each column of labels. Mend them.", code="DATA116")
     return ("multilabel", names, columns.astype(np.float32)) if multilabel else ("regress", names, columns)
 
 
@@ -265,7 +254,16 @@ def as_array(value: object) -> Array:
 
 def call_with_seed(function: Callable[..., object], seed: int) -> Any:
     """What a user's function returns; it gets `seed` if it has such a parameter."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+        inspect.signature(function).bind(**({"seed": seed} if "seed" in parameters else {}))
+    except (TypeError, ValueError) as error:
+        name = getattr(function, "__name__", str(function))
+        raise DataError(
+            f"data: needs a function that is called without arguments, or with seed; got {name} ({error}). "
+            "Give its parameters defaults.",
+            code="DATA115",
+        ) from None
     return function(**({"seed": seed} if "seed" in parameters else {}))
 
 
@@ -286,7 +284,16 @@ class DatasetExamples:
 
     def take(self, rows_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """The items' x, converted, and their targets."""
-        return np.stack([item_input(self.dataset[int(row)][0], self.shape) for row in rows_B]), self.y[rows_B]
+        items = [item_input(self.dataset[int(row)][0], self.shape) for row in rows_B]
+        other = next((row for row, x in zip(rows_B, items, strict=True) if x.shape != self.shape), None)
+        if other is not None:
+            got = next(x.shape for x in items if x.shape != self.shape)
+            raise DataError(
+                f"dataset: needs examples of one shape, {list(self.shape)} as the first; got {list(got)} at {other}. "
+                "Make them alike.",
+                code="DATA105",
+            )
+        return np.stack(items), self.y[rows_B]
 
     def targets(self) -> Array:
         """The targets as they were when the dataset was opened."""
@@ -296,7 +303,14 @@ class DatasetExamples:
 def open_items(dataset: Any, shape: tuple[int, ...] | None = None) -> DatasetExamples:
     """A map-style dataset as examples of the first item's shape; DataError DATA105 for items that are no pairs."""
     with seeded_by([0]):
-        first = dataset[0] if len(dataset) else None
+        try:
+            count = len(dataset)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"dataset: needs a length; got {type(error).__name__}: {error}. Mend its __len__.",
+                code="DATA105",
+            ) from None
+        first = dataset[0] if count else None
         if not isinstance(first, (tuple, list)) or len(first) != 2:
             raise DataError(
                 f"dataset: needs items (x, y); got {type(first).__name__}. Let it return pairs.",
@@ -342,51 +356,3 @@ def is_dataset(data: object) -> bool:
 def is_image(value: object) -> bool:
     """Whether it is a PIL image (without importing PIL)."""
     return hasattr(value, "getbands") and hasattr(value, "convert")
-
-
-def read_hub(name: str) -> dict[str, Any]:
-    """The splits of a dataset of the Hugging Face hub, or in a folder, by `datasets`; MissingDependency without."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependency(
-            f'hf:{name}: needs the package datasets; got no such package. Do: pip install "ane_trainer[hf]".'
-        ) from error
-    folder, _, config = name.partition(":")
-    try:
-        if Path(folder, "dataset_dict.json").exists() or Path(folder, "dataset_info.json").exists():
-            loaded = datasets.load_from_disk(folder)
-        else:
-            loaded = datasets.load_dataset(folder, config or None)
-    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"hf:{name}: needs a dataset that `datasets` can load; {str(error).splitlines()[0]}. Check the name.",
-            code="DATA115",
-        ) from None
-    return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
-
-
-@dataclass(frozen=True)
-class ColumnPairs:
-    """Two columns of a dataset of `datasets` as items (x, y)."""
-
-    dataset: Any
-    x: str
-    y: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> tuple[object, object]:
-        item = self.dataset[row]
-        return item[self.x], item[self.y]
-
-    @property
-    def targets(self) -> list[object]:
-        """The targets of all items."""
-        return list(self.dataset[self.y])
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes, where the dataset has them."""
-        return list(getattr(self.dataset.features[self.y], "names", None) or ())

@@ -23,6 +23,7 @@ from ane_trainer.ane.errors import DataError, MissingDependency
 from ane_trainer.training.datasets.batches import Examples, Subset
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.splits import DataOptions, Parts, divide_rows
+from ane_trainer.utils import as_text
 
 #: File endings that are taken for images.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -85,6 +86,7 @@ def open_image_folder(path: Path, options: DataOptions) -> Parts:
     folder = scan_image_folder(path)
     paths, labels = folder.files["train"]
     shape = find_shape(paths, options.size, options.channels)
+    options.check_memory(shape, str(path))
     whole = ImageFiles(paths, labels, shape)
     parts: dict[str, Examples] = {
         split: ImageFiles(*files, shape) for split, files in folder.files.items() if split != "train"
@@ -96,7 +98,7 @@ def open_image_folder(path: Path, options: DataOptions) -> Parts:
         path.resolve().name, "image", "classify", shape, folder.class_names, (mean,), (std,), 255.0,
         source=str(path), notes=folder.notes,
     )  # fmt: skip
-    return Parts(parts, description)
+    return Parts(parts, description, takes=frozenset({"size", "channels"}))
 
 
 def scan_image_folder(root: Path) -> ImageFolder:
@@ -117,7 +119,7 @@ def scan_image_folder(root: Path) -> ImageFolder:
         pairs = [(path, names.index(name)) for name in sorted(by_class) for path in by_class[name]]
         files[split] = (tuple(path for path, _ in pairs), np.array([label for _, label in pairs], np.int64))
     notes = (_others(ignored),) if ignored else ()
-    return ImageFolder(files, names, notes)
+    return ImageFolder(files, tuple(as_text(name) for name in names), notes)
 
 
 def _others(count: int) -> str:

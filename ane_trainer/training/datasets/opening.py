@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ane_trainer.ane.errors import DataError
-from ane_trainer.training.datasets import arrays, images, known, tables, text
+from ane_trainer.training.datasets import arrays, hub, images, known, tables, text
 from ane_trainer.training.datasets.augment import parse_augmentations
 from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset
 from ane_trainer.training.datasets.splits import DataOptions, Parts, Splits, divide_rows, limited
@@ -27,13 +27,17 @@ def open_data(data: object, options: DataOptions | None = None) -> Splits:
     chosen = options or DataOptions()
     where = str(data) if isinstance(data, (str, Path)) else "data"
     chosen.check(where)
-    return _assemble(_open(data, chosen), chosen, where)
+    parts = _open(data, chosen)
+    parts.refuse_unused(chosen, where)
+    return _assemble(parts, chosen, where)
 
 
 def _open(data: object, options: DataOptions) -> Parts:
     if not isinstance(data, (str, Path)):
         return _open_object(data, "data", options)
     spec, path = str(data), Path(data).expanduser()
+    if not spec:
+        raise DataError("dataset: needs a name, a file or a folder; got nothing. Give one.", code="DATA101")
     if isinstance(data, str) and (info := known.find(spec)) is not None:
         parts = _open_known(info, options)
         if path.is_dir():
@@ -41,7 +45,7 @@ def _open(data: object, options: DataOptions) -> Parts:
             parts = replace(parts, description=replace(parts.description, notes=(note,)))
         return parts
     if spec.startswith("hf:"):
-        return arrays.open_hub(spec.removeprefix("hf:"), options)
+        return hub.open_hub(spec.removeprefix("hf:"), options)
     if ".py:" in spec:
         return _open_object(
             arrays.call_with_seed(load_model_class(spec, "data"), options.seed), spec, options
@@ -105,7 +109,7 @@ def _open_known(info: known.DatasetInfo, options: DataOptions) -> Parts:
     if options.val_split:
         rows = divide_rows(parts["train"].targets(), set(parts), options)
         parts |= {split: Subset(parts["train"], chosen) for split, chosen in rows.items()}
-    return Parts(parts, description, is_known=True)
+    return Parts(parts, description, is_known=True, takes=frozenset())
 
 
 def _open_object(data: Any, where: str, options: DataOptions) -> Parts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset
 from ane_trainer.training.datasets.description import DataDescription, check_task
+from ane_trainer.utils import memory_bytes
 
 #: Share of own data that validation gets where the data has no part for it.
 VAL_SPLIT = 0.1
@@ -65,9 +67,31 @@ class DataOptions:
         for name, share in (("val_split", self.val_split), ("test_split", self.test_split)):
             if share is not None and not 0 <= share < 1:
                 problems.append(f"{name} from 0 to below 1; got {share}")
+        if not problems and (self.val_split or 0.0) + self.test_split >= 1:
+            problems.append(
+                f"val_split and test_split below 1 together; got {self.val_split} and {self.test_split}"
+            )
         if problems:
             raise DataError(f"{where}: needs {'; needs '.join(problems)}.", code="DATA102")
         check_task(self.task)
+
+    def check_memory(self, shape: Sequence[int], where: str) -> None:
+        """DataError DATA102 if a batch of examples of this shape could not be held in this machine's memory."""
+        size = 4 * self.batch_size * math.prod(shape)
+        if size > memory_bytes() / 16:  # a few batches wait, and each activation is about as large
+            text = "x".join(map(str, shape))
+            raise DataError(
+                f"{where}: needs batches that fit in memory; got {self.batch_size} examples of {text}, "
+                f"{size / 2**30:,.1f} GiB. Lower --size or --batch.",
+                code="DATA102",
+            )
+
+
+#: Options of `DataOptions` that only some data takes -> which.
+_KINDS = {
+    "target": "of tables", "task": "of own tables and arrays", "size": "of folders of images",
+    "channels": "of folders of images", "context": "of text", "tokens": "of text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,22 @@ class Parts:
     examples: Mapping[str, Examples]
     description: DataDescription
     is_known: bool = False
+    takes: frozenset[str] = frozenset({"task"})
+
+    def refuse_unused(self, options: DataOptions, where: str) -> None:
+        """DataError DATA102 for options that mean nothing for data of this kind (`takes`: those that do)."""
+        defaults = DataOptions()
+        unused = [
+            f"{name} ({_KINDS[name]})" for name in _KINDS
+            if name not in self.takes and getattr(options, name) != getattr(defaults, name)
+        ]  # fmt: skip
+        if "test" in self.examples and options.test_split and self.is_known:
+            unused.append("test_split (of data without a test part)")
+        if unused:
+            raise DataError(
+                f"{where}: needs options that mean something for it; got {', '.join(unused)}. Leave them out.",
+                code="DATA102",
+            )
 
 
 @dataclass(frozen=True)

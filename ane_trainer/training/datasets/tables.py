@@ -11,6 +11,7 @@ import datetime
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def open_tables(found: Mapping[str, Table], where: str, options: DataOptions) ->
         Path(where).name, "table", task, (x_by["train"].shape[1],), names, columns=columns, target=target,
         source=where, notes=(*notes, *left_out),
     )  # fmt: skip
-    return in_memory(x_by, y_by, rows, description)
+    return replace(in_memory(x_by, y_by, rows, description), takes=frozenset({"target", "task"}))
 
 
 def _with_target(
@@ -95,6 +96,8 @@ def _read_csv(path: Path) -> Table:
             rows = [row for row in csv.reader(file, delimiter=delimiter, strict=True) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(path, str(error), "Save it as CSV in UTF-8.") from None
+    if any("\0" in cell for row in rows for cell in row):
+        raise _unreadable(path, "zero bytes", "Save it as CSV in UTF-8.")
     if len(rows) < 2:
         raise _unreadable(path, f"{len(rows)} lines", "Give a line of column names, then one line a row.")
     names = _column_names(rows[0], path)
@@ -211,13 +214,7 @@ def _learn_column(name: str, cells: Array) -> Column | str:
     days = np.array([_days(cell) for cell in cells])
     if np.isfinite(days).sum() == len(present):
         return _learn_numbers(name, "date", days)
-    wrong = [cell for cell in present if _number(cell) is None]
-    if len(wrong) < 0.1 * len(present):
-        raise DataError(
-            f"column {name!r}: needs numbers in all rows; got {wrong[0]!r} beside {len(present) - len(wrong)} "
-            "numbers. Mend the cell, or leave it empty.",
-            code="DATA116",
-        )
+    _refuse_strays(name, present)
     counts = Counter(present)
     if len(counts) > max(10, 0.5 * len(present)):
         return f"{len(counts)} different texts in {len(present)} rows"
@@ -225,6 +222,17 @@ def _learn_column(name: str, cells: Array) -> Column | str:
         return "it has the same value in all training rows"
     common = sorted(value for value, _ in counts.most_common(MOST_CATEGORIES))
     return Column(name, "category", categories=tuple(common), missing=len(present) < len(cells))
+
+
+def _refuse_strays(name: str, present: Sequence[str]) -> None:
+    """DataError DATA116 for a column of numbers in which a few cells are something else."""
+    wrong = [cell for cell in present if _number(cell) is None]
+    if len(wrong) < 0.1 * len(present):
+        raise DataError(
+            f"column {name!r}: needs numbers in all rows; got {wrong[0]!r} beside {len(present) - len(wrong)} "
+            "numbers. Mend the cell, or leave it empty.",
+            code="DATA116",
+        )
 
 
 def _learn_numbers(name: str, kind: Any, values: NDArray[np.float64]) -> Column | str:
@@ -288,6 +296,15 @@ def learn_target(
     """
     columns = [table[name] for name in names]
     numeric = all(column.dtype == np.float64 for column in columns)
+    for name, column in zip(names, columns, strict=True):
+        if column.dtype != np.float64:
+            _refuse_strays(name, column.tolist())
+        if len(column) > 1 and len(set(column.tolist())) == 1:
+            raise DataError(
+                f"{where}: needs a target with different values; got {cell_text(column[0])!r} in all rows of {name!r}. "
+                "There is nothing to learn.",
+                code="DATA116",
+            )
     if task == "auto":
         task = _find_task(columns) if numeric else "classify"
     if task == "classify":

@@ -72,12 +72,14 @@ def open_text(path: Path, options: DataOptions) -> Parts:
     if not len(parts["train"]):
         raise DataError(
             f"{path}: needs more than {options.context} tokens to train on; got {len(pieces['train'])}. "
-            "Give more text, or a smaller --con",
+            "Give more text, or a smaller --context.",
             code="DATA104",
         )
     kept = {split: part for split, part in parts.items() if len(part)}
-    return Parts(kept, DataDescription(path.name, "text", "next-token", (options.context,),
-                                       vocabulary=vocabulary, source=str(path)))  # fmt: skip
+    description = DataDescription(
+        path.name, "text", "next-token", (options.context,), vocabulary=vocabulary, source=str(path)
+    )
+    return Parts(kept, description, takes=frozenset({"context", "tokens"}))
 
 
 def read_text(path: Path) -> str:
@@ -98,6 +100,11 @@ def find_vocabulary(text: str, tokens: str) -> tuple[str, ...]:
     if tokens == "bytes":
         return ()
     characters = tuple(sorted(set(text)))
+    if len(characters) == 1:
+        raise DataError(
+            f"text: needs two or more different characters; got only {characters[0]!r}. There is nothing to learn.",
+            code="DATA104",
+        )
     return () if tokens == "auto" and len(characters) > MOST_CHARACTERS else characters
 
 

@@ -32,11 +32,12 @@ def load_model_class(spec: str, where: str = "model") -> Callable[..., Any]:
         )
     if all(part.isidentifier() for part in path_text.split(".")) and not path_text.endswith(".py"):
         return _attribute(_import(path_text, where), path_text, attribute, where)
-    path = Path(path_text).expanduser().resolve()
+    path = Path(path_text).expanduser()
     if not path.is_file():
         raise UsageError(
             f"{where}: needs a Python file; got {path_text!r}, which does not exist.", code="ANE102"
         )
+    path = path.resolve()
     module_name = f"ane_trainer_user_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
@@ -95,6 +96,14 @@ def classes_in(path: str) -> str:
 def build_user_model(spec: str, offered: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     """Call the user's class with what it takes of `offered`, and all of `options`."""
     found = load_model_class(spec)
+    if isinstance(found, nn.Module) and not options:
+        return found
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise UsageError(
+            f"model {spec}: needs a class that can be built; got an abstract one. Define {missing}.",
+            code="ANE103",
+        )
     parameters = inspect.signature(found).parameters
     arguments = {key: value for key, value in offered.items() if key in parameters} | options
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.calibrate import call_model, module_mode
 from ane_trainer.ane.capture.losses import class_count
+from ane_trainer.ane.capture.trace.sources import FAULTS, fault, place_of
 from ane_trainer.ane.dispatch import StepOptions
 from ane_trainer.ane.dispatch.state import (
     GENERATOR,
@@ -24,7 +26,7 @@ from ane_trainer.ane.dispatch.state import (
     incomplete,
     part,
 )
-from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.errors import BrokenModel, DataError
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -46,6 +48,10 @@ class CpuStep:
         """Forward, loss, backward, update; returns the loss. DataError for nan and inf."""
         _check_finite("x", x)
         _check_finite("y", y)
+        with _faults_in_words(self._model):
+            return self._step(x, y)
+
+    def _step(self, x: object, y: object) -> torch.Tensor:
         self._model.train()
         if self._pending == 0:
             self._optimizer.zero_grad(set_to_none=True)
@@ -175,8 +181,21 @@ class CpuForward:
     def __call__(self, x: object) -> Any:
         """The model's output in evaluation mode; the module's modes are put back. DataError for nan and inf."""
         _check_finite("x", x)
-        with module_mode(self._model, training=False), torch.no_grad():
+        with _faults_in_words(self._model), module_mode(self._model, training=False), torch.no_grad():
             return self._forward(x)
+
+
+@contextlib.contextmanager
+def _faults_in_words(model: nn.Module) -> Iterator[None]:
+    """What the model, the loss or the optimizer raises in the block, as BrokenModel with module and line."""
+    try:
+        yield
+    except FAULTS as error:
+        if "can't allocate memory" in str(error):
+            raise
+        raise fault(
+            error, place_of(error, model), "It is plain PyTorch that says so.", BrokenModel
+        ) from error
 
 
 def _check_finite(name: str, part: object) -> None:
