@@ -282,6 +282,10 @@ def export_run(
     The file goes to `out`, by default into the run's folder. `options` override those of the run.
     """
     kind, as_run = format_of(out or "", format), open_run(path).read_config()
+    if kind in STEP_FORMATS and as_run.device == "cpu":
+        raise UsageError(
+            f"{path}: needs a run trained by programs; got device cpu. Use --device sim.", code="ANE116"
+        )
     device = "sim" if kind in STEP_FORMATS or as_run.device == "cpu" else as_run.device
     trained = _open_trained(
         path, {"device": device, "precision": "auto"} | {k: v for k, v in options.items() if v is not None}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -60,7 +61,7 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     from ane_trainer.training.runs import RunFolder  # imports PyTorch
 
-    with RunFolder(folder).locked():
+    with _tidy(folder), RunFolder(folder).locked():
         study = open_study(asked, folder)
         run = _ray_runner() if engine == "ray" else train_in_process
         try:
@@ -72,6 +73,16 @@ def sweep(
             ) from None
         write_outcome(study)
     return _output(study)
+
+
+@contextlib.contextmanager
+def _tidy(folder: Path) -> Iterator[None]:
+    """A sweep that cannot begin leaves no empty folder."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _train_all(study: Study, jobs: int, run: Callable[[Path, Path], tuple[int, str]]) -> None:

@@ -215,10 +215,20 @@ def open_study(sweep: SweepConfig, folder: Path) -> Study:
             'sweep: needs optuna; it is not installed. pip install "ane_trainer[sweep]"'
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=sweep.storage or f"sqlite:///{folder / STORAGE}", study_name=folder.name, load_if_exists=True,
-        direction="maximize" if sweep.maximises else "minimize", sampler=_sampler(sweep),
-    )  # fmt: skip
+    import sqlalchemy
+
+    storage = sweep.storage or f"sqlite:///{folder / STORAGE}"
+    try:
+        study = optuna.create_study(
+            storage=storage, study_name=folder.name, load_if_exists=True, sampler=_sampler(sweep),
+            direction="maximize" if sweep.maximises else "minimize",
+        )  # fmt: skip
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+        raise UsageError(
+            f"storage: needs a database that Optuna opens; got {storage!r} ({str(error).splitlines()[0]}). "
+            "Correct its address, or leave it out.",
+            code="ANE104",
+        ) from None
     asked = sweep.model_dump(mode="json", include={"metric", "train", "search"})
     before = study.user_attrs.get("sweep")
     if before is not None and json.loads(before) != json.loads(json.dumps(asked)):

@@ -739,6 +739,8 @@ WORDS: list[tuple[tuple[str, ...], int, str]] = [
         ("net.py:Exits", "sys.exit(7)"), ("exits.py:Net", "sys.exit(7)"),
         *((f"net.py:{name}", "the model's output needs the shape [128, classes]") for name in ("Net", "One")),
     )),
+    (("export", "done", "--format", "step-mlpackage"), 1, "ANE116 done"),
+    (("train", "hf:"), 1, "DATA101"),
     (("check", "nothing.py"), 1, "There is no such file"),
     (("init", "--out", "/dev/null/x.toml"), 2, "ANE204 /dev/null"),
     (("run", "net.py"), 1, "MIL111 net.py: needs a .mil text"),
