@@ -99,7 +99,7 @@ def build_user_model(spec: str, offered: dict[str, Any], options: dict[str, Any]
     if isinstance(found, nn.Module) and not options:
         return found
     if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise UsageError(
             f"model {spec}: needs a class that can be built; got an abstract one. Define {missing}.",
             code="ANE103",
