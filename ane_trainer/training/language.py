@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ane_trainer.ane.errors import DataError, MissingDependency
-from ane_trainer.training.datasets.arrays import read_hub
 from ane_trainer.training.datasets.batches import ArrayExamples, Batches
 from ane_trainer.training.datasets.description import DataDescription
+from ane_trainer.training.datasets.hub import read_hub
 from ane_trainer.training.datasets.splits import VAL_SPLIT, Splits
 from ane_trainer.training.datasets.text import SUFFIXES, read_text
 from ane_trainer.training.own_loss import IGNORED
