@@ -42,8 +42,6 @@ _MAC_LIMIT, _NEAR = 32768.0, 0.5
 _RUN_BATCH = 8
 #: Share of a product's results that vanish from which it is told.
 _DEAD = 0.05
-#: Op -> magnitude of the operand beyond which the engine's table is constant or infinite (M6 notes, ANE guide).
-_TABLE_ENDS = {"exp": 11.09, "sigmoid": 8.0, "tanh": 4.0, "softplus": 11.09}
 #: Where a bound is known from, as legalization tells it.
 _SOURCE = re.compile(r" on [^()]+ \((.+)\); got ")
 #: A bound that a size breaks: the bound, and the size.
@@ -303,7 +301,9 @@ def _dead(op: OpProfile) -> Problem | None:
 
 
 def _table_end(op: OpProfile, operands: Sequence[OpProfile]) -> Problem | None:
-    end = _TABLE_ENDS.get(op.kind)
+    from ane_trainer.ane.verify.faults import TABLE_ENDS
+
+    end = TABLE_ENDS.get(op.kind)
     largest = max((_largest(item) for item in operands), default=0.0)
     if end is None or largest <= end or (op.kind == "exp" and max(i.high or 0.0 for i in operands) <= end):
         return None

@@ -158,26 +158,38 @@ class Lockstep:
     """A function without states, its feeds, and an engine for it.
 
     feeds  arrays by input as a program takes them; `exact` those that they were rounded from, where known.
+    keep   the outputs that are wanted; None: all.
     """
 
     def __init__(
         self, function: Function, feeds: Mapping[str, Array], context: EngineContext,
-        exact: Mapping[str, Array] | None = None,
+        exact: Mapping[str, Array] | None = None, keep: Collection[str] | None = None,
     ) -> None:  # fmt: skip
         self.function, self.engine = function, Engine(context)
         self.given, self.given_exact = feeds, exact
         self.units = units_of(function, context)
-        self.feeds = {v.name: _as_seen(v, feeds.get(v.name)) for v in function.inputs}
-        given = exact or {}
-        self.exact_feeds: Values = {
-            v.name: np.asarray(given.get(v.name, self.feeds[v.name])).reshape(v.type.shape)
-            .astype(semantics.wide_dtype(v.type.dtype)) for v in function.inputs
-        }  # fmt: skip
-        self._last = _last_readers(self.units, function)
+        self.keep = frozenset(v.name for v in function.outputs if keep is None or v.name in keep)
+        self._inputs = {v.name: v for v in function.inputs}
+        for value in function.inputs:
+            _check(value, feeds.get(value.name))
+        self._last = _last_readers(self.units, self.keep)
+
+    def feed(self, name: str) -> Array:
+        """An input as the engine sees it."""
+        value = self._inputs[name]
+        out = np.zeros(value.type.shape, storage_dtype(value.type))
+        from_border(np.asarray(self.given[name]), value.type, out)
+        return out
+
+    def exact_feed(self, name: str) -> Array:
+        """What an input was rounded from, in double precision."""
+        found = (self.given_exact or {}).get(name)
+        array = self.feed(name) if found is None else np.asarray(found).reshape(self._inputs[name].type.shape)
+        return array.astype(semantics.wide_dtype(self._inputs[name].type.dtype))
 
     def walk(self, seen: Callable[[Seen], None]) -> Outcome:
         """Run both from the start; every op is shown to `seen` in order."""
-        engine, exact = dict(self.feeds), dict(self.exact_feeds)
+        engine, exact = _Lazy(self.feed), _Lazy(self.exact_feed)
         with np.errstate(all="ignore"):
             for number, unit in enumerate(self.units):
                 engine.update(self.engine.run(unit, engine.__getitem__))
@@ -194,8 +206,7 @@ class Lockstep:
                 for name in self._last[number]:
                     engine.pop(name, None)
                     exact.pop(name, None)
-        names = [v.name for v in self.function.outputs]
-        return Outcome({n: engine[n] for n in names}, {n: exact[n] for n in names})
+        return Outcome({n: engine[n] for n in self.keep}, {n: exact[n] for n in self.keep})
 
     def hybrid(
         self, exactly: Callable[[Unit], bool], wide: bool = True, rounded: Collection[str] | None = None
@@ -206,9 +217,11 @@ class Lockstep:
         With `wide`, a unit whose operands came in double precision and are beyond fp16 runs so, too. `rounded`: the
         inputs that are as the engine sees them; None: all.
         """
-        values: Values = dict(self.feeds)
-        if rounded is not None:
-            values |= {name: array for name, array in self.exact_feeds.items() if name not in rounded}
+
+        def first(name: str) -> Array:
+            return self.feed(name) if rounded is None or name in rounded else self.exact_feed(name)
+
+        values = _Lazy(first)
         exact_units = set()
         with np.errstate(all="ignore"):
             for number, unit in enumerate(self.units):
@@ -220,7 +233,7 @@ class Lockstep:
                     values.update(self.engine.run(unit, operands.__getitem__))
                 for name in self._last[number]:
                     values.pop(name, None)
-        return {v.name: values[v.name] for v in self.function.outputs}, frozenset(exact_units)
+        return {name: values[name] for name in self.keep}, frozenset(exact_units)
 
     def _exact(self, unit: Unit, values: Values) -> None:
         for op in unit.own:
@@ -231,8 +244,20 @@ class Lockstep:
             values.update(zip((v.name for v in op.results), results, strict=True))
 
 
-def _as_seen(value: Value, array: Array | None) -> Array:
-    """An input as the engine sees it."""
+class _Lazy(dict[str, Array]):
+    """Values by name; those that are not there are made when they are first asked for."""
+
+    def __init__(self, make: Callable[[str], Array]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Array:
+        found = self[name] = self._make(name)
+        return found
+
+
+def _check(value: Value, array: Array | None) -> None:
+    """SimulationError for an input that is missing or misshapen."""
     if array is None:
         raise SimulationError(
             f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101"
@@ -242,9 +267,6 @@ def _as_seen(value: Value, array: Array | None) -> Array:
             f"write {value.name}: needs the shape {value.type.shape}; got {tuple(array.shape)}.",
             code="SIM103",
         )
-    out = np.zeros(value.type.shape, storage_dtype(value.type))
-    from_border(np.asarray(array), value.type, out)
-    return out
 
 
 def _wide(array: Array) -> type:
@@ -272,14 +294,13 @@ def _on_engine(array: Array, value: Value) -> Array:
     return array.astype(storage_dtype(value.type), copy=False)
 
 
-def _last_readers(units: tuple[Unit, ...], function: Function) -> list[list[str]]:
+def _last_readers(units: tuple[Unit, ...], kept: Collection[str]) -> list[list[str]]:
     """For each unit, the values that nobody reads after it."""
     last: dict[str, int] = {}
     for number, unit in enumerate(units):
         for value in (*unit.reads, *unit.results):
             last[value.name] = number
     found: list[list[str]] = [[] for _ in units]
-    kept = {v.name for v in function.outputs}
     for name, number in last.items():
         if name not in kept:
             found[number].append(name)

@@ -72,7 +72,9 @@ def _numbers(trial: Trial, seen: Seen) -> tuple[Fault, ...]:
                     constant.op, constant.op, place, "forward", "constant", facts, trial.score, advice=advice
                 )
             )
-    for name, score in seen.search.inputs():
+    compiled = trial.compiled
+    batch = {p.name for p in compiled.inputs if p.role == "batch"} if compiled is not None else set()
+    for name, score in seen.search.inputs(batch):
         facts = f"its rounding to fp16 alone leaves {score}"
         advice = "Centre and scale it on the host, or feed it in two parts, say whole and rest."
         found.append(Fault("input", name, Place(name), "", "input", facts, trial.score, advice=advice))

@@ -14,7 +14,7 @@ from ane_trainer.ane.capture.range.switch import REWRITES
 from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.dispatch.loading import Subject
 from ane_trainer.ane.errors import ProgramError, SimulationError
-from ane_trainer.ane.mil.program import Function
+from ane_trainer.ane.mil.program import Function, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.verify.accuracy import Accuracy
 from ane_trainer.ane.verify.lockstep import Lockstep
@@ -99,7 +99,8 @@ def rerun(
 ) -> Score | None:
     """The score of a rewritten function on the same feeds; None where it cannot run."""
     try:
-        again = Lockstep(function, run.given, run.engine.context, run.given_exact)
+        keep = {new.name for old, new in _pairs(function, run) if old.name in run.keep}
+        again = Lockstep(function, run.given, run.engine.context, run.given_exact, keep)
         outputs, _ = again.hybrid(lambda unit: unit.name in others)
         exact = accuracy.outcome.exact
         if any(a.dtype == np.float64 and not np.isfinite(a).all() for a in exact.values()):
@@ -110,7 +111,10 @@ def rerun(
     return criterion(_renamed(outputs, function, run), exact)
 
 
+def _pairs(function: Function, run: Lockstep) -> list[tuple[Value, Value]]:
+    return list(zip(run.function.outputs, function.outputs, strict=True))
+
+
 def _renamed(outputs: Mapping[str, Array], function: Function, run: Lockstep) -> dict[str, Array]:
     """The outputs of a rewritten function by the names of the original."""
-    pairs = zip(run.function.outputs, function.outputs, strict=True)
-    return {old.name: outputs[new.name] for old, new in pairs}
+    return {old.name: outputs[new.name] for old, new in _pairs(function, run) if old.name in run.keep}

@@ -73,6 +73,13 @@ class StepCriterion:
         self.feeds = feeds
         self.applied = next((p.name for p in compiled.outputs if p.target == "applied"), None)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The outputs that it looks at."""
+        names = [f"{name}{suffix}" for name in self.expected.changes or {} for suffix in ("", f"/{RESIDUAL}")]
+        found = {self.outputs[target].name for target in names if target in self.outputs}
+        return frozenset(found | {self.loss.name} | ({self.applied} if self.applied else set()))
+
     def strict(self) -> StepCriterion:
         """The same without allowance for what rounding to eleven bits costs this model."""
         found = copy.copy(self)

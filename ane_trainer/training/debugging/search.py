@@ -7,7 +7,7 @@ double precision no longer helps. Every question is one run of the program, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from ane_trainer.ane.mil.program import Op
@@ -97,13 +97,16 @@ class Search:
             best = best or tuple(found)
         return best or self._bisected()
 
-    def inputs(self) -> tuple[tuple[str, Score], ...]:
-        """The inputs whose rounding alone makes the result depart, worst first, each with the score that it leaves."""
+    def inputs(self, names: Collection[str]) -> tuple[tuple[str, Score], ...]:
+        """Those of the inputs whose rounding alone makes the result depart, worst first, with the score it leaves."""
         everything = lambda unit: True  # noqa: E731
         found = []
         for value in self.run.function.inputs:
-            feed, exact = self.run.feeds[value.name], self.run.exact_feeds[value.name]
-            if value.type.dtype == "fp16" and distance(feed, exact).relative > 1e-4 and self.runs < MOST_RUNS:
+            known = value.name in names and value.name in (self.run.given_exact or {})
+            if value.type.dtype != "fp16" or not known:
+                continue
+            feed, exact = self.run.feed(value.name), self.run.exact_feed(value.name)
+            if distance(feed, exact).relative > 1e-4 and self.runs < MOST_RUNS:
                 self.runs += 1
                 outputs, _ = self.run.hybrid(everything, wide=False, rounded={value.name})
                 score = self.criterion(outputs, self.accuracy.outcome.exact)

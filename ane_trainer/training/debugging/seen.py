@@ -50,7 +50,8 @@ class Seen:
         compiled = trial.compiled
         assert compiled is not None
         context = make_context(compiled.chip, "exact", bench.target.threads, bench.target.path)
-        run = Lockstep(compiled.program.main, trial.feeds, context, trial.exact)
+        keep = trial.criterion.needs if trial.criterion is not None else None
+        run = Lockstep(compiled.program.main, trial.feeds, context, trial.exact, keep)
         criterion: Criterion = trial.criterion or OutputCriterion(compiled.program.main)
         return cls(run, criterion, step_phases(compiled))
 

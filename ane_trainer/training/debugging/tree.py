@@ -80,9 +80,9 @@ def _headline(report: Report) -> list[str]:
     }[report.verdict]  # fmt: skip
     lines = _wrapped(f"{report.subject} on {report.chip} {words} {report.against}: {report.score}.", "")
     if report.seconds_step:
-        ratio = report.seconds / report.seconds_step
+        ratio = f" ({report.seconds / report.seconds_step:.0f} steps)" if report.seconds_step > 1.0 else ""
         times = f"{len(report.ops):,} results; one exact step takes {report.seconds_step:.2g} s, this took "
-        lines += _wrapped(f"{times}{report.seconds:.3g} s ({ratio:.0f} steps).", "")
+        lines += _wrapped(f"{times}{report.seconds:.3g} s{ratio}.", "")
     return lines
 
 

@@ -184,7 +184,7 @@ def _unrounded(
             found[port.name] = tensor.double().numpy().reshape(port.shape) * port.scale
         rest = state.get(f"{port.target}/{RESIDUAL}")
         if port.role == "state" and rest is not None:
-            low = np.asarray(feeds[rest.name], np.float64) * (port.scale / rest.scale)
-            found[port.name] = np.asarray(feeds[port.name], np.float64) + low
-            found[rest.name] = np.zeros(rest.shape)
+            low = np.asarray(feeds[rest.name], np.float32) * np.float32(port.scale / rest.scale)
+            found[port.name] = np.asarray(feeds[port.name], np.float32) + low  # exact: 22 bits
+            found[rest.name] = np.broadcast_to(np.float32(0.0), rest.shape)
     return found
