@@ -26,7 +26,7 @@ ACCUMULATOR = 32768.0
 #: Magnitudes of histograms, as powers of two: below the first and above the last all fall together.
 LEAST_POWER, LARGEST_POWER = -30, 34
 #: Entries that errors and histograms are taken of where no number left the range; of more, evenly spaced ones.
-_SAMPLE = 2**15
+_SAMPLE = 2**13
 #: Steps of a sum, and entries of each factor, that dead products are counted over; of more, evenly spaced ones.
 _STEPS, _ROWS = 48, 4096
 #: The ops that make infinities or nan of ordinary numbers: divisions by 0, logarithms and roots of what has none.
