@@ -16,6 +16,7 @@ import typer
 from ane_trainer.ane.errors import Finding, NumericsWarning, UnsupportedModel
 from ane_trainer.commands.options import Batch, Classes, Dataset, Optimizer, Output
 from ane_trainer.commands.subjects import (
+    Blocks,
     Dtype,
     LossName,
     ModelSubject,
@@ -57,6 +58,7 @@ def check(
     loss: LossName = "auto",
     dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
+    blocks: Blocks = "auto",
     chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
     path: Annotated[
         str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
@@ -77,7 +79,7 @@ def check(
     from ane_trainer.data import find_dataset
 
     count = classes if classes is not None else len(find_dataset(dataset).class_names)
-    request = Request("check", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
+    request = Request("check", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer, blocks)
     found = verdict_of(resolve(subject, request), [name.strip() for name in chip.split(",")], path, run=run)
     if sarif is not None:
         file = Path(subject.rpartition(":")[0])
@@ -144,7 +146,7 @@ def _program_verdict(program: Program, chip: Chip, path: str) -> ChipVerdict:
     target = Target(chip, path)
     problems = list(_by_cause(map(_refusal, refusals(program.main, target))))
     problems += [p for finding in notes(program.main, target) if (p := _note(finding, chip)) is not None]
-    problems += _size(program, chip, path, "Split the program.")
+    problems += _size(len(program.main.ops), chip, path, "Split the program.")
     return ChipVerdict(
         chip.name,
         chip.title,
@@ -157,7 +159,7 @@ def _program_verdict(program: Program, chip: Chip, path: str) -> ChipVerdict:
 
 def _step_verdict(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str, run: bool) -> ChipVerdict:
     problems = [p for finding in step.compiled.legalized.notes if (p := _note(finding, chip)) is not None]
-    problems += _size(step.program, chip, path, _shorter(subject, step, chip, path))
+    problems += _step_size(subject, step, chip, path)
     words = ""
     if run:
         few = subject.with_batch(_RUN_BATCH)
@@ -165,7 +167,7 @@ def _step_verdict(subject: ModelSubject, step: TrainingStep, chip: Chip, path: s
             hazards = list(_hazards(few, small, chip))
             words, wrong = _agreement(few, small)
         problems += [*wrong, *hazards]
-    budgets = _budgets(step.program, chip, path)
+    budgets = _budgets(step.program, chip, path, [len(each.program.main.ops) for each in step.programs])
     return ChipVerdict(chip.name, chip.title, tuple(problems), _checked(step.program, chip, path), (), budgets,
                        words)  # fmt: skip
 
@@ -197,29 +199,38 @@ def _checked(program: Program, chip: Chip, path: str) -> tuple[OpCheck, ...]:
     )  # fmt: skip
 
 
-def _size(program: Program, chip: Chip, path: str, fix: str) -> list[Problem]:
+def _size(count: int, chip: Chip, path: str, fix: str) -> list[Problem]:
+    """A program that is longer than what is known to compile."""
     from ane_trainer.ane.chips.lookup import known_layers
 
     most, evidence = known_layers(chip, path)
-    count = len(program.main.ops)
     if count <= most:
         return []
     reason = f"{count} ops; the longest program known to compile has {most:g} layers."
     return [Problem("program-size", "warning", "program", "depth", reason, fix, evidence)]
 
 
-def _shorter(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str) -> str:
-    """What brings the program within the known length: the optimizer on the host, where that is enough."""
+def _step_size(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str) -> list[Problem]:
+    """The step's longest program beside what is known to compile: in programs of blocks, or what they would be."""
+    from ane_trainer.ane.capture.repeats import repeating
     from ane_trainer.ane.chips.lookup import known_layers
+    from ane_trainer.ane.compiler.blocks import Division
 
-    most, _ = known_layers(chip, path)
-    if len(step.program.main.ops) <= most:
-        return ""
-    own = [op for op in step.program.main.ops if not (op.source or "").startswith("optimizer")]
-    if len(own) <= most:
-        return f'Update on the host: optimizer_on="host" leaves about {len(own)} ops.'
-    share = most / len(own)
-    return f'Train fewer layers at a time (about {share:.0%} of the model fits), with optimizer_on="host".'
+    longest = max(len(each.program.main.ops) for each in step.programs)
+    most, evidence = known_layers(chip, path)
+    if longest <= most and step.dispatches:
+        reason = (
+            f"{len(step.program.main.ops)} ops, in {len(step.programs)} programs of up to {longest}, "
+            f"{step.dispatches_per_step} dispatches a step; the longest known to compile has {most:g}."
+        )
+        return [Problem("program-size", "note", "program", "depth", reason, "", evidence)]
+    lowered = step.host_side[1].compiled.legalized.lowered
+    divided = Division("auto", repeating(subject.model)).of(lowered, chip.name, path)
+    fix = "" if divided is None else (
+        f'Divide it: blocks="auto" (--blocks auto) makes {len(divided.programs)} programs of up to '
+        f"{divided.longest} ops, {len(divided.dispatches)} dispatches a step."
+    )  # fmt: skip
+    return _size(longest, chip, path, fix)
 
 
 def _agreement(subject: ModelSubject, step: TrainingStep) -> tuple[str, list[Problem]]:
@@ -327,8 +338,8 @@ def _rewrites(step: TrainingStep, made: Sequence[Made]) -> tuple[Rewrite, ...]:
     return tuple(dict.fromkeys(found))  # a graph may be captured twice
 
 
-def _budgets(program: Program, chip: Chip, path: str) -> dict[str, object]:
-    """Sizes of the program beside what is known."""
+def _budgets(program: Program, chip: Chip, path: str, sizes: Sequence[int] = ()) -> dict[str, object]:
+    """Sizes of the program beside what is known; `sizes`: of the programs that it is in."""
     from ane_trainer.ane.chips.lookup import known_layers
     from ane_trainer.ane.chips.work import constant_bytes, held_bytes
 
@@ -336,10 +347,13 @@ def _budgets(program: Program, chip: Chip, path: str) -> dict[str, object]:
     state = sum(value.type.nbytes for value in main.inputs)
     constants = constant_bytes(main)
     most, _ = known_layers(chip, path)
+    count, several = max(len(sizes), 1), f" in {len(sizes)} programs of up to {max(sizes, default=0)}"
     return {
-        "ops": f"{len(main.ops)} (known to compile: {most:g})",
+        "ops": f"{len(main.ops)}{several if count > 1 else ''} (known to compile: {most:g})",
         "inputs": format_bytes(state),
         "constants": format_bytes(constants),
         "memory": f"{format_bytes(held_bytes(main))} of constants, inputs and outputs",
-        "compiles": "1 of about 119 a process" if path == "direct" else "1 of 128 loaded programs a process",
+        "compiles": f"{count} of about 119 a process"
+        if path == "direct"
+        else f"{count} of 128 loaded programs a process",
     }

@@ -11,6 +11,7 @@ import typer
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.commands.options import Batch, Classes, Dataset, Optimizer, Output, show, table
 from ane_trainer.commands.subjects import (
+    Blocks,
     Dtype,
     LossName,
     ModelSubject,
@@ -46,6 +47,7 @@ def estimate(
     loss: LossName = "auto",
     dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
+    blocks: Blocks = "auto",
     chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
     path: Annotated[
         str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
@@ -65,7 +67,9 @@ def estimate(
     from ane_trainer.data import find_dataset
 
     count = classes if classes is not None else len(find_dataset(dataset).class_names)
-    request = Request("estimate", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
+    request = Request(
+        "estimate", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer, blocks
+    )
     found = resolve(subject, request)
     chips = estimates_of(found, [name.strip() for name in chip.split(",")], path)
     total = _total_steps(found, dataset, batch, epochs, steps, examples)
@@ -237,7 +241,7 @@ def estimates_of(
                 ChipEstimate(chip.name, chip.title, None, refusal_of(error, subject.name, chip.name))
             )
             continue
-        found.append(ChipEstimate(chip.name, chip.title, cost_of(step.program, chip, path)))
+        found.append(ChipEstimate(chip.name, chip.title, step.cost()))
         step.close()
     return found
 

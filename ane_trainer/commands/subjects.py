@@ -46,6 +46,10 @@ LossName = Annotated[
     str,
     typer.Option("--loss", help="cross_entropy, mse, ...; auto goes by the model's output.", metavar="NAME"),
 ]
+Blocks = Annotated[
+    str,
+    typer.Option("--blocks", help="Layers in one program: a number, off, or auto.", metavar="N|off|auto"),
+]
 Dtype = Annotated[
     str,
     typer.Option("--dtype", help="Of the inputs; auto tries numbers, then tokens.", metavar="float|int|auto"),
@@ -57,7 +61,7 @@ _FILES = (".mil", ".txt", ".mlpackage", ".mlmodelc")
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says of a model: shapes of one example, classes, batch, loss, dtype, optimizer."""
+    """What the command line says of a model: shapes of one example, classes, batch, loss, dtype, optimizer, blocks."""
 
     where: str
     shapes: tuple[tuple[int, ...], ...]
@@ -66,6 +70,7 @@ class Request:
     loss: str = _AUTO
     dtype: str = _AUTO
     optimizer: str = "adam"
+    blocks: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class ModelSubject:
 
         trained = self.trained(chip)
         target = resolve_target("sim", chip, "exact", path=path)
-        options = StepOptions(sync="lazy", verify=verify, seed=0)
+        blocks = int(text) if (text := self.request.blocks).isdecimal() else text
+        options = StepOptions(sync="lazy", verify=verify, seed=0, blocks=blocks)
         return build_step(self.model, self.loss, trained.optimizer, self.example, target, options)
 
 

@@ -188,7 +188,7 @@ class TrainConfig(BaseModel):
         description="Parts of a batch that processes share (default: one for each that torchrun started).",
     )  # fmt: skip
     blocks: int | Literal["auto", "off"] = Field(
-        "off", json_schema_extra=_WHERE,
+        "auto", json_schema_extra=_WHERE,
         description="Layers that are one program: a number, off (the step is one), auto (as the chip needs it).",
     )  # fmt: skip
     optimizer_on: Literal["auto", "engine", "host"] = Field(

@@ -34,7 +34,7 @@ def compile_step(
     path: str = "e5rt", precision: str = "auto", state: Mapping[str, torch.Tensor] | None = None,
     clip_grad_norm: float | None = None, clip_grad_value: float | None = None, accumulate: int = 1,
     optimizer_on: str = "auto", fallback: str = "none", verify: str | int = "first",
-    calibrate_on: Sequence[tuple[object, object]] = (), shards: int | None = None, blocks: str | int = "off",
+    calibrate_on: Sequence[tuple[object, object]] = (), shards: int | None = None, blocks: str | int = "auto",
 ) -> TrainingStep | PartitionedStep:  # fmt: skip
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
 

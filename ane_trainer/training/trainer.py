@@ -96,7 +96,7 @@ class Trainer(Training):
         fallback: str = "none",
         verify: str | int = "first",
         shards: int | None = None,
-        blocks: str | int = "off",
+        blocks: str | int = "auto",
     ) -> None:
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
         exchange = find_exchange(shards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,6 @@ def test_an_installed_module_is_checked_without_a_run(nets: Path, capsys: pytest
     [
         ("Inverse", "Healed", "16", "m4", "does not train", "linalg_inv"),
         ("Wide", "Narrower", "4", "m1", "does not train", "at most 16384"),
-        ("Deep", "Shallow", "8", "m1", "unproven", "known to compile"),
     ],
 )
 def test_a_model_built_to_break_and_its_fix(
@@ -168,9 +168,28 @@ def test_a_model_built_to_break_and_its_fix(
     problems = [p for p in told["problems"] if word in p["reason"] + p["op"]]
     assert len(problems) == 1  # told once, at the user's line, with a way out
     assert problems[0]["fix"]
-    assert verdict == "unproven" or "nets.py:" in problems[0]["where"]
+    assert "nets.py:" in problems[0]["where"]
     code, found = checked(capsys, f"nets.py:{healed}", *words)
     assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+
+
+def test_a_model_too_long_for_one_program_and_its_fix(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--input", "8", "--batch", "2", "--chip", "m1", "--no-run"]
+    code, found = checked(capsys, "nets.py:Deep", *words, "--blocks", "off")
+    told = found["chips"][0]
+    (problem,) = [p for p in told["problems"] if "known to compile" in p["reason"]]
+    assert (code, told["verdict"]) == (0, "unproven")
+    code, found = checked(capsys, "nets.py:Deep", *words)
+    divided = found["chips"][0]
+    assert (code, divided["verdict"]) == (0, "trains")
+    (note,) = [p for p in divided["problems"] if p["rule"] == "program-size"]
+    programs, longest, dispatches = map(
+        int, re.findall(r"in (\d+) programs of up to (\d+), (\d+) ", note["reason"])[0]
+    )
+    assert (
+        f"makes {programs} programs of up to {longest} ops, {dispatches} dispatches a step" in problem["fix"]
+    )
+    assert longest <= 383 < int(told["budgets"]["ops"].split()[0])
 
 
 def kernel(*widths: int) -> Program:

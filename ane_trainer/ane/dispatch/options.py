@@ -133,7 +133,7 @@ class StepOptions:
     verify: str | int = "first"
     calibrate_on: Sequence[tuple[object, object]] = ()
     exchange: Exchange | None = None
-    blocks: str | int = "off"
+    blocks: str | int = "auto"
 
     def __post_init__(self) -> None:
         known = (

@@ -343,7 +343,7 @@ class TrainingStep:
     @property
     def program(self) -> Program:
         """The MIL program of the whole step; where batches are divided, of the backward."""
-        return self._loaded.compiled.program
+        return self._loaded.whole.program
 
     @property
     def classes(self) -> int | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ane_trainer.ane.chips.lookup import get_chip, known_layers
+from ane_trainer.ane.chips.lookup import get_chip, known_layers, limit
 from ane_trainer.ane.compiler.blocks.alike import programs_of
 from ane_trainer.ane.compiler.blocks.cut import cut
-from ane_trainer.ane.compiler.blocks.places import places_of
+from ane_trainer.ane.compiler.blocks.places import placement_of
+from ane_trainer.ane.compiler.blocks.shorten import shortened
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.stages import Dispatch, Lowered
 
@@ -43,23 +45,25 @@ class Division:
         """The step in programs of blocks; None: it is one program."""
         if self.wish == "off":
             return None
-        count = len(lowered.program.main.ops)
         if isinstance(self.wish, int):
             return self._divided(lowered, self.wish, f"blocks={self.wish}")
         most, _ = known_layers(get_chip(chip), path)
-        if count <= most:
+        reason = _too_large(lowered, chip, path, most)
+        if not reason:
             return None
-        reason = f"auto: {count} operations, and {most:g} are the most that are known to compile"
         longest = max(map(len, self.repeating), default=1)
         for each in (n for n in range(longest, 0, -1) if longest % n == 0):
             found = self._divided(lowered, each, reason)
             if found.longest <= most:
-                break
-        return found
+                return found
+        return self._divided(lowered, 1, reason, most)
 
-    def _divided(self, lowered: Lowered, each: int, reason: str) -> Divided:
-        places = places_of(lowered, self._blocks(each))
-        programs, dispatches = programs_of(cut(lowered.program.main, places), lowered)
+    def _divided(self, lowered: Lowered, each: int, reason: str, most: float = math.inf) -> Divided:
+        function = lowered.program.main
+        placement = placement_of(lowered, self._blocks(each))
+        if most < math.inf:
+            placement = shortened(function, placement, most)
+        programs, dispatches = programs_of(cut(function, placement.places), lowered)
         return Divided(programs, dispatches, reason)
 
     def _blocks(self, each: int) -> dict[str, str]:
@@ -71,6 +75,20 @@ class Division:
                 more = "" if len(own) == 1 else f" to {own[-1].rpartition('.')[2]}"
                 names |= dict.fromkeys(own, own[0] + more)
         return names
+
+
+def _too_large(lowered: Lowered, chip: str, path: str, most: float) -> str:
+    """Why the step cannot be one program, in words; empty if it can, as one in fp32, which never reaches an engine."""
+    ops = lowered.program.main.ops
+    if any(value.type.dtype == "fp32" for value in lowered.program.main.inputs):
+        return ""
+    if len(ops) > most:
+        return f"auto: {len(ops)} operations, and {most:g} are the most that are known to compile"
+    row = limit(chip, "program_bytes", path)
+    size = sum(one.type.nbytes for op in ops for _, one in op.literals() if isinstance(one.data, bytes))
+    if row is not None and size > row.value:
+        return f"auto: constants of {size} bytes, and a program holds {row.value:g}"
+    return ""
 
 
 def check_blocks(wish: str | int) -> None:

@@ -25,8 +25,8 @@ _SEED = "step/loss_scale"
 REST = ""
 
 FORWARD, BACKWARD, AFTER = 0, 1, 2
-#: Phase, place in it, 0 for blocks and 1 for what follows them, order of blocks.
-Key = tuple[int, int, int, int]
+#: Phase, place in it, 0 for blocks and 1 for what follows them, order of blocks; then the piece of a long part.
+Key = tuple[int, ...]
 _FIRST: Key = (FORWARD, 0, 1, 0)
 _SUMS = ("reduce_sum", "reduce_mean")
 
@@ -42,7 +42,9 @@ class Place:
     def title(self) -> str:
         """Phase and block, in words."""
         phase = ("forward", "backward", "gradients" if self.key[2] else "update")[self.key[0]]
-        return f"{phase} {self.block or 'between blocks' if phase != 'gradients' else ''}".rstrip()
+        block = self.block if self.block or phase == "gradients" else "between blocks"
+        piece = f", part {self.key[4] + 1}" if len(self.key) > 4 else ""
+        return f"{phase} {block}".rstrip() + piece
 
 
 @dataclass
@@ -76,9 +78,18 @@ class _Order:
         return (self.phase, after[1] if after[0] == self.phase else 0, 1, 0)
 
 
-def places_of(lowered: Lowered, blocks: Mapping[str, str]) -> list[Place]:
+@dataclass(frozen=True)
+class Placement:
+    """The place of each operation. `pairs`: sums, by number, and the factors that have to be where they are."""
+
+    places: list[Place]
+    pairs: Mapping[int, int]
+
+
+def placement_of(lowered: Lowered, blocks: Mapping[str, str]) -> Placement:
     """The place of each operation. `blocks`: module path -> the name of the block that it is in."""
-    return _Assignment(lowered, blocks).places
+    found = _Assignment(lowered, blocks)
+    return Placement(found.places, found.pairs)
 
 
 class _Assignment:
