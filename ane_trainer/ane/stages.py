@@ -143,6 +143,11 @@ class Compiled:
         return (self,) if self.chain is None else self.chain.programs
 
     @property
+    def in_turn(self) -> tuple[Compiled, ...]:
+        """The program of each dispatch, in order."""
+        return (self,) if self.chain is None else self.chain.in_turn
+
+    @property
     def program(self) -> Program:
         return self.legalized.lowered.program
 

@@ -12,12 +12,14 @@ from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
+from ane_trainer.ane.capture.repeats import repeating
 from ane_trainer.ane.capture.trace.sources import faults_in_words
 from ane_trainer.ane.capture.trace.torch_private import version
-from ane_trainer.ane.chips.cost import Cost, estimate
-from ane_trainer.ane.compiler.build import prepare
+from ane_trainer.ane.chips.cost import Cost
+from ane_trainer.ane.compiler.blocks import Division, check_blocks
+from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, tell_of_rounded_integers
-from ane_trainer.ane.dispatch.loading import check_parameters
+from ane_trainer.ane.dispatch.loading import check_parameters, cost_of
 from ane_trainer.ane.dispatch.options import Target, resolve_target
 from ane_trainer.ane.mil.program import Program
 
@@ -32,12 +34,17 @@ def compile_forward(
     threads: int | None = None,
     path: str = "e5rt",
     precision: str = "auto",
+    blocks: str | int = "auto",
 ) -> InferenceProgram:
     """Compile `model(example)` in evaluation mode; weights are inputs, so new ones need no new program.
 
+    `blocks` as in `compile_step`: layers that are one program.
+
     Raises: UnsupportedModel, UsageError, EnvironmentFault as `compile_step` does.
     """
-    return InferenceProgram(model, example, resolve_target(device, chip, fidelity, precision, threads, path))
+    check_blocks(blocks)
+    target = resolve_target(device, chip, fidelity, precision, threads, path)
+    return InferenceProgram(model, example, target, blocks)
 
 
 class InferenceProgram:
@@ -46,14 +53,17 @@ class InferenceProgram:
     The module's present parameters are used: ones that changed since the last call are sent again.
     """
 
-    def __init__(self, model: torch.nn.Module, example: object, target: Target) -> None:
+    def __init__(
+        self, model: torch.nn.Module, example: object, target: Target, blocks: str | int = "auto"
+    ) -> None:
         self.target, self._range = target, RANGES[target.precision]
         check_parameters(model, self._range)
         with faults_in_words(model, functools.partial(_run_plainly, model, example)):
             self._structure, self._shapes, integral = _output_of(model, example)
             captured = capture_forward(model, example, calibrate=target.precision == "fp16")
         assert target.chip is not None
-        self.compiled = prepare(captured, target.chip, target.path, target.precision)
+        division = Division(blocks, repeating(model))
+        self.compiled = prepare(captured, target.chip, target.path, target.precision, division)
         self._session = target.load(self.compiled)
         inputs = self.compiled.inputs
         self._feeds = Feeds((example,), ("x",), inputs, target.precision)
@@ -82,21 +92,26 @@ class InferenceProgram:
 
     @property
     def program(self) -> Program:
-        """The MIL program of the forward pass."""
-        return self.compiled.program
+        """The MIL program of the forward pass, as one also where it is in programs of blocks."""
+        return whole(self.compiled).program
 
     def text(self) -> str:
         """The program as MIL text."""
         return self.compiled.text
 
     def cost(self) -> Cost:
-        """Estimated time and energy of one dispatch on the chip."""
-        return estimate(self.program, self.compiled.chip, self.target.path)
+        """Estimated time and energy of one forward pass on the chip."""
+        return cost_of(self.compiled.in_turn, self.target.path)
 
     def placement(self) -> dict[str, object]:
         """Where the program runs and how that is known."""
         where, how = self.target.placement()
-        return {"where": where, "how": how, "device": self.target.device, "choice": self.target.reason}
+        chain = self.compiled.chain
+        return {
+            "where": where, "how": how, "device": self.target.device, "choice": self.target.reason,
+            "programs": len(self.compiled.programs), "dispatches": len(self.compiled.in_turn),
+            "blocks": "" if chain is None else chain.chosen,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Release the device."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from ane_trainer.ane.capture.range.calibration import calibration_of
 from ane_trainer.ane.capture.repeats import repeating
 from ane_trainer.ane.capture.step import GRADIENT, SHIFT, CaptureOptions
 from ane_trainer.ane.capture.trace.sources import faults_in_words
+from ane_trainer.ane.chips.cost import Cost, estimate, in_turn
 from ane_trainer.ane.compiler.blocks import Division
 from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.devices import Session
@@ -111,7 +112,7 @@ class LoadedStep:
     def dispatched(self, shards: int) -> tuple[Compiled, ...]:
         """The program of each dispatch of a step, in order; `shards`: how often the backward part runs."""
         parts = [self.compiled] * shards + ([] if self.update is None else [self.update])
-        return tuple(c for part in parts for c in ((part,) if part.chain is None else part.chain.in_turn))
+        return tuple(each for part in parts for each in part.in_turn)
 
 
 def load_step(
@@ -200,6 +201,12 @@ def load_compiled(
         limits=next((p.name for p in inputs if p.target == LIMITS), ""),
         dtype=RANGES[target.precision].numpy,
     )  # fmt: skip
+
+
+def cost_of(dispatched: Sequence[Compiled], path: str) -> Cost:
+    """Estimated time and energy of programs that run one after the other."""
+    known = {each.fingerprint: estimate(each.program, each.chip, path) for each in dispatched}
+    return in_turn([known[each.fingerprint] for each in dispatched])
 
 
 def check_parameters(model: torch.nn.Module, limits: Range) -> None:

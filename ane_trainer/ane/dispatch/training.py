@@ -17,7 +17,7 @@ from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.range.calibration import calibration_of, calibration_tensors
 from ane_trainer.ane.capture.step import CEILING, GRADIENT
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
-from ane_trainer.ane.chips.cost import Cost, estimate, in_turn
+from ane_trainer.ane.chips.cost import Cost
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.dispatch.adapting import Variants
 from ane_trainer.ane.dispatch.agreement import (
@@ -30,7 +30,7 @@ from ane_trainer.ane.dispatch.agreement import (
 )
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
-from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
+from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, cost_of, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
@@ -403,8 +403,7 @@ class TrainingStep:
 
     def cost(self) -> Cost:
         """Estimated time and energy of one step on the chip; of a divided one without what processes exchange."""
-        known = {p.fingerprint: estimate(p.program, p.chip, self.target.path) for p in self.programs}
-        return in_turn([known[p.fingerprint] for p in self._loaded.dispatched(self._own_shards)])
+        return cost_of(self._loaded.dispatched(self._own_shards), self.target.path)
 
     def placement(self) -> dict[str, object]:
         """Where the step runs and how that is known."""

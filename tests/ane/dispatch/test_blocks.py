@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.chips.cost import estimate
 from ane_trainer.ane.chips.lookup import get_chip, known_layers
-from ane_trainer.ane.dispatch import StepOptions, TrainingStep, build_step, resolve_target
+from ane_trainer.ane.dispatch import StepOptions, TrainingStep, build_step, compile_forward, resolve_target
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.dispatch.devices.chain import ChainSession
 from ane_trainer.ane.dispatch.devices.sim import SimChain
@@ -240,6 +241,18 @@ def test_devices_without_shared_memory_compute_the_same() -> None:
         if port.role == "state":
             assert (other.read(port.name) == session.read(port.name)).all()
     other.close()
+
+
+def test_the_forward_pass_alone() -> None:
+    torch.manual_seed(1)
+    model, (x, _) = Layers(3), tokens(1)[0]
+    outputs = []
+    for blocks in ("off", 1):
+        with closing(compile_forward(model, x, threads=1, blocks=blocks)) as program:
+            outputs.append(program(x))
+            place = program.placement()
+    assert torch.equal(*outputs)
+    assert (place["programs"], place["dispatches"], place["blocks"]) == (3, 5, "blocks=1")
 
 
 @pytest.mark.parametrize("blocks", [0, -1, True, "all", 1.5])
