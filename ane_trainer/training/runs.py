@@ -7,6 +7,7 @@
     best.safetensors         those of the best epoch        weights.bin     its weight blob; program.sha256 of both
     checkpoint.safetensors   everything needed to go on; checkpoint-before.safetensors: the one before
     checkpoints/             those that are kept for good (keep_every)
+    blocks/                  of a step in programs of blocks each program, in a folder that `run` and `estimate` take
 
 Files appear whole or not at all. A process that writes here holds a lock on the folder.
 """
@@ -146,12 +147,20 @@ class RunFolder:
             atomic_write_json(self.path / "result.json", finite(result))
 
     def write_program(self, text: str, blob: bytes, name: str = "program") -> None:
-        """Write the training step: program.mil, weights.bin and the SHA-256 of both; of two parts also update.mil."""
-        weights = "weights.bin" if name == "program" else f"{name}-weights.bin"
+        """Write the training step: program.mil, weights.bin and the SHA-256 of both; of two parts also update.mil.
+
+        A name may be in a folder: `blocks/0/program`.
+        """
+        place, _, stem = name.rpartition("/")
+        weights = "weights.bin" if stem == "program" else f"{stem}-weights.bin"
+        if place:
+            with self._writing(place):
+                (self.path / place).mkdir(parents=True, exist_ok=True)
+        prefix = f"{place}/" if place else ""
         (self.path / f"{name}.sha256").unlink(missing_ok=True)
         self._write(f"{name}.mil", text)
-        self._write(weights, blob)
-        self._write(f"{name}.sha256", sums_of({f"{name}.mil": text.encode(), weights: blob}))
+        self._write(f"{prefix}{weights}", blob)
+        self._write(f"{name}.sha256", sums_of({f"{stem}.mil": text.encode(), weights: blob}))
 
     def write_weights(
         self,

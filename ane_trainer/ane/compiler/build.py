@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -84,6 +83,8 @@ def prepare(
     Raises: UnsupportedModel for ops without a rule, and for what the chip refuses (fp16).
     """
     lowered = hold_weights(lower(captured, dtype=precision), held or {})
+    if division is not None and division.wish != "off" and precision != "fp32":
+        lowered = rewritten(lowered, chip, path)  # what is divided has the length that it will have
     divided = None if division is None else division.of(lowered, chip, path)
     if divided is None:
         return _compiled(lowered, chip, path, precision)
@@ -95,16 +96,7 @@ def whole(compiled: Compiled) -> Compiled:
     """A step in several programs as the one that it is: for files and people, not checked against the chip."""
     if compiled.chain is None:
         return compiled
-    legal = compiled.legalized
-    lowered = legal.lowered
-    if dtype_of(lowered) == "fp16":
-        lowered = rewritten(lowered, legal.chip, legal.path)
-    return compile_program(dataclasses.replace(legal, lowered=lowered), cache=False)
-
-
-def dtype_of(lowered: Lowered) -> str:
-    """The program's float type."""
-    return lowered.program.main.inputs[0].type.dtype
+    return compile_program(compiled.legalized, cache=False)
 
 
 def _compiled(lowered: Lowered, chip: str, path: str, precision: str) -> Compiled:

@@ -106,7 +106,7 @@ class LoadedStep:
         """What is compiled beside `compiled`, by a name for files: the update part, and the programs of blocks."""
         found = [("update", part) for part in (self.update,) if part is not None]
         if self.chosen:
-            found += [(f"block-{number}", part) for number, part in enumerate(self.programs)]
+            found += [(f"blocks/{number}/program", part) for number, part in enumerate(self.programs)]
         return found
 
     def dispatched(self, shards: int) -> tuple[Compiled, ...]:
