@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aneforge as af
 import numpy as np
+from aneforge import _runtime
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -56,3 +58,12 @@ class Case:
         from aneforge._compile import _topo
 
         return {t.op for t in _topo(self.graph(*(af.input(a.shape) for a in self.operands)))}
+
+
+def compile_text(folder: Path, text: str, **outputs: tuple[int, ...]) -> Any:
+    """Compile a MIL text whose input is x of shape [1, 4]; the program."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.mil").write_text(text)
+    return _runtime.E5RT.compile(
+        folder / "model.mil", cache_dir=folder / "cache", inputs={"x": (1, 4)}, outputs=outputs
+    )

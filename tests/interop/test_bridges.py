@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import plistlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -192,10 +193,48 @@ def test_authored_netplists(op: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(got, np.ravel(want), rtol=bound, atol=bound)
 
 
-def test_layers_that_are_not_simulated_are_refused_by_name(tmp_path: Path) -> None:
-    _netplist.write_model("matrix_decomposition", tmp_path)
-    with pytest.raises(RuntimeError, match=r"MatrixDecomposition.*no layer of this type"):
-        _netplist.invoke_netplist(_netplist.ensure_invoker("sdpa_invoker"), tmp_path / "net.plist")
+def authored(folder: Path, op: str, layer: str | None = None, **options: Any) -> dict[str, Any]:
+    """Run what ANEForge authors for an op, its first unit of another layer if one is named."""
+    _netplist.write_model(op, folder, **options)
+    path = folder / "net.plist"
+    tree = plistlib.loads(path.read_bytes())
+    network = tree[tree["Networks"][0]]
+    if layer:
+        network[network["Units"][0]]["Type"] = layer
+        path.write_bytes(plistlib.dumps(tree))
+    (folder / "x").write_bytes(np.arange(36, dtype=np.float16).tobytes())
+    invoker = _netplist.ensure_invoker("sdpa_invoker")
+    done = _netplist.invoke_netplist(
+        invoker, path, inputs=[("x", folder / "x")], outputs=[("y", folder / "y")]
+    )
+    return dict(done)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        ("MatrixDecomposition", "the factorization does not compile"),
+        ("Unflatten", "no form of it compiles"),
+        ("RandomGenerator", "does not have it: no source says which numbers"),
+        ("Resample", "does not have it: no source gives its parameters"),
+        ("Shape", "does not have it: no source gives the order"),
+        ("NoSuchLayer", "does not have it: no layer of this type"),
+    ],
+)
+def test_layers_that_do_not_run_say_whether_the_engine_has_them(
+    layer: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match=f"{layer}.*{reason}"):
+        authored(tmp_path, "relu", layer)
+
+
+def test_the_rasterizer_is_the_identity_of_one_channel(tmp_path: Path) -> None:
+    authored(tmp_path, "kernel_rasterizer", width=6, height=6)
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "y", np.float16), np.arange(36))
+    with pytest.raises(RuntimeError, match="only the identity of one channel compiles"):
+        authored(tmp_path, "kernel_rasterizer", width=6, height=6, output_channels=9)
+    with pytest.raises(RuntimeError, match="needs one channel"):
+        authored(tmp_path, "kernel_rasterizer", width=3, height=4, channels=3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from aneforge import _circuit, _compile, _runtime, _targets
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.interop.aneforge import install, installed, uninstall
-from tests.interop.harness import QUIET, run, values
+from tests.interop.harness import QUIET, compile_text, run, values
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 
@@ -247,13 +247,6 @@ def test_the_129th_program_fails_and_a_release_frees_a_place(capfd: pytest.Captu
     assert models[-1](np.ones((1, 2)))[0, 0] == 2
     for model in models:
         model.release()
-
-
-def compile_text(folder: Path, text: str, **outputs: tuple[int, ...]) -> Any:
-    (folder / "model.mil").write_text(text)
-    return _runtime.E5RT.compile(
-        folder / "model.mil", cache_dir=folder / "cache", inputs={"x": (1, 4)}, outputs=outputs
-    )
 
 
 TEXT = """program(1.3)

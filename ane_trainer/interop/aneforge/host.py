@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -69,8 +70,7 @@ def put_in(library: SimulatedLibrary) -> Installation:
     chip = library.context.chip
     done = Installation(library)
     done.replace(runtime._Dylib, "_ensure", lambda self: library)
-    packaged = Path(str(build.__file__)).parent / "_lib" / LIBRARY_NAME
-    done.replace(build, "build_dylib", lambda out_path=None, *, quiet=False: Path(out_path or packaged))
+    done.replace(build, "build_dylib", _building(Path(str(build.__file__)).parent / "_lib" / LIBRARY_NAME))
     done.replace(ctypes.CDLL, "__init__", _opening(ctypes.CDLL.__init__, library))
     done.replace(targets, "_cpu_brand", lru_cache(maxsize=1)(lambda: brand(chip)))
     families = targets._BRAND_FAMILY
@@ -95,6 +95,21 @@ def _put_in_bridges(done: Installation, context: EngineContext, bridges: object,
     done.replace(worker, "_ensure_worker_built", lambda: invokers[WORKER])
     done.replace(bridges, "ensure_invoker", invokers.__getitem__)
     _replace_imported(done, "ensure_invoker", invokers.__getitem__)
+
+
+def _building(packaged: Path) -> Callable[..., Path]:
+    """`build_dylib`: where a path is given, a file stands there that opens as the simulated library."""
+
+    def build_dylib(out_path: Path | None = None, *, quiet: bool = False) -> Path:
+        path = Path(out_path or packaged)
+        if out_path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("Opened by ctypes, this is the simulated library.\n")
+            if not quiet:
+                print(f"aneforge: built {path}", file=sys.stderr)
+        return path
+
+    return build_dylib
 
 
 def _opening(real: Callable[..., None], library: SimulatedLibrary) -> Callable[..., None]:

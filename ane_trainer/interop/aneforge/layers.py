@@ -288,6 +288,8 @@ def _softmax(b: Builder, unit: Unit, x: Operands) -> Value:
 
 
 def _identity(b: Builder, unit: Unit, x: Operands) -> Value:
+    if unit.type == "KernelRasterizer" and x[0].type.shape[1] != 1:  # ANEForge: only the identity compiles
+        raise ProgramError(f"netplist unit {unit.name}: needs one channel; got {x[0].type}.", code="MIL101")
     return b.op("reshape", x=x[0], shape=x[0].type.shape)
 
 
@@ -298,7 +300,7 @@ LAYERS: dict[str, _Layer] = {
     "Pooling": _pooling, "Conv": _conv, "CrossCorrelation": _cross_correlation, "CostVolume": _cost_volume,
     "InputView": _view, "Concat": _concat, "Reshape": _reshape, "Flatten": _flatten, "Broadcast": _broadcast,
     "Tile": _tile, "Transpose": _transpose, "MatrixMultiplication": _matmul, "Dropout": _identity,
-    "Softmax": _softmax,
+    "Softmax": _softmax, "KernelRasterizer": _identity,
 }  # fmt: skip
 
 

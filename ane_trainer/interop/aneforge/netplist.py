@@ -37,6 +37,25 @@ _NAMES = {
 }
 
 
+#: Layers of which no form compiles on M5 (ANEForge 0.4.0 `_capabilities.py`), assumed of the other chips.
+_REFUSED = {
+    "MatrixDecomposition": "the factorization does not compile",
+    "Unflatten": "no form of it compiles",
+    "Pad": "no spelling of its padding compiles",
+    "CropResize": "its plane coefficients do not compile",
+    "RingBufferWriter": "it needs several procedures",
+    "Reverse": "no netplist reaches it",
+    "RCAS": "no netplist reaches it",
+}
+
+#: Layers that run on silicon and are not simulated, and what is not known of them.
+_NOT_SIMULATED = {
+    "RandomGenerator": "no source says which numbers follow from which seed",
+    "Resample": "no source gives its parameters; use resize_nearest_neighbor or resize_bilinear",
+    "Shape": "no source gives the order and place of its numbers",
+}
+
+
 @dataclass(eq=False)
 class Netplist:
     """A netplist read and checked, ready to run; plans of its units are kept by the shapes they meet."""
@@ -162,8 +181,10 @@ def _check(unit: Unit, context: EngineContext) -> None:
     """Refuse what ANEForge 0.4.0 found that the compiler refuses (`_capabilities.py`), and what is not simulated."""
     chip = context.chip
     reason = None
-    if unit.type not in LAYERS and unit.type not in DIRECT:
-        reason = "the simulator has no layer of this type"
+    if unit.type in _REFUSED:
+        reason = _REFUSED[unit.type]
+    elif unit.type not in LAYERS and unit.type not in DIRECT:
+        reason = f"the simulator does not have it: {_NOT_SIMULATED.get(unit.type, 'no layer of this type')}"
     elif (known := _NAMES.get(unit.type)) and op_status(known, chip, "netplist").status == "refused":
         reason = f"{chip.title} does not have it"
     elif unit.type == "TopK" and unit.params["K"] in (3, 4):
@@ -172,6 +193,8 @@ def _check(unit: Unit, context: EngineContext) -> None:
         reason = "a window of 16 channels or more does not compile"
     elif unit.type == "MinMaxNormalization" and unit.params["Dimension"] == "Channel":
         reason = "normalization over channels does not compile"
+    elif unit.type == "KernelRasterizer" and unit.params["OutputChannels"] != 1:
+        reason = "only the identity of one channel compiles"
     elif unit.type == "ScaledElementWise" and unit.params["Type"] == "Sub":
         reason = "a scaled difference does not compile"
     if reason:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from ane_trainer.ane.chips.lookup import Chip
+from ane_trainer.ane.chips.lookup import Chip, Limit
 from ane_trainer.ane.compiler.legalize import Target, refusals
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.mil.program import Function, Program, Value
 from ane_trainer.ane.mil.text.parser import parse_program
 from ane_trainer.ane.simulator import KERNELS
 from ane_trainer.ane.simulator.schedule import VIEWS
+from ane_trainer.interop.aneforge.compiling import compiled, refused
 
 #: Ops that tables of single ops call refused although whole programs with them run on silicon.
 _RUNS_ANYWAY = {
@@ -23,8 +25,20 @@ _RUNS_ANYWAY = {
 #: `_targets._LIMITS`, measured on A14 and A16): far beyond what tables of single tensors give.
 _TRANSPOSED = {16: 2**24 - 1, 13: 2**23 - 1}
 
+#: Limits of the compiler that ANEForge 0.4.0 does not meet on its path (M5, `graph._check_kw`: "kernel height
+#: is unconstrained").
+_UNBOUNDED = ("conv_kernel_height",)
+
 #: Dtypes that a port may have on e5rt (ANEForge runtime; bool only inside programs).
 _PORT_DTYPES = ("fp16", "uint8", "int8")
+
+
+@dataclass(frozen=True)
+class _Measured(Target):
+    """A target without the limits that ANEForge measured to be none."""
+
+    def limit(self, name: str) -> Limit | None:
+        return None if name in _UNBOUNDED else super().limit(name)
 
 
 class ModelFolder(Mapping[str, bytes]):
@@ -50,8 +64,11 @@ class ModelFolder(Mapping[str, bytes]):
 
 
 def read_program(mil_path: Path) -> Program:
-    """The program of a folder that ANEForge wrote; ProgramError or OSError when it cannot be read."""
-    return parse_program(mil_path.read_text(encoding="utf-8"), ModelFolder(mil_path.parent))
+    """The program that macOS's compiler makes of a folder that ANEForge wrote.
+
+    Raises: ProgramError or OSError when it cannot be read.
+    """
+    return compiled(parse_program(mil_path.read_text(encoding="utf-8"), ModelFolder(mil_path.parent)))
 
 
 def check(program: Program, chip: Chip) -> None:
@@ -62,10 +79,10 @@ def check(program: Program, chip: Chip) -> None:
     function = program.main
     if not function.ops:
         raise ProgramError("program: needs at least one operation; got none.", code="MIL101")
-    target = Target(chip, "e5rt")
+    target = _Measured(chip, "e5rt")
     wide = _transposed(function, chip)
     found = [f for f in refusals(function, target) if f.op not in _RUNS_ANYWAY and f.where not in wide]
-    found += [*_ports(function), *_kernels(function)]
+    found += [*refused(function), *_ports(function), *_kernels(function)]
     if found:
         summary = f"program: needs what {chip.title} accepts (e5rt); got {len(found)} refusals."
         raise UnsupportedModel(summary, found, code="ANE302")
