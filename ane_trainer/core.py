@@ -131,11 +131,7 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
         given = {name: value for name, value in changes.items() if value is not None}
         config = make_config({**run.read_config().model_dump(), **given})
         world = 1 if exchange is None else exchange.shards.world
-        note = (
-            f"{world} from here on; bits are those of another number of shards"
-            if config.shards
-            else f"{world}"
-        )
+        effect = " from here on; bits are those of another number of shards" if config.shards else ""
         if changed := world > (config.shards or 1):
             config = config.model_copy(update={"shards": world})
         follows = exchange is not None and not exchange.leads
@@ -151,7 +147,7 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
             if remark:
                 report.note("warning", remark)
             if changed:
-                report.note("shards", note)
+                report.note("shards", f"{world}{effect}")
             if held is not None:
                 restore_run(trainer, run, config, *held)
             if exchange is not None:
