@@ -30,7 +30,7 @@ from ane_trainer.ane.capture.gradients import (
 )
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update, two_term_add
-from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values
+from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values, uneven_groups
 from ane_trainer.ane.capture.outside import nothing_outside, refuse_gradient_hooks
 from ane_trainer.ane.capture.parts import ALL_FIT, PARTIAL, PEAKS, finish_divided, finish_whole, partial_ports
 from ane_trainer.ane.capture.ports import (
@@ -243,7 +243,9 @@ def _plan(
         for i, m in enumerate(calibration.draws)
     ]
     units = units_by_group(parameters, len(groups))
-    sizes = {name: len(v) for name, v in scalar_values(optimizer, rule, 1, units).items()}
+    late = uneven_groups(optimizer, rule)  # with numbers for each of their parameters
+    lags = [list(range(len(own))) if i in late else [0] * len(own) for i, own in enumerate(units)]
+    sizes = {n: len(v) for n, v in scalar_values(optimizer, rule, len(parameters) + 1, units, lags).items()}
     trained = [p.unit for p in parameters if p.trained]
     if trained:
         sizes |= {n: len(v) for n, v in gradient_scalars(gradients, trained, 1.0, last=True).items()}
@@ -422,7 +424,7 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, T
             value = named[port_name(name, number, len(groups))]
             value = value * ok if name in plan.rule.gated else value
             for place, parameter in enumerate(own):
-                each = value if name in shared or len(own) == 1 else value[place : place + 1]
+                each = value if len(value) == 1 else value[place : place + 1]
                 result[parameter][name] = each
     return result
 

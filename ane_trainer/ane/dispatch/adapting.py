@@ -10,6 +10,7 @@ import dataclasses
 
 from ane_trainer.ane.capture import StepCapture
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
+from ane_trainer.ane.capture.optimizers.table import rule_for, uneven_groups
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.dispatch.guards import Guards
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, compile_step_of, load_compiled
@@ -35,7 +36,12 @@ class Variants:
     def _start(self, loaded: LoadedStep) -> None:
         self._guards = self._fresh()
         # the guards hold the objects whose identities are in the key
-        self._known = {self._guards.key(): (self._guards, loaded.capture, loaded.compiled)}
+        self._known = {self._key(self._guards): (self._guards, loaded.capture, loaded.compiled)}
+
+    def _key(self, guards: Guards) -> tuple[object, ...]:
+        """Python state, and which groups have parameters that are behind others."""
+        rule = rule_for(self._subject.optimizer, self._options.gradients.on_host)
+        return (*guards.key(), uneven_groups(self._subject.optimizer, rule))
 
     def restart(self, loaded: LoadedStep) -> None:
         """Forget all programs but this one."""
@@ -50,19 +56,22 @@ class Variants:
         """Whether the Python state may be another one than that of the present program."""
         return self._guards.changed()
 
-    def adapted(self, loaded: LoadedStep) -> LoadedStep:
+    def adapted(self, loaded: LoadedStep, applied: int) -> LoadedStep:
         """The program for the present Python state; `loaded` itself if that is the same, on the same tensors.
+
+        `applied`: the number of updates so far.
 
         Raises: UsageError ANE131 beyond MOST_PROGRAMS; UnsupportedModel for what the new state leads to.
         """
         differences, fresh = self._guards.differences(), self._fresh()
         self._as_it_is |= self._subject.model.training
-        known = self._known.get(fresh.key())
+        key = self._key(fresh)
+        known = self._known.get(key)
         if known is None:
             capture, compiled = compile_step_of(self.subject, self._target, self._options)
             known = fresh, *self._same_program(capture, compiled)
             self._check_budget(known, differences)
-            self._known[fresh.key()] = known
+            self._known[key] = known
         self._guards = fresh
         _, capture, compiled = known
         if compiled.fingerprint == loaded.compiled.fingerprint and loaded.mirror.current():
@@ -72,7 +81,7 @@ class Variants:
                     self._guards = self._fresh()
             return loaded
         new = load_compiled(self._subject, self._target, self._options, capture, compiled)
-        move_state(loaded, new)
+        move_state(loaded, new, applied)
         loaded.session.close()
         return new
 
@@ -98,12 +107,12 @@ class Variants:
             )
 
 
-def move_state(old: LoadedStep, new: LoadedStep) -> None:
+def move_state(old: LoadedStep, new: LoadedStep, applied: int) -> None:
     """The engine's state goes over; what only the new program keeps comes from the module and the optimizer."""
     state = old.mirror.state()
     scale = min(new.capture.loss_scale, old.mirror.scaling("loss_scale"))
     new.mirror.push_weights()
-    new.mirror.push_moments()
+    new.mirror.push_moments(applied=applied)
     kept = {target: value for target, value in state.items() if not target.startswith(SCALING)}
     trained = {target.removesuffix(f"/{RESIDUAL}") for target in kept if target.endswith(f"/{RESIDUAL}")}
     ports = {port.target for port in new.inputs}

@@ -19,6 +19,7 @@ import torch
 from ane_trainer.ane.capture.buffers import BufferChanges
 from ane_trainer.ane.capture.gradients import ACCUMULATED
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, Rule, Slot
+from ane_trainer.ane.capture.optimizers.table import plain, uneven_groups, updates_seen
 from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.capture.trace.torch_private import version
@@ -96,6 +97,9 @@ class Mirror:
         self._model, self._changes = model, changes
         self._fingerprints = Fingerprints(self._tensors)
         self._moments: tuple[Any, ...] = ()
+        #: How many updates each trained parameter is behind the step's count: it was frozen, or joined later.
+        self.lags: dict[str, int] = {}
+        self._settings = self._settings_now()
 
     # Weights and buffers
 
@@ -146,17 +150,21 @@ class Mirror:
         """Engine -> `optimizer.state`, as torch would have it after `count` updates."""
         if count == 0:
             return
+        self.follow_settings(count)
         for settings in self._optimizer.param_groups:
             settings.update(self._rule.group_counters(count))
         for parameter, group, slots in self._slots():
+            own = count - self.lags.get(parameter.name, 0)
+            if own < 1:
+                continue
             state = self._optimizer.state[parameter.tensor]
-            for name, number in self._rule.counters(group, count).items():
+            for name, number in self._rule.counters(group, own).items():
                 state[name] = torch.tensor(number)
             for slot in slots:
                 value = state.get(slot.name)
                 if value is None:
                     value = state[slot.name] = torch.zeros(slot.shape or parameter.tensor.shape)
-                self._combine(f"{parameter.name}/{slot.name}", value, slot.bias(group, count))
+                self._combine(f"{parameter.name}/{slot.name}", value, slot.bias(group, own))
         self._moments = self._moments_now()
 
     def show_moments(self, pull: Callable[[], None]) -> None:
@@ -177,8 +185,46 @@ class Mirror:
         return id(state), [(id(v), version(v)) if isinstance(v, torch.Tensor) else v for v in held]
 
     @torch.no_grad()
-    def push_moments(self, changed_only: bool = False) -> int | None:
-        """`optimizer.state` -> engine; returns the number of updates it stands for.
+    def follow_settings(self, count: int) -> None:
+        """Correct moments for the bias that other betas give them, if those changed: state is kept corrected."""
+        now = self._settings_now()
+        if now == self._settings:
+            return
+        before, self._settings = self._settings, now
+        for parameter, group, slots in self._slots():
+            own = count - self.lags.get(parameter.name, 0)
+            old = {**group, **dict(before[parameter.group or 0])}
+            for slot in slots if own > 0 else ():
+                was, bias = slot.bias(old, own), slot.bias(group, own)
+                if was != bias:
+                    value = torch.zeros(slot.shape or parameter.tensor.shape)
+                    self._combine(f"{parameter.name}/{slot.name}", value, was)
+                    self._split(f"{parameter.name}/{slot.name}", value / bias)
+
+    def crowded(self) -> dict[str, float]:
+        """Parameters whose state in `optimizer.state` is beyond their unit's range, with a factor that makes it fit."""
+        found: dict[str, float] = {}
+        for parameter, group, slots in self._slots():
+            state = dict.get(self._optimizer.state, parameter.tensor, {})
+            count = max(updates_seen(self._optimizer, parameter.tensor), 1)
+            for slot in slots:
+                value, scale = state.get(slot.name), self._ports[f"{parameter.name}/{slot.name}"].scale
+                if value is None or not slot.power:
+                    continue
+                peak = float(value.detach().abs().max()) / slot.bias(group, count) * scale
+                if MOVED_PEAK * 4.0 < peak < math.inf:
+                    factor = 2.0 ** -math.ceil(math.log2(peak / MOVED_PEAK) / slot.power)
+                    found[parameter.name] = min(found.get(parameter.name, 1.0), factor)
+        return found
+
+    def _settings_now(self) -> list[tuple[tuple[str, object], ...]]:
+        """What the bias of moments depends on, by group."""
+        names = ("betas", "alpha", "rho")
+        return [tuple((n, g[n]) for n in names if n in g) for g in self._optimizer.param_groups]
+
+    @torch.no_grad()
+    def push_moments(self, changed_only: bool = False, applied: int | None = None) -> int | None:
+        """`optimizer.state` -> engine; returns the number of updates it stands for, or is said to (`applied`).
 
         With `changed_only`, those entries that were changed since the last copy; None if others were not, for their
         count goes on. A state that was cleared stands for no update.
@@ -191,14 +237,22 @@ class Mirror:
             if state:
                 steps = group if self._rule.group_counters(1) else state
                 count = max(count, int(steps.get("step", 1)))
+        self._settings = self._settings_now()
+        if uneven_groups(self._optimizer, self._rule) or any(self.lags.values()) or applied is not None:
+            counted = "step" in self._rule.counters(plain(self._optimizer.param_groups[0]), 1)
+            count = count if applied is None else applied
+            for parameter, _, _ in self._slots() if counted and not self._rule.group_counters(1) else ():
+                self.lags[parameter.name] = count - updates_seen(self._optimizer, parameter.tensor)
         for parameter, group, slots in self._slots():
             state = dict.get(self._optimizer.state, parameter.tensor, {})
+            own = count - self.lags.get(parameter.name, 0)
+            _check_counters(parameter.name, state, self._rule.counters(group, max(own, 1)))
             for slot in slots:
                 value = state.get(slot.name)
                 if value is not None and (id(value), version(value)) in old:
                     kept = True
                     continue
-                bias = slot.bias(group, count) if count else 1.0
+                bias = slot.bias(group, own) if own > 0 else 1.0
                 value = torch.zeros(slot.shape or parameter.tensor.shape) if value is None else value / bias
                 self._split(f"{parameter.name}/{slot.name}", value.float())
         return None if kept else count
@@ -323,6 +377,19 @@ class Mirror:
 
     def _write(self, port: Port, array: Array) -> None:
         self._session.write(port.name, array.astype(self._range.numpy).reshape(port.shape))
+
+
+def _check_counters(name: str, state: Mapping[str, object], wanted: Mapping[str, float]) -> None:
+    """UsageError for a number of the state that does not follow from its step: NAdam's product, set by hand."""
+    for key, number in wanted.items():
+        given = state.get(key)
+        if key == "step" or not isinstance(given, (int, float, torch.Tensor)):
+            continue
+        if abs(float(given) - number) > 1e-3 * abs(number):
+            raise UsageError(
+                f"optimizer.state: needs the {key} of {name} that its step gives ({number:.6g}); got "
+                f'{float(given):.6g}. Set both together, or compile with optimizer_on="host".'
+            )
 
 
 def _sources(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

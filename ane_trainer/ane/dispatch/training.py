@@ -96,7 +96,7 @@ class TrainingStep:
         self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
-        self._units = GradientUnits.of(loaded.capture, subject.optimizer)
+        self._units = self._fresh_units()
         self._variants = Variants(subject, target, options, loaded)
         self._own_shards = 1 if options.exchange is None else len(options.exchange.shards.own)
         self.load()
@@ -179,22 +179,38 @@ class TrainingStep:
     def _follow(self) -> None:
         """What was changed from outside since the last step: weights, optimizer state, Python values."""
         mirror = self._loaded.mirror
+        mirror.follow_settings(self.applied_steps)
         if mirror.changed():
             mirror.push_weights(changed_only=True)
             self._units.fresh = True
         if mirror.moments_changed():
             self._units.fresh = True
+            for name, factor in mirror.crowded().items():
+                self._units.lower(name, factor)
+                mirror.move(name, factor, factor)
             count = mirror.push_moments(changed_only=self._stale_moments)
             self.applied_steps = self.applied_steps if count is None else count
             mirror.show_moments(self._pull_moments)
-        if self._variants.changed():
+        if self._variants.changed() or self._uneven():
             self.sync()
-            before, self._loaded = self._loaded, self._variants.adapted(self._loaded)
+            before, self._loaded = self._loaded, self._variants.adapted(self._loaded, self.applied_steps)
             if self._loaded is not before:
                 self.compiles += 1
-                self._units = GradientUnits.of(self._loaded.capture, self._subject.optimizer)
+                self._units = self._fresh_units()
                 if self._host is not None:
                     self._host = HostOptimizer(self._subject.model, self._subject.optimizer)
+
+    def _uneven(self) -> bool:
+        """Whether parameters need numbers of their own, since some are behind, and the program has them by group."""
+        if not any(self._units.lags.values()):
+            return False
+        sizes = {p.target: p.shape[0] for p in self._loaded.scalars}
+        return any(len(values) > sizes.get(name, len(values)) for name, values in self.scalars().items())
+
+    def _fresh_units(self) -> GradientUnits:
+        units = GradientUnits.of(self._loaded.capture, self._subject.optimizer)
+        units.lags = self._loaded.mirror.lags
+        return units
 
     def _count_update(self, applied: bool, results: Mapping[str, Array]) -> None:
         """A batch that completes an update has run; on the host the update happens now."""
@@ -229,7 +245,10 @@ class TrainingStep:
     def _fed(self, sent: Mapping[str, float | list[float]]) -> dict[str, Array]:
         """The host's numbers by port."""
         known, dtype = self._loaded.scalars, self._loaded.dtype
-        return {p.name: np.atleast_1d(np.asarray(sent[p.target], dtype)) for p in known if p.target in sent}
+        arrays = {p: np.atleast_1d(np.asarray(sent[p.target], dtype)) for p in known if p.target in sent}
+        return {
+            p.name: a if a.shape == p.shape else np.broadcast_to(a, p.shape).copy() for p, a in arrays.items()
+        }
 
     def scalars(self, ahead: int = 0) -> dict[str, list[float]]:
         """Port target -> values of the optimizer's scalars for the next update, or one `ahead` steps after it."""
@@ -289,6 +308,7 @@ class TrainingStep:
         if state.units[CEILING] != capture.units[CEILING] or ranges not in ({}, capture.calibration):
             self._loaded.session.close()
             self._loaded = load_step(self._subject, self.target, self.options, state)
+            self._units.lags = self._loaded.mirror.lags
             self._variants.restart(self._loaded)
             self.compiles += 1
         mirror = self._loaded.mirror

@@ -38,6 +38,9 @@ _FLOOR = CALIBRATED_UNIT_PEAK / 32.0
 UP_FIRST, UP_EVERY = (1, 2, 4, 8), 16
 
 
+#: Prefix of the lags among the levels that a state keeps.
+_LAG = "lag of "
+
 #: Runs of one batch until its gradients fit: units move, and each run halves a loss scale that is too large (14 times
 #: for a loss 10,000 times the last one's). Where none fits, the loss scale is left as after the first.
 ATTEMPTS = 16
@@ -68,6 +71,7 @@ class GradientUnits:
     `shift` is the power of two that follows clipping, `shift_level` the recent factor of clipping times it.
     `overflows` counts by parameter the batches in which its gradient was the one that did not fit. `fresh`: before the
     first step, and after changes from outside. `read_in`: the units after clipping of the results of the last run.
+    `lags`: how many updates parameters are behind, as the mirror counts them.
     """
 
     parameters: tuple[Parameter, ...]
@@ -80,6 +84,7 @@ class GradientUnits:
     overflows: dict[str, int] = field(default_factory=dict)
     fresh: bool = True
     read_in: Mapping[str, float] = field(default_factory=dict)
+    lags: dict[str, int] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
     _warned: bool = False
 
@@ -104,15 +109,18 @@ class GradientUnits:
 
     def named_levels(self) -> dict[str, float]:
         """What decides about moves, as a state keeps it."""
-        return {p.name: v for p, v in zip(self.parameters, self.levels, strict=True)} | {
-            SHIFT: self.shift_level
-        }
+        found = {p.name: v for p, v in zip(self.parameters, self.levels, strict=True)}
+        return (
+            found | {SHIFT: self.shift_level} | {_LAG + n: float(lag) for n, lag in self.lags.items() if lag}
+        )
 
     def restore(self, units: Mapping[str, float], levels: Mapping[str, float]) -> None:
         """Take over what `named` and `named_levels` gave; missing levels start from zero."""
         self.values = [units[p.name] for p in self.parameters]
         self.levels = [levels.get(p.name, 0.0) for p in self.parameters]
         self.shift, self.shift_level = units.get(SHIFT, 1.0), levels.get(SHIFT, 1.0)
+        self.lags.clear()
+        self.lags |= {n.removeprefix(_LAG): int(v) for n, v in levels.items() if n.startswith(_LAG)}
         self.overflows.clear()
         self._warned = False
 
@@ -121,12 +129,21 @@ class GradientUnits:
         groups = self.optimizer.param_groups
         own = self.after_clipping()
         units = units_by_group(self.parameters, len(groups), own)
-        found = scalar_values(self.optimizer, self.rule, step, units)
+        lags = [
+            [self.lags.get(p.name, 0) for p in self.parameters if p.group == i] for i in range(len(groups))
+        ]
+        found = scalar_values(self.optimizer, self.rule, step, units, lags)
         if self.values:
             found |= gradient_scalars(options, self.values, self.shift, last=last)
             found[LIMITS] = self._limits(step, own)
             found[FLOORS] = [0.0] * len(self.values)
         return found
+
+    def lower(self, name: str, factor: float) -> None:
+        """Take a parameter's unit down."""
+        place = next(i for i, p in enumerate(self.parameters) if p.name == name)
+        self.values[place] *= factor
+        self.levels[place] *= factor
 
     def floors(self) -> list[float]:
         """For each parameter the gradient in its unit below which a step is to wait for the unit to move."""
@@ -141,12 +158,14 @@ class GradientUnits:
     def _limits(self, step: int, units: Mapping[str, float]) -> list[float]:
         """For each parameter the largest gradient that its update takes."""
         groups = [plain(group) for group in self.optimizer.param_groups]
-        shared = [self.rule.scalars(group, step) for group in groups]
+        steps = {p.name: max(step - self.lags.get(p.name, 0), 1) for p in self.parameters}
+        kinds = {(p.group or 0, steps[p.name]) for p in self.parameters}
+        shared = {kind: self.rule.scalars(groups[kind[0]], kind[1]) for kind in kinds}
         limits = []
         for p in self.parameters:
-            number = p.group or 0
-            own = self.rule.unit_scalars(groups[number], step, units[p.name])
-            limits.append(largest_gradient(shared[number], own))
+            number, own_step = p.group or 0, steps[p.name]
+            own = self.rule.unit_scalars(groups[number], own_step, units[p.name])
+            limits.append(largest_gradient(shared[number, own_step], own))
         return limits
 
     def _group(self, parameter: Parameter) -> Group:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ane_trainer.ane.capture.optimizers.adam import ADAM, ADAMAX, LAMB, NADAM, RADAM
 from ane_trainer.ane.capture.optimizers.momentum import LION, MUON, SGD
@@ -136,7 +137,8 @@ def missing_rule(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 def _find(kind: type[torch.optim.Optimizer]) -> Rule | None:
@@ -174,24 +176,53 @@ def scalar_values(
     rule: Rule,
     step: int,
     units: Sequence[Sequence[float]],
+    lags: Sequence[Sequence[int]] = (),
 ) -> dict[str, list[float]]:
     """Port name -> values for update number `step` (1 for the first): one, or one for each parameter of the group.
 
-    `units`: for each group those of its parameters, in order.
+    `units`: for each group those of its parameters, in order; `lags`: how many updates each is behind.
 
     Raises: UsageError if a value does not fit fp16.
     """
     groups = optimizer.param_groups
     values: dict[str, list[float]] = {}
     for number, (group, own) in enumerate(zip(map(plain, groups), units, strict=True)):
-        named = {name: [value] for name, value in rule.scalars(group, step).items()}
-        by_unit = {unit: rule.unit_scalars(group, step, unit) for unit in set(own)}
-        for name in by_unit[own[0]] if own else ():
-            named[name] = [by_unit[unit][name] for unit in own]
+        late = lags[number] if lags else ()
+        steps = [max(step - lag, 1) for lag in late] if any(late) else [step] * len(own)
+        even = len(set(steps)) < 2
+        shared = [rule.scalars(group, n) for n in (steps[:1] or [step] if even else steps)]
+        named = {name: [values[name] for values in shared] for name in shared[0]}
+        by_unit = {key: rule.unit_scalars(group, *key) for key in set(zip(steps, own, strict=True))}
+        for name in by_unit[steps[0], own[0]] if own else ():
+            named[name] = [by_unit[key][name] for key in zip(steps, own, strict=True)]
         for name, found in named.items():
             _check_range(name, number, found, group.get("lr"))
             values[port_name(name, number, len(groups))] = found
     return values
+
+
+def updates_seen(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
+    """How many updates of a parameter its state in `optimizer.state` stands for, by torch's count; 0 without one.
+
+    A parameter that was frozen, or joined later, has seen fewer than others.
+    """
+    count = dict.get(optimizer.state, parameter, {}).get("step", 0)
+    return int(count) if isinstance(count, (int, float, torch.Tensor)) else 0
+
+
+def uneven_groups(optimizer: torch.optim.Optimizer, rule: Rule) -> tuple[int, ...]:
+    """The groups whose trained parameters have seen different numbers of updates."""
+    if rule.group_counters(1):
+        return ()
+    seen = [
+        {updates_seen(optimizer, p) for p in group["params"] if p.requires_grad}
+        for group in optimizer.param_groups
+    ]
+    return tuple(
+        i
+        for i, (counts, group) in enumerate(zip(seen, optimizer.param_groups, strict=True))
+        if len(counts) > 1 and "step" in rule.counters(plain(group), 1)
+    )
 
 
 def _check_range(name: str, group: int, values: Iterable[float], rate: Any) -> None:

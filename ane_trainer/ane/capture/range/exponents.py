@@ -23,6 +23,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from ane_trainer.ane.capture.range import transcendental
 from ane_trainer.ane.capture.range.bands import (
     ALIGNED,
     CONTRACTIONS,
@@ -108,9 +109,9 @@ class Exponents(Bands):
             self.follow_noise(node)
         if node.op == "placeholder":
             if node.name in self.held:
-                self._note(node, self.held[node.name])
+                self.note(node, self.held[node.name])
             elif node.name not in self.fixed and self.risky(node, 0):
-                self._note(node, self.wanted(node, 0))
+                self.note(node, self.wanted(node, 0))
         elif node.op == "call_function":
             rule = _RULES.get(str(node.target))
             if node.target is operator.getitem:
@@ -161,7 +162,7 @@ class Exponents(Bands):
             if self.of.get(argument):
                 node.replace_input_with(argument, cast("Node", self.at(argument, 0)))
 
-    def _note(self, node: Node, exponent: int) -> None:
+    def note(self, node: Node, exponent: int) -> None:
         if exponent:
             self.of[node] = exponent
             place = str(node.meta.get("ane_source", node.name))
@@ -170,7 +171,7 @@ class Exponents(Bands):
     def _item(self, node: Node) -> None:
         source, index = cast("Node", node.args[0]), cast("int", node.args[1])
         if source in self.parts:
-            self._note(node, self.parts[source][index])
+            self.note(node, self.parts[source][index])
 
     # -- rules
 
@@ -189,7 +190,7 @@ class Exponents(Bands):
         for argument in node.all_input_nodes:
             wanted = exponent if argument is source else 0
             node.replace_input_with(argument, cast("Node", self.at(argument, wanted)))
-        self._note(node, exponent)
+        self.note(node, exponent)
         if isinstance(value, (list, tuple)):
             floats = [isinstance(v, torch.Tensor) and v.is_floating_point() for v in value]
             self.parts[node] = [exponent if is_one else 0 for is_one in floats]
@@ -226,7 +227,7 @@ class Exponents(Bands):
             if argument not in new and self.of.get(argument):
                 node.replace_input_with(argument, cast("Node", self.at(argument, 0)))
         if not compares:
-            self._note(node, exponent)
+            self.note(node, exponent)
 
     def _true_peak(self, node: Node) -> float:
         size = self.found.get(node.name)
@@ -248,7 +249,7 @@ class Exponents(Bands):
         exponent = 0 if in_update(node) else self.wanted(node, natural)
         if exponent != natural:
             self._place(node, a, b, sign, natural - exponent)
-        self._note(node, exponent)
+        self.note(node, exponent)
         return None
 
     def _place(self, node: Node, a: Node, b: Node, sign: int, shift: int) -> None:
@@ -293,7 +294,7 @@ class Exponents(Bands):
             exponent == natural
             and LEAST_FACTOR * (2.0 if sign > 0 else 0.5) / 2 <= abs(factor) <= LARGEST_FACTOR
         ):
-            return self._note(node, exponent)
+            return self.note(node, exponent)
         if not in_update(node) and not LEAST_FACTOR <= abs(total) <= LARGEST_FACTOR:
             power = math.frexp(factor)[1] - 1
             if not self.risky(node, natural + power):  # the power stays beside the value
@@ -304,7 +305,7 @@ class Exponents(Bands):
             node.replace_all_uses_with(source)
         else:
             node.args = parts.args
-        self._note(node if parts is not source else source, exponent)
+        self.note(node if parts is not source else source, exponent)
         return None
 
     def _inverse(self, node: Node, source: Node, constant: float) -> None:
@@ -313,7 +314,7 @@ class Exponents(Bands):
         exponent = 0 if in_update(node) else self.wanted(node, natural)
         if exponent != natural:
             node.args = (math.ldexp(constant, natural - exponent), source)
-        self._note(node, exponent)
+        self.note(node, exponent)
 
     def power(self, node: Node) -> None:
         """Integer powers, roots and reciprocals."""
@@ -321,8 +322,10 @@ class Exponents(Bands):
         name = str(node.target)
         fixed = {"aten.sqrt.default": 0.5, "aten.rsqrt.default": -0.5, "aten.reciprocal.default": -1.0}
         degree = fixed.get(name) or number(node.args[1]) or 0.0
-        if in_update(node) or degree not in (2.0, 3.0, 4.0, 0.5, -0.5, -1.0, -2.0):
+        if in_update(node) or not degree:
             return self.settle(node)
+        if degree not in (2.0, 3.0, 4.0, 0.5, -0.5, -1.0, -2.0):
+            return transcendental.power(self, node, degree)
         return self._power(node, source, degree)
 
     def _power(self, node: Node, source: Node, degree: float) -> None:
@@ -339,7 +342,7 @@ class Exponents(Bands):
             moved += 1
         argument = cast("Node", self.at(source, int(moved)))
         node.replace_input_with(source, argument)
-        self._note(node, int(moved * degree))
+        self.note(node, int(moved * degree))
 
     def total(self, node: Node) -> None:
         """sum and mean; a sum that is too large becomes a mean, a mean too small a sum."""
@@ -349,7 +352,7 @@ class Exponents(Bands):
             self.squares.add(node)
         axes = dims_of(node)
         if in_update(node) or axes is None or not self.risky(node, natural):
-            return self._note(node, natural)
+            return self.note(node, natural)
         exponent = self.wanted(node, natural)
         count = math.prod(shape_of(source)[a] for a in axes) or 1
         averages = node.target in (aten.mean.default, aten.mean.dim)
@@ -365,11 +368,11 @@ class Exponents(Bands):
             factor = (1.0 / count if averages else float(count)) * 2.0 ** (natural - exponent)
             outer = self.times(inner, factor)
             if outer is inner:
-                return self._note(node, exponent)
+                return self.note(node, exponent)
             node.target, node.args = aten.mul.Tensor, outer.args
         else:
             node.replace_input_with(source, cast("Node", self.at(source, exponent)))
-        return self._note(node, exponent)
+        return self.note(node, exponent)
 
     def log_softmax(self, node: Node) -> None:
         """`z = x - max(x)` keeps its exponent: `z - log(sum(exp(z * 2^e))) * 2^-e`; exp of what is below fp16 is 0."""
@@ -383,7 +386,7 @@ class Exponents(Bands):
         )
         log = self.times(self.emit(aten.log.default, total), 2.0**-exponent)
         node.target, node.args = aten.sub.Tensor, (z, log)
-        return self._note(node, exponent)
+        return self.note(node, exponent)
 
     def contraction(self, node: Node) -> None:
         """mm, bmm, addmm, convolution: operands are shifted where their products would vanish or overflow."""
@@ -400,7 +403,7 @@ class Exponents(Bands):
         if bias is not None and isinstance(args[bias], Node):
             args[bias] = cast("Node", self.at(args[bias], exponent))
         node.args = tuple(args)
-        self._note(node, exponent)
+        self.note(node, exponent)
 
     def _contraction_shift(self, node: Node, a: Node, b: Node, natural: int) -> int:
         wish, room = self._shift(node, a, b, self.terms(node, a), natural)
@@ -477,6 +480,11 @@ _RULES: dict[str, Callable[[Exponents, Node], None]] = {
     **dict.fromkeys(POWERS, Exponents.power),
     **dict.fromkeys(TOTALS, Exponents.total),
     **dict.fromkeys(CONTRACTIONS, Exponents.contraction),
+    **dict.fromkeys(
+        ("aten.log.default", "aten.log2.default", "aten.log10.default"), transcendental.logarithm
+    ),
+    **dict.fromkeys(("aten.log1p.default", "aten.expm1.default"), transcendental.near_one),
+    "aten.exp.default": transcendental.exponential,
     "aten._log_softmax.default": Exponents.log_softmax,
     "aten.convolution_backward.default": Exponents.convolution_backward,
 }
