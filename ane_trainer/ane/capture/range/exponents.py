@@ -485,8 +485,9 @@ _RULES: dict[str, Callable[[Exponents, Node], None]] = {
     ),
     **dict.fromkeys(("aten.log1p.default", "aten.expm1.default"), transcendental.near_one),
     "aten.exp.default": transcendental.exponential,
+    "aten.linalg_vector_norm.default": transcendental.norm,
     "aten._log_softmax.default": Exponents.log_softmax,
     "aten.convolution_backward.default": Exponents.convolution_backward,
 }
 #: Rules that look beyond the values themselves: sums of products, constants.
-_ALWAYS = (Exponents.contraction, Exponents.product)
+_ALWAYS = (Exponents.contraction, Exponents.product, transcendental.norm)

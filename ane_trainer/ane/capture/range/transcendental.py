@@ -1,10 +1,11 @@
-"""Logarithms, exponentials and powers of values that are carried with a power of two.
+"""Logarithms, exponentials, powers and norms of values that are carried with a power of two.
 
     before: `log(x)`, x = v * 2^e              after: `log(v) + e * ln 2`
     before: `log1p(x)`, x near 1e6             after: `log(v) + e * ln 2` where x is large, else `log1p(v * 2^e)`
     before: `log1p(x)`, x near 1e-6            after: `v - v * v * 2^(e-1)`, and it stands for its 2^e-fold
     before: `exp(x)`, exp(x) near 1e6          after: `exp(x - 20 * ln 2)`, and it stands for its 2^20-fold
     before: `x ** 1.5`, x near 1000            after: `(x * 2^-5) ** 1.5 * 2^-0.5`, and it stands for its 2^8-fold
+    before: `norm(x, p=3)`                     after: `m * norm(x / m, p=3)`, m = max(abs(x))
 
 Tests: `test_transcendental.py`.
 """
@@ -19,7 +20,7 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from ane_trainer.ane.capture.range.calibration import Magnitude
-from ane_trainer.ane.capture.range.editing import aten, in_update
+from ane_trainer.ane.capture.range.editing import Shape, aten, in_update, number, shape_of
 
 #: From here on log(1 + x) is log(x) to 11 bits.
 _LARGE = 2.0**10
@@ -52,6 +53,9 @@ class Carrier(Protocol):
 
     def emit(self, target: Callable[..., object], *args: Argument) -> Node:
         """A new node in front of the present one."""
+
+    def view(self, node: Node, shape: Shape) -> Node:
+        """The node's numbers in another shape."""
 
     def times(self, node: Node, factor: float) -> Node:
         """A product with a number that fp16 may not hold."""
@@ -105,3 +109,18 @@ def power(x: Carrier, node: Node, degree: float) -> None:
     inner = x.emit(aten.pow.Tensor_Scalar, cast("Node", x.at(source, moved)), degree)
     node.target, node.args = aten.mul.Tensor, (inner, 2.0 ** (moved * degree - whole))
     x.note(node, whole)
+
+
+def norm(x: Carrier, node: Node) -> None:
+    """Norms of other orders than 0, 1, 2 and infinity, which raise nothing to a power: of x by its largest entry."""
+    source, order = cast("Node", node.args[0]), number(node.args[1]) if len(node.args) > 1 else 2.0
+    if in_update(node) or order in (0.0, 1.0, 2.0, math.inf, -math.inf, None) or node.kwargs:
+        return x.settle(node)
+    axes = node.args[2] if len(node.args) > 2 and node.args[2] else list(range(len(shape_of(source))))
+    largest = x.emit(aten.amax.default, x.emit(aten.abs.default, source), axes, True)
+    ratio = x.emit(aten.div.Tensor, source, x.emit(aten.clamp.default, largest, _LEAST))
+    inner = x.emit(aten.linalg_vector_norm.default, ratio, *node.args[1:])
+    exponent = x.wanted(node, x.of.get(source, 0))
+    factor = x.times(x.view(largest, shape_of(node)), 2.0 ** (x.of.get(source, 0) - exponent))
+    node.target, node.args = aten.mul.Tensor, (inner, factor)
+    return x.note(node, exponent)
