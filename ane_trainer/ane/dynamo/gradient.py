@@ -82,6 +82,8 @@ class Backward:
                 self.power += math.floor(math.log2(self._wanted / largest))
             if largest == 0.0 or largest > EMPTY * self._wanted:
                 break
+        if self._function.expects and engine is not None:
+            self._function.prove(self._function.values(given)[0], engine, scale=scale)
         return [r / scale if _gradient(r) else r for r in results]
 
     def _scaled(self, given: Sequence[Any], scale: float) -> list[Any]:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.capture.range import scale_found
 from ane_trainer.ane.capture.range.calibration import Magnitude, Measured
+from ane_trainer.ane.capture.range.departure import Eleven, Half, Kept, run_all
 from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
@@ -40,6 +41,10 @@ _FULL = 65400.0
 #: A value whose largest entry is below this share of the average one so far, or above this multiple of the largest, is
 #: of another size.
 _EMPTY, _LARGER = 2.0**-6, 8.0
+
+#: Relative difference from full precision up to which a result agrees; beyond, it may be this multiple of what rounding
+#: to eleven bits costs, counted up to the third. Results count as the fourth share of the largest at least.
+_TOLERATED, _OWN_ERRORS, _LARGEST_OWN, _LEAST_RESULT = 0.03, 3.0, 0.1, 1e-3
 
 Values = list[torch.Tensor]
 
@@ -77,11 +82,14 @@ class GraphFunction:
         self.found: dict[str, Magnitude] = {}
         self.calibrations = 0
         self._options, self._told = options, False
+        self._expected: Values = []  # the engine's results in full precision, after a calibration
 
     def __call__(self, inputs: Sequence[Any], users: int) -> list[Any]:
         """The results; those from number `users` on stay in the engine's precision, for the backward graph."""
         values, known = self.values(inputs)
-        return self.results(known | {"engine": self.run_in_range(values)}, users)
+        engine = self.run_in_range(values)
+        self.prove(values, engine, users)
+        return self.results(known | {"engine": engine}, users)
 
     def run_in_range(self, values: Values) -> Values:
         """The results of the engine's part, calibrated at the first call, and again where a call's leave the range."""
@@ -134,7 +142,9 @@ class GraphFunction:
             run = _WholeGraph(self._prepared.graph)
             nodes = self._placeholders()
             try:
-                run.run(*(v.detach().to(n.meta["val"].dtype) for n, v in zip(nodes, values, strict=True)))
+                self._expected = run.run(
+                    *(v.detach().to(n.meta["val"].dtype) for n, v in zip(nodes, values, strict=True))
+                )
             except FAULTS as error:
                 raise graph_fault(error) from error
         return run.found
@@ -225,6 +235,48 @@ class GraphFunction:
                 "size, and later ones are not followed. Normalise the inputs."
             )
 
+    @property
+    def expects(self) -> bool:
+        """Whether the results in full precision are there to be compared with."""
+        return bool(self._expected)
+
+    def prove(self, values: Values, engine: Values, users: int = 1 << 30, scale: float = 1.0) -> None:
+        """Compare a call's results with those in full precision, if they are there; warn of more than fp16 costs.
+
+        `engine` are the results for `values`, the incoming gradients among them times `scale`.
+        """
+        expected, self._expected = self._expected, []
+        nodes, sources = self.engine_results(), enumerate(self._prepared.results)
+        places = [s.value for n, s in sources if s.kind == "engine" and n < users] if expected else []
+        pairs = {nodes[i]: (engine[i].double() / scale, expected[i].double()) for i in places
+                 if engine[i].is_floating_point() and engine[i].numel()}  # fmt: skip
+        sizes = {node: float(want.norm()) for node, (_, want) in pairs.items()}
+        least = _LEAST_RESULT * max(sizes.values(), default=0.0)
+        errors = {
+            node: float((got - want).norm()) / max(sizes[node], least, 1e-30)
+            for node, (got, want) in pairs.items()
+        }
+        far = [
+            node for node, error in errors.items() if not error <= _TOLERATED and math.isfinite(sizes[node])
+        ]
+        if not far or self._told:
+            return
+        with without_modes():
+            graph = self._prepared.graph
+            runs = _ExactGraph(graph), _ElevenGraph(graph), _HalfGraph(graph)
+            given = [
+                v.detach().to(n.meta["val"].dtype) for n, v in zip(self._placeholders(), values, strict=True)
+            ]
+            run = run_all(runs, far, given)
+        worst = max(far, key=lambda node: errors[node])
+        if errors[worst] <= _OWN_ERRORS * min(run.gradient_error, _LARGEST_OWN):
+            return
+        place = f" First {run.first}." if run.first is not None else ""
+        self._tell(
+            f"{worst.meta.get(META_KEY) or worst.name} ({self.record.role}): departs from fp32 by "
+            f"{100 * errors[worst]:.3g} %; rounding to fp16 alone costs {100 * run.gradient_error:.1f} %.{place}"
+        )
+
     def _tell(self, text: str) -> None:
         self._told = True
         warnings.warn(f"torch.compile: {text}", NumericsWarning, stacklevel=2)
@@ -245,6 +297,18 @@ class _WholeGraph(Measured):
             extents = [list(args[0].shape[-spatial:])] if "adaptive" in name else []
             args = (*args[:-1], forward(*args[1:-1], *extents)[1])
         return super().call_function(target, args, kwargs)
+
+
+class _ExactGraph(Kept, _WholeGraph):
+    """Keeps every value."""
+
+
+class _ElevenGraph(Eleven, _WholeGraph):
+    """With results of eleven bits."""
+
+
+class _HalfGraph(Half, _WholeGraph):
+    """With results in fp16."""
 
 
 class EnginePart:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -159,3 +159,18 @@ def test_integers_that_come_out_rounded_are_told(first: int) -> None:
     assert len(told) == (2 if first > 2048 else 0)
     if not told:
         assert all(torch.equal(got.long(), model(x)) for got in found)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: nn.functional.softplus(x * 1e5).mean(), "departs from fp32"),
+        (lambda x: (x + 1e4 - 1e4).mean(), "departs from fp32"),
+    ],
+)
+def test_the_first_call_is_compared_with_full_precision(
+    function: Callable[..., torch.Tensor], words: str
+) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(at.NumericsWarning, match=rf"test_calibration.py:\d+.*{words}"):
+        torch.compile(function, backend="ane", options={"device": "sim"})(torch.rand(16, 8))

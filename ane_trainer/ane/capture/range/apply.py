@@ -57,7 +57,7 @@ def scale_found(
     for shift in exponents.shifts:
         change = f"carried times 2^{-shift.exponent}"
         note(POWERS, shift.source, kinds.get(shift.node, shift.node), change, shift.reason)
-    if not exponents.shifts:
+    if not exponents.changed:
         return captured
     _guard(exponents, [n for n in placeholders if n.name in scale_names])
     inputs = tuple(_scaled(p, exponents, n) for p, n in zip(captured.inputs, placeholders, strict=True))

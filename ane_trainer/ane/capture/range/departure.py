@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.range.calibration import Measured
 from ane_trainer.ane.capture.range.editing import in_update
@@ -51,11 +51,18 @@ class Rounded:
 def run_rounded(captured: Captured, values: Mapping[str, torch.Tensor]) -> Rounded:
     """Run the graph on the values of its ports: exactly, with results of eleven bits, and with fp16 results."""
     inputs = [values[p.name] for p in captured.inputs]
-    exact, eleven, rounded = _Kept(captured), _Eleven(captured), _Half(captured)
+    exact, eleven, rounded = (kind(captured.graph) for kind in (Kept, Eleven, Half))
+    ends = [n for n in captured.graph.graph.nodes if any(in_update(u) for u in n.users)]
+    return run_all((exact, eleven, rounded), ends, inputs)
+
+
+def run_all(runs: tuple[Kept, Kept, Kept], chosen: Sequence[Node], inputs: Sequence[torch.Tensor]) -> Rounded:
+    """Run a graph exactly, with results of eleven bits, and in fp16; the error is that of the chosen nodes."""
+    exact, eleven, rounded = runs
     with torch.no_grad():
-        for run in (exact, eleven, rounded):
+        for run in runs:
             run.run(*inputs)
-    ends = [n for n in exact.kept if any(in_update(u) for u in n.users)]
+    ends = [n for n in exact.kept if n in set(chosen)]
     least = _LEAST * max((_finite_norm(exact.kept[n]) for n in ends), default=0.0)
     errors = {n: _error(rounded.kept[n], v, least if n in ends else 0.0) for n, v in exact.kept.items()}
     found = (n for n in exact.kept if n.op == "call_function" and _departs(n, errors))
@@ -102,11 +109,11 @@ def _described(node: Node, want: torch.Tensor, got: torch.Tensor) -> Departure:
     return Departure(where, str(node.target).removeprefix("aten.").partition(".")[0], reason)
 
 
-class _Kept(Measured):
+class Kept(Measured):
     """Keeps every float value in front of the update."""
 
-    def __init__(self, captured: Captured) -> None:
-        super().__init__(captured.graph)
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
         self.kept: dict[Node, torch.Tensor] = {}
 
     def run_node(self, n: Node) -> object:
@@ -126,7 +133,7 @@ class _Kept(Measured):
         return result
 
 
-class _Eleven(_Kept):
+class Eleven(Kept):
     """Rounds each result to eleven significant bits, of any exponent."""
 
     def changed(self, n: Node, result: object) -> object:
@@ -137,7 +144,7 @@ class _Eleven(_Kept):
         return torch.ldexp(torch.round(significand * 2048.0) / 2048.0, exponent)
 
 
-class _Half(_Kept):
+class Half(Kept):
     """Rounds each result to fp16; products below the accumulator's step vanish, sums beyond its range overflow."""
 
     def changed(self, n: Node, result: object) -> object:

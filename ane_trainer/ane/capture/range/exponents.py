@@ -83,7 +83,7 @@ def scale_values(
     exponents = Exponents(graph, found, frozenset(fixed), held)
     for node in list(graph.nodes):
         exponents.visit(node)
-    if exponents.shifts:
+    if exponents.changed:
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return exponents
 
@@ -99,6 +99,7 @@ class Exponents(Bands):
         self.of: dict[Node, int] = {}
         self.parts: dict[Node, list[int]] = {}  # of operations with several results
         self.shifts: list[Shift] = []
+        self.changed = False  # whether a node has another form than it had
         self._peaks: set[Node] = set()
         self._shifted: dict[tuple[Node, int], Node] = {}
 
@@ -164,7 +165,7 @@ class Exponents(Bands):
 
     def note(self, node: Node, exponent: int) -> None:
         if exponent:
-            self.of[node] = exponent
+            self.of[node], self.changed = exponent, True
             place = str(node.meta.get("ane_source", node.name))
             self.shifts.append(Shift(node.name, place, exponent, self.why(node)))
 

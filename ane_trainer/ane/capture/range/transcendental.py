@@ -35,6 +35,7 @@ class Carrier(Protocol):
     """What the rules use of `exponents.Exponents`."""
 
     of: dict[Node, int]
+    changed: bool
 
     def at(self, argument: Argument, exponent: int) -> Argument:
         """A node with another exponent."""
@@ -122,5 +123,5 @@ def norm(x: Carrier, node: Node) -> None:
     inner = x.emit(aten.linalg_vector_norm.default, ratio, *node.args[1:])
     exponent = x.wanted(node, x.of.get(source, 0))
     factor = x.times(x.view(largest, shape_of(node)), 2.0 ** (x.of.get(source, 0) - exponent))
-    node.target, node.args = aten.mul.Tensor, (inner, factor)
+    node.target, node.args, x.changed = aten.mul.Tensor, (inner, factor), True
     return x.note(node, exponent)
