@@ -17,17 +17,16 @@ from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.capture.range import scale_found
-from ane_trainer.ane.capture.range.calibration import Magnitude, Measured
-from ane_trainer.ane.capture.range.departure import Eleven, Half, Kept, run_all
+from ane_trainer.ane.capture.range.calibration import Magnitude
 from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, tell_of_rounded_integers, to_float, to_pair
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
+from ane_trainer.ane.dynamo.proof import WholeGraph, departures, in_words
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import make_boxed_func
 from ane_trainer.ane.errors import DataError, NumericsWarning
@@ -41,10 +40,6 @@ _FULL = 65400.0
 #: A value whose largest entry is below this share of the average one so far, or above this multiple of the largest, is
 #: of another size.
 _EMPTY, _LARGER = 2.0**-6, 8.0
-
-#: Relative difference from full precision up to which a result agrees; beyond, it may be this multiple of what rounding
-#: to eleven bits costs, counted up to the third. Results count as the fourth share of the largest at least.
-_TOLERATED, _OWN_ERRORS, _LARGEST_OWN, _LEAST_RESULT = 0.03, 3.0, 0.1, 1e-3
 
 Values = list[torch.Tensor]
 
@@ -139,7 +134,7 @@ class GraphFunction:
     def measured(self, values: Values) -> dict[str, Magnitude]:
         """The magnitudes of a call's values in PyTorch's precision."""
         with torch.no_grad(), without_modes():
-            run = _WholeGraph(self._prepared.graph)
+            run = WholeGraph(self._prepared.graph)
             nodes = self._placeholders()
             try:
                 self._expected = run.run(
@@ -247,35 +242,17 @@ class GraphFunction:
         """
         expected, self._expected = self._expected, []
         nodes, sources = self.engine_results(), enumerate(self._prepared.results)
-        places = [s.value for n, s in sources if s.kind == "engine" and n < users] if expected else []
+        places = [p.value for n, p in sources if p.kind == "engine" and n < users] if expected else []
         pairs = {nodes[i]: (engine[i].double() / scale, expected[i].double()) for i in places
                  if engine[i].is_floating_point() and engine[i].numel()}  # fmt: skip
-        sizes = {node: float(want.norm()) for node, (_, want) in pairs.items()}
-        least = _LEAST_RESULT * max(sizes.values(), default=0.0)
-        errors = {
-            node: float((got - want).norm()) / max(sizes[node], least, 1e-30)
-            for node, (got, want) in pairs.items()
-        }
-        far = [
-            node for node, error in errors.items() if not error <= _TOLERATED and math.isfinite(sizes[node])
-        ]
-        if not far or self._told:
-            return
-        with without_modes():
-            graph = self._prepared.graph
-            runs = _ExactGraph(graph), _ElevenGraph(graph), _HalfGraph(graph)
+        if not self._told and (far := departures(pairs)):
             given = [
                 v.detach().to(n.meta["val"].dtype) for n, v in zip(self._placeholders(), values, strict=True)
             ]
-            run = run_all(runs, far, given)
-        worst = max(far, key=lambda node: errors[node])
-        if errors[worst] <= _OWN_ERRORS * min(run.gradient_error, _LARGEST_OWN):
-            return
-        place = f" First {run.first}." if run.first is not None else ""
-        self._tell(
-            f"{worst.meta.get(META_KEY) or worst.name} ({self.record.role}): departs from fp32 by "
-            f"{100 * errors[worst]:.3g} %; rounding to fp16 alone costs {100 * run.gradient_error:.1f} %.{place}"
-        )
+            with without_modes():
+                text = in_words(self._prepared.graph, given, far, self.record.role)
+            if text:
+                self._tell(text)
 
     def _tell(self, text: str) -> None:
         self._told = True
@@ -283,32 +260,6 @@ class GraphFunction:
 
     def _placeholders(self) -> list[Node]:
         return [node for node in self._prepared.graph.graph.nodes if node.op == "placeholder"]
-
-
-class _WholeGraph(Measured):
-    """A graph with the operands that `graphs.partition` left out computed again."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-        """One operation."""
-        if str(target) in ACCEPTS["absent"] and "backward" in str(target):
-            name = str(target).split(".")[1].removesuffix("_backward")
-            forward = getattr(torch.ops.aten, f"{name}_forward" if "nll_loss" in name else name)
-            spatial = 3 if "3d" in name else 2
-            extents = [list(args[0].shape[-spatial:])] if "adaptive" in name else []
-            args = (*args[:-1], forward(*args[1:-1], *extents)[1])
-        return super().call_function(target, args, kwargs)
-
-
-class _ExactGraph(Kept, _WholeGraph):
-    """Keeps every value."""
-
-
-class _ElevenGraph(Eleven, _WholeGraph):
-    """With results of eleven bits."""
-
-
-class _HalfGraph(Half, _WholeGraph):
-    """With results in fp16."""
 
 
 class EnginePart:

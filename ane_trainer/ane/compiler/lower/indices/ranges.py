@@ -26,6 +26,10 @@ DIVISIONS = frozenset(
     "floor_divide remainder fmod div bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ "
     "__rshift__ __lshift__ bitwise_left_shift bitwise_right_shift".split()
 )
+#: Ops that order integers, or multiply them with each other: none of two that round to one.
+_ORDERING = frozenset(
+    "sort topk amax amin aminmax cummax cummin max min mode kthvalue median prod pow".split()
+)
 _LINEAR = frozenset(
     "add sub rsub mul neg abs sum cumsum clamp clamp_min clamp_max minimum maximum where".split()
 )
@@ -69,7 +73,7 @@ def _demands(user: Node, node: Node, found: set[Node]) -> bool:
     whole = integral(user.meta.get("val"))
     if name in _INDEXED:
         return any(a is node for a in _leaves(user.args[1:])) or (whole and user in found)
-    if name in COMPARISONS or (name in DIVISIONS and whole) or (name in ("sub", "rsub") and whole):
+    if name in COMPARISONS or (whole and (name in DIVISIONS or name in _ORDERING or name in ("sub", "rsub"))):
         return True
     return (
         whole and user in found and (name in _LINEAR or name in MOVES or name in ("_to_copy", "masked_fill"))
@@ -260,6 +264,19 @@ def _places(node: Node, of: _Of) -> Bounds:
     return (0.0, float(extent - 1))
 
 
+def _power(node: Node, of: _Of) -> Bounds:
+    low, high = of(node.args[0])
+    most = max(-low, high, 1.0) ** min(of(node.args[1])[1], 64.0)
+    return (-most if low < 0 else 0.0, most)
+
+
+def _product(node: Node, of: _Of) -> Bounds:
+    source: Any = node.args[0]
+    low, high = of(source)
+    most = max(-low, high, 1.0) ** min(source.meta["val"].numel() / max(1, node.meta["val"].numel()), 64.0)
+    return (-most if low < 0 else 0.0, most)
+
+
 def _bitwise(node: Node, of: _Of) -> Bounds:
     ends = [e for arg in node.args for e in of(arg)]
     power = 2.0 ** max(1, math.ceil(math.log2(max(1.0, *(abs(e) + 1 for e in ends)))))
@@ -289,6 +306,7 @@ _RULES: dict[str, Callable[[Node, _Of], Bounds]] = {
     "__xor__": _bitwise, "bitwise_not": lambda node, of: (-of(node.args[0])[1] - 1, -of(node.args[0])[0] - 1),
     "bitwise_left_shift": _shifted, "bitwise_right_shift": _shifted, "__lshift__": _shifted, "__rshift__": _shifted,
     "bucketize": lambda node, of: (0.0, float(EXACT_INTEGERS)),
+    "pow": _power, "prod": _product,
     "sign": lambda node, of: (-1.0, 1.0), "masked_scatter": _union(0, 2),
     "slice_scatter": _union(0, 1),
     "select_scatter": _union(0, 1),
