@@ -120,8 +120,7 @@ def _with_learning_rate(config: TrainConfig, trainer: Trainer, splits: Splits) -
 def resume_training(path: str | Path, *, report: Reporter | None = None, **changes: object) -> Result:
     """Go on with an interrupted run, or, with `epochs`, train a finished one until so many in all.
 
-    `changes` are options of `config.RESUMABLE`, which may differ from the run's. Everything is read and checked
-    before anything of the run is touched.
+    `changes` are options of `config.RESUMABLE`. All is read and checked before anything of the run is touched.
     """
     started = time.perf_counter()
     report = report if report is not None else ConsoleReporter()
@@ -177,9 +176,8 @@ def _train_alongside(trainer: Trainer, config: TrainConfig, splits: Splits) -> R
 def evaluate_run(path: str | Path, *, limit: int | None = None, **options: object) -> dict[str, Any]:
     """Loss, accuracy and scores by class of a run on its data's test part, by an inference program.
 
-    Without a test part it is validation, without that the training part; `split` says which. An interrupted
-    run is judged by its last checkpoint (`weights`). `options` (device, chip, fidelity, threads) override those
-    of the run.
+    Without a test part it is validation, without that the training part; `split` says which. An interrupted run is
+    judged by its last checkpoint (`weights`). `options` (device, chip, fidelity, threads) override the run's.
     """
     if is_finetuned(path):
         return evaluate_finetuned(path, limit=limit, **options)
@@ -229,9 +227,8 @@ def predict_run(
     """What a run's model says of new examples, prepared as in training: `predictions`, a record each.
 
     paths    image files, folders of images, CSV or Parquet tables, .npy arrays (bytes are pixels).
-    index    held-out examples of the run's own data: 7, "0:10", "3,5".
+    index    held-out examples of the run's own data: 7, "0:10", "3,5"; `limit`: the first so many.
     prompt   of a text model: it goes on for `tokens` tokens, at `temperature`.
-    limit    predict the first so many examples.
     """
     if sum((bool(paths), index is not None, prompt is not None)) != 1:
         raise UsageError(
@@ -273,9 +270,8 @@ def export_run(
     path: str | Path, format: str, out: str | Path | None = None, *, input: str = "auto",
     weights: str = "fp16", batch: int = 1, examples: int | None = None, **options: object,
 ) -> ExportReport:  # fmt: skip
-    """Write a finished run's model, or its training step, as a file, checked on its dataset's test split.
-
-    The file goes to `out`, by default into the run's folder. `options` override those of the run.
+    """Write a finished run's model, or its training step, as a file (`out`; by default in its folder), checked on its
+    dataset's test split. `options` override those of the run.
     """
     kind, as_run = format_of(out or "", format), open_run(path).read_config()
     if kind in STEP_FORMATS and as_run.device == "cpu":
