@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -298,3 +299,33 @@ def read_duration(text: str) -> float:
     if found is None or float(found[1]) <= 0:
         raise ValueError("needs a time as in 90s, 10min or 2h")
     return float(found[1]) * {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}[found[2]]
+
+
+def prune(place: Path, limit: int, keep: Path | None = None) -> tuple[int, int]:
+    """Delete entries of a cache, those used longest ago first, until it holds at most `limit` bytes; never `keep`.
+
+    Returns (entries, bytes) that went. What another process deletes meanwhile is as good.
+    """
+    found = sorted(entries_of(place))
+    total, gone = sum(size for _, size, _ in found), [0, 0]
+    for _, size, path in found:
+        if total - gone[1] <= limit:
+            break
+        if path == keep:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        gone = [gone[0] + 1, gone[1] + size]
+    return gone[0], gone[1]
+
+
+def entries_of(place: Path) -> list[tuple[int, int, Path]]:
+    """(when it was used, bytes, path) of each file or folder of a cache."""
+    found = []
+    for path in place.iterdir() if place.is_dir() else ():
+        with contextlib.suppress(OSError):
+            files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+            found.append((path.stat().st_mtime_ns, sum(file.stat().st_size for file in files), path))
+    return found

@@ -10,7 +10,7 @@ import typer
 from ane_trainer.ane.compiler.build import cache_folder
 from ane_trainer.ane.simulator.loops import objects
 from ane_trainer.commands.options import Output, table
-from ane_trainer.utils import format_bytes
+from ane_trainer.utils import entries_of, format_bytes, prune
 
 _WHAT = {
     "programs": "MIL text and weights of compiled programs",
@@ -27,7 +27,7 @@ def cache_show() -> Output:
     values: dict[str, dict[str, object]] = {}
     rows = [("cache", "entries", "size", "what")]
     for name, place in _folders().items():
-        found = objects.entries_of(place)
+        found = entries_of(place)
         size = sum(each for _, each, _ in found)
         values[name] = {"folder": str(place), "entries": len(found), "bytes": size}
         rows.append((name, f"{len(found):,}", format_bytes(size), f"{_WHAT[name]}   {place}"))
@@ -41,7 +41,7 @@ def cache_prune(
     values: dict[str, dict[str, object]] = {}
     lines = []
     for name, place in _folders().items():
-        count, size = objects.prune(place, keep * 1024**2)
+        count, size = prune(place, keep * 1024**2)
         values[name] = {"folder": str(place), "deleted": count, "bytes": size}
         lines.append(f"{name}: {count:,} deleted, {format_bytes(size)}")
     return Output(values, "\n".join(lines))

@@ -19,9 +19,12 @@ from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.mil.program import Op
 from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.ane.stages import Captured, Chain, Compiled, Legalized, Lowered
+from ane_trainer.utils import prune
 
 TEXT_FILE = "model.mil"
 WEIGHTS_FILE = "weights.bin"
+#: Bytes that the cache may hold; what was not used for longest goes first.
+LIMIT = 1 << 30
 
 
 def compile_program(legalized: Legalized, *, cache: bool = True) -> Compiled:
@@ -43,6 +46,8 @@ def cache_folder() -> Path:
 def _store(folder: Path, text: str, weights: bytes) -> Path | None:
     """Write both files so that a reader sees the whole folder or none; None if the place is not writable."""
     if _holds(folder, text, weights):
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # used again: it goes last
         return folder
     scratch = None
     try:
@@ -57,6 +62,7 @@ def _store(folder: Path, text: str, weights: bytes) -> Path | None:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         return folder if _holds(folder, text, weights) else None  # another process may have been faster
+    prune(folder.parent, LIMIT, keep=folder)
     return folder
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import platformdirs
 import pytest
 
+from ane_trainer.ane.compiler import build
 from ane_trainer.ane.compiler.build import TEXT_FILE, WEIGHTS_FILE, cache_folder, compile_program
 from ane_trainer.ane.mil.program import Function, Op, Program, TensorType, Value
 from ane_trainer.ane.stages import Legalized, Lowered
@@ -35,6 +37,24 @@ def test_equal_programs_share_a_folder_and_others_do_not(cache: Path) -> None:
     assert (first.folder / TEXT_FILE).read_text() == first.text
     assert (first.folder / WEIGHTS_FILE).read_bytes() == first.weights
     assert len(list(cache.iterdir())) == 2, "scratch folders stay behind"
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_used_last(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = compile_program(program()), compile_program(program("tanh"))
+    assert first.folder is not None
+    assert second.folder is not None
+    os.utime(first.folder, (1, 1))
+    os.utime(second.folder, (2, 2))
+    assert compile_program(program()).folder == first.folder  # used again
+    size = sum(file.stat().st_size for file in first.folder.iterdir())
+    monkeypatch.setattr(build, "LIMIT", 5 * size // 2)
+    third = compile_program(program("sigmoid"))
+    assert sorted(cache.iterdir()) == sorted([first.folder, third.folder])
+    monkeypatch.setattr(build, "LIMIT", 1)
+    last = compile_program(program("silu"))
+    assert list(cache.iterdir()) == [last.folder]
 
 
 def test_a_damaged_entry_is_replaced(cache: Path) -> None:

@@ -81,7 +81,8 @@ def load_program(compiled: Compiled) -> LoadedProgram:
     if compiled.fingerprint in _refused:
         raise _compile_failed(f"{_refused[compiled.fingerprint]} (not tried again in this process)")
     with contextlib.ExitStack() as temporary:
-        folder = compiled.folder or _write(compiled, temporary)
+        stored = compiled.folder is not None and compiled.folder.exists()  # the cache is bounded
+        folder = compiled.folder if stored and compiled.folder is not None else _write(compiled, temporary)
         cache = Path(platformdirs.user_cache_dir("ane_trainer")) / "e5rt" / compiled.fingerprint
         with _stderr() as said:
             try:

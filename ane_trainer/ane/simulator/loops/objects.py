@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 import platformdirs
+
+from ane_trainer.utils import prune
 
 #: Bytes that the folder may hold.
 LIMIT = 256 * 1024**2
@@ -88,31 +89,3 @@ def store(key: str | None, code: MachineCode) -> None:
             file.write(hashlib.sha256(line + code.data).digest() + line + code.data)
         os.replace(name, folder() / key)
         prune(folder(), LIMIT)
-
-
-def prune(place: Path, limit: int) -> tuple[int, int]:
-    """Delete entries of a cache, those used longest ago first, until it holds at most `limit` bytes.
-
-    Returns (entries, bytes) that went. What another process deletes meanwhile is as good.
-    """
-    found = sorted(entries_of(place))
-    total, gone = sum(size for _, size, _ in found), [0, 0]
-    for _, size, path in found:
-        if total - gone[1] <= limit:
-            break
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        gone = [gone[0] + 1, gone[1] + size]
-    return gone[0], gone[1]
-
-
-def entries_of(place: Path) -> list[tuple[int, int, Path]]:
-    """(when it was used, bytes, path) of each file or folder of a cache."""
-    found = []
-    for path in place.iterdir() if place.is_dir() else ():
-        with contextlib.suppress(OSError):
-            files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-            found.append((path.stat().st_mtime_ns, sum(file.stat().st_size for file in files), path))
-    return found

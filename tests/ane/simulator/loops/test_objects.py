@@ -10,6 +10,7 @@ import pytest
 
 from ane_trainer.ane.simulator.loops import jit, objects
 from ane_trainer.cli import run_command
+from ane_trainer.utils import prune
 
 IR = """
 define double @twice(double %x) {
@@ -64,7 +65,7 @@ def test_the_oldest_goes_first(
     for number in range(4):
         (place / str(number)).write_bytes(bytes(100))
         os.utime(place / str(number), ns=(number, number))
-    assert objects.prune(place, 250) == (2, 200)
+    assert prune(place, 250) == (2, 200)
     assert sorted(path.name for path in place.iterdir()) == ["2", "3"]
     monkeypatch.setattr("ane_trainer.commands.cache.cache_folder", lambda: place.parent / "programs")
     assert run_command(["cache", "show", "--json"]) == 0
