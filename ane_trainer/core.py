@@ -31,7 +31,6 @@ from ane_trainer.data import (
 from ane_trainer.models import build_model
 from ane_trainer.training.analysis import Seen
 from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.finetuned import answer_finetuned, evaluate_finetuned, is_finetuned
 from ane_trainer.training.loop import stoppable, with_exit_code
 from ane_trainer.training.optimizers import check_trainable, freeze, make_optimizer
 from ane_trainer.training.prediction import answers, generate, inputs_by_index, read_inputs
@@ -179,8 +178,6 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: objec
     Without a test part it is validation, without that the training part; `split` says which. An interrupted run is
     judged by its last checkpoint (`weights`). `options` (device, chip, fidelity, threads) override the run's.
     """
-    if is_finetuned(path):
-        return evaluate_finetuned(path, limit=limit, **options)
     trained = _open_trained(path, options)
     trainer, run, config, description = trained.trainer, trained.run, trained.config, trained.description
     held_out = _held_out(run, config, limit)
@@ -235,8 +232,6 @@ def predict_run(
             "predict: needs one of files, --index and --text. Try: ane-trainer predict last --index 0:10",
             code="ANE108",
         )
-    if is_finetuned(run) and not paths:
-        return answer_finetuned(run, prompt=prompt, index=index, tokens=tokens, **options)
     trained = _open_trained(run, options)
     trainer, folder, config, description = trained.trainer, trained.run, trained.config, trained.description
     records: list[dict[str, Any]] = []

@@ -24,8 +24,10 @@ def evaluate(
 ) -> Output:
     """Measure a run on its held-out data."""
     from ane_trainer import core
+    from ane_trainer.training.finetuned import evaluate_finetuned, is_finetuned
 
-    found = core.evaluate_run(run, limit=limit, chip=chip, device=device, fidelity=fidelity, threads=threads)
+    measure = evaluate_finetuned if is_finetuned(run) else core.evaluate_run
+    found = measure(run, limit=limit, chip=chip, device=device, fidelity=fidelity, threads=threads)
     part = _PARTS.get(found["split"], found["split"])
     accuracy = "" if found["test_accuracy"] is None else f"{part} accuracy {found['test_accuracy']:.2%}   "
     perplexity = f"   perplexity {found['perplexity']:.3f}" if "perplexity" in found else ""

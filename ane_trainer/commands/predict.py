@@ -41,13 +41,17 @@ def predict(
     ane-trainer predict last --index 0:10
     """
     from ane_trainer import core
+    from ane_trainer.training.finetuned import answer_finetuned, is_finetuned
     from ane_trainer.training.prediction import as_lines, write_answers
 
     paths = [*(inputs or ()), *([input] if input is not None else ())]
-    found = core.predict_run(
-        run, paths, index=index, prompt=text, tokens=tokens, temperature=temperature, limit=limit, chip=chip,
-        device=device, fidelity=fidelity,
-    )  # fmt: skip
+    place = {"chip": chip, "device": device, "fidelity": fidelity}
+    if is_finetuned(run):
+        found = answer_finetuned(run, paths, prompt=text, index=index, tokens=tokens, **place)
+    else:
+        found = core.predict_run(
+            run, paths, index=index, prompt=text, tokens=tokens, temperature=temperature, limit=limit, **place
+        )
     for line in weights_note(found):
         print(line, file=sys.stderr)
     if out is None:

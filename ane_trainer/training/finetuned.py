@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,19 @@ def evaluate_finetuned(path: str | Path, *, limit: int | None = None, **options:
 
 
 def answer_finetuned(
-    path: str | Path, *, prompt: str | None = None, index: str | int | None = None, tokens: int = 48,
-    **options: object,
+    path: str | Path, files: Sequence[str | Path] = (), *, prompt: str | None = None, index: str | int | None = None,
+    tokens: int = 48, **options: object,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run's model answers to a prompt, or to held-out records (7, "0:10", "3,5"), by PyTorch on the host.
 
     Raises: UsageError ANE108 for files, which a language model does not read.
     """
-    facts, job, tuning = _opened(path, options)
-    if (prompt is None) == (index is None):
+    if files or (prompt is None) == (index is None):
         raise UsageError(
             "predict: needs --text or --index for a run of finetune. Try: ane-trainer predict last --text QUESTION",
             code="ANE108",
         )
+    facts, job, tuning = _opened(path, options)
     asked: list[tuple[Any, str]] = [([{"role": "user", "content": prompt}], "")]
     if index is not None:
         asked = [asked_and_expected(record) for record in _chosen(job.held_out, str(index))]

@@ -176,5 +176,7 @@ def test_a_tiny_model_learns_pairs_and_leaves_an_adapter(
     for wrong in (["--index", "99"], ["--index", "x"]):
         assert run_command(["predict", "run", *wrong]) == 1
     assert "held-out records" in capsys.readouterr().err
+    assert run_command(["predict", "run", "pairs.jsonl"]) == 1
+    assert "needs --text or --index" in capsys.readouterr().err
     assert run_command(["finetune", "--resume", "run", "--lr", "1"]) == 1
     assert "--resume keeps the run's options" in capsys.readouterr().err
