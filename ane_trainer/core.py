@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import platform
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ane_trainer.__version__ import __version__
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.ane.dispatch.parallel import Exchange, find_exchange
 from ane_trainer.ane.errors import Diverged, Interrupted, PeerLost, UsageError
@@ -42,11 +40,13 @@ from ane_trainer.training.recording import (
     check_same_data,
     introduce,
     make_callbacks,
+    provenance,
     restore_run,
 )
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Result
 from ane_trainer.training.runs import RunFolder, Weights, claim_run, open_run, origin_of
+from ane_trainer.training.scores import make_scores
 from ane_trainer.training.steps import Step
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.training.tuning import find_batch_size
@@ -201,6 +201,7 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: objec
         "examples": metrics.examples,
         "test_accuracy": metrics.accuracy,
         "test_loss": metrics.loss,
+        "metrics": dict(metrics.scores),
         **({"perplexity": math.exp(min(metrics.loss, 700.0))} if description.kind == "text" else {}),
         "scores": finite(analysis.to_json()) if analysis is not None else None,
         **_where(trainer),
@@ -392,6 +393,7 @@ def _make_trainer(
         optimizer_on=config.optimizer_on,
         fallback=config.fallback,
         shards=0 if device == "cpu" else config.shards,
+        metrics=make_scores(config.metrics, description),
         blocks=config.blocks,
     )
 
@@ -447,7 +449,7 @@ def _train_run(
         **tested,
         seconds_total=seconds,
         fp32_reference=reference.test_accuracy if reference else None,
-        **_provenance(config, run, reference),
+        **provenance(config, run, reference),
     )
     run.write_result(result.to_json())
     trainer.report.activity("writing report.html", "report")
@@ -475,17 +477,3 @@ def _train_reference(config: TrainConfig, splits: Splits, report: Reporter) -> R
     trainer = _make_trainer(config, splits.description, Reporter(), device="cpu")
     val = splits.test if splits.test is not None else splits.val
     return trainer.fit(splits.train, config.epochs, val, callbacks=make_callbacks(config))
-
-
-def _provenance(config: TrainConfig, run: RunFolder, reference: Result | None) -> dict[str, object]:
-    return {
-        "run": str(run.path),
-        "optimizer": config.optimizer,
-        "lr": config.learning_rate,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "fp32_seconds_per_step": reference.seconds_per_step if reference else None,
-        "version": __version__,
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-    }

@@ -9,6 +9,7 @@ import typer
 
 from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads, weights_note
 from ane_trainer.training.report import headline
+from ane_trainer.training.scores import text_of
 
 #: How the parts of the data are called.
 _PARTS = {"val": "validation", "train": "training"}
@@ -34,7 +35,8 @@ def evaluate(
     lines = [
         headline(found["where"]),
         *weights_note(found),
-        f"{accuracy}{part} loss {found['test_loss']:.4f}{perplexity}   {found['examples']:,} examples",
+        f"{accuracy}{part} loss {found['test_loss']:.4f}{perplexity}   {found['examples']:,} examples"
+        + text_of(found["metrics"].items()),
     ]
     return Output(found, "\n".join([*lines, *_table(found["scores"] or {})]))
 

@@ -138,7 +138,7 @@ def check_scalars(scalars: Mapping[str, object]) -> tuple[Progress, list[Epoch]]
         faults += wrong
         if epoch is not None:
             faults += [f"history {number} is of epoch {epoch.epoch}"] if epoch.epoch != number else []
-            history.append(epoch)
+            history.append(dataclasses.replace(epoch, scores=_scores_of(record)))
     if not isinstance(records, list):
         faults.append("there is no history")
     elif progress is not None and progress.epoch != len(records):
@@ -150,6 +150,15 @@ def check_scalars(scalars: Mapping[str, object]) -> tuple[Progress, list[Epoch]]
     return progress, history
 
 
+def _scores_of(record: Mapping[str, object]) -> tuple[tuple[str, float], ...]:
+    """The scores in an epoch's record: `val_` names that are no fields of their own."""
+    own = {field.name for field in dataclasses.fields(Epoch)}
+    return tuple(
+        (name.removeprefix("val_"), float(value)) for name, value in record.items()
+        if name.startswith("val_") and name not in own and isinstance(value, float)
+    )  # fmt: skip
+
+
 def read_fields(kind: type[T], values: object, where: str) -> tuple[T | None, list[str]]:
     """A dataclass of counts and numbers out of JSON, and the faults: missing, negative, of another type."""
     if not isinstance(values, dict):
@@ -159,6 +168,8 @@ def read_fields(kind: type[T], values: object, where: str) -> tuple[T | None, li
         if field.name not in values:
             if field.default is dataclasses.MISSING:
                 faults.append(f"{where}: {field.name} is missing")
+            continue
+        if str(field.type).startswith("tuple"):
             continue
         value = found[field.name] = values[field.name]
         if "None" in str(field.type) and value is None:

@@ -165,6 +165,10 @@ class TrainConfig(BaseModel):
     keep_every: int | None = Field(
         None, ge=1, description="Keep the checkpoint of each so many epochs for good."
     )
+    metrics: tuple[str, ...] = Field(
+        (),
+        description="Scores by torchmetrics beside accuracy, each epoch, e.g. auroc,f1; of numbers r2, mae.",
+    )
     log: tuple[str, ...] = Field(
         (), description="Trackers that get the numbers, e.g. tensorboard,wandb; also mlflow, trackio."
     )
@@ -247,7 +251,7 @@ class TrainConfig(BaseModel):
         """`save_every` as numbers."""
         return read_interval(self.save_every or "")
 
-    @field_validator("hidden", "target", "augment", "freeze", "log", mode="before")
+    @field_validator("hidden", "target", "augment", "freeze", "log", "metrics", mode="before")
     @classmethod
     def _parts_as_typed(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value

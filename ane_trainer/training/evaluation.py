@@ -20,6 +20,7 @@ from ane_trainer.training.intake import check_target, fit_target
 from ane_trainer.training.loop import Batch
 from ane_trainer.training.own_loss import LossOnly, OwnLossIntake, joined, labels_that_count
 from ane_trainer.training.results import Metrics
+from ane_trainer.training.scores import Scores
 from ane_trainer.utils import RunningMean, count_correct
 
 #: Rows of a program for predictions where no training batch says how many.
@@ -33,6 +34,7 @@ class Inference:
         self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], target: Target, fallback: str
     ) -> None:
         self.example: Any = None
+        self.scores = Scores({})  #: what is measured beside loss and accuracy
         self.model, self._loss, self._target, self._fallback = model, loss, target, fallback
         self._compiled: dict[Any, dict[int, Callable[[Any], Any]]] = {}
 
@@ -47,6 +49,7 @@ class Inference:
         if self._loss is model_loss:
             return self._evaluate_own(data, stop)
         loss, correct, counted = RunningMean(), 0, False
+        self.scores.begin()
         for number, batch in enumerate(data, 1):
             x, y = loop.unpack(batch, f"evaluate: batch {number}")
             with loop.located(f"evaluate: batch {number}"):
@@ -57,13 +60,15 @@ class Inference:
             labels = target if _has_classes(output, target) else y
             if _has_classes(output, labels):
                 correct, counted, target = correct + count_correct(output, labels), True, labels
+            self.scores.add(output, target)
             if see is not None:
                 see(x, output, target)
             if stop is not None:
                 stop.check()
         if not loss.count:
             raise loop.empty("evaluate")
-        return Metrics(loss.mean, correct / loss.count if counted else None, loss.count)
+        accuracy = correct / loss.count if counted else None
+        return Metrics(loss.mean, accuracy, loss.count, self.scores.found())
 
     def _evaluate_own(self, data: Iterable[Batch], stop: loop.Stop | None) -> Metrics:
         """The mean of the losses that the model returns itself, by the labels that count in each batch."""

@@ -91,6 +91,7 @@ def _fit_classes(shape: tuple[int, ...], y: torch.Tensor, ignored: int | None) -
                 "y needs whole class numbers; got fractions. Round them, or regress.", code="DATA107"
             )
         y = y.long()
+    y = y.long() if y.dtype == torch.bool else y
     if y.shape != (shape[0], *shape[2:]):
         raise DataError(
             f"y needs class numbers of shape {[shape[0], *shape[2:]]} for outputs {list(shape)}; "
@@ -290,7 +291,7 @@ class Intake:
         odd = any(
             leaf.dtype != torch.float32 for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.Tensor)
         )
-        classes = isinstance(y, torch.Tensor) and y.dim() == 1 and not y.is_floating_point()
+        classes = isinstance(y, torch.Tensor) and y.dim() == 1 and y.dtype == torch.int64
         return odd or compares_numbers(self._function) or (takes_classes(self._function) and not classes)
 
     def _try(self, x: object) -> tuple[int, ...] | None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import CheckpointError, DataError, UsageError
 from ane_trainer.training.callbacks import (
     BestWeights,
@@ -22,7 +26,7 @@ from ane_trainer.training.config import MODEL_DEFAULTS, RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.splits import Splits
 from ane_trainer.training.lora import own_state
-from ane_trainer.training.results import Epoch
+from ane_trainer.training.results import Epoch, Result
 from ane_trainer.training.runs import BEST, DATA, RunFolder
 from ane_trainer.training.schedules import LearningRateSchedule, Schedule
 from ane_trainer.training.trainer import Trainer
@@ -252,3 +256,18 @@ def check_loss(config: TrainConfig, description: DataDescription) -> None:
             f"loss: needs one for {what}; got {config.loss!r}. Do: --loss {description.default_loss}.",
             code="ANE104",
         )
+
+
+def provenance(config: TrainConfig, run: RunFolder, reference: Result | None) -> dict[str, object]:
+    """What of a run its result.json tells beside the outcome."""
+    return {
+        "run": str(run.path),
+        "optimizer": config.optimizer,
+        "lr": config.learning_rate,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "fp32_seconds_per_step": reference.seconds_per_step if reference else None,
+        "version": __version__,
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.training.results import Epoch, Result, interval_text
+from ane_trainer.training.scores import text_of
 from ane_trainer.utils import format_bytes, format_seconds
 
 #: Between two progress lines where there is no terminal.
@@ -185,6 +186,7 @@ class ConsoleReporter(Reporter):
         accuracy = "" if record.val_accuracy is None else f"  accuracy {record.val_accuracy:.2%}"
         if record.val_accuracy is None and record.val_loss is not None:
             accuracy = f"  held out {record.val_loss:.4f}"
+        accuracy += text_of(record.scores)
         line = f"{self._title()}  loss {record.train_loss:.4f}{accuracy}  {format_seconds(record.seconds)}"
         if self.verbose:
             rate = record.steps / record.seconds if record.seconds else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
@@ -9,18 +10,23 @@ from typing import Any, cast
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean loss and share of right answers over `examples`; accuracy is None where there are no classes."""
+    """Mean loss and share of right answers over `examples`; accuracy is None where there are no classes.
+
+    `scores` are (name, value) of the trainer's metrics.
+    """
 
     loss: float
     accuracy: float | None
     examples: int
+    scores: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Epoch:
     """One pass over the training data. `steps` and `skipped_steps` count this epoch only.
 
-    `energy_joules` is what the engine's counter said for the steps; None: not known.
+    `energy_joules` is what the engine's counter said for the steps; None: not known. `scores` are those of the
+    validation data.
     """
 
     epoch: int
@@ -32,10 +38,12 @@ class Epoch:
     skipped_steps: int
     seconds: float
     energy_joules: float | None = None
+    scores: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """As a line of metrics.jsonl."""
-        return {name.name: getattr(self, name.name) for name in fields(self)}
+        """As a line of metrics.jsonl; a score is `val_` and its name, None if it is not finite."""
+        plain = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "scores"}
+        return plain | {f"val_{name}": value if math.isfinite(value) else None for name, value in self.scores}
 
 
 @dataclass(frozen=True)

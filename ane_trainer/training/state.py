@@ -75,9 +75,9 @@ class Training:
 
     def evaluate_with(self, model: nn.Module) -> None:
         """Evaluate and predict with this module from now on; it has `model`'s structure."""
-        example = self._inference.example
+        example, scores = self._inference.example, self._inference.scores
         self._inference = Inference(model, self._loss, self.target, self.options.fallback)
-        self._inference.example = example
+        self._inference.example, self._inference.scores = example, scores
 
     def finish_with(self, weights: Mapping[str, torch.Tensor], epoch: int) -> None:
         """End training with these weights, those of `epoch`; results are that epoch's."""

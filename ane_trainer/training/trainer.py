@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from ane_trainer.training.own_loss import make_intake
 from ane_trainer.training.records import unwritable
 from ane_trainer.training.report import ConsoleReporter, Reporter
 from ane_trainer.training.results import Epoch, Metrics, Result
+from ane_trainer.training.scores import Metric, Scores
 from ane_trainer.training.state import Loss, Training
 from ane_trainer.training.steps import Step
 from ane_trainer.training.tuning import RateSweep, find_rate, geometric
@@ -70,6 +71,7 @@ class Trainer(Training):
                as in `compile_step`: gradient clipping and accumulation, where the optimizer runs.
     fallback   "none": refuse what does not fit the chip; "cpu": run those parts on the CPU, and report them.
     verify     "first": compare the first step with fp32 and say how they agree; N: every N steps; "off".
+    metrics    by name, torchmetrics' or alike: over the validation data of each epoch (`Epoch.scores`).
     shards     parts that each batch is divided into, whose gradients are averaged; default: one for each process
                that torchrun started (docs/scale.md). 0: this process alone.
     blocks     how many of the modules that repeat are one program, "off" or "auto", as in `compile_step`.
@@ -96,6 +98,7 @@ class Trainer(Training):
         fallback: str = "none",
         verify: str | int = "first",
         shards: int | None = None,
+        metrics: Mapping[str, Metric] | Scores | None = None,
         blocks: str | int = "auto",
     ) -> None:
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
@@ -118,6 +121,7 @@ class Trainer(Training):
             self.report = Reporter()
         self.lora = lora if isinstance(lora, LoraOptions) else None
         self._intake = make_intake(model, loss)
+        self._inference.scores = metrics if isinstance(metrics, Scores) else Scores(metrics or {})
         self._announced = self._compared = False
 
     def fit(
@@ -427,6 +431,7 @@ class Trainer(Training):
             skipped_steps=self._skipped() - progress.skipped_before_epoch,
             seconds=progress.seconds_steps - progress.seconds_before_epoch,
             energy_joules=joules,
+            scores=metrics.scores if metrics else (),
         )
         self.history.append(record)
         if len(self.history) == 1 and self.step is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ane_trainer import Reporter, Trainer
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training.datasets.opening import batches_of
 from ane_trainer.training.intake import (
@@ -22,6 +23,18 @@ from ane_trainer.training.intake import (
 from ane_trainer.training.loop import as_tensors, check_rows
 
 torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8])
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_classes_of_other_integer_types_train_as_int64(dtype: torch.dtype, device: str) -> None:
+    x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+    losses = []
+    for target in (y, y.to(dtype)):
+        torch.manual_seed(0)
+        trainer = Trainer(torch.nn.Linear(4, 2), device=device, threads=1, report=Reporter(), verify="off")
+        losses.append(trainer.fit([(x, target)], val=[(x, target)]).train_loss)
+    assert losses[0] == losses[1]
 
 
 def code_of(call, *arguments):
