@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -135,7 +135,7 @@ def _metrics_of(module: object, prefix: str, argument: str) -> dict[str, Callabl
             if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
         }  # fmt: skip
         if needed <= {argument} - {""}:
-            found[_plain(name.removeprefix(prefix))] = item
+            found[_plain(name.removeprefix(prefix))] = cast(Callable[..., Metric], item)
     return found
 
 
