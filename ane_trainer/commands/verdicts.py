@@ -173,7 +173,7 @@ def _rewrites_text(chip: ChipVerdict) -> list[str]:
         places.setdefault(rewrite.where, []).append(rewrite)
     lines = [f"{chip.title}: {len(chip.rewrites)} rewritten to stay in range:"]
     for where, members in list(places.items())[:_PLACES]:
-        first = next((m for m in members if m.reason != FOLLOWS), members[0])
+        first = min(members, key=lambda m: (m.op != "norm", m.reason == FOLLOWS))
         more = f", and {len(members) - 1} more of its values" if len(members) > 1 else ""
         lines.append(f"       {where}: {first.op}: {first.change} ({first.reason}){more}")
     if len(places) > _PLACES:
