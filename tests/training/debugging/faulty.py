@@ -81,5 +81,6 @@ CASES = {
     "norm": Case(Norm, False, "overflow", "mul", "norm"),
     "sum": Case(Sum, False, "overflow", "reduce_sum", "rewrite powers"),
     "exponentials": Case(Exponentials, False, "table-end", "exp", "maximum"),
+    "loss": Case(Fine, False, "overflow", "mul", "rewrite powers", "loss", squares),
     "variance": Case(Variance, True, "cancellation", "sub", "variance"),
 }
