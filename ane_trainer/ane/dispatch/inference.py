@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,14 @@ from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.capture.repeats import repeating
 from ane_trainer.ane.capture.trace.sources import faults_in_words
-from ane_trainer.ane.capture.trace.torch_private import version
+from ane_trainer.ane.capture.trace.torch_private import pytree, version
 from ane_trainer.ane.chips.cost import Cost
 from ane_trainer.ane.compiler.blocks import Division, check_blocks
 from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, tell_of_rounded_integers
 from ane_trainer.ane.dispatch.loading import check_parameters, cost_of
 from ane_trainer.ane.dispatch.options import Target, resolve_target
+from ane_trainer.ane.errors import NumericsWarning
 from ane_trainer.ane.mil.program import Program
 
 
@@ -47,16 +50,27 @@ def compile_forward(
     return InferenceProgram(model, example, target, blocks)
 
 
+#: Batches whose largest number is within these multiples of the example's go through its program.
+_SMALLER, _LARGER = 2.0**-8, 8.0
+#: Batches up to here may have a program of their own.
+_LARGEST = 2.0**100
+#: Programs for batches of other sizes.
+_MOST_SIZES = 8
+
+
 class InferenceProgram:
     """A compiled forward pass. `program(x)` returns what `model.eval()(x)` would, in fp32 tensors.
 
-    The module's present parameters are used: ones that changed since the last call are sent again.
+    The module's present parameters are used: ones that changed since the last call are sent again. Its powers of two
+    are chosen for the example; a batch of numbers of another size has a program of its own, 8 at most.
     """
 
     def __init__(
         self, model: torch.nn.Module, example: object, target: Target, blocks: str | int = "auto"
     ) -> None:
         self.target, self._range = target, RANGES[target.precision]
+        self._model, self._blocks, self._peaks = model, blocks, _peaks(example)
+        self._others: list[InferenceProgram] = []
         check_parameters(model, self._range)
         with faults_in_words(model, functools.partial(_run_plainly, model, example)):
             self._structure, self._shapes, integral = _output_of(model, example)
@@ -75,6 +89,9 @@ class InferenceProgram:
 
     def __call__(self, x: object) -> Any:
         """The model's output for a batch of the compiled shape; DataError for another shape or bad values."""
+        peaks = _peaks(x)
+        if self._range.dtype == torch.float16 and not self._fits(peaks) and max(peaks) < _LARGEST:
+            return self._of_its_size(x, peaks)(x)
         feeds = self._feeds(x)
         self._send_weights()
         results = self._session.run(feeds)
@@ -115,7 +132,33 @@ class InferenceProgram:
 
     def close(self) -> None:
         """Release the device."""
+        for other in self._others:
+            other.close()
         self._session.close()
+
+    def _fits(self, peaks: Sequence[float]) -> bool:
+        """Whether a batch with these largest numbers is of the example's size."""
+        if len(peaks) != len(self._peaks):
+            return True
+        pairs = zip(self._peaks, peaks, strict=True)
+        return all(not new or _SMALLER * old <= new <= _LARGER * old for old, new in pairs)
+
+    def _of_its_size(self, x: object, peaks: Sequence[float]) -> InferenceProgram:
+        """A program that is made for batches of this size."""
+        for other in self._others:
+            if other._fits(peaks):
+                return other
+        if len(self._others) == _MOST_SIZES:
+            self._others.pop(0).close()
+            warnings.warn(
+                f"predict: needs inputs of about one size; got {_MOST_SIZES + 2} different ones, each with a program "
+                "of its own. Normalise the inputs.",
+                NumericsWarning,
+                stacklevel=3,
+            )
+        self._feeds(_ones(x))  # shapes are refused first
+        self._others.append(InferenceProgram(self._model, x, self.target, self._blocks))
+        return self._others[-1]
 
     def _send_weights(self) -> None:
         dtype = self._range.dtype
@@ -123,6 +166,19 @@ class InferenceProgram:
             if self._sent.get(port.name) != version(tensor):
                 self._session.write(port.name, tensor.detach().to(dtype).numpy().reshape(port.shape))
                 self._sent[port.name] = version(tensor)
+
+
+def _peaks(x: object) -> list[float]:
+    """The largest magnitude of each tensor of floats."""
+    leaves = [leaf for leaf in tensors_of(x) if leaf.is_floating_point() and leaf.numel()]
+    return [float(leaf.detach().abs().amax()) for leaf in leaves]
+
+
+def _ones(x: object) -> object:
+    """The batch with numbers that fit any port."""
+    return pytree.tree_map(
+        lambda v: torch.ones_like(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, x
+    )
 
 
 def _run_plainly(model: torch.nn.Module, example: object) -> None:

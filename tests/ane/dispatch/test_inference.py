@@ -52,3 +52,16 @@ def test_another_shape_is_refused() -> None:
     program = compile_forward(model(), torch.randn(5, 1, 8, 8), threads=1)
     with pytest.raises(DataError, match="needs the shape"):
         program(torch.randn(4, 1, 8, 8))
+
+
+def test_batches_of_other_sizes_are_right() -> None:
+    """Powers of two that fit one size lose another: 1e5 after 1e29 had given zeros."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    program = compile_forward(model, torch.randn(2, 8))
+    for size in (1e5, 1e29, 1.0, 1e-6, 2e5):
+        x = torch.randn(2, 8) * size
+        want = model(x).detach().double()
+        assert float((program(x) - want).norm()) < 0.01 * float(want.norm())
+    with pytest.raises(DataError, match="65504"):
+        program(torch.full((2, 8), 1e38))
