@@ -99,6 +99,7 @@ class Dispatch:
                      programs hand to each other
     constants        (port of the program, number) where programs for several blocks differ
     title            phase and block, for people
+    of_block         whether it is a block's, not what lies between blocks or is common to all
     """
 
     program: int
@@ -106,6 +107,7 @@ class Dispatch:
     outputs: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Literal], ...] = ()
     title: str = ""
+    of_block: bool = False
 
 
 @dataclass(frozen=True)

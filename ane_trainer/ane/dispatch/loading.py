@@ -33,7 +33,7 @@ from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
 from ane_trainer.ane.dispatch.state import StepState
-from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.stages import Captured, Compiled, Port
 
 
@@ -157,19 +157,10 @@ def _prepared(
     captured: Captured,
     parameters: Iterable[Parameter],
 ) -> Compiled:
-    """A captured step compiled, whole or in programs of blocks."""
+    """A captured step compiled, whole or in programs of blocks; blocks that hold other weights are other programs."""
     assert target.chip is not None
     held = frozen_constants(parameters) if target.precision == "fp16" else {}
-    blocks = options.blocks
-    if held and blocks != "off":
-        if blocks != "auto":
-            raise UsageError(
-                f'blocks: needs "off" or "auto" where weights are constants of the program; got {blocks!r}. Leave it '
-                "out, or keep the base in fp16.",
-                code="ANE104",
-            )
-        blocks = "off"  # programs that hold other weights are other programs
-    division = Division(blocks, repeating(subject.model))
+    division = Division(options.blocks, repeating(subject.model))
     return prepare(captured, target.chip, target.path, target.precision, division, held)
 
 

@@ -18,6 +18,7 @@ from ane_trainer.ane.dispatch import StepOptions, TrainingStep, build_step, comp
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.dispatch.devices.chain import ChainSession
 from ane_trainer.ane.dispatch.devices.sim import SimChain
+from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import UsageError
 
 TARGET = resolve_target("sim", threads=1)
@@ -168,6 +169,22 @@ def test_numbers_that_differ_between_layers_are_inputs_of_one_program() -> None:
     assert len(forward) == 3
     assert len({each.program for each in forward}) == 1
     assert len({each.constants for each in forward}) == 3
+
+
+def test_layers_whose_frozen_weights_are_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ane_trainer.ane.dispatch.frozen.MIN_ELEMENTS", 16)
+
+    def make() -> nn.Module:
+        model = scaled_layers(2)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.endswith("linear.weight"))
+        assert quantize_frozen(model, "int8") == 2
+        return model
+
+    _, step = train_both(make, numbers(3), QUIET)
+    held = [op for part in step.programs for op in part.program.main.ops if op.kind.startswith("constexpr")]
+    assert held
+    assert all(port.target != "1.0.linear.weight" for port in step.compiled.inputs)
 
 
 def test_several_blocks_in_one_program() -> None:

@@ -155,4 +155,5 @@ def _dispatch(number: int, program: Lowered, spots: Sequence[Spot], kind: _Kind,
         tuple((v.name, called[v.name]) for v in function.outputs),
         tuple(constants),
         kind.parts[place].place.title,
+        bool(kind.parts[place].place.block),
     )

@@ -14,6 +14,8 @@ from ane_trainer.ane.compiler.blocks.shorten import shortened
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.stages import Dispatch, Lowered
 
+#: Two blocks in one program may be shorter than twice one, by what they share: as much longer is tried.
+_SAVED = 1.25
 #: What `blocks=` may be besides a number.
 BLOCKS = ("auto", "off")
 
@@ -30,6 +32,12 @@ class Divided:
     def longest(self) -> int:
         """Operations of the longest program."""
         return max(len(each.program.main.ops) for each in self.programs)
+
+    @property
+    def longest_block(self) -> int:
+        """Operations of the longest program of a block; 1 where there are no blocks."""
+        numbers = {each.program for each in self.dispatches if each.of_block}
+        return max((len(self.programs[number].program.main.ops) for number in numbers), default=1)
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,15 @@ class Division:
         reason = _too_large(lowered, chip, path, most)
         if not reason:
             return None
-        longest = max(map(len, self.repeating), default=1)
-        for each in (n for n in range(longest, 0, -1) if longest % n == 0):
+        single = self._divided(lowered, 1, reason)
+        if single.longest > most:
+            return self._divided(lowered, 1, reason, most)
+        count, room = max(map(len, self.repeating), default=1), most / single.longest_block
+        for each in (n for n in range(count, 1, -1) if count % n == 0 and n <= _SAVED * room):
             found = self._divided(lowered, each, reason)
             if found.longest <= most:
                 return found
-        return self._divided(lowered, 1, reason, most)
+        return single
 
     def _divided(self, lowered: Lowered, each: int, reason: str, most: float = math.inf) -> Divided:
         function = lowered.program.main
