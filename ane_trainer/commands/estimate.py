@@ -85,6 +85,7 @@ class ChipEstimate:
     title: str
     cost: Cost | None
     refusal: str = ""
+    dispatches: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ class Estimates:
         """A table of the chips, the split, the most expensive ops of the first, and where the figures are from."""
         batch = "" if self.batch is None else f", batch {self.batch}"
         known = [item for item in self.chips if item.cost is not None]
-        lines = [f"{self.subject}{batch}, one dispatch by {self.path}"]
+        most = max((item.dispatches for item in known), default=1)
+        count = "one dispatch" if most == 1 else f"one step, up to {most} dispatches"
+        lines = [f"{self.subject}{batch}, {count} by {self.path}"]
         if known:
             lines += table([_HEAD, *(_row(item) for item in known)], (0,))
             lines += self._training(known)
@@ -241,7 +244,7 @@ def estimates_of(
                 ChipEstimate(chip.name, chip.title, None, refusal_of(error, subject.name, chip.name))
             )
             continue
-        found.append(ChipEstimate(chip.name, chip.title, step.cost()))
+        found.append(ChipEstimate(chip.name, chip.title, step.cost(), "", step.dispatches_per_step))
         step.close()
     return found
 
