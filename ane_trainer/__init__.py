@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from ane_trainer.training.config import make_config as make_config
     from ane_trainer.training.debugging import debug as debug
     from ane_trainer.training.engine import compile_step as compile_step
-    from ane_trainer.training.lora import LoraOptions as LoraOptions
-    from ane_trainer.training.report import ConsoleReporter as ConsoleReporter
-    from ane_trainer.training.report import Reporter as Reporter
-    from ane_trainer.training.results import Epoch as Epoch
-    from ane_trainer.training.results import Metrics as Metrics
-    from ane_trainer.training.results import Result as Result
+    from ane_trainer.training.folder.results import Epoch as Epoch
+    from ane_trainer.training.folder.results import Metrics as Metrics
+    from ane_trainer.training.folder.results import Result as Result
+    from ane_trainer.training.language.lora import LoraOptions as LoraOptions
+    from ane_trainer.training.reporting.report import ConsoleReporter as ConsoleReporter
+    from ane_trainer.training.reporting.report import Reporter as Reporter
     from ane_trainer.training.schedules import LearningRateSchedule as LearningRateSchedule
     from ane_trainer.training.schedules import Schedule as Schedule
     from ane_trainer.training.trainer import Trainer as Trainer
@@ -52,14 +52,14 @@ _PLACES = {
     "Callback": "ane_trainer.training.callbacks",
     "BestWeights": "ane_trainer.training.callbacks",
     "AneTrainerError": "ane_trainer.ane.errors",
-    "ConsoleReporter": "ane_trainer.training.report",
-    "Epoch": "ane_trainer.training.results",
+    "ConsoleReporter": "ane_trainer.training.reporting.report",
+    "Epoch": "ane_trainer.training.folder.results",
     "InferenceProgram": "ane_trainer.ane.dispatch",
-    "LoraOptions": "ane_trainer.training.lora",
-    "Metrics": "ane_trainer.training.results",
+    "LoraOptions": "ane_trainer.training.language.lora",
+    "Metrics": "ane_trainer.training.folder.results",
     "NumericsWarning": "ane_trainer.ane.errors",
-    "Reporter": "ane_trainer.training.report",
-    "Result": "ane_trainer.training.results",
+    "Reporter": "ane_trainer.training.reporting.report",
+    "Result": "ane_trainer.training.folder.results",
     "TrainConfig": "ane_trainer.training.config",
     "Trainer": "ane_trainer.training.trainer",
     "TrainingStep": "ane_trainer.ane.dispatch",

@@ -27,12 +27,8 @@ from ane_trainer.data import (
     open_data,
 )
 from ane_trainer.models import build_model
-from ane_trainer.training.analysis import Seen
 from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.loop import stoppable, with_exit_code
-from ane_trainer.training.optimizers import check_trainable, freeze, make_optimizer
-from ane_trainer.training.prediction import answers, generate, inputs_by_index, read_inputs
-from ane_trainer.training.recording import (
+from ane_trainer.training.folder.recording import (
     Recorder,
     begun_before,
     check_loss,
@@ -43,14 +39,18 @@ from ane_trainer.training.recording import (
     provenance,
     restore_run,
 )
-from ane_trainer.training.report import ConsoleReporter, Reporter
-from ane_trainer.training.results import Result
-from ane_trainer.training.runs import RunFolder, Weights, claim_run, open_run, origin_of
+from ane_trainer.training.folder.results import Result
+from ane_trainer.training.folder.runs import RunFolder, Weights, claim_run, open_run, origin_of
+from ane_trainer.training.loop import stoppable, with_exit_code
+from ane_trainer.training.optimizers import check_trainable, freeze, make_optimizer
+from ane_trainer.training.prediction import answers, generate, inputs_by_index, read_inputs
+from ane_trainer.training.reporting.analysis import Seen
+from ane_trainer.training.reporting.report import ConsoleReporter, Reporter
+from ane_trainer.training.reporting.watching import watchers, write_report
 from ane_trainer.training.scores import make_scores
 from ane_trainer.training.steps import Step
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.training.tuning import find_batch_size
-from ane_trainer.training.watching import watchers, write_report
 from ane_trainer.utils import finite
 
 __all__ = ["Trainer", "evaluate_run", "export_run", "predict_run", "resume_training", "run_training"]

@@ -42,8 +42,8 @@ def installed_model() -> Path | None:
 def subject(path: Path, layers: int, tokens: int, frozen: str) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model with its first layers and an adapter of rank 8 on q, k, v, o; and a batch of one text."""
     from ane_trainer import LoraOptions
-    from ane_trainer.training.language import load_language_model
-    from ane_trainer.training.lora import adapted
+    from ane_trainer.training.language.lora import adapted
+    from ane_trainer.training.language.models import load_language_model
 
     model, tokenizer = load_language_model(str(path))
     model.config.use_cache, model.config.num_hidden_layers = False, layers
@@ -56,7 +56,7 @@ def subject(path: Path, layers: int, tokens: int, frozen: str) -> tuple[Any, dic
 def measure(options: argparse.Namespace) -> int:
     """Print one row; 1 where it is beyond the bounds."""
     import ane_trainer as at
-    from ane_trainer.training.own_loss import model_loss
+    from ane_trainer.training.language.own_loss import model_loss
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

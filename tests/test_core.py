@@ -24,9 +24,9 @@ from ane_trainer.core import evaluate_run, predict_run, resume_training, run_tra
 from ane_trainer.data import load_dataset
 from ane_trainer.models import build_model
 from ane_trainer.training.config import TrainConfig, load_config, make_config
-from ane_trainer.training.report import Reporter
-from ane_trainer.training.results import Epoch
-from ane_trainer.training.runs import RunFolder
+from ane_trainer.training.folder.results import Epoch
+from ane_trainer.training.folder.runs import RunFolder
+from ane_trainer.training.reporting.report import Reporter
 from ane_trainer.training.trainer import MAX_BAD_STEPS, Trainer
 
 DEVICES = ("sim", "cpu")

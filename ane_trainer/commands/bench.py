@@ -28,7 +28,7 @@ from ane_trainer.commands.options import (
     show,
 )
 from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.results import interval_text
+from ane_trainer.training.folder.results import interval_text
 from ane_trainer.utils import seeded
 
 if TYPE_CHECKING:  # PyTorch is imported only by what runs

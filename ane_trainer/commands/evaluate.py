@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads, weights_note
-from ane_trainer.training.report import headline
+from ane_trainer.training.reporting.report import headline
 from ane_trainer.training.scores import text_of
 
 #: How the parts of the data are called.
@@ -25,7 +25,7 @@ def evaluate(
 ) -> Output:
     """Measure a run on its held-out data."""
     from ane_trainer import core
-    from ane_trainer.training.finetuned import evaluate_finetuned, is_finetuned
+    from ane_trainer.training.language.finetuned import evaluate_finetuned, is_finetuned
 
     measure = evaluate_finetuned if is_finetuned(run) else core.evaluate_run
     found = measure(run, limit=limit, chip=chip, device=device, fidelity=fidelity, threads=threads)

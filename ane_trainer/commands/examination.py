@@ -29,7 +29,7 @@ from ane_trainer.commands.conformance.report import examine as compare
 from ane_trainer.commands.data import dataset_rows
 from ane_trainer.data import default_root
 from ane_trainer.training import energy
-from ane_trainer.training.report import Reporter
+from ane_trainer.training.reporting.report import Reporter
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import atomic_write, seeded
 

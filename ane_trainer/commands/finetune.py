@@ -13,7 +13,7 @@ import typer
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, takes_train_options
 from ane_trainer.training.config import RESUMABLE, TrainConfig, make_config
-from ane_trainer.training.report import ConsoleReporter, summary
+from ane_trainer.training.reporting.report import ConsoleReporter, summary
 
 #: Options of `train` that say nothing about a language model.
 _OTHER = frozenset(
@@ -92,7 +92,7 @@ def finetune(
             code="ANE100",
         )
     report.activity("importing PyTorch")
-    from ane_trainer.training import finetune as tuning  # PyTorch is imported only for what can run
+    from ane_trainer.training.language import finetune as tuning  # PyTorch is imported only for what can run
 
     if resume is not None:
         result = tuning.resume_finetuning(resume, report=report, **options)

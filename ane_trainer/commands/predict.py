@@ -41,7 +41,7 @@ def predict(
     ane-trainer predict last --index 0:10
     """
     from ane_trainer import core
-    from ane_trainer.training.finetuned import answer_finetuned, is_finetuned
+    from ane_trainer.training.language.finetuned import answer_finetuned, is_finetuned
     from ane_trainer.training.prediction import as_lines, write_answers
 
     paths = [*(inputs or ()), *([input] if input is not None else ())]

@@ -16,7 +16,7 @@ import typer
 from ane_trainer.ane.chips.lookup import PATHS
 from ane_trainer.ane.errors import SimulationError, UsageError
 from ane_trainer.commands.options import Chip, Fidelity, Output, Threads, show, table
-from ane_trainer.training.records import unwritable
+from ane_trainer.training.folder.records import unwritable
 from ane_trainer.utils import atomic_write
 
 if TYPE_CHECKING:  # the command imports the simulator, and PyTorch with it, only when it runs

@@ -13,8 +13,8 @@ import typer
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, Run, table
-from ane_trainer.training.charts import line_chart
-from ane_trainer.training.records import RUNS, RunRecord, find_records, locked, read_record
+from ane_trainer.training.folder.records import RUNS, RunRecord, find_records, locked, read_record
+from ane_trainer.training.reporting.charts import line_chart
 from ane_trainer.utils import atomic_write, did_you_mean, format_seconds
 
 _SORTS: Mapping[str, Callable[[RunRecord], float | str]] = {

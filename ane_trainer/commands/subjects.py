@@ -167,7 +167,7 @@ def shapes_of(
 
 def _run_subject(text: str) -> ProgramSubject:
     from ane_trainer.ane.mil.loading import load_program
-    from ane_trainer.training.runs import open_run
+    from ane_trainer.training.folder.runs import open_run
 
     run = open_run(text)
     steps, epochs = None, run.read_config().epochs

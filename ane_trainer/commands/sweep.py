@@ -30,7 +30,7 @@ from ane_trainer.training.sweeps import (
 from ane_trainer.utils import atomic_write, format_count
 
 if TYPE_CHECKING:
-    from ane_trainer.training.runs import RunFolder
+    from ane_trainer.training.folder.runs import RunFolder
 
 #: Times that a training which was killed is gone on with, before its trial counts as failed.
 _TRIES = 3
@@ -59,7 +59,7 @@ def sweep(
         raise UsageError(f"--trials: needs a number from 1 on; got {trials}. Choose one.", code="ANE104")
     folder = out if out is not None else Path("runs") / "sweeps" / config.stem
     folder.mkdir(parents=True, exist_ok=True)
-    from ane_trainer.training.runs import RunFolder  # imports PyTorch
+    from ane_trainer.training.folder.runs import RunFolder  # imports PyTorch
 
     with _tidy(folder), RunFolder(folder).locked():
         study = open_study(asked, folder)
@@ -136,7 +136,7 @@ def train_in_process(options: Path, folder: Path) -> tuple[int, str]:
 
     A process that an earlier sweep left at work is waited for.
     """
-    from ane_trainer.training.runs import RunFolder
+    from ane_trainer.training.folder.runs import RunFolder
 
     code, text = 1, ""
     for _ in range(_TRIES):

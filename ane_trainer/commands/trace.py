@@ -26,7 +26,7 @@ from ane_trainer.commands.subjects import (
     resolve,
     shapes_of,
 )
-from ane_trainer.training.records import unwritable
+from ane_trainer.training.folder.records import unwritable
 from ane_trainer.utils import atomic_write, format_bytes
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Trace:
 
 
 def _install() -> str:
-    from ane_trainer.training.pictures import INSTALL
+    from ane_trainer.training.reporting.pictures import INSTALL
 
     return INSTALL
 
@@ -236,8 +236,8 @@ def _told(found: ChipStep, ops: Mapping[str, OpProfile], where: str) -> ChipStep
 
 def _draw(traced: Trace, file: Path, run: Path | None) -> tuple[Path, ...]:
     """The pictures beside the trace, and in the report of the run that it is of."""
-    from ane_trainer.training import pictures
-    from ane_trainer.training.page import with_pictures
+    from ane_trainer.training.reporting import pictures
+    from ane_trainer.training.reporting.page import with_pictures
 
     if pictures.missing():
         return ()

@@ -13,7 +13,7 @@ import typer
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, takes_train_options
 from ane_trainer.training.config import RESUMABLE, make_config, read_config_file
-from ane_trainer.training.report import ConsoleReporter, Reporter, summary
+from ane_trainer.training.reporting.report import ConsoleReporter, Reporter, summary
 from ane_trainer.utils import torchrun_rank
 
 

@@ -14,8 +14,8 @@ import torch
 from ane_trainer.ane.dispatch.state import CALLBACK, incomplete, part
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.checkpoint import write_tensors
-from ane_trainer.training.records import unwritable
-from ane_trainer.training.results import Epoch, Metrics
+from ane_trainer.training.folder.records import unwritable
+from ane_trainer.training.folder.results import Epoch, Metrics
 
 if TYPE_CHECKING:
     from ane_trainer.training.trainer import Trainer

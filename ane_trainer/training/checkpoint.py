@@ -29,8 +29,8 @@ from torch import nn
 
 from ane_trainer.ane.dispatch.state import FORMAT, READABLE, STEP, incomplete
 from ane_trainer.ane.errors import CheckpointError
+from ane_trainer.training.folder.results import Epoch
 from ane_trainer.training.loop import Progress
-from ane_trainer.training.results import Epoch
 from ane_trainer.utils import atomic_write
 
 #: The file name of a checkpoint in its folder.

@@ -16,10 +16,10 @@ from ane_trainer.ane.capture.losses import model_loss
 from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import engine, loop
+from ane_trainer.training.folder.results import Metrics
 from ane_trainer.training.intake import check_target, fit_target
+from ane_trainer.training.language.own_loss import LossOnly, OwnLossIntake, joined, labels_that_count
 from ane_trainer.training.loop import Batch
-from ane_trainer.training.own_loss import LossOnly, OwnLossIntake, joined, labels_that_count
-from ane_trainer.training.results import Metrics
 from ane_trainer.training.scores import Scores
 from ane_trainer.utils import RunningMean, count_correct
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ane_trainer.training.callbacks import Callback
-from ane_trainer.training.results import Epoch
+from ane_trainer.training.folder.results import Epoch
 
 if TYPE_CHECKING:
     from ane_trainer.training.trainer import Trainer

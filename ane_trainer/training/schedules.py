@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.callbacks import Callback, score_of
-from ane_trainer.training.results import Epoch
+from ane_trainer.training.folder.results import Epoch
 from ane_trainer.utils import did_you_mean
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from ane_trainer.training import energy, engine, loop
 from ane_trainer.training.callbacks import Callbacks
 from ane_trainer.training.checkpoint import Checkpoint, check_scalars, describe_optimizer
 from ane_trainer.training.evaluation import Inference
+from ane_trainer.training.folder.results import Epoch, Metrics, Result
+from ane_trainer.training.language.lora import LoraOptions, digest, frozen_of, is_adapted
 from ane_trainer.training.loop import Batch, Progress
-from ane_trainer.training.lora import LoraOptions, digest, frozen_of, is_adapted
-from ane_trainer.training.results import Epoch, Metrics, Result
 from ane_trainer.training.steps import Step
 
 Loss = str | Callable[[Any, Any], torch.Tensor]

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ane_trainer.ane.errors import MissingDependency, UsageError
-from ane_trainer.training.charts import line_chart
 from ane_trainer.training.config import TrainConfig, make_config, read_config_file
-from ane_trainer.training.records import RunRecord, read_record
+from ane_trainer.training.folder.records import RunRecord, read_record
+from ane_trainer.training.reporting.charts import line_chart
 from ane_trainer.utils import atomic_write, did_you_mean
 
 if TYPE_CHECKING:

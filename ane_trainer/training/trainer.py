@@ -21,25 +21,23 @@ from ane_trainer.ane.dispatch.parallel import digest_of, find_exchange, share_of
 from ane_trainer.ane.dispatch.state import STEP, part
 from ane_trainer.ane.errors import Diverged, PeerLost, UsageError
 from ane_trainer.ane.export import STEP_FORMATS, ExportOptions, ExportReport, format_of
-from ane_trainer.training import energy, engine, loop
+from ane_trainer.training import checkpoint, energy, engine, loop
 from ane_trainer.training.callbacks import Callbacks
-from ane_trainer.training.checkpoint import (
-    CHECKPOINT,
-    has_step,
-    read_model,
-    read_tensors,
-    rebuild_optimizer,
-    write_model,
-    write_tensors,
-)
 from ane_trainer.training.datasets.opening import batches_of
 from ane_trainer.training.exporting import CHECKED_STEPS, export_app, export_model, export_training
+from ane_trainer.training.folder.records import unwritable
+from ane_trainer.training.folder.results import Epoch, Metrics, Result
+from ane_trainer.training.language.lora import (
+    LoraOptions,
+    MakeOptimizer,
+    adapted,
+    merged,
+    optimizer_of,
+    save_adapter,
+)
+from ane_trainer.training.language.own_loss import make_intake
 from ane_trainer.training.loop import Batch
-from ane_trainer.training.lora import LoraOptions, MakeOptimizer, adapted, merged, optimizer_of, save_adapter
-from ane_trainer.training.own_loss import make_intake
-from ane_trainer.training.records import unwritable
-from ane_trainer.training.report import ConsoleReporter, Reporter
-from ane_trainer.training.results import Epoch, Metrics, Result
+from ane_trainer.training.reporting.report import ConsoleReporter, Reporter
 from ane_trainer.training.scores import Metric, Scores
 from ane_trainer.training.state import Loss, Training
 from ane_trainer.training.steps import Step
@@ -233,9 +231,9 @@ class Trainer(Training):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.is_adapter:
-                write_model(folder / "model.pt", self.model, self.loss)
-            checkpoint = self.checkpoint()
-            write_tensors(folder / CHECKPOINT, checkpoint.tensors, checkpoint.scalars)
+                checkpoint.write_model(folder / "model.pt", self.model, self.loss)
+            saved = self.checkpoint()
+            checkpoint.write_tensors(folder / checkpoint.CHECKPOINT, saved.tensors, saved.scalars)
         except OSError as error:
             raise unwritable(folder, error) from None
         return folder
@@ -261,19 +259,19 @@ class Trainer(Training):
         `options` (device, chip, fidelity, threads) override the stored ones. CheckpointError: nothing there,
         damaged, of another model, or a model class that is not imported.
         """
-        checkpoint = read_tensors(Path(path) / CHECKPOINT, scalars=True)
-        stored_loss: Loss = checkpoint.scalars["loss"]
+        saved = checkpoint.read_tensors(Path(path) / checkpoint.CHECKPOINT, scalars=True)
+        stored_loss: Loss = saved.scalars["loss"]
         if model is None:
-            model, stored_loss = read_model(Path(path) / "model.pt")
-        settings = {**checkpoint.scalars["options"], **options}
+            model, stored_loss = checkpoint.read_model(Path(path) / "model.pt")
+        settings = {**saved.scalars["options"], **options}
         if isinstance(settings.get("lora"), dict):
             settings["lora"] = LoraOptions(**settings["lora"])
         if settings.get("lora") is not None:
             model = adapted(model, settings["lora"], settings["seed"])
         if optimizer is None:
-            optimizer = rebuild_optimizer(checkpoint.scalars["optimizer"], model)
+            optimizer = checkpoint.rebuild_optimizer(saved.scalars["optimizer"], model)
         trainer = cls(model, stored_loss if loss is None else loss, optimizer, report=report, **settings)
-        trainer.restore(checkpoint)
+        trainer.restore(saved)
         return trainer
 
     def export(
@@ -318,7 +316,7 @@ class Trainer(Training):
 
     def _start(self, train: Iterable[Batch], stop: loop.Stop) -> None:
         """In a resumed training: compile the step for the batch that it was compiled for at first."""
-        if self.step is None and self._restored is not None and has_step(self._restored):
+        if self.step is None and self._restored is not None and checkpoint.has_step(self._restored):
             first = loop.first_batch(train, self.seed)
             if first is not None:
                 self.compiled(*first)

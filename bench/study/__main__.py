@@ -22,7 +22,7 @@ from torch import nn
 
 from ane_trainer import Trainer, __version__
 from ane_trainer.training.callbacks import Callback
-from ane_trainer.training.report import Reporter
+from ane_trainer.training.reporting.report import Reporter
 from bench.study.arms import ARMS, Arm
 from bench.study.tasks import TASKS, Task
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from ane_trainer.training.charts import line_chart
+from ane_trainer.training.reporting.charts import line_chart
 from bench.study.__main__ import ABLATIONS, Row, read_rows
 from bench.study.arms import ARMS
 from bench.study.tasks import TASKS, Task

@@ -24,7 +24,7 @@ from ane_trainer.cli import run_command
 from ane_trainer.core import run_training
 from ane_trainer.training.config import make_config
 from ane_trainer.training.datasets.description import DataDescription
-from ane_trainer.training.report import Reporter
+from ane_trainer.training.reporting.report import Reporter
 
 NET = """
 import abc
@@ -400,7 +400,7 @@ def test_a_run_s_own_copy_of_a_model_s_file_is_as_it_was(
 
 
 def test_a_run_in_use_is_not_deleted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from ane_trainer.training.records import locked
+    from ane_trainer.training.folder.records import locked
 
     with locked(folder / "cut"):
         refused(capsys, ("runs", "rm", "done", "cut", "--yes"), 1, "CKPT109 cut")
@@ -446,7 +446,7 @@ def test_one_bit_of_a_run_s_program_is_noticed(
     file: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Row 62."""
-    from ane_trainer.training.runs import RunFolder
+    from ane_trainer.training.folder.runs import RunFolder
 
     RunFolder(folder / "p").write_program(PROGRAM, (folder / "p" / "weights.bin").read_bytes())
     (folder / "p" / "model.mil").unlink()

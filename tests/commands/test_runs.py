@@ -15,12 +15,12 @@ import torch
 
 from ane_trainer.cli import run_command
 from ane_trainer.commands.runs import sparkline
-from ane_trainer.training.analysis import classes_of, numbers_of
 from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.page import page
-from ane_trainer.training.records import as_csv, find_records, read_record
-from ane_trainer.training.results import Epoch
-from ane_trainer.training.watching import CsvReporter, write_report
+from ane_trainer.training.folder.records import as_csv, find_records, read_record
+from ane_trainer.training.folder.results import Epoch
+from ane_trainer.training.reporting.analysis import classes_of, numbers_of
+from ane_trainer.training.reporting.page import page
+from ane_trainer.training.reporting.watching import CsvReporter, write_report
 
 
 def epoch(number: int, accuracy: float) -> dict[str, object]:

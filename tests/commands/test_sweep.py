@@ -141,7 +141,7 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_outcome_is_that_of_the_last_or_best_epoch(tmp_path: Path) -> None:
-    from ane_trainer.training.records import RunRecord
+    from ane_trainer.training.folder.records import RunRecord
 
     sweep = read_sweep(written(tmp_path))
     record = RunRecord(tmp_path, {}, ({"val_accuracy": 0.9}, {"val_accuracy": 0.7}), None, 0.0)

@@ -15,7 +15,7 @@ from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Literal, Program, TensorType
 from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.cli import run_command
-from ane_trainer.training.page import with_pictures
+from ane_trainer.training.reporting.page import with_pictures
 from tests.commands.perfetto import query
 
 NETS = """

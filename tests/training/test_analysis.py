@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from ane_trainer.training.analysis import ClassAnalysis, NumberAnalysis, analyse
-from ane_trainer.training.charts import line_chart, png, ticks
+from ane_trainer.training.reporting.analysis import ClassAnalysis, NumberAnalysis, analyse
+from ane_trainer.training.reporting.charts import line_chart, png, ticks
 
 RNG = np.random.default_rng(3)
 

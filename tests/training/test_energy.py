@@ -15,7 +15,7 @@ from ane_trainer.ane.errors import UsageError
 from ane_trainer.cli import run_command
 from ane_trainer.commands import placement
 from ane_trainer.training import energy
-from ane_trainer.training.report import ConsoleReporter, Reporter, summary
+from ane_trainer.training.reporting.report import ConsoleReporter, Reporter, summary
 
 BATCHES = [(torch.rand(4, 6), torch.tensor([0, 1, 0, 1]))] * 3
 

@@ -16,7 +16,7 @@ from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.cli import run_command
 from ane_trainer.core import run_training
 from ane_trainer.training.config import make_config
-from ane_trainer.training.report import Reporter
+from ane_trainer.training.reporting.report import Reporter
 
 
 @pytest.fixture(scope="module")

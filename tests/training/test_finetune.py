@@ -13,7 +13,7 @@ import torch
 from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import DataError
 from ane_trainer.cli import run_command
-from ane_trainer.training.language import (
+from ane_trainer.training.language.models import (
     Record,
     RowOptions,
     load_language_model,
@@ -23,7 +23,7 @@ from ane_trainer.training.language import (
     rows_of,
     tokens_of,
 )
-from ane_trainer.training.own_loss import IGNORED
+from ane_trainer.training.language.own_loss import IGNORED
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

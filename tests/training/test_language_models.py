@@ -10,7 +10,7 @@ import torch
 
 import ane_trainer as at
 from ane_trainer.training.checkpoint import CHECKPOINT, read_tensors
-from ane_trainer.training.own_loss import LossOnly, filled, ignores_labels, labels_that_count, padded
+from ane_trainer.training.language.own_loss import LossOnly, filled, ignores_labels, labels_that_count, padded
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ane_trainer import Trainer
 from ane_trainer.ane.errors import DataError, UsageError
-from ane_trainer.training.report import Reporter
+from ane_trainer.training.reporting.report import Reporter
 
 
 class Notes(Reporter):

@@ -13,7 +13,7 @@ from ane_trainer.ane.errors import AneTrainerError, DataError, UsageError
 from ane_trainer.core import evaluate_run, export_run, predict_run, resume_training, run_training
 from ane_trainer.training.config import make_config
 from ane_trainer.training.prediction import as_lines, parse_rows, write_answers
-from ane_trainer.training.report import Reporter
+from ane_trainer.training.reporting.report import Reporter
 
 
 def trained(data: Path, out: Path, **options) -> Path:

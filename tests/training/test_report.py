@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ane_trainer.ane.errors import MissingDependency, UsageError
-from ane_trainer.training import loggers
-from ane_trainer.training.loggers import make_logger, numbers_of
-from ane_trainer.training.report import ConsoleReporter, Phases, Reporter, Reporters
-from ane_trainer.training.results import Epoch
+from ane_trainer.training.folder.results import Epoch
+from ane_trainer.training.reporting import loggers
+from ane_trainer.training.reporting.loggers import make_logger, numbers_of
+from ane_trainer.training.reporting.report import ConsoleReporter, Phases, Reporter, Reporters
 
 PROGRAM = {"ops": 207, "optimizer": "adam", "engine_flop_fraction": 1.0, "host_bytes_per_step": 16700}
 

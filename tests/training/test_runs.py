@@ -27,7 +27,7 @@ from ane_trainer.ane.errors import (
 from ane_trainer.core import evaluate_run, resume_training, run_training
 from ane_trainer.training.checkpoint import BEFORE, CHECKPOINT, read_tensors, write_tensors
 from ane_trainer.training.config import TrainConfig, load_config, make_config
-from ane_trainer.training.runs import BEST, RunFolder, claim_run, open_run
+from ane_trainer.training.folder.runs import BEST, RunFolder, claim_run, open_run
 
 MODEL = """
 from torch import nn

@@ -15,9 +15,9 @@ from ane_trainer.ane.errors import UsageError
 from ane_trainer.core import resume_training, run_training
 from ane_trainer.training.callbacks import BestWeights, Callback, EarlyStopping, WeightAveraging
 from ane_trainer.training.config import make_config
+from ane_trainer.training.folder.results import Epoch
+from ane_trainer.training.folder.runs import BEST, RunFolder
 from ane_trainer.training.optimizers import freeze
-from ane_trainer.training.results import Epoch
-from ane_trainer.training.runs import BEST, RunFolder
 from ane_trainer.training.schedules import LearningRateSchedule, Schedule
 
 STEPS = 40

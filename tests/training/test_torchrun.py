@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ane_trainer import Reporter
 from ane_trainer.core import resume_training, run_training
 from ane_trainer.training.config import make_config
-from ane_trainer.training.runs import WEIGHTS, RunFolder
+from ane_trainer.training.folder.runs import WEIGHTS, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {"dataset": "digits", "batch_size": 64, "hidden": (16,), "limit": 320, "epochs": 4, "shards": 4}

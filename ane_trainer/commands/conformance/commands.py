@@ -13,7 +13,7 @@ import typer
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Fidelity, Output, Threads
-from ane_trainer.training.report import ConsoleReporter, Reporter
+from ane_trainer.training.reporting.report import ConsoleReporter, Reporter
 
 if TYPE_CHECKING:  # PyTorch is imported only by what runs
     from ane_trainer.ane.verify.evidence import Row

@@ -11,7 +11,7 @@ from ane_trainer.ane.verify.faults import RULES, TOLERATED
 from ane_trainer.training.debugging.report import PHASES, Fault, OpLine, Report
 from ane_trainer.training.debugging.scores import share
 from ane_trainer.training.debugging.tree import Node, badness, tree_of
-from ane_trainer.training.page import STYLE
+from ane_trainer.training.reporting.page import STYLE
 
 #: Ops with a histogram: those to blame, then the worst.
 _HISTOGRAMS = 400

@@ -30,7 +30,7 @@ from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.stages import Alias, Compiled, Legalized, Lowered, Port
 from ane_trainer.cli import run_command
 from ane_trainer.commands.conformance.engines import make_training
-from ane_trainer.training.report import Reporter
+from ane_trainer.training.reporting.report import Reporter
 from ane_trainer.training.trainer import Trainer
 from tests.standin.library import Engine, needs_compiler
 

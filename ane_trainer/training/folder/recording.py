@@ -25,9 +25,9 @@ from ane_trainer.training.checkpoint import Checkpoint, has_step
 from ane_trainer.training.config import MODEL_DEFAULTS, RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.splits import Splits
-from ane_trainer.training.lora import own_state
-from ane_trainer.training.results import Epoch, Result
-from ane_trainer.training.runs import BEST, DATA, RunFolder
+from ane_trainer.training.folder.results import Epoch, Result
+from ane_trainer.training.folder.runs import BEST, DATA, RunFolder
+from ane_trainer.training.language.lora import own_state
 from ane_trainer.training.schedules import LearningRateSchedule, Schedule
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import format_count

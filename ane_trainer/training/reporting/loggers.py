@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ane_trainer.ane.errors import MissingDependency, UsageError
-from ane_trainer.training.report import Reporter
-from ane_trainer.training.results import Epoch
+from ane_trainer.training.folder.results import Epoch
+from ane_trainer.training.reporting.report import Reporter
 from ane_trainer.utils import did_you_mean
 
 #: Steps between two logged training losses; epochs are logged whole.

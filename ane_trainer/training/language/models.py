@@ -26,7 +26,7 @@ from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.hub import read_hub
 from ane_trainer.training.datasets.splits import VAL_SPLIT, Splits
 from ane_trainer.training.datasets.text import SUFFIXES, read_text
-from ane_trainer.training.own_loss import IGNORED
+from ane_trainer.training.language.own_loss import IGNORED
 
 #: The names that records have for what is asked and what is to be answered.
 _ASKED = ("prompt", "instruction", "question", "input")

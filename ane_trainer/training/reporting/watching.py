@@ -11,14 +11,14 @@ import torch
 
 from ane_trainer.ane.chips.timeline import timeline
 from ane_trainer.ane.dispatch import TrainingStep
-from ane_trainer.training.analysis import Analysis, Seen
 from ane_trainer.training.datasets.description import DataDescription
-from ane_trainer.training.loggers import make_loggers
-from ane_trainer.training.page import page, with_pictures
-from ane_trainer.training.pictures import as_images, missing
-from ane_trainer.training.records import as_csv, read_history, read_record
-from ane_trainer.training.report import Reporter, Reporters
-from ane_trainer.training.results import Epoch
+from ane_trainer.training.folder.records import as_csv, read_history, read_record
+from ane_trainer.training.folder.results import Epoch
+from ane_trainer.training.reporting.analysis import Analysis, Seen
+from ane_trainer.training.reporting.loggers import make_loggers
+from ane_trainer.training.reporting.page import page, with_pictures
+from ane_trainer.training.reporting.pictures import as_images, missing
+from ane_trainer.training.reporting.report import Reporter, Reporters
 from ane_trainer.training.steps import Step
 from ane_trainer.utils import atomic_write, atomic_write_json, finite
 

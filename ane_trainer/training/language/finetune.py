@@ -19,7 +19,17 @@ from ane_trainer.ane.errors import CheckpointError, Interrupted
 from ane_trainer.training import loop
 from ane_trainer.training.config import TrainConfig, make_config
 from ane_trainer.training.datasets.splits import VAL_SPLIT, Splits
-from ane_trainer.training.language import (
+from ane_trainer.training.folder.recording import (
+    Recorder,
+    check_origin,
+    check_same_data,
+    make_callbacks,
+    restore_run,
+)
+from ane_trainer.training.folder.results import Result
+from ane_trainer.training.folder.runs import RunFolder, claim_run, open_run, origin_of
+from ane_trainer.training.language.lora import LoraOptions, adapted
+from ane_trainer.training.language.models import (
     Record,
     RowOptions,
     Tokenizer,
@@ -28,18 +38,8 @@ from ane_trainer.training.language import (
     load_language_model,
     open_rows,
 )
-from ane_trainer.training.lora import LoraOptions, adapted
 from ane_trainer.training.optimizers import freeze, make_optimizer
-from ane_trainer.training.recording import (
-    Recorder,
-    check_origin,
-    check_same_data,
-    make_callbacks,
-    restore_run,
-)
-from ane_trainer.training.report import Reporter
-from ane_trainer.training.results import Result
-from ane_trainer.training.runs import RunFolder, claim_run, open_run, origin_of
+from ane_trainer.training.reporting.report import Reporter
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import atomic_write_json, format_count
 

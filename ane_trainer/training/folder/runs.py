@@ -40,7 +40,7 @@ from ane_trainer.training.checkpoint import (
 )
 from ane_trainer.training.config import TrainConfig, load_config
 from ane_trainer.training.datasets.description import DataDescription
-from ane_trainer.training.records import RUNS, find_run, locked, unwritable
+from ane_trainer.training.folder.records import RUNS, find_run, locked, unwritable
 from ane_trainer.utils import atomic_write, atomic_write_json, finite
 
 WEIGHTS, BEST = "weights.safetensors", "best.safetensors"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ane_trainer.ane.chips.cost import rates
 from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.chips.timeline import HELD, Timeline
-from ane_trainer.training.charts import COLOURS
+from ane_trainer.training.reporting.charts import COLOURS
 from ane_trainer.utils import format_bytes
 
 if TYPE_CHECKING:

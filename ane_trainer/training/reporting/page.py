@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.training.analysis import Analysis, ClassAnalysis, LabelAnalysis, NumberAnalysis, Sample
-from ane_trainer.training.charts import line_chart, png
-from ane_trainer.training.records import RunRecord
-from ane_trainer.training.results import interval_text
+from ane_trainer.training.folder.records import RunRecord
+from ane_trainer.training.folder.results import interval_text
+from ane_trainer.training.reporting.analysis import (
+    Analysis,
+    ClassAnalysis,
+    LabelAnalysis,
+    NumberAnalysis,
+    Sample,
+)
+from ane_trainer.training.reporting.charts import line_chart, png
 from ane_trainer.utils import format_count, format_seconds
 
 #: Classes up to which the confusion matrix is shown whole; of more, the pairs that are confused most.

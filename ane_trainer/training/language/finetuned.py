@@ -11,12 +11,12 @@ from typing import Any
 
 from ane_trainer.ane.errors import CheckpointError, UsageError
 from ane_trainer.training.config import make_config
-from ane_trainer.training.finetune import Job, TuningOptions, prepare, read_tuning
-from ane_trainer.training.language import answer, asked_and_expected
-from ane_trainer.training.recording import check_same_data
-from ane_trainer.training.records import find_run
-from ane_trainer.training.report import Reporter
-from ane_trainer.training.runs import open_run
+from ane_trainer.training.folder.recording import check_same_data
+from ane_trainer.training.folder.records import find_run
+from ane_trainer.training.folder.runs import open_run
+from ane_trainer.training.language.finetune import Job, TuningOptions, prepare, read_tuning
+from ane_trainer.training.language.models import answer, asked_and_expected
+from ane_trainer.training.reporting.report import Reporter
 
 _OPTIONS, _RESULT = "finetune.json", "result.json"
 

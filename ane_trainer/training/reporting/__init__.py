@@ -1,0 +1,1 @@
+"""What people see of a training: the console, report.html, its analysis and charts, experiment trackers."""
