@@ -80,13 +80,17 @@ def pictures(count: int) -> list[Batch]:
     return [(torch.randn(4, 3, 8, 8), torch.randint(0, 4, (4,))) for _ in range(count)]
 
 
+def adamw(model: nn.Module, rate: float = 1e-2) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=rate)
+
+
 def built(
     make: Callable[[], nn.Module], example: Batch, blocks: str | int, options: StepOptions, chip: str = "m4",
-    rate: float = 1e-2,
+    optimize: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
 ) -> tuple[nn.Module, TrainingStep]:  # fmt: skip
     torch.manual_seed(1)
     model = make()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    optimizer = optimize(model)
     target = replace(TARGET, chip=chip)
     step = build_step(
         model, "cross_entropy", optimizer, example, target, replace(options, blocks=blocks, seed=3)
@@ -101,10 +105,13 @@ def assert_same(one: TrainingStep, other: TrainingStep) -> None:
 
 
 def train_both(
-    make: Callable[[], nn.Module], batches: list[Batch], options: StepOptions, blocks: int = 1
-) -> tuple[TrainingStep, TrainingStep]:
+    make: Callable[[], nn.Module], batches: list[Batch], options: StepOptions, blocks: int = 1,
+    optimize: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
+) -> tuple[TrainingStep, TrainingStep]:  # fmt: skip
     """The whole program and programs of blocks on the same batches: their losses and states are the same bits."""
-    (whole_model, whole), (model, step) = (built(make, batches[0], b, options) for b in ("off", blocks))
+    (whole_model, whole), (model, step) = (
+        built(make, batches[0], b, options, optimize=optimize) for b in ("off", blocks)
+    )
     for x, y in batches:
         assert float(whole(x, y)) == float(step(x, y))
     for left, right in zip(whole_model.state_dict().values(), model.state_dict().values(), strict=True):
@@ -152,6 +159,22 @@ def scaled_layers(count: int = 3) -> nn.Module:
 def numbers(count: int) -> list[Batch]:
     torch.manual_seed(5)
     return [(torch.randn(4, 6), torch.randint(0, 4, (4,))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "optimize",
+    [
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True),
+        lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-2, momentum=0.9, centered=True),
+        lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True),
+        lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2),
+    ],
+    ids=["sgd", "rmsprop", "amsgrad", "adafactor"],
+)
+def test_optimizers_whose_new_state_is_read_in_the_step(
+    optimize: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    train_both(scaled_layers, numbers(3), QUIET, optimize=optimize)
 
 
 def test_batches_whose_gradients_do_not_fit_run_again() -> None:

@@ -125,6 +125,7 @@ class SimChain:
                 self._late.append((self._buffers[state], self._buffers[value]))
             elif state in ports:
                 aliases.append((port, ports[state]))
+                self._buffers[value] = self._buffers[state]
                 continue
             else:
                 self._buffers[value] = self._buffers[state]
