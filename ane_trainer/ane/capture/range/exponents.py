@@ -381,6 +381,10 @@ class Exponents(Bands):
         exponent = self.of.get(x, 0)
         if not exponent or (not self.risky(node, 0) and not self.risky(x, 0)):
             return self.settle(node)
+        if exponent < 0 and self.risky(
+            node, exponent
+        ):  # scores near 0: log of the count is far larger than they are
+            return self.settle(node)
         z = self.emit(aten.sub.Tensor, x, self.emit(aten.amax.default, x, [axis], True))
         total = self.emit(
             aten.sum.dim_IntList, self.emit(aten.exp.default, self.times(z, 2.0**exponent)), [axis], True

@@ -82,6 +82,9 @@ def case(name: str) -> tuple[nn.Module, Loss, torch.Tensor, torch.Tensor]:
         "loss of 1e-6": lambda: (line, lambda o, y: 1e-6 * F.mse_loss(o, y), torch.randn(16, 8), torch.randn(16, 3)),
         "roots of 1e6": lambda: (line, charbonnier, torch.randn(16, 8), torch.randn(16, 3) * 1000),
         "buffer of 1e6": lambda: (Shifted(), F.cross_entropy, torch.randn(16, 8), classes(16)),
+        "scores of 1e-6": lambda: (
+            line, lambda o, y: F.cross_entropy(o * 1e-6, y), torch.randn(16, 8), classes(16)
+        ),
     }  # fmt: skip
     return cases[name]()
 
@@ -101,6 +104,7 @@ class Shifted(nn.Module):
 NAMES = (
     "products of 1e-5", "products of 1e-3", "inputs of 1e5", "inputs of 1e-6", "mean over 131072",
     "sums over 147456", "targets of 1000", "loss of 1e8", "loss of 1e-6", "roots of 1e6", "buffer of 1e6",
+    "scores of 1e-6",
 )  # fmt: skip
 
 
