@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import cast
 
@@ -43,7 +44,8 @@ _LINEAR = (
     "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward embedding threshold_backward "
     "embedding_dense_backward upsample_nearest2d upsample_bilinear2d gelu_backward silu_backward "
     "leaky_relu_backward softplus_backward _softmax_backward_data _log_softmax_backward_data nll_loss_forward "
-    "nll_loss_backward tril triu cumsum max.dim min.dim max.default min.default diagonal "
+    "nll_loss_backward nll_loss2d_forward nll_loss2d_backward tril triu cumsum "
+    "max.dim min.dim max.default min.default diagonal "
     "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle pixel_unshuffle im2col col2im "
     "elu_backward hardswish_backward mish_backward"
 )
@@ -66,6 +68,10 @@ class Bands(Editor):
     def __init__(self, graph: Graph, found: Mapping[str, Magnitude]) -> None:
         super().__init__(graph)
         self.found = dict(found)
+        for node in graph.find_nodes(op="call_function", target=operator.getitem):
+            source = cast("Node", node.args[0])
+            if node.args[1] == 0 and node.name in found and str(source.target).startswith("aten.nll_loss"):
+                self.found[source.name] = found[node.name]  # the other result is a count
         self.noise: dict[Node, float] = {}
         self.squares: set[Node] = set()
 
