@@ -9,7 +9,6 @@ import typer
 
 from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads, weights_note
 from ane_trainer.training.reporting.report import headline
-from ane_trainer.training.scores import text_of
 
 #: How the parts of the data are called.
 _PARTS = {"val": "validation", "train": "training"}
@@ -25,6 +24,7 @@ def evaluate(
 ) -> Output:
     """Measure a run on its held-out data."""
     from ane_trainer import core
+    from ane_trainer.training.folder.results import text_of
     from ane_trainer.training.language.finetuned import evaluate_finetuned, is_finetuned
 
     measure = evaluate_finetuned if is_finetuned(run) else core.evaluate_run
@@ -36,7 +36,7 @@ def evaluate(
         headline(found["where"]),
         *weights_note(found),
         f"{accuracy}{part} loss {found['test_loss']:.4f}{perplexity}   {found['examples']:,} examples"
-        + text_of(found["metrics"].items()),
+        + text_of(found.get("metrics", {}).items()),
     ]
     return Output(found, "\n".join([*lines, *_table(found["scores"] or {})]))
 

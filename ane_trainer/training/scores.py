@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -141,8 +140,3 @@ def _metrics_of(module: object, prefix: str, argument: str) -> dict[str, Callabl
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "").replace("-", "")
-
-
-def text_of(scores: Iterable[tuple[str, float]]) -> str:
-    """Scores for a line: `  auroc 0.9912`."""
-    return "".join(f"  {name} {value:.4f}" for name, value in scores if math.isfinite(value))

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ane_trainer.ane.capture.rewrites import packed
-from ane_trainer.ane.capture.rewrites.composites import COMPOSITES, RECURRENT, drops, recurrent
+from ane_trainer.ane.capture.rewrites.composites import COMPOSITES, RECURRENT, attention, drops, recurrent
 
 #: function -> does it drop whole channels
 _DROPOUTS: dict[Callable[..., object], bool] = {
@@ -52,6 +53,7 @@ class HostRandomMode(TorchFunctionMode):
     def __init__(self, draws: Sequence[torch.Tensor] | None = None) -> None:
         super().__init__()
         self.noted: list[RandomDraw] = []
+        self.composites = COMPOSITES
         self._given: Iterator[torch.Tensor] | None = None if draws is None else iter(draws)
         self._generator = torch.Generator().manual_seed(0)
 
@@ -82,9 +84,9 @@ class HostRandomMode(TorchFunctionMode):
         if getattr(func, "__name__", "") in RECURRENT and drops(*args):
             with self:
                 return recurrent(func, *args, **kwargs)
-        if func in COMPOSITES:
+        if func in self.composites:
             with self:
-                return COMPOSITES[func](*args, **kwargs)
+                return self.composites[func](*args, **kwargs)
         return func(*args, **kwargs)
 
     def draw(self, shape: tuple[int, ...], target: str) -> torch.Tensor:
@@ -157,6 +159,7 @@ def draw(target: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
 def drawn_by(generator: torch.Generator) -> Iterator[None]:
     """Inside, plain PyTorch draws its dropouts and noise as the engine's host does; to compare the two."""
     mode = HostRandomMode()
+    mode.composites = {**COMPOSITES, F.scaled_dot_product_attention: partial(attention, lowest=-1e30)}
     mode.draw = lambda shape, target: draw(target, shape, generator)  # type: ignore[method-assign]
     with mode:
         yield

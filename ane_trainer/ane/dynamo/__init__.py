@@ -45,8 +45,11 @@ def _ane(
 
 
 def _reset() -> None:
-    """Dynamo was reset, which ends the watch: it begins anew when the backend is next asked for."""
+    """Dynamo was reset: the watch begins anew when the backend is next asked for, and shapes are counted from zero."""
+    from ane_trainer.ane.dynamo.shapes import forget_shapes
     from ane_trainer.ane.dynamo.torch_private import forget_backend
+
+    forget_shapes()
 
     forget_backend("ane", lambda: __getattr__("ane"))
 

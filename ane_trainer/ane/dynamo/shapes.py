@@ -42,6 +42,11 @@ _GRAPHS: dict[str, weakref.WeakSet[Specializer]] = {}
 _WITHOUT_PARAMETERS = torch.nn.Parameter(torch.empty(0))
 
 
+def forget_shapes() -> None:
+    """Dynamo forgot what it compiled: no function has been compiled for any shapes."""
+    _SHAPES.clear()
+
+
 class Specializer:
     """Callable in the graph's place; `function` identifies the user's function that the graph is of."""
 

@@ -12,7 +12,7 @@ from ane_trainer.ane.mil.weights import Array
 #: Differing values that a report shows of one output.
 SHOWN = 3
 
-_WORDS = {np.dtype(np.float16): np.int16, np.dtype(np.float32): np.int32}
+_WORDS = {np.dtype(np.float16): np.int16, np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
 
 def difference(got: Array, want: Array) -> dict[str, object] | None:

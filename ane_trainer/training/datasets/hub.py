@@ -40,15 +40,15 @@ def open_hub(name: str, options: DataOptions) -> Parts:
 
 def read_hub(name: str) -> dict[str, Any]:
     """The splits of a dataset of the Hugging Face hub, or in a folder, by `datasets`; MissingDependency without."""
+    folder, _, config = name.partition(":")
+    if not folder:
+        raise DataError("hf: needs the name of a dataset; got none. Give hf:NAME.", code="DATA101")
     try:
         import datasets
     except ImportError as error:
         raise MissingDependency(
             f'hf:{name}: needs the package datasets; got no such package. Do: pip install "ane_trainer[hf]".'
         ) from error
-    folder, _, config = name.partition(":")
-    if not folder:
-        raise DataError("hf: needs the name of a dataset; got none. Give hf:NAME.", code="DATA101")
     try:
         if Path(folder, "dataset_dict.json").exists() or Path(folder, "dataset_info.json").exists():
             loaded = datasets.load_from_disk(folder)

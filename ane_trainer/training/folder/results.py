@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
@@ -101,3 +101,8 @@ def interval_text(estimate: Mapping[str, object]) -> str:
     whole = cast(float, estimate["latency_us"])
     low, high = (end / whole - 1 for end in cast(list[float], ends))
     return f"{low * 100:+.0f} to {high * 100:+.0f} %"
+
+
+def text_of(scores: Iterable[tuple[str, float]]) -> str:
+    """Scores for a line: `  auroc 0.9912`."""
+    return "".join(f"  {name} {value:.4f}" for name, value in scores if math.isfinite(value))

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from ane_trainer.__version__ import __version__
-from ane_trainer.training.folder.results import Epoch, Result, interval_text
-from ane_trainer.training.scores import text_of
+from ane_trainer.training.folder.results import Epoch, Result, interval_text, text_of
 from ane_trainer.utils import format_bytes, format_seconds
 
 #: Between two progress lines where there is no terminal.

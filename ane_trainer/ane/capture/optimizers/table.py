@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ane_trainer.ane.capture.optimizers.adam import ADAM, ADAMAX, LAMB, NADAM, RADAM
 from ane_trainer.ane.capture.optimizers.momentum import LION, MUON, SGD
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, adapted
 from ane_trainer.ane.capture.optimizers.squares import ADADELTA, ADAFACTOR, ADAGRAD, RMSPROP
 from ane_trainer.ane.capture.optimizers.trial import difference
+from ane_trainer.ane.capture.trace.torch_private import has_global_step_hooks
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
 from ane_trainer.ane.mil.program import MAX_FP16
 
@@ -138,7 +138,7 @@ def missing_rule(optimizer: torch.optim.Optimizer) -> str:
 
 def _step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    return bool(own) or has_global_step_hooks()
 
 
 def _find(kind: type[torch.optim.Optimizer]) -> Rule | None:

@@ -188,8 +188,13 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    lowest: float = -math.inf,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` in plain operations: softmax(q k^T * scale + mask), dropout, times v."""
+    """`scaled_dot_product_attention` in plain operations: softmax(q k^T * scale + mask), dropout, times v.
+
+    A finite `lowest` score keeps rows that see nothing from nan where PyTorch computes this.
+    """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -198,9 +203,9 @@ def attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
+        scores = scores.masked_fill(~attn_mask, lowest)
     elif attn_mask is not None:
-        scores = scores + attn_mask
+        scores = scores + (attn_mask if lowest == -math.inf else attn_mask.clamp(min=lowest))
     weights = torch.softmax(scores, -1)
     if attn_mask is not None and not is_causal:  # a row that sees nothing gives 0
         seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf

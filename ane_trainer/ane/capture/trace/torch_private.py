@@ -14,6 +14,7 @@ from torch._ops import OperatorBase, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.nn.modules import transformer
+from torch.optim import optimizer as _optimizers
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
@@ -34,6 +35,7 @@ __all__ = [
     "checkpoints_run_once",
     "decompositions_of",
     "graph_module",
+    "has_global_step_hooks",
     "is_all_true",
     "mark_stepped",
     "non_persistent_buffers",
@@ -50,6 +52,13 @@ Decompositions = Mapping[OperatorBase, Callable[..., object]]
 
 #: `Distribution` asks this of samples when it was made with its checks on.
 is_all_true: Callable[..., torch.Tensor] = torch._is_all_true
+
+
+def has_global_step_hooks() -> bool:
+    """Whether hooks stand on the steps of all optimizers (`register_optimizer_step_pre_hook` and `_post_hook`)."""
+    return bool(_optimizers._global_optimizer_pre_hooks or _optimizers._global_optimizer_post_hooks)
+
+
 #: Context: no function or dispatch mode sees what runs inside.
 without_modes: Callable[[], contextlib.AbstractContextManager[object]] = _disable_current_modes
 #: Where torch's releases keep the generator of checkpoints without reentrance: up to 2.13, and from 2.14 on.
