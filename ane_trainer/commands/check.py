@@ -24,6 +24,7 @@ from ane_trainer.commands.subjects import (
     Request,
     Shapes,
     Subject,
+    classes_of,
     resolve,
     shapes_of,
 )
@@ -76,9 +77,7 @@ def check(
     source covers what is listed. `departs`: its numbers are not fp32's. `does not train`: it is refused. The last two
     end with exit code 3.
     """
-    from ane_trainer.data import find_dataset
-
-    count = classes if classes is not None else len(find_dataset(dataset).class_names)
+    count = classes_of(classes, dataset)
     request = Request("check", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer, blocks)
     found = verdict_of(resolve(subject, request), [name.strip() for name in chip.split(",")], path, run=run)
     if sarif is not None:

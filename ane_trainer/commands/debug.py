@@ -18,6 +18,7 @@ from ane_trainer.commands.subjects import (
     Request,
     Shapes,
     Subject,
+    classes_of,
     resolve,
     shapes_of,
 )
@@ -79,10 +80,8 @@ def debug(
 
     ane-trainer debug model.mil --feed x=image.npy --html report.html
     """
-    from ane_trainer.data import find_dataset
-
     example = None if data is None else _batch_of(data, batch)
-    count = classes if classes is not None else len(find_dataset(dataset).class_names)
+    count = classes_of(classes, dataset)
     shapes = shapes_of(input_shape, dataset, None if example is None else example[0])
     request = Request("debug", shapes, count, batch, loss, dtype, optimizer)
     way = _way(rewrites, loss_scale, optimizer_on, clip_grad_norm)

@@ -19,6 +19,7 @@ from ane_trainer.commands.subjects import (
     Request,
     Shapes,
     Subject,
+    classes_of,
     resolve,
     shapes_of,
 )
@@ -64,9 +65,7 @@ def estimate(
     Each figure has the interval that holds nine of ten published values of that kind of program which the fit had
     not seen (docs/cost-model.md). Energy is that of the engine's own rail.
     """
-    from ane_trainer.data import find_dataset
-
-    count = classes if classes is not None else len(find_dataset(dataset).class_names)
+    count = classes_of(classes, dataset)
     request = Request(
         "estimate", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer, blocks
     )

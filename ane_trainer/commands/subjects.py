@@ -165,6 +165,13 @@ def shapes_of(
     return shapes
 
 
+def classes_of(count: int | None, dataset: str) -> int:
+    """Outputs of the model: as given, else the dataset's classes."""
+    from ane_trainer.data import find_dataset
+
+    return count if count is not None else len(find_dataset(dataset).class_names)
+
+
 def _run_subject(text: str) -> ProgramSubject:
     from ane_trainer.ane.mil.loading import load_program
     from ane_trainer.training.folder.runs import open_run

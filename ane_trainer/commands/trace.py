@@ -23,6 +23,7 @@ from ane_trainer.commands.subjects import (
     Request,
     Shapes,
     Subject,
+    classes_of,
     resolve,
     shapes_of,
 )
@@ -75,9 +76,7 @@ def trace(
     together they take what `estimate` prints. Counters tell the bytes under way, what memory holds, and the rounding
     error of each op, from a run of the simulator. Roofline and memory over time are drawn beside it as PNG and SVG.
     """
-    from ane_trainer.data import find_dataset
-
-    count = classes if classes is not None else len(find_dataset(dataset).class_names)
+    count = classes_of(classes, dataset)
     found = resolve(
         subject, Request("trace", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
     )

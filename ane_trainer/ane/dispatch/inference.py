@@ -89,9 +89,10 @@ class InferenceProgram:
 
     def __call__(self, x: object) -> Any:
         """The model's output for a batch of the compiled shape; DataError for another shape or bad values."""
-        peaks = _peaks(x)
-        if self._range.dtype == torch.float16 and not self._fits(peaks) and max(peaks) < _LARGEST:
-            return self._of_its_size(x, peaks)(x)
+        if self._range.dtype == torch.float16:
+            peaks = _peaks(x)
+            if not self._fits(peaks) and max(peaks) < _LARGEST:
+                return self._of_its_size(x, peaks)(x)
         feeds = self._feeds(x)
         self._send_weights()
         results = self._session.run(feeds)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ane_trainer.ane.errors import Finding, MissingDependency, UnsupportedModel
-from ane_trainer.ane.export.manifest import Manifest, manifest, read_manifest, write_manifest
-from ane_trainer.ane.export.step import changing, feed_back, fixed_as_constants
+from ane_trainer.ane.export.manifest import Manifest, manifest, write_manifest
+from ane_trainer.ane.export.step import changing, fixed_as_constants, replay_beside
 from ane_trainer.ane.mil.program import Function, Literal, Op, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import literal_array
@@ -262,11 +262,7 @@ def replay_step_onnx(
     path: Path, feeds: Sequence[Mapping[str, Array]]
 ) -> tuple[dict[str, Array], list[float]]:
     """(state, losses) after running what `write_step_onnx` wrote, on onnxruntime."""
-    from safetensors.numpy import load_file
-
-    return feed_back(
-        runner(path), load_file(path.with_suffix(".safetensors")), read_manifest(path)["aliases"], feeds
-    )
+    return replay_beside(runner(path), path, feeds)
 
 
 def runner(path: Path) -> Callable[[Mapping[str, Array]], dict[str, Array]]:

@@ -15,7 +15,7 @@ import numpy as np
 from ane_trainer.ane.export.inference import need
 from ane_trainer.ane.export.manifest import read_manifest
 from ane_trainer.ane.export.onnx_step import model_beside_state
-from ane_trainer.ane.export.step import feed_back
+from ane_trainer.ane.export.step import replay_beside
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Lowered
 
@@ -60,11 +60,7 @@ def replay_step_stablehlo(
     path: Path, feeds: Sequence[Mapping[str, Array]]
 ) -> tuple[dict[str, Array], list[float]]:
     """(state, losses) after running what `write_step_stablehlo` wrote, on IREE."""
-    from safetensors.numpy import load_file
-
-    return feed_back(
-        runner(path), load_file(path.with_suffix(".safetensors")), read_manifest(path)["aliases"], feeds
-    )
+    return replay_beside(runner(path), path, feeds)
 
 
 def runner(path: Path) -> Callable[[Mapping[str, Array]], dict[str, Array]]:

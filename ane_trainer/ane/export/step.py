@@ -173,6 +173,15 @@ def feed_back(
     return state, losses
 
 
+def replay_beside(
+    run: Callable[[Arrays], Arrays], path: Path, feeds: Sequence[Arrays]
+) -> tuple[dict[str, Array], list[float]]:
+    """`feed_back` from the state and by the aliases that lie beside a step's file."""
+    from safetensors.numpy import load_file
+
+    return feed_back(run, load_file(path.with_suffix(".safetensors")), read_manifest(path)["aliases"], feeds)
+
+
 def state_difference(a: Arrays, b: Arrays) -> float:
     """The largest difference of any number of two states; infinite if they do not have the same tensors."""
     if set(a) != set(b):

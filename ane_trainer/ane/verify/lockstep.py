@@ -305,8 +305,3 @@ def _last_readers(units: tuple[Unit, ...], kept: Collection[str]) -> list[list[s
         if name not in kept:
             found[number].append(name)
     return found
-
-
-def makers_of(units: tuple[Unit, ...]) -> dict[str, Unit]:
-    """Value name -> the unit that makes it."""
-    return {value.name: unit for unit in units for value in unit.results}

@@ -6,7 +6,7 @@ are read, so that every port is one that an engine has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ane_trainer.ane.compiler.blocks.places import Key, Place
@@ -84,9 +84,3 @@ class _Cutter:
             found = (value for op in part.ops for value in op.results)
             again = {v.name for op in part.ops if self._is_made_again(op) for v in op.results}
             part.outputs = {v.name: v for v in found if v.name in read and v.name not in again}
-
-
-def crossing_bytes(parts: Sequence[Part], ports: Mapping[str, object]) -> int:
-    """Bytes of what parts hand to later ones."""
-    crossing = {name: value for part in parts for name, value in part.inputs.items() if name not in ports}
-    return sum(value.type.nbytes for value in crossing.values())
