@@ -28,14 +28,6 @@ from ane_trainer.utils import format_count, format_seconds
 if TYPE_CHECKING:
     from ane_trainer.ane.chips.cost import Cost, Interval
 
-#: Examples of the known data sets' training parts; of others, `--examples` says it.
-_EXAMPLES = {
-    "mnist": 60_000,
-    "fashion-mnist": 60_000,
-    "cifar-10": 50_000,
-    "cifar-100": 50_000,
-    "digits": 1_437,
-}
 _OPS = 8
 
 
@@ -267,10 +259,17 @@ def _total_steps(
         return subject.steps if isinstance(subject, ProgramSubject) else None
     if isinstance(subject, ProgramSubject) and subject.steps and subject.epochs and examples is None:
         return subject.steps * epochs // subject.epochs
-    count = examples if examples is not None else _EXAMPLES.get(dataset)
+    count = examples if examples is not None else _examples(dataset)
     if count is None:
         raise UsageError(
             f"estimate: needs the examples of an epoch; {dataset} says none before it is loaded. Give --examples N.",
             code="ANE104",
         )
     return epochs * max(count // batch, 1)
+
+
+def _examples(dataset: str) -> int | None:
+    """Examples of a known dataset's training part."""
+    from ane_trainer.training.datasets.table import DATASETS
+
+    return DATASETS[dataset].train_examples if dataset in DATASETS else None

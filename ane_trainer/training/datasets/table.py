@@ -41,6 +41,7 @@ class DatasetInfo:
     A pixel with byte value b is fed to the model as (b / pixel_max - mean) / std. `folder` is the name of
     torchvision's folder. `files` are train images, train labels, test images, test labels, as IDX; a dataset
     without them has `archives`, in which `members` are these four, or training and test files of CIFAR.
+    `train_examples`: how many its training part has, None where its sources disagree.
     """
 
     name: str
@@ -54,6 +55,7 @@ class DatasetInfo:
     mirrors: tuple[str, ...] = ()
     archives: tuple[Archive, ...] = ()
     members: tuple[str, ...] = ()
+    train_examples: int | None = None
 
     def describe(self) -> DataDescription:
         """As every dataset is described."""
@@ -75,6 +77,7 @@ MNIST = DatasetInfo(
     pixel_max=255,
     mean=0.1307,
     std=0.3081,
+    train_examples=60_000,
     files=(
         IdxFile(
             name="train-images-idx3-ubyte",
@@ -122,6 +125,7 @@ FASHION_MNIST = DatasetInfo(
     pixel_max=255,
     mean=0.2860,
     std=0.3530,
+    train_examples=60_000,
     files=(
         IdxFile(
             name="train-images-idx3-ubyte",
@@ -168,6 +172,7 @@ DIGITS = DatasetInfo(
     pixel_max=16,
     mean=0.3054,
     std=0.3760,
+    train_examples=1_437,
 )
 
 _IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
@@ -181,6 +186,7 @@ KMNIST = DatasetInfo(
     pixel_max=255,
     mean=0.1918,
     std=0.3483,
+    train_examples=60_000,
     mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
     archives=(
         Archive("train-images-idx3-ubyte.gz", "bdb82020997e1d708af4cf47b453dcf7"),
@@ -217,13 +223,14 @@ _CIFAR_MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
 # Mean and std over all channels of the training images. The names of CIFAR-100 are in its archive.
 CIFAR_10 = DatasetInfo(
     name="cifar-10", folder="cifar-10-batches-py", in_shape=(3, 32, 32), class_names=_CIFAR_10_NAMES,
-    pixel_max=255, mean=0.4734, std=0.2516, mirrors=_CIFAR_MIRRORS,
+    pixel_max=255, mean=0.4734, std=0.2516, train_examples=50_000, mirrors=_CIFAR_MIRRORS,
     archives=(Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
     members=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
 )  # fmt: skip
 CIFAR_100 = DatasetInfo(
     name="cifar-100", folder="cifar-100-python", in_shape=(3, 32, 32),
     class_names=tuple(str(number) for number in range(100)), pixel_max=255, mean=0.4782, std=0.2682,
+    train_examples=50_000,
     mirrors=_CIFAR_MIRRORS,
     archives=(Archive("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),),
     members=("train", "test"),

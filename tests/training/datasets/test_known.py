@@ -14,7 +14,7 @@ import pytest
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training.datasets import known
 from ane_trainer.training.datasets.local import build_idx
-from ane_trainer.training.datasets.table import CIFAR_10, CIFAR_100, DATASETS, EMNIST, KMNIST, Archive
+from ane_trainer.training.datasets.table import CIFAR_10, CIFAR_100, DATASETS, DIGITS, EMNIST, KMNIST, Archive
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (7, 28, 28)).astype(np.uint8)
@@ -116,3 +116,10 @@ def test_names():
     assert known.find("emnist_letters").name == "emnist-letters"
     assert known.find("nothing") is None
     assert len(DATASETS) == 12
+
+
+def test_examples_stated_ahead_are_those_of_the_files():
+    for info in DATASETS.values():
+        if info.files:
+            assert info.files[0].raw_bytes == 16 + 28 * 28 * info.train_examples
+    assert DIGITS.train_examples == len(known.load(DIGITS).splits["train"][1])
