@@ -29,7 +29,7 @@ from ane_trainer.ane.export.driving import driving
 from ane_trainer.ane.export.freeze import Deployed
 from ane_trainer.ane.export.report import size_bytes
 from ane_trainer.ane.export.step import changing
-from ane_trainer.ane.export.swift import write_app, write_predictor
+from ane_trainer.ane.export.swift import recorded_run, write_app, write_predictor
 
 INPUTS = ("auto", "image", "tensor")
 #: Steps that an exported training step is run for.
@@ -97,7 +97,8 @@ def export_app(
         )
         x, y = batches[0]
         state, chip = step.port_state(), step.compiled.chip
-        write_app(Path(folder), package, state, step.feeds(x, y), chip)
+        recorded = recorded_run(step, batches)
+        write_app(Path(folder), package, state, step.feeds(x, y), chip, recorded)
     x = x if isinstance(x, torch.Tensor) else torch.as_tensor(x)
     signature = Signature(tuple(x.shape[1:]), 1, None, (), not x.is_floating_point())
     ports = {p.target: p.name for p in step.compiled.inputs if p.role == "state" and "/" not in p.target}

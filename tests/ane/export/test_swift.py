@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -37,6 +38,7 @@ pytest.importorskip("coremltools")
 tree_sitter = pytest.importorskip("tree_sitter")
 grammar = pytest.importorskip("tree_sitter_swift")
 
+DRIVER = Path(__file__).parents[3] / "examples" / "drive_step.py"
 PARSER = tree_sitter.Parser(tree_sitter.Language(grammar.language()))
 
 
@@ -44,6 +46,15 @@ def parse(source: str) -> Any:
     root = PARSER.parse(source.encode()).root_node
     assert not root.has_error, source
     return root
+
+
+def driver() -> Any:
+    spec = importlib.util.spec_from_file_location("drive_step", DRIVER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def batch(i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +118,8 @@ def test_every_source_parses_and_uses_apples_frameworks_only(app: Path) -> None:
 def test_the_resources_are_those_that_the_sources_name(app: Path) -> None:
     names = {p.name for p in (app / RESOURCES).iterdir()}
     assert names == {
-        "step.mlpackage", "step.json", "step.safetensors", "conformance.safetensors", "predict.mlpackage"
+        "step.mlpackage", "step.json", "step.safetensors", "conformance.safetensors", "run.json", "run.safetensors",
+        "predict.mlpackage",
     }  # fmt: skip
     manifest = json.loads((app / RESOURCES / "step.json").read_text())
     state = load_file(app / RESOURCES / "step.safetensors")
@@ -128,6 +140,36 @@ def test_the_predictor_with_the_steps_weights_gives_the_models_answer(app: Path,
     )["output"]
     want = trained.model.eval()(x[:1]).detach().numpy()
     np.testing.assert_allclose(got, want, atol=2e-2)
+
+
+def test_the_recorded_run_is_what_the_step_does_from_its_files(
+    app: Path, tmp_path: Path, trained: Trainer
+) -> None:
+    """Driven by the manifest alone: losses, counts, units and state; of an MLP units move, batches run again."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain = Trainer(model, loss="cross_entropy", optimizer=sgd, device="sim", chip="m4")
+    plain.fit([batch(i) for i in range(2)], epochs=1)
+    before = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    plain.export(tmp_path, "app", data=[batch(0), batch(1)])
+    assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
+    moved = []
+    for folder in (app, tmp_path):
+        driven = driver().open_package(folder / RESOURCES / "step.mlpackage")
+        tensors = load_file(folder / RESOURCES / "run.safetensors")
+        steps = json.loads((folder / RESOURCES / "run.json").read_text())["steps"]
+        assert len(steps) == 4
+        for i, want in enumerate(steps):
+            head = f"{i}/"
+            fed = {name.removeprefix(head): a for name, a in tensors.items() if name.startswith(head)}
+            assert driven.step(fed) == want["loss"]
+            assert driven.updates == want["updates"]
+            assert [p["unit"] for p in driven.parameters.values()] == want["units"]
+        for port, value in driven.state.items():
+            assert value.tobytes() == tensors[f"state/{port}"].astype(value.dtype).tobytes(), port
+        moved.append(steps[1]["units"] != steps[2]["units"])
+    assert moved[1]
+    assert trained.step is not None
 
 
 # -- The Swift arithmetic

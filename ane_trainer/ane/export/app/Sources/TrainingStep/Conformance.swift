@@ -1,7 +1,10 @@
 import CoreML
 import Foundation
 
-/// Compares one call of the step on this device with what the simulator computed for it, bit for bit.
+/// Compares this device with the simulator, bit for bit: one call of the step, and a short run of training.
+///
+/// In the run one batch is too large for the units of its gradients, so that units move, batches run again and updates
+/// may be skipped: what `TrainingStep` does is compared with what the trainer did.
 ///
 /// The report has the form that `ane-trainer conformance` writes; `ane-trainer conformance-read` takes it.
 public struct Conformance {
@@ -9,6 +12,37 @@ public struct Conformance {
         var count = 0
         var maxULP = 0
         var first: [[Any]] = []
+    }
+
+    /// What the trainer counted after each step of the recorded run; `loss` is nil where it was infinite.
+    private struct Recorded: Decodable {
+        struct Step: Decodable {
+            let loss: Double?
+            let updates: Int
+            let skipped: Int
+            let units: [Double]
+        }
+
+        let steps: [Step]
+    }
+
+    /// Cases that agree, by name with their number of values, and those that do not.
+    private struct Comparison {
+        var equal: [String: Int] = [:]
+        var different: [[String: Any]] = []
+
+        mutating func add(_ output: String, _ got: [Float16], _ want: [Float16]) {
+            let name = "app: \(output)"
+            let found = difference(got, want)
+            if found.count == 0, got.count == want.count {
+                equal[name] = want.count
+            } else {
+                different.append([
+                    "case": name, "output": output, "values": want.count, "count": found.count,
+                    "of": want.count, "max_ulp": found.maxULP, "first": found.first,
+                ])
+            }
+        }
     }
 
     /// Runs the call that was exported with the package and returns the report as JSON.
@@ -27,22 +61,14 @@ public struct Conformance {
             })
         )
         let results = try await model.prediction(from: provider)
-        var equal: [String: Int] = [:]
-        var different: [[String: Any]] = []
+        var comparison = Comparison()
         for port in manifest.outputs {
             guard let want = vectors["out/\(port.name)"],
                   let value = results.featureValue(for: port.name)?.multiArrayValue else { continue }
-            let name = "app: \(port.name)"
-            let found = difference(MLShapedArray<Float16>(converting: value).scalars, want.values.map(Float16.init))
-            if found.count == 0 {
-                equal[name] = want.values.count
-            } else {
-                different.append([
-                    "case": name, "output": port.name, "values": want.values.count, "count": found.count,
-                    "of": want.values.count, "max_ulp": found.maxULP, "first": found.first,
-                ])
-            }
+            comparison.add(port.name, MLShapedArray<Float16>(converting: value).scalars, want.values.map(Float16.init))
         }
+        try await repeatRun(manifest, into: &comparison)
+        let (equal, different) = (comparison.equal, comparison.different)
         let report: [String: Any] = [
             "format": "ane_trainer conformance 1", "suite": 2, "machine": Machine.description, "machine_chip": chip,
             "device": ["name": "coreml", "chip": chip, "fidelity": "hardware"],
@@ -52,6 +78,36 @@ public struct Conformance {
         ]
         return try JSONSerialization.data(withJSONObject: report, options: [.sortedKeys])
     }
+
+    /// Trains on the recorded batches and compares losses, counts, units and the state at the end.
+    private static func repeatRun(_ manifest: Manifest, into comparison: inout Comparison) async throws {
+        let recorded = try JSONDecoder().decode(Recorded.self, from: Data(contentsOf: resource("run.json")))
+        let tensors = try Safetensors.read(from: resource("run.safetensors"))
+        let step = try await TrainingStep.bundled()
+        for (i, want) in recorded.steps.enumerated() {
+            let batch = tensors.filter { $0.key.hasPrefix("\(i)/") }
+            let named = Dictionary(uniqueKeysWithValues: batch.map { key, tensor in
+                (String(key.drop { $0 != "/" }.dropFirst()), MLShapedArray<Float16>(tensor))
+            })
+            let loss = try await step.train(named)
+            let name = "step \(i + 1) of a run"
+            if let recordedLoss = want.loss {
+                comparison.add("\(name), loss", [Float16(loss)], [Float16(recordedLoss)])
+            }
+            let counts = await [step.updates - manifest.appliedSteps, step.skipped]
+            let expected = [want.updates - manifest.appliedSteps, want.skipped]
+            comparison.add("\(name), updates and skips", counts.map(Float16.init), expected.map(Float16.init))
+            let units = await step.gradientUnits
+            comparison.add("\(name), units", units.map(exponent), want.units.map(exponent))
+        }
+        for (port, array) in await step.halfPrecisionState() {
+            guard let want = tensors["state/\(port)"] else { continue }
+            comparison.add("a run, \(port)", array.scalars, want.values.map(Float16.init))
+        }
+    }
+
+    /// The exponent of a power of two, which half precision holds where it may not hold the power.
+    private static func exponent(_ unit: Double) -> Float16 { Float16(log2(unit)) }
 
     private static func difference(_ got: [Float16], _ want: [Float16]) -> Difference {
         var found = Difference()

@@ -113,6 +113,9 @@ public actor TrainingStep {
         Set(["loss_scale", "loss_scale_inverse", "good_steps"].compactMap { manifest.port(of: "step/\($0)") })
     }
 
+    /// The units of the gradients, by parameter.
+    public var gradientUnits: [Double] { units.values }
+
     /// Half-precision weights for a `Classifier` that is exported beside the step, by port.
     public func halfPrecisionState() -> [String: MLShapedArray<Float16>] { state }
 
