@@ -188,11 +188,7 @@ def program_kind(work: Sequence[OpWork]) -> str:
     softmax = any(family(item.op.kind) == "softmax" for item in passes)
     if len(products) > 1 and len(passes) > 5 * len(products):
         return "training step"
-    if (
-        len(products) > 8
-        and softmax
-        and all(_positions(item) <= _FEW for item in products if item.weight_bytes)
-    ):
+    if len(products) > 8 and softmax and _one_query(products):
         return "decode"
     if len(products) > 16 and any(family(i.op.kind) in ("softmax", "pooling", "reduction") for i in passes):
         return "model"
@@ -204,6 +200,13 @@ def program_kind(work: Sequence[OpWork]) -> str:
     if product.op.kind == "conv":
         return "convolution"
     return "matrix-vector" if product.weight_bytes and _positions(product) <= _FEW else "product"
+
+
+def _one_query(products: Sequence[OpWork]) -> bool:
+    """Whether few rows meet the weights and one row a head the cache, as a token at a time does."""
+    few = all(_positions(item) <= _FEW for item in products if item.weight_bytes)
+    between = [item.op.result.type.shape for item in products if not item.weight_bytes]
+    return few and bool(between) and all(shape[-2:-1] == (1,) for shape in between)
 
 
 def _positions(product: OpWork) -> int:
@@ -333,7 +336,13 @@ def _energy_uj(
     total_pj = 0.0
     for item in work:
         gain = values["winograd"] if item.winograd and chip.winograd else 1.0
+        gain /= values["relu_share"] if item.rectified else 1.0
         total_pj += item.macs / gain * values["mac_pj"] + picojoules(item.weights, "weight_pj")
-        total_pj += picojoules(item.transfers, "transfer_pj") + picojoules(item.passes, "pass_pj")
-    busy_us = sum(op.compute_us for op in ops if op.macs)
-    return values["dispatch_uj"] + total_pj * 1e-6 + values["mac_w"] * busy_us
+        read = tuple(part for part in item.transfers if part[0] == "read")
+        written = tuple(part for part in item.transfers if part[0] != "read")
+        total_pj += (
+            picojoules(read, "transfer_pj") + picojoules(written, "transfer_pj") * values["write_share"]
+        )
+    mac_us = sum(op.compute_us for op in ops if op.macs)
+    pass_us = sum(op.overhead_us + (0.0 if op.macs else op.compute_us) for op in ops)
+    return values["dispatch_uj"] + total_pj * 1e-6 + values["mac_w"] * mac_us + values["pass_w"] * pass_us

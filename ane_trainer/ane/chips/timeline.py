@@ -19,6 +19,8 @@ from ane_trainer.ane.mil.program import Function, Op, Program
 
 #: What works or moves bytes, in the order in which a reader follows a step.
 LANES = ("host", "transfers in", "weights", "MAC array", "elementwise", "transfers out")
+#: Lanes whose slices carry the ops that ride on them.
+_COMPUTING = ("MAC array", "elementwise")
 #: What memory holds.
 HELD = ("inputs", "constants", "outputs", "intermediates")
 
@@ -27,7 +29,7 @@ HELD = ("inputs", "constants", "outputs", "intermediates")
 class Slice:
     """One stretch of one lane, of `op` (None: the dispatch); `moved_bytes` are under way meanwhile.
 
-    `carries` names the ops that ride on a product's output stage and take no time of their own.
+    `carries` names the ops that ride on the output stage of this one and take no time of their own.
     """
 
     lane: str
@@ -108,7 +110,7 @@ def timeline(program: Program, chip: Chip | str, path: str = "e5rt") -> Timeline
     for item, op in zip(work, cost.ops, strict=True):
         found = list(_slices(item, op, now, values, on_host))
         if riders := carried.get(op.name):
-            found = [replace(part, carries=riders) if part.lane == "MAC array" else part for part in found]
+            found = [replace(part, carries=riders) if part.lane in _COMPUTING else part for part in found]
         now += op.latency_us
         ends[op.name] = now
         slices += found
@@ -144,7 +146,7 @@ def _size(streams: Streams) -> int:
 
 
 def _carried(work: Sequence[OpWork]) -> dict[str, tuple[str, ...]]:
-    """Product -> the ops that ride on its output stage."""
+    """Product, or elementwise op -> the ops that ride on its output stage."""
     makers = {value.name: item for item in work for value in item.op.results}
     riders: dict[str, tuple[str, ...]] = {}
     host_of: dict[str, str] = {}

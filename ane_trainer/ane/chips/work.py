@@ -12,6 +12,7 @@ stream is named by the rate that it runs at:
 | spread | passes that spread a row or a column over a tensor, as norms over the last axis do (a channel is free) |
 | softmax, l2 | softmax over its result, reduce_l2_norm over its operand |
 | wide, wide_spill | operands of rank 2 that the program makes, of contractions with a fan-in above 2,048; above 8 MiB |
+| wide_near | the same up to 1 MiB: the operand and its new layout stay on the chip together |
 | deep_spill | the same of rank 3 and more, above 64 MiB |
 """
 
@@ -40,10 +41,11 @@ Streams = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class OpWork:
-    """One op's work. `unit` is mac, elementwise, host, fused (rides on the MAC output stage) or free.
+    """One op's work. `unit` is mac, elementwise, host, fused (rides on the output stage of the op before) or free.
 
     `mac_rate` is the share of the array's rate that a narrow weight buffer leaves; `winograd` and `int8` say
-    that the op may run in that mode. `weights`, `passes` and `transfers` are streams: rate name and bytes.
+    that the op may run in that mode, `rectified` that its activations come out of a relu: about half are zero.
+    `weights`, `passes` and `transfers` are streams: rate name and bytes.
     """
 
     op: Op
@@ -52,6 +54,7 @@ class OpWork:
     mac_rate: float = 1.0
     winograd: bool = False
     int8: bool = False
+    rectified: bool = False
     weights: Streams = ()
     passes: Streams = ()
     transfers: Streams = ()
@@ -82,6 +85,7 @@ class _Walk:
         }
         small = sum(size for op in function.ops for size in [_plain_bytes(op)] if size <= _MIB)
         self.near = small <= _NEAR_BYTES
+        self.riding: set[str] = set()  # ops on a product's output stage
 
     def run(self) -> list[OpWork]:
         return [self._work(op) for op in self.function.ops]
@@ -129,8 +133,21 @@ class _Walk:
         made = [self.makers[name] for name in operands if name in self.makers]
         quantized = encoded > 0 and any(maker.kind == "dequantize" for maker in made)
         wide = self._wide(operands.values()) if channels < 16 and op.kind != "conv" else ()
-        return OpWork(op, "mac", macs(op), rate, winograd, quantized, _streams((size, plain), ("compressed", encoded)),
-                      _streams(*wide), transfers)  # fmt: skip
+        streams = _streams((size, plain), ("compressed", encoded))
+        return OpWork(op, "mac", macs(op), rate, winograd, quantized, self._rectified(op), streams, _streams(*wide),
+                      transfers)  # fmt: skip
+
+    def _rectified(self, op: Op) -> bool:
+        """Whether the activations come out of a relu, also through views and max pooling."""
+        maker: Op | None = op
+        while maker is not None:
+            first = next(maker.operands(), None)
+            maker = self.makers.get(first.name) if first is not None else None
+            if maker is not None and maker.kind == "relu":
+                return True
+            if maker is not None and family(maker.kind) != "view" and maker.kind != "max_pool":
+                return False
+        return False
 
     def _wide(self, operands: Iterable[Value]) -> Iterator[tuple[str, int]]:
         """Streams of intermediates that a starved contraction takes in."""
@@ -139,12 +156,16 @@ class _Walk:
             if maker is None or family(maker.kind) == "constexpr":
                 continue
             if value.type.rank <= 2:
-                yield ("wide" if size <= 8 * _MIB else "wide_spill"), size
+                near = size <= _ON_CHIP_BYTES // 2
+                yield ("wide_near" if near else "wide" if size <= 8 * _MIB else "wide_spill"), size
             elif size > 64 * _MIB:
                 yield "deep_spill", size
 
     def _fused(self, op: Op, work: str) -> bool:
-        """Bias, scale and activation ride on the MAC output stage; so do quantize and dequantize around it."""
+        """Bias, scale and activation in a row ride on the MAC output stage; so do quantize and dequantize around it.
+
+        A relu also rides on an elementwise op of two tensors, as after a residual sum.
+        """
         if op.kind in ("quantize", "dequantize"):
             return True
         runtime = list(op.operands())
@@ -154,7 +175,10 @@ class _Walk:
         if maker is None or work in ("normalization", "softmax"):
             return False
         alone = self.uses[runtime[0].name] == 1 and runtime[0].name not in self.outputs
-        return alone and family(maker.kind) == "contraction"
+        behind_product = family(maker.kind) == "contraction" or maker.name in self.riding
+        if alone and behind_product:
+            self.riding.add(op.name)
+        return alone and (behind_product or (op.kind == "relu" and family(maker.kind) == "binary"))
 
 
 def _streams(*parts: tuple[str, int]) -> Streams:

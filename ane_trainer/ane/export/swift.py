@@ -43,7 +43,9 @@ _UPDATES = (1, 2, 6, 777)
 _STEPS, _LARGE, _TIMES = 4, 2, 64.0
 
 
-def recorded_run(step: TrainingStep, batches: Sequence[tuple[object, object]]) -> tuple[Run, dict[str, Array]]:
+def recorded_run(
+    step: TrainingStep, batches: Sequence[tuple[object, object]]
+) -> tuple[Run, dict[str, Array]]:
     """What the trainer does in four steps from here: what it counted after each, and the tensors of `run.safetensors`.
 
     The third batch is 64 times as large where it holds floats, so that gradients leave their band, units move and the
@@ -61,7 +63,7 @@ def recorded_run(step: TrainingStep, batches: Sequence[tuple[object, object]]) -
         for i in range(_STEPS):
             x, y = batches[i % len(batches)]
             if i == _LARGE and isinstance(x, torch.Tensor) and x.is_floating_point():
-                x = (x * _TIMES).clamp(-_TIMES**2, _TIMES**2)
+                x = (x * _TIMES).clamp(-(_TIMES**2), _TIMES**2)
             feeds = step.feeds(x, y)
             tensors |= {f"{i}/{name}": feeds[name] for name in ports}
             loss = float(step(x, y))

@@ -153,6 +153,8 @@ ROOFS = (
     _roof("m4-max", "pointwise_stack 512 64 128", 4.295e9 / 10.93e6, "direct", "maderix, issue 3"),
     _roof("m5", "pointwise_conv 64 64 64", 111.5, "direct", "ane-infer"),
     _roof("m4-max", "pointwise_conv 64 64 64", 95.0, "direct", "Orion"),
+    _roof("m3-pro", "pointwise_conv 64 64 64", 238.5, "direct", "ANE-Training: 197 to 280"),
+    _roof("m4", "pointwise_conv 64 64 64", 92.5, "direct", "maderix: 90 to 95"),
 )  # fmt: skip
 
 

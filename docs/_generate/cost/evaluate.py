@@ -102,12 +102,18 @@ def bounds(left: Sequence[Left]) -> tuple[float, float, int]:
 
 
 def interval_of(left: Sequence[Left], everything: Sequence[Left]) -> tuple[float, float, int]:
-    """The bounds of one kind of program, widened where it has few programs to hold those of `everything`, too."""
+    """The bounds of one kind of program; where it has few programs, widened.
+
+    They then hold the bounds of `everything` as well, and their logs are stretched by one over the number of distinct
+    workloads: what few workloads show of an error is less than what the next will have.
+    """
     low, high, programs = bounds(left) if left else (math.inf, 0.0, 0)
     if programs >= FEW or not everything:
         return low, high, programs
     wide_low, wide_high, all_programs = bounds(everything)
-    return min(low, wide_low), max(high, wide_high), all_programs
+    low, high = min(low, wide_low), max(high, wide_high)
+    stretch = 1 + 1 / max(len({item.row.workload for item in left}), 1)
+    return min(low, low**stretch), max(high, high**stretch), all_programs
 
 
 def intervals(

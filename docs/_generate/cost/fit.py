@@ -37,37 +37,47 @@ PRIORS: dict[str, Prior] = {
     "softmax": Prior(10, 1, (0.2, 0.3), (1, 0.5), 0.1, 0.4, 0.1),
     "l2": Prior(3, 1, (0, 0.3), (0, 0.3), 0.1, 0.8, 0.1),
     "wide": Prior(2, 1, (0.2, 0.2), (0.5, 0.3), 0.1, 0.3, 0.1),
+    "wide_near": Prior(2, 0.5, (0.2, 0.2), (0, 0.2), 0.1, 0.3, 0.1),
     "wide_spill": Prior(0.3, 0.5, (0.2, 0.2), (0, 0.2), 0.1, 0.3, 0.1),
     "deep_spill": Prior(2, 1, (0.2, 0.2), (0.5, 0.3), 0.1, 0.5, 0.1),
 }
-DERIVED = {"large_write": "write", "large_weight": "weight", "spill": "pass", "wide_spill": "wide"}
-#: Energy in uJ of a dispatch, W while the array computes, pJ a multiply-accumulate and a byte.
+DERIVED = {
+    "large_write": "write",
+    "large_weight": "weight",
+    "spill": "pass",
+    "wide_near": "wide",
+    "wide_spill": "wide",
+}
+#: Energy in uJ of a dispatch, W while the array computes and while passes run, pJ a multiply-accumulate and a byte;
+#: then shares of it: of a multiply-accumulate behind a relu, half of whose activations are zero, and of a byte written.
 ENERGY: dict[str, Prior] = {
     "dispatch_uj": Prior(80, 1, (0, 0.1), (0, 0.5), 0.1, 0.6, 0.1),
     "mac_pj": Prior(0.9, 0.5, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
     "mac_w": Prior(2, 0.5, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
     "weight_pj": Prior(30, 1, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
     "transfer_pj": Prior(20, 1, (0, 0.1), (0, 0.5), 0.1, 0.5, 0.1),
-    "pass_pj": Prior(30, 1, (0, 0.1), (0, 0.5), 0.1, 0.5, 0.1),
+    "pass_w": Prior(1, 0.5, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
+    "relu_share": Prior(0.6, 0.3, (0, 0.01), (0, 0.01), 0.03, 0.05, 0.03),
+    "write_share": Prior(0.7, 0.5, (0, 0.01), (0, 0.01), 0.03, 0.1, 0.03),
 }
 NAMES = tuple(PRIORS)
 _INDEX = {name: index for index, name in enumerate(NAMES)}
 WEIGHTS = ("small_weight", "weight", "large_weight", "compressed")
 TRANSFERS = ("read", "write", "large_write")
-PASSES = ("pass", "spill", "spread", "softmax", "l2", "wide", "wide_spill", "deep_spill")
+PASSES = ("pass", "spill", "spread", "softmax", "l2", "wide", "wide_near", "wide_spill", "deep_spill")
 _STREAMS = (*WEIGHTS, *TRANSFERS, *PASSES)
-_MACS, _WINOGRAD, _INT8, _PASS, _PRODUCT, _WORK, _FIRST = range(7)
+_MACS, _WINOGRAD, _INT8, _PASS, _PRODUCT, _WORK, _RECTIFIED, _FIRST = range(8)
 
 
 @cache
 def _features(workload: str) -> tuple[Array, Array]:
     """Distinct ops of a program and how often each occurs; columns: cycles' macs, winograd, int8, whether an
-    elementwise pass, whether a product, macs, bytes by stream."""
+    elementwise pass, whether a product, macs, those behind a relu, bytes by stream."""
     counts: Counter[tuple[float, ...]] = Counter()
     for work in function_work(program(workload).main):
         sizes = dict(work.weights) | dict(work.passes) | dict(work.transfers)
         facts = (work.macs / work.mac_rate, work.winograd, work.int8, work.unit == "elementwise", work.unit == "mac",
-                 work.macs)  # fmt: skip
+                 work.macs, work.macs * work.rectified)  # fmt: skip
         counts[(*map(float, facts), *(float(sizes.get(name, 0)) for name in _STREAMS))] += 1
     return np.array(list(counts)), np.array(list(counts.values()), dtype=float)
 
@@ -112,14 +122,27 @@ class _Batch:
         gain = gain * np.where(int8, rates[self.row, _INDEX["int8"]], 1.0)
         return self.ops[:, _MACS] / (self.peak[self.row] * rates[self.row, _INDEX["mac"]] * gain), fast, int8
 
-    def latency(self, logs: Array) -> tuple[Array, Array]:
-        """Latency of each row in us and its derivative by the log of each rate."""
+    def streams(self, logs: Array) -> tuple[Array, dict[str, Array]]:
+        """Rates, derived ones multiplied out, and the time of each op's streams in us."""
         rates = np.exp(logs)
         for name, base in DERIVED.items():
             rates[:, _INDEX[name]] *= rates[:, _INDEX[base]]
+        return rates, {name: self.column(name) / rates[self.row, _INDEX[name]] / 1e3 for name in _STREAMS}
+
+    def passing(self, logs: Array) -> Array:
+        """Time of each row's passes and tasks in us."""
+        rates, times = self.streams(logs)
+        tasks = sum(
+            self.sum(self.ops[:, unit]) * rates[:, _INDEX[name]]
+            for name, unit in (("task_us", _PASS), ("mac_task_us", _PRODUCT))
+        )
+        return self.sum(np.sum([times[name] for name in PASSES], axis=0)) + tasks
+
+    def latency(self, logs: Array) -> tuple[Array, Array]:
+        """Latency of each row in us and its derivative by the log of each rate."""
+        rates, times = self.streams(logs)
         slopes = np.zeros((self.size, len(NAMES)))
         compute, fast, int8 = self.compute(logs)
-        times = {name: self.column(name) / rates[self.row, _INDEX[name]] / 1e3 for name in _STREAMS}
         bound = compute >= np.sum([times[name] for name in WEIGHTS], axis=0)
         total = rates[:, _INDEX["dispatch_us"]] + self.sum(np.where(bound, compute, 0.0))
         slopes[:, _INDEX["dispatch_us"]] = rates[:, _INDEX["dispatch_us"]]
@@ -139,15 +162,25 @@ class _Batch:
         """Energy of each row in uJ and its derivative by the log of each term, given the logs of rates."""
         compute, fast, _ = self.compute(rates)
         gain = np.where(fast, np.exp(rates)[self.row, _INDEX["winograd"]], 1.0)
+        terms = dict(zip(ENERGY, np.exp(logs).T, strict=True))
+        behind = self.sum(self.ops[:, _RECTIFIED] / gain) * 1e-6
+        dense = self.sum(self.ops[:, _WORK] / gain) * 1e-6 - behind
+        weights, read, written = (
+            self.sum(np.sum([self.column(name) for name in names], axis=0)) * 1e-6
+            for names in (WEIGHTS, TRANSFERS[:1], TRANSFERS[1:])
+        )
+        behind, written = behind * terms["relu_share"], written * terms["write_share"]
         quantities = (
             np.ones(self.size),
-            self.sum(self.ops[:, _WORK] / gain) * 1e-6,
+            dense + behind,
             self.sum(compute),
-            *(self.sum(np.sum([self.column(name) for name in names], axis=0)) * 1e-6
-              for names in (WEIGHTS, TRANSFERS, PASSES)),
-        )  # fmt: skip
-        slopes = np.exp(logs) * np.stack(quantities, axis=1)
-        return slopes.sum(axis=1), slopes
+            weights,
+            read + written,
+            self.passing(rates),
+        )
+        slopes = np.stack([term * of for term, of in zip(terms.values(), quantities, strict=False)], axis=1)
+        shares = np.stack([terms["mac_pj"] * behind, terms["transfer_pj"] * written], axis=1)
+        return slopes.sum(axis=1), np.concatenate([slopes, shares], axis=1)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,20 @@ def test_an_activation_whose_input_is_used_twice_is_not_fused() -> None:
     assert [part.bound_by for part in found.ops][1] != "fused"
 
 
+def test_an_activation_rides_behind_a_bias_and_a_residual_sum() -> None:
+    b = Builder()
+    x = b.input("x", TensorType("fp16", (8, 64)))
+    h = b.op("relu", x=b.op("add", x=b.op("matmul", x=x, y=weight(64, 64)), y=weight(1, 64)))
+    wide = b.op("add", x=b.op("matmul", x=h, y=weight(64, 64)), y=weight(1, 64))
+    y = b.op("gelu", x=b.op("relu", x=b.op("add", x=wide, y=h)))
+    program = Program((b.finish((y,)),))
+    units = [(item.op.kind, item.unit) for item in function_work(program.main)]
+    assert units[:5] == [
+        ("matmul", "mac"), ("add", "fused"), ("relu", "fused"), ("matmul", "mac"), ("add", "fused")
+    ]  # fmt: skip
+    assert units[5:] == [("add", "elementwise"), ("relu", "fused"), ("gelu", "elementwise")]
+
+
 def test_engine_flops_leaves_out_what_the_engine_refuses() -> None:
     x = value("x", 16, 64)
     program = run((x,), op("sin", (16, 64), x=x))
@@ -260,3 +274,23 @@ def test_every_constant_has_a_source_and_a_deviation() -> None:
         for chip in known_chips()
         for path in ("e5rt", "direct", "coreml")
     )
+
+
+def test_products_behind_a_relu_take_less_energy_and_no_less_time() -> None:
+    """Half of their activations are zero; also through a view, not behind another op."""
+    found = {}
+    for kinds in (("relu",), ("relu", "reshape"), ("tanh",), ("relu", "tanh")):
+        b = Builder()
+        y = b.input("x", TensorType("fp16", (512, 512)))
+        for kind in kinds:
+            shape = {"shape": literal([512, 512], "int32")} if kind == "reshape" else {}
+            y = b.op(kind, x=y, **shape)
+        y = b.op("matmul", x=y, y=weight(512, 512))
+        program = Program((b.finish((y,)),))
+        found[kinds] = estimate(program, "m4")
+        assert [item.rectified for item in function_work(program.main)][-1] == ("tanh" not in kinds)
+    plain, behind = found["tanh",], found["relu",]
+    saved = 512**3 * cost.rates("m4")["mac_pj"].value * (1 - cost.rates("m4")["relu_share"].value) * 1e-6
+    assert plain.energy_uj - behind.energy_uj == pytest.approx(saved)
+    assert found["relu", "reshape"].energy_uj == behind.energy_uj
+    assert behind.latency_us == plain.latency_us

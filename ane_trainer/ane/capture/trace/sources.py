@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,6 +146,14 @@ FAULTS = (
 )  # fmt: skip
 
 
+#: What torch says where the forward casts to a dtype that the program's parameters do not have.
+_OTHER_DTYPE = re.compile(r"(dtype|type|scalar).*(Double|BFloat16|Half|double|bfloat16|float16)", re.S)
+_DTYPES = (
+    "A program's parameters are float32 for PyTorch and fp16 on the engine: leave .double(), .half() and "
+    ".to(torch.bfloat16) out of forward, or cast to the parameter's dtype (x.to(self.weight.dtype))."
+)
+
+
 @contextlib.contextmanager
 def faults_in_words(model: torch.nn.Module, runs: Callable[[], object]) -> Iterator[None]:
     """Whatever the block raises, as a finding with module and line; `runs()` does the same in plain PyTorch.
@@ -155,7 +164,9 @@ def faults_in_words(model: torch.nn.Module, runs: Callable[[], object]) -> Itera
         yield
     except FAULTS as error:
         kind = UnsupportedModel
-        fix = "Plain PyTorch runs it, a program cannot: leave this out of the step, or do it on the host."
+        fix = _DTYPES if _OTHER_DTYPE.search(str(error)) else (
+            "Plain PyTorch runs it, a program cannot: leave this out of the step, or do it on the host."
+        )  # fmt: skip
         try:
             runs()
         except FAULTS:
