@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -167,13 +167,29 @@ def _check_integers(place: str, low: torch.Tensor, high: torch.Tensor, bounds: t
 
 
 def to_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, Array]:
-    """Integers as remainders and quotients by port."""
+    """Integers as remainders and quotients by port; floats by quotients towards 0."""
+    if leaf.is_floating_point():
+        return _float_pair(slot, leaf, limits)
     low, high = torch.aminmax(leaf)
     _check_integers(slot.place, low, high, slot.bounds or (-MOST_ROWS, MOST_ROWS - 1))
     assert slot.port is not None
     assert slot.high is not None
     parts = {slot.port: leaf % PAIR, slot.high: torch.div(leaf, PAIR, rounding_mode="floor")}
     return {name: to_float(slot, part, limits) for name, part in parts.items()}
+
+
+def _float_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, Array]:
+    """Floats that are read as integers, too: no remainder is rounded up to the next whole number; without scale."""
+    numbers = leaf.detach().double()
+    high = torch.trunc(numbers / PAIR)
+    rest = numbers - high * PAIR
+    to_float(slot, leaf, limits)  # refuses what fp16 does not hold
+    slot = replace(slot, scale=1.0)
+    assert slot.port is not None
+    assert slot.high is not None
+    low, most = to_float(slot, rest, limits), to_float(slot, high, limits)
+    past = np.trunc(low) != np.trunc(rest.numpy().reshape(low.shape))
+    return {slot.port: np.where(past, np.nextafter(low, low.dtype.type(0)), low), slot.high: most}
 
 
 def tell_of_rounded_integers(place: str, largest: float) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ane_trainer.ane.capture.range import scale_rows
+from ane_trainer.ane.capture.range import drop_cancelled, scale_rows
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY, PACKAGE_FOLDER, fault, place_of
+from ane_trainer.ane.compiler.lower.indices.codes import MOVES
+from ane_trainer.ane.compiler.lower.indices.ranges import packet_name
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.dynamo.torch_private import default_partition, with_effects
 from ane_trainer.ane.errors import UnsupportedModel
@@ -71,6 +73,7 @@ def partition(
     for node in joint.graph.nodes:
         if str(node.target) in ACCEPTS["absent"] and "backward" in str(node.target):
             node.args = (*node.args[:-1], node.args[1])
+    drop_cancelled(joint.graph)
     scale_rows(joint.graph)
     forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
     forward.meta[USER_RESULTS] = num_fwd_outputs
@@ -247,7 +250,7 @@ def _drawing(node: Node) -> Callable[[], torch.Tensor]:
 
 
 def _only_integers(node: Node, seen: set[Node] | None = None) -> bool:
-    """Whether the node's value follows from integer inputs by integer operations."""
+    """Whether the node's value follows from integer inputs, or input floats cut to integers, by integer operations."""
     seen = set() if seen is None else seen
     if node in seen:
         return True
@@ -255,7 +258,16 @@ def _only_integers(node: Node, seen: set[Node] | None = None) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool:
         return False
-    return all(_only_integers(source, seen) for source in node.all_input_nodes)
+    sources = node.all_input_nodes
+    if node.target is aten._to_copy.default and _is_moved_input(sources[0]):
+        return True
+    return all(_only_integers(source, seen) for source in sources)
+
+
+def _is_moved_input(node: Node) -> bool:
+    while len(node.all_input_nodes) == 1 and packet_name(node) in MOVES:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
 
 
 def _ancestors(nodes: Iterable[Node]) -> set[Node]:

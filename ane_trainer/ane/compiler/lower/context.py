@@ -13,6 +13,7 @@ from torch.fx import Node
 from ane_trainer.ane.compiler.lower.movement import Movement
 from ane_trainer.ane.compiler.lower.operands import (
     KEEPS_EPSILON,
+    Encoded,
     Operand,
     Shape,
     as_tensor,
@@ -35,10 +36,14 @@ _FOLD: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclass
 class Context(Movement):
-    """State of one `lower` call: the node that is lowered now, and the operands of those before it."""
+    """State of one `lower` call: the node that is lowered now, and the operands of those before it.
+
+    `wide`: floats of inputs in two numbers, for the integers that they turn into.
+    """
 
     node: Node | None = None
     operands: dict[Node, Any] = field(default_factory=dict)
+    wide: dict[Node, Encoded] = field(default_factory=dict)
 
     # -- the node -----------------------------------------------------------------------------------
 

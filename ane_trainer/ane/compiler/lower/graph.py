@@ -24,7 +24,7 @@ from ane_trainer.ane.compiler.lower.rules.windows import Places
 from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import MAX_RANK, Function, Op, Program, TensorType, Value, literal
-from ane_trainer.ane.stages import Alias, Captured, Lowered, Port
+from ane_trainer.ane.stages import PAIR, Alias, Captured, Lowered, Port
 
 _UNFOLDABLE = (torch.Tag.nondeterministic_seeded,)
 
@@ -140,7 +140,12 @@ def _declare_inputs(
         )
         whole = [ctx.reshape(part, mil_shape(tensor)) for part in parts]
         if encoding != "none":
-            ctx.operands[node] = Encoded(tuple(w for w in whole if isinstance(w, Value)), encoding)
+            encoded = Encoded(tuple(w for w in whole if isinstance(w, Value)), encoding)
+            ctx.operands[node] = encoded
+            if node in integers.floats:
+                ctx.wide[node] = encoded
+                ends = (ctx.mul(p, f * port.scale) for p, f in zip(encoded.parts, (1.0, PAIR), strict=True))
+                ctx.operands[node] = ctx.add(*ends)
         else:
             ctx.operands[node] = ctx.boolean_of_01(whole[0]) if tensor.dtype == torch.bool else whole[0]
     return tuple(ports), tuple(quotients)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ane_trainer.ane.compiler.lower.registry import Refusal
 from ane_trainer.ane.mil.program import MAX_FP16, Literal, TensorType, Value
 
 Shape = tuple[int, ...]
@@ -72,8 +73,16 @@ def is_bool(x: Operand) -> bool:
 
 
 def as_tensor(x: Operand) -> torch.Tensor:
-    """A constant operand as a float64 (or bool) tensor."""
-    assert not isinstance(x, (Value, Encoded))
+    """A constant operand as a float64 (or bool) tensor.
+
+    Raises: Refusal for integers in two numbers, which the op that asks has no rule for.
+    """
+    if isinstance(x, Encoded):
+        raise Refusal(
+            "needs integers up to 2048, which fp16 holds; these can be larger.",
+            "Keep them below 2048: take the remainder or the difference earlier, or do this on the host.",
+        )
+    assert not isinstance(x, Value)
     tensor = torch.as_tensor(x)
     return tensor if tensor.dtype == torch.bool else tensor.to(torch.float64)
 

@@ -8,10 +8,11 @@ and those that follow from them, go as remainder and quotient (`split.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch.fx import Node
 
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES, most_rows
@@ -47,15 +48,19 @@ class Integers:
     """`inputs`: the encoding of each integer batch input. `split`: nodes whose results travel in two numbers.
 
     `bounds`: of each integer node, where known. `rounded`: inputs that only turn into floats, which bear a rounding.
+    `floats`: inputs of floats that turn into integers which need two numbers, and travel in two for them.
     """
 
     inputs: Mapping[Node, str] = field(default_factory=dict)
     split: frozenset[Node] = frozenset()
     bounds: Mapping[Node, Bounds] = field(default_factory=dict)
     rounded: frozenset[Node] = frozenset()
+    floats: frozenset[Node] = frozenset()
 
-    def taken(self, node: Node) -> Bounds:
+    def taken(self, node: Node) -> Bounds | None:
         """What the port of an integer input takes."""
+        if node in self.floats:
+            return None
         return (-MAX_FP16, MAX_FP16) if node in self.rounded else self.bounds[node]
 
 
@@ -68,10 +73,13 @@ def choose(captured: Captured, dtype: str) -> Integers:
     batch = {n: p for n, p in ports.items() if p.role == "batch" and integral(n.meta["val"])}
     exact = read_exactly(captured.graph)
     inputs = {node: _encoding(node, port, node in exact) for node, port in batch.items()}
+    turned = dict(_turned(exact, ports))
+    found = {n: _turned_bounds(n) for n in turned}
     drawn = {n: p.bounds for n, p in ports.items() if p.target.startswith("random/") and p.bounds is not None}
     for slack in _SLACKS:
         bounds = bounds_of(
-            captured.graph, {n: _input_bounds(n, ports[n], e, slack) for n, e in inputs.items()} | drawn
+            captured.graph,
+            {n: _input_bounds(n, ports[n], e, slack) for n, e in inputs.items()} | drawn | found,
         )
         split = {n for n, b in bounds.items() if too_large(b) and n in exact and n.op == "call_function"}
         if all(max(-bounds[n][0], bounds[n][1]) < MOST_ROWS for n in split):
@@ -81,7 +89,45 @@ def choose(captured: Captured, dtype: str) -> Integers:
         for n, e in inputs.items()
         if e == "none" and n not in exact and not any(sensitive(captured.graph, n, 1.0))
     }
-    return Integers(inputs, frozenset(split), bounds, frozenset(rounded))
+    floats = frozenset(turned[n] for n in split if n in turned)
+    inputs |= dict.fromkeys(floats, "split")
+    return Integers(inputs, frozenset(split), bounds, frozenset(rounded), floats)
+
+
+def float_source(node: Node) -> tuple[Node, float] | None:
+    """The input whose floats, moved at most, a node turns into integers, and the constant that they are multiplied
+    by; None for any other node.
+    """
+    if packet_name(node) != "_to_copy" or not integral(node.meta.get("val")):
+        return None
+    source, factor = cast("Node", node.args[0]), 1.0
+    while len(source.all_input_nodes) == 1:
+        if packet_name(source) == "mul" and isinstance(source.args[1], float):
+            factor *= source.args[1]
+        elif packet_name(source) not in MOVES:
+            break
+        source = source.all_input_nodes[0]
+    value = source.meta.get("val")
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return (source, factor) if source.op == "placeholder" and floating else None
+
+
+def _turned(exact: Iterable[Node], ports: Mapping[Node, Port]) -> Iterator[tuple[Node, Node]]:
+    """(integers, the batch input of floats that they are)"""
+    for node in exact:
+        source, factor = float_source(node) or (node, 0.0)
+        port = ports.get(source)
+        if port is not None and port.role == "batch" and factor * port.scale == 1.0:
+            yield node, source
+
+
+def _turned_bounds(node: Node) -> Bounds:
+    """Floats as integers: the rows that they look up, else all that fp16 reaches."""
+    found = list(_looked_up(node))
+    if not found:
+        return (-MAX_FP16, MAX_FP16)
+    rows = max(2 * rows if summed else rows for rows, summed in found)
+    return (-float(EXACT_INTEGERS), float(min(rows, MOST_ROWS) - 1))
 
 
 def _encoding(node: Node, port: Port, exact: bool) -> str:

@@ -264,6 +264,27 @@ def _places(node: Node, of: _Of) -> Bounds:
     return (0.0, float(extent - 1))
 
 
+#: Ops whose second result are places along an axis -> the place of the axis among their arguments, and its default.
+PLACING: Mapping[str, tuple[int, int]] = {
+    "max": (1, 0), "min": (1, 0), "topk": (2, -1), "sort": (1, -1), "kthvalue": (2, -1), "median": (1, -1),
+    "mode": (1, -1), "cummax": (1, 0), "cummin": (1, 0),
+}  # fmt: skip
+
+
+def _item(node: Node, of: _Of) -> Bounds:
+    """One of several results: places along an axis, or what moves went on."""
+    source: Any = node.args[0]
+    place = PLACING.get(packet_name(source))
+    if place is None or node.args[1] != 1:
+        found = [of(a) for a in source.all_input_nodes if integral(a.meta.get("val"))]
+        if packet_name(source) not in MOVES or not found:
+            raise KeyError(source)
+        return (min(b[0] for b in found), max(b[1] for b in found))
+    given = source.args[place[0]] if len(source.args) > place[0] else source.kwargs.get("dim", place[1])
+    shape = source.args[0].meta["val"].shape
+    return (0.0, float(shape[given] - 1 if shape else 0))
+
+
 def _power(node: Node, of: _Of) -> Bounds:
     low, high = of(node.args[0])
     most = max(-low, high, 1.0) ** min(of(node.args[1])[1], 64.0)
@@ -299,7 +320,7 @@ _RULES: dict[str, Callable[[Node, _Of], Bounds]] = {
     "abs": _magnitude, "neg": _negative, "sum": _sum, "cumsum": _cumsum, "where": _union(1, 2),
     "masked_fill": _union(0, 2), "cat": _joined, "stack": _joined, "constant_pad_nd": _padded, "_to_copy": _copied,
     "gather": _copied, "index": _copied, "index_select": _copied, "amax": _copied, "amin": _copied,
-    "argmax": _places, "argmin": _places, "full_like": lambda node, of: of(node.args[1]),
+    "argmax": _places, "argmin": _places, "getitem": _item, "full_like": lambda node, of: of(node.args[1]),
     "zeros_like": lambda node, of: (0.0, 0.0), "ones_like": lambda node, of: (1.0, 1.0),
     "one_hot": lambda node, of: (0.0, 1.0),
     "bitwise_and": _bitwise, "bitwise_or": _bitwise, "bitwise_xor": _bitwise, "__and__": _bitwise, "__or__": _bitwise,

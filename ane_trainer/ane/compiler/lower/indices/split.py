@@ -6,14 +6,14 @@ Both are fp16 integers, and so are their sums, for integers and tables of up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
-from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers
+from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, float_source
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES, coded
 from ane_trainer.ane.compiler.lower.indices.ranges import (
     COMPARISONS,
@@ -23,22 +23,33 @@ from ane_trainer.ane.compiler.lower.indices.ranges import (
     too_large,
 )
 from ane_trainer.ane.compiler.lower.operands import Encoded, Operand, as_tensor, is_bool, shape_of
-from ane_trainer.ane.compiler.lower.registry import ACCEPTS
-from ane_trainer.ane.mil.program import Value
+from ane_trainer.ane.compiler.lower.registry import ACCEPTS, RULES
+from ane_trainer.ane.mil.program import MAX_FP16, Value
 from ane_trainer.ane.stages import PAIR
 
 #: Places of numbers, beside the tensors, among the arguments of ops that move integers.
 _NUMBERS = {"constant_pad_nd": (2,), "where": (1, 2), "masked_fill": (2,)}
 #: Ops that pick elements of their first argument.
 _PICKS = ("gather", "index", "index_select", "_unsafe_index")
+#: So many of the first along a longer axis are looked for one after the other.
+_MOST_BEST = 16
 _NARROW = "Keep them below 2048: take the remainder or the difference earlier, or do this on the host."
 
 
 def concerns(integers: Integers, node: Any, leaves: list[object]) -> bool:
     """Whether a node's integers need more than its rule: they are encoded, leave fp16's integers, or are divided."""
-    if any(isinstance(leaf, Encoded) for leaf in leaves) or node in integers.split:
+    if (
+        any(isinstance(leaf, Encoded) for leaf in leaves)
+        or node in integers.split
+        or _places_split(integers, node)
+    ):
         return True
     return integral(node.meta.get("val")) and packet_name(node) in DIVISIONS
+
+
+def _places_split(integers: Integers, node: Any) -> bool:
+    """Whether an op's second result are places along an axis that need two numbers."""
+    return packet_name(node) in _SEVERAL and any(user in integers.split for user in node.users)
 
 
 def lower(
@@ -54,6 +65,11 @@ def lower(
     node, name, whole = ctx.node, packet_name(ctx.node), integral(ctx.meta)
     bounds = integers.bounds.get(node)
     encoded = [leaf for leaf in _leaves(args) if isinstance(leaf, Encoded)]
+    if _places_split(integers, node) and not encoded:
+        return _SEVERAL[name](ctx, *args, **keywords)
+    source = None if encoded else float_source(node)
+    if source is not None and source[0] in ctx.wide:
+        return _turned(ctx, node)
     if name in _PICKS and (node in integers.split or isinstance(args[0], Encoded)):
         first = args[0] if isinstance(args[0], Encoded) else exact.as_pair(ctx, args[0])
         return _moved(ctx, name, rule, [first, *args[1:]], keywords, only_first=True)
@@ -77,6 +93,24 @@ def lower(
     if isinstance(result, Encoded) and (bounds is None or too_large(bounds)):
         return result.each(lambda part: ctx.broadcast(part, ctx.shape))
     return ctx.broadcast(exact.joined(ctx, result), ctx.shape)
+
+
+def _turned(ctx: Context, node: torch.fx.Node) -> Encoded:
+    """Floats of an input, moved as the graph moves them, without what is behind the point."""
+    moves, source = [], cast("torch.fx.Node", node.args[0])
+    while source not in ctx.wide:
+        moves.append(source)
+        source = source.all_input_nodes[0]
+    value = ctx.wide[source]
+    for move in reversed([m for m in moves if packet_name(m) in MOVES]):  # the others undo the port's scale
+        ctx.node = move
+        value = _moved(
+            ctx, packet_name(move), RULES[str(move.target)], [value, *move.args[1:]], dict(move.kwargs)
+        )
+    ctx.node = node
+    low, high = value.parts
+    whole = ctx.mul(ctx.unary("sign", low), exact.floor(ctx, ctx.unary("abs", low)))
+    return exact.carried(ctx, whole, high)
 
 
 def _looked_up(
@@ -158,10 +192,10 @@ def _compared(ctx: Context, name: str, x: Operand, y: Operand) -> Operand:
     if name not in ("eq", "ne"):
         kind = {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal"}[name]
         return ctx.binary(kind, exact.order(ctx, x, y), 0.0)
-    same = ctx.boolean_of_01(
-        ctx.mul(*(ctx.number(ctx.binary("equal", p, q)) for p, q in zip(a, b, strict=True)))
-    )
-    assert isinstance(same, Value)
+    both = ctx.mul(*(ctx.number(ctx.binary("equal", p, q)) for p, q in zip(a, b, strict=True)))
+    same = ctx.boolean_of_01(both)
+    if not isinstance(same, Value):
+        return as_tensor(same).bool() if name == "eq" else ~as_tensor(same).bool()
     return same if name == "eq" else ctx.emit("logical_not", x=same)
 
 
@@ -266,24 +300,85 @@ def _place(kind: str) -> Callable[..., Operand]:
     def rule(
         ctx: Context, integers: Integers, x: Operand, dim: int | None = None, keepdim: bool = False
     ) -> Operand:
-        """The first place of an extremum: its quotient first, then the remainder among those that have it."""
+        """The first place of an extremum."""
         if dim is None:
             x, dim = ctx.reshape(x, (torch.Size(shape_of(x)).numel(),)), 0
-        shape = shape_of(x)
-        axis, extent = dim % len(shape), shape[dim]
-        places = torch.arange(extent, dtype=torch.float64)
-        places = places.reshape([extent if i == axis else 1 for i in range(len(shape))])
-        best = ctx.binary("equal", x, ctx.reduce(kind, x, [axis], keep=True))
-        found: list[Operand] = []
-        for part in (torch.floor(places / PAIR), places % PAIR):
-            candidates = ctx.where(best, part.expand(shape), float(EXACT_INTEGERS))
-            found.append(ctx.reduce("min", candidates, [axis], keep=True))
-            best = ctx.boolean_of_01(
-                ctx.mul(ctx.number(best), ctx.number(ctx.binary("equal", candidates, found[-1])))
-            )
-        return exact.pair(found[1], found[0]).each(lambda part: ctx.reshape(part, ctx.shape))
+        return first_place(ctx, kind, x, dim)[1].each(lambda part: ctx.reshape(part, ctx.shape))
 
     return rule
+
+
+def first_place(
+    ctx: Context, kind: str, x: Operand, dim: int, taken: Operand | None = None
+) -> tuple[Operand, Encoded, Operand]:
+    """(the extremum along an axis, where it is first, 1 there and 0 elsewhere): what is `taken` (1) does not count.
+
+    The place's quotient is found first, then the remainder among those that have it.
+    """
+    shape = shape_of(x)
+    axis, extent = dim % len(shape), shape[dim]
+    places = torch.arange(extent, dtype=torch.float64)
+    places = places.reshape([extent if i == axis else 1 for i in range(len(shape))])
+    open_to = x if taken is None else ctx.where(ctx.boolean_of_01(taken), _LOWEST[kind], x)
+    best = ctx.reduce(kind, open_to, [axis], keep=True)
+    hit = ctx.number(ctx.binary("equal", x, best))
+    if taken is not None:
+        hit = ctx.mul(hit, ctx.sub(1.0, taken))
+    found: list[Operand] = []
+    for part in (torch.floor(places / PAIR), places % PAIR):
+        candidates = ctx.where(ctx.boolean_of_01(hit), part.expand(shape), float(EXACT_INTEGERS))
+        found.append(ctx.reduce("min", candidates, [axis], keep=True))
+        hit = ctx.mul(hit, ctx.number(ctx.binary("equal", candidates, found[-1])))
+    return best, exact.pair(found[1], found[0]), hit
+
+
+_LOWEST = {"max": -MAX_FP16, "min": MAX_FP16}
+
+
+def _extremum_and_place(kind: str) -> Callable[..., object]:
+    def rule(ctx: Context, x: Operand, dim: int, keepdim: bool = False) -> object:
+        best, place, _ = first_place(ctx, kind, x, dim)
+        return _in_shapes(ctx, best, place)
+
+    return rule
+
+
+def _in_shapes(ctx: Context, values: Operand, places: Encoded) -> list[Operand]:
+    shape = tuple(int(n) for n in ctx.meta[0].shape) or (1,)
+    return [ctx.reshape(values, shape), places.each(lambda part: ctx.reshape(part, shape))]
+
+
+def _best(ctx: Context, kind: str, x: Operand, dim: int, count: int) -> Iterator[tuple[Operand, Encoded]]:
+    """The first `count` of a sorted axis, one after the other."""
+    if count > _MOST_BEST:
+        raise ctx.refuse(
+            f"needs at most {_MOST_BEST} of an axis longer than {EXACT_INTEGERS}; got {count} of {shape_of(x)[dim]}.",
+            "Take fewer, or sort on the host.",
+        )
+    taken: Operand | None = None
+    for _ in range(count):
+        best, place, hit = first_place(ctx, kind, x, dim, taken)
+        taken = hit if taken is None else ctx.add(taken, hit)
+        yield best, place
+
+
+def _top(
+    ctx: Context, x: Operand, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> object:
+    found = list(_best(ctx, "max" if largest else "min", x, dim, k))
+    places = [ctx.concat([place.parts[part] for _, place in found], dim) for part in (0, 1)]
+    return _in_shapes(ctx, ctx.concat([best for best, _ in found], dim), exact.pair(places[0], places[1]))
+
+
+def _kth(ctx: Context, x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> object:
+    return _in_shapes(ctx, *list(_best(ctx, "min", x, dim, k))[-1])
+
+
+def _ordered(ctx: Context, x: Operand, *arguments: object, **keywords: object) -> object:
+    raise ctx.refuse(
+        f"needs an axis of at most {EXACT_INTEGERS} elements; got more in {list(shape_of(x))}.",
+        f"topk of up to {_MOST_BEST} takes longer ones; sort on the host.",
+    )
 
 
 def _shift(ctx: Context, integers: Integers, x: Operand, by: Operand) -> Operand | None:
@@ -311,6 +406,12 @@ _RULES: dict[str, Callable[..., object]] = {
     "bitwise_left_shift": _shift, "bitwise_right_shift": _shift, "__lshift__": _shift, "__rshift__": _shift,
     "argmax": _place("max"), "argmin": _place("min"),
     "full_like": lambda ctx, integers, x, value, **_: exact.as_pair(ctx, torch.full(ctx.shape, float(value))),
+}  # fmt: skip
+
+#: Ops with places along an axis beside their values.
+_SEVERAL: dict[str, Callable[..., object]] = {
+    "max": _extremum_and_place("max"), "min": _extremum_and_place("min"), "topk": _top, "kthvalue": _kth,
+    "sort": _ordered, "median": _ordered,
 }  # fmt: skip
 
 

@@ -170,8 +170,11 @@ def _is_last(ctx: Context, index: Operand) -> Operand:
     if n > EXACT_INTEGERS:
         raise ctx.refuse(f"needs at most {EXACT_INTEGERS} writes along an axis; got {n}.", "Write in parts.")
     flat = (math.prod(shape[:-1]), n)
-    same = ctx.binary("equal", ctx.reshape(index, (*flat, 1)), ctx.reshape(index, (flat[0], 1, n)))
-    later = ctx.mul(ctx.number(same), torch.ones(n, n).triu(1))
+    parts = index.parts if isinstance(index, Encoded) else (index,)
+    later: Operand = torch.ones(n, n).triu(1)
+    for part in parts:
+        same = ctx.binary("equal", ctx.reshape(part, (*flat, 1)), ctx.reshape(part, (flat[0], 1, n)))
+        later = ctx.mul(ctx.number(same), later)
     repeated = ctx.reduce("max", later, [-1]) if isinstance(later, Value) else torch.as_tensor(later).amax(-1)
     return ctx.reshape(ctx.sub(1.0, repeated), shape)
 

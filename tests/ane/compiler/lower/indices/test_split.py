@@ -152,3 +152,53 @@ def test_integers_that_fp16_rounds_are_not_ordered(order: Callable[[Tensor], Ten
         compile_step(model, "mse", optimizer, example=(ids, torch.randn(2, 4)), device="sim")
     small = ids % 9
     compile_step(model, "mse", optimizer, example=(small, torch.randn(2, 4)), device="sim")
+
+
+LONG = 2_100
+PLACED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "max": lambda z: torch.max(z, 1),
+    "min": lambda z: torch.min(z, 1),
+    "topk": lambda z: torch.topk(z, 3, 1),
+    "least": lambda z: torch.topk(z, 2, 1, largest=False),
+    "kthvalue": lambda z: torch.kthvalue(z, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_places_along_a_long_axis_look_rows_up(name: str) -> None:
+    """Values, and their places beyond 2048, forward and backward."""
+    w = normal(LONG)
+    z = torch.stack([torch.arange(LONG) * step % LONG / LONG for step in (1, 11)]).double()
+    z[0, 2_090], z[0, 2_095], z[0, 2_098], z[1, 2_060] = 1.5, 1.25, -3.0, -65504.0
+
+    def picked(z: Tensor, w: Tensor) -> Tensor:
+        values, places = PLACED[name](z)
+        return values * 8 + w[places]
+
+    np.testing.assert_allclose(run_pairs(picked, [z, w]).squeeze(), picked(z, w), rtol=2e-3)
+
+
+class Columns(nn.Module):
+    """A batch of floats whose first column are numbers of rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(rows, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.table(x[:, 0].long()) + self.linear(x[:, 1:])).sum(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rows", [100, 50_000])
+def test_floats_become_the_integers_that_they_are(rows: int) -> None:
+    torch.manual_seed(0)
+    model, y = Columns(rows), torch.rand(4)
+    ids = torch.tensor([[rows - 1], [rows // 2 + 0.5], [-0.99], [3.0]])
+    x = torch.cat([ids, torch.randn(4, 3)], 1)
+    loss = float(F.mse_loss(model(x), y).detach())
+    step = compile_step(model, "mse", torch.optim.SGD(model.parameters(), lr=0.5), (x, y), fidelity="fast")
+    assert float(step(x, y)) == pytest.approx(loss, rel=5e-3)
+    assert step.agreement is not None
+    assert step.agreement.agrees
+    compiled = torch.compile(Columns(rows), backend="ane", options={"device": "sim"})
+    torch.testing.assert_close(compiled(x).detach(), compiled._orig_mod(x).detach(), rtol=5e-3, atol=5e-3)
