@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.operands import Encoded, Operand, as_tensor, broadcast_shape, shape_of
-from ane_trainer.ane.mil.program import Value
+from ane_trainer.ane.mil.program import MAX_FP16, Value
 from ane_trainer.ane.stages import PAIR
 
 _BASE = float(PAIR)
@@ -302,3 +303,30 @@ def _bits(ctx: Context, kind: str, x: Operand, y: Operand, count: int) -> Operan
         a, b = ctx.sub(x, ctx.mul(half_x, 2.0)), ctx.sub(y, ctx.mul(half_y, 2.0))
         result, x, y = plus(ctx, result, times(ctx, _bit(ctx, kind, a, b), 2.0**k)), half_x, half_y
     return result
+
+
+def first_place(
+    ctx: Context, kind: str, x: Operand, dim: int, taken: Operand | None = None
+) -> tuple[Operand, Encoded, Operand]:
+    """(the extremum along an axis, where it is first, 1 there and 0 elsewhere): what is `taken` (1) does not count.
+
+    The place's quotient is found first, then the remainder among those that have it.
+    """
+    shape = shape_of(x)
+    axis, extent = dim % len(shape), shape[dim]
+    places = torch.arange(extent, dtype=torch.float64)
+    places = places.reshape([extent if i == axis else 1 for i in range(len(shape))])
+    open_to = x if taken is None else ctx.where(ctx.boolean_of_01(taken), _LOWEST[kind], x)
+    best = ctx.reduce(kind, open_to, [axis], keep=True)
+    hit = ctx.number(ctx.binary("equal", x, best))
+    if taken is not None:
+        hit = ctx.mul(hit, ctx.sub(1.0, taken))
+    found: list[Operand] = []
+    for part in (torch.floor(places / PAIR), places % PAIR):
+        candidates = ctx.where(ctx.boolean_of_01(hit), part.expand(shape), float(EXACT_INTEGERS))
+        found.append(ctx.reduce("min", candidates, [axis], keep=True))
+        hit = ctx.mul(hit, ctx.number(ctx.binary("equal", candidates, found[-1])))
+    return best, pair(found[1], found[0]), hit
+
+
+_LOWEST = {"max": -MAX_FP16, "min": MAX_FP16}

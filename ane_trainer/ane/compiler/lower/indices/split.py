@@ -24,7 +24,7 @@ from ane_trainer.ane.compiler.lower.indices.ranges import (
 )
 from ane_trainer.ane.compiler.lower.operands import Encoded, Operand, as_tensor, is_bool, shape_of
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS, RULES
-from ane_trainer.ane.mil.program import MAX_FP16, Value
+from ane_trainer.ane.mil.program import Value
 from ane_trainer.ane.stages import PAIR
 
 #: Places of numbers, beside the tensors, among the arguments of ops that move integers.
@@ -303,41 +303,14 @@ def _place(kind: str) -> Callable[..., Operand]:
         """The first place of an extremum."""
         if dim is None:
             x, dim = ctx.reshape(x, (torch.Size(shape_of(x)).numel(),)), 0
-        return first_place(ctx, kind, x, dim)[1].each(lambda part: ctx.reshape(part, ctx.shape))
+        return exact.first_place(ctx, kind, x, dim)[1].each(lambda part: ctx.reshape(part, ctx.shape))
 
     return rule
 
 
-def first_place(
-    ctx: Context, kind: str, x: Operand, dim: int, taken: Operand | None = None
-) -> tuple[Operand, Encoded, Operand]:
-    """(the extremum along an axis, where it is first, 1 there and 0 elsewhere): what is `taken` (1) does not count.
-
-    The place's quotient is found first, then the remainder among those that have it.
-    """
-    shape = shape_of(x)
-    axis, extent = dim % len(shape), shape[dim]
-    places = torch.arange(extent, dtype=torch.float64)
-    places = places.reshape([extent if i == axis else 1 for i in range(len(shape))])
-    open_to = x if taken is None else ctx.where(ctx.boolean_of_01(taken), _LOWEST[kind], x)
-    best = ctx.reduce(kind, open_to, [axis], keep=True)
-    hit = ctx.number(ctx.binary("equal", x, best))
-    if taken is not None:
-        hit = ctx.mul(hit, ctx.sub(1.0, taken))
-    found: list[Operand] = []
-    for part in (torch.floor(places / PAIR), places % PAIR):
-        candidates = ctx.where(ctx.boolean_of_01(hit), part.expand(shape), float(EXACT_INTEGERS))
-        found.append(ctx.reduce("min", candidates, [axis], keep=True))
-        hit = ctx.mul(hit, ctx.number(ctx.binary("equal", candidates, found[-1])))
-    return best, exact.pair(found[1], found[0]), hit
-
-
-_LOWEST = {"max": -MAX_FP16, "min": MAX_FP16}
-
-
 def _extremum_and_place(kind: str) -> Callable[..., object]:
     def rule(ctx: Context, x: Operand, dim: int, keepdim: bool = False) -> object:
-        best, place, _ = first_place(ctx, kind, x, dim)
+        best, place, _ = exact.first_place(ctx, kind, x, dim)
         return _in_shapes(ctx, best, place)
 
     return rule
@@ -357,7 +330,7 @@ def _best(ctx: Context, kind: str, x: Operand, dim: int, count: int) -> Iterator
         )
     taken: Operand | None = None
     for _ in range(count):
-        best, place, hit = first_place(ctx, kind, x, dim, taken)
+        best, place, hit = exact.first_place(ctx, kind, x, dim, taken)
         taken = hit if taken is None else ctx.add(taken, hit)
         yield best, place
 
@@ -413,73 +386,3 @@ _SEVERAL: dict[str, Callable[..., object]] = {
     "max": _extremum_and_place("max"), "min": _extremum_and_place("min"), "topk": _top, "kthvalue": _kth,
     "sort": _ordered, "median": _ordered,
 }  # fmt: skip
-
-
-# -- look-ups --------------------------------------------------------------------------------------------------------
-
-
-def one_hot(ctx: Context, index: Encoded, numbers: torch.Tensor, axis: int) -> Operand:
-    """1 where integers with a new `axis` equal the numbers along it; negative numbers equal nothing."""
-    shape = shape_of(index)
-    spread = (*shape[:axis], 1, *shape[axis:])
-    line = numbers.reshape([-1 if i == axis else 1 for i in range(len(spread))])
-    if index.encoding == "coded":
-        raise AssertionError("codes are one number")
-    hits = [
-        ctx.number(ctx.binary("equal", ctx.reshape(half, spread), part))
-        for half, part in zip(
-            index.parts, (torch.where(line < 0, -1.0, line % PAIR), torch.floor(line / PAIR)), strict=True
-        )
-    ]
-    return ctx.mul(*hits)
-
-
-def check_rows(ctx: Context, rows: int) -> None:
-    """Refuses tables with more rows than pairs distinguish."""
-    if rows > MOST_ROWS:
-        raise ctx.refuse(
-            f"needs a table of at most {MOST_ROWS} rows; got {rows}.", "Use a smaller vocabulary."
-        )
-
-
-def look_up(ctx: Context, table: Operand, flat: Encoded, scale: float) -> Operand:
-    """Rows of a table [V, D] by a pair [M], times `scale`: 1024 rows at a time.
-
-    `add over blocks(mul(matmul(onehot(low), table[block]), equal(high, block)))`
-    """
-    rows = shape_of(table)[0]
-    check_rows(ctx, rows)
-    total: Operand = 0.0
-    picks = _low_one_hot(ctx, flat, scale)
-    for number, start in enumerate(range(0, rows, PAIR)):
-        block = ctx.slice(table, 0, start, min(start + PAIR, rows))
-        own = ctx.slice(picks, 1, 0, shape_of(block)[0])
-        part = ctx.mul(ctx.matmul(own, block), _in_block(ctx, flat, number))
-        total = part if number == 0 else ctx.add(total, part)
-    return total
-
-
-def add_up(ctx: Context, gradient: Operand, flat: Encoded, rows: int, skip: int) -> Operand:
-    """The gradient of a table [V, D] from that of the rows [M, D]; row `skip` stays 0."""
-    picks = _low_one_hot(ctx, flat, 1.0)
-    parts: list[Operand] = []
-    for number, start in enumerate(range(0, rows, PAIR)):
-        size = min(PAIR, rows - start)
-        own = ctx.mul(ctx.slice(picks, 1, 0, size), _in_block(ctx, flat, number))
-        part = ctx.matmul(own, gradient, tx=True)
-        if start <= skip < start + size:
-            kept = torch.ones(size, 1)
-            kept[skip - start] = 0
-            part = ctx.mul(part, kept)
-        parts.append(part)
-    return ctx.concat(parts, 0)
-
-
-def _low_one_hot(ctx: Context, flat: Encoded, on: float) -> Operand:
-    column = ctx.reshape(flat.parts[0], (shape_of(flat)[0], 1))
-    return ctx.where(ctx.binary("equal", column, torch.arange(float(PAIR)).reshape(1, PAIR)), on, 0.0)
-
-
-def _in_block(ctx: Context, flat: Encoded, number: int) -> Operand:
-    column = ctx.reshape(flat.parts[1], (shape_of(flat)[0], 1))
-    return ctx.number(ctx.binary("equal", column, float(number)))

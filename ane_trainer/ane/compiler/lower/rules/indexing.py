@@ -10,7 +10,7 @@ import math
 import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
-from ane_trainer.ane.compiler.lower.indices import split
+from ane_trainer.ane.compiler.lower.indices import lookups
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, coded, most_rows
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
@@ -33,7 +33,7 @@ def one_hot(ctx: Context, index: Operand, classes: int, axis: int, *, skip: int 
     if isinstance(index, Encoded) and index.encoding == "split":
         if not ctx_index_shape(ctx, index):
             raise ctx.refuse("needs an index of rank 1 or more for so many rows.", "Use index.reshape(1).")
-        return split.one_hot(ctx, index, _pair_numbers(classes, skip), axis)
+        return lookups.one_hot(ctx, index, _pair_numbers(classes, skip), axis)
     shape = ctx_index_shape(ctx, index)
     numbers = _numbers(ctx, index, classes, skip)
     spread = ctx.reshape(_plain(index), (*shape[:axis], 1, *shape[axis:]))
@@ -101,11 +101,11 @@ def embedding(
 
     The accumulator's step is 2^-16 (M6 notes/numerics.md), which would cut the last bits of weights below
     2^-6. With 64 in the one-hot the look-up is exact for 2^-12 <= |w| < 512. An index in two numbers looks 1024
-    rows up at a time, see `split.look_up`.
+    rows up at a time, see `lookups.look_up`.
     """
     flat = ctx.reshape(index, (math.prod(shape_of(index)),))
     if isinstance(flat, Encoded) and flat.encoding == "split":
-        looked_up = split.look_up(ctx, weight, flat, LOOKUP_SCALE)
+        looked_up = lookups.look_up(ctx, weight, flat, LOOKUP_SCALE)
         return ctx.reshape(ctx.mul(looked_up, 1.0 / LOOKUP_SCALE), ctx.shape)
     picks = flat_one_hot(ctx, flat, shape_of(weight)[0], on=LOOKUP_SCALE)
     return ctx.reshape(ctx.mul(ctx.matmul(picks, weight), 1.0 / LOOKUP_SCALE), ctx.shape)
@@ -143,7 +143,7 @@ def embedding_backward(
             raise ctx.refuse(
                 "needs a smaller table for scale_grad_by_freq.", "Create the embedding without it."
             )
-        return split.add_up(ctx, gradient, flat, rows, padding_idx)
+        return lookups.add_up(ctx, gradient, flat, rows, padding_idx)
     picks = flat_one_hot(ctx, flat, rows, skip=padding_idx)
     added = ctx.matmul(picks, gradient, tx=True)
     if not scale_grad_by_freq:
@@ -155,7 +155,7 @@ def embedding_backward(
 def flat_one_hot(ctx: Context, flat: Operand, rows: int, skip: int | None = None, on: float = 1.0) -> Operand:
     """`[M]` -> `[M, rows]` of `on` and 0; row `skip` matches nothing."""
     if isinstance(flat, Encoded) and flat.encoding == "split":
-        return ctx.mul(split.one_hot(ctx, flat, _pair_numbers(rows, skip), 1), on)
+        return ctx.mul(lookups.one_hot(ctx, flat, _pair_numbers(rows, skip), 1), on)
     numbers = _numbers(ctx, flat, rows, skip)
     column = ctx.reshape(_plain(flat), (shape_of(flat)[0], 1))
     return ctx.where(ctx.binary("equal", column, numbers.reshape(1, rows)), on, 0.0)
