@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -103,7 +104,7 @@ def _chip_verdict(subject: ModelSubject | ProgramSubject, chip: Chip, path: str,
 
     try:
         with limited_to(REWRITES) as made:
-            step = subject.step(chip.name, path)
+            step = subject.step(chip.name, path, "first" if run else "off")
     except UnsupportedModel as error:
         return ChipVerdict(chip.name, chip.title, _by_cause(map(_refusal, error.findings)))
     try:
@@ -153,6 +154,7 @@ def _program_verdict(program: Program, chip: Chip, path: str) -> ChipVerdict:
         _checked(program, chip, path),
         (),
         _budgets(program, chip, path),
+        program=True,
     )
 
 
@@ -162,7 +164,7 @@ def _step_verdict(subject: ModelSubject, step: TrainingStep, chip: Chip, path: s
     words = ""
     if run:
         few = subject.with_batch(_RUN_BATCH)
-        with few.step(chip.name, path, "first") as small:
+        with nullcontext(step) if few is subject else few.step(chip.name, path, "first") as small:
             hazards = list(_hazards(few, small, chip))
             words, wrong = _agreement(few, small)
         problems += [*wrong, *hazards]
@@ -257,7 +259,7 @@ def _hazards(subject: ModelSubject, step: TrainingStep, chip: Chip) -> Iterator[
     from ane_trainer.ane.verify.profiling import profile
 
     feeds = step.feeds(*subject.example) | step.port_state()
-    found = profile(step.program, feeds, chip=chip.name)
+    found = profile(step.program, feeds, chip=chip.name, quick=True)
     by_name = {op.name: op for op in found.ops}
     told: set[tuple[str, str]] = set()
     operands = {op.name: [v.name for v in op.operands()] for op in step.program.main.ops}

@@ -27,6 +27,8 @@ from ane_trainer.utils import format_count, format_seconds
 
 if TYPE_CHECKING:
     from ane_trainer.ane.chips.cost import Cost, Interval
+    from ane_trainer.ane.chips.lookup import Chip
+    from ane_trainer.ane.mil.program import Program
 
 _OPS = 8
 
@@ -70,13 +72,17 @@ def estimate(
 
 @dataclass(frozen=True)
 class ChipEstimate:
-    """The cost on one chip, or why the subject does not fit it."""
+    """The cost on one chip, or why the subject does not fit it.
+
+    `refused`: ops of a program that this engine does not take by this path; they are priced as if it took them.
+    """
 
     chip: str
     title: str
     cost: Cost | None
     refusal: str = ""
     dispatches: int = 1
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ class Estimates:
             "provenance": cost.provenance,
             "training": training,
             "constants": {name: asdict(rate) for name, rate in rates(item.chip, self.path).items()},
+            "refused": list(item.refused),
             "ops": [{**asdict(op), "latency_us": op.latency_us} for op in slowest],
         }
 
@@ -144,6 +151,12 @@ class Estimates:
             lines += table([_HEAD, *(_row(item) for item in known)], (0,))
             lines += self._training(known)
             lines += [f"{item.title}: {item.cost.provenance}" for item in known if item.cost is not None]
+            lines += [
+                f"{item.title}: the engine refuses {', '.join(item.refused)} by {self.path}, priced as if it took "
+                f"them: ane-trainer check {self.subject} --chip {item.chip}"
+                for item in known
+                if item.refused
+            ]
             lines.append(_interval_note(known[0]))
             lines += _ops_text(known[0])
         lines += [f"{item.title}: does not fit. {item.refusal}" for item in self.chips if item.cost is None]
@@ -203,7 +216,7 @@ def _ops_text(item: ChipEstimate) -> list[str]:
     assert cost is not None
     lines = [f"most expensive ops on {item.title} ({len(cost.ops)} ops, {format_count(cost.flops)} FLOPs):"]
     for op in sorted(cost.ops, key=lambda op: op.latency_us, reverse=True)[:_OPS]:
-        lines.append(f"  {op.latency_us:>9.2f} us  {op.op:<14}{op.bound_by:<12}{op.source or op.name}")
+        lines.append(f"  {op.latency_us:>9.2f} us  {op.op:<13} {op.bound_by:<11} {op.source or op.name}")
     return lines
 
 
@@ -226,7 +239,9 @@ def estimates_of(
     found = []
     for chip in [get_chip(name) for name in chips]:
         if isinstance(subject, ProgramSubject):
-            found.append(ChipEstimate(chip.name, chip.title, cost_of(subject.program, chip, path)))
+            refused = refused_ops(subject.program, chip, path)
+            cost = cost_of(subject.program, chip, path)
+            found.append(ChipEstimate(chip.name, chip.title, cost, refused=refused))
             continue
         try:
             step = subject.step(chip.name, path)
@@ -238,6 +253,13 @@ def estimates_of(
         found.append(ChipEstimate(chip.name, chip.title, step.cost(), "", step.dispatches_per_step))
         step.close()
     return found
+
+
+def refused_ops(program: Program, chip: Chip, path: str) -> tuple[str, ...]:
+    """The kinds of op that legalization refuses on a chip and path, sorted."""
+    from ane_trainer.ane.compiler.legalize import Target, refusals
+
+    return tuple(sorted({finding.op for finding in refusals(program.main, Target(chip, path))}))
 
 
 def refusal_of(error: UnsupportedModel, name: str, chip: str) -> str:

@@ -204,7 +204,7 @@ def _with_errors(found: ChipStep, subject: ModelSubject, path: str, names: Mappi
     few = subject.with_batch(_RUN_BATCH)
     with few.step(found.chip, path) as step:
         feeds = step.feeds(*few.example) | step.port_state()
-        ops = profile(step.program, feeds, chip=found.chip).ops
+        ops = profile(step.program, feeds, chip=found.chip, quick=True).ops
     known = {op.name: op for op in ops if names.get(op.name) == op.kind}
     return _told(found, known, f"a first step on {few.request.batch} random examples, on the simulator")
 
@@ -218,7 +218,7 @@ def _with_random_errors(found: ChipStep, subject: ProgramSubject, chip: str) -> 
         return replace(found, errors_of="none; a run's program holds no state: trace its model instead")
     try:
         feeds, _ = feeds_of(subject.program.main, {}, 1, 0)
-        ops = profile(subject.program, feeds, chip=chip, path=None).ops
+        ops = profile(subject.program, feeds, chip=chip, path=None, quick=True).ops
     except AneTrainerError as error:
         return replace(found, errors_of=f"none; the simulator cannot run it: {error}")
     return _told(found, {op.name: op for op in ops}, "random inputs (seed 0), on the simulator")

@@ -65,7 +65,8 @@ class Rewrite:
 class ChipVerdict:
     """What was found of one chip. `budgets` are sizes of the program beside what is known of the chip.
 
-    `agreement` is the first step against fp32 in words, empty where it was not run.
+    `agreement` is the first step against fp32 in words, empty where it was not run. `program`: the subject was one, so
+    that the text says "runs" for "trains".
     """
 
     chip: str
@@ -75,6 +76,7 @@ class ChipVerdict:
     rewrites: tuple[Rewrite, ...] = ()
     budgets: Mapping[str, object] = field(default_factory=dict)
     agreement: str = ""
+    program: bool = False
 
     @property
     def fits(self) -> bool:
@@ -126,7 +128,8 @@ class Verdict:
         rows = [("chip", "verdict", "ops", "first step")]
         for chip in self.chips:
             counted = ", ".join(f"{count} {status}" for status, count in sorted(chip.ops.items()))
-            rows.append((chip.title, chip.verdict, counted or "-", chip.agreement or "not run"))
+            word = chip.verdict.replace("train", "run") if chip.program else chip.verdict
+            rows.append((chip.title, word, counted or "-", chip.agreement or "not run"))
         lines = table(rows, range(4))
         reasons: dict[Problem, list[str]] = {}
         for chip in self.chips:

@@ -90,6 +90,17 @@ class Narrower(Wide):
     def __init__(self):
         super().__init__(16_384)
 
+class Double(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 4).double()
+    def forward(self, x):
+        return self.head(x.to(torch.float64))
+
+class Cast(Double):
+    def forward(self, x):
+        return self.head(x.to(self.head.weight.dtype))
+
 class Deep(nn.Sequential):
     def __init__(self, depth=9):
         super().__init__(*[layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.ReLU())], nn.Linear(8, 4))
@@ -154,6 +165,7 @@ def test_an_installed_module_is_checked_without_a_run(nets: Path, capsys: pytest
     [
         ("Inverse", "Healed", "16", "m4", "does not train", "linalg_inv"),
         ("Wide", "Narrower", "4", "m1", "does not train", "at most 16384"),
+        ("Double", "Cast", "16", "m4", "does not train", "Double"),
     ],
 )
 def test_a_model_built_to_break_and_its_fix(
@@ -219,6 +231,14 @@ def test_a_kernel_too_wide_for_m1_and_two_smaller_ones(
             assert "kernel width of at most 13" in problem["reason"]
             assert "Stack smaller kernels" in problem["fix"]
             assert problem["evidence"]
+        run_command(["check", f"{name}.mil"])
+        assert "M4    runs" in capsys.readouterr().out  # it is no training step
+        assert run_command(["estimate", f"{name}.mil", "--chip", "m1,m4", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert [chip["refused"] for chip in found["chips"]] == [["conv"] if name == "wide" else [], []]
+        run_command(["estimate", f"{name}.mil", "--chip", "m1"])
+        told = "M1: the engine refuses conv by e5rt, priced as if it took them" in capsys.readouterr().out
+        assert told == (name == "wide")
 
 
 def test_what_is_missing_is_said(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,25 @@ RULES = {
 }
 
 
+#: Kinds of faults -> what helps where nothing that was tried does.
+HELP = {
+    "undefined": "Keep away from 0: an epsilon from 1e-5 on under the division, root or logarithm.",
+    "overflow": "Divide by a power of two before it and multiply the result again, or normalise before it.",
+    "accumulator": "Divide by a power of two before the sum, or take a mean.",
+    "clamped-slice": "Slice before the numbers grow, or along another axis than the last.",
+    "table-end": "Beyond its table's end the op is constant or infinite: normalise before it.",
+    "dead-products": "Multiply one operand by a power of two, and the result by its inverse.",
+    "underflow": "Start a factor as small as this larger (a LayerScale at 1e-3 or more), or divide by it later: "
+    "a branch that vanishes counts once its scale has grown.",
+    "integers": "Keep whole numbers below 2,048: take the remainder or the difference earlier.",
+    "cancellation": "Subtract before the squares: ((x - mean) ** 2).mean() for (x * x).mean() - mean ** 2, "
+    "((a - b) ** 2).sum() for a distance; or take the common offset off first.",
+    "rounding": "Keep its operands nearer to 1, or normalise before it.",
+    "input": "Centre and scale it on the host, or feed it in two parts, say whole and rest.",
+    "constant": "Split it into factors that fp16 holds (2^-14 to 65,504), or scale what it meets.",
+}
+
+
 @dataclass(frozen=True)
 class Fault:
     """What happens at one op: a rule's name, the facts in words, how bad it is (an error relative to its result)."""

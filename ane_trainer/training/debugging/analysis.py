@@ -14,6 +14,7 @@ from ane_trainer.ane.mil.program import Function, Program
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import make_context, refusal
 from ane_trainer.ane.simulator.states import without_states
+from ane_trainer.ane.verify.faults import HELP, VANISHED
 from ane_trainer.ane.verify.lockstep import Lockstep
 from ane_trainer.training.debugging.refusals import refusals
 from ane_trainer.training.debugging.remedies import Bench, of_options
@@ -24,6 +25,10 @@ from ane_trainer.training.debugging.seen import Seen, no_options, program_phases
 from ane_trainer.training.debugging.trials import Trial, Way
 
 _TOGETHER = "no single op is to blame: what the ops below lose adds up"
+
+
+#: Losses without harm that are told.
+_MOST_LOST = 3
 
 
 def debug_step(name: str, bench: Bench, way: Way) -> Report:
@@ -53,7 +58,9 @@ def debug_step(name: str, bench: Bench, way: Way) -> Report:
     else:
         costs = _costs(trial, seen)
         healed = _healed(bench, way, trial) if trial.made and way.rewrites else ()
-        report = dataclasses.replace(report, costs=costs, healed=healed)
+        report = dataclasses.replace(
+            report, costs=costs, healed=healed, lost=_lost(trial, seen, (*costs, *healed))
+        )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
@@ -89,6 +96,24 @@ def _costs(trial: Trial, seen: Seen) -> tuple[Fault, ...]:
     if strict.search.before.agrees:
         return ()
     return (*strict.faults(no_options), *_numbers(trial, strict))
+
+
+def _lost(trial: Trial, seen: Seen, told: Sequence[Fault]) -> tuple[Fault, ...]:
+    """Ops of the forward pass or the loss that lose numbers which nothing needs today, where nothing else is told.
+
+    A norm that works on rows in a power of two loses its epsilon where that has no weight: it is left out.
+    """
+    known = {fault.place.line for fault in told}
+    known |= {Place.of(made.where, "").line for made in trial.made if made.rewrite == "norms"}
+    found = []
+    for suspect in seen.search.suspects(VANISHED):
+        op, place = suspect.op, Place.of(suspect.op.profile.source, suspect.op.name)
+        if suspect.phase in ("forward", "loss") and place.line and place.line not in known:
+            found.append(Fault(
+                op.kind, op.name, place, suspect.phase, suspect.fault.rule, suspect.fault.facts, trial.score,
+                more=suspect.more, advice=HELP[suspect.fault.rule],
+            ))  # fmt: skip
+    return tuple(found[:_MOST_LOST])
 
 
 def _healed(bench: Bench, way: Way, trial: Trial) -> tuple[Fault, ...]:

@@ -42,6 +42,8 @@ def page(report: Report) -> str:
         *(_fault(f, "", shown) for f in report.faults),
         *([] if not report.costs else ["<h2>Where fp16's own rounding costs most</h2>"]),
         *(_fault(f, "", shown) for f in report.costs),
+        *([] if not report.lost else ["<h2>Lost on the way, though loss and updates agree</h2>"]),
+        *(_fault(f, "", shown) for f in report.lost),
         *([] if not report.healed else ["<h2>Healed by the range pass</h2>"]),
         *(_fault(f, " healed", {}) for f in report.healed),
         *(f"<p class='note'>{escape(note)}</p>" for note in report.notes),

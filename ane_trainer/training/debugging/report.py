@@ -118,6 +118,7 @@ class Report:
     faults   the ops to blame, in order; empty where it agrees
     healed   faults that the rewrites of the range pass heal: without them the step departs
     costs    faults of a step that agrees, where fp16's own rounding costs more than usual
+    lost     ops of a step that agrees which lose numbers that its loss and updates do not need today
     ops      every op's numbers, in order of work; empty where refused
     """
 
@@ -129,6 +130,7 @@ class Report:
     faults: tuple[Fault, ...] = ()
     healed: tuple[Fault, ...] = ()
     costs: tuple[Fault, ...] = ()
+    lost: tuple[Fault, ...] = ()
     ops: tuple[OpLine, ...] = field(default=(), repr=False)
     notes: tuple[str, ...] = ()
     seconds_step: float = 0.0
@@ -145,7 +147,8 @@ class Report:
             "subject": self.subject, "chip": self.chip, "verdict": self.verdict, "agrees": self.agrees,
             "against": self.against, "score": asdict(self.score), "faults": [f.to_json() for f in self.faults],
             "healed": [f.to_json() for f in self.healed],
-            "costs": [f.to_json() for f in self.costs], "notes": list(self.notes),
+            "costs": [f.to_json() for f in self.costs], "lost": [f.to_json() for f in self.lost],
+            "notes": list(self.notes),
             "seconds_step": self.seconds_step, "seconds": self.seconds, "ops": [op.to_json() for op in self.ops],
         }  # fmt: skip
 

@@ -12,6 +12,7 @@ from ane_trainer.ane.mil.program import Function, Op
 from ane_trainer.ane.simulator import make_context
 from ane_trainer.ane.stages import Compiled
 from ane_trainer.ane.verify.accuracy import Accuracy, examine, phase_inputs
+from ane_trainer.ane.verify.faults import HELP
 from ane_trainer.ane.verify.lockstep import Lockstep
 from ane_trainer.training.debugging.remedies import Bench, of_forms
 from ane_trainer.training.debugging.report import Fault, OpLine, Place, Remedy
@@ -86,8 +87,10 @@ class Seen:
                 ):
                     if not (remedy.heals and any(r.heals and r.name == remedy.name for r in tried)):
                         tried.append(remedy)
-            tried.sort(key=lambda r: not r.heals)
-            found.append(_fault(culprit, (*of_step, *tried)))
+            remedies = sorted(
+                (*of_step, *tried), key=lambda r: (not r.heals, 0.0 if r.heals else r.after.worst)
+            )
+            found.append(_fault(culprit, remedies))
         return tuple(found)
 
 
@@ -96,6 +99,7 @@ def _fault(culprit: Culprit, remedies: Sequence[Remedy]) -> Fault:
     return Fault(
         op.kind, op.name, Place.of(op.profile.source, op.name), suspect.phase, suspect.fault.rule, suspect.fault.facts,
         culprit.before, culprit.after, culprit.alone, suspect.more, tuple(remedies),
+        advice="" if any(r.heals for r in remedies) else HELP[suspect.fault.rule],
     )  # fmt: skip
 
 

@@ -67,6 +67,10 @@ def as_text(report: Report) -> str:
         lines += ["", "Healed by the range pass (without its rewrites the step departs):"]
         for fault in report.healed:
             lines += _fault(fault, "   ")
+    if report.lost:
+        lines += ["", "Lost on the way, though loss and updates agree:"]
+        for fault in report.lost:
+            lines += _fault(fault, "   ")
     for note in report.notes:
         lines += _wrapped(note, "note: ")
     if report.ops:

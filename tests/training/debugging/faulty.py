@@ -59,6 +59,18 @@ class Heavy(Base):
         return self.b(self.a(x) / 1e6)
 
 
+class DeadScale(Base):
+    """A branch whose scale is too small for its numbers to be more than noise in fp16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.down = nn.Parameter(torch.full((32,), 1e-7)), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        return self.b(h + self.scale * self.down(h))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, whether the range pass is on, and what `debug` has to find: rule, op, remedy, direction."""

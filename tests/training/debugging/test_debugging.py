@@ -12,10 +12,11 @@ import ane_trainer as at
 from ane_trainer.ane.dispatch import StepOptions, resolve_target
 from ane_trainer.ane.dispatch.loading import Subject
 from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.verify.faults import HELP, RULES
 from ane_trainer.training.debugging import Report, debug_step
 from ane_trainer.training.debugging.remedies import Bench
 from ane_trainer.training.debugging.trials import REWRITES, Way
-from tests.training.debugging.faulty import CASES, Case, Fine, Heavy, Norm
+from tests.training.debugging.faulty import CASES, Case, DeadScale, Fine, Heavy, Norm
 
 
 def report_of(
@@ -44,8 +45,7 @@ def test_the_op_and_the_remedy_are_found(case: Case) -> None:
 def test_a_healthy_model_gets_a_short_answer() -> None:
     report = report_of(Fine)
     assert report.agrees
-    assert not report.faults
-    assert not report.healed
+    assert (report.faults, report.healed, report.lost) == ((), (), ())
     assert len(report.as_text().splitlines()) <= 12
     assert {op.phase for op in report.ops} == {"forward", "loss", "backward", "optimizer"}
 
@@ -57,6 +57,23 @@ def test_what_the_range_pass_heals_is_told() -> None:
     assert (fault.op, fault.rule) == ("mul", "overflow")
     assert [r.name for r in fault.remedies if r.heals] == ["rewrite norms"]
     assert "Healed by the range pass" in report.as_text()
+
+
+def test_what_is_lost_without_harm_is_told_with_a_way_out() -> None:
+    report = report_of(DeadScale)
+    assert report.agrees
+    (fault,) = report.lost
+    assert (fault.op, fault.rule, fault.phase) == ("mul", "underflow", "forward")
+    assert "faulty.py:" in fault.place.line
+    assert "LayerScale" in fault.advice
+    text = report.as_text()
+    assert "Lost on the way, though loss and updates agree:" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "Lost on the way" in report.as_html()
+
+
+def test_there_is_help_for_every_kind_of_fault() -> None:
+    assert set(HELP) == set(RULES)
 
 
 def test_weights_beyond_the_range_are_a_fault() -> None:
