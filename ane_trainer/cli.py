@@ -10,10 +10,11 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -199,6 +200,7 @@ def _load(command: Command) -> Callable[..., int]:
     told = parameters.pop("as_json", None) is not None
 
     def run(as_json: bool, **arguments: object) -> int:
+        _check_finite(arguments)
         try:
             output = function(**arguments, **({"as_json": as_json} if told else {}))
             print(json.dumps(finite(output.values)) if as_json else output.text, flush=True)
@@ -213,6 +215,14 @@ def _load(command: Command) -> Callable[..., int]:
 
     json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     return with_parameters(run, [*parameters.values(), json_option], like=function)
+
+
+def _check_finite(arguments: Mapping[str, object]) -> None:
+    """Raises: UsageError (ANE104) for an option that is nan or infinite."""
+    for name, value in arguments.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            text = f"--{name.replace('_', '-')}: needs a finite number; got {value}. Give another."
+            raise UsageError(text, code="ANE104")
 
 
 def _of_the_machine(error: Exception) -> Exception:

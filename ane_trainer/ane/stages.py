@@ -28,6 +28,18 @@ PAIR = 1024
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Rows of a table, or classes (`classes`), that integers choose from `least` to `most`; `left_out`: a class number
+    that a loss leaves out (`ignore_index`), whatever it is.
+    """
+
+    least: int
+    most: int
+    classes: bool = False
+    left_out: int | None = None
+
+
+@dataclass(frozen=True)
 class Port:
     """One input or output of a step, by name.
 
@@ -36,7 +48,8 @@ class Port:
     `fc1.weight/residual`, `step/loss_scale`. The port holds the user's value times `scale` (a power of two).
     `index_encoding` says how integers travel: "none" as they are, "coded" as the codes of `lower.indices.codes`,
     "split" as remainders by `PAIR` in this port and quotients (rounded down) in the port named by `quotients`.
-    `bounds`: least and largest integer of the example; in a lowered step, of what it takes.
+    `bounds`: least and largest integer of the example; in a lowered step, of what it takes. `chosen`: what its integers
+    choose by number, where PyTorch takes no others.
     """
 
     name: str
@@ -47,6 +60,7 @@ class Port:
     index_encoding: str = "none"
     quotients: str = ""
     bounds: tuple[float, float] | None = None
+    chosen: Chosen | None = None
 
 
 @dataclass(frozen=True)

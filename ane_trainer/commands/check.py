@@ -45,6 +45,8 @@ _MAC_LIMIT, _NEAR = 32768.0, 0.5
 _RUN_BATCH = 8
 #: Share of a product's results that vanish from which it is told.
 _DEAD = 0.05
+#: What to do about a loss that is nan.
+_UNDEFINED = "Look for logarithms and roots of negative numbers, and for 0 / 0."
 #: Where a bound is known from, as legalization tells it.
 _SOURCE = re.compile(r" on [^()]+ \((.+)\); got ")
 #: A bound that a size breaks: the bound, and the size.
@@ -246,6 +248,10 @@ def _agreement(subject: ModelSubject, step: TrainingStep) -> tuple[str, list[Pro
         ), []
     if found.agrees:
         return str(found), []
+    if math.isnan(found.loss):
+        return "nan in fp32", [
+            Problem("agreement", "warning", "loss", "numbers", f"{found}: the engine has no nan.", _UNDEFINED)
+        ]
     where = "step" if found.first is None else str(found.first)
     reason = f"{found}."
     fix = "See the overflow and the dead products told below; keep the values there smaller, or normalise before."

@@ -21,6 +21,7 @@ from ane_trainer.commands.subjects import (
     classes_of,
     resolve,
     shapes_of,
+    warn_if_refused,
 )
 from ane_trainer.utils import atomic_write
 
@@ -108,8 +109,10 @@ def report_of(
         return debug_step(subject.name, Bench(trained, target), way)
     if subject.run is not None:
         return _report_of_run(subject, chip, path, way)
+    from ane_trainer.ane.chips.lookup import get_chip
     from ane_trainer.commands.run import feeds_of, parse_inputs
 
+    warn_if_refused(subject.program.main, get_chip(chip), path)
     feeds, _ = feeds_of(subject.program.main, parse_inputs(feed), 1, 0)
     return debug_function(subject.name, subject.program, feeds[0], chip, path)
 

@@ -23,7 +23,8 @@ RunFidelity = Annotated[
 ]
 Fidelity = Annotated[str, typer.Option(help="Arithmetic of the simulator.", metavar="exact|fast")]
 Threads = Annotated[
-    int | None, typer.Option(help="Of the simulator; results do not depend on it (default: all cores).")
+    int | None,
+    typer.Option(min=1, help="Of the simulator; results do not depend on it (default: all cores)."),
 ]
 Run = Annotated[str, typer.Argument(help="A run's folder, or `last`.", metavar="RUN", show_default=False)]
 Model = Annotated[
@@ -77,10 +78,9 @@ def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> list[str]:
 
 
 def weights_note(found: Mapping[str, object]) -> list[str]:
-    """A line about the weights of a run that has not come to its end, and one about a damaged checkpoint."""
-    if found["weights"] == "weights.safetensors":
-        return []
+    """A line about the weights of a run that has not come to its end, and one about what is wrong with a file."""
     lines = [f"note     the run has not come to its end; these are the weights of {found['weights']}"]
+    lines = [] if found["weights"] == "weights.safetensors" else lines
     return lines + [f"warning  {found['damage']}" for _ in range("damage" in found)]
 
 
@@ -145,10 +145,13 @@ def _plain(value: object) -> str:
 def sizes_of(text: str, separator: str, option: str) -> tuple[int, ...]:
     """Whole numbers with `separator` between, as in 1x28x28. UsageError (ANE104) for anything else."""
     try:
-        return tuple(int(part) for part in text.split(separator))
+        sizes = tuple(int(part) for part in text.split(separator))
+        if any(abs(size) >= 2**31 for size in sizes):
+            raise ValueError
+        return sizes
     except ValueError:
         raise UsageError(
-            f"{option}: needs whole numbers with {separator!r} between; got {text!r}. E.g. 28{separator}28.",
+            f"{option}: needs whole numbers below 2^31 with {separator!r} between; got {text!r}. E.g. 28{separator}28.",
             code="ANE104",
         ) from None
 

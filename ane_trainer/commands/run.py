@@ -16,6 +16,7 @@ import typer
 from ane_trainer.ane.chips.lookup import PATHS
 from ane_trainer.ane.errors import SimulationError, UsageError
 from ane_trainer.commands.options import Chip, Fidelity, Output, Threads, show, table
+from ane_trainer.commands.subjects import warn_if_refused
 from ane_trainer.training.folder.records import unwritable
 from ane_trainer.utils import atomic_write
 
@@ -165,6 +166,8 @@ def run_program(
     feeds, places = feeds_of(chosen, files, steps, seed if random else None)
     context = make_context(chip, fidelity, threads, way)
     refusal.check(chosen, context.chip, way)
+    if way is not None:
+        warn_if_refused(chosen, context.chip, way)
     plan = prepare(chosen, context)
     results = [plan.run(step) for step in feeds]
     kept = {v.name: plan.read(v.name) for v in chosen.inputs if v.type.state}

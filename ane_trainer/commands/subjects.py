@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ane_trainer.ane.capture.losses import Loss
+    from ane_trainer.ane.chips.lookup import Chip
     from ane_trainer.ane.dispatch import TrainingStep
     from ane_trainer.ane.dispatch.loading import Subject as Trained
-    from ane_trainer.ane.mil.program import Program
+    from ane_trainer.ane.mil.program import Function, Program
 
 Subject = Annotated[
     str,
@@ -182,6 +184,20 @@ def _run_subject(text: str) -> ProgramSubject:
         result = json.loads((run.path / "result.json").read_text(encoding="utf-8"))
         steps = result.get("steps")
     return ProgramSubject(str(run.path), load_program(run.path), steps, epochs, run.path)
+
+
+def warn_if_refused(function: Function, chip: Chip, path: str) -> None:
+    """Warn of a program on disk that the engine of a chip does not take by this path: sizes, axes, ops."""
+    from ane_trainer.ane.compiler.legalize import Target, refusals
+
+    found = refusals(function, Target(chip, path))
+    if found:
+        more = "" if len(found) == 1 else f" ({len(found)} such findings)"
+        warnings.warn(
+            f"{chip.title} does not take this program by the path {path}: {found[0].where}: {found[0].reason}{more} "
+            "See: ane-trainer check",
+            stacklevel=2,
+        )
 
 
 def _program_subject(path: Path) -> ProgramSubject:

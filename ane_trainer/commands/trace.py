@@ -26,6 +26,7 @@ from ane_trainer.commands.subjects import (
     classes_of,
     resolve,
     shapes_of,
+    warn_if_refused,
 )
 from ane_trainer.training.folder.records import unwritable
 from ane_trainer.utils import atomic_write, format_bytes
@@ -185,6 +186,7 @@ def _step(subject: ModelSubject | ProgramSubject, chip: str, path: str, errors: 
 
     chip = get_chip(chip).name
     if isinstance(subject, ProgramSubject):
+        warn_if_refused(subject.program.main, get_chip(chip), path)
         found = ChipStep(chip, timeline(subject.program, chip, path))
         return _with_random_errors(found, subject, chip) if errors else found
     try:

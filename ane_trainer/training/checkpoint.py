@@ -52,10 +52,11 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, and JSON-able scalars, of one moment of a run."""
+    """Tensors by name, and JSON-able scalars, of one moment of a run. `sealed`: read with a checksum that holds."""
 
     tensors: dict[str, torch.Tensor]
     scalars: dict[str, Any]
+    sealed: bool = True
 
 
 def has_step(checkpoint: Checkpoint) -> bool:
@@ -118,7 +119,7 @@ def read_tensors(path: Path, *, scalars: bool) -> Checkpoint:
     sums = (checksum(tensors, json.dumps(found)), checksum(tensors))
     if (version > 1 or wanted is not None) and wanted not in sums:
         raise _damaged(path, "its content is not what was written (the checksum differs)")
-    return Checkpoint(tensors, found or {})
+    return Checkpoint(tensors, found or {}, wanted is not None)
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

@@ -18,7 +18,7 @@ from ane_trainer.ane.dispatch import (
     build_step,
     resolve_target,
 )
-from ane_trainer.ane.dispatch.agreement import Agreement
+from ane_trainer.ane.dispatch.agreement import Agreement, nan_in_pytorch
 from ane_trainer.ane.dispatch.options import CPU
 from ane_trainer.ane.dispatch.parallel import find_exchange
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
@@ -170,6 +170,22 @@ def estimate_of(step: Step | None, target: Target) -> dict[str, object] | None:
 def agreement_of(step: Step) -> Agreement | None:
     """How a step agrees with fp32, where it was compared."""
     return step.agreement if isinstance(step, TrainingStep) else None
+
+
+def compared_now(step: Step) -> Agreement | None:
+    """How a step's last batch agrees with fp32, if that one was compared."""
+    found = agreement_of(step)
+    return (
+        found if isinstance(step, TrainingStep) and found is not None and found.step == step.steps else None
+    )
+
+
+def is_undefined(step: Step | None, x: object, y: object) -> bool:
+    """Whether the trained weights have a loss on this batch that is nan in plain PyTorch; the engine has no nan."""
+    if not isinstance(step, TrainingStep) or step.options.verify == "off":
+        return False
+    step.sync()
+    return nan_in_pytorch(step.subject, x, y)
 
 
 def step_facts(step: Step | None) -> dict[str, object]:

@@ -275,6 +275,13 @@ class Intake:
             return None
         return self._weighed(x, y, loop.batch_size_of(self.example[0]))
 
+    def counts(self, x: object, y: object) -> bool:
+        """Whether anything of this batch, in the form of the step, counts: a class number that is not left out."""
+        labels = y[0] if self.weighted and isinstance(y, tuple) else y
+        if self._ignored is None or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return True
+        return bool((labels != self._ignored).any())
+
     def _weighed(self, x: object, y: Any, rows: int) -> tuple[object, object]:
         if not self.weighted:
             return x, y

@@ -274,19 +274,6 @@ def fits_step(x: object, y: object, example: tuple[object, object], where: str) 
     )
 
 
-def check_classes(y: Any, classes: int | None, where: str) -> None:
-    """DataError for class numbers out of 0 .. classes - 1; None: y holds no class numbers."""
-    if classes is None:
-        return
-    lowest, highest = int(y.min()), int(y.max())
-    if lowest < 0 or highest >= classes:
-        raise DataError(
-            f"{where}: y needs class numbers 0 to {classes - 1}; got {lowest} to {highest}. "
-            "Check the labels, or give the model more outputs.",
-            code="DATA107",
-        )
-
-
 def diverged(where: str, what: str, loss: float, loss_scale: float, health: Mapping[str, int]) -> Diverged:
     """ANE401: the last loss is not finite, or it is and gradients are not; `health` counts those by module."""
     wanted, fix = "a loss that stays finite", "Lower the learning rate, or look for outliers in the data."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -15,17 +16,22 @@ from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.dispatch import StepOptions, Target
 from ane_trainer.ane.dispatch.frozen import quantized_names
 from ane_trainer.ane.dispatch.state import MODEL, STEP, faults_of, incomplete, part
-from ane_trainer.ane.errors import CheckpointError
+from ane_trainer.ane.errors import CheckpointError, Diverged
 from ane_trainer.training import energy, engine, loop
 from ane_trainer.training.callbacks import Callbacks
 from ane_trainer.training.checkpoint import Checkpoint, check_scalars, describe_optimizer
 from ane_trainer.training.evaluation import Inference
 from ane_trainer.training.folder.results import Epoch, Metrics, Result
 from ane_trainer.training.language.lora import LoraOptions, digest, frozen_of, is_adapted
+from ane_trainer.training.language.own_loss import make_intake
 from ane_trainer.training.loop import Batch, Progress
 from ane_trainer.training.steps import Step
 
 Loss = str | Callable[[Any, Any], torch.Tensor]
+
+#: Steps in a row that may be skipped or give a loss that is not finite. Dynamic loss scaling needs up to 15
+#: skips to come down from 32768 to 1; more than twice that means that no scale helps.
+MAX_BAD_STEPS = 32
 
 
 class Training:
@@ -55,6 +61,8 @@ class Training:
         self.stop_now = False  #: set by a callback to end training after the step
         self._loss = get_loss(loss)
         self._inference = Inference(model, self._loss, target, options.fallback)
+        self._intake = make_intake(model, loss)
+        self._last: Batch | None = None  # as the step took it
         self._train: Iterable[Batch] = ()  # what `fit` trains on
         self._pass: Iterable[Batch] | None = None  # the same while a pass over it is under way
         self._data_state: dict[str, object] | None = None
@@ -268,6 +276,33 @@ class Training:
         if self.step is None and self._restored is not None:
             return float(self._restored.tensors.get(f"{STEP}{SCALING}loss_scale", torch.ones(1)))
         return self.step.loss_scale if self.step is not None else 1.0
+
+    def check_finite(self) -> None:
+        """Diverged if a parameter is not finite, a loss is nan in plain PyTorch, or an epoch had no good step of many.
+
+        The engine has no nan: of weights that lead to one the last batch tells, on the host.
+        """
+        wrong = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
+        if wrong:
+            raise self._diverged(f"numbers that are not finite in {', '.join(wrong)}")
+        progress = self.progress
+        steps = progress.steps - progress.steps_before_epoch
+        skipped = self._skipped() - progress.skipped_before_epoch
+        never = self._skipped() == progress.steps and progress.epoch + 1 >= self.max_epochs
+        idle = skipped == steps and (never or steps >= MAX_BAD_STEPS // 2)
+        if progress.passed and steps and (idle or not progress.loss_count):
+            raise self._diverged(f"an epoch of {steps} steps, all skipped or with a loss not finite")
+        if (
+            self._last is not None
+            and self._intake.counts(*self._last)
+            and engine.is_undefined(self.step, *self._last)
+        ):
+            raise self._diverged("a loss that is nan in plain PyTorch")
+
+    def _diverged(self, what: str, loss: float = math.nan) -> Diverged:
+        where = f"train: epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
+        health = self.step.health if self.step is not None else {}
+        return loop.diverged(where, what, loss, self._loss_scale(), health)
 
     def _skipped(self) -> int:
         return self.progress.skipped_steps + (self.step.skipped_steps if self.step is not None else 0)

@@ -19,7 +19,7 @@ from ane_trainer.ane.capture.losses import CLASS_LOSSES
 from ane_trainer.ane.dispatch import StepOptions, TrainingStep
 from ane_trainer.ane.dispatch.parallel import digest_of, find_exchange, share_of_cores
 from ane_trainer.ane.dispatch.state import STEP, part
-from ane_trainer.ane.errors import Diverged, PeerLost, UsageError
+from ane_trainer.ane.errors import PeerLost, UsageError
 from ane_trainer.ane.export import STEP_FORMATS, ExportOptions, ExportReport, format_of
 from ane_trainer.training import checkpoint, energy, engine, loop
 from ane_trainer.training.callbacks import Callbacks
@@ -35,18 +35,13 @@ from ane_trainer.training.language.lora import (
     optimizer_of,
     save_adapter,
 )
-from ane_trainer.training.language.own_loss import make_intake
 from ane_trainer.training.loop import Batch
 from ane_trainer.training.reporting.report import ConsoleReporter, Reporter
 from ane_trainer.training.scores import Metric, Scores
-from ane_trainer.training.state import Loss, Training
+from ane_trainer.training.state import MAX_BAD_STEPS, Loss, Training
 from ane_trainer.training.steps import Step
 from ane_trainer.training.tuning import RateSweep, find_rate, geometric
 from ane_trainer.utils import seeded
-
-#: Steps in a row that may be skipped or give a loss that is not finite. Dynamic loss scaling needs up to 15
-#: skips to come down from 32768 to 1; more than twice that means that no scale helps.
-MAX_BAD_STEPS = 32
 
 
 class Trainer(Training):
@@ -118,7 +113,6 @@ class Trainer(Training):
         if exchange is not None and not exchange.leads:
             self.report = Reporter()
         self.lora = lora if isinstance(lora, LoraOptions) else None
-        self._intake = make_intake(model, loss)
         self._inference.scores = metrics if isinstance(metrics, Scores) else Scores(metrics or {})
         self._announced = self._compared = False
 
@@ -188,7 +182,7 @@ class Trainer(Training):
                     where = f"find_lr: batch {number}"
                     x, y = loop.unpack(batch, where)
                     self.compiled(x, y)
-                    if (ready := self._ready(x, y, where)) is not None:
+                    if (ready := self._intake(x, y, where)) is not None:
                         yield ready
 
         with seeded(self.seed):
@@ -307,7 +301,7 @@ class Trainer(Training):
                     'Train with device="sim", fallback="none" and shards=0.',
                     code="ANE116",
                 )
-            ready = (self._ready(*loop.unpack(batch, "export: batch"), "export: batch") for batch in source)
+            ready = (self._intake(*loop.unpack(batch, "export: batch"), "export: batch") for batch in source)
             whole = [pair for pair in itertools.islice(ready, CHECKED_STEPS) if pair is not None]
             if kind == "app":
                 return export_app(step, self.optimizer, self.model, path, whole, options)
@@ -366,7 +360,7 @@ class Trainer(Training):
         progress.passed, self._pass, self._data_state = 1, None, None
 
     def _train_batch(self, x: object, y: object, where: str) -> None:
-        step, ready = self.compiled(x, y), self._ready(x, y, where)
+        step, ready = self.compiled(x, y), self._intake(x, y, where)
         if ready is None:
             return
         x, y = ready
@@ -375,10 +369,13 @@ class Trainer(Training):
             callback.on_train_batch_start(self)
         with loop.located(where):
             loss = float(step(x, y))
-        agreement = engine.agreement_of(step)
-        if agreement is not None and not self._compared:
-            self.report.note("numerics", str(agreement))
-            self._compared = True
+        if (agreement := engine.compared_now(step)) is not None:
+            if math.isnan(agreement.loss) and self._intake.counts(x, y):
+                raise self._diverged("a loss that is nan in plain PyTorch")
+            if not self._compared:
+                self.report.note("numerics", str(agreement))
+                self._compared = True
+        self._last = ready
         self.progress.count(loss, skipped=step.skipped_steps > skipped)
         self.report.step(loss, step.loss_scale, self._skipped())
         for callback in self.callbacks:
@@ -398,13 +395,6 @@ class Trainer(Training):
             if stop is not None:
                 stop.signal = stop.signal or number or None
             self.stop_now, self.should_stop = bool(now), bool(soon)
-
-    def _ready(self, x: object, y: object, where: str) -> Batch | None:
-        """The batch in the form of the compiled step; None for a smaller one that is left out."""
-        pair = self._intake(x, y, where)
-        if pair is not None and self.step is not None:
-            loop.check_classes(pair[1], self.step.classes, where)
-        return pair
 
     def _finish_epoch(self, val: Iterable[Batch] | None, joules: float | None, stop: loop.Stop) -> None:
         progress = self.progress
@@ -439,19 +429,6 @@ class Trainer(Training):
         self.report.end_epoch(record)
         if (strayed := progress.strayed(record.train_loss)) is not None:
             self.report.note("warning", strayed)
-
-    def check_finite(self) -> None:
-        """Diverged if a parameter is not finite, or the epoch so far had not one good step of many."""
-        wrong = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
-        if wrong:
-            raise self._diverged(f"numbers that are not finite in {', '.join(wrong)}")
-        progress = self.progress
-        steps = progress.steps - progress.steps_before_epoch
-        skipped = self._skipped() - progress.skipped_before_epoch
-        never = self._skipped() == progress.steps and progress.epoch + 1 >= self.max_epochs
-        idle = skipped == steps and (never or steps >= MAX_BAD_STEPS // 2)
-        if progress.passed and steps and (idle or not progress.loss_count):
-            raise self._diverged(f"an epoch of {steps} steps, all skipped or with a loss not finite")
 
     def compiled(self, x: object, y: object) -> Step:
         """The step; at first it is compiled for batches like (x, y) and given the restored state."""
@@ -490,8 +467,3 @@ class Trainer(Training):
             name = type(self.optimizer).__name__
             self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
         return step
-
-    def _diverged(self, what: str, loss: float = math.nan) -> Diverged:
-        where = f"train: epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
-        health = self.step.health if self.step is not None else {}
-        return loop.diverged(where, what, loss, self._loss_scale(), health)

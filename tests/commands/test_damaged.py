@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ class Logarithm(torch.nn.Module):
         self.layer = torch.nn.Linear(64, 10)
     def forward(self, x):
         return self.layer(x.flatten(1)).log()
+class Root(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.shift = torch.nn.Parameter(torch.full((10,), 0.01))
+    def forward(self, x):
+        return self.layer(x.flatten(1)) + self.shift.sqrt()
 class Abstract(Net, abc.ABC):
     @abc.abstractmethod
     def forward(self, x): ...
@@ -289,6 +297,11 @@ def test_weights_beyond_the_engine_and_missing_ones_are_said(
     path.write_bytes(tensors(**{**WHOLE, "fc1__weight": torch.full((8, 64), 1e30)})(b""))
     assert run_command(["evaluate", "done", "--device", "sim", "--limit", "64"]) in (1, 4)
     assert "nan" not in capsys.readouterr().out
+    path.write_bytes(tensors(**WHOLE)(b""))  # of another program, or stripped of what tells damage
+    for words in (["evaluate", "done", "--limit", "64"], ["predict", "done", "--index", "0"]):
+        assert run_command(words) == 0
+        told = capsys.readouterr()
+        assert "weights.safetensors has no header of `train`" in told.out + told.err
     path.unlink()
     assert run_command(["evaluate", "done", "--limit", "64"]) == 0
     assert "these are the weights of checkpoint.safetensors" in capsys.readouterr().out
@@ -416,6 +429,7 @@ TEXTS: dict[str, Damage] = {
     "huge extents": put("[2, 64]", "[99999999999, 99999999999]"),
     "brackets": lambda data: b"(" * 200_000, "an open string": lambda data: data + b'"', "noise": NOISE,
     "letters": lambda data: b"a" * 10_000_000, "zeros": lambda data: bytes(len(data)),
+    "an opset to come": put("ios18", "ios99"),
     "a long number": put("uint64(64)", f"uint64({'9' * 5000})"), "utf-16": lambda data: data.decode().encode("utf-16"),
 }  # fmt: skip
 
@@ -426,6 +440,15 @@ def test_a_damaged_text_is_refused(damage: str, folder: Path, capsys: pytest.Cap
     path = folder / "p" / "model.mil"
     path.write_bytes(TEXTS[damage](path.read_bytes()))
     refused(capsys, ("run", "p", "--random"), 1, "MIL1")
+
+
+@pytest.mark.parametrize("command", ["run p --random", "estimate p", "trace p", "debug p/model.mil"])
+def test_a_program_that_the_engine_does_not_take_is_told(command: str, folder: Path) -> None:
+    """Seven axes: the simulator computes them."""
+    path = folder / "p" / "model.mil"
+    path.write_text(path.read_text().replace("[2, 64]", "[1, 1, 1, 1, 1, 2, 64]"))
+    with pytest.warns(UserWarning, match="does not take this program .* needs at most 5 axes"):
+        assert run_command(command.split()) == 0
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:130], NONE, NOISE, None])
@@ -740,6 +763,22 @@ WORDS: list[tuple[tuple[str, ...], int, str]] = [
         *((f"net.py:{name}", "the model's output needs the shape [128, classes]") for name in ("Net", "One")),
     )),
     (("export", "done", "--format", "step-mlpackage"), 1, "ANE116 done"),
+    (("export", "done", "--format", "onnx", "--out", "n.mlpackage"), 1, "ANE111 n.mlpackage"),
+    (("export", "done", "--format", "torch", "--out", "m.onnx"), 1, "ANE111 m.onnx"),
+    *((("predict", "done", "--index", "0", "--temperature", value), 1, "--temperature")
+      for value in ("inf", "nan", "-1")),
+    *(((command, "mlp", *words), 1, said) for command in ("check", "estimate", "debug", "trace", "bench")
+      for words, said in (
+          (("--chip", "m9"), "got 'm9'"), (("--input", "9" * 20), "ANE104 --input"), (("--input", "0x3"), "ANE104"),
+          (("--classes", "0"), "ANE104"), (("--batch", "-1"), "ANE104"), (("--optimizer", "adamm"), "ANE104"),
+    )),
+    *(((command, "mlp", *words), 1, said) for command in ("check", "estimate", "trace", "debug") for words, said in (
+        (("--path", "e5"), "got 'e5'"), (("--dtype", "half"), "got 'half'"), (("--loss", "mes"), "got 'mes'"),
+    )),
+    (("check", "mlp", "--blocks", "-1"), 1, "got '-1'"), (("estimate", "mlp", "--epochs", "0"), 1, "ANE104"),
+    (("debug", "mlp", "--loss-scale", "3"), 1, "got 3.0"), (("debug", "mlp", "--clip-grad-norm", "inf"), 1, "got inf"),
+    (("bench", "mlp", "--steps", "0"), 1, "ANE104"), (("bench", "mlp", "--threads", "0"), 1, "'--threads'"),
+    (("bench", "mlp", "--devices", "cpu,gpu"), 1, "got 'gpu'"), (("trace", "mlp", "--out", "/dev/null/x"), 2, "ANE204"),
     (("train", "hf:"), 1, "DATA101"),
     (("check", "nothing.py"), 1, "There is no such file"),
     (("init", "--out", "/dev/null/x.toml"), 2, "ANE204 /dev/null"),
@@ -771,24 +810,36 @@ def test_a_loss_for_numbers_takes_rows_with_a_single_one(
     assert "class numbers become rows of 10" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_nan_in_pytorch_is_told(folder: Path) -> None:
-    """The engine has no nan, and computes a loss that looks well."""
-    words = (
-        "train",
-        "digits",
-        "--limit",
-        "64",
-        "--batch",
-        "16",
-        "--epochs",
-        "1",
-        "--device",
-        "sim",
-        "--out",
-        "r",
-    )
+NAN = ("train", "digits", "--limit", "64", "--batch", "16", "--epochs", "2", "--out", "r", "--device")
+
+
+@pytest.mark.parametrize("device", ["sim", "cpu"])
+@pytest.mark.parametrize("words", [("Logarithm",), ("Root", "--optimizer", "sgd", "--lr", "0.5")])
+def test_a_loss_that_is_nan_in_pytorch_ends_training(
+    words: tuple[str, ...], device: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine has no nan, and computes a loss that looks well: at once, and once weights have become negative."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericsWarning)
+        assert run_command((*NAN, device, "--model", f"net.py:{words[0]}", *words[1:])) == 4
+    told = capsys.readouterr().err
+    assert told.startswith("ANE401 train: epoch 1, batch ")
+    if device == "sim":
+        assert "nan in plain PyTorch" in told
+    assert not (folder / "r" / "weights.safetensors").exists()
+
+
+def test_check_says_that_a_loss_is_nan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(("check", "net.py:Logarithm", "--dataset", "digits")) == 3
+    assert "nan in fp32" in capsys.readouterr().out
+
+
+def test_a_batch_without_labels_that_count_ends_no_training() -> None:
+    """Its mean is 0 / 0 in PyTorch, and it moves nothing."""
+    none = (X, torch.full((8,), -100))
+    trainer = Trainer(torch.nn.Linear(4, 3), device="sim", threads=1, report=Reporter())
     with pytest.warns(NumericsWarning, match="is nan in plain PyTorch"):
-        run_command((*words, "--model", "net.py:Logarithm"))
+        assert trainer.fit([none, (X, Y), none], epochs=1).steps == 3
 
 
 def test_training_that_goes_astray_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from ane_trainer.ane.capture.batches import plain_tensor
 from ane_trainer.ane.capture.buffers import kept_views
 from ane_trainer.ane.capture.intermediates import gradients_and_largest_intermediate
-from ane_trainer.ane.capture.losses import Loss, class_count
+from ane_trainer.ane.capture.losses import Loss, check_classes
 from ane_trainer.ane.capture.ports import Parameter
 from ane_trainer.ane.capture.randomness import HostRandomMode, RandomDraw
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
@@ -45,13 +45,12 @@ LARGEST_CONCESSION = 64.0
 class Calibration:
     """What one plain PyTorch step on the example shows: its random draws, the largest entry of each gradient.
 
-    `norm` is that of all gradients together; `classes`: their number where the target holds class numbers.
+    `norm` is that of all gradients together.
     """
 
     draws: tuple[RandomDraw, ...]
     peaks: Mapping[str, float]
     max_intermediate_gradient: float = 0.0
-    classes: int | None = None
     norm: float = 0.0
 
     def loss_scale(self) -> float:
@@ -87,14 +86,14 @@ def calibrate(
     mode = HostRandomMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
         output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
-        classes = class_count(loss, output, example[1])
+        check_classes(loss, output, example[1])
         value = call_loss(loss, output, example[1])
     _check_loss(value, bool(trained))
     gradients, largest = gradients_and_largest_intermediate(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
     peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
-    return Calibration(tuple(mode.noted), peaks, largest, classes, norm)
+    return Calibration(tuple(mode.noted), peaks, largest, norm)
 
 
 def _check_loss(value: object, trained: bool) -> None:

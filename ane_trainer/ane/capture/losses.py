@@ -68,14 +68,11 @@ CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
 _IGNORED = -100
 
 
-def class_count(loss: Loss, output: Any, target: Any) -> int | None:
-    """The number of classes where `target` holds class numbers, else None.
-
-    Raises: DataError for numbers that are none of the output's classes.
-    """
+def check_classes(loss: Loss, output: Any, target: Any) -> None:
+    """Raises: DataError for class numbers of another shape than the output's, or that are none of its classes."""
     tensors = isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)
     if loss not in CLASS_LOSSES or not tensors or target.is_floating_point() or not target.ndim:
-        return None
+        return
     if output.ndim != target.ndim + 1:
         wanted = ", ".join(map(str, [len(target), "classes", *target.shape[1:]]))
         raise DataError(
@@ -91,4 +88,3 @@ def class_count(loss: Loss, output: Any, target: Any) -> int | None:
             f"{int(used.max())}. Check the labels, or give the model more outputs.",
             code="DATA107",
         )
-    return classes

@@ -81,7 +81,7 @@ HEALTH = "health"
 class StepCapture:
     """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
 
-    `classes` is their number where the target holds class numbers. `values(batch)` are those of the inputs in a
+    `values(batch)` are those of the inputs in a
     first step, in full precision; `calibration` the magnitudes that its powers of two were chosen from. `update`: the
     second part of a step that is divided at its gradients.
     """
@@ -92,7 +92,6 @@ class StepCapture:
     rule: Rule
     parameters: tuple[Parameter, ...]
     changes: BufferChanges = field(default_factory=BufferChanges)
-    classes: int | None = None
     values: Callable[[tuple[object, object]], Tensors] = field(
         default=lambda batch: {}, repr=False, compare=False
     )
@@ -187,9 +186,7 @@ def capture_training(
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
         captured, sizes = finish_whole(graph, plan.inputs, outputs, examples, sizes, plan.buffers)
-    return StepCapture(
-        captured, scale, chosen, rule, parameters, changes, calibration.classes, values, update, sizes
-    )
+    return StepCapture(captured, scale, chosen, rule, parameters, changes, values, update, sizes)
 
 
 def batch_ports(example: object, prefix: str) -> list[Port]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture import get_loss
-from ane_trainer.ane.capture.calibrate import call_loss, call_model
+from ane_trainer.ane.capture.calibrate import call_loss, call_model, module_mode
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.capture.range.departure import Departure, Rounded, run_rounded
@@ -63,6 +63,8 @@ class Agreement:
         return self.loss <= max(LOSS_TOLERANCE, own) and (small or self.update <= max(UPDATE_TOLERANCE, own))
 
     def __str__(self) -> str:
+        if math.isnan(self.loss):
+            return "the loss of this batch is nan in fp32"
         verb = "agrees with" if self.agrees else "departs from"
         update = f"{100 * self.update:.1f} %" if self.update < 10.0 else "10 times too far or more"
         return f"{verb} fp32: loss {self.loss:.0e}, updates {update}".replace("e-0", "e-")
@@ -96,7 +98,9 @@ class Reference:
 def reference(
     subject: Subject, options: GradientOptions, draws: torch.Generator, parts: Sequence[tuple[object, object]]
 ) -> Reference | None:
-    """One step in fp32 on copies of model, loss and optimizer; None where that cannot run, or is not finite.
+    """One step in fp32 on copies of model, loss and optimizer; None where that cannot run, or is infinite.
+
+    Of a loss that is nan there is no more than that.
 
     The loss is the mean of those of the batch's `parts` (x, y). Dropout and noise come from `draws`; PyTorch's own
     generator is left as it is.
@@ -124,8 +128,29 @@ def reference(
             NumericsWarning,
             stacklevel=4,
         )
+        return found.without_update()
     finite = all(bool(c.isfinite().all()) for c in (found.changes or {}).values())
     return found if finite and math.isfinite(found.loss) else None
+
+
+def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
+    """Whether the model's weights, as they are now, have a loss on this batch that is nan in plain PyTorch.
+
+    The model's buffers, mode and PyTorch's generator are left as they were.
+    """
+    model = subject.model
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), module_mode(model, training=True):
+            with drawn_by(torch.Generator()):
+                value = call_loss(get_loss(subject.loss), call_model(model, {}, x), y)
+            return bool(value.isnan().any())
+    except _CANNOT:
+        return False
+    finally:
+        with torch.no_grad():
+            for name, value in model.named_buffers():
+                value.copy_(buffers[name])
 
 
 def _stepped(

@@ -17,7 +17,7 @@ from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
 from ane_trainer.ane.errors import DataError, NumericsWarning
 from ane_trainer.ane.mil.program import MAX_FP16
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import PAIR, Port
+from ane_trainer.ane.stages import PAIR, Chosen, Port
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Slot:
 
     `wide`: integers above 2048 are sent as codes. `mask`: numbers below all that a score can be (minus infinity,
     -1e9) are sent as minus infinity. `high`: the port of the integers' quotients, if they travel in two numbers.
-    `bounds`: least and largest integer. Floats are sent times `scale`, a power of two.
+    `bounds`: least and largest integer; `chosen`: what they choose by number. Floats are sent times `scale`, a power
+    of two.
     """
 
     place: str
@@ -58,6 +59,7 @@ class Slot:
     high: str | None = None
     bounds: tuple[float, float] | None = None
     scale: float = 1.0
+    chosen: Chosen | None = None
 
 
 def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool) -> Slot:
@@ -65,7 +67,7 @@ def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool
     if port is None:
         return Slot(place, None, shape, mask=mask)
     coded, high = port.index_encoding == "coded", port.quotients or None
-    return Slot(place, port.name, shape, coded, mask, high, port.bounds, port.scale)
+    return Slot(place, port.name, shape, coded, mask, high, port.bounds, port.scale, port.chosen)
 
 
 class Feeds:
@@ -117,6 +119,22 @@ class Feeds:
         return feeds
 
 
+def check_numbers(place: str, leaf: torch.Tensor, chosen: Chosen) -> None:
+    """Raises: DataError DATA107 for a number of which there is no class or row, as PyTorch's losses and look-ups do."""
+    counted = leaf if chosen.left_out is None else leaf[leaf != chosen.left_out]
+    if not counted.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(counted))
+    if low < chosen.least or high > chosen.most:
+        what, fix = "row numbers of a table,", "Check them, or give it more rows."
+        if chosen.classes:
+            what, fix = "class numbers", "Check the labels, or give the model more outputs."
+        raise DataError(
+            f"{place} needs {what} {chosen.least} to {chosen.most}; got {low} to {high}. {fix}",
+            code="DATA107",
+        )
+
+
 def _is_mask(tensor: torch.Tensor) -> bool:
     """Whether the example's tensor holds numbers that stand for minus infinity, and no others beyond fp16."""
     if not tensor.is_floating_point() or not tensor.numel():
@@ -136,6 +154,8 @@ def _wrong_shape(slot: Slot, leaf: torch.Tensor) -> DataError:
 def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> Array:
     """The tensor as a contiguous array (rounded ties to even, as a host converts); rank 0 becomes [1]."""
     leaf = leaf.detach()
+    if slot.chosen is not None and slot.high is None:
+        check_numbers(slot.place, leaf, slot.chosen)
     if slot.scale != 1.0:
         leaf = leaf.float() * slot.scale
     if leaf.numel() and leaf.dtype != torch.bool:
@@ -170,6 +190,8 @@ def to_pair(slot: Slot, leaf: torch.Tensor, limits: Range) -> dict[str, Array]:
     """Integers as remainders and quotients by port; floats by quotients towards 0."""
     if leaf.is_floating_point():
         return _float_pair(slot, leaf, limits)
+    if slot.chosen is not None:
+        check_numbers(slot.place, leaf, slot.chosen)
     low, high = torch.aminmax(leaf)
     _check_integers(slot.place, low, high, slot.bounds or (-MOST_ROWS, MOST_ROWS - 1))
     assert slot.port is not None

@@ -172,7 +172,7 @@ class TrainingStep:
         after = self._parameters(before)
         changes = {name: after[name] - value for name, value in before.items()}
         self.agreement = compare(self.steps, loss, changes, found)
-        if not self.agreement.agrees:
+        if not self.agreement.agrees and not math.isnan(found.loss):
             run = rounded_run(self._loaded, *self.options.parts(x, y)[0])
             self.agreement = explained(self.agreement, changes, found, loss, run)
 
@@ -364,11 +364,6 @@ class TrainingStep:
     def program(self) -> Program:
         """The MIL program of the whole step; where batches are divided, of the backward."""
         return self._loaded.whole.program
-
-    @property
-    def classes(self) -> int | None:
-        """The number of classes where the target holds class numbers, else None."""
-        return self._loaded.capture.classes
 
     @property
     def health(self) -> dict[str, int]:

@@ -83,14 +83,23 @@ UNVERIFIED = {
 def format_of(path: str | Path, format: str | None = None) -> str:
     """The export format: as given, else by the path's ending (.mlpackage, .aimodel, .onnx).
 
-    Raises: UsageError (ANE115) for an unknown format, or where the path does not tell.
+    Raises: UsageError (ANE115) for an unknown format, or where the path does not tell; ANE111 for the ending of
+    another format than the given one.
     """
-    found = format or {f".{name}": name for name in ("mlpackage", "aimodel", "onnx")}.get(Path(path).suffix)
+    ending = Path(path).suffix
+    found = format or {f".{name}": name for name in ("mlpackage", "aimodel", "onnx")}.get(ending)
     if found not in FORMATS:
         raise UsageError(
             f"format: needs one of {', '.join(FORMATS)}; got {format or Path(path).suffix or path!r}. "
             "Give one of them.",
             code="ANE115",
+        )
+    own = Path(DEFAULT_NAMES[found]).suffix
+    if ending != own and ending in {Path(name).suffix for name in DEFAULT_NAMES.values()} - {""}:
+        fix = f"Rename it, e.g. {Path(path).with_suffix(own).name}" if own else "Give a folder's name"
+        raise UsageError(
+            f"{path}: needs a name that fits the format {found}; got {ending}. {fix}, or choose another --format.",
+            code="ANE111",
         )
     return found
 

@@ -124,7 +124,8 @@ def attempt(
 def _expected(subject: Subject, step: TrainingStep, options: StepOptions) -> Reference | None:
     """Plain PyTorch's step on this batch, with the draws that the step will make."""
     generator = torch.Generator().set_state(StepState.of(step.state_dict()).generator)
-    return reference(subject, options.gradients, generator, [subject.example])
+    found = reference(subject, options.gradients, generator, [subject.example])
+    return None if found is None or math.isnan(found.loss) else found
 
 
 def _trial(
@@ -140,7 +141,7 @@ def _trial(
     if expected is not None and step.optimizer_on == "engine":
         criterion = StepCriterion(compiled, feeds, expected, step.agreement)
     found = step.agreement
-    if found is None:
+    if found is None or math.isnan(found.loss):
         note = skipped or "fp32 itself gives no finite numbers"
         score = Score(False, note=note)
     else:

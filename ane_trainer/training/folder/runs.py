@@ -59,7 +59,9 @@ def origin_of(checkpoint: Checkpoint) -> Mapping[str, object]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A run's trained weights: the state_dict, its origin (options, data), its file, the damage of a newer file."""
+    """A run's trained weights: the state_dict, its origin (options, data), its file, and what is wrong: the damage of a
+    newer file, or that this one has no header.
+    """
 
     state: dict[str, torch.Tensor]
     origin: Mapping[str, object]
@@ -180,7 +182,9 @@ class RunFolder:
                 part(found.tensors, MODEL), origin_of(found), BEFORE if damage else CHECKPOINT, damage
             )
         found = read_tensors(self.path / WEIGHTS, scalars=False)
-        return Weights(found.tensors, found.scalars, WEIGHTS)
+        fault = "has no header of `train`; nothing tells whether it is whole, or this run's"
+        foreign = "" if found.sealed else f"{self.path / WEIGHTS} {fault}"
+        return Weights(found.tensors, found.scalars, WEIGHTS, foreign)
 
     def write_checkpoint(self, checkpoint: Checkpoint, *, keep_as: str | None = None) -> None:
         """Make this the last checkpoint, and the last one the one before; `keep_as` names one kept for good."""

@@ -127,6 +127,10 @@ class OwnLossIntake(Intake):
         self.left_out += loop.batch_size_of(whole)
         return None
 
+    def counts(self, x: object, y: object) -> bool:
+        """Whether a label of this batch counts."""
+        return not isinstance(x, dict) or labels_that_count(x) > 0
+
     def fitted(self, x: Named) -> Named:
         """The batch padded and filled up to the shapes of the first one, as far as that changes nothing."""
         assert self.example is not None

@@ -19,10 +19,6 @@ class Step(Protocol):
         """The step's program with its ports; None where there is not one program."""
 
     @property
-    def classes(self) -> int | None:
-        """The number of classes where the target holds class numbers; None: it does not, or not known yet."""
-
-    @property
     def compiles(self) -> int:
         """Programs compiled so far."""
 

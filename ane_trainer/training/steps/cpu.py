@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.calibrate import call_model, module_mode
-from ane_trainer.ane.capture.losses import class_count
+from ane_trainer.ane.capture.losses import check_classes
 from ane_trainer.ane.capture.trace.sources import FAULTS, fault, place_of
 from ane_trainer.ane.dispatch import StepOptions
 from ane_trainer.ane.dispatch.state import (
@@ -37,7 +37,6 @@ class CpuStep:
     def __init__(
         self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, options: StepOptions
     ) -> None:
-        self.classes: int | None = None
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._gradients = options.gradients
         self._pending = 0  # batches since the last update
@@ -58,7 +57,7 @@ class CpuStep:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._draws)
             output = self.forward(x)
-            self.classes = class_count(self._loss, output, y)
+            check_classes(self._loss, output, y)
             loss = self._loss(output, y)
             self.backward(loss / self._gradients.accumulate)
             self._draws = torch.get_rng_state()

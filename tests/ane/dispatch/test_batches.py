@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ane_trainer import compile_forward, compile_step
 from ane_trainer.ane.capture.batches import Structure, tensors_of
@@ -82,3 +83,62 @@ def test_a_structure_is_filled_in_order() -> None:
     assert again["b"][1][1].tolist() == [1.0, 1.0]
     assert structure.differing(nested) == []
     assert structure.differing({**nested, "c": "y"}) == [("x", "y")]
+
+
+class Rows(nn.Module):
+    """A table of 10 rows, looked up by x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x).mean(1))
+
+
+def by_gather(output: Tensor, y: Tensor) -> Tensor:
+    return -output.log_softmax(-1).gather(1, y[:, None]).mean()
+
+
+def by_one_hot(output: Tensor, y: Tensor) -> Tensor:
+    return -(output.log_softmax(-1) * F.one_hot(y, 3)).sum(-1).mean()
+
+
+def by_hand(output: Tensor, y: Tensor) -> Tensor:
+    return -(output.log_softmax(-1) * (y[:, None] == torch.arange(3))).sum(-1).mean()
+
+
+ROWS, LABELS = torch.arange(40).reshape(8, 5) % 10, torch.arange(8) % 3
+LOSSES = {"by name": "cross_entropy", "a module": nn.CrossEntropyLoss(ignore_index=7), "gather": by_gather,
+          "one_hot": by_one_hot, "by hand": by_hand}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_numbers_without_a_row_or_class_are_refused_as_by_pytorch(loss: str) -> None:
+    """In a later batch; the engine would choose nothing by them, without a word."""
+    model, function = Rows(), LOSSES[loss]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = compile_step(model, function, sgd, (ROWS, LABELS), threads=1, verify="off")
+    plain = F.cross_entropy if loss == "by name" else function
+    for name, number in (
+        ("x", 10),
+        ("x", -1),
+        ("x", 9),
+        ("y", 3),
+        ("y", -1),
+        ("y", 7),
+        ("y", -100),
+        ("y", 2),
+    ):
+        x, y = ROWS.clone(), LABELS.clone()
+        (x if name == "x" else y).view(-1)[1] = number
+        try:
+            want = float(plain(model(x), y).detach())  # type: ignore[operator]
+        except (IndexError, RuntimeError):
+            with pytest.raises(
+                DataError, match=f"{name} needs .* 0 to {9 if name == 'x' else 2}; got"
+            ) as caught:
+                step(x, y)
+            assert caught.value.code == "DATA107"
+        else:
+            assert float(step(x, y)) == pytest.approx(want, abs=0.02)

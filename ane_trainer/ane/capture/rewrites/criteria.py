@@ -19,10 +19,13 @@ LOWEST = -30000.0
 
 
 def one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-    """`F.one_hot` without its look for labels that are too large; the number of classes must be given."""
+    """`F.one_hot` without its look for labels that are too large; the number of classes must be given.
+
+    The classes are counted down and turned round: by that lowering knows them, and refuses other labels.
+    """
     if num_classes < 0:
         num_classes = int(tensor.max()) + 1
-    classes = torch.arange(num_classes, device=tensor.device)
+    classes = torch.arange(num_classes - 1, -1, -1, device=tensor.device).flip(0)
     return (tensor.unsqueeze(-1) == classes).to(torch.int64)
 
 

@@ -15,8 +15,9 @@ from torch.fx import Node
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import split
 from ane_trainer.ane.compiler.lower.indices.arithmetic import joined
-from ane_trainer.ane.compiler.lower.indices.choose import Integers, choose
+from ane_trainer.ane.compiler.lower.indices.choose import Integers, choose, chosen_by
 from ane_trainer.ane.compiler.lower.indices.phases import exposed
+from ane_trainer.ane.compiler.lower.indices.ranges import integral
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Shape, is_bool, mil_shape
 from ane_trainer.ane.compiler.lower.passes.pipeline import run_passes
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS, RULES, Refusal
@@ -135,9 +136,9 @@ def _declare_inputs(
             quotients.append(Port(high, border.shape, "batch", f"{port.target}#high"))
             port = replace(port, quotients=high)
         taken = integers.taken(node) if node in integers.inputs else None
-        ports.append(
-            replace(port, name=value.name, shape=border.shape, index_encoding=encoding, bounds=taken)
-        )
+        chosen = chosen_by(node) if port.role == "batch" and integral(tensor) else None
+        port = replace(port, name=value.name, shape=border.shape, bounds=taken, chosen=chosen)
+        ports.append(replace(port, index_encoding=encoding))
         whole = [ctx.reshape(part, mil_shape(tensor)) for part in parts]
         if encoding != "none":
             encoded = Encoded(tuple(w for w in whole if isinstance(w, Value)), encoding)

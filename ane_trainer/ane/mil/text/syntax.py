@@ -23,6 +23,9 @@ from ane_trainer.ane.mil.text.lexer import Lexer, Token
 from ane_trainer.ane.mil.weights import integer_range
 
 MAX_RANK = 16
+
+#: Opsets whose ops are known here, of the deployment targets that have MIL programs.
+OPSETS = ("ios15", "ios16", "ios17", "ios18", "ios26")
 MAX_EXTENT = 2**31 - 1
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -120,6 +123,8 @@ def _function(lexer: Lexer, read_blob: BlobReader) -> RawFunction:
     name = lexer.kind("name", "a function name").text
     lexer.expect("<")
     opset = lexer.kind("name", "an opset such as ios18").text
+    if opset not in OPSETS:
+        lexer.refuse(f"needs an opset of {OPSETS[0]} to {OPSETS[-1]}; got {opset}")
     lexer.expect(">")
     lexer.expect("(")
     inputs = [] if lexer.at(")") else _declarations(lexer)

@@ -26,7 +26,7 @@ from ane_trainer.ane.compiler.lower.indices.ranges import (
     too_large,
 )
 from ane_trainer.ane.mil.program import MAX_FP16
-from ane_trainer.ane.stages import PAIR, Captured, Port
+from ane_trainer.ane.stages import PAIR, Captured, Chosen, Port
 
 #: Integers in two numbers are below this in magnitude.
 MOST_ROWS = PAIR * EXACT_INTEGERS
@@ -37,6 +37,12 @@ _SLACKS = (2, 0, -1)
 _SUMS = ("add", "sub")
 _CHOICES = ("_to_copy", "where", "masked_fill")
 _EQUALITY = ("eq", "ne")
+#: Nodes that give all integers on as they are; what moves only some of them keeps labels labels.
+_WHOLE = frozenset(
+    "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand clone alias detach "
+    "lift_fresh_copy _to_copy".split()
+)
+_PARTS = frozenset(("slice", "constant_pad_nd"))
 #: Nodes that take no more than a shape of them.
 _SHAPES = frozenset(
     "full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
@@ -215,6 +221,39 @@ def _looked_up(node: Node) -> Iterator[tuple[int, bool]]:
                 pending.append((user, True))
             elif name in MOVES or name in _CHOICES:
                 pending.append((user, summed))
+
+
+def chosen_by(node: Node) -> Chosen | None:
+    """What an integer input chooses by number, by the narrowest of its look-ups; PyTorch refuses other numbers.
+
+    An input of which only parts are looked up is held to that where those are class numbers.
+    """
+    found: list[Chosen] = []
+    pending = [(node, True)]
+    for source, whole in pending:
+        for user in source.users:
+            name = packet_name(user)
+            rows = rows_of(user, source, name)
+            if rows is not None:
+                least = -rows if "index" in name and name != "index_select" else 0
+                classes = name.startswith("nll_loss")
+                if classes:
+                    found.append(Chosen(0, rows - 1, True, int(user.args[5 if "backward" in name else 4])))  # type: ignore[arg-type]
+                elif whole:
+                    found.append(Chosen(least, rows - 1))
+            elif whole and name == "eq" and (one_hot := _one_hot_classes(user)):
+                found.append(Chosen(0, one_hot - 1, True))
+            elif (name in _WHOLE or name in _PARTS) and integral(user.meta.get("val")):
+                pending.append((user, whole and name in _WHOLE))
+    return min(found, key=lambda c: (c.most, -c.least), default=None)
+
+
+def _one_hot_classes(equal: Node) -> int:
+    """How many classes an equality of `F.one_hot` is with, see `capture.rewrites.criteria`; 0 for any other."""
+    numbers = equal.args[1]
+    known = isinstance(numbers, Node) and packet_name(numbers) == "flip"
+    source: Any = numbers.args[0] if known and isinstance(numbers, Node) else None
+    return len(source.meta["val"]) if isinstance(source, Node) and packet_name(source) == "arange" else 0
 
 
 def rows_of(user: Node, index: Node, name: str) -> int | None:
