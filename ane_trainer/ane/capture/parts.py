@@ -18,7 +18,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.ports import identifier
-from ane_trainer.ane.capture.range import calibrated, drop_cancelled, keep_in_range, scale_found, scale_rows
+from ane_trainer.ane.capture.range import (
+    calibrated,
+    count_in_floats,
+    drop_cancelled,
+    keep_in_range,
+    scale_found,
+    scale_rows,
+)
 from ane_trainer.ane.capture.range.calibration import Magnitudes
 from ane_trainer.ane.capture.trace.torch_private import graph_module
 from ane_trainer.ane.stages import Alias, Captured, Port
@@ -43,6 +50,7 @@ def is_partial(port: Port) -> bool:
 def finish(graph: GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) -> Captured:
     """The graph within the engine's range, without unused inputs, and its aliases; unchanged state is no output."""
     drop_cancelled(graph.graph)
+    count_in_floats(graph.graph)
     scale_rows(graph.graph)
     nodes = {n.name: n for n in graph.graph.nodes if n.op == "placeholder"}
     state = {p.target: p.name for p in inputs if p.role == "state"}

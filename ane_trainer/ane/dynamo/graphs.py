@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ane_trainer.ane.capture.range import drop_cancelled, scale_rows
+from ane_trainer.ane.capture.range import count_in_floats, drop_cancelled, scale_rows
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY, PACKAGE_FOLDER, fault, place_of
 from ane_trainer.ane.compiler.lower.indices.codes import MOVES
@@ -74,6 +74,7 @@ def partition(
         if str(node.target) in ACCEPTS["absent"] and "backward" in str(node.target):
             node.args = (*node.args[:-1], node.args[1])
     drop_cancelled(joint.graph)
+    count_in_floats(joint.graph)
     scale_rows(joint.graph)
     forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
     forward.meta[USER_RESULTS] = num_fwd_outputs
@@ -90,6 +91,7 @@ def prepare_graph(module: GraphModule) -> Prepared:
     draws = _take_out_draws(module, inputs)
     given = list(graph.output_node().args[0])  # type: ignore[arg-type]
     simplify(graph)
+    count_in_floats(graph)
     scale_rows(graph)
     places = {node: Source("input", number) for number, node in enumerate(inputs)}
     places |= {node: Source("draw", number) for number, (node, _) in enumerate(draws)}
