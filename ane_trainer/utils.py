@@ -321,6 +321,20 @@ def prune(place: Path, limit: int, keep: Path | None = None) -> tuple[int, int]:
     return gone[0], gone[1]
 
 
+def added(place: Path, size: int, limit: int, keep: Path | None = None) -> None:
+    """An entry of `size` bytes came to a cache: `prune` it where their sum, kept in a file beside it, is too much.
+
+    Looking at thousands of entries each time would take seconds.
+    """
+    with contextlib.suppress(OSError):
+        kept = place.with_name(f"{place.name}.total")
+        total = int(text) + size if kept.exists() and (text := kept.read_text()).isdecimal() else limit + 1
+        if total > limit:
+            prune(place, limit, keep)
+            total = sum(each for _, each, _ in entries_of(place))
+        kept.write_text(str(total))
+
+
 def entries_of(place: Path) -> list[tuple[int, int, Path]]:
     """(when it was used, bytes, path) of each file or folder of a cache."""
     found = []

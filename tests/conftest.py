@@ -16,6 +16,14 @@ hypothesis.settings.load_profile("default")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step comes from the disk: a test may have changed how one is compiled (`test_recall` has them)."""
+    from ane_trainer.ane.dispatch import loading
+
+    monkeypatch.setattr(loading, "memory_of", lambda asked: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return

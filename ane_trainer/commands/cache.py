@@ -8,18 +8,20 @@ from typing import Annotated
 import typer
 
 from ane_trainer.ane.compiler.build import cache_folder
+from ane_trainer.ane.dispatch import recall
 from ane_trainer.ane.simulator.loops import objects
 from ane_trainer.commands.options import Output, table
 from ane_trainer.utils import entries_of, format_bytes, prune
 
 _WHAT = {
+    "steps": "compiled steps, with what they were compiled from",
     "programs": "MIL text and weights of compiled programs",
     "code": "machine code of the simulator's loops",
 }
 
 
 def _folders() -> dict[str, Path]:
-    return {"programs": cache_folder(), "code": objects.folder()}
+    return {"steps": recall.folder(), "programs": cache_folder(), "code": objects.folder()}
 
 
 def cache_show() -> Output:

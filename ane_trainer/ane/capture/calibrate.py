@@ -120,6 +120,27 @@ def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[object, object]) 
         return float(call_loss(loss, output, example[1]))
 
 
+def witness(
+    model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[object, object]
+) -> tuple[float, ...]:
+    """The loss in plain PyTorch and the norm of each trained parameter's gradient: what a program must have been
+    captured from. The same draws at each call; nothing of the model's tensors changes.
+    """
+    values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
+    trained = [values[p.name] for p in parameters if p.trained]
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        rewriting(values_known=True),
+        HostRandomMode(),
+    ):
+        torch.manual_seed(0)
+        output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
+        value = call_loss(loss, output, example[1])
+        gradients = torch.autograd.grad(value, trained, allow_unused=True)
+    return (float(value.detach()), *(0.0 if g is None else float(g.norm()) for g in gradients))
+
+
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) -> Any:
     """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments.
 

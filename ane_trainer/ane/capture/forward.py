@@ -7,10 +7,9 @@ import torch
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
 from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
 from ane_trainer.ane.capture.parts import finish
-from ane_trainer.ane.capture.ports import float_buffers, identifier, unique
+from ane_trainer.ane.capture.ports import batch_ports, float_buffers, identifier, unique
 from ane_trainer.ane.capture.range import keep_in_range
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
-from ane_trainer.ane.capture.step import batch_ports
 from ane_trainer.ane.capture.trace.sources import Place, SourceMode, watch_modules
 from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.stages import Captured, Port

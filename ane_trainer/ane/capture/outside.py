@@ -66,6 +66,17 @@ def nothing_outside(model: torch.nn.Module, loss: object, value: Callable[[], fl
 
 
 @contextlib.contextmanager
+def numbers_kept(model: torch.nn.Module, loss: object) -> Iterator[None]:
+    """Python numbers that a forward within the block counts have their old values afterwards."""
+    before = _numbers(model, loss)
+    try:
+        yield
+    finally:
+        after = _numbers(model, loss)
+        _set({key: old for key, old in before.items() if after.get(key, old) != old})
+
+
+@contextlib.contextmanager
 def _watched_draws(model: torch.nn.Module, found: dict[str, Finding]) -> Iterator[None]:
     """Note the innermost modules in whose forward a foreign generator moves on."""
     stack: list[Any] = []

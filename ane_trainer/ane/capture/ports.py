@@ -14,7 +14,7 @@ from ane_trainer.ane.capture.gradients import ACCUMULATED, GradientOptions
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, RESIDUAL_SCALE, Rule
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state
 from ane_trainer.ane.capture.scaling import FITS, SCALING
-from ane_trainer.ane.capture.trace.torch_private import non_persistent_buffers
+from ane_trainer.ane.capture.trace.torch_private import non_persistent_buffers, pytree
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Port
 
@@ -70,6 +70,33 @@ def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         finding = Finding("optimizer", type(optimizer).__name__, reason, fix)
         raise UnsupportedModel("The optimizer does not belong to the model:", [finding])
     return found
+
+
+def batch_ports(example: object, prefix: str) -> list[Port]:
+    """Ports of a batch: `x` for one tensor, `x_0`, `x_1`, ... or `x_<key>` for a structure of tensors."""
+    leaves = pytree.tree_leaves_with_path(example)
+    tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    ports = []
+    for path, leaf in tensors:
+        suffix = pytree.keystr(path).replace("]", "").replace("[", "_").replace("'", "")
+        name, shape = identifier(prefix + suffix), tuple(leaf.shape) or (1,)
+        ports.append(Port(name, shape, "batch", prefix + suffix, bounds=tensor_bounds(leaf)))
+    return ports
+
+
+def tensor_bounds(tensor: torch.Tensor) -> tuple[float, float] | None:
+    """Least and largest number of a tensor, if it holds integers or floats that fp16 rounds; else None."""
+    if (
+        tensor.is_complex()
+        or tensor.dtype == torch.bool
+        or not tensor.numel()
+        or tensor.layout != torch.strided
+    ):
+        return None
+    low, high = torch.aminmax(tensor.detach())
+    if tensor.is_floating_point() and bool((tensor.half() == tensor).all()):
+        return None
+    return (float(low), float(high))
 
 
 def units_by_group(

@@ -36,6 +36,7 @@ from ane_trainer.ane.capture.parts import ALL_FIT, PARTIAL, PEAKS, finish_divide
 from ane_trainer.ane.capture.ports import (
     SCALING_STATE,
     Parameter,
+    batch_ports,
     find_parameters,
     float_buffers,
     identifier,
@@ -62,7 +63,6 @@ from ane_trainer.ane.capture.trace.sources import (
     user_line,
     watch_modules,
 )
-from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.stages import Captured, Port
 
@@ -86,7 +86,7 @@ class StepCapture:
     second part of a step that is divided at its gradients.
     """
 
-    captured: Captured
+    source: Callable[[], Captured] = field(repr=False, compare=False)
     loss_scale: float
     units: Mapping[str, float]
     rule: Rule
@@ -97,6 +97,11 @@ class StepCapture:
     )
     update: Captured | None = None
     calibration: Magnitudes = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def captured(self) -> Captured:
+        """The graph; of a step that was recalled from the disk captured now, with the same units and magnitudes."""
+        return self.source()
 
 
 @dataclass(frozen=True)
@@ -186,34 +191,9 @@ def capture_training(
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
         captured, sizes = finish_whole(graph, plan.inputs, outputs, examples, sizes, plan.buffers)
-    return StepCapture(captured, scale, chosen, rule, parameters, changes, values, update, sizes)
-
-
-def batch_ports(example: object, prefix: str) -> list[Port]:
-    """Ports of a batch: `x` for one tensor, `x_0`, `x_1`, ... or `x_<key>` for a structure of tensors."""
-    leaves = pytree.tree_leaves_with_path(example)
-    tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
-    ports = []
-    for path, leaf in tensors:
-        suffix = pytree.keystr(path).replace("]", "").replace("[", "_").replace("'", "")
-        name, shape = identifier(prefix + suffix), tuple(leaf.shape) or (1,)
-        ports.append(Port(name, shape, "batch", prefix + suffix, bounds=_bounds(leaf)))
-    return ports
-
-
-def _bounds(tensor: torch.Tensor) -> tuple[float, float] | None:
-    """Least and largest number of a tensor, if it holds integers or floats that fp16 rounds; else None."""
-    if (
-        tensor.is_complex()
-        or tensor.dtype == torch.bool
-        or not tensor.numel()
-        or tensor.layout != torch.strided
-    ):
-        return None
-    low, high = torch.aminmax(tensor.detach())
-    if tensor.is_floating_point() and bool((tensor.half() == tensor).all()):
-        return None
-    return (float(low), float(high))
+    return StepCapture(
+        lambda: captured, scale, chosen, rule, parameters, changes, values, update, sizes
+    )
 
 
 def _plan(

@@ -19,7 +19,7 @@ from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.mil.program import Op
 from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.ane.stages import Captured, Chain, Compiled, Legalized, Lowered
-from ane_trainer.utils import prune
+from ane_trainer.utils import added
 
 TEXT_FILE = "model.mil"
 WEIGHTS_FILE = "weights.bin"
@@ -62,7 +62,7 @@ def _store(folder: Path, text: str, weights: bytes) -> Path | None:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         return folder if _holds(folder, text, weights) else None  # another process may have been faster
-    prune(folder.parent, LIMIT, keep=folder)
+    added(folder.parent, len(text) + len(weights), LIMIT, keep=folder)
     return folder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
-from ane_trainer.ane.capture.step import batch_ports
+from ane_trainer.ane.capture.ports import batch_ports
 from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS
 from ane_trainer.ane.compiler.lower.indices.codes import coded, most_rows
 from ane_trainer.ane.errors import DataError, NumericsWarning

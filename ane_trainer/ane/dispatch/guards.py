@@ -30,6 +30,8 @@ _CONTAINERS = (list, tuple, dict, set)
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEEPEST = 6
+#: What transformers keeps of Python's own hashes, which differ from process to process.
+_SALTED = "_original_object_hash"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Guards:
         self._parameters = [t for t in self._held if isinstance(t, torch.Tensor)]
         self._trained = list(map(_trained, self._parameters))
         self._constants = Fingerprints(walk.constants)
+        self._codes = walk.codes
 
     def changed(self) -> bool:
         """Whether anything may have changed; quick, and right when it says no."""
@@ -111,6 +114,18 @@ class Guards:
         held = tuple(map(id, self._held))
         return values, self._entries, held, tuple(self._trained), hooked, self._constants.digest()
 
+    def portable(self) -> list[str]:
+        """The same as text that means the same to another process: values, kinds of objects, users' code."""
+        found = []
+        for source in self._sources:
+            held = source.read.args[:1] if isinstance(source.read, functools.partial) else ()
+            texts = [_text(value) for value in source.values]
+            if held and isinstance(held[0], set):  # whose order differs from process to process
+                texts.sort()
+            pairs = zip(source.names, texts, strict=False)
+            found += [f"{name}={text}" for name, text in pairs if not name.endswith(_SALTED)]
+        return [*sorted(found), *self._codes, repr(self._trained), self._constants.digest().hex()]
+
 
 class _Walk:
     """Collects the sources that a step may read."""
@@ -121,6 +136,7 @@ class _Walk:
         self.spaces: list[Any] = []  # dicts whose number of entries counts
         self.homes: list[Any] = []  # dicts of parameters, buffers and children
         self.constants: dict[str, torch.Tensor] = {}
+        self.codes: list[str] = []  # users' functions in the order of the walk
         self._state: set[int] = set()
         self._seen: set[int] = set()
 
@@ -215,6 +231,8 @@ class _Walk:
 
     def _function(self, function: types.FunctionType, label: str, depth: int) -> None:
         """Variables of the closure, defaults, and the globals that the code names."""
+        if _written_by_user(function.__code__):
+            self.codes.append(f"{label} {function.__qualname__} {code_text(function.__code__)}")
         cells = [cell for cell in function.__closure__ or () if _filled(cell)]
         if cells:
             names = [
@@ -286,6 +304,24 @@ def _written_by_user(code: types.CodeType) -> bool:
 
 def _same(old: object, new: object) -> bool:
     return old is new or (type(old) is type(new) and isinstance(old, _PLAIN) and old == new)
+
+
+def code_text(code: types.CodeType) -> str:
+    """What a function does, as text: instructions, names and constants, those of functions in it too."""
+    constants = [code_text(c) if isinstance(c, types.CodeType) else _text(c) for c in code.co_consts]
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    return f"{code.co_name} {code.co_code.hex()} {names} {constants}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (frozenset, set)):
+        return f"{type(value).__name__}{sorted(map(_text, value))}"
+    if isinstance(value, tuple):
+        return f"tuple{[_text(item) for item in value]}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, types.FunctionType):
+        return f"{kind} {value.__module__}.{value.__qualname__}"
+    return f"{kind} {value!r}" if isinstance(value, _PLAIN) or value is ... else kind
 
 
 def _frozen(value: object) -> object:

@@ -32,6 +32,7 @@ from ane_trainer.ane.dispatch.frozen import frozen_constants
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
+from ane_trainer.ane.dispatch.recall import Entry, Memory, Question, memory_of
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.stages import Captured, Compiled, Port
@@ -135,19 +136,49 @@ def compile_step_of(
         shards = options.exchange.shards
         example, *rest = shards.of(example)
         more = rest + [part for batch in more for part in shards.of(batch)]
-    capture = _capture(
-        dataclasses.replace(subject, example=example),
-        CaptureOptions(
-            options.gradients,
-            options.loss_scale,
-            target.precision,
-            None if continued is None else continued.units,
-            more,
-            {} if continued is None else calibration_of(continued.calibration),
-            options.exchange is not None,
-        ),
+    subject = dataclasses.replace(subject, example=example)
+    settings = CaptureOptions(
+        options.gradients,
+        options.loss_scale,
+        target.precision,
+        None if continued is None else continued.units,
+        more,
+        {} if continued is None else calibration_of(continued.calibration),
+        options.exchange is not None,
     )
-    return capture, _prepared(subject, target, options, capture.captured, capture.parameters)
+    memory = None if options.exchange is not None else _memory(subject, target, options, settings)
+    found = memory.recalled() if memory is not None else None
+    if found is not None:
+        return found
+    capture = _capture(subject, settings)
+    compiled = _prepared(subject, target, options, capture.captured, capture.parameters)
+    if memory is not None:
+        memory.keep(capture, compiled)
+    return capture, compiled
+
+
+def _memory(
+    subject: Subject, target: Target, options: StepOptions, settings: CaptureOptions
+) -> Memory | None:
+    """The place of a step on the disk."""
+    sizes = sorted(settings.calibration.items())
+    units = None if settings.units is None else sorted(settings.units.items())
+    others = (
+        settings.gradients, settings.loss_scale, settings.precision, units, sizes, options.blocks, target.chip,
+        target.path, subject.as_it_is, torch.get_num_threads(),
+    )  # fmt: skip
+
+    def again(entry: Entry) -> StepCapture:
+        kept = dataclasses.replace(
+            settings, units=entry.units, calibration=entry.calibration, loss_scale=entry.loss_scale
+        )
+        return _capture(subject, kept)
+
+    asked = Question(
+        subject.model, subject.loss, subject.optimizer, subject.example, tuple(settings.calibrate_on), repr(others),
+        settings.gradients.on_host, again, functools.partial(_mode, subject),
+    )  # fmt: skip
+    return memory_of(asked)
 
 
 def _prepared(
@@ -206,7 +237,7 @@ def check_parameters(model: torch.nn.Module, limits: Range) -> None:
         f"{name} up to {float(peak):g}"
         for name, p in model.named_parameters()
         if p.numel() and p.is_floating_point()
-        if not (peak := p.detach().abs().amax()) <= limits.largest
+        if not (peak := _peak(p.detach())) <= limits.largest
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -217,12 +248,22 @@ def check_parameters(model: torch.nn.Module, limits: Range) -> None:
         )
 
 
+def _peak(tensor: torch.Tensor) -> torch.Tensor:
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high)
+
+
 def _capture(subject: Subject, options: CaptureOptions) -> StepCapture:
     """Capture in training mode; a model that is in training mode already keeps its submodules' modes."""
-    kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    mode = kept if subject.model.training or subject.as_it_is else module_mode(subject.model, training=True)
-    with mode, faults_in_words(subject.model, functools.partial(_run_plainly, subject)):
+    with _mode(subject), faults_in_words(subject.model, functools.partial(_run_plainly, subject)):
         return capture_training(subject.model, subject.loss, subject.optimizer, subject.example, options)
+
+
+def _mode(subject: Subject) -> contextlib.AbstractContextManager[None]:
+    """The mode in which a subject is captured, within the block."""
+    if subject.model.training or subject.as_it_is:
+        return contextlib.nullcontext()
+    return module_mode(subject.model, training=True)
 
 
 def _run_plainly(subject: Subject) -> None:

@@ -369,14 +369,14 @@ class Mirror:
         """hi = value rounded to the program's precision, lo = what is left."""
         hi = self._ports[target]
         lo = self._ports.get(f"{target}/{RESIDUAL}")
-        scaled = value * hi.scale
+        scaled = value if hi.scale == 1.0 else value * hi.scale
         rounded = scaled.clamp(-self._range.largest, self._range.largest).to(self._range.dtype)
         self._write(hi, rounded.numpy())
         if lo is not None:
             self._write(lo, ((scaled - rounded.float()) * (lo.scale / hi.scale)).numpy())
 
     def _write(self, port: Port, array: Array) -> None:
-        self._session.write(port.name, array.astype(self._range.numpy).reshape(port.shape))
+        self._session.write(port.name, array.astype(self._range.numpy, copy=False).reshape(port.shape))
 
 
 def _check_counters(name: str, state: Mapping[str, object], wanted: Mapping[str, float]) -> None:

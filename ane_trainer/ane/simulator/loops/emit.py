@@ -10,8 +10,9 @@ float32 (fast mode), sums run in float32; so do extremes. One result is always t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 from ane_trainer.ane.simulator.loops import lanes
 from ane_trainer.ane.simulator.loops.group import Folds, Group, Instr, within_range
@@ -35,6 +36,18 @@ Body = Callable[[list[Value]], None]
 
 def pointwise_loop(name: str, group: Group, nest: Nest, width: int) -> Definition:
     """The nest that computes and stores a group; `nest.strides` covers the arrays and then the outputs."""
+    return _pointwise_loop(name, group, nest, width, _signs(group))
+
+
+def _signs(group: Group) -> tuple[float, ...]:
+    """The signs of constants: 0.0 and -0.0 are equal, and not the same code."""
+    return tuple(math.copysign(1.0, instr.value) for instr in group.code)
+
+
+@lru_cache(maxsize=4096)
+def _pointwise_loop(
+    name: str, group: Group, nest: Nest, width: int, _of_constants: tuple[float, ...]
+) -> Definition:
     loop = _Loop(name, group, nest, width)
     loop.nested(0, [], loop.element)
     return loop.function.definition()
@@ -44,6 +57,13 @@ def fold_loop(name: str, work: Folds, where: Layout, width: int) -> Definition:
     """The nest that gathers values of a group (and stores what it stores): loops over the kept axes around loops
     over the reduced ones.
     """
+    return _fold_loop(name, work, where, width, _signs(work.group))
+
+
+@lru_cache(maxsize=4096)
+def _fold_loop(
+    name: str, work: Folds, where: Layout, width: int, _of_constants: tuple[float, ...]
+) -> Definition:
     loop = _FoldLoop(name, work, where, width)
     loop.kept(0, [])
     return loop.function.definition()

@@ -21,7 +21,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import platformdirs
 
-from ane_trainer.utils import prune
+from ane_trainer.utils import added
 
 #: Bytes that the folder may hold.
 LIMIT = 256 * 1024**2
@@ -88,4 +88,4 @@ def store(key: str | None, code: MachineCode) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(line + code.data).digest() + line + code.data)
         os.replace(name, folder() / key)
-        prune(folder(), LIMIT)
+        added(folder(), len(line) + len(code.data), LIMIT)

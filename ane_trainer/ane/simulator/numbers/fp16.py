@@ -14,6 +14,7 @@ float32 sum is inexact only where the smaller operand lies far below half a unit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -127,15 +128,17 @@ LINE_BYTES = 64
 
 def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
     """An uninitialised array that starts on a cache line."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(size + LINE_BYTES, np.uint8)
-    first = -room.__array_interface__["data"][0] % LINE_BYTES
-    array: Array = room[first : first + size].view(dtype).reshape(shape)
-    return array
+    return _on_a_line(np.empty, shape, dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: object = np.float32) -> Array:
     """An array of zeros that starts on a cache line."""
-    array = empty(shape, dtype)
-    array[...] = 0
+    return _on_a_line(np.zeros, shape, dtype)
+
+
+def _on_a_line(make: Callable[..., Array], shape: tuple[int, ...], dtype: Any) -> Array:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = make(size + LINE_BYTES, np.uint8)
+    first = -room.__array_interface__["data"][0] % LINE_BYTES
+    array: Array = room[first : first + size].view(dtype).reshape(shape)
     return array
