@@ -43,6 +43,7 @@ from ane_trainer.ane.capture.outside import numbers_kept
 from ane_trainer.ane.capture.ports import find_parameters
 from ane_trainer.ane.capture.randomness import PREFIX
 from ane_trainer.ane.capture.range.calibration import Magnitudes
+from ane_trainer.ane.capture.range.switch import is_watched
 from ane_trainer.ane.dispatch.fingerprint import Fingerprints
 from ane_trainer.ane.dispatch.frozen import quantized_kind
 from ane_trainer.ane.dispatch.guards import Guards, code_text
@@ -183,7 +184,7 @@ class Memory:
 
 def memory_of(question: Question) -> Memory | None:
     """The place of a step; None for one that is not kept."""
-    key = _key(question)
+    key = None if is_watched() else _key(question)
     return None if key is None else Memory(question, folder() / key)
 
 

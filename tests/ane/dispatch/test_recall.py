@@ -16,6 +16,7 @@ from torch import nn
 
 import ane_trainer as at
 from ane_trainer.ane.capture import capture_training
+from ane_trainer.ane.capture.range.switch import NORMS, limited_to
 from ane_trainer.ane.dispatch import guards, recall
 
 FACTOR = 1.0
@@ -97,6 +98,15 @@ def test_the_graph_of_a_recalled_step_is_captured_when_it_is_asked_for(captures:
     assert len(captures) == 1
     assert again.captured.as_text() == own.as_text()
     assert len(captures) == 2
+
+
+def test_without_rewrites_nothing_is_recalled_or_kept(captures: list[int]) -> None:
+    step_of(made())
+    with limited_to({NORMS}):
+        step_of(made())
+        step_of(made())
+    step_of(made())
+    assert len(captures) == 3
 
 
 def scaled(model: Any) -> None:

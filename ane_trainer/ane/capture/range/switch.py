@@ -49,6 +49,11 @@ def limited_to(names: Collection[str]) -> Iterator[list[Made]]:
         _made.reset(tokens[1])
 
 
+def is_watched() -> bool:
+    """Whether this is such a block: what is captured here is of no use elsewhere."""
+    return _made.get() is not None
+
+
 def is_allowed(name: str) -> bool:
     """Whether the rewrite is made here."""
     return name in _allowed.get()
