@@ -191,9 +191,7 @@ def capture_training(
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
         captured, sizes = finish_whole(graph, plan.inputs, outputs, examples, sizes, plan.buffers)
-    return StepCapture(
-        lambda: captured, scale, chosen, rule, parameters, changes, values, update, sizes
-    )
+    return StepCapture(lambda: captured, scale, chosen, rule, parameters, changes, values, update, sizes)
 
 
 def _plan(
