@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.dispatch.state import incomplete
 from ane_trainer.ane.errors import DataError, Diverged, Interrupted, UsageError
+from ane_trainer.training.datasets.opening import by_rows
 from ane_trainer.utils import seeded
 
 #: (x, y): x and y are tensors, or tuples or dicts of tensors.
@@ -95,7 +96,7 @@ def open_pass(data: Iterable[Batch], epoch: int, batch: int, state: dict[str, An
         continued = True
     elif hasattr(data, "set_epoch"):
         data.set_epoch(epoch)
-    iterator = iter(data)
+    iterator = iter(by_rows(data))
     if not continued:
         for _ in range(batch):
             next(iterator, None)

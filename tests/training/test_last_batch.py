@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ane_trainer import Trainer
 from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.training.datasets.opening import by_rows
 from ane_trainer.training.reporting.report import Reporter
 
 
@@ -176,3 +177,31 @@ def test_a_dictionary_without_labels_is_not_evaluated():
 def test_a_number_of_epochs_below_zero_is_refused():
     with pytest.raises(UsageError, match="epochs"):
         Trainer(model(), device="cpu", report=Notes()).fit([(X, Y)], -1)
+
+
+LOADERS = {
+    "in order": {}, "shuffled": {"shuffle": True}, "the whole ones": {"shuffle": True, "drop_last": True},
+    "a generator of its own": {"shuffle": True, "generator": True},
+    "weighted": {"sampler": torch.utils.data.WeightedRandomSampler([0.1, 0.9] * 11, 22)},
+    "own collate": {"collate_fn": lambda rows: tuple(map(torch.stack, zip(*rows, strict=True)))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_tensors_of_a_loader_are_taken_by_rows_in_its_own_order(kind, part):
+    """The batches, and what is drawn of PyTorch's generator, over two passes."""
+    data = torch.utils.data.TensorDataset(*examples())
+    data = (
+        torch.utils.data.Subset(data, [20, 3, 5, 7, 1, 0, 2, 11, 13]) if part and kind != "weighted" else data
+    )
+    passes = []
+    for take in (lambda loader: loader, by_rows):
+        torch.manual_seed(3)
+        own = {"generator": torch.Generator().manual_seed(4)} if "generator" in LOADERS[kind] else {}
+        whole = torch.utils.data.DataLoader(data, 4, **{**LOADERS[kind], **own})
+        assert (take(whole) is whole) == (take is not by_rows or kind == "own collate")
+        passes.append([*take(whole), *take(whole), [torch.rand(3)]])
+    for plain, fast in zip(*passes, strict=True):
+        assert len(plain) == len(fast)
+        assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 #: Batches that are kept ready, and the threads that make them.
 AHEAD, THREADS = 4, 2
+
+T = TypeVar("T")
 
 
 class Examples(Protocol):
@@ -199,7 +201,7 @@ class Batches:
         order = self.order(epoch)
         numbers = range(start, len(self))
         with closing(
-            _in_background(lambda number: self.batch(epoch, number, order), numbers, self.ahead)
+            in_background(lambda number: self.batch(epoch, number, order), numbers, self.ahead)
         ) as ready:
             for number in numbers:
                 began = time.perf_counter()
@@ -294,9 +296,7 @@ def seeded_by(numbers: Sequence[int]) -> Iterator[None]:
             np.random.set_state(before_numpy)
 
 
-def _in_background(
-    make: Callable[[int], Pair], numbers: Sequence[int], ahead: int
-) -> Generator[Pair, None, None]:
+def in_background(make: Callable[[int], T], numbers: Sequence[int], ahead: int) -> Generator[T, None, None]:
     """`make(number)` for each number in turn, up to `ahead` of them made by threads before they are asked for.
 
     An error comes out where its batch would have; closing the iterator ends the threads.
@@ -305,7 +305,7 @@ def _in_background(
         yield from map(make, numbers)
         return
     loader = ThreadPoolExecutor(THREADS, thread_name_prefix="ane_trainer-batches")
-    waiting: deque[Future[Pair]] = deque()
+    waiting: deque[Future[T]] = deque()
     try:
         for number in numbers:
             waiting.append(loader.submit(make, number))

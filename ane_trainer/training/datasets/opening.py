@@ -6,17 +6,36 @@ a data frame, or a torch dataset. What can be found out is found out; what was d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+from torch.utils.data import Subset as Part
 
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training.datasets import arrays, hub, images, known, tables, text
 from ane_trainer.training.datasets.augment import parse_augmentations
-from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset
+from ane_trainer.training.datasets.batches import (
+    AHEAD,
+    ArrayExamples,
+    Batches,
+    Examples,
+    Subset,
+    in_background,
+)
 from ane_trainer.training.datasets.splits import DataOptions, Parts, Splits, divide_rows, limited
 from ane_trainer.training.networks.user import load_model_class
 from ane_trainer.utils import did_you_mean
@@ -167,6 +186,49 @@ def batches_of(data: object, where: str, seed: int, batch_size: int = 128) -> An
             code="DATA105",
         )
     return data
+
+
+#: Samplers whose order is settled before the first batch, so that batches can be made ahead.
+_DRAWN_AT_FIRST = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def by_rows(data: Iterable[Any]) -> Iterable[Any]:
+    """The data; a DataLoader over tensors as batches that are taken whole, and ahead in the background.
+
+    The order, the numbers, and what is drawn of generators are those of the loader: it is asked for nothing but to
+    pick examples one by one and stack them.
+    """
+    if type(data) is not DataLoader or data.num_workers or data.batch_sampler is None or data.pin_memory:
+        return data
+    held = data.dataset
+    inner = held.dataset if type(held) is Part else held
+    if type(inner) is not TensorDataset or data.collate_fn is not default_collate:
+        return data
+    return _Rows(data, inner.tensors, held.indices if type(held) is Part else None)
+
+
+class _Rows:
+    """The batches of a loader over tensors; `indices`: the rows that it is about, if not all."""
+
+    def __init__(self, loader: Any, tensors: tuple[torch.Tensor, ...], indices: Any) -> None:
+        self._loader, self._tensors = loader, tensors
+        self._indices = None if indices is None else torch.as_tensor(indices)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        torch.empty((), dtype=torch.int64).random_(
+            generator=self._loader.generator
+        )  # as the loader's iterator
+        batches = self._loader.batch_sampler
+        if type(batches) is BatchSampler and type(batches.sampler) in _DRAWN_AT_FIRST:
+            numbers = list(batches)
+            yield from in_background(lambda k: self._picked(numbers[k]), range(len(numbers)), AHEAD)
+        else:
+            yield from map(self._picked, batches)
+
+    def _picked(self, chosen: list[int]) -> tuple[torch.Tensor, ...]:
+        rows = torch.as_tensor(chosen)
+        rows = rows if self._indices is None else self._indices[rows]
+        return tuple(tensor[rows] for tensor in self._tensors)
 
 
 def _assemble(parts: Parts, options: DataOptions, where: str) -> Splits:

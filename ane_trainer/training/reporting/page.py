@@ -115,7 +115,10 @@ def _tiles(record: RunRecord, analysis: Analysis | None) -> str:
     shown += [
         ("parameters", format_count(result["parameters"]) if result.get("parameters") else None),
         ("epochs", str(len(record.history)) if record.history else None),
-        ("time", format_seconds(result["seconds_total"]) if result.get("seconds_total") else None),
+        (
+            "time, from data on",
+            format_seconds(result["seconds_total"]) if result.get("seconds_total") else None,
+        ),
         ("energy", f"{result['energy_joules']:.2f} J" if result.get("energy_joules") else None),
     ]
     tiles = [
@@ -255,8 +258,8 @@ def _health(record: RunRecord) -> str:
     """What the run says of its own numbers: values that left their band, agreement with fp32; where it says it."""
     result = record.result or {}
     parts = [
-        f"<h3>{name.capitalize()}</h3>{_any(result[name])}"
-        for name in ("health", "agreement")
+        f"<h3>{title}</h3>{_any({word.replace('_', ' '): v for word, v in result[name].items() if v is not None})}"
+        for name, title in (("health", "Health"), ("agreement", "Agreement with fp32: relative differences"))
         if result.get(name)
     ]
     if result.get("health") == {}:
@@ -343,6 +346,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
