@@ -61,7 +61,7 @@ class Pairs:
         """
         name = func.overloadpacket.__name__
         if torch.Tag.inplace_view in func.tags:
-            raise self._refusal(func)
+            return self._viewed(func, *args)
         if name in _OF_PAIRS:
             return _OF_PAIRS[name](self, *args)
         if name.endswith("_") and not name.endswith("__"):
@@ -88,6 +88,23 @@ class Pairs:
             result = torch.view_as_complex(pair.detach().clone(memory_format=torch.contiguous_format))
         self._pairs[result] = pair
         return result
+
+    def _viewed(self, func: OpOverload, x: torch.Tensor, *axes: int) -> torch.Tensor:
+        """A tensor whose axes are changed in place, as `torch.stft` does: its pair's are the same, but for the last."""
+        name, pair = func.overloadpacket.__name__, self.of(x)
+        plain = {"transpose_": torch.transpose, "unsqueeze_": torch.unsqueeze, "squeeze_": torch.squeeze}.get(
+            name
+        )
+        if name == "t_" and x.dim() == 2:
+            plain, axes = torch.transpose, (0, 1)
+        if plain is None or not axes or not all(isinstance(axis, int) for axis in axes):
+            raise self._refusal(func)
+        rank = x.dim() + (name == "unsqueeze_")
+        changed = plain(pair, *(axis % rank for axis in axes))  # type: ignore[operator]
+        with without_modes():
+            getattr(x, name)(*(() if name == "t_" else axes))
+        self._pairs[x] = changed
+        return x
 
     def _value(self, name: str, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         rule = _RULES.get(name)

@@ -29,6 +29,18 @@ def kept_frequencies(x: Tensor, weights: Tensor) -> Tensor:
     return torch.fft.irfft(torch.view_as_complex(parts), n=x.shape[1])
 
 
+def turned_in_place(x: Tensor) -> Tensor:
+    z = torch.fft.rfft(x).clone()
+    z.transpose_(-1, 0).unsqueeze_(0).squeeze_(0)
+    z.t_()
+    return z.real + z.imag
+
+
+def spectrogram(x: Tensor, window: Tensor) -> Tensor:
+    """Windows that overlap, read with strides, their spectra, and the axes turned in place."""
+    return torch.view_as_real(torch.stft(x, 8, 4, window=window, return_complex=True))
+
+
 CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "rotary": (rotary, [normal(2, 3, 8), normal(3, 4, seed=1)]),
     "fft of two axes": (lambda x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real, [normal(2, 4, 6)]),
@@ -44,6 +56,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         lambda x, y: torch.view_as_real(torch.view_as_complex(x) / torch.view_as_complex(y)),
         [normal(3, 2), normal(3, 2, seed=3)],
     ),
+    "axes in place": (turned_in_place, [normal(2, 6)]),
+    "stft": (spectrogram, [normal(2, 20), normal(8, seed=2)]),
     "layer": (kept_frequencies, [normal(2, 8), normal(3, 3, 2, seed=1)]),
 }
 

@@ -119,7 +119,10 @@ def _constant(graph: GraphModule, node: Node, known: Mapping[Node, torch.Tensor]
     if "device" in keywords:
         keywords = {**keywords, "device": torch.device("cpu")}
     assert callable(node.target)
-    value = node.target(*args, **keywords)
+    views = torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default
+    # A constant's memory may lie otherwise than the tensor's that was traced.
+    target = torch.ops.aten.reshape.default if node.target in views else node.target
+    value = target(*args, **keywords)
     return value if isinstance(value, torch.Tensor) else None
 
 

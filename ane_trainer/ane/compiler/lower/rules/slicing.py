@@ -265,6 +265,20 @@ def _grid(ctx: Context, numel: int, size: Sequence[int], stride: Sequence[int], 
     return _Grid(start, missing, tuple(shape), tuple(taken), tuple(order), tuple(size))
 
 
+def _window_step(shape: Shape, size: Sequence[int], stride: Sequence[int]) -> int:
+    """The step of windows [..., n, w] that overlap along the last axis of [..., T]; 0 where there are none."""
+    if (
+        len(size) < 2
+        or len(shape) != len(size) - 1
+        or tuple(size[:-2]) != tuple(shape[:-1])
+        or stride[-1] != 1
+    ):
+        return 0
+    step, whole = stride[-2], [math.prod(shape[i + 1 :]) for i in range(len(shape) - 1)]
+    fits = 0 < step < size[-1] and (size[-2] - 1) * step + size[-1] <= shape[-1]
+    return step if fits and list(stride[:-2]) == whole else 0
+
+
 def _box(ctx: Context, x: Operand, grid: _Grid) -> Operand:
     """The memory from the offset on as the grid's box."""
     flat = ctx.reshape(x, (math.prod(shape_of(x)),))
@@ -276,7 +290,15 @@ def _box(ctx: Context, x: Operand, grid: _Grid) -> Operand:
 def as_strided(
     ctx: Context, x: Operand, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Operand:
-    """`as_strided(x) -> transpose(slice_by_size(reshape(x)))`, or `reshape` for the whole tensor in order"""
+    """`as_strided(x) -> transpose(slice_by_size(reshape(x)))`, or `reshape` for the whole tensor in order
+
+    Windows that overlap along the last axis, as `torch.stft` takes them, are those of `unfold`.
+    """
+    shape = shape_of(x)
+    if not storage_offset and (step := _window_step(shape, size, stride)):
+        return unfold(
+            ctx, ctx.slice(x, len(shape) - 1, 0, (size[-2] - 1) * step + size[-1]), -1, size[-1], step
+        )
     grid = _grid(ctx, math.prod(shape_of(x)), size, stride, storage_offset)
     box = _box(ctx, x, grid)
     for axis, count in enumerate(grid.taken):

@@ -56,6 +56,8 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: torch.as_strided(x * 2, (2, 3), (2, 12), 1),
     "of a transposed tensor": lambda x: torch.as_strided((x * 2).t(), (2, 3), (2, 12), 1),
     "of a part": lambda x: torch.as_strided((x * 2)[2:], (2, 3), (2, 6), 13),
+    "windows": lambda x: torch.as_strided(x * 2, (6, 3, 3), (6, 1, 1)),
+    "windows of a row": lambda x: torch.as_strided((x * 2).flatten(), (5, 8), (5, 1)),
     "written": lambda x: torch.as_strided_scatter(x * 2, x[:2, :3], (2, 3), (2, 12), 1),
 }
 
@@ -82,9 +84,10 @@ def test_gradients_through_writes_to_views() -> None:
     check(gradients(permuted), [normal(6, 6)])
 
 
-def test_overlapping_windows_are_refused() -> None:
+@pytest.mark.parametrize(("size", "stride"), [((3, 3), (1, 2)), ((3, 3, 3), (1, 1, 1))])
+def test_other_overlapping_views_are_refused(size: tuple[int, ...], stride: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedModel, match="show each element once"):
-        lowered(lambda x: torch.as_strided(x * 2, (3, 3), (1, 1)), [torch.zeros(8)])
+        lowered(lambda x: torch.as_strided(x * 2, size, stride), [torch.zeros(8)])
 
 
 def test_out_arguments() -> None:
