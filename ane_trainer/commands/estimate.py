@@ -268,7 +268,9 @@ def refused_ops(program: Program, chip: Chip, path: str) -> tuple[str, ...]:
 def refusal_of(error: UnsupportedModel, name: str, chip: str) -> str:
     """The first cause, at the user's line where one has it; `check` tells them all."""
     first = min(error.findings, key=lambda finding: ".py:" not in finding.where)
-    return f"{first} All {len(error.findings)} reasons: ane-trainer check {name} --chip {chip}"
+    count = len(error.findings)
+    more = f" All {count} reasons: ane-trainer check {name} --chip {chip}" if count > 1 else ""
+    return f"{first}{more}"
 
 
 def _total_steps(

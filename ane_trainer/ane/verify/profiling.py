@@ -259,11 +259,12 @@ def result_profile(op: Op, value: Value, got: Array, local: Array, exact: Array)
     """The profile of a result of which these are all entries, or some, none of them infinite on the engine."""
     half = value.type.dtype == "fp16"
     kernel = KERNELS.get(op.kind)
+    own = distance(got, local, half)
     lost = int(((got == 0) & (local != 0) & np.isfinite(local)).sum()) if half else 0
     low, high = (float(got.min()), float(got.max())) if got.size else (None, None)
     return OpProfile(
-        value.name, op.kind, op.source, str(value.type), low, high, 0, 0, lost, distance(got, local, half),
-        distance(got, exact, half), None, 1, kernel.level if kernel else "",
+        value.name, op.kind, op.source, str(value.type), low, high, 0, 0, lost, own,
+        own if exact is local else distance(got, exact, half), None, 1, kernel.level if kernel else "",
     )  # fmt: skip
 
 
@@ -284,19 +285,26 @@ def distance(got: Array, want: Array, half: bool = True) -> Distance:
     With `half` both saturate at 65536, fp16's infinity.
     """
     a, b = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if half:
-        a, b = (np.where(np.abs(v) >= 65520, np.sign(v) * ENGINE_INF, v) for v in (a, b))
-    known = ~np.isnan(b) & ~((a == b) & np.isinf(b))
-    a, b = a[known], b[known]
+    if not all(_peak(v) < (65520 if half else np.inf) for v in (a, b)):  # not of nan either
+        if half:
+            a, b = (np.where(np.abs(v) >= 65520, np.sign(v) * ENGINE_INF, v) for v in (a, b))
+        known = ~np.isnan(b) & ~((a == b) & np.isinf(b))
+        a, b = a[known], b[known]
     if not a.size:
         return Distance(0.0, 0.0, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs(a - b)
         size = float(np.sqrt(np.mean(np.square(b))))
         spread = float(np.sqrt(np.mean(np.square(error))))
+        largest = float(error.max())
+        error /= np.maximum(np.abs(b), SMALLEST_NORMAL)
     relative = spread / size if size > 0 else (0.0 if spread == 0 else float("inf"))
-    largest_relative = float(np.max(error / np.maximum(np.abs(b), SMALLEST_NORMAL)))
-    return Distance(float(error.max()), largest_relative, relative)
+    return Distance(largest, float(error.max()), relative)
+
+
+def _peak(values: Array) -> float:
+    """The largest magnitude; nan where one is none."""
+    return float(np.maximum(-values.min(), values.max())) if values.size else 0.0
 
 
 def _outputs(
