@@ -73,12 +73,16 @@ class Alias:
 
 @dataclass(frozen=True)
 class Captured:
-    """A functional FX graph of ATen ops: placeholders are `inputs` in order, results are `outputs` in order."""
+    """A functional FX graph of ATen ops: placeholders are `inputs` in order, results are `outputs` in order.
+
+    `guarded`: places of the forward pass whose largest magnitude, as stored, is at the end of the health result.
+    """
 
     graph: torch.fx.GraphModule
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     aliases: tuple[Alias, ...]
+    guarded: tuple[str, ...] = ()
 
     def as_text(self) -> str:
         """The graph as readable Python."""

@@ -49,6 +49,7 @@ from ane_trainer.ane.capture.randomness import HostRandomMode, bounds, draw
 from ane_trainer.ane.capture.range.calibration import Magnitudes
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import (
+    HEALTH,
     LARGEST_SCALE,
     OVERFLOW,
     SCALING,
@@ -72,9 +73,6 @@ Tensors = dict[str, torch.Tensor]
 GRADIENT = "gradient"
 #: Keys among the units: the largest loss scale, and the power of two after clipping.
 CEILING, SHIFT = "step/largest_scale", "step/clip_shift"
-#: Target of the result with the largest magnitude of each gradient in its unit, whether the scaled ones fit (1 or
-#: 0), and the factor of clipping their norm, times the shift.
-HEALTH = "health"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, GradientOptions, g
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, scalar_values
 from ane_trainer.ane.capture.ports import Parameter, units_by_group
-from ane_trainer.ane.capture.step import HEALTH, SHIFT, largest_shift, least_gradient, unit_bounds
+from ane_trainer.ane.capture.scaling import HEALTH, LARGEST_SCALE, OVERFLOW
+from ane_trainer.ane.capture.step import SHIFT, largest_shift, least_gradient, unit_bounds
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.loading import LoadedStep
 from ane_trainer.ane.errors import NumericsWarning
@@ -57,11 +58,15 @@ class Move:
 
 @dataclass(frozen=True)
 class Watched:
-    """What the health of a run asks for: moves, whether it fitted, and the gradient that was too large, in words."""
+    """What the health of a run asks for: moves, whether it fitted, and the gradient that was too large, in words.
+
+    `saturated`: a value of the forward pass was, which no loss scale changes.
+    """
 
     moves: list[Move]
     fits: bool
     overflow: str = ""
+    saturated: bool = False
 
 
 @dataclass
@@ -71,7 +76,8 @@ class GradientUnits:
     `shift` is the power of two that follows clipping, `shift_level` the recent factor of clipping times it.
     `overflows` counts by parameter the batches in which its gradient was the one that did not fit. `fresh`: before the
     first step, and after changes from outside. `read_in`: the units after clipping of the results of the last run.
-    `lags`: how many updates parameters are behind, as the mirror counts them.
+    `lags`: how many updates parameters are behind, as the mirror counts them. `guarded`: places of the forward pass
+    that are watched; `saturations` counts the batches by place.
     """
 
     parameters: tuple[Parameter, ...]
@@ -85,6 +91,8 @@ class GradientUnits:
     fresh: bool = True
     read_in: Mapping[str, float] = field(default_factory=dict)
     lags: dict[str, int] = field(default_factory=dict)
+    guarded: tuple[str, ...] = ()
+    saturations: dict[str, int] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
     _warned: bool = False
 
@@ -94,7 +102,7 @@ class GradientUnits:
         trained = tuple(p for p in capture.parameters if p.trained)
         found = cls(trained, capture.rule, optimizer, [p.unit for p in trained])
         found.shift = capture.units.get(SHIFT, 1.0)
-        found.levels = [0.0] * len(trained)
+        found.levels, found.guarded = [0.0] * len(trained), capture.captured.guarded
         return found
 
     def named(self) -> dict[str, float]:
@@ -183,6 +191,13 @@ class GradientUnits:
         bounds: floors and limits as they were fed. room: the factor that a parameter's state can be scaled by.
         """
         count = len(self.parameters)
+        end = len(health) - len(self.guarded)
+        beyond = [
+            place for place, peak in zip(self.guarded, health[end:], strict=True) if not peak < OVERFLOW
+        ]
+        if beyond:
+            return self._saturated(beyond)
+        health = health[:end]
         if not health[count] > 0.0:  # the scaled gradients did not fit: the loss scale moves instead
             ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]
             self._count(max(range(count), key=lambda i: _size(ratios[i])), number)
@@ -236,6 +251,9 @@ class GradientUnits:
         for name, count in self.overflows.items():
             module = name.rpartition(".")[0] or name
             found[module] = found.get(module, 0) + count
+        for place, count in self.saturations.items():
+            module = place.partition(" (")[0]
+            found[module] = found.get(module, 0) + count
         return found
 
     def _overflow(self, index: int, peak: float, limit: float) -> str:
@@ -247,6 +265,17 @@ class GradientUnits:
             f"{parameter.name}: needs a gradient below {limit / unit:.3g} for this update; got {peak / unit:.3g}. "
             f"The update was skipped. {fix} Later ones are counted in `step.health`."
         )
+
+    def _saturated(self, places: Sequence[str]) -> Watched:
+        """Values of the forward pass that left fp16, in words; counted by place."""
+        for place in places:
+            self.saturations[place] = self.saturations.get(place, 0) + 1
+        text = (
+            f"{places[0]}: a value of the forward pass left fp16, which the example did not come near. The update "
+            "was skipped. Lower the learning rate, clip the gradients, or compile with such a batch as the example "
+            "(or in `calibrate_on`). Later ones are counted in `step.health`."
+        )
+        return Watched([], False, text, saturated=True)
 
     def warn(self, text: str) -> None:
         """Say it, once: the first gradient beyond its unit that cost an update."""
@@ -315,7 +344,9 @@ def run_fitting(
             return results
         if attempt == 0:
             scale = mirror.scaling("loss_scale"), mirror.scaling("good_steps")
-        if not math.isfinite(float(results["loss"][0])):
+        if found.saturated and attempt == 0:
+            scale = min(2.0 * scale[0], LARGEST_SCALE), scale[1]
+        if found.saturated or not math.isfinite(float(results["loss"][0])):
             break
     mirror.write_scale(*scale)
     units.warn(found.overflow)

@@ -11,10 +11,11 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from ane_trainer.ane.capture.range.calibration import Magnitude, magnitudes
-from ane_trainer.ane.capture.range.editing import aten, in_update, is_float
+from ane_trainer.ane.capture.range.editing import aten, is_float
 from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
+from ane_trainer.ane.capture.range.guarding import guard
 from ane_trainer.ane.capture.range.switch import POWERS, is_allowed, note
-from ane_trainer.ane.capture.scaling import OVERFLOW, SCALING
+from ane_trainer.ane.capture.scaling import HEALTH, SCALING
 from ane_trainer.ane.stages import Captured, Port
 
 #: Buffers above the first get an exponent that brings them to the second.
@@ -57,9 +58,9 @@ def scale_found(
     for shift in exponents.shifts:
         change = f"carried times 2^{-shift.exponent}"
         note(POWERS, shift.source, kinds.get(shift.node, shift.node), change, shift.reason)
+    guarded = guard(exponents, captured, [n for n in placeholders if n.name in scale_names])
     if not exponents.changed:
         return captured
-    _guard(exponents, [n for n in placeholders if n.name in scale_names])
     inputs = tuple(_scaled(p, exponents, n) for p, n in zip(captured.inputs, placeholders, strict=True))
     output, names = graph.output_node(), {p.target: p.name for p in captured.inputs if p.role == "state"}
     exponents.here = output
@@ -75,32 +76,11 @@ def scale_found(
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     graph.lint()
     captured.graph.recompile()
-    return dataclasses.replace(captured, inputs=inputs, outputs=tuple(outputs))
-
-
-def _guard(exponents: Exponents, scales: Sequence[Node]) -> None:
-    """Count what the backward pass stores larger than it is among the gradients that have to fit.
-
-    Such a value that leaves fp16 comes back as an ordinary number, which no gradient shows; the step then halves the
-    loss scale and runs again, as for a gradient.
-    """
-    backward = set(scales)
-    checks = []
-    for node in exponents.graph.nodes:
-        if not backward.isdisjoint(node.all_input_nodes):
-            backward.add(node)
-        if node.target is aten.lt.Scalar and node.args[1] == OVERFLOW and node in backward:
-            checks.append(node)
-    values = [v for v in exponents.stored_larger() if v in backward and is_float(v) and not in_update(v)]
-    if not checks or not values:
-        return
-    exponents.here = checks[0]
-    peaks = [checks[0].args[0]]
-    for value in values:
-        largest = exponents.emit(aten.amax.default, exponents.emit(aten.abs.default, value))
-        peaks.append(exponents.emit(aten.view.default, largest, [1]))
-    together = exponents.emit(aten.amax.default, exponents.emit(aten.cat.default, peaks))
-    checks[0].update_arg(0, exponents.emit(aten.view.default, together, [1]))
+    outputs = [
+        dataclasses.replace(p, shape=(p.shape[0] + len(guarded),)) if p.target == HEALTH else p
+        for p in outputs
+    ]
+    return dataclasses.replace(captured, inputs=inputs, outputs=tuple(outputs), guarded=guarded)
 
 
 def _buffer_exponents(

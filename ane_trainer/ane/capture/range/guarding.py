@@ -1,0 +1,139 @@
+"""Watches values of the step that a later batch may bring out of fp16, so that no such number reaches the weights.
+
+Backward: what is stored larger than it is comes back as an ordinary number if it leaves fp16, which no gradient shows.
+Forward: of each module the largest value, where the example brings it near the end of the range. Both are among the
+gradients that have to fit; the step is skipped, and the forward's magnitudes stand at the end of the health result, so
+that the host can name the module. Test: `test_guarding.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch.fx import Node
+
+from ane_trainer.ane.capture.range.bands import ALIGNED, CONTRACTIONS, LINEAR, PRODUCTS
+from ane_trainer.ane.capture.range.editing import aten, in_update, is_float, number, shape_of
+from ane_trainer.ane.capture.range.exponents import Exponents
+from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW
+from ane_trainer.ane.capture.trace.sources import META_KEY
+from ane_trainer.ane.stages import Captured
+
+#: From this magnitude on, as stored in the example, a value of the forward pass is watched.
+WATCHED = 2.0**8
+#: Numbers from here down stand for minus infinity.
+_MASK = -1e4
+
+
+def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> tuple[str, ...]:
+    """Add the guards to the graph, in place; returns the places of the forward pass that the health result tells of."""
+    backward = set(scales)
+    checks = []
+    for node in exponents.graph.nodes:
+        if not backward.isdisjoint(node.all_input_nodes):
+            backward.add(node)
+        if node.target is aten.lt.Scalar and node.args[1] == OVERFLOW and node in backward:
+            checks.append(node)
+    if not checks:
+        return ()
+    stored = [v for v in exponents.stored_larger() if v in backward and is_float(v) and not in_update(v)]
+    forward = dict(_forward(exponents, captured, backward)) if _health(captured) is not None else {}
+    if not stored and not forward:
+        return ()
+    exponents.here = checks[0]
+    peaks = [_peak(exponents, node) for node in stored]
+    seen = [_peak(exponents, node) for node in forward.values()]
+    together = exponents.emit(
+        aten.amax.default, exponents.emit(aten.cat.default, [checks[0].args[0], *peaks, *seen])
+    )
+    checks[0].update_arg(0, exponents.emit(aten.view.default, together, [1]))
+    health = _health(captured)
+    if seen and health is not None:
+        exponents.here = output = exponents.graph.output_node()
+        longer = exponents.emit(aten.cat.default, [health, *seen])
+        results = list(cast("Sequence[Node]", output.args[0]))
+        output.args = ([longer if node is health else node for node in results],)
+        exponents.changed = True
+    return tuple(forward)
+
+
+def _health(captured: Captured) -> Node | None:
+    results = cast("Sequence[Node]", captured.graph.graph.output_node().args[0])
+    found = (n for n, p in zip(results, captured.outputs, strict=True) if p.target == HEALTH)
+    return next(found, None)
+
+
+def _peak(exponents: Exponents, node: Node) -> Node:
+    """[1]: the largest magnitude; half of it where fp16 is the limit, since the accumulator ends at half of fp16."""
+    largest = exponents.emit(aten.amax.default, exponents.emit(aten.abs.default, node))
+    peak = exponents.emit(aten.view.default, largest, [1])
+    summed = str(node.target) in CONTRACTIONS
+    return peak if summed else exponents.emit(aten.mul.Tensor, peak, 0.5)
+
+
+def _forward(
+    exponents: Exponents, captured: Captured, backward: Collection[Node]
+) -> Iterator[tuple[str, Node]]:
+    """By place, the value of the forward pass that is nearest to its limit."""
+    masked = _masked(captured)
+    best: dict[str, tuple[float, Node]] = {}
+    for node in captured.graph.graph.nodes:
+        size = exponents.found.get(node.name)
+        if (
+            size is None
+            or node.op != "call_function"
+            or node in backward
+            or node in masked
+            or in_update(node)
+            or not is_float(node)
+            or not shape_of(node)
+            or not _makes(node)
+        ):
+            continue
+        stored = (
+            size.peak * 2.0 ** -exponents.of.get(node, 0) * (2.0 if str(node.target) in CONTRACTIONS else 1.0)
+        )
+        place = str(node.meta.get(META_KEY, node.name))
+        if stored >= WATCHED and stored > best.get(place, (0.0, node))[0]:
+            best[place] = stored, node
+    yield from ((place, node) for place, (_, node) in best.items())
+
+
+def _makes(node: Node) -> bool:
+    """Whether an operation makes new numbers that may be larger than its operands'."""
+    name = str(node.target)
+    return (
+        name in CONTRACTIONS
+        or name in PRODUCTS
+        or name.startswith(("aten.add.", "aten.sub.", "aten.sum.", "aten.exp.", "aten.pow.", "aten.cumsum."))
+    )
+
+
+def _masked(captured: Captured) -> set[Node]:
+    """Values in which numbers may stand for minus infinity: attention masks and what they are added to."""
+    found: set[Node] = set()
+    nodes = captured.graph.graph.nodes
+    bounds = {port.name: port.bounds for port in captured.inputs}
+    for node in nodes:
+        name = str(node.target)
+        low = bounds.get(node.name) if node.op == "placeholder" else None
+        tensor = getattr(captured.graph, name, None) if node.op == "get_attr" else None
+        constants = [number(a) for a in node.args] if node.op == "call_function" else []
+        if (
+            (low is not None and low[0] <= _MASK)
+            or (
+                isinstance(tensor, torch.Tensor)
+                and tensor.is_floating_point()
+                and tensor.numel()
+                and float(tensor.min()) <= _MASK
+            )
+            or any(c is not None and c <= _MASK for c in constants)
+            or (
+                (name in ALIGNED or name in LINEAR or name in PRODUCTS)
+                and not found.isdisjoint(node.all_input_nodes)
+            )
+        ):
+            found.add(node)
+    return found

@@ -1,0 +1,67 @@
+"""A forward value that leaves fp16 later in training: no weight sees it, and its module is named at that step."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ane_trainer as at
+from ane_trainer.ane.capture.step import capture_training
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+
+X, Y = 300 * torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "fast"])
+def test_a_later_batch_that_saturates_is_told_at_its_step(fidelity: str) -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    step = at.compile_step(model, "cross_entropy", optimizer, (X, Y), device="sim", fidelity=fidelity)
+    step(X, Y)
+    scale = step.loss_scale
+    step.sync()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.warns(at.NumericsWarning, match=r"^0.*left fp16.*The update was skipped"):
+        step(X * 60, Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(X * 60, Y)
+    step.sync()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert (step.skipped_steps, step.health) == (2, {"0": 2})
+    assert step.loss_scale == scale
+    step(X, Y)
+    step.sync()
+    assert step.skipped_steps == 2
+    assert not all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+class Masked(nn.Module):
+    """Scores in the thousands beside numbers that stand for minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.one(x)
+        hidden = scores.masked_fill(torch.arange(8) > 5, -1e9) * 2 + torch.tensor([0.0] * 7 + [-60000.0])
+        return self.two(hidden.softmax(-1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("model", "scale", "places"), [(net, 300.0, 2), (net, 1.0, 0), (Masked, 300.0, 1)])
+def test_only_values_near_the_end_of_the_range_are_watched(
+    model: type[nn.Module], scale: float, places: int
+) -> None:
+    made = model()
+    captured = capture_training(
+        made, F.cross_entropy, torch.optim.SGD(made.parameters(), 0.1), (X / 300 * scale, Y)
+    ).captured
+    assert len(captured.guarded) == places, captured.guarded
