@@ -3,7 +3,10 @@
 Backward: what is stored larger than it is comes back as an ordinary number if it leaves fp16, which no gradient shows.
 Forward: of each module the largest value, where the example brings it near the end of the range. Both are among the
 gradients that have to fit; the step is skipped, and the forward's magnitudes stand at the end of the health result, so
-that the host can name the module. Test: `test_guarding.py`.
+that the host can name the module (a step that is divided at its gradients skips, and counts, without).
+
+A step costs 9 ops more of 511 in a CNN with batch norm whose inputs are of 600, where two modules are watched, and none
+where no value of the example is above 256. Test: `test_guarding.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
     if not checks:
         return ()
     stored = [v for v in exponents.stored_larger() if v in backward and is_float(v) and not in_update(v)]
-    forward = dict(_forward(exponents, captured, backward)) if _health(captured) is not None else {}
+    forward = dict(_forward(exponents, captured, backward))
     if not stored and not forward:
         return ()
     exponents.here = checks[0]
@@ -56,7 +59,7 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
         results = list(cast("Sequence[Node]", output.args[0]))
         output.args = ([longer if node is health else node for node in results],)
         exponents.changed = True
-    return tuple(forward)
+    return tuple(forward) if health is not None else ()
 
 
 def _health(captured: Captured) -> Node | None:
