@@ -23,6 +23,7 @@ from torch import nn
 from ane_trainer import Trainer, __version__
 from ane_trainer.training.callbacks import Callback
 from ane_trainer.training.reporting.report import Reporter
+from ane_trainer.training.schedules import LearningRateSchedule
 from bench.study.arms import ARMS, Arm
 from bench.study.tasks import TASKS, Task
 
@@ -106,7 +107,8 @@ def train(task: Task, arm: Arm, seed: int, warm: nn.Module | None = None) -> Row
             **arm.options,
         )  # type: ignore[arg-type]
         looks = _LostUpdates(len(train_data) * task.epochs // LOOKS)
-        result = trainer.fit(train_data, task.epochs, held_out, callbacks=[looks])
+        schedule = [] if task.schedule == "constant" else [LearningRateSchedule(task.schedule)]
+        result = trainer.fit(train_data, task.epochs, held_out, callbacks=[looks, *schedule])
     step = trainer.step
     agreement = getattr(step, "agreement", None)
     return Row(

@@ -27,7 +27,8 @@ CONTEXT, WINDOWS = 64, 32
 class Task:
     """One row of the study. `metric`: what is compared, accuracy in percent or nats a token; `bound` in its unit.
 
-    `warm` epochs of fp32 come before what is compared, in both arms from the same weights.
+    `warm` epochs of fp32 come before what is compared, in both arms from the same weights. `schedule`: how the
+    learning rate goes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     metric: Literal["accuracy", "loss"]
     bound: float
     warm: int = 0
+    schedule: str = "constant"
 
 
 def _images(
@@ -93,7 +95,8 @@ TASKS: Mapping[str, Task] = {
         Task("mnist-cnn", _images("mnist"), _built("cnn"), _adam(1e-3), 1, "accuracy", 0.10),
         Task("fashion-mlp", _images("fashion-mnist"), _built("mlp"), _sgd(0.05), 3, "accuracy", 0.20),
         Task("fashion-cnn", _images("fashion-mnist"), _built("cnn"), _adam(1e-3), 1, "accuracy", 0.20),
-        Task("fashion-bn-cnn", _images("fashion-mnist", 64, 19200), _batch_norm_cnn, _adam(2e-3), 1, "accuracy", 0.3),
+        Task("fashion-bn-cnn", _images("fashion-mnist", 64, 19200), _batch_norm_cnn, _adam(2e-3), 1, "accuracy", 0.3,
+             schedule="linear"),
         Task("fashion-vit", _images("fashion-mnist", 64, 32000), _built("transformer"), _adam(1e-3), 1, "accuracy", .3),
         Task("text-gpt", _text, _built("gpt", (CONTEXT,), characters()), _adam(1e-3), 10, "loss", 0.01),
         Task("mnist-long", _images("mnist"), _built("mlp"), _adam(1e-5), 43, "loss", 0.01, warm=2),

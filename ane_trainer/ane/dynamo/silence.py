@@ -13,7 +13,7 @@ from ane_trainer.ane.capture.trace.sources import FAULTS
 from ane_trainer.ane.dynamo import torch_private
 from ane_trainer.ane.dynamo.graphs import graph_fault
 from ane_trainer.ane.dynamo.report import GraphBreakWarning, report
-from ane_trainer.ane.errors import AneTrainerError
+from ane_trainer.ane.errors import AneTrainerError, Finding, UnsupportedModel
 
 _ALLOW_RNN = "torch._dynamo.config.allow_rnn = True makes Dynamo take recurrent layers. "
 
@@ -41,6 +41,8 @@ def watch(backend: object) -> None:
             torch_private.leave_with(error)
         if isinstance(error, FAULTS):
             torch_private.leave_with(graph_fault(error, torch_private.user_line()))
+        if given_up is not None and torch_private.wants_one_graph():
+            torch_private.leave_with(_broken(*given_up))
         if given_up is not None:
             tell_of_cpu(*given_up)
             return
@@ -51,6 +53,15 @@ def watch(backend: object) -> None:
 
     torch_private.causal_masks_as_given()
     torch_private.around_frames(start, end)
+
+
+def _broken(reason: str, place: str) -> UnsupportedModel:
+    """What ends the one graph that was asked for."""
+    fix = "Take it out of the forward, or leave fullgraph=True out: the parts are programs, the rest runs on the CPU."
+    finding = Finding(
+        place or "model", "fullgraph=True", f"needs code that Dynamo makes a graph of; got: {reason}.", fix
+    )
+    return UnsupportedModel("torch.compile: the model is not one graph:", [finding], code="ANE301")
 
 
 def tell_of_cpu(text: str, place: str) -> None:

@@ -82,6 +82,16 @@ def given_up() -> tuple[str, str] | None:
     return gist(str(error)), user_line()
 
 
+def wants_one_graph() -> bool:
+    """At the end of a frame: whether torch.compile was asked for one graph (`fullgraph=True`): breaks are errors."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if "one_graph" in frame.f_locals:
+            return bool(frame.f_locals["one_graph"])
+    return False
+
+
 def failure() -> BaseException | None:
     """At the end of a frame: the error that Dynamo is about to raise; where a backend failed, the backend's own."""
     from torch._dynamo.exc import (

@@ -59,3 +59,13 @@ def test_a_copy_is_changed_in_place_after_a_break() -> None:
         got = torch.compile(lambda x: function(layer(x)), backend="ane", options=SIM)(x)
     got.sum().backward()
     torch.testing.assert_close(got, layer(x) + 1, rtol=0.01, atol=0.01)
+
+
+def test_a_break_within_the_one_graph_that_was_asked_for_is_an_error_of_this_package() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    fast = torch.compile(function, backend="ane", fullgraph=True, options=SIM)
+    with pytest.raises(at.AneTrainerError, match=r"ANE301.*\n?.*test_failures.py:\d+: fullgraph=True"):
+        fast(torch.randn(2, 2))

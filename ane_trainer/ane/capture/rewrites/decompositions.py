@@ -66,10 +66,31 @@ def silu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gradient * (s * (x * (1 - s) + 1))
 
 
-#: Gradients whose decomposition in torch leaves fp16 on its way.
+def cdist_forward(x: torch.Tensor, y: torch.Tensor, p: float, mode: int | None) -> object:
+    """Distances of rows as norms of differences, which the range pass knows (p = 2; others have a lowering rule)."""
+    if p != 2.0:
+        return NotImplemented
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), 2.0, dim=-1)
+
+
+def cdist_backward(
+    gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, p: float, distance: torch.Tensor
+) -> object:
+    """`sum((x - y) / d * g)` over y's rows; 0 where d = 0."""
+    if p != 2.0:
+        return NotImplemented
+    near = distance == 0.0
+    divisor = torch.where(near, 1.0, distance).unsqueeze(-1)
+    direction = (x.unsqueeze(-2) - y.unsqueeze(-3)) / divisor
+    return (direction * torch.where(near, 0.0, gradient).unsqueeze(-1)).sum(-2)
+
+
+#: Operations and gradients whose decomposition in torch leaves fp16 on its way.
 DERIVATIVES: dict[OperatorBase, Callable[..., object]] = {
     aten.softplus_backward.default: softplus_backward,
     aten.silu_backward.default: silu_backward,
+    aten._cdist_forward.default: cdist_forward,
+    aten._cdist_backward.default: cdist_backward,
 }
 _NEAREST = (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d)
 

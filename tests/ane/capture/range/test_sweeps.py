@@ -132,3 +132,11 @@ def test_losses(name: str, elements: int) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(elements // 20, 8), torch.randn(elements // 20, 20)
     assert_follows(nn.Linear(8, 20), LOSSES[name], x, y)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3, 5e3])
+def test_distances(scale: float) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6) * scale, torch.randn(8)
+    loss = lambda o, y: (torch.cdist(o, o.detach().flip(0) + scale) / scale).mean()  # noqa: E731
+    assert_follows(nn.Linear(6, 4, bias=False), loss, x, y)
