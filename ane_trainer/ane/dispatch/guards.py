@@ -28,6 +28,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _CONTAINERS = (list, tuple, dict, set)
 #: torch's own entries of a module's `__dict__`: tensors and children, which are compared by themselves, and hooks.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
+#: Lists of its parameters that a recurrent layer makes anew when it runs on others, as a capture and the proof do.
+_FLAT = frozenset(("_flat_weights", "_flat_weight_refs"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEEPEST = 6
 #: What transformers keeps of Python's own hashes, which differ from process to process.
@@ -153,7 +155,8 @@ class _Walk:
         space = vars(module)
         self.homes += [home for home in (space["_parameters"], space["_buffers"], space["_modules"]) if home]
         self.spaces += [space, *(space[name] for name in _HOOKS)]
-        self._names(space, [name for name in space if name not in _TORCHS], label, 0)
+        known = _TORCHS | _FLAT if isinstance(module, nn.RNNBase) else _TORCHS
+        self._names(space, [name for name in space if name not in known], label, 0)
         self._class(type(module), label)
 
     def value(self, value: object, label: str, depth: int = 0) -> None:

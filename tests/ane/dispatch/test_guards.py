@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ane_trainer as at
+from ane_trainer.ane.dispatch import adapting
 from ane_trainer.ane.dispatch.guards import Guards
 
 SCALE = 1.0
@@ -274,3 +275,29 @@ def test_guards_are_quick() -> None:
     yardstick = least(lambda: [m.training for m in model.modules()])
     assert not guards.changed()
     assert least(guards.changed) < max(10 * yardstick, 2e-4)
+
+
+class Last(nn.Module):
+    """A recurrent layer's last output."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_is_captured_once(kind: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward makes lists of its parameters anew, which once sent each step through a capture."""
+    captures: list[object] = []
+    compile_again = adapting.compile_step_of
+    monkeypatch.setattr(adapting, "compile_step_of", lambda *a: captures.append(a) or compile_again(*a))  # type: ignore[func-returns-value]
+    model, x = Last(kind), torch.randn(8, 3, 6)
+    step = at.compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), example=(x, Y), device="sim"
+    )
+    for _ in range(3):
+        step(x, Y)
+    assert captures == []
