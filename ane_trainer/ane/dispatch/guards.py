@@ -69,11 +69,13 @@ class Guards:
         self._sources = walk.sources
         self._saved = [source.values for source in walk.sources]
         self._reads = [source.read for source in walk.sources]
-        self._spaces, self._entries = walk.spaces, sum(map(len, walk.spaces))
+        self._empty, self._spaces = [s for s in walk.spaces if not s], [s for s in walk.spaces if s]
+        self._entries = sum(map(len, self._spaces))
         self._homes = walk.homes
         self._held = list(chain.from_iterable(map(dict.values, self._homes)))
         self._parameters = [t for t in self._held if isinstance(t, torch.Tensor)]
         self._trained = list(map(_trained, self._parameters))
+        self._hookable = [t for t in self._parameters if t.requires_grad]
         self._constants = Fingerprints(walk.constants)
         self._codes = walk.codes
 
@@ -82,11 +84,11 @@ class Guards:
         try:
             return (
                 self._saved != [read() for read in self._reads]
-                or self._entries != sum(map(len, self._spaces))
+                or self._grown()
                 or self._moved()
                 or self._trained != list(map(_trained, self._parameters))
-                or any(map(_hooks, self._parameters))
-                or any(map(_late_hooks, self._parameters))
+                or any(map(_hooks, self._hookable))
+                or any(map(_late_hooks, self._hookable))
                 or bool(self._constants.changed())
             )
         except (KeyError, ValueError, RuntimeError, TypeError):  # gone, or not comparable: not as it was
@@ -99,9 +101,13 @@ class Guards:
             found.append("a parameter, buffer or submodule: another object")
         elif self._trained != list(map(_trained, self._parameters)):
             found.append("requires_grad")
-        if self._entries != sum(map(len, self._spaces)):
+        if self._grown():
             found.append("attributes or hooks of a module: more or fewer")
         return found + [f"{name}: written to" for name in self._constants.changed()]
+
+    def _grown(self) -> bool:
+        """Whether a namespace has more or fewer entries; most are hooks, of which there are none."""
+        return any(self._empty) or self._entries != sum(map(len, self._spaces))
 
     def _moved(self) -> bool:
         """Whether a parameter, buffer or child is another object."""
@@ -112,7 +118,7 @@ class Guards:
     def key(self) -> tuple[object, ...]:
         """Equal for equal states; holds the objects that it compares by identity."""
         values = tuple(tuple(map(_frozen, values)) for values in self._saved)
-        hooked = any(map(_hooks, self._parameters)) or any(map(_late_hooks, self._parameters))
+        hooked = any(map(_hooks, self._hookable)) or any(map(_late_hooks, self._hookable))
         held = tuple(map(id, self._held))
         return values, self._entries, held, tuple(self._trained), hooked, self._constants.digest()
 
@@ -210,9 +216,12 @@ class _Walk:
         """Some entries of a namespace or dict."""
         names = [name for name in names if f"{label}.{name}" not in self._ignored]
         if names:
-            labels = tuple(f"{label}.{name}" for name in names)
-            read = functools.partial(itemgetter(names[0], *names), space)
-            self.sources.append(_Source((labels[0], *labels), read, read()))
+            twice = [*names, *names][
+                : max(len(names), 2)
+            ]  # one name alone would be read as a value, no tuple
+            labels = tuple(f"{label}.{name}" for name in twice)
+            read = functools.partial(itemgetter(*twice), space)
+            self.sources.append(_Source(labels, read, read()))
         for name in names:
             self.value(space[name], f"{label}.{name}", depth + 1)
 
