@@ -56,6 +56,27 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     assert (tmp_path / "site" / "reference" / "api" / "index.html").exists()
+    for page in LOOKED_FOR.values():
+        assert clicks(tmp_path / "site", page) <= 3
+
+
+def clicks(site: Path, page: str) -> int:
+    """How many links lead from the built start page to the page, and to its heading."""
+    file, _, anchor = page.partition("#")
+    wanted, seen = site / file.removesuffix(".md"), {site}
+    pages = [site]
+    for count in range(4):
+        if wanted in pages:
+            assert not anchor or f'id="{anchor}"' in (wanted / "index.html").read_text(encoding="utf-8")
+            return count
+        links = [
+            (page / link.partition("#")[0]).resolve()
+            for page in pages
+            for link in re.findall(r'href="([^":]*)"', (page / "index.html").read_text(encoding="utf-8"))
+        ]
+        pages = [link for link in dict.fromkeys(links) if (link / "index.html").exists() and link not in seen]
+        seen.update(pages)
+    return 4
 
 
 def test_every_page_has_its_place() -> None:

@@ -19,6 +19,7 @@ from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.dispatch import Target
+from ane_trainer.ane.dynamo.graphs import reshape_views
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Captured, Port
@@ -156,6 +157,8 @@ def _segment(module: GraphModule, nodes: list[Node], on_cpu: bool, refused: dict
         new[constant] = graph.node_copy(constant)
     for node in nodes:
         new[node] = graph.node_copy(node, lambda n: new[n])
+        if on_cpu:
+            reshape_views(new[node])
     outputs = [
         n
         for n in nodes

@@ -284,6 +284,16 @@ def _ancestors(nodes: Iterable[Node]) -> set[Node]:
     return wanted
 
 
+#: Views of tensors in order, which the programs have and PyTorch may not.
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+def reshape_views(node: Node) -> None:
+    """Let a view that PyTorch is to run take a tensor in any order: what made its own contiguous may be gone."""
+    if node.target in _VIEWS:
+        node.target = torch.ops.aten.reshape.default
+
+
 def _host_module(module: GraphModule, inputs: list[Node], results: Iterable[Node]) -> GraphModule:
     """The ancestors of `results` as a module over all inputs."""
     graph = Graph()
@@ -292,5 +302,6 @@ def _host_module(module: GraphModule, inputs: list[Node], results: Iterable[Node
     for node in module.graph.nodes:
         if node in wanted and node not in new:
             new[node] = graph.node_copy(node, lambda n: new[n])
+            reshape_views(new[node])
     graph.output(tuple(new[node] for node in results))
     return GraphModule(module, graph)

@@ -184,3 +184,19 @@ def test_importing_the_package_does_not_import_dynamo() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.stdout.strip() == "False"
+
+
+def test_labels_shifted_as_language_models_do_are_taken() -> None:
+    """Padded, sliced and flattened on the host; Hugging Face's models compute their loss so."""
+    torch.manual_seed(0)
+    table, head = nn.Embedding(10, 4), nn.Linear(4, 10)
+    tokens = torch.arange(12).reshape(3, 4) % 10
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        shifted = nn.functional.pad(y, (0, 1), value=-100)[..., 1:].contiguous().view(-1)
+        return nn.functional.cross_entropy(head(table(x)).view(-1, 10), shifted, ignore_index=-100)
+
+    found = torch.compile(loss, backend="ane")(tokens, tokens)
+    torch.testing.assert_close(found, loss(tokens, tokens), rtol=2e-3, atol=1e-3)
+    found.backward()
+    assert table.weight.grad is not None

@@ -1,4 +1,4 @@
-"""The examples of Lightning and Hugging Face's Trainer run and learn; skipped where these are not installed."""
+"""The examples of Lightning, transformers and accelerate run and learn; skipped where these are not installed."""
 
 import importlib.util
 import os
@@ -39,3 +39,11 @@ def test_transformers_trainer_takes_the_backend_by_name() -> None:
     found = re.search(r"loss ([\d.]+) -> ([\d.]+)", output)
     assert found is not None
     assert float(found[2]) < float(found[1]) - 0.01
+
+
+def test_a_loop_of_accelerate_ends_as_on_the_cpu() -> None:
+    output = run("accelerate_compile.py", "accelerate", "sklearn")
+    assert "backward [" in output
+    (plain, before), (loss, accuracy) = re.findall(r"loss ([\d.]+), accuracy ([\d.]+)%", output)
+    assert float(loss) == pytest.approx(float(plain), rel=5e-3)
+    assert float(accuracy) == pytest.approx(float(before), abs=1.0)
