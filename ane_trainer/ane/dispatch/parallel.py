@@ -177,10 +177,20 @@ def find_exchange(shards: int | None) -> Exchange | None:
     if not dist.is_available():
         return None if shards in (None, 1) else Exchange(Shards(shards or 1))
     if not dist.is_initialized() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo")
+        _join()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = Shards(shards or world, rank, world)
     return Exchange(found) if found.count > 1 else None
+
+
+def _join() -> None:
+    """Join the processes that torchrun started; its store outlives a restart, and holds addresses of lost processes."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group("gloo", store=PrefixStore(attempt, store), rank=rank, world_size=world)
 
 
 def share_of_cores(exchange: Exchange | None) -> int | None:
