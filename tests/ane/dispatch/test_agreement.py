@@ -201,3 +201,16 @@ def test_the_mode_of_each_module_is_the_captured_one() -> None:
         step = at.compile_step(model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=1e-2), (x, y))
         step(x, y)
         assert step.agreement.agrees, frozen
+
+
+def test_exponentials_beside_their_sum_are_told_of_softmax() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(8, 6), torch.randn(8, 8), torch.randn(8)
+
+    def loss(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        e = torch.exp(12 * o)
+        return ((e / e.sum(-1, keepdim=True))[:, 0] * y).sum()
+
+    step = at.compile_step(model, loss, torch.optim.SGD(model.parameters(), 0.01), (x, y), fidelity="fast")
+    with pytest.warns(at.NumericsWarning, match="loses the small ones of exponentials; softmax"):
+        step(x, y)

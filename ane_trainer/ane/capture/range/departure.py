@@ -106,7 +106,19 @@ def _described(node: Node, want: torch.Tensor, got: torch.Tensor) -> Departure:
         reason = f"is {peak:.3g} at most, too small for fp16; multiply what goes in"
     else:
         reason = "loses its small entries, or the difference of near numbers; subtract or normalise earlier"
+        if _behind_exponential(node):
+            reason = "loses the small ones of exponentials; softmax, log_softmax or logsumexp in their place keep them"
     return Departure(where, str(node.target).removeprefix("aten.").partition(".")[0], reason)
+
+
+def _behind_exponential(node: Node) -> bool:
+    """Whether an exponential is at most four operations in front of the node."""
+    nodes = {node}
+    for _ in range(5):
+        if any(n.target is torch.ops.aten.exp.default for n in nodes):
+            return True
+        nodes = {source for n in nodes for source in n.all_input_nodes}
+    return False
 
 
 class Kept(Measured):
