@@ -22,7 +22,6 @@ from ane_trainer.commands.subjects import (
     classes_of,
     resolve,
     shapes_of,
-    warn_if_refused,
 )
 from ane_trainer.utils import format_count, format_seconds
 
@@ -241,8 +240,6 @@ def estimates_of(
     for chip in [get_chip(name) for name in chips]:
         if isinstance(subject, ProgramSubject):
             refused = refused_ops(subject.program, chip, path)
-            if not refused:
-                warn_if_refused(subject.program.main, chip, path)
             cost = cost_of(subject.program, chip, path)
             found.append(ChipEstimate(chip.name, chip.title, cost, refused=refused))
             continue

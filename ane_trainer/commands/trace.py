@@ -104,6 +104,7 @@ class ChipStep:
     refusal: str = ""
     errors: Mapping[str, OpProfile] | None = None
     errors_of: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Trace:
             lines += [str(picture) for picture in self.pictures]
             if self.drawing and not self.pictures:
                 lines.append(f"no pictures: they need matplotlib ({_install()})")
-        lines += [f"{s.chip}: does not fit. {s.refusal}" for s in self.steps if s.timeline is None]
+        lines += [f"{s.title}: does not fit. {s.refusal}" for s in self.steps if s.timeline is None]
         return "\n".join(lines)
 
 
@@ -192,7 +193,7 @@ def _step(subject: ModelSubject | ProgramSubject, chip: str, path: str, errors: 
     try:
         step = subject.step(chip, path)
     except UnsupportedModel as error:
-        return ChipStep(chip, None, refusal_of(error, subject.name, chip))
+        return ChipStep(chip, None, refusal_of(error, subject.name, chip), title=get_chip(chip).title)
     with step:
         found = ChipStep(chip, timeline(step.program, chip, path))
         names = {op.name: op.kind for op in step.program.main.ops}

@@ -78,6 +78,9 @@ _WRONG = """\
 - **A 2-D feed-forward network at large batch** ([B*S, D] throughout) is 4 to 5 times slower than the same in 3-D on M5
   Pro; only that chip has rows. The rate of wide operands carries it to the others.
 - **An encoder at batch 256** is 9 times one at batch 64 on M5 Pro, 5 times on M4. One rate stands for both.
+- **Weights on a chip of which no weight stream is known**: 26 GB/s on M4 (DRAM 120), 58 on M1 Max (400), 151 on M5 Pro
+  (307) follow neither DRAM nor clock, so that a decoder's token is 39 % off there, a matrix-vector product 59 %. The
+  intervals of such chips are as wide; one measured weight stream settles it.
 - **Whole models**: ViT-B and MiniLM take 1.4 and 1.6 times the estimate (layers on [S, D] throughout; only M5 Pro has
   rows), and ResNet-50 on M5 Pro is published as 0.46 and as 0.76 ms.
 - **rms_norm** on M1 Max, M2 Pro and M5 Pro takes 3 to 6 times what it takes on M4 (an older release wrote it
