@@ -36,6 +36,7 @@ RULES = {
     "underflow": "numbers vanish: they are below what fp16 holds",
     "integers": "whole numbers from 2,048 on are rounded",
     "cancellation": "near numbers are subtracted: what rounding left of them is most of the difference",
+    "sensitive": "small errors of its operands become large ones here",
     "rounding": "rounding here costs more than fp16 itself",
     "input": "an input does not fit into fp16 as it is",
     "constant": "a number in the code does not fit into fp16 as it is",
@@ -55,6 +56,8 @@ HELP = {
     "integers": "Keep whole numbers below 2,048: take the remainder or the difference earlier.",
     "cancellation": "Subtract before the squares: ((x - mean) ** 2).mean() for (x * x).mean() - mean ** 2, "
     "((a - b) ** 2).sum() for a distance; or take the common offset off first.",
+    "sensitive": "Keep its operands small: before a sine take the remainder in the data or on the host, before "
+    "an exponential or a steep slope a smaller factor.",
     "rounding": "Keep its operands nearer to 1, or normalise before it.",
     "input": "Centre and scale it on the host, or feed it in two parts, say whole and rest.",
     "constant": "Split it into factors that fp16 holds (2^-14 to 65,504), or scale what it meets.",

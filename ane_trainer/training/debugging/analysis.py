@@ -18,7 +18,7 @@ from ane_trainer.ane.verify.faults import HELP, VANISHED
 from ane_trainer.ane.verify.lockstep import Lockstep
 from ane_trainer.training.debugging.refusals import refusals
 from ane_trainer.training.debugging.remedies import Bench, of_options
-from ane_trainer.training.debugging.report import Fault, Place, Remedy, Report
+from ane_trainer.training.debugging.report import Fault, OpLine, Place, Remedy, Report
 from ane_trainer.training.debugging.scores import OutputCriterion
 from ane_trainer.training.debugging.search import Culprit
 from ane_trainer.training.debugging.seen import Seen, no_options, program_phases
@@ -27,6 +27,8 @@ from ane_trainer.training.debugging.trials import Trial, Way
 _TOGETHER = "no single op is to blame: what the ops below lose adds up"
 
 
+#: Half a unit in fp16's last place, relative; and by how much an error grows at an op that is told as sensitive.
+_UNIT, _GROWTH = 2.0**-11, 20.0
 #: Losses without harm that are told.
 _MOST_LOST = 3
 
@@ -52,6 +54,7 @@ def debug_step(name: str, bench: Bench, way: Way) -> Report:
         if numbers := _numbers(trial, seen):
             tried = () if faults else tuple(of_options(bench, trial, frozenset(["forward"]), frozenset()))
             faults = (*faults, *(dataclasses.replace(f, remedies=tried) for f in numbers))
+        faults = faults or _sensitive(trial, seen)
         report = dataclasses.replace(
             report, verdict="departs", faults=faults, notes=() if faults else (_TOGETHER,)
         )
@@ -62,6 +65,24 @@ def debug_step(name: str, bench: Bench, way: Way) -> Report:
             report, costs=costs, healed=healed, lost=_lost(trial, seen, (*costs, *healed))
         )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _sensitive(trial: Trial, seen: Seen) -> tuple[Fault, ...]:
+    """Where no op loses much by itself: the line at which what its operands are off by grows most."""
+    grown: list[tuple[float, OpLine]] = []
+    for line in seen.lines():
+        found, total = line.accuracy, line.accuracy.profile.total.relative
+        growth = min(total, 10.0) / max(found.before, _UNIT)
+        if line.phase in ("forward", "loss") and line.place.line and growth >= _GROWTH and total >= VANISHED:
+            grown.append((growth, line))
+    most = max((growth for growth, _ in grown), default=0.0)
+    first = next((line for growth, line in grown if growth >= most / 2), None)
+    if first is None:
+        return ()
+    found, total = first.accuracy, min(first.accuracy.profile.total.relative, 10.0)
+    facts = f"its operands are off by {100 * found.before:.2g} %, its result by {100 * total:.2g} %"
+    fault = Fault(found.profile.kind, found.name, first.place, first.phase, "sensitive", facts, trial.score)
+    return (dataclasses.replace(fault, advice=HELP["sensitive"]),)
 
 
 def _numbers(trial: Trial, seen: Seen) -> tuple[Fault, ...]:

@@ -71,6 +71,13 @@ class DeadScale(Base):
         return self.b(h + self.scale * self.down(h))
 
 
+class Sines(Base):
+    """Sines of thousands, which fp16 holds to whole numbers only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.sin(self.a(x) * 5000))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, whether the range pass is on, and what `debug` has to find: rule, op, remedy, direction."""

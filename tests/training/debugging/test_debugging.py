@@ -16,7 +16,7 @@ from ane_trainer.ane.verify.faults import HELP, RULES
 from ane_trainer.training.debugging import Report, debug_step
 from ane_trainer.training.debugging.remedies import Bench
 from ane_trainer.training.debugging.trials import REWRITES, Way
-from tests.training.debugging.faulty import CASES, Case, DeadScale, Fine, Heavy, Norm
+from tests.training.debugging.faulty import CASES, Case, DeadScale, Fine, Heavy, Norm, Sines
 
 
 def report_of(
@@ -70,6 +70,15 @@ def test_what_is_lost_without_harm_is_told_with_a_way_out() -> None:
     assert "Lost on the way, though loss and updates agree:" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "Lost on the way" in report.as_html()
+
+
+def test_where_no_op_loses_much_the_line_at_which_errors_grow_is_named() -> None:
+    report = report_of(Sines)
+    assert report.verdict == "departs"
+    (fault,) = report.faults
+    assert (fault.rule, fault.op) == ("sensitive", "sin")
+    assert "faulty.py:" in fault.place.line
+    assert "remainder" in fault.advice
 
 
 def test_there_is_help_for_every_kind_of_fault() -> None:
