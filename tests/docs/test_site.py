@@ -150,7 +150,7 @@ def known_options(name: str) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnist", "own_model"])
+@pytest.mark.parametrize("name", ["mnist", "own_model", "language_model"])
 def test_notebooks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cells = json.loads((DOCS / "notebooks" / f"{name}.ipynb").read_text())["cells"]
