@@ -51,7 +51,7 @@ from ane_trainer.ane.stages import Captured, Compiled
 from ane_trainer.utils import added
 
 #: Bytes that the folder may hold, and that one entry may.
-LIMIT, LARGEST = 1 << 30, 1 << 28
+LIMIT, LARGEST = 2 << 30, 1 << 29
 #: How far loss and gradients may be from what was noted, as a share: less than fp16 shows, more than threads change.
 _TOLERANCE = 1e-6
 _PACKAGE = Path(__file__).parents[2]
