@@ -79,9 +79,9 @@ CEILING, SHIFT = "step/largest_scale", "step/clip_shift"
 class StepCapture:
     """A captured step, the loss scale to start from and the gradient units (parameter -> power of two).
 
-    `values(batch)` are those of the inputs in a
-    first step, in full precision; `calibration` the magnitudes that its powers of two were chosen from. `update`: the
-    second part of a step that is divided at its gradients.
+    `values(batch)` are those of the inputs in a first step, in full precision; `calibration` the magnitudes that its
+    powers of two were chosen from. `update`: the second part of a step that is divided at its gradients. `guarded`:
+    that of the graph.
     """
 
     source: Callable[[], Captured] = field(repr=False, compare=False)
@@ -95,6 +95,7 @@ class StepCapture:
     )
     update: Captured | None = None
     calibration: Magnitudes = field(default_factory=dict, repr=False)
+    guarded: tuple[str, ...] = ()
 
     @functools.cached_property
     def captured(self) -> Captured:
@@ -189,7 +190,9 @@ def capture_training(
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
         captured, sizes = finish_whole(graph, plan.inputs, outputs, examples, sizes, plan.buffers)
-    return StepCapture(lambda: captured, scale, chosen, rule, parameters, changes, values, update, sizes)
+    return StepCapture(
+        lambda: captured, scale, chosen, rule, parameters, changes, values, update, sizes, captured.guarded
+    )
 
 
 def _plan(

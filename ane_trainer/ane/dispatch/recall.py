@@ -70,6 +70,7 @@ class Entry:
     parameters: Mapping[str, tuple[int | None, float]]
     changes: BufferChanges
     calibration: Magnitudes
+    guarded: tuple[str, ...]
     compiled: Compiled
 
 
@@ -120,6 +121,7 @@ class Memory:
         capture = StepCapture(
             captured, entry.loss_scale, entry.units, rule_for(asked.optimizer, asked.on_host), tuple(parameters),
             entry.changes, lambda batch: again().values(batch), None, entry.calibration,
+            entry.guarded,
         )  # fmt: skip
         return capture, entry.compiled
 
@@ -135,7 +137,7 @@ class Memory:
         entry = Entry(
             noted, _files(), _generator() if draws else "", capture.loss_scale, dict(capture.units),
             {p.name: (p.group, p.unit) for p in capture.parameters}, capture.changes,
-            dict(capture.calibration), compiled,
+            dict(capture.calibration), capture.guarded, compiled,
         )  # fmt: skip
         data = b""
         with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):

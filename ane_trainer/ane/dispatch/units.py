@@ -102,7 +102,7 @@ class GradientUnits:
         trained = tuple(p for p in capture.parameters if p.trained)
         found = cls(trained, capture.rule, optimizer, [p.unit for p in trained])
         found.shift = capture.units.get(SHIFT, 1.0)
-        found.levels, found.guarded = [0.0] * len(trained), capture.captured.guarded
+        found.levels, found.guarded = [0.0] * len(trained), capture.guarded
         return found
 
     def named(self) -> dict[str, float]:
