@@ -210,6 +210,7 @@ def load_compiled(
     mirror = Mirror(
         session, inputs, subject.model, subject.optimizer, capture.rule, target.precision, capture.changes
     )
+    mirror.keep_unwritten(outputs)
     mirror.set_units({p.name: p.unit for p in capture.parameters if p.trained}, capture.units[SHIFT])
     mirror.set_scaling(capture.loss_scale)
     return LoadedStep(

@@ -94,6 +94,7 @@ class Mirror:
         self._sources = _sources(model, optimizer)
         # parameters that a step does not change keep their bits: frozen ones, and all if the host updates them
         self._changing = {p.name for p in self._trained} | set(float_buffers(model))
+        self._unwritten: set[str] = set()
         self._model, self._changes = model, changes
         self._fingerprints = Fingerprints(self._tensors)
         self._moments: tuple[Any, ...] = ()
@@ -103,6 +104,12 @@ class Mirror:
 
     # Weights and buffers
 
+    def keep_unwritten(self, outputs: Iterable[Port]) -> None:
+        """Buffers that are no output of the step keep their bits: the engine has them rounded."""
+        written = {port.target for port in outputs if port.role == "state"}
+        self._unwritten = set(float_buffers(self._model)) - written
+        self._changing -= self._unwritten
+
     @torch.no_grad()
     def pull_weights(self, steps: int) -> None:
         """Engine -> module, for everything that a step changes; `steps` ran since the last time."""
@@ -110,6 +117,17 @@ class Mirror:
             self._combine(name, self._tensors[name])
         self._changes.count(self._model, steps)
         self._fingerprints.note(self._changing)
+
+    @torch.no_grad()
+    def pull_unwritten(self) -> None:
+        """Engine -> module, for buffers that no step changes and that a checkpoint brought: others keep their bits."""
+        for name in self._unwritten:
+            value = self._tensors[name]
+            held = torch.zeros(value.shape)
+            self._combine(name, held)
+            if not torch.equal(held, value.float().to(self._range.dtype).float()):
+                value.copy_(held)
+                self._fingerprints.note({name})
 
     @torch.no_grad()
     def push_weights(self, changed_only: bool = False) -> None:

@@ -323,6 +323,7 @@ class TrainingStep:
         self.skipped_steps = state.skipped_steps
         self._draws.set_state(state.generator)
         mirror.pull_weights(0)
+        mirror.pull_unwritten()
         self._unsynced, self._stale_moments = 0, self.applied_steps > 0
 
     @property

@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
-from ane_trainer.ane.dynamo.torch_private import make_boxed_func
+from ane_trainer.ane.dynamo.torch_private import make_boxed_func, refuse_second_derivatives
+from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 #: A gradient of this magnitude or more, as stored, counts as an overflow.
 OVERFLOW = 32768.0
@@ -32,12 +33,15 @@ FLOW_BOUND, LARGEST_CONCESSION = 2.0**14, 6
 _ATTEMPTS = 12
 
 
+@torch.compiler.disable
 def backward_function(
     module: GraphModule, example_inputs: Sequence[object], options: Options
 ) -> Callable[..., object]:
     """The compiler that AOTAutograd calls for backward graphs."""
     del example_inputs
-    return make_boxed_func(Backward(module, options))
+    # A loop that asks for gradients within what is compiled gets here with Dynamo watching every frame.
+    run = torch.compiler.disable(Backward(module, options).__call__)
+    return make_boxed_func(run)
 
 
 class Backward:
@@ -52,6 +56,7 @@ class Backward:
 
     def __call__(self, *inputs: Any) -> list[object]:
         """The gradients in fp32; nan everywhere if one that comes in is not finite, as PyTorch would spread it."""
+        refuse_second_derivatives(_second_derivative)
         given = list(inputs)
         peak = max((float(given[i].abs().amax()) for i in self._tangents if given[i].numel()), default=0.0)
         finite = math.isfinite(peak)
@@ -113,6 +118,15 @@ class Backward:
             found[name] = dataclasses.replace(m, peak=m.peak * scale, rms=m.rms * scale)
         before, self.power, self._wanted = self.power, exponent + math.frexp(peak)[1], largest * scale
         return function.calibrate(found) or self.power != before
+
+
+def _second_derivative() -> UnsupportedModel:
+    found = Finding(
+        "torch.autograd.grad", "create_graph=True", "differentiates a compiled backward pass, which torch.compile has not.",
+        "Compile the function that calls torch.autograd.grad and returns the loss (torch 2.13 or later), give the model and "
+        "loss to compile_step, or call the model that was not compiled there.",
+    )  # fmt: skip
+    return UnsupportedModel("torch.compile: the gradient of a gradient was asked for:", [found], code="ANE303")
 
 
 def _gradient(result: object) -> bool:

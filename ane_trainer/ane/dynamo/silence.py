@@ -21,13 +21,13 @@ _ALLOW_RNN = "torch._dynamo.config.allow_rnn = True makes Dynamo take recurrent 
 def watch(backend: object) -> None:
     """From here on, until Dynamo is reset: warn of frames and parts of frames that `backend` never sees.
 
-    Masks as indices stay in the graph, and what fails in Dynamo or the backend is raised as an error of this package.
+    Masks as indices and gradients asked for within stay in the graph, and what fails in Dynamo or the backend is raised as an error of this package.
     """
-    known, before = set(torch_private.break_reasons()), [False]
+    known, before = set(torch_private.break_reasons()), [(False, False)]
 
     def start() -> None:
         if torch_private.compiles_for(backend):
-            before[0] = torch_private.whole_masks(True)
+            before[0] = torch_private.whole_graphs((True, True))
 
     def end() -> None:
         given_up, error = torch_private.given_up(), torch_private.failure()
@@ -35,7 +35,7 @@ def watch(backend: object) -> None:
         known.update(fresh)
         if not torch_private.compiles_for(backend):
             return
-        torch_private.whole_masks(before[0])
+        torch_private.whole_graphs(before[0])
         if isinstance(error, AneTrainerError):
             error.__suppress_context__ = True
             torch_private.leave_with(error)

@@ -20,7 +20,7 @@ __all__ = [
     "DynamicOutputShapeException", "FakeTensorMode", "aot_module_simplified", "around_frames",
     "break_reasons", "causal_masks_as_given", "compile_id", "compiles_for", "default_partition", "expression",
     "failure", "forget_backend", "gist", "given_up", "is_known", "leave_with", "make_boxed_func", "user_line",
-    "whole_masks", "with_effects",
+    "refuse_second_derivatives", "whole_graphs", "with_effects",
 ]  # fmt: skip
 
 
@@ -56,13 +56,36 @@ def around_frames(start: Callable[[], None], end: Callable[[], None]) -> None:
     on_compile_end(lambda _arguments: end())
 
 
-def whole_masks(whole: bool) -> bool:
-    """Whether Dynamo keeps `x[mask]` in the graph, where it cuts the graph by default; returns what it was."""
+#: What Dynamo cuts a graph at by default, and need not: `x[mask]`, and from torch 2.13 on `torch.autograd.grad`.
+_WHOLE = ("capture_dynamic_output_shape_ops", "trace_autograd_ops")
+
+
+def whole_graphs(settings: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Whether Dynamo keeps `x[mask]` and `torch.autograd.grad` in the graph; returns what it was."""
     from torch._dynamo import config
 
-    before = bool(config.capture_dynamic_output_shape_ops)
-    config.capture_dynamic_output_shape_ops = whole
+    names = [name for name in _WHOLE if hasattr(config, name)]
+    before = tuple(bool(getattr(config, name)) for name in names)
+    for name, setting in zip(names, settings, strict=False):
+        setattr(config, name, setting)
     return before
+
+
+def refuse_second_derivatives(error: Callable[[], Exception]) -> None:
+    """Within a backward pass that keeps its own graph: raise this error if that graph is differentiated.
+
+    AOTAutograd calls `_double_backward` then, whose class raises a RuntimeError.
+    """
+
+    def backward(*_arguments: object) -> None:
+        raise error()
+
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_double_backward":
+        frame = frame.f_back
+    differentiated = frame.f_locals.get("CompiledFunctionBackward") if frame is not None else None
+    if differentiated is not None:
+        differentiated.backward = staticmethod(backward)
 
 
 def is_known(value: object) -> bool:

@@ -109,3 +109,27 @@ def test_what_is_not_kept_is_refused(kind: str, message: str) -> None:
     if kind == "ready":
         model(x)  # the first call has set the flag
         at.compile_step(model, "mse", optimizer, (x, y), fidelity="fast")
+
+
+def test_a_buffer_that_no_step_writes_to_keeps_its_bits() -> None:
+    """A table that is read only: the engine has it rounded, the module does not."""
+
+    class Scheduled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.register_buffer("kept", torch.linspace(0.9999, 0.98, 100).cumprod(0))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x) * self.kept[t][:, None]
+
+    model = Scheduled()
+    before, example = model.kept.clone(), ((torch.randn(5, 4), torch.randint(0, 100, (5,))), torch.randn(5, 3))
+    step = at.compile_step(model, "mse", torch.optim.SGD(model.parameters(), lr=0.1), example)
+    step(*example)
+    step.sync()
+    state = step.state_dict()
+    step.load_state_dict(state)
+    assert torch.equal(model.kept, before)
+    model.kept.fill_(0.5)  # and another model's is brought by a checkpoint
+    step.load_state_dict(state)
+    torch.testing.assert_close(model.kept, before, rtol=1e-3, atol=0.0)

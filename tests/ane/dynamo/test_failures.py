@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ane_trainer as at
+from ane_trainer.ane.capture.trace.simplify import simplify
 
 SIM = {"device": "sim"}
 
@@ -69,3 +70,51 @@ def test_a_break_within_the_one_graph_that_was_asked_for_is_an_error_of_this_pac
     fast = torch.compile(function, backend="ane", fullgraph=True, options=SIM)
     with pytest.raises(at.AneTrainerError, match=r"ANE301.*\n?.*test_failures.py:\d+: fullgraph=True"):
         fast(torch.randn(2, 2))
+
+
+def _slope(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x.requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return (slope - 1).square().mean()
+
+
+def test_the_gradient_of_a_gradient_outside_of_what_is_compiled_is_refused_in_words() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    loss = _slope(torch.compile(net, backend="ane", options=SIM), torch.randn(5, 3))
+    with pytest.raises(at.AneTrainerError, match="ANE303.*gradient of a gradient(.|\n)*compile_step"):
+        loss.backward()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch 2.13 keeps autograd.grad in graphs"
+)
+def test_the_gradient_of_a_gradient_within_is_pytorchs() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(5, 3).requires_grad_()
+    _slope(net, x).backward()
+    want = [p.grad for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    torch.compile(lambda x: _slope(net, x), backend="ane", options=SIM, fullgraph=True)(x).backward()
+    for got, expected in zip((p.grad for p in net.parameters() if p.grad is not None), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=1e-3)
+
+
+def test_memory_that_nothing_wrote_to_is_no_value() -> None:
+    class Filled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = super().forward(x)
+            filled = torch.empty_like(h)
+            filled[:, ::2], filled[:, 1::2] = h[:, ::2], -h[:, 1::2]
+            return filled
+
+    torch.manual_seed(0)
+    layer, x = Filled(8, 4), torch.randn(16, 8)
+    traced = torch.fx.GraphModule({}, torch.fx.Graph())
+    node = traced.graph.call_function(torch.ops.aten.empty.memory_format, ([2, 3],), {"device": "cpu"})
+    node.meta["val"] = torch.empty(2, 3, device="meta")
+    traced.graph.output(node)
+    simplify(traced.graph)
+    traced.recompile()
+    assert torch.equal(traced(), torch.zeros(2, 3))
+    got = torch.compile(layer, backend="ane", options=SIM)(x)
+    torch.testing.assert_close(got, layer(x), rtol=0.01, atol=0.01)

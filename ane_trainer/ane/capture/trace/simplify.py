@@ -23,6 +23,13 @@ _CHAIN = "ane_chain"
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
+#: Tensors whose content nobody may read: with zeros, a calibration does not take old memory for values.
+_UNWRITTEN = {
+    aten.empty.memory_format, aten.empty_permuted.default, aten.empty_strided.default, aten.empty_like.default,
+    aten.new_empty.default, aten.new_empty_strided.default,
+}  # fmt: skip
+
+
 def simplify(graph: Graph) -> None:
     """Simplify in place; results keep their values and order."""
     for node in list(graph.nodes):
@@ -54,7 +61,10 @@ def _rewrite(node: Node) -> None:
     """One spelling for reshapes; a view of a view and a permute of a permute become one."""
     source = _as_node(node.args[0]) if node.args else None
     inner_target = None if source is None else source.target
-    if node.target in _VIEWS:
+    if node.target in _UNWRITTEN and (shape := shape_of(node)) is not None:
+        node.target = aten.full.default
+        node.args, node.kwargs = (list(shape), 0), {"dtype": dtype_of(node)}
+    elif node.target in _VIEWS:
         node.target = aten.view.default
         node.args = (source, list(shape_of(node) or ()))
         if source is not None and inner_target is aten.view.default:
