@@ -19,7 +19,7 @@ import torch
 from ane_trainer.ane.capture.buffers import BufferChanges
 from ane_trainer.ane.capture.gradients import ACCUMULATED
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, Rule, Slot
-from ane_trainer.ane.capture.optimizers.table import plain, uneven_groups, updates_seen
+from ane_trainer.ane.capture.optimizers.table import check_counters, plain, uneven_groups, updates_seen
 from ane_trainer.ane.capture.ports import Parameter, find_parameters, float_buffers
 from ane_trainer.ane.capture.scaling import FITS, SCALING
 from ane_trainer.ane.capture.trace.torch_private import version
@@ -106,8 +106,7 @@ class Mirror:
 
     def keep_unwritten(self, outputs: Iterable[Port]) -> None:
         """Buffers that are no output of the step keep their bits: the engine has them rounded."""
-        written = {port.target for port in outputs if port.role == "state"}
-        self._unwritten = set(float_buffers(self._model)) - written
+        self._unwritten = set(float_buffers(self._model)) - {p.target for p in outputs if p.role == "state"}
         self._changing -= self._unwritten
 
     @torch.no_grad()
@@ -122,8 +121,7 @@ class Mirror:
     def pull_unwritten(self) -> None:
         """Engine -> module, for buffers that no step changes and that a checkpoint brought: others keep their bits."""
         for name in self._unwritten:
-            value = self._tensors[name]
-            held = torch.zeros(value.shape)
+            value, held = self._tensors[name], torch.zeros(self._tensors[name].shape)
             self._combine(name, held)
             if not torch.equal(held, value.float().to(self._range.dtype).float()):
                 value.copy_(held)
@@ -264,7 +262,7 @@ class Mirror:
         for parameter, group, slots in self._slots():
             state = dict.get(self._optimizer.state, parameter.tensor, {})
             own = count - self.lags.get(parameter.name, 0)
-            _check_counters(parameter.name, state, self._rule.counters(group, max(own, 1)))
+            check_counters(parameter.name, state, self._rule.counters(group, max(own, 1)))
             for slot in slots:
                 value = state.get(slot.name)
                 if value is not None and (id(value), version(value)) in old:
@@ -395,19 +393,6 @@ class Mirror:
 
     def _write(self, port: Port, array: Array) -> None:
         self._session.write(port.name, array.astype(self._range.numpy, copy=False).reshape(port.shape))
-
-
-def _check_counters(name: str, state: Mapping[str, object], wanted: Mapping[str, float]) -> None:
-    """UsageError for a number of the state that does not follow from its step: NAdam's product, set by hand."""
-    for key, number in wanted.items():
-        given = state.get(key)
-        if key == "step" or not isinstance(given, (int, float, torch.Tensor)):
-            continue
-        if abs(float(given) - number) > 1e-3 * abs(number):
-            raise UsageError(
-                f"optimizer.state: needs the {key} of {name} that its step gives ({number:.6g}); got "
-                f'{float(given):.6g}. Set both together, or compile with optimizer_on="host".'
-            )
 
 
 def _sources(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

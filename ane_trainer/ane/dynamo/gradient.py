@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
-from ane_trainer.ane.dynamo.torch_private import make_boxed_func, refuse_second_derivatives
+from ane_trainer.ane.dynamo.torch_private import make_boxed_func, refuse_second_derivatives, untraced
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 #: A gradient of this magnitude or more, as stored, counts as an overflow.
@@ -33,15 +33,16 @@ FLOW_BOUND, LARGEST_CONCESSION = 2.0**14, 6
 _ATTEMPTS = 12
 
 
-@torch.compiler.disable
 def backward_function(
     module: GraphModule, example_inputs: Sequence[object], options: Options
 ) -> Callable[..., object]:
-    """The compiler that AOTAutograd calls for backward graphs."""
+    """The compiler that AOTAutograd calls for backward graphs.
+
+    A function that asks for gradients within gets here with Dynamo watching every frame.
+    """
     del example_inputs
-    # A loop that asks for gradients within what is compiled gets here with Dynamo watching every frame.
-    run = torch.compiler.disable(Backward(module, options).__call__)
-    return make_boxed_func(run)
+    make: Callable[..., Backward] = untraced(Backward)
+    return make_boxed_func(untraced(make(module, options).__call__))
 
 
 class Backward:
@@ -122,11 +123,13 @@ class Backward:
 
 def _second_derivative() -> UnsupportedModel:
     found = Finding(
-        "torch.autograd.grad", "create_graph=True", "differentiates a compiled backward pass, which torch.compile has not.",
-        "Compile the function that calls torch.autograd.grad and returns the loss (torch 2.13 or later), give the model and "
-        "loss to compile_step, or call the model that was not compiled there.",
+        "torch.autograd.grad", "create_graph=True", "is differentiated, and torch.compile has no second derivatives.",
+        "Compile the function that calls torch.autograd.grad and returns the loss (torch 2.13 or later), give model "
+        "and loss to compile_step, or call the model that was not compiled there.",
     )  # fmt: skip
-    return UnsupportedModel("torch.compile: the gradient of a gradient was asked for:", [found], code="ANE303")
+    return UnsupportedModel(
+        "torch.compile: the gradient of a gradient was asked for:", [found], code="ANE303"
+    )
 
 
 def _gradient(result: object) -> bool:

@@ -14,13 +14,16 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.range import count_in_floats, drop_cancelled, scale_rows
+from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.simplify import simplify
-from ane_trainer.ane.capture.trace.sources import META_KEY, PACKAGE_FOLDER, fault, place_of
+from ane_trainer.ane.capture.trace.sources import META_KEY, PACKAGE_FOLDER, Place, fault, place_of
+from ane_trainer.ane.capture.trace.torch_private import without_modes
+from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.compiler.lower.indices.codes import MOVES
 from ane_trainer.ane.compiler.lower.indices.ranges import packet_name
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.dynamo.torch_private import default_partition, with_effects
-from ane_trainer.ane.errors import UnsupportedModel
+from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten
 
@@ -68,6 +71,7 @@ def partition(
     joint: GraphModule, inputs: object, *, num_fwd_outputs: int, **options: object
 ) -> tuple[GraphModule, GraphModule]:
     """AOTAutograd's forward and backward; indices that the engine's rules do without are not passed on."""
+    joint = real_graph(joint)
     _drop_checks(joint.graph)
     _spell_out_dropout(joint.graph)
     for node in joint.graph.nodes:
@@ -81,8 +85,68 @@ def partition(
     return forward, backward
 
 
+class _Placing(torch.fx.Interpreter):
+    """Runs a graph, and says of each node where the user's code has it."""
+
+    def __init__(self, module: GraphModule, place: Place) -> None:
+        super().__init__(module)
+        self._place = place
+
+    def run_node(self, n: Node) -> object:
+        self._place.text = n.meta.get(META_KEY)
+        return super().run_node(n)
+
+
+def real_graph(module: GraphModule) -> GraphModule:
+    """A graph within which there are complex numbers, on pairs of real ones (`capture.rewrites.complexes`).
+
+    Raises: UnsupportedModel for complex tensors that go in or come out.
+    """
+    nodes = [n for n in module.graph.nodes if _is_complex(n)]
+    if not nodes:
+        return module
+    _note_sources(module.graph)
+    output = module.graph.output_node()
+    ends = [n for n in nodes if n.op == "placeholder" or output in n.users]
+    if ends:
+        found = [
+            Finding(n.meta.get(META_KEY) or n.name, "complex", "is complex outside of what is compiled.",
+                    "Keep a real tensor [..., 2] (torch.view_as_real), and call torch.view_as_complex on it within.")
+            for n in ends
+        ]  # fmt: skip
+        raise UnsupportedModel("torch.compile: parameters, inputs and results must be real:", found)
+    place, inputs = Place(), [n for n in module.graph.nodes if n.op == "placeholder"]
+    runner = _Placing(module, place)
+    with without_modes(), torch.no_grad():
+        values = {n.name: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in inputs}
+        given = output.args[0]
+        kept = [i for i, n in enumerate(given) if isinstance(n, Node)]  # type: ignore[arg-type]
+
+        def results(*tensors: torch.Tensor) -> list[torch.Tensor]:
+            found = runner.run(*tensors, enable_io_processing=False)
+            return [found[i] for i in kept]
+
+        traced = trace(results, values, decomposition_table(), place)
+    for new, old in zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True):
+        new.meta = {**old.meta, **{k: v for k, v in new.meta.items() if k != "val"}}
+    ending = traced.graph.output_node()
+    new = dict(zip(kept, ending.args[0], strict=True))  # type: ignore[arg-type]
+    ending.args = (tuple(new.get(i, n) for i, n in enumerate(given)),)  # type: ignore[arg-type]
+    ending.meta = dict(output.meta)
+    return traced
+
+
+def _is_complex(node: Node) -> bool:
+    value = node.meta.get("val")
+    return any(
+        isinstance(v, torch.Tensor) and v.is_complex()
+        for v in (value if isinstance(value, (list, tuple)) else (value,))
+    )
+
+
 def prepare_graph(module: GraphModule) -> Prepared:
     """Split `module` (changed in place) into the engine's part and the host's."""
+    module = real_graph(module)
     graph = module.graph
     _note_sources(graph)
     _drop_checks(graph)

@@ -21,9 +21,11 @@ _ALLOW_RNN = "torch._dynamo.config.allow_rnn = True makes Dynamo take recurrent 
 def watch(backend: object) -> None:
     """From here on, until Dynamo is reset: warn of frames and parts of frames that `backend` never sees.
 
-    Masks as indices and gradients asked for within stay in the graph, and what fails in Dynamo or the backend is raised as an error of this package.
+    Masks as indices and gradients asked for within stay in the graph, and what fails in Dynamo or the backend is raised
+    as an error of this package.
     """
-    known, before = set(torch_private.break_reasons()), [(False, False)]
+    known: set[str] = set(torch_private.break_reasons())
+    before: list[tuple[bool, ...]] = [()]
 
     def start() -> None:
         if torch_private.compiles_for(backend):
@@ -66,7 +68,7 @@ def _broken(reason: str, place: str) -> UnsupportedModel:
 
 def tell_of_cpu(text: str, place: str) -> None:
     """Warn once of code that PyTorch runs on the CPU."""
-    line = f"{text}, at {place}" if place else text
+    line = f"{text}, at {place}" if place else text.removesuffix(".")
     if line in report().on_cpu:
         return
     report().on_cpu.append(line)

@@ -17,10 +17,27 @@ from torch._higher_order_ops.effects import with_effects
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 __all__ = [
-    "DynamicOutputShapeException", "FakeTensorMode", "aot_module_simplified", "around_frames",
-    "break_reasons", "causal_masks_as_given", "compile_id", "compiles_for", "default_partition", "expression",
-    "failure", "forget_backend", "gist", "given_up", "is_known", "leave_with", "make_boxed_func", "user_line",
-    "refuse_second_derivatives", "whole_graphs", "with_effects",
+    "DynamicOutputShapeException",
+    "FakeTensorMode",
+    "aot_module_simplified",
+    "around_frames",
+    "break_reasons",
+    "causal_masks_as_given",
+    "compile_id",
+    "compiles_for",
+    "default_partition",
+    "expression",
+    "failure",
+    "forget_backend",
+    "gist",
+    "given_up",
+    "is_known",
+    "leave_with",
+    "make_boxed_func",
+    "refuse_second_derivatives",
+    "user_line",
+    "whole_graphs",
+    "with_effects",
 ]  # fmt: skip
 
 
@@ -32,6 +49,10 @@ aot_module_simplified: Callable[..., Callable[..., object]] = functorch.compile.
 default_partition: Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModule]] = (
     functorch.compile.default_partition
 )
+
+
+#: A function of which Dynamo makes no graph.
+untraced: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 
 
 def compile_id() -> str | None:

@@ -123,7 +123,10 @@ def test_a_buffer_that_no_step_writes_to_keeps_its_bits() -> None:
             return super().forward(x) * self.kept[t][:, None]
 
     model = Scheduled()
-    before, example = model.kept.clone(), ((torch.randn(5, 4), torch.randint(0, 100, (5,))), torch.randn(5, 3))
+    before, example = (
+        model.kept.clone(),
+        ((torch.randn(5, 4), torch.randint(0, 100, (5,))), torch.randn(5, 3)),
+    )
     step = at.compile_step(model, "mse", torch.optim.SGD(model.parameters(), lr=0.1), example)
     step(*example)
     step.sync()

@@ -81,7 +81,7 @@ def _slope(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_the_gradient_of_a_gradient_outside_of_what_is_compiled_is_refused_in_words() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     loss = _slope(torch.compile(net, backend="ane", options=SIM), torch.randn(5, 3))
-    with pytest.raises(at.AneTrainerError, match="ANE303.*gradient of a gradient(.|\n)*compile_step"):
+    with pytest.raises(at.AneTrainerError, match=r"ANE303.*gradient of a gradient(.|\n)*compile_step"):
         loss.backward()
 
 

@@ -258,3 +258,16 @@ def plain(group: Mapping[str, object]) -> Group:
         for key, value in group.items()
         if key != "params"
     }
+
+
+def check_counters(name: str, state: Mapping[str, object], wanted: Mapping[str, float]) -> None:
+    """UsageError for a number of the state that does not follow from its step: NAdam's product, set by hand."""
+    for key, number in wanted.items():
+        given = state.get(key)
+        if key == "step" or not isinstance(given, (int, float, torch.Tensor)):
+            continue
+        if abs(float(given) - number) > 1e-3 * abs(number):
+            raise UsageError(
+                f"optimizer.state: needs the {key} of {name} that its step gives ({number:.6g}); got "
+                f'{float(given):.6g}. Set both together, or compile with optimizer_on="host".'
+            )

@@ -24,7 +24,8 @@ _ALIKE = frozenset(
     (
         "view _unsafe_view reshape expand permute transpose t unsqueeze squeeze cat stack clone detach alias sum mean "
         "neg flip roll repeat select_backward slice_backward constant_pad_nd index_select embedding zeros_like "
-        "new_zeros split split_with_sizes unbind contiguous _to_copy lift_fresh as_strided gather index"
+        "new_zeros split split_with_sizes unbind contiguous _to_copy lift_fresh as_strided gather index "
+        "slice_scatter select_scatter where copy transpose"
     ).split()
 )
 #: Views that may be written to; their axes must not count the pair's.
@@ -230,16 +231,17 @@ def _conj(x: Complex) -> Complex:
 # -- Fourier transforms
 
 
-def _matrices(n: int, forward: bool) -> Complex:
-    """[n, n]: cosines and sines of the transform."""
+def _matrices(n: int, forward: bool, like: torch.Tensor) -> Complex:
+    """[n, n]: cosines and sines of the transform, of the same dtype as `like`."""
     steps = torch.outer(torch.arange(n), torch.arange(n)) % n
     angle = steps.double() * (2.0 * math.pi / n)
-    return Complex(torch.cos(angle).float(), (torch.sin(angle) * (-1.0 if forward else 1.0)).float())
+    sines = torch.sin(angle) * (-1.0 if forward else 1.0)
+    return Complex(torch.cos(angle).to(like.dtype), sines.to(like.dtype))
 
 
 def _transformed(parts: Complex, dim: int, forward: bool) -> Complex:
     real, imaginary = (part.movedim(dim, -1) for part in parts)
-    cosines, sines = _matrices(real.shape[-1], forward)
+    cosines, sines = _matrices(real.shape[-1], forward, real)
     new = real @ cosines - imaginary @ sines, real @ sines + imaginary @ cosines
     return Complex(*(part.movedim(-1, dim) for part in new))
 
@@ -257,7 +259,7 @@ def _c2c(x: Complex, dim: Sequence[int], normalization: int, forward: bool) -> C
 
 def _r2c(x: torch.Tensor, dim: Sequence[int], normalization: int, onesided: bool) -> Complex:
     last, n = dim[-1], x.shape[dim[-1]]
-    cosines, sines = _matrices(n, forward=True)
+    cosines, sines = _matrices(n, True, x)
     kept = n // 2 + 1 if onesided else n
     moved = x.movedim(last, -1)
     parts = Complex(*((moved @ part[:, :kept]).movedim(-1, last) for part in (cosines, sines)))
@@ -271,8 +273,8 @@ def _c2r(x: Complex, dim: Sequence[int], normalization: int, last_dim_size: int)
         x = _transformed(x, d, forward=False)
     last, n = dim[-1], int(last_dim_size)
     kept = n // 2 + 1
-    weights = torch.tensor([1.0 if k == 0 or 2 * k == n else 2.0 for k in range(kept)]).unsqueeze(1)
-    cosines, sines = (m[:kept] * weights for m in _matrices(n, forward=False))
+    weights = torch.tensor([[1.0 if k == 0 or 2 * k == n else 2.0] for k in range(kept)]).to(x.real)
+    cosines, sines = (m[:kept] * weights for m in _matrices(n, False, x.real))
     real, imaginary = (part.movedim(last, -1)[..., :kept] for part in x)
     result = (real @ cosines - imaginary @ sines).movedim(-1, last)
     count = n * math.prod(x.real.shape[d] for d in dim[:-1])

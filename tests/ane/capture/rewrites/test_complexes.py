@@ -93,3 +93,23 @@ def test_a_constant_changed_in_place_is_read_anew() -> None:
         torch.testing.assert_close(found, Net()(x))
         assert not vars(constant)
         constant.mul_(2.0j)
+
+
+def test_torch_compile_takes_complex_numbers_within() -> None:
+    weights = normal(3, 3, 2, seed=1).requires_grad_()
+    x = normal(2, 8)
+    for graph in (
+        kept_frequencies,
+        torch.compile(kept_frequencies, backend="ane", options={"device": "sim"}),
+    ):
+        graph(x, weights).square().sum().backward()
+    assert weights.grad is not None
+    twice, weights.grad = weights.grad.clone(), None
+    kept_frequencies(x, weights).square().sum().backward()
+    torch.testing.assert_close(twice, 2 * weights.grad, rtol=5e-3, atol=1e-3)
+
+
+def test_torch_compile_refuses_complex_numbers_outside_by_name() -> None:
+    outside = torch.compile(lambda w: torch.view_as_real(w * w), backend="ane", options={"device": "sim"})
+    with pytest.raises(UnsupportedModel, match="must be real"):
+        outside(torch.ones(3, dtype=torch.complex64))
