@@ -8,19 +8,27 @@ host sends the weight of the newest.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from ane_trainer.ane.capture.ports import float_buffers
-from ane_trainer.ane.errors import Finding, UnsupportedModel
+from ane_trainer.ane.capture.ports import float_buffers, identifier
+from ane_trainer.ane.capture.trace.sources import FAULTS
+from ane_trainer.ane.capture.trace.torch_private import pytree
+from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
+from ane_trainer.ane.stages import Port
 
 Tensors = dict[str, torch.Tensor]
 
 #: What the targets of the host's scalars begin with: a counter's value, a batch norm's weight of the newest batch.
 COUNTER, AVERAGE = "counter/", "average/"
 _COUNT = "num_batches_tracked"
+#: A counter is sent in two numbers that fp16 holds: how many of these it has, and the rest.
+DIGIT = 1400  # its square is within what two numbers hold (2^21), with room for sums
+#: How far counters are moved to see that every step adds the same.
+_AHEAD = (1_000_003, 1)
 
 
 @dataclass(frozen=True)
@@ -30,27 +38,44 @@ class BufferChanges:
     counters: Mapping[str, int] = field(default_factory=dict)
     averaged: tuple[str, ...] = ()
 
-    def scalars(self) -> list[str]:
-        """Targets of the host's scalars."""
-        return [*(COUNTER + name for name in self.counters), *(AVERAGE + path for path in self.averaged)]
+    def scalars(self) -> list[Port]:
+        """Ports of the host's scalars; of a counter two, counted in DIGITs and what is left."""
+        counts = [(COUNTER + name, 2, (-float(DIGIT), DIGIT - 1.0)) for name in self.counters]
+        found = [*counts, *((AVERAGE + path, 1, None) for path in self.averaged)]
+        return [
+            Port(identifier(name), (size,), "scalar", name, bounds=bounds) for name, size, bounds in found
+        ]
 
     def stand_ins(self, model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Tensors:
         """The counters by name, made of the host's scalars (by target)."""
-        buffers = dict(model.named_buffers())
-        return {n: values[COUNTER + n].reshape(buffers[n].shape).to(buffers[n].dtype) for n in self.counters}
+        buffers, found = dict(model.named_buffers()), {}
+        for name in self.counters:
+            digits = values[COUNTER + name].to(torch.int64)
+            found[name] = (
+                (digits[:1] * DIGIT + digits[1:]).reshape(buffers[name].shape).to(buffers[name].dtype)
+            )
+        return found
 
     def averages(self, old: Tensors, newest: Tensors, values: Mapping[str, torch.Tensor]) -> Tensors:
         """Running statistics with the newest batch's in them: old + (newest - old) * weight."""
         names = [(f"{path}.{n}", path) for path in self.averaged for n in ("running_mean", "running_var")]
         return {n: old[n] + (newest[n] - old[n]) * values[AVERAGE + path] for n, path in names}
 
-    def host_values(self, model: torch.nn.Module, steps: int) -> dict[str, float]:
-        """The scalars of the step after `steps` that the module's counters do not include yet."""
+    def host_values(self, model: torch.nn.Module, steps: int) -> dict[str, list[float]]:
+        """The scalars of the step after `steps` that the module's counters do not include yet.
+
+        Raises: UsageError for a counter beyond DIGIT * DIGIT, other than a batch norm's.
+        """
         buffers = dict(model.named_buffers())
         now = {n: int(buffers[n]) + each * steps for n, each in self.counters.items()}
         weights = {p: (self.counters[f"{p}.{_COUNT}"], now[f"{p}.{_COUNT}"]) for p in self.averaged}
-        values = {COUNTER + n: float(value) for n, value in now.items()}
-        return values | {AVERAGE + p: each / (count + each) for p, (each, count) in weights.items()}
+        large = [n for n, value in now.items() if abs(value) >= DIGIT * DIGIT and not n.endswith(_COUNT)]
+        if large:
+            raise UsageError(
+                f"{large[0]}: needs a count below {DIGIT * DIGIT}; got {now[large[0]]}. Count in larger units."
+            )
+        values = {COUNTER + n: [float(value // DIGIT), float(value % DIGIT)] for n, value in now.items()}
+        return values | {AVERAGE + p: [each / (count + each)] for p, (each, count) in weights.items()}
 
     @torch.no_grad()
     def count(self, model: torch.nn.Module, steps: int) -> None:
@@ -148,6 +173,53 @@ def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> B
         if f"{path}.{_COUNT}" in counters and getattr(module, "momentum", 0.0) is None
     ]
     return BufferChanges(counters, tuple(averaged))
+
+
+def check_counters(
+    model: torch.nn.Module, changes: BufferChanges, example: object, forward: Callable[[Any], object]
+) -> None:
+    """The counters are counted by the host, so another batch at another count must add the same.
+
+    `forward(example)` runs the model on a batch like this; one that it cannot take is passed over.
+
+    Raises: UnsupportedModel listing the integer buffers to which a step adds now this, now that.
+    """
+    buffers = dict(model.named_buffers())
+    names = [n for n in changes.counters if not n.endswith(_COUNT) and buffers[n].dtype != torch.bool]
+    before = {n: buffers[n].clone() for n in names}
+    for ahead in _AHEAD if names else ():
+        try:
+            with torch.no_grad(), forwarded(model) as final:
+                for n in names:
+                    buffers[n] += ahead
+                forward(pytree.tree_map(_another, example))
+                added = {n: int(final[n]) - int(buffers[n]) for n in names}
+        except FAULTS:
+            continue
+        finally:
+            for n in names:
+                buffers[n].copy_(before[n])
+        uneven = [
+            Finding(
+                n, "counter", f"grows by {changes.counters[n]} in one forward and by {added[n]} in another.",
+                "Add the same number in each forward (self.n += 4), and take remainders where it is read; keep counts "
+                "of what is in the data in a float buffer (exact up to 2048).",
+            )
+            for n in names
+            if added[n] != changes.counters[n]
+        ]  # fmt: skip
+        if uneven:
+            raise UnsupportedModel("The host counts integer buffers, by one number a step:", uneven)
+        return
+
+
+def _another(value: object) -> object:
+    """A tensor of the same shape with other values that a model is likely to take."""
+    if not isinstance(value, torch.Tensor) or not value.numel() or value.layout != torch.strided:
+        return value
+    if value.is_floating_point():
+        return -value
+    return ~value if value.dtype == torch.bool else torch.full_like(value, int(value.min()))
 
 
 def _finding(name: str, buffer: torch.Tensor, after: torch.Tensor) -> Finding:

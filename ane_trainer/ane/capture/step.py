@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
-from ane_trainer.ane.capture.buffers import BufferChanges, find_changes, forwarded, newest_statistics
+from ane_trainer.ane.capture.buffers import (
+    BufferChanges,
+    check_counters,
+    find_changes,
+    forwarded,
+    newest_statistics,
+)
 from ane_trainer.ane.capture.calibrate import Calibration, calibrate, call_loss, call_model, copies, loss_of
 from ane_trainer.ane.capture.gradients import (
     FLOORS,
@@ -177,6 +183,7 @@ def capture_training(
     place = Place()
     function = _function(plan, place, outputs)
     graph = trace(function, _example_inputs(plan, example), decomposition_table(), place)
+    check_counters(model, changes, example, functools.partial(loss_of, model, get_loss(loss)))
     shift = units.get(
         SHIFT, _shift(options.gradients, calibration, largest_shift(rule, optimizer, parameters, {}))
     )
@@ -226,9 +233,9 @@ def _plan(
     if trained:
         sizes |= {n: len(v) for n, v in gradient_scalars(gradients, trained, 1.0, last=True).items()}
         sizes |= {LIMITS: len(trained), FLOORS: len(trained)}
-    sizes |= dict.fromkeys(changes.scalars(), 1)
     scalars = [Port(identifier(name), (size,), "scalar", name) for name, size in sizes.items()]
-    ports = unique([*(Port(p.name, p.shape, p.role, p.target) for p in scalars), *batch, *draws, *state])
+    scalars += changes.scalars()
+    ports = unique([*scalars, *batch, *draws, *state])
     count = [len(scalars), len(scalars) + len(batch), len(scalars) + len(batch) + len(draws)]
     return _Plan(
         model, get_loss(loss), loss_name(loss), optimizer, rule, parameters, tuple(buffers),
@@ -297,6 +304,8 @@ def _example_inputs(plan: _Plan, example: tuple[object, object]) -> Tensors:
     for port, leaf in zip(plan.batch, tensors_of(example), strict=True):
         inputs[port.name] = (leaf.float() if leaf.is_floating_point() else leaf).reshape(port.shape)
     inputs |= {p.name: torch.ones(p.shape) for p in (*plan.draws, *plan.scalars)}
+    counts = plan.changes.host_values(plan.model, 0)
+    inputs |= {p.name: torch.tensor(counts[p.target]) for p in plan.scalars if p.target in counts}
     return inputs
 
 

@@ -239,10 +239,10 @@ class TrainingStep:
         make = lambda p: draw(p.target, p.shape, self._draws).numpy()  # noqa: E731
         feeds |= repeated_draws(loaded.draws, self.options.shards, make)
         counts = loaded.capture.changes.host_values(self._subject.model, self._unsynced)
-        sent: dict[str, float | list[float]] = {**self.scalars(ahead), **counts}
+        sent: dict[str, list[float]] = {**self.scalars(ahead), **counts}
         return {n: a.astype(loaded.dtype, copy=False) for n, a in feeds.items()} | self._fed(sent)
 
-    def _fed(self, sent: Mapping[str, float | list[float]]) -> dict[str, Array]:
+    def _fed(self, sent: Mapping[str, list[float]]) -> dict[str, Array]:
         """The host's numbers by port."""
         known, dtype = self._loaded.scalars, self._loaded.dtype
         arrays = {p: np.atleast_1d(np.asarray(sent[p.target], dtype)) for p in known if p.target in sent}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -109,6 +110,54 @@ def test_what_is_not_kept_is_refused(kind: str, message: str) -> None:
     if kind == "ready":
         model(x)  # the first call has set the flag
         at.compile_step(model, "mse", optimizer, (x, y), fidelity="fast")
+
+
+class Counting(nn.Module):
+    """Reads a counter as a place, a remainder, a comparison and a share; `grow` says what follows it."""
+
+    def __init__(self, start: int, grow: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.grow = nn.Linear(4, 3), grow
+        self.register_buffer("steps", torch.tensor(start))
+        self.register_buffer("memory", torch.zeros(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        h = torch.where(self.steps % 2 == 0, h * 2, h) * torch.where(self.steps > 5002, 0.5, 1.0)
+        self.memory.index_copy_(0, (self.steps % 4).reshape(1), h.detach().mean(0, keepdim=True))
+        h = h * torch.clamp(self.steps.float() / 10000, max=1.0) + self.memory.sum(0)
+        self.steps.copy_(self.grow(self.steps, x))
+        return h
+
+
+@pytest.mark.parametrize("start", [0, 5000])
+def test_counters_of_any_size_are_read_exactly(start: int) -> None:
+    torch.manual_seed(0)
+    model = Counting(start, lambda steps, x: steps + 1)
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    batches = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(5)]
+    step = at.compile_step(model, "cross_entropy", optimizers[0], batches[0], fidelity="fast")
+    for x, y in batches:
+        optimizers[1].zero_grad()
+        loss = F.cross_entropy(twin(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizers[1].step()
+        assert step(x, y) == pytest.approx(float(loss.detach()), rel=0.01, abs=1e-3)
+    step.sync()
+    assert int(model.steps) == start + 5
+    torch.testing.assert_close(model.memory, twin.memory, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "grow",
+    [lambda steps, x: (steps + 4) % 32, lambda steps, x: 1 - steps, lambda steps, x: steps + (x > 0).sum()],
+)
+def test_a_counter_that_grows_unevenly_is_refused(grow: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, example = Counting(0, grow), (torch.randn(8, 4), torch.randint(0, 3, (8,)))
+    with pytest.raises(UnsupportedModel, match="steps: counter: grows by"):
+        at.compile_step(model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), example)
 
 
 def test_a_buffer_that_no_step_writes_to_keeps_its_bits() -> None:

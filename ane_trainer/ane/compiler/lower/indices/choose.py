@@ -81,7 +81,8 @@ def choose(captured: Captured, dtype: str) -> Integers:
     inputs = {node: _encoding(node, port, node in exact) for node, port in batch.items()}
     turned = dict(_turned(exact, ports))
     found = {n: _turned_bounds(n) for n in turned}
-    drawn = {n: p.bounds for n, p in ports.items() if p.target.startswith("random/") and p.bounds is not None}
+    sent = {n: p for n, p in ports.items() if p.target.startswith("random/") or p.role == "scalar"}
+    drawn = {n: p.bounds for n, p in sent.items() if p.bounds is not None}
     for slack in _SLACKS:
         bounds = bounds_of(
             captured.graph,
