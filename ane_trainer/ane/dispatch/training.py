@@ -150,6 +150,11 @@ class TrainingStep:
         found = reference(self._variants.subject, self.gradient_options, draws, self.options.parts(x, y))
         if found is None:
             return None
+        known = {name for name, _ in self._subject.model.named_parameters()}
+        if not known.issuperset(
+            found.changes or {}
+        ):  # a copy may call them otherwise, as of a compiled Keras model
+            found = found.without_update()
         self._skipped_before = self.skipped_steps
         return found, self._parameters(found.changes or {})
 

@@ -214,3 +214,32 @@ def test_exponentials_beside_their_sum_are_told_of_softmax() -> None:
     step = at.compile_step(model, loss, torch.optim.SGD(model.parameters(), 0.01), (x, y), fidelity="fast")
     with pytest.warns(at.NumericsWarning, match="loses the small ones of exponentials; softmax"):
         step(x, y)
+
+
+class Renamed(torch.nn.Module):
+    """Its copy calls its layer otherwise, as that of a Keras model does after `compile`."""
+
+    def __init__(self, name: str = "layer") -> None:
+        super().__init__()
+        self.add_module(name, torch.nn.Linear(4, 3))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Renamed:
+        copy = Renamed("copied")
+        for old, new in zip(self.parameters(), copy.parameters(), strict=True):
+            new.data.copy_(old)
+            memo[id(old)] = new
+        return copy
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return next(self.children())(x)
+
+
+def test_of_a_copy_with_other_names_the_loss_alone_is_compared() -> None:
+    model = Renamed()
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    step = at.compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), (x, y), threads=1
+    )
+    step(x, y)
+    assert step.agreement is not None
+    assert step.agreement.agrees
