@@ -15,7 +15,7 @@ import ane_trainer as at
 from ane_trainer.ane.capture.range import apply
 from ane_trainer.ane.capture.range.calibration import Magnitude, measure
 from ane_trainer.ane.capture.range.exponents import Exponents
-from ane_trainer.ane.capture.step import capture_training
+from ane_trainer.ane.capture.step import HEALTH, capture_training
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -181,6 +181,7 @@ def test_the_rewrite_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatc
     for port, a, b in zip(after.outputs, old, new, strict=True):
         if "residual" not in port.target and port.target != "applied":
             scale = port.scale if port.role == "result" else 1.0
+            b = b[: len(a)] if port.target == HEALTH else b  # guards of forward values come behind
             assert torch.allclose(a.double(), b.double() / scale, rtol=1e-5, atol=1e-12), port.name
 
 

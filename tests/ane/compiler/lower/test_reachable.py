@@ -12,6 +12,8 @@ from ane_trainer.ane.compiler.lower.registry import known_overloads
 #: Operations that capture itself writes into graphs, whatever the table says of them.
 WRITTEN_BY_CAPTURE = {
     "aten.select_scatter.default": "a write through x[i] (capture/trace/operations.py)",
+    "aten._cdist_forward.default": "of other powers than 2 (capture/rewrites/decompositions.py)",
+    "aten._cdist_backward.default": "likewise",
 }
 #: Rules for other releases of torch than this one.
 OTHER_RELEASES = {

@@ -268,7 +268,7 @@ def rows_of(user: Node, index: Node, name: str) -> int | None:
         scores = args[1] if "backward" in name else args[0]
         return int(scores.meta["val"].shape[1 if scores.meta["val"].dim() > 1 else 0])
     if name in ("gather", "index_select", "scatter_add", "scatter") and args[2] is index:
-        return int(args[0].meta["val"].shape[args[1]])
+        return int((args[0].meta["val"].shape or (1,))[args[1]])
     if name in ("index", "index_put", "_unsafe_index", "_unsafe_index_put") and index in args[1]:
         return int(args[0].meta["val"].shape[args[1].index(index)])
     return None
