@@ -227,9 +227,9 @@ class _Binder:
             step = _kernel_step(op, self.context, operands, outputs)
         if op.name in self.encoded:
             step = with_encoding(op, step, operands[0], operands[1], outputs[0])
-        if entry.constant:
+        if entry.constant and not any(value.name in self.given for value in op.results):
             step()
-        else:
+        else:  # memory that was given is another plan's as well, between runs
             self.steps.append(step)
 
     def _memory(self, value: Value, constant: bool = False) -> Array:

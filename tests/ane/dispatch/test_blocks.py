@@ -347,3 +347,23 @@ class Vit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.place
         return self.head(self.encoder(x).mean(1))
+
+
+def test_what_depends_on_no_input_lasts_from_step_to_step() -> None:
+    """The number of rows, worked out in one program and read in others, once lay in memory that they share."""
+
+    def contrast(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        rows = nn.functional.normalize(output.flatten(1), dim=-1)
+        return nn.functional.cross_entropy(rows @ rows.T / 0.1, torch.arange(len(output)))
+
+    x, y = tokens(1)[0]
+    losses = []
+    for blocks in ("off", 1):
+        torch.manual_seed(0)
+        model = Layers(3, dropout=0.0)
+        options = StepOptions(blocks=blocks, seed=3)  # type: ignore[arg-type]
+        with build_step(
+            model, contrast, torch.optim.SGD(model.parameters(), lr=0.0), (x, y), TARGET, options
+        ) as step:
+            losses.append([float(step(x, y)) for _ in range(4)])
+    assert losses[0] == losses[1]
