@@ -8,6 +8,7 @@ host sends the weight of the newest.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from ane_trainer.ane.capture.ports import float_buffers, identifier
 from ane_trainer.ane.capture.trace.sources import FAULTS
 from ane_trainer.ane.capture.trace.torch_private import pytree
-from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
+from ane_trainer.ane.errors import Finding, NumericsWarning, UnsupportedModel, UsageError
 from ane_trainer.ane.stages import Port
 
 Tensors = dict[str, torch.Tensor]
@@ -151,8 +152,12 @@ def _shown(value: object, homes: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
     return whole.as_strided(value.shape, value.stride(), value.storage_offset() - tensor.storage_offset())
 
 
-def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> BufferChanges:
+def find_changes(
+    model: torch.nn.Module, final: Mapping[str, torch.Tensor], precision: str = "fp16"
+) -> BufferChanges:
     """What a calibrated forward changed: `final` are the buffers after it, the model's own are as before.
+
+    A NumericsWarning names float buffers that change by less than fp16 resolves at their size.
 
     Raises: UnsupportedModel listing the buffers that neither the engine nor the host keeps.
     """
@@ -160,6 +165,8 @@ def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> B
     for name, buffer in model.named_buffers():
         after = final.get(name, buffer)
         if after.shape == buffer.shape and (name in kept or torch.equal(after, buffer)):
+            if precision == "fp16" and _stalls(buffer, after):
+                _warn_of_stall(name, buffer, after)
             continue
         if after.shape == buffer.shape and buffer.numel() == 1 and not buffer.is_floating_point():
             counters[name] = int(after) - int(buffer)
@@ -173,6 +180,29 @@ def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> B
         if f"{path}.{_COUNT}" in counters and getattr(module, "momentum", 0.0) is None
     ]
     return BufferChanges(counters, tuple(averaged))
+
+
+def _stalls(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether fp16 takes most of the changed entries' changes for others, by a quarter or more."""
+    if not before.is_floating_point() or before.layout != torch.strided:
+        return False
+    old, new = before.float(), after.float()
+    change = new - old
+    moved = change.abs() > 2.0**-21 * old.abs()  # fp32's own rounding is no change
+    wrong = ((new.half().float() - old.half().float()) - change).abs() > 0.25 * change.abs()
+    return bool(moved.any()) and bool((wrong & moved).sum() > 0.5 * moved.sum())
+
+
+def _warn_of_stall(name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    at = int((after.float() - before.float()).abs().argmax())
+    change = float(after.flatten()[at]) - float(before.flatten()[at])
+    warnings.warn(
+        f"{name}: the forward adds {change:.3g} to {float(before.flatten()[at]):g}, less than fp16 resolves there, in "
+        "which the engine keeps float buffers: it will stand still or drift. Keep a count as an integer buffer, which "
+        "the host counts, and an average nearer to 0 (of differences from a constant).",
+        NumericsWarning,
+        stacklevel=2,
+    )
 
 
 def check_counters(

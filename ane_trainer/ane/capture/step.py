@@ -174,7 +174,7 @@ def capture_training(
         nothing_outside(model, loss, lambda: loss_of(model, get_loss(loss), example)),
     ):
         calibration = calibrate(model, get_loss(loss), found, example)
-    changes = find_changes(model, final)
+    changes = find_changes(model, final, options.precision)
     parameters = tuple(_with_unit(p, rule, optimizer, calibration, units) for p in found)
     plan = _plan(model, loss, optimizer, example, parameters, calibration, changes, options)
     scale = calibration.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)

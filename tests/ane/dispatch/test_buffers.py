@@ -185,3 +185,39 @@ def test_a_buffer_that_no_step_writes_to_keeps_its_bits() -> None:
     model.kept.fill_(0.5)  # and another model's is brought by a checkpoint
     step.load_state_dict(state)
     torch.testing.assert_close(model.kept, before, rtol=1e-3, atol=0.0)
+
+
+class Growing(nn.Module):
+    """A float buffer of `start` to which each forward adds `change`."""
+
+    def __init__(self, start: float, change: float) -> None:
+        super().__init__()
+        self.linear, self.change = nn.Linear(3, 2), change
+        self.register_buffer("count", torch.tensor([start]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.change
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("start", "change", "told"),
+    [
+        (5000.0, 1.0, True),
+        (2500.0, 1.0, True),
+        (1000.0, 1e-3, True),
+        (2000.0, 1.0, False),
+        (1000.0, 4.0, False),
+    ],
+)
+def test_a_float_buffer_that_grows_by_less_than_fp16_resolves_is_told(
+    start: float, change: float, told: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = Growing(start, change)
+    at.compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), device="sim",
+        example=(torch.randn(4, 3), torch.arange(4) % 2), verify="off",
+    )  # fmt: skip
+    texts = [str(w.message) for w in recwarn if issubclass(w.category, at.NumericsWarning)]
+    assert [text for text in texts if text.startswith("count: ")] == texts
+    assert bool(texts) is told
