@@ -183,14 +183,20 @@ def find_changes(
 
 
 def _stalls(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether fp16 takes most of the changed entries' changes for others, by a quarter or more."""
+    """Whether eleven bits take most of the changed entries' changes for others, by a quarter or more."""
     if not before.is_floating_point() or before.layout != torch.strided:
         return False
     old, new = before.float(), after.float()
     change = new - old
     moved = change.abs() > 2.0**-21 * old.abs()  # fp32's own rounding is no change
-    wrong = ((new.half().float() - old.half().float()) - change).abs() > 0.25 * change.abs()
+    wrong = (_eleven_bits(new) - _eleven_bits(old) - change).abs() > 0.25 * change.abs()
     return bool(moved.any()) and bool((wrong & moved).sum() > 0.5 * moved.sum())
+
+
+def _eleven_bits(values: torch.Tensor) -> torch.Tensor:
+    """Rounded as to fp16, at any exponent: small statistics are kept with a power of two."""
+    significand, exponent = torch.frexp(values)
+    return torch.ldexp(torch.round(significand * 2048.0) / 2048.0, exponent)
 
 
 def _warn_of_stall(name: str, before: torch.Tensor, after: torch.Tensor) -> None:
