@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
 
@@ -33,7 +32,6 @@ from ane_trainer.ane.capture.range.bands import (
     PRODUCTS,
     SMALLEST,
     TOTALS,
-    Bands,
 )
 from ane_trainer.ane.capture.range.calibration import Magnitude
 from ane_trainer.ane.capture.range.editing import (
@@ -46,27 +44,12 @@ from ane_trainer.ane.capture.range.editing import (
     shape_of,
 )
 from ane_trainer.ane.capture.range.rows import DONE
-from ane_trainer.ane.capture.scaling import OVERFLOW
+from ane_trainer.ane.capture.range.shifting import LARGEST_SUM, Shifting
 
-#: Root mean square error of one product in the accumulator: it is rounded to 2^-16.
-PRODUCT_ERROR = 2.0**-16 / math.sqrt(12.0)
-#: Share of a contraction's result up to which that error is left alone; sums to which they are brought instead.
-TOLERATED, WANTED_SUM, LARGEST_SUM = 2.0**-8, 2.0**10, 2.0**14
-LARGEST_HALF = 65504.0
 #: Factors that are left as they are.
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-14, 2.0**15
 
 Target = Callable[..., object]
-
-
-@dataclass(frozen=True)
-class Shift:
-    """One value that is carried with a power of two: the node's name, its source, the exponent, and why."""
-
-    node: str
-    source: str
-    exponent: int
-    reason: str = ""
 
 
 def scale_values(
@@ -88,7 +71,7 @@ def scale_values(
     return exponents
 
 
-class Exponents(Bands):
+class Exponents(Shifting):
     """One walk over a graph. `of[node]` is the exponent of a node, 0 where it is missing."""
 
     def __init__(
@@ -96,12 +79,6 @@ class Exponents(Bands):
     ) -> None:
         super().__init__(graph, found)
         self.fixed, self.held = fixed, held
-        self.of: dict[Node, int] = {}
-        self.parts: dict[Node, list[int]] = {}  # of operations with several results
-        self.shifts: list[Shift] = []
-        self.changed = False  # whether a node has another form than it had
-        self._peaks: set[Node] = set()
-        self._shifted: dict[tuple[Node, int], Node] = {}
 
     def visit(self, node: Node) -> None:
         """Bring one node into range."""
@@ -116,7 +93,7 @@ class Exponents(Bands):
         elif node.op == "call_function":
             rule = _RULES.get(str(node.target))
             if node.target is operator.getitem:
-                self._item(node)
+                self.item(node)
             elif rule is not None and ((rule in _ALWAYS and not in_update(node)) or self._concerns(node)):
                 rule(self, node)
             else:
@@ -126,53 +103,6 @@ class Exponents(Bands):
         if in_update(node):
             return any(self.of.get(a) for a in node.all_input_nodes)
         return self.risky(node, 0) or any(self.of.get(a) for a in node.all_input_nodes)
-
-    # -- shifting
-
-    def at(self, argument: Argument, exponent: int) -> Argument:
-        """A node argument stored with this exponent; a number divided by its power of two."""
-        value = number(argument)
-        if value is not None and exponent:
-            return math.ldexp(value, -exponent) if math.isfinite(value) else value
-        if not isinstance(argument, Node):
-            return argument
-        shift = self.of.get(argument, 0) - exponent
-        if shift == 0 or not is_float(argument):
-            return argument
-        if (argument, exponent) not in self._shifted:
-            self._shifted[argument, exponent] = self._with_overflow(
-                argument, self.times(argument, 2.0**shift)
-            )
-        return self._shifted[argument, exponent]
-
-    def _with_overflow(self, peak: Node, value: Node) -> Node:
-        """The largest entry of a gradient that is stored larger than it is: beyond fp16 if what is stored is."""
-        if peak not in self._peaks:
-            return value
-        beyond = self.emit(aten.full.default, list(shape_of(peak)), LARGEST_HALF)
-        return self.emit(aten.where.self, self.emit(aten.ge.Scalar, peak, OVERFLOW), beyond, value)
-
-    def stored_larger(self) -> list[Node]:
-        """Values that are stored larger than they are and then taken back: what leaves fp16 there looks small again."""
-        larger = (v for v, exponent in self._shifted if self.of.get(v, 0) < exponent)
-        return [v for v in dict.fromkeys(larger) if v not in self._peaks]
-
-    def settle(self, node: Node) -> None:
-        """Give the node the true values of its arguments."""
-        for argument in node.all_input_nodes:
-            if self.of.get(argument):
-                node.replace_input_with(argument, cast("Node", self.at(argument, 0)))
-
-    def note(self, node: Node, exponent: int) -> None:
-        if exponent:
-            self.of[node], self.changed = exponent, True
-            place = str(node.meta.get("ane_source", node.name))
-            self.shifts.append(Shift(node.name, place, exponent, self.why(node)))
-
-    def _item(self, node: Node) -> None:
-        source, index = cast("Node", node.args[0]), cast("int", node.args[1])
-        if source in self.parts:
-            self.note(node, self.parts[source][index])
 
     # -- rules
 
@@ -375,31 +305,13 @@ class Exponents(Bands):
             node.replace_input_with(source, cast("Node", self.at(source, exponent)))
         return self.note(node, exponent)
 
-    def log_softmax(self, node: Node) -> None:
-        """`z = x - max(x)` keeps its exponent: `z - log(sum(exp(z * 2^e))) * 2^-e`; exp of what is below fp16 is 0."""
-        x, axis = cast("Node", node.args[0]), cast("int", node.args[1])
-        exponent = self.of.get(x, 0)
-        if not exponent or (not self.risky(node, 0) and not self.risky(x, 0)):
-            return self.settle(node)
-        if exponent < 0 and self.risky(
-            node, exponent
-        ):  # scores near 0: log of the count is far larger than they are
-            return self.settle(node)
-        z = self.emit(aten.sub.Tensor, x, self.emit(aten.amax.default, x, [axis], True))
-        total = self.emit(
-            aten.sum.dim_IntList, self.emit(aten.exp.default, self.times(z, 2.0**exponent)), [axis], True
-        )
-        log = self.times(self.emit(aten.log.default, total), 2.0**-exponent)
-        node.target, node.args = aten.sub.Tensor, (z, log)
-        return self.note(node, exponent)
-
     def contraction(self, node: Node) -> None:
         """mm, bmm, addmm, convolution: operands are shifted where their products would vanish or overflow."""
         bias, left, right = CONTRACTIONS[str(node.target)]
         a, b = cast("Node", node.args[left]), cast("Node", node.args[right])
         natural = self.of.get(a, 0) + self.of.get(b, 0)
-        shift = self._contraction_shift(node, a, b, natural)
-        pair = self._shared_shift(a, b, shift)
+        shift = self.contraction_shift(node, a, b, natural)
+        pair = self.shared_shift(a, b, shift)
         args = list(node.args)
         args[left], args[right] = (
             cast("Node", self.at(x, self.of.get(x, 0) - s)) for x, s in zip((a, b), pair, strict=True)
@@ -409,50 +321,6 @@ class Exponents(Bands):
             args[bias] = cast("Node", self.at(args[bias], exponent))
         node.args = tuple(args)
         self.note(node, exponent)
-
-    def _contraction_shift(self, node: Node, a: Node, b: Node, natural: int) -> int:
-        wish, room = self._shift(node, a, b, self.terms(node, a), natural)
-        return min(wish, room) if wish > 0 else wish
-
-    def _shift(self, node: Node, a: Node, b: Node, terms: int, natural: int) -> tuple[int, int]:
-        """The power of two by which the products of a contraction are to grow, and by which they may."""
-        sizes = [self.found.get(x.name) for x in (a, b, node)]
-        if any(s is None or s.peak == 0.0 for s in sizes):
-            return 0, 0
-        left, right, result = cast("list[Magnitude]", sizes)
-        count = max(1.0, terms * left.density * right.density)
-        unit = 2.0**-natural
-        error = math.sqrt(count) * PRODUCT_ERROR
-        reach = max(result.peak, 4.0 * math.sqrt(count) * left.rms * right.rms) * unit
-        room = math.floor(math.log2(WANTED_SUM / reach))
-        if reach > LARGEST_SUM:
-            return room, room
-        if error > TOLERATED * result.rms * unit or self.risky(node, natural):
-            return max(0, math.ceil(math.log2(error / (TOLERATED / 16 * result.rms * unit)))), max(0, room)
-        return 0, max(0, room)
-
-    def _room(self, x: Node) -> int:
-        """The power of two by which a value may grow."""
-        size = self.found.get(x.name)
-        if size is None or size.peak == 0.0:
-            return 0
-        return max(0, math.floor(math.log2(LARGEST / size.peak) + self.of.get(x, 0)))
-
-    def _shared_shift(self, a: Node, b: Node, shift: int) -> tuple[int, int]:
-        """A shift divided between two operands so that both stay in fp16, at one of them if possible."""
-        if shift == 0:
-            return 0, 0
-        room = [self._room(x) for x in (a, b)]
-        small, large = (0, 1) if math.prod(shape_of(a)) <= math.prod(shape_of(b)) else (1, 0)
-        pair = [0, 0]
-        if shift < 0 or room[small] >= shift:
-            pair[small] = shift
-        elif room[large] >= shift:
-            pair[large] = shift
-        else:
-            pair[small] = max(0, min(room[small], shift))
-            pair[large] = max(0, min(room[large], shift - pair[small]))
-        return pair[0], pair[1]
 
     def convolution_backward(self, node: Node) -> None:
         """Three results: the exponents of gradient and weight, of gradient and input, of the gradient."""
@@ -464,7 +332,7 @@ class Exponents(Bands):
         shifts, rooms = [], []
         for place, (other, count) in enumerate(zip((w, x), counts, strict=True)):
             if place in results:
-                wish, room = self._shift(results[place], g, other, count, eg + (ew, ex)[place])
+                wish, room = self.growth(results[place], g, other, count, eg + (ew, ex)[place])
                 shifts.append(wish)
                 rooms.append(room)
         if 2 in results and results[2].name in self.found:  # the sum of the gradient
@@ -472,7 +340,7 @@ class Exponents(Bands):
             rooms.append(math.floor(math.log2(LARGEST_SUM / peak)) if peak else 0)
             shifts.append(min(0, rooms[-1]))
         if any(shifts):
-            shift = min(shifts) if min(shifts) < 0 else min(max(shifts), *rooms, self._room(g))
+            shift = min(shifts) if min(shifts) < 0 else min(max(shifts), *rooms, self.room(g))
             node.args = (cast("Node", self.at(g, eg - shift)), *node.args[1:])
             eg -= shift
         self.parts[node] = [eg + ew, eg + ex, eg]
@@ -491,7 +359,7 @@ _RULES: dict[str, Callable[[Exponents, Node], None]] = {
     **dict.fromkeys(("aten.log1p.default", "aten.expm1.default"), transcendental.near_one),
     "aten.exp.default": transcendental.exponential,
     "aten.linalg_vector_norm.default": transcendental.norm,
-    "aten._log_softmax.default": Exponents.log_softmax,
+    "aten._log_softmax.default": transcendental.log_softmax,
     "aten.convolution_backward.default": Exponents.convolution_backward,
 }
 #: Rules that look beyond the values themselves: sums of products, constants.

@@ -20,10 +20,8 @@ from typing import cast
 
 from torch.fx import Graph, Node
 
+from ane_trainer.ane.capture.range.carried import COMPARISONS, Carried
 from ane_trainer.ane.capture.range.editing import (
-    TINY,
-    Editor,
-    Shape,
     aten,
     dims_of,
     in_update,
@@ -39,7 +37,6 @@ from ane_trainer.ane.capture.range.norms import (
     epsilon,
     euclidean,
     is_square,
-    is_zero,
     norm_axes,
     share_centred,
     squared,
@@ -85,15 +82,12 @@ def scale_rows(graph: Graph) -> int:
     return len(rows.families)
 
 
-class Rows(Editor):
-    """One walk over a graph: `values` are those that exist scaled only, `twins` scaled copies beside the original."""
+class Rows(Carried):
+    """One walk over a graph: `twins` are scaled copies beside the original."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
-        self.values: dict[Node, Scaled] = {}
         self.twins: dict[Node, Scaled] = {}
-        self.families: list[tuple[Node, Node]] = []  # s and 1/s
-        self._views: dict[tuple[int, Shape, bool], Node] = {}
         self._settled: dict[Node, Node] = {}
         self._sources: dict[Node, int] = {}
         self._by_row: dict[tuple[Node, tuple[int, ...]], int] = {}
@@ -113,8 +107,8 @@ class Rows(Editor):
             self._replace(node, Scaled(product, times(twin.powers, 2)))
             return
         rule = _RULES.get(cast("Callable[..., object]", node.target))
-        if (rule is not None and is_float(node)) or str(node.target) in _COMPARISONS:
-            result = (rule or Rows._compare)(self, node)
+        if (rule is not None and is_float(node)) or str(node.target) in COMPARISONS:
+            result = (rule or Carried.compare)(self, node)
             if result is not None:
                 self._replace(node, result)
                 return
@@ -128,21 +122,6 @@ class Rows(Editor):
                 if argument not in self._settled:
                     self._settled[argument] = self.true(self.values[argument])
                 node.replace_input_with(argument, self._settled[argument])
-
-    def true(self, value: Scaled) -> Node:
-        """The value itself."""
-        node = self.times(value.node, value.gain)
-        for family, (power, shape) in value.powers.items():
-            for _ in range(abs(power)):
-                node = self.emit(aten.mul.Tensor, node, self.scale(family, shape, power < 0))
-        return node
-
-    def scale(self, family: int, shape: Shape, inverse: bool) -> Node:
-        """The row scales, or their inverses, in this shape."""
-        key = family, shape, inverse
-        if key not in self._views:
-            self._views[key] = self.view(self.families[family][inverse], shape)
-        return self._views[key]
 
     def _replace(self, node: Node, value: Scaled) -> None:
         if value.plain:
@@ -196,22 +175,10 @@ class Rows(Editor):
         keep = bool(node.args[3]) if len(node.args) > 3 else False
         count = math.prod(shape_of(x)[a] for a in axes)
         mean = self.emit(aten.mean.dim, square, axes, keep)
-        total = self._sum_of_mean(mean, Scaled(square, times(twin.powers, 2)), count, shape_of(node))
+        total = self.sum_of_mean(mean, Scaled(square, times(twin.powers, 2)), count, shape_of(node))
         return self._root(aten.sqrt.default, total)
 
-    def _sum_of_mean(self, mean: Node, value: Scaled, count: int, shape: Shape) -> Scaled:
-        """n times a mean; the powers of four in n stay beside it."""
-        gain = 4.0 ** ((count.bit_length() - 1) // 2)
-        powers = {f: (p, shape) for f, (p, _) in value.powers.items()}
-        return Scaled(self.times(mean, count / gain), powers, value.gain * gain)
-
-    # -- what scaled values go through
-
-    def operand(self, argument: object) -> Scaled | None:
-        """A node argument as a scaled value; None for numbers."""
-        if not isinstance(argument, Node):
-            return None
-        return self.values.get(argument) or Scaled(argument)
+    # -- where factors join
 
     def _product(self, node: Node) -> Scaled | None:
         """mul and div: factors join; a plain operand gives way to its twin where that cancels a factor."""
@@ -314,7 +281,7 @@ class Rows(Editor):
         squares = node.target in (aten.sum.default, aten.sum.dim_IntList) and is_square(value.node)
         if squares:
             mean = self.emit(aten.mean.dim, value.node, axes, keeps_dims(node))
-            total = self._sum_of_mean(mean, value, count, ())
+            total = self.sum_of_mean(mean, value, count, ())
             return Scaled(total.node, powers, total.gain)
         target = cast("Callable[..., object]", node.target)
         return Scaled(self.emit(target, value.node, *node.args[1:]), powers, value.gain)
@@ -335,27 +302,10 @@ class Rows(Editor):
         constant = number(other)
         if value is None or value.plain or constant is None or a is None:
             return None
-        shift = self._shrunk(value, constant)
+        shift = self.shrunk(value, constant)
         if shift is None:
             return None
         return value.on(self.emit(_TENSOR[str(node.target)], value.node, shift))
-
-    def _shrunk(self, value: Scaled, constant: float) -> Node | float | None:
-        """A constant in the value's factors; None where that would be a quotient by small scales."""
-        constant /= value.gain
-        if not value.powers:
-            return constant
-        if any(power > 0 for power, _ in value.powers.values()):
-            return None
-        scales = [
-            self.scale(f, shape, False) for f, (power, shape) in value.powers.items() for _ in range(-power)
-        ]
-        self.marks = {TINY: True}
-        node = self.times(scales[0], constant)
-        for s in scales[1:]:
-            node = self.emit(aten.mul.Tensor, node, s)
-        self.marks = {}
-        return node
 
     def _root_rule(self, node: Node) -> Scaled | None:
         source = cast("Node", node.args[0])
@@ -366,7 +316,7 @@ class Rows(Editor):
                 node.replace_all_uses_with(source)
                 return None
             if exponent not in (0.5, -0.5):
-                return self._power(node)
+                return self.power(node)
             target = aten.sqrt.default if exponent == 0.5 else aten.rsqrt.default
         if value is None or any(power % 2 for power, _ in value.powers.values()):
             return None
@@ -377,84 +327,11 @@ class Rows(Editor):
         powers = {f: (sign * p // 2, shape) for f, (p, shape) in value.powers.items()}
         return Scaled(self.emit(target, value.node), powers, value.gain ** (0.5 * sign))
 
-    def _power(self, node: Node) -> Scaled | None:
-        """An integer power; -1 is `reciprocal`."""
-        source = cast("Node", node.args[0])
-        exponent = -1.0 if node.target is aten.reciprocal.default else number(node.args[1])
-        value = self.values.get(source)
-        if value is None or exponent is None or exponent != int(exponent):
-            return None
-        result = self.emit(cast("Callable[..., object]", node.target), value.node, *node.args[1:])
-        return Scaled(result, times(value.powers, int(exponent)), value.gain**exponent)
-
-    def _same(self, node: Node) -> Scaled | None:
-        """Operations that commute with positive factors, element by element."""
-        value = self.values.get(cast("Node", node.args[0]))
-        if value is None:
-            return None
-        return value.on(self.emit(cast("Callable[..., object]", node.target), value.node, *node.args[1:]))
-
-    def _reshaped(self, node: Node) -> Scaled | None:
-        """Views of a value that has one entry a row: the factors take the same shape."""
-        value = self.values.get(cast("Node", node.args[0]))
-        if value is None or node.kwargs:
-            return None
-        count = math.prod(shape_of(value.node))
-        if any(math.prod(shape) != count for _, shape in value.powers.values()):
-            return None
-        result = self.view(value.node, shape_of(node))
-        return Scaled(result, {f: (p, shape_of(node)) for f, (p, _) in value.powers.items()}, value.gain)
-
-    def _bounded(self, node: Node) -> Scaled | None:
-        """clamp by numbers: the bounds are divided by the factors."""
-        value = self.values.get(cast("Node", node.args[0]))
-        if value is None or node.kwargs:
-            return None
-        result = value.node
-        for bound, target in zip(node.args[1:], (aten.maximum.default, aten.minimum.default), strict=False):
-            limit = number(bound)
-            if bound is not None and limit is None:
-                return None
-            shrunk = None if limit is None else self._shrunk(value, limit)
-            if limit is not None and not isinstance(shrunk, Node):
-                return None
-            result = result if shrunk is None else self.emit(target, result, shrunk)
-        return value.on(result)
-
-    def _compare(self, node: Node) -> Scaled | None:
-        """A comparison with a number: the number is divided by the factors."""
-        value = self.values.get(cast("Node", node.args[0]))
-        limit = number(node.args[1])
-        if value is None or limit is None:
-            return None
-        if limit == 0:
-            return Scaled(self.emit(cast("Callable[..., object]", node.target), value.node, 0))
-        shrunk = self._shrunk(value, limit)
-        if not isinstance(shrunk, Node):
-            return None
-        return Scaled(self.emit(_COMPARISONS[str(node.target)], value.node, shrunk))
-
-    def _chosen(self, node: Node) -> Scaled | None:
-        """where(test, x, 0) and where(test, 0, x)."""
-        test, *sides = node.args
-        found = [self.values.get(side) if isinstance(side, Node) else None for side in sides]
-        if (found[0] is None) == (found[1] is None):
-            return None
-        place = 0 if found[0] is not None else 1
-        value, other = found[place], sides[1 - place]
-        if value is None or not is_zero(other):
-            return None
-        new = (value.node, other) if place == 0 else (other, value.node)
-        return value.on(self.emit(aten.where.self, test, *new))
-
 
 _TENSOR = {
     f"aten.{name}.{kind}": getattr(aten, name).Tensor
     for name in ("add", "sub")
     for kind in ("Tensor", "Scalar")
-}
-_COMPARISONS = {
-    f"aten.{name}.Scalar": getattr(aten, name).Tensor for name in ("ge", "gt", "le", "lt", "eq", "ne")
 }
 _RULES: dict[Callable[..., object], Callable[[Rows, Node], Scaled | None]] = {
     aten.mul.Tensor: Rows._product,
@@ -468,16 +345,16 @@ _RULES: dict[Callable[..., object], Callable[[Rows, Node], Scaled | None]] = {
     aten.sqrt.default: Rows._root_rule,
     aten.rsqrt.default: Rows._root_rule,
     aten.pow.Tensor_Scalar: Rows._root_rule,
-    aten.reciprocal.default: Rows._power,
-    aten.neg.default: Rows._same,
-    aten.alias.default: Rows._same,
-    aten.expand.default: Rows._same,
-    aten.view.default: Rows._reshaped,
-    aten.unsqueeze.default: Rows._reshaped,
-    aten.squeeze.dim: Rows._reshaped,
-    aten.squeeze.dims: Rows._reshaped,
-    aten.clamp.default: Rows._bounded,
-    aten.clamp_min.default: Rows._bounded,
-    aten.where.self: Rows._chosen,
+    aten.reciprocal.default: Carried.power,
+    aten.neg.default: Carried.same,
+    aten.alias.default: Carried.same,
+    aten.expand.default: Carried.same,
+    aten.view.default: Carried.reshaped,
+    aten.unsqueeze.default: Carried.reshaped,
+    aten.squeeze.dim: Carried.reshaped,
+    aten.squeeze.dims: Carried.reshaped,
+    aten.clamp.default: Carried.bounded,
+    aten.clamp_min.default: Carried.bounded,
+    aten.where.self: Carried.chosen,
     **dict.fromkeys(REDUCTIONS, Rows._total),
 }

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import cast
 
 from torch.fx import Node
-from torch.fx.node import Argument
 
-from ane_trainer.ane.capture.range.calibration import Magnitude
-from ane_trainer.ane.capture.range.editing import Shape, aten, in_update, number, shape_of
+from ane_trainer.ane.capture.range.editing import aten, in_update, number, shape_of
+from ane_trainer.ane.capture.range.shifting import Shifting
 
 #: From here on log(1 + x) is log(x) to 11 bits.
 _LARGE = 2.0**10
@@ -31,38 +30,7 @@ _LEAST = 2.0**-14
 _SCALES = {"aten.log.default": math.log(2.0), "aten.log2.default": 1.0, "aten.log10.default": math.log10(2.0)}
 
 
-class Carrier(Protocol):
-    """What the rules use of `exponents.Exponents`."""
-
-    of: dict[Node, int]
-    changed: bool
-
-    def at(self, argument: Argument, exponent: int) -> Argument:
-        """A node with another exponent."""
-
-    def settle(self, node: Node) -> None:
-        """The true values of a node's arguments."""
-
-    def note(self, node: Node, exponent: int) -> None:
-        """The exponent of a node's result."""
-
-    def size(self, node: Node) -> Magnitude | None:
-        """A value's magnitude."""
-
-    def wanted(self, node: Node, natural: int) -> int:
-        """The exponent to store a value with."""
-
-    def emit(self, target: Callable[..., object], *args: Argument) -> Node:
-        """A new node in front of the present one."""
-
-    def view(self, node: Node, shape: Shape) -> Node:
-        """The node's numbers in another shape."""
-
-    def times(self, node: Node, factor: float) -> Node:
-        """A product with a number that fp16 may not hold."""
-
-
-def logarithm(x: Carrier, node: Node) -> None:
+def logarithm(x: Shifting, node: Node) -> None:
     """log, log2, log10: the exponent is added to the result."""
     source = cast("Node", node.args[0])
     inner = x.emit(cast("Callable[..., object]", node.target), source)
@@ -70,7 +38,7 @@ def logarithm(x: Carrier, node: Node) -> None:
     node.target = aten.add.Tensor
 
 
-def near_one(x: Carrier, node: Node) -> None:
+def near_one(x: Shifting, node: Node) -> None:
     """log1p and expm1 of large or small values."""
     source = cast("Node", node.args[0])
     exponent, size = x.of.get(source, 0), x.size(source)
@@ -91,7 +59,7 @@ def near_one(x: Carrier, node: Node) -> None:
     return None
 
 
-def exponential(x: Carrier, node: Node) -> None:
+def exponential(x: Shifting, node: Node) -> None:
     """exp of what makes it leave the range."""
     x.settle(node)
     exponent = 0 if in_update(node) else x.wanted(node, 0)
@@ -100,7 +68,24 @@ def exponential(x: Carrier, node: Node) -> None:
         x.note(node, exponent)
 
 
-def power(x: Carrier, node: Node, degree: float) -> None:
+def log_softmax(x: Shifting, node: Node) -> None:
+    """`z = x - max(x)` keeps its exponent: `z - log(sum(exp(z * 2^e))) * 2^-e`; exp of what is below fp16 is 0."""
+    source, axis = cast("Node", node.args[0]), cast("int", node.args[1])
+    exponent = x.of.get(source, 0)
+    if not exponent or (not x.risky(node, 0) and not x.risky(source, 0)):
+        return x.settle(node)
+    if exponent < 0 and x.risky(
+        node, exponent
+    ):  # scores near 0: log of the count is far larger than they are
+        return x.settle(node)
+    z = x.emit(aten.sub.Tensor, source, x.emit(aten.amax.default, source, [axis], True))
+    total = x.emit(aten.sum.dim_IntList, x.emit(aten.exp.default, x.times(z, 2.0**exponent)), [axis], True)
+    log = x.times(x.emit(aten.log.default, total), 2.0**-exponent)
+    node.target, node.args = aten.sub.Tensor, (z, log)
+    return x.note(node, exponent)
+
+
+def power(x: Shifting, node: Node, degree: float) -> None:
     """x ** degree for any degree: what is no whole power of two becomes a factor near 1."""
     source = cast("Node", node.args[0])
     natural = x.of.get(source, 0)
@@ -112,7 +97,7 @@ def power(x: Carrier, node: Node, degree: float) -> None:
     x.note(node, whole)
 
 
-def norm(x: Carrier, node: Node) -> None:
+def norm(x: Shifting, node: Node) -> None:
     """Norms of other orders than 0, 1, 2 and infinity, which raise nothing to a power: of x by its largest entry."""
     source, order = cast("Node", node.args[0]), number(node.args[1]) if len(node.args) > 1 else 2.0
     if in_update(node) or order in (0.0, 1.0, 2.0, math.inf, -math.inf, None) or node.kwargs:
