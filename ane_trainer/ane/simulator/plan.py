@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -23,8 +22,8 @@ from ane_trainer.ane.simulator.arrays import (
     storage_dtype,
     to_border,
 )
+from ane_trainer.ane.simulator.kernel_steps import kernel_step
 from ane_trainer.ane.simulator.kernels import fused, unfolding
-from ane_trainer.ane.simulator.kernels.host import host_function, runs_on_host
 from ane_trainer.ane.simulator.kernels.integer import (
     bind_integer,
     encoded_products,
@@ -35,8 +34,8 @@ from ane_trainer.ane.simulator.kernels.movement import offset_on_last_axis, view
 from ane_trainer.ane.simulator.kernels.reduction import scaled_sum_into
 from ane_trainer.ane.simulator.lifetimes import Pool, last_uses
 from ane_trainer.ane.simulator.loops.compiled import copies
-from ane_trainer.ane.simulator.numbers.fp16 import empty, round_half_away, zeros
-from ane_trainer.ane.simulator.registry import KERNELS, WRITES, EngineContext, Kernel
+from ane_trainer.ane.simulator.numbers.fp16 import empty, zeros
+from ane_trainer.ane.simulator.registry import EngineContext
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, lazy_values, schedule
 from ane_trainer.ane.simulator.states import without_states
 
@@ -224,7 +223,7 @@ class _Binder:
         if entry.factor is not None:
             step = scaled_sum_into(self.context, call, outputs, operands[0], entry.factor)
         elif step is None:
-            step = _kernel_step(op, self.context, operands, outputs)
+            step = kernel_step(op, self.context, operands, outputs)
         if op.name in self.encoded:
             step = with_encoding(op, step, operands[0], operands[1], outputs[0])
         if entry.constant and not any(value.name in self.given for value in op.results):
@@ -390,42 +389,3 @@ def _copy(pairs: list[tuple[Array, Array]]) -> None:
     sources = [s.copy() if any(np.may_share_memory(s, t) for t in targets) else s for _, s in pairs]
     for to, source in zip(targets, sources, strict=True):
         np.copyto(to, source)
-
-
-def _kernel_step(op: Op, context: EngineContext, operands: list[object], outputs: list[Array]) -> Step:
-    """One unfused op as a callable that fills `outputs`."""
-    call = bind(op.kind, dict(op.args))
-    host = runs_on_host(op)
-    function = host_function(call) if host else None
-    if function is None:
-        writer = WRITES.get(op.kind)
-        if writer is not None and not host:
-            return writer(context, call, outputs, *operands)
-        kernel = KERNELS.get(op.kind)
-        if kernel is None:
-            raise SimulationError(f"{op.name}: the simulator has no kernel for {op.kind}.", code="SIM104")
-        function = partial(_run_kernel, kernel, context, call, _to_engine if host else _as_is)
-
-    def step() -> None:
-        results = function(*operands)
-        for out, result in zip(outputs, results if isinstance(results, tuple) else (results,), strict=True):
-            out[...] = result
-
-    return step
-
-
-def _run_kernel(
-    kernel: Kernel, context: EngineContext, call: Call, convert: Callable[[object], object], *operands: object
-) -> Any:
-    return kernel.run(context, call, *map(convert, operands))
-
-
-def _as_is(operand: object) -> Any:
-    return operand
-
-
-def _to_engine(operand: Any) -> Any:
-    """fp32 numbers as the engine takes them: rounded to fp16."""
-    if isinstance(operand, tuple):
-        return tuple(map(_to_engine, operand))
-    return round_half_away(operand) if operand is not None and operand.dtype == np.float32 else operand
