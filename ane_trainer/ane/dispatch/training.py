@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -11,14 +10,11 @@ import numpy as np
 import torch
 
 from ane_trainer.ane.capture import Loss
-from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.optimizers.table import check_structure
 from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.range.calibration import calibration_of, calibration_tensors
 from ane_trainer.ane.capture.step import CEILING, GRADIENT
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
-from ane_trainer.ane.chips.cost import Cost
-from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.dispatch.adapting import Variants
 from ane_trainer.ane.dispatch.agreement import (
     Agreement,
@@ -30,15 +26,14 @@ from ane_trainer.ane.dispatch.agreement import (
 )
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
-from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, cost_of, load_step
+from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
+from ane_trainer.ane.dispatch.step_facts import StepFacts
 from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
 from ane_trainer.ane.errors import PeerLost
-from ane_trainer.ane.mil.program import Program
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Compiled, Dispatch
 
 
 def build_step(
@@ -73,23 +68,20 @@ def build_step(
     return step
 
 
-class TrainingStep:
+class TrainingStep(StepFacts):
     """A compiled training step. `step(x, y)` runs it; made by `compile_step`.
 
     `skipped_steps` counts the steps whose gradients overflowed: they changed nothing but the loss scale.
-    `gradient_options` may be replaced by others that clip and accumulate alike, with other limits.
     """
 
     def __init__(
         self, subject: Subject, target: Target, options: StepOptions, loaded: LoadedStep, host_reason: str
     ) -> None:
-        self.target, self.options = target, options
-        self.gradient_options: GradientOptions = options.gradients
+        host = HostOptimizer(subject.model, subject.optimizer) if options.gradients.on_host else None
+        super().__init__(subject, target, options, loaded, host, host_reason)
         self.compiles, self.steps, self.applied_steps, self.skipped_steps = 1, 0, 0, 0
-        self._subject, self._loaded, self._host_reason = subject, loaded, host_reason
         own = options.seed is not None
         self._draws = torch.Generator().manual_seed(options.seed or 0) if own else torch.default_generator
-        self._host = HostOptimizer(subject.model, subject.optimizer) if options.gradients.on_host else None
         #: How the last step that was compared agrees with fp32; None before, or if it could not be compared.
         self.agreement: Agreement | None = None
         self._skipped_before = 0
@@ -98,7 +90,6 @@ class TrainingStep:
         self._stale_moments = False
         self._units = self._fresh_units()
         self._variants = Variants(subject, target, options, loaded)
-        self._own_shards = 1 if options.exchange is None else len(options.exchange.shards.own)
         self.load()
 
     def __call__(self, x: object, y: object) -> torch.Tensor:
@@ -332,46 +323,6 @@ class TrainingStep:
         self._unsynced, self._stale_moments = 0, self.applied_steps > 0
 
     @property
-    def compiled(self) -> Compiled:
-        """The whole step as one program, with its ports, whose scales are those of the present units.
-
-        A step in programs of blocks has `programs` and `dispatches`; what they are together is printed when asked for.
-        """
-        compiled = self._loaded.whole
-        lowered = compiled.legalized.lowered
-        inputs, outputs = (self._loaded.mirror.scaled(ports) for ports in (lowered.inputs, lowered.outputs))
-        lowered = dataclasses.replace(lowered, inputs=inputs, outputs=outputs)
-        return dataclasses.replace(
-            compiled, legalized=dataclasses.replace(compiled.legalized, lowered=lowered)
-        )
-
-    @property
-    def programs(self) -> tuple[Compiled, ...]:
-        """What is compiled for a step: one program, or those of its blocks; of a divided batch backward and update."""
-        return self._loaded.programs
-
-    def parts(self) -> list[tuple[str, Compiled]]:
-        """Programs beside the first, or of blocks all, by a name for files."""
-        return self._loaded.named_parts()
-
-    @property
-    def dispatches(self) -> tuple[Dispatch, ...]:
-        """The runs of programs of blocks that make a step, in order; none where the step is one program."""
-        return tuple(
-            d for part in self._loaded.wholes if part.chain is not None for d in part.chain.dispatches
-        )
-
-    @property
-    def dispatches_per_step(self) -> int:
-        """How many programs one call runs."""
-        return len(self._loaded.dispatched(self._own_shards))
-
-    @property
-    def program(self) -> Program:
-        """The MIL program of the whole step; where batches are divided, of the backward."""
-        return self._loaded.whole.program
-
-    @property
     def health(self) -> dict[str, int]:
         """By module, the batches in which the gradient of one of its parameters left its range: skipped updates."""
         return self._units.overflows_by_module()
@@ -385,59 +336,6 @@ class TrainingStep:
     def host_side(self) -> tuple[GradientUnits, LoadedStep]:
         """What the host keeps: units of gradients, and the step with the mirror of its state."""
         return self._units, self._loaded
-
-    @property
-    def optimizer_on(self) -> str:
-        """ "engine", or "host" if PyTorch updates the weights."""
-        return "host" if self._host is not None else "engine"
-
-    @property
-    def engine_flop_fraction(self) -> float:
-        """Share of the step's floating-point operations in the program; the rest is the host's optimizer.
-
-        On the host they are counted in the first update, and before it as 10 a parameter (Adam's).
-        """
-        if self._host is None:
-            return 1.0
-        ops = [op for part in self._loaded.wholes for op in part.program.main.ops]
-        engine = self.gradient_options.accumulate * sum(flops(op) for op in ops)
-        host = self._host.flops or 10 * sum(p.numel() for p in self._subject.model.parameters())
-        return engine / (engine + host)
-
-    @property
-    def loss_scale(self) -> float:
-        """The present loss scale."""
-        return self._loaded.mirror.scaling("loss_scale")
-
-    @property
-    def host_bytes_per_step(self) -> int:
-        """Bytes between host and engine in one step: batch, scalars, results; of a host optimizer also weights."""
-        bytes_each = np.dtype(self._loaded.dtype).itemsize
-        ports = [port for part in self._loaded.wholes for port in (*part.inputs, *part.outputs)]
-        batch = sum(bytes_each * math.prod(p.shape) for p in ports if p.role != "state")
-        weights = sum(bytes_each * p.numel() for p in self._subject.model.parameters() if p.requires_grad)
-        return batch + (weights if self._host is not None else 0)
-
-    def text(self) -> str:
-        """The program as MIL text; of a step in programs of blocks those, one after the other."""
-        return self._loaded.compiled.text
-
-    def cost(self) -> Cost:
-        """Estimated time and energy of one step on the chip; of a divided one without what processes exchange."""
-        return cost_of(self._loaded.dispatched(self._own_shards), self.target.path)
-
-    def placement(self) -> dict[str, object]:
-        """Where the step runs and how that is known."""
-        where, how = self.target.placement()
-        if self._host is not None:
-            name = type(self._subject.optimizer).__name__
-            where = f"{where}; optimizer {name} on the host (PyTorch fp32), gradients read back each step"
-            where += f": it {self._host_reason}" if self._host_reason else ""
-        return {
-            "where": where, "how": how, "device": self.target.device, "choice": self.target.reason,
-            "optimizer_on": self.optimizer_on, "optimizer_reason": self._host_reason,
-            "programs": len(self.programs), "dispatches": self.dispatches_per_step, "blocks": self._loaded.chosen,
-        }  # fmt: skip
 
     def close(self) -> None:
         """Bring the module up to date and release the device."""
