@@ -133,3 +133,47 @@ def test_callbacks_of_keras_act_on_a_trainer(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CALLBACKS, str(tmp_path / "log.csv")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+LAYERS = """
+import keras, torch
+from torch.nn import functional as F
+import ane_trainer as at
+
+L = keras.layers
+image, tokens = lambda: torch.rand(8, 8, 8, 3), lambda: torch.randint(0, 20, (8, 6))
+
+def attention():
+    i = keras.Input((6,), dtype="int32")
+    x = L.Embedding(20, 8)(i)
+    x = L.LayerNormalization()(x + L.MultiHeadAttention(2, 4)(x, x, use_causal_mask=True))
+    return keras.Model(i, L.Dense(5)(L.GlobalAveragePooling1D()(x)))
+
+def recurrent():
+    layers = L.Embedding(20, 8, mask_zero=True), L.Bidirectional(L.GRU(6)), L.Dense(5)
+    return keras.Sequential([keras.Input((6,), dtype="int32"), *layers])
+
+def separable():
+    i = keras.Input((8, 8, 3))
+    x = L.SeparableConv2D(6, 3, padding="same")(L.Rescaling(255.0, -1)(i))
+    x = L.Conv2DTranspose(4, 2, strides=2)(L.GroupNormalization(3)(x))
+    return keras.Model(i, L.Dense(5)(L.GlobalMaxPooling2D()(L.PReLU()(x))))
+
+for make, data in ((attention, tokens), (recurrent, tokens), (separable, image)):
+    keras.utils.set_random_seed(1)
+    model, x, y = make(), data(), torch.arange(8) % 5
+    F.cross_entropy(model(x, training=True), y).backward()
+    expected = {w.path: w.value.grad.clone() for w in model.trainable_weights}
+    before = {w.path: w.value.detach().clone() for w in model.trainable_weights}
+    step = at.compile_step(model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=1.0), (x, y))
+    step(x, y)
+    for w in model.trainable_weights:
+        gradient, off = expected[w.path], before[w.path] - w.value.detach() - expected[w.path]
+        assert off.norm() < 0.02 * gradient.norm() + 1e-5, (w.path, off.norm(), gradient.norm())
+print("done")
+"""
+
+
+def test_layers_of_keras_take_pytorch_s_first_update() -> None:
+    """Causal attention, a masked GRU of both directions, separable and transposed convolution, group norm."""
+    assert python(LAYERS, "torch").strip().endswith("done")
