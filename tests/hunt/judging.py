@@ -1,10 +1,10 @@
 """Runs a set-up and judges it: right, announced, silent or a raw exception, against PyTorch in fp64.
 
-Right is within LOSS and UPDATE, or within OWN times what plain fp16 costs, over the entries of the update that it leaves
-determined. That cost is measured: the same steps with batch, weights and each result of forward and backward rounded to
-eleven bits (`Rounded`, without limits of range), to nearest once and up or down at random otherwise; the largest error of
-FEW such runs, and of MANY where the step is beyond that: which of two near entries a max pool takes, or whether a ReLU is
-open, is decided by the rounding, and a few runs may all decide alike.
+Right is within LOSS and UPDATE, or within OWN times what plain fp16 costs, over the entries of the update that it
+leaves determined. That cost is measured: the same steps with batch, weights and each result of forward and backward
+rounded to eleven bits (`Rounded`, without limits of range), to nearest once and up or down at random otherwise; the
+largest error of FEW such runs, and of MANY where the step is beyond that: which of two near entries a max pool takes,
+or whether a ReLU is open, is decided by the rounding, and a few runs may all decide alike.
 """
 
 from __future__ import annotations

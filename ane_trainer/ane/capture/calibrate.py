@@ -32,6 +32,8 @@ Tensors = dict[str, torch.Tensor]
 #: Where calibration puts the largest scaled gradient, and the largest gradient in its parameter's unit.
 CALIBRATED_GRADIENT = 2048.0
 CALIBRATED_UNIT_PEAK = 8.0
+#: A gradient in its unit up to here leaves the unit as it is.
+LARGEST_UNIT_PEAK = 4.0 * CALIBRATED_UNIT_PEAK
 #: A gradient counts as this share of the largest at least: what is smaller in fp32 may be rounding in fp16, as that
 #: of a bias before batch norm. Units of gradients that are truly that small move in the first steps.
 LEAST_SHARE = 2.0**-10

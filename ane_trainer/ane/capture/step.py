@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +21,7 @@ from ane_trainer.ane.capture.buffers import (
 from ane_trainer.ane.capture.calibrate import Calibration, calibrate, call_loss, call_model, copies, loss_of
 from ane_trainer.ane.capture.gradients import (
     FLOORS,
-    LARGEST_UNIT,
     LIMITS,
-    SMALLEST_UNIT,
     UNIT_SCALE,
     UNITS,
     GradientOptions,
@@ -71,6 +68,13 @@ from ane_trainer.ane.capture.trace.sources import (
     watch_modules,
 )
 from ane_trainer.ane.capture.trace.tracer import trace
+from ane_trainer.ane.capture.unit_bounds import (
+    LARGEST_SHIFT,
+    clipping_shift,
+    largest_shift,
+    least_gradient,
+    unit_bounds,
+)
 from ane_trainer.ane.stages import Captured, Port
 
 Tensors = dict[str, torch.Tensor]
@@ -175,7 +179,8 @@ def capture_training(
     ):
         calibration = calibrate(model, get_loss(loss), found, example)
     changes = find_changes(model, final, options.precision)
-    parameters = tuple(_with_unit(p, rule, optimizer, calibration, units) for p in found)
+    clipped = clipping_shift(options.gradients, calibration, LARGEST_SHIFT)
+    parameters = tuple(_with_unit(p, rule, optimizer, calibration, units, clipped) for p in found)
     plan = _plan(model, loss, optimizer, example, parameters, calibration, changes, options)
     scale = calibration.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
     plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, calibration.ceiling())))
@@ -185,7 +190,7 @@ def capture_training(
     graph = trace(function, _example_inputs(plan, example), decomposition_table(), place)
     check_counters(model, changes, example, functools.partial(loss_of, model, get_loss(loss)))
     shift = units.get(
-        SHIFT, _shift(options.gradients, calibration, largest_shift(rule, optimizer, parameters, {}))
+        SHIFT, clipping_shift(options.gradients, calibration, largest_shift(rule, optimizer, parameters, {}))
     )
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling, SHIFT: shift}
     values = functools.partial(_calibration_inputs, plan, scale)
@@ -251,50 +256,18 @@ def _with_unit(
     optimizer: torch.optim.Optimizer,
     calibration: Calibration,
     units: Mapping[str, float],
+    shift: float,
 ) -> Parameter:
-    """The parameter with its gradient's unit; one that the loss does not reach counts as frozen."""
+    """The parameter with its gradient's unit; one that the loss does not reach counts as frozen.
+
+    Coupled weight decay is added behind the clipping, to a gradient times `shift`: the unit leaves room for it there.
+    """
     if parameter.group is None or parameter.name not in calibration.peaks:
         return dataclasses.replace(parameter, group=None)
     group = plain(optimizer.param_groups[parameter.group])
-    unit = calibration.unit(parameter.name, unit_bounds(rule, group), least_gradient(parameter, rule, group))
+    least = least_gradient(parameter, rule, group) * shift
+    unit = calibration.unit(parameter.name, unit_bounds(rule, group), least)
     return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
-
-
-def unit_bounds(rule: Rule, group: Mapping[str, object]) -> tuple[float, float]:
-    """The smallest and largest unit that ports and the rule's scalars allow."""
-    low, high = rule.unit_range(group)
-    decay = rule.unit_scalars(group, 1, 1.0).get("weight_decay", 0.0)
-    low, high = max(low, SMALLEST_UNIT), min(high, LARGEST_UNIT, 2.0**15 / decay if decay else math.inf)
-    low = 2.0 ** math.ceil(math.log2(low))
-    return low, max(2.0 ** math.floor(math.log2(high)), low)
-
-
-def least_gradient(parameter: Parameter, rule: Rule, group: Mapping[str, object]) -> float:
-    """The magnitude that coupled weight decay alone gives the parameter's gradient."""
-    decay = rule.unit_scalars(group, 1, 1.0).get("weight_decay", 0.0)
-    if not decay or not parameter.tensor.numel():
-        return 0.0
-    return decay * float(parameter.tensor.detach().abs().amax())
-
-
-def _shift(options: GradientOptions, calibration: Calibration, largest: float) -> float:
-    """The power of two that undoes what clipping takes from the example's gradients."""
-    if options.clip_norm is None or not 0.0 < calibration.norm < math.inf:
-        return 1.0
-    factor = min(1.0, options.clip_norm / calibration.norm)
-    return min(2.0 ** -math.floor(math.log2(factor)), largest)
-
-
-def largest_shift(
-    rule: Rule, optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], units: Mapping[str, float]
-) -> float:
-    """The largest power of two after clipping with which all units stay within their bounds; 2^15 at most."""
-    found = 2.0**15
-    for p in parameters:
-        if p.group is not None:
-            _, high = unit_bounds(rule, plain(optimizer.param_groups[p.group]))
-            found = min(found, max(high, 1.0) / units.get(p.name, p.unit))
-    return max(found, 1.0)
 
 
 def _example_inputs(plan: _Plan, example: tuple[object, object]) -> Tensors:

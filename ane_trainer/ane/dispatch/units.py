@@ -17,20 +17,21 @@ import numpy as np
 import torch
 
 from ane_trainer.ane.capture import StepCapture
-from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK
+from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK, LARGEST_UNIT_PEAK
 from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, GradientOptions, gradient_scalars
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, scalar_values
 from ane_trainer.ane.capture.ports import Parameter, units_by_group
 from ane_trainer.ane.capture.scaling import HEALTH, LARGEST_SCALE, OVERFLOW
-from ane_trainer.ane.capture.step import SHIFT, largest_shift, least_gradient, unit_bounds
+from ane_trainer.ane.capture.step import SHIFT
+from ane_trainer.ane.capture.unit_bounds import largest_shift, least_gradient, unit_bounds
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.loading import LoadedStep
 from ane_trainer.ane.errors import NumericsWarning
 from ane_trainer.ane.mil.weights import Array
 
 #: Gradients above this in their unit move it down, those below LOW for a while up.
-HIGH, LOW = 4.0 * CALIBRATED_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
+HIGH, LOW = LARGEST_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
 #: What is left of the level after a step with smaller gradients: from 8 to 1 in 20 steps.
 FADE = 0.9
 #: Gradients below this in their unit wait for it to move up, in the first step and after changes from outside.
@@ -232,7 +233,7 @@ class GradientUnits:
         if level <= HIGH and peak < limit and (level >= LOW or not up):
             return 1.0
         group, unit = self._group(parameter), self.values[index]
-        level = max(level, least_gradient(parameter, self.rule, group) * unit)
+        level = max(level, least_gradient(parameter, self.rule, group) * unit * self.shift)
         low, high = unit_bounds(self.rule, group)
         high = max(high / self.shift, low)  # the optimizer gets it times the shift
         target = unit * 2.0 ** math.floor(math.log2(CALIBRATED_UNIT_PEAK / level))

@@ -12,7 +12,7 @@ from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, UNIT_SCALE, UNITS,
 from ane_trainer.ane.capture.optimizers.formulas import Traced, formula, least, settings, traced_group
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, port_name
-from ane_trainer.ane.capture.step import least_gradient, unit_bounds
+from ane_trainer.ane.capture.unit_bounds import least_gradient, unit_bounds
 from ane_trainer.ane.dispatch.mirror import MOVED_PEAK, Mirror
 from ane_trainer.ane.dispatch.units import ATTEMPTS, FADE, HIGH, LOW, UP_EVERY, UP_FIRST, GradientUnits
 from ane_trainer.ane.mil.program import MAX_FP16

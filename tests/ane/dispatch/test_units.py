@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import ane_trainer as at
 from ane_trainer import compile_step
 from ane_trainer.ane.capture.optimizers.table import plain
-from ane_trainer.ane.capture.step import unit_bounds
+from ane_trainer.ane.capture.unit_bounds import unit_bounds
 from ane_trainer.ane.dispatch import TrainingStep
 from tests.ane.dispatch.test_gradients import batches, distance, mlp
 from tests.ane.dispatch.test_optimizers import Lamb, Lion
@@ -160,6 +160,14 @@ def test_clipping_to_any_norm(limit: float) -> None:
         error, step = sized(make, sizes, clip_grad_norm=limit)
         assert step.compiles == 1
         assert error < 0.02
+
+
+@pytest.mark.parametrize("sizes", [[1.0] * 3, [1e-3, 1e-3, 1.0, 1.0]], ids=["steady", "growing"])
+def test_weight_decay_beside_clipped_gradients(sizes: list[float]) -> None:
+    """Decay is added behind the clipping: its unit is not that of gradients a million times smaller."""
+    error, step = sized(lambda p: optim.Adam(p, weight_decay=0.01), sizes, clip_grad_norm=1e-6 * sizes[0])
+    assert error < 0.005
+    assert step.skipped_steps == 0
 
 
 @pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")

@@ -63,7 +63,7 @@ public struct GradientUnits: Codable, Equatable, Sendable {
         if level == 0 { return 1 }
         if level <= policy.high, peak < limit, level >= policy.low || !up { return 1 }
         let unit = values[index]
-        level = max(level, parameter.leastGradient * unit)
+        level = max(level, parameter.leastGradient * unit * shift)
         let target = unit * exp2(floor(log2(policy.peak / level)))
         return min(max(target, parameter.unitBounds[0]), parameter.unitBounds[1]) / unit
     }
@@ -73,7 +73,9 @@ public struct GradientUnits: Codable, Equatable, Sendable {
         if shiftLevel <= 2, shiftLevel >= 0.125 || !up { return 1 }
         let target = shift * exp2(-floor(log2(shiftLevel)))
         let largest = zip(manifest.parameters, values).reduce(32768.0) { least, pair in
-            min(least, max(pair.0.unitBounds[1], 1) / pair.1)
+            let decay = pair.0.leastGradient * pair.1
+            let room = decay > 0 ? exp2(floor(log2(manifest.policy.high / decay))) : .infinity
+            return min(least, max(pair.0.unitBounds[1], 1) / pair.1, room)
         }
         return max(1, min(target, max(largest, 1))) / shift
     }
