@@ -169,7 +169,7 @@ class _Loop:
         offset: Value | int = 0
         for index, stride in zip(indices, strides, strict=True):
             if stride:
-                offset = index * stride + offset if isinstance(offset, Value) else index * stride
+                offset = offset + index * stride if isinstance(offset, Value) else index * stride
         return pointer.at(offset, element)
 
     def load(self, which: int, indices: list[Value], element: Type, offset: int = 0) -> Value:
