@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ane_trainer.ane.chips.lookup import Chip
     from ane_trainer.ane.dispatch import TrainingStep
     from ane_trainer.ane.mil.program import Program
-    from ane_trainer.ane.verify.profiling import OpProfile
+    from ane_trainer.ane.verify.watching import Extremes
 
 #: What the accumulator and fp16 hold, and the share of it from which a value counts as near.
 _MAC_LIMIT, _NEAR = 32768.0, 0.5
@@ -262,14 +262,14 @@ def _agreement(subject: ModelSubject, step: TrainingStep) -> tuple[str, list[Pro
 
 def _hazards(subject: ModelSubject, step: TrainingStep, chip: Chip) -> Iterator[Problem]:
     """Numeric hazards of the example batch, each kind once a place."""
-    from ane_trainer.ane.verify.profiling import profile
+    from ane_trainer.ane.verify.watching import extremes
 
     feeds = step.feeds(*subject.example) | step.port_state()
-    found = profile(step.program, feeds, chip=chip.name, quick=True)
-    by_name = {op.name: op for op in found.ops}
+    found = extremes(step.program, feeds, chip=chip.name)
+    by_name = {op.name: op for op in found}
     told: set[tuple[str, str]] = set()
     operands = {op.name: [v.name for v in op.operands()] for op in step.program.main.ops}
-    for op in found.ops:
+    for op in found:
         inputs = [by_name[name] for name in operands.get(op.name, []) if name in by_name]
         for problem in (_overflow(op), _near(op), _dead(op), _table_end(op, inputs)):
             if problem is not None and (problem.rule, problem.where) not in told:
@@ -277,15 +277,11 @@ def _hazards(subject: ModelSubject, step: TrainingStep, chip: Chip) -> Iterator[
                 yield problem
 
 
-def _where(op: OpProfile) -> str:
+def _where(op: Extremes) -> str:
     return op.source or f"op {op.name}"
 
 
-def _largest(op: OpProfile) -> float:
-    return max(abs(op.low or 0.0), abs(op.high or 0.0))
-
-
-def _overflow(op: OpProfile) -> Problem | None:
+def _overflow(op: Extremes) -> Problem | None:
     if not op.overflows:
         return None
     reason = f"{op.overflows} of its numbers become infinite on this batch."
@@ -293,11 +289,11 @@ def _overflow(op: OpProfile) -> Problem | None:
     return Problem("overflow", "note", _where(op), op.kind, reason, fix, "simulated")
 
 
-def _near(op: OpProfile) -> Problem | None:
+def _near(op: Extremes) -> Problem | None:
     from ane_trainer.ane.mil.program import MAX_FP16
 
     product = op.kind in ("matmul", "linear", "conv", "conv_transpose")
-    limit, largest = (_MAC_LIMIT if product else MAX_FP16), _largest(op)
+    limit, largest = (_MAC_LIMIT if product else MAX_FP16), op.largest
     if op.overflows or not _NEAR * limit <= largest < limit:
         return None
     reason = f"its largest number is {largest:,.0f}; the engine holds up to {limit:,.0f} there."
@@ -306,23 +302,21 @@ def _near(op: OpProfile) -> Problem | None:
     )
 
 
-def _dead(op: OpProfile) -> Problem | None:
-    extents = op.type.partition("[")[2].rstrip("]").split(",")
-    size = math.prod(int(extent) for extent in extents if extent)
-    if op.kind not in ("matmul", "linear", "conv", "conv_transpose") or op.underflows < _DEAD * size:
+def _dead(op: Extremes) -> Problem | None:
+    if op.vanished < _DEAD:
         return None
-    reason = f"{op.underflows / size:.0%} of its results vanish: products below 2^-17 are dropped."
+    reason = f"{op.vanished:.0%} of its results vanish: products below 2^-17 are dropped."
     fix = "Scale its operands up by a power of two (gradients: raise loss_scale)."
     return Problem(
         "dead-products", "note", _where(op), op.kind, reason, fix, "simulated; M6 notes/numerics.md"
     )
 
 
-def _table_end(op: OpProfile, operands: Sequence[OpProfile]) -> Problem | None:
+def _table_end(op: Extremes, operands: Sequence[Extremes]) -> Problem | None:
     from ane_trainer.ane.verify.faults import TABLE_ENDS
 
     end = TABLE_ENDS.get(op.kind)
-    largest = max((_largest(item) for item in operands), default=0.0)
+    largest = max((item.largest for item in operands), default=0.0)
     if end is None or largest <= end or (op.kind == "exp" and max(i.high or 0.0 for i in operands) <= end):
         return None
     reason = f"operands reach {largest:,.3g}; the engine's table ends at {end:g}."

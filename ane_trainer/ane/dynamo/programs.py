@@ -26,7 +26,7 @@ from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, tell_of_rounde
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
-from ane_trainer.ane.dynamo.proof import WholeGraph, departures, in_words
+from ane_trainer.ane.dynamo.proof import MeasuredGraph, departures, in_words
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import make_boxed_func
 from ane_trainer.ane.errors import DataError, NumericsWarning
@@ -134,7 +134,7 @@ class GraphFunction:
     def measured(self, values: Values) -> dict[str, Magnitude]:
         """The magnitudes of a call's values in PyTorch's precision."""
         with torch.no_grad(), without_modes():
-            run = WholeGraph(self._prepared.graph)
+            run = MeasuredGraph(self._prepared.graph)
             nodes = self._placeholders()
             try:
                 self._expected = run.run(

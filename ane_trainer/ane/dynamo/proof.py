@@ -10,7 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.range.calibration import Measured
-from ane_trainer.ane.capture.range.departure import Eleven, Half, Kept, run_all
+from ane_trainer.ane.capture.range.departure import Eleven, Exactly, Half, run_all
+from ane_trainer.ane.capture.range.running import InOrder
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 
@@ -43,7 +44,7 @@ def in_words(
     )
 
 
-class WholeGraph(Measured):
+class WholeGraph(InOrder):
     """A graph with the operands that `graphs.partition` left out computed again."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
@@ -57,8 +58,12 @@ class WholeGraph(Measured):
         return super().call_function(target, args, kwargs)
 
 
-class ExactGraph(Kept, WholeGraph):
-    """Keeps every value."""
+class MeasuredGraph(Measured, WholeGraph):
+    """Notes the magnitude of each value."""
+
+
+class ExactGraph(Exactly, WholeGraph):
+    """In full precision."""
 
 
 class ElevenGraph(Eleven, WholeGraph):

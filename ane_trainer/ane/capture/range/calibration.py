@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import Target
+from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.range.editing import TINY, aten, in_update
+from ane_trainer.ane.capture.range.running import VIEWS, InOrder, in_step
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
     for example in examples:
         run = Measured(module)
         with torch.no_grad():
-            run.run(*example)
+            for _ in in_step([run], example):
+                pass
         found = {name: m.joined(found[name]) if name in found else m for name, m in run.found.items()}
     return found
 
@@ -110,26 +110,17 @@ def measure(tensor: torch.Tensor) -> Magnitude:
 #: The mean square of numbers up to here and down to its inverse needs no other unit in float32.
 _SQUARABLE = 1e-12
 
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
-
-
 #: Operations whose result has the entries of the first operand, in another order or place.
-_MOVES = frozenset((*_VIEWS[:2], aten.t.default, aten.transpose.int, aten.permute.default, aten.clone.default,
+_MOVES = frozenset((*VIEWS[:2], aten.t.default, aten.transpose.int, aten.permute.default, aten.clone.default,
                     aten.unsqueeze.default, aten.detach.default, aten.alias.default))  # fmt: skip
 
 
-class Measured(Interpreter):
-    """Runs a graph and notes the magnitude of each float value."""
+class Measured(InOrder):
+    """Runs a graph and notes the magnitude of each float value in front of the update."""
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
         self.found: dict[str, Magnitude] = {}
-
-    def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
-        """One operation; views of values that simplification left in another layout see them in order."""
-        if target in _VIEWS:
-            args = (args[0].contiguous(), *args[1:])
-        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Node) -> object:
         result = super().run_node(n)

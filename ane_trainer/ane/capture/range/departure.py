@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from ane_trainer.ane.capture.range.calibration import Measured
 from ane_trainer.ane.capture.range.editing import in_update
+from ane_trainer.ane.capture.range.running import InOrder, in_step
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.mil.program import MAX_FP16
 from ane_trainer.ane.stages import Captured
@@ -51,26 +51,62 @@ class Rounded:
 def run_rounded(captured: Captured, values: Mapping[str, torch.Tensor]) -> Rounded:
     """Run the graph on the values of its ports: exactly, with results of eleven bits, and with fp16 results."""
     inputs = [values[p.name] for p in captured.inputs]
-    exact, eleven, rounded = (kind(captured.graph) for kind in (Kept, Eleven, Half))
-    ends = [n for n in captured.graph.graph.nodes if any(in_update(u) for u in n.users)]
-    return run_all((exact, eleven, rounded), ends, inputs)
-
-
-def run_all(runs: tuple[Kept, Kept, Kept], chosen: Sequence[Node], inputs: Sequence[torch.Tensor]) -> Rounded:
-    """Run a graph exactly, with results of eleven bits, and in fp16; the error is that of the chosen nodes."""
-    exact, eleven, rounded = runs
-    with torch.no_grad():
-        for run in runs:
-            run.run(*inputs)
-    ends = [n for n in exact.kept if n in set(chosen)]
-    least = _LEAST * max((_finite_norm(exact.kept[n]) for n in ends), default=0.0)
-    errors = {n: _error(rounded.kept[n], v, least if n in ends else 0.0) for n, v in exact.kept.items()}
-    found = (n for n in exact.kept if n.op == "call_function" and _departs(n, errors))
-    first = next(found, None)
-    worst = max((_error(eleven.kept[n], exact.kept[n], least) for n in ends), default=0.0)
-    return Rounded(
-        worst, None if first is None else _described(first, exact.kept[first], rounded.kept[first])
+    runs = (Exactly(captured.graph), Eleven(captured.graph), Half(captured.graph))
+    return run_all(
+        runs, [n for n in captured.graph.graph.nodes if any(in_update(u) for u in n.users)], inputs
     )
+
+
+def run_all(
+    runs: tuple[Exactly, Eleven, Half], chosen: Sequence[Node], inputs: Sequence[torch.Tensor]
+) -> Rounded:
+    """Run a graph exactly, with results of eleven bits, and in fp16; the error is that of the chosen nodes.
+
+    The three go node by node, and values are let go after their last reader; the update is left out.
+    """
+    ends = set(chosen)
+    found: dict[Node, _Compared] = {}
+    with torch.no_grad():
+        for node, (exact, eleven, half) in in_step(runs, inputs):
+            if isinstance(exact, torch.Tensor) and exact.is_floating_point() and exact.numel():
+                assert isinstance(eleven, torch.Tensor)
+                assert isinstance(half, torch.Tensor)
+                found[node] = _compared(exact, half, eleven if node in ends else None)
+    least = _LEAST * max((item.size for n, item in found.items() if n in ends), default=0.0)
+    errors = {n: item.half.relative(least if n in ends else 0.0) for n, item in found.items()}
+    departing = (n for n in found if n.op == "call_function" and _departs(n, errors))
+    first = next(departing, None)
+    worst = max((item.eleven.relative(least) for n, item in found.items() if n in ends), default=0.0)
+    return Rounded(worst, None if first is None else _described(first, found[first]))
+
+
+@dataclass(frozen=True)
+class _Error:
+    """Norm of an error, and of what it is an error of."""
+
+    error: float
+    size: float
+
+    def relative(self, least: float) -> float:
+        """The error relative to the size, or to `least` if that is larger; 0 where there is no size."""
+        return self.error / max(self.size, least) if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A value of the exact run beside the others: its norm, errors, and the largest magnitudes, exact and in fp16."""
+
+    size: float
+    half: _Error
+    eleven: _Error
+    peak: float
+    half_peak: float
+
+
+def _compared(exact: torch.Tensor, half: torch.Tensor, eleven: torch.Tensor | None) -> _Compared:
+    peaks = (float(exact.abs().amax()), float(half.abs().amax()))
+    other = _Error(0.0, 0.0) if eleven is None else _error(eleven, exact)
+    return _Compared(_finite_norm(exact), _error(half, exact), other, *peaks)
 
 
 def _finite_norm(value: torch.Tensor) -> float:
@@ -78,16 +114,13 @@ def _finite_norm(value: torch.Tensor) -> float:
     return norm if math.isfinite(norm) else 0.0
 
 
-def _error(got: torch.Tensor, want: torch.Tensor, least: float) -> float:
-    """The error relative to the size, or to `least` if that is larger; 0 where there is no size.
-
-    Numbers that stand for minus infinity are as they should be if they are beyond fp16.
-    """
+def _error(got: torch.Tensor, want: torch.Tensor) -> _Error:
+    """The error of a value; numbers that stand for minus infinity are as they should be if they are beyond fp16."""
     masks = (want.abs() >= _MASK) & (got.abs() >= MAX_FP16)
     if bool(masks.any()):
         got, want = got.masked_fill(masks, 0.0), want.masked_fill(masks, 0.0)
     size = _finite_norm(want)
-    return float((got.double() - want.double()).norm()) / max(size, least) if size else 0.0
+    return _Error(float((got.double() - want.double()).norm()) if size else 0.0, size)
 
 
 def _departs(node: Node, errors: Mapping[Node, float]) -> bool:
@@ -95,12 +128,12 @@ def _departs(node: Node, errors: Mapping[Node, float]) -> bool:
     return errors[node] > _STEP + 2.0 * before
 
 
-def _described(node: Node, want: torch.Tensor, got: torch.Tensor) -> Departure:
+def _described(node: Node, found: _Compared) -> Departure:
     while node.target is operator.getitem:
         node = node.all_input_nodes[0]
     where = str(node.meta.get(META_KEY, node.name))
-    peak = float(want.abs().amax())
-    if float(got.abs().amax()) >= MAX_FP16:
+    peak = found.peak
+    if found.half_peak >= MAX_FP16:
         reason = f"reaches {peak:.3g}, beyond what fp16 holds; divide what goes in"
     elif peak < 2.0**-10:
         reason = f"is {peak:.3g} at most, too small for fp16; multiply what goes in"
@@ -121,31 +154,19 @@ def _behind_exponential(node: Node) -> bool:
     return False
 
 
-class Kept(Measured):
-    """Keeps every float value in front of the update."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module)
-        self.kept: dict[Node, torch.Tensor] = {}
+class Exactly(InOrder):
+    """Runs a graph, and lets a subclass change each result in front of the update."""
 
     def run_node(self, n: Node) -> object:
-        """Run one node and keep its result."""
-        result = self.changed(n, super(Measured, self).run_node(n))
-        if (
-            isinstance(result, torch.Tensor)
-            and result.is_floating_point()
-            and result.numel()
-            and not in_update(n)
-        ):
-            self.kept[n] = result
-        return result
+        """Run one node; the result that the next nodes see."""
+        return self.changed(n, super().run_node(n))
 
     def changed(self, n: Node, result: object) -> object:
         """The result that the next nodes see."""
         return result
 
 
-class Eleven(Kept):
+class Eleven(Exactly):
     """Rounds each result to eleven significant bits, of any exponent."""
 
     def changed(self, n: Node, result: object) -> object:
@@ -156,7 +177,7 @@ class Eleven(Kept):
         return torch.ldexp(torch.round(significand * 2048.0) / 2048.0, exponent)
 
 
-class Half(Kept):
+class Half(Exactly):
     """Rounds each result to fp16; products below the accumulator's step vanish, sums beyond its range overflow."""
 
     def changed(self, n: Node, result: object) -> object:
