@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ane_trainer.ane.errors import Finding, NumericsWarning, UnsupportedModel
-from ane_trainer.commands.options import Batch, Classes, Dataset, Optimizer, Output
+from ane_trainer.ane.errors import Finding, UnsupportedModel
+from ane_trainer.commands.check_runs import CheckRuns
+from ane_trainer.commands.options import Classes, Dataset, FittingBatch, Optimizer, Output
 from ane_trainer.commands.subjects import (
+    USUAL_OR_FEWER,
     Blocks,
     Dtype,
     LossName,
@@ -37,16 +36,9 @@ if TYPE_CHECKING:
     from ane_trainer.ane.chips.lookup import Chip
     from ane_trainer.ane.dispatch import TrainingStep
     from ane_trainer.ane.mil.program import Program
-    from ane_trainer.ane.verify.watching import Extremes
 
-#: What the accumulator and fp16 hold, and the share of it from which a value counts as near.
-_MAC_LIMIT, _NEAR = 32768.0, 0.5
-#: Examples that are run; legality is checked for the whole batch.
-_RUN_BATCH = 8
-#: Share of a product's results that vanish from which it is told.
-_DEAD = 0.05
-#: What to do about a loss that is nan.
-_UNDEFINED = "Look for logarithms and roots of negative numbers, and for 0 / 0."
+#: How many ops a note of legalization is about, and the size of the largest operand.
+_COUNT, _MIB = re.compile(r"(\d+) ops? ha(?:ve|s)"), re.compile(r"has ([\d.]+) MiB")
 #: Where a bound is known from, as legalization tells it.
 _SOURCE = re.compile(r" on [^()]+ \((.+)\); got ")
 #: A bound that a size breaks: the bound, and the size.
@@ -58,7 +50,7 @@ def check(
     dataset: Dataset = "mnist",
     input_shape: Shapes = None,
     classes: Classes = None,
-    batch: Batch = 128,
+    batch: FittingBatch = None,
     loss: LossName = "auto",
     dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
@@ -81,7 +73,16 @@ def check(
     end with exit code 3.
     """
     count = classes_of(classes, dataset)
-    request = Request("check", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer, blocks)
+    request = Request(
+        "check",
+        shapes_of(input_shape, dataset),
+        count,
+        batch or USUAL_OR_FEWER,
+        loss,
+        dtype,
+        optimizer,
+        blocks,
+    )
     found = verdict_of(resolve(subject, request), [name.strip() for name in chip.split(",")], path, run=run)
     if sarif is not None:
         file = Path(subject.rpartition(":")[0])
@@ -96,23 +97,23 @@ def verdict_of(
     """Check the subject for each chip; a model's step is compiled, and run once where `run` is set."""
     from ane_trainer.ane.chips.lookup import get_chip
 
-    return Verdict(subject.name, tuple(_chip_verdict(subject, get_chip(name), path, run) for name in chips))
-
-
-def _chip_verdict(subject: ModelSubject | ProgramSubject, chip: Chip, path: str, run: bool) -> ChipVerdict:
+    asked = [get_chip(name) for name in chips]
     if isinstance(subject, ProgramSubject):
-        return _program_verdict(subject.program, chip, path)
-    from ane_trainer.ane.capture.range.switch import REWRITES, limited_to
+        return Verdict(subject.name, tuple(_program_verdict(subject.program, chip, path) for chip in asked))
+    runs = CheckRuns(subject, path, run)
+    found = tuple(_chip_verdict(runs, chip) for chip in asked)
+    return Verdict(subject.name, found, runs.sampled)
 
+
+def _chip_verdict(runs: CheckRuns, chip: Chip) -> ChipVerdict:
     try:
-        with limited_to(REWRITES) as made:
-            step = subject.step(chip.name, path, "first" if run else "off")
+        step, made = runs.step(chip)
     except UnsupportedModel as error:
         return ChipVerdict(chip.name, chip.title, _by_cause(map(_refusal, error.findings)))
     try:
-        return replace(_step_verdict(subject, step, chip, path, run), rewrites=_rewrites(step, made))
+        return replace(_step_verdict(runs, step, chip), rewrites=_rewrites(step, made))
     finally:
-        step.close()
+        step.discard()
 
 
 def _refusal(finding: Finding) -> Problem:
@@ -148,6 +149,7 @@ def _program_verdict(program: Program, chip: Chip, path: str) -> ChipVerdict:
     target = Target(chip, path)
     problems = list(_by_cause(map(_refusal, refusals(program.main, target))))
     problems += [p for finding in notes(program.main, target) if (p := _note(finding, chip)) is not None]
+    problems = _largest_first(problems)
     problems += _size(len(program.main.ops), chip, path, "Split the program.")
     return ChipVerdict(
         chip.name,
@@ -160,19 +162,29 @@ def _program_verdict(program: Program, chip: Chip, path: str) -> ChipVerdict:
     )
 
 
-def _step_verdict(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str, run: bool) -> ChipVerdict:
+def _step_verdict(runs: CheckRuns, step: TrainingStep, chip: Chip) -> ChipVerdict:
     problems = [p for finding in step.compiled.legalized.notes if (p := _note(finding, chip)) is not None]
-    problems += _step_size(subject, step, chip, path)
+    problems = [*_largest_first(problems), *_step_size(runs.subject, step, chip, runs.path)]
     words = ""
-    if run:
-        few = subject.with_batch(_RUN_BATCH)
-        with nullcontext(step) if few is subject else few.step(chip.name, path, "first") as small:
-            hazards = list(_hazards(few, small, chip))
-            words, wrong = _agreement(few, small)
-        problems += [*wrong, *hazards]
-    budgets = _budgets(step.program, chip, path, [len(each.program.main.ops) for each in step.programs])
-    return ChipVerdict(chip.name, chip.title, tuple(problems), _checked(step.program, chip, path), (), budgets,
+    if runs.runs:
+        outcome = runs.outcome(step, chip)
+        words = outcome.words
+        problems += outcome.problems
+    budgets = _budgets(step.program, chip, runs.path, [len(each.program.main.ops) for each in step.programs])
+    return ChipVerdict(chip.name, chip.title, tuple(problems), _checked(step.program, chip, runs.path), (), budgets,
                        words)  # fmt: skip
+
+
+def _largest_first(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, with one note for all operands beyond the working set: that of the largest."""
+    beyond = [p for p in problems if p.rule == "working-set"]
+    if len(beyond) < 2:
+        return list(problems)
+    largest = max(beyond, key=lambda p: float(match[1]) if (match := _MIB.search(p.reason)) else 0.0)
+    count = sum(int(match[1]) for p in beyond if (match := _COUNT.match(p.reason)))
+    more = f"{count} ops at {len(beyond)} places have"
+    found = replace(largest, reason=_COUNT.sub(more, largest.reason))
+    return [p for p in problems if p.rule != "working-set"] + [found]
 
 
 def _note(finding: Finding, chip: Chip) -> Problem | None:
@@ -234,95 +246,6 @@ def _step_size(subject: ModelSubject, step: TrainingStep, chip: Chip, path: str)
         f"{divided.longest} ops, {len(divided.dispatches)} dispatches a step."
     )  # fmt: skip
     return _size(longest, chip, path, fix)
-
-
-def _agreement(subject: ModelSubject, step: TrainingStep) -> tuple[str, list[Problem]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumericsWarning)
-        step(*subject.example)
-    found = step.agreement
-    if found is None:
-        skipped = step.skipped_steps > 0
-        return (
-            "skipped: gradients overflowed, the loss scale falls" if skipped else "fp32 itself cannot run it"
-        ), []
-    if found.agrees:
-        return str(found), []
-    if math.isnan(found.loss):
-        return "nan in fp32", [
-            Problem("agreement", "warning", "loss", "numbers", f"{found}: the engine has no nan.", _UNDEFINED)
-        ]
-    where = "step" if found.first is None else str(found.first)
-    reason = f"{found}."
-    fix = "See the overflow and the dead products told below; keep the values there smaller, or normalise before."
-    return str(found), [
-        Problem("agreement", "warning", where, "numbers", reason, fix, "simulated, exact arithmetic")
-    ]
-
-
-def _hazards(subject: ModelSubject, step: TrainingStep, chip: Chip) -> Iterator[Problem]:
-    """Numeric hazards of the example batch, each kind once a place."""
-    from ane_trainer.ane.verify.watching import extremes
-
-    feeds = step.feeds(*subject.example) | step.port_state()
-    found = extremes(step.program, feeds, chip=chip.name)
-    by_name = {op.name: op for op in found}
-    told: set[tuple[str, str]] = set()
-    operands = {op.name: [v.name for v in op.operands()] for op in step.program.main.ops}
-    for op in found:
-        inputs = [by_name[name] for name in operands.get(op.name, []) if name in by_name]
-        for problem in (_overflow(op), _near(op), _dead(op), _table_end(op, inputs)):
-            if problem is not None and (problem.rule, problem.where) not in told:
-                told.add((problem.rule, problem.where))
-                yield problem
-
-
-def _where(op: Extremes) -> str:
-    return op.source or f"op {op.name}"
-
-
-def _overflow(op: Extremes) -> Problem | None:
-    if not op.overflows:
-        return None
-    reason = f"{op.overflows} of its numbers become infinite on this batch."
-    fix = "Scale its operands down, or normalise before it."
-    return Problem("overflow", "note", _where(op), op.kind, reason, fix, "simulated")
-
-
-def _near(op: Extremes) -> Problem | None:
-    from ane_trainer.ane.mil.program import MAX_FP16
-
-    product = op.kind in ("matmul", "linear", "conv", "conv_transpose")
-    limit, largest = (_MAC_LIMIT if product else MAX_FP16), op.largest
-    if op.overflows or not _NEAR * limit <= largest < limit:
-        return None
-    reason = f"its largest number is {largest:,.0f}; the engine holds up to {limit:,.0f} there."
-    return Problem(
-        "near-limit", "note", _where(op), op.kind, reason, "Leave room: scale it down.", "simulated"
-    )
-
-
-def _dead(op: Extremes) -> Problem | None:
-    if op.vanished < _DEAD:
-        return None
-    reason = f"{op.vanished:.0%} of its results vanish: products below 2^-17 are dropped."
-    fix = "Scale its operands up by a power of two (gradients: raise loss_scale)."
-    return Problem(
-        "dead-products", "note", _where(op), op.kind, reason, fix, "simulated; M6 notes/numerics.md"
-    )
-
-
-def _table_end(op: Extremes, operands: Sequence[Extremes]) -> Problem | None:
-    from ane_trainer.ane.verify.faults import TABLE_ENDS
-
-    end = TABLE_ENDS.get(op.kind)
-    largest = max((item.largest for item in operands), default=0.0)
-    if end is None or largest <= end or (op.kind == "exp" and max(i.high or 0.0 for i in operands) <= end):
-        return None
-    reason = f"operands reach {largest:,.3g}; the engine's table ends at {end:g}."
-    return Problem(
-        "table-end", "note", _where(op), op.kind, reason, "Normalise before it.", "decoded tables, M6 notes"
-    )
 
 
 def _rewrites(step: TrainingStep, made: Sequence[Made]) -> tuple[Rewrite, ...]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
-from ane_trainer.commands.options import Batch, Classes, Dataset, Optimizer, Output, show, table
+from ane_trainer.commands.options import Classes, Dataset, FittingBatch, Optimizer, Output, show, table
 from ane_trainer.commands.subjects import (
+    USUAL,
+    USUAL_OR_FEWER,
     Blocks,
     Dtype,
     LossName,
@@ -38,7 +40,7 @@ def estimate(
     dataset: Dataset = "mnist",
     input_shape: Shapes = None,
     classes: Classes = None,
-    batch: Batch = 128,
+    batch: FittingBatch = None,
     loss: LossName = "auto",
     dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
@@ -61,13 +63,21 @@ def estimate(
     """
     count = classes_of(classes, dataset)
     request = Request(
-        "estimate", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer, blocks
+        "estimate",
+        shapes_of(input_shape, dataset),
+        count,
+        batch or USUAL_OR_FEWER,
+        loss,
+        dtype,
+        optimizer,
+        blocks,
     )
     found = resolve(subject, request)
     chips = estimates_of(found, [name.strip() for name in chip.split(",")], path)
-    total = _total_steps(found, dataset, batch, epochs, steps, examples)
-    return show(Estimates(found.name, batch if isinstance(found, ModelSubject) else None, path, tuple(chips), total,
-                          constants), 3 if all(item.cost is None for item in chips) else 0)  # fmt: skip
+    size = found.request.batch if isinstance(found, ModelSubject) else None
+    total = _total_steps(found, dataset, size or USUAL, epochs, steps, examples)
+    code = 3 if all(item.cost is None for item in chips) else 0
+    return show(Estimates(found.name, size, path, tuple(chips), total, constants), code)
 
 
 @dataclass(frozen=True)
@@ -236,7 +246,7 @@ def estimates_of(
     from ane_trainer.ane.chips.cost import estimate as cost_of
     from ane_trainer.ane.chips.lookup import get_chip
 
-    found = []
+    found, capture = [], None
     for chip in [get_chip(name) for name in chips]:
         if isinstance(subject, ProgramSubject):
             refused = refused_ops(subject.program, chip, path)
@@ -244,14 +254,15 @@ def estimates_of(
             found.append(ChipEstimate(chip.name, chip.title, cost, refused=refused))
             continue
         try:
-            step = subject.step(chip.name, path)
+            step = subject.step(chip.name, path, capture=capture)
         except UnsupportedModel as error:
             found.append(
                 ChipEstimate(chip.name, chip.title, None, refusal_of(error, subject.name, chip.name))
             )
             continue
         found.append(ChipEstimate(chip.name, chip.title, step.cost(), "", step.dispatches_per_step))
-        step.close()
+        capture = step.capture
+        step.discard()
     return found
 
 

@@ -31,6 +31,13 @@ Model = Annotated[
     str, typer.Argument(help="mlp, cnn, transformer, or path/to/file.py:ClassName.", metavar="MODEL")
 ]
 Batch = Annotated[int, typer.Option("--batch", "--batch-size", help="Examples a step.")]
+FittingBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", "--batch-size", min=1,
+        help="Examples a step (default: 128, fewer of a large model).",
+    ),
+]  # fmt: skip
 Dataset = Annotated[
     str, typer.Option("--dataset", help="Whose shape and classes hold where not given.", metavar="NAME")
 ]
@@ -115,7 +122,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     unsaid = field.default is None or field.default is False or field.default in ((), {})
     default = "" if unsaid else f" (default: {_plain(field.default)})"
     option = typer.Option(
-        *flags, help=f"{field.description or ''}{default}", metavar=metavar, show_default=False,
+        *flags, help=f"{field.description or ''}{default}", metavar=metavar,
         rich_help_panel=str(extra.get("panel", "Training")),
     )  # fmt: skip
     annotation: object = Annotated[cast(object, kind | None), option]

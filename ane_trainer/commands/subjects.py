@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.commands.batches import FEWEST, fitting
 from ane_trainer.commands.blame import users_line
 from ane_trainer.commands.options import sizes_of
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ane_trainer.ane.capture import StepCapture
     from ane_trainer.ane.capture.losses import Loss
     from ane_trainer.ane.chips.lookup import Chip
     from ane_trainer.ane.dispatch import TrainingStep
@@ -57,22 +59,30 @@ Dtype = Annotated[
     typer.Option("--dtype", help="Of the inputs; auto tries numbers, then tokens.", metavar="float|int|auto"),
 ]
 
+#: A batch for which nobody gave a number: USUAL examples, fewer of a large model.
+USUAL, USUAL_OR_FEWER = 128, 0
+
 _FLOAT, _INT, _AUTO = "float", "int", "auto"
 _FILES = (".mil", ".txt", ".mlpackage", ".mlmodelc")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says of a model: shapes of one example, classes, batch, loss, dtype, optimizer, blocks."""
+    """What the command line says of a model: shapes of one example, classes, batch, loss, dtype, optimizer, blocks.
+
+    A `batch` of USUAL_OR_FEWER: as many as this machine runs quickly (`batches.fitting`); `chosen` then says that it is
+    less than usual.
+    """
 
     where: str
     shapes: tuple[tuple[int, ...], ...]
     classes: int
-    batch: int = 128
+    batch: int = USUAL
     loss: str = _AUTO
     dtype: str = _AUTO
     optimizer: str = "adam"
     blocks: str = "auto"
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,15 +125,19 @@ class ModelSubject:
         )
         return Trained(self.model, self.loss, make_optimizer(config, self.model), self.example)
 
-    def step(self, chip: str, path: str = "e5rt", verify: str = "off") -> TrainingStep:
-        """The compiled training step for a chip."""
+    def step(
+        self, chip: str, path: str = "e5rt", verify: str = "off", capture: StepCapture | None = None
+    ) -> TrainingStep:
+        """The compiled training step for a chip; `capture`: of this model and batch for another chip."""
         from ane_trainer.ane.dispatch import StepOptions, build_step, resolve_target
 
         trained = self.trained(chip)
         target = resolve_target("sim", chip, "exact", path=path)
         blocks = int(text) if (text := self.request.blocks).isdecimal() else text
         options = StepOptions(sync="lazy", verify=verify, seed=0, blocks=blocks)
-        return build_step(self.model, self.loss, trained.optimizer, self.example, target, options)
+        return build_step(
+            self.model, self.loss, trained.optimizer, self.example, target, options, capture=capture
+        )
 
 
 @dataclass(frozen=True)
@@ -209,10 +223,11 @@ def _program_subject(path: Path) -> ProgramSubject:
 def _model_subject(text: str, request: Request) -> ModelSubject:
     import torch
 
+    from ane_trainer.ane.capture.calibrate import module_mode
     from ane_trainer.models import build_model
     from ane_trainer.utils import seeded
 
-    if request.batch < 1 or request.classes < 1:
+    if request.batch < 0 or request.classes < 1:
         raise UsageError(
             f"{request.where}: needs sizes of 1 or more for --batch and --classes. Correct them.",
             code="ANE104",
@@ -220,6 +235,12 @@ def _model_subject(text: str, request: Request) -> ModelSubject:
     with seeded(0):
         model = build_model(text, request.shapes[0] or (1,), request.classes, seed=0)
         _check_count(text, model, request)
+        if request.batch == USUAL_OR_FEWER:
+            with torch.random.fork_rng(devices=[]), module_mode(model, training=False):
+                x, _ = _example_inputs(text, model, replace(request, batch=FEWEST))
+                size = fitting(model, x, USUAL)
+            words = "" if size == USUAL else f"more take long on this machine; --batch {USUAL} asks for more"
+            request = replace(request, batch=size, chosen=words)
         x, output = _example_inputs(text, model, request)
         loss, y = _target(text, output, x, request)
     if torch.is_tensor(y) and y.numel() == 0:

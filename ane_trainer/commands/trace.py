@@ -14,8 +14,9 @@ import typer
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, UnsupportedModel
 from ane_trainer.commands.estimate import refusal_of
-from ane_trainer.commands.options import Batch, Classes, Dataset, Optimizer, Output, show, table
+from ane_trainer.commands.options import Classes, Dataset, FittingBatch, Optimizer, Output, show, table
 from ane_trainer.commands.subjects import (
+    USUAL_OR_FEWER,
     Dtype,
     LossName,
     ModelSubject,
@@ -52,7 +53,7 @@ def trace(
     dataset: Dataset = "mnist",
     input_shape: Shapes = None,
     classes: Classes = None,
-    batch: Batch = 128,
+    batch: FittingBatch = None,
     loss: LossName = "auto",
     dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
@@ -79,12 +80,17 @@ def trace(
     """
     count = classes_of(classes, dataset)
     found = resolve(
-        subject, Request("trace", shapes_of(input_shape, dataset), count, batch, loss, dtype, optimizer)
+        subject,
+        Request(
+            "trace", shapes_of(input_shape, dataset), count, batch or USUAL_OR_FEWER, loss, dtype, optimizer
+        ),
     )
     run = Path(found.name) if isinstance(found, ProgramSubject) and found.epochs is not None else None
     file = out if out is not None else (run or Path()) / "trace.json"
     steps = [_step(found, name.strip(), path, errors) for name in chip.split(",")]
-    traced = Trace(found.name, batch if isinstance(found, ModelSubject) else None, path, file, tuple(steps))
+    traced = Trace(
+        found.name, found.request.batch if isinstance(found, ModelSubject) else None, path, file, tuple(steps)
+    )
     if not traced.laid_out:
         return show(traced, 3)
     try:
@@ -202,26 +208,26 @@ def _step(subject: ModelSubject | ProgramSubject, chip: str, path: str, errors: 
 
 def _with_errors(found: ChipStep, subject: ModelSubject, path: str, names: Mapping[str, str]) -> ChipStep:
     """Errors of the first step on the first examples of the batch; ops are told apart by name and kind."""
-    from ane_trainer.ane.verify.profiling import profile
+    from ane_trainer.ane.verify.watching import own_errors
 
     few = subject.with_batch(_RUN_BATCH)
     with few.step(found.chip, path) as step:
         feeds = step.feeds(*few.example) | step.port_state()
-        ops = profile(step.program, feeds, chip=found.chip, quick=True).ops
+        ops = own_errors(step.program, feeds, chip=found.chip)
     known = {op.name: op for op in ops if names.get(op.name) == op.kind}
     return _told(found, known, f"a first step on {few.request.batch} random examples, on the simulator")
 
 
 def _with_random_errors(found: ChipStep, subject: ProgramSubject, chip: str) -> ChipStep:
     """Errors of a program on random inputs; a run's step needs its own state, which a program does not hold."""
-    from ane_trainer.ane.verify.profiling import profile
+    from ane_trainer.ane.verify.watching import own_errors
     from ane_trainer.commands.run import feeds_of
 
     if subject.epochs is not None:
         return replace(found, errors_of="none; a run's program holds no state: trace its model instead")
     try:
         feeds, _ = feeds_of(subject.program.main, {}, 1, 0)
-        ops = profile(subject.program, feeds, chip=chip, path=None, quick=True).ops
+        ops = own_errors(subject.program, feeds[0], chip=chip, path=None)
     except AneTrainerError as error:
         return replace(found, errors_of=f"none; the simulator cannot run it: {error}")
     return _told(found, {op.name: op for op in ops}, "random inputs (seed 0), on the simulator")

@@ -101,10 +101,11 @@ class ChipVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of `check` for several chips."""
+    """The answer of `check` for several chips; `sampled` says what of the batch was looked at."""
 
     model: str
     chips: tuple[ChipVerdict, ...]
+    sampled: str = ""
 
     @property
     def fits(self) -> bool:
@@ -121,7 +122,7 @@ class Verdict:
             }
             for chip in self.chips
         ]  # fmt: skip
-        return {"model": self.model, "fits": self.fits, "chips": chips}
+        return {"model": self.model, "fits": self.fits, "sampled": self.sampled, "chips": chips}
 
     def as_text(self) -> str:
         """A line a chip, then every problem with its place, the evidence and the way out."""
@@ -130,7 +131,7 @@ class Verdict:
             counted = ", ".join(f"{count} {status}" for status, count in sorted(chip.ops.items()))
             word = chip.verdict.replace("train", "run") if chip.program else chip.verdict
             rows.append((chip.title, word, counted or "-", chip.agreement or "not run"))
-        lines = table(rows, range(4))
+        lines = [*table(rows, range(4)), *([self.sampled] if self.sampled else [])]
         reasons: dict[Problem, list[str]] = {}
         for chip in self.chips:
             for problem in chip.problems:
@@ -138,8 +139,8 @@ class Verdict:
         ordered = sorted(reasons.items(), key=lambda item: ("error", "warning", "note").index(item[0].level))
         for number, (problem, chips) in enumerate(ordered, 1):
             lines.append(f"{number:>3}  {problem.level:<8}[{', '.join(chips)}] {problem}")
+        lines += _rewrites_text(self.chips)
         for chip in self.chips:
-            lines += _rewrites_text(chip)
             if chip.budgets:
                 lines.append(
                     f"{chip.title}: " + "; ".join(f"{name} {value}" for name, value in chip.budgets.items())
@@ -167,25 +168,34 @@ class Verdict:
         }
 
 
-def _rewrites_text(chip: ChipVerdict) -> list[str]:
-    """The rewrites by place: of each the ops and the ways; the first reason that is not another value's."""
-    if not chip.rewrites:
-        return []
-    places: dict[str, list[Rewrite]] = {}
-    for rewrite in chip.rewrites:
-        places.setdefault(rewrite.where, []).append(rewrite)
-    lines = [f"{chip.title}: {len(chip.rewrites)} rewritten to stay in range:"]
-    for where, members in list(places.items())[:_PLACES]:
-        first = min(members, key=lambda m: (m.op != "norm", m.reason == FOLLOWS))
-        more = f", and {len(members) - 1} more of its values" if len(members) > 1 else ""
-        lines.append(f"       {where}: {first.op}: {first.change} ({first.reason}){more}")
-    if len(places) > _PLACES:
-        lines.append(f"       and at {len(places) - _PLACES} more places: --json has all")
+def _rewrites_text(chips: Iterable[ChipVerdict]) -> list[str]:
+    """The rewrites, once for chips that take the same, by what is done: the places, and the first reason."""
+    alike: dict[tuple[Rewrite, ...], list[str]] = {}
+    for chip in chips:
+        if chip.rewrites:
+            alike.setdefault(chip.rewrites, []).append(chip.title)
+    lines = []
+    for rewrites, titles in alike.items():
+        places: dict[str, list[Rewrite]] = {}
+        for rewrite in rewrites:
+            places.setdefault(rewrite.where, []).append(rewrite)
+        ways: dict[tuple[str, str, str, int], list[str]] = {}
+        for where, members in places.items():
+            first = min(members, key=lambda m: (m.op != "norm", m.reason == FOLLOWS))
+            ways.setdefault((first.op, first.change, first.reason, len(members) - 1), []).append(where)
+        lines.append(f"{', '.join(titles)}: {len(rewrites)} rewritten to stay in range:")
+        for (op, change, reason, more), wheres in list(ways.items())[:_WAYS]:
+            others = f" and {len(wheres) - 1} places like it" if len(wheres) > 1 else ""
+            values = f", and {more} more of its values" if more else ""
+            lines.append(f"       {wheres[0]}{others}: {op}: {change} ({reason}){values}")
+        if len(ways) > _WAYS:
+            rest = sum(len(wheres) for wheres in list(ways.values())[_WAYS:])
+            lines.append(f"       and at {rest} more places: --json has all")
     return lines
 
 
-#: Places whose rewrites are shown.
-_PLACES = 12
+#: Kinds of rewrites that are shown.
+_WAYS = 12
 #: The reason of a value that carries a power of two because another does.
 FOLLOWS = "what it is made of carries one"
 

@@ -311,3 +311,46 @@ def test_rewrites_are_told_op_by_op(nets: Path, capsys: pytest.CaptureFixture[st
     assert "norm" in text
     _, quiet = checked(capsys, "nets.py:Frozen", "--input", "16", "--batch", "4", "--no-run")
     assert not [r for r in quiet["chips"][0]["rewrites"] if r["op"] == "norm"]
+
+
+def test_chips_of_the_same_arithmetic_share_a_run(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ane_trainer.ane.chips.lookup import get_chip
+    from ane_trainer.commands import check_runs
+    from ane_trainer.commands.check_runs import CheckRuns
+    from ane_trainer.commands.subjects import ModelSubject, Request, resolve
+
+    ran: list[str] = []
+    plain = check_runs.hazards
+    monkeypatch.setattr(
+        check_runs, "hazards", lambda few, step, chip: ran.append(chip) or plain(few, step, chip)
+    )
+    subject = resolve("nets.py:Cnn", Request("check", ((1, 8, 8),), 10, 16))
+    assert isinstance(subject, ModelSubject)
+    before = [p.clone() for p in subject.model.parameters()]
+    runs = CheckRuns(subject, "e5rt", True)
+    outcomes = []
+    for name in ("m4", "m4-pro", "m1"):
+        step, _ = runs.step(get_chip(name))
+        outcomes.append(runs.outcome(step, get_chip(name)))
+        step.discard()
+    assert outcomes[0] is outcomes[1]
+    assert ran == ["m4", "m1"]
+    assert all(map(torch.equal, before, subject.model.parameters()))
+    assert "batches of 16, run once on the first 8" in runs.sampled
+
+
+def test_a_large_model_gets_a_smaller_batch_and_it_is_said(
+    nets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ane_trainer.commands import batches
+
+    monkeypatch.setattr(batches, "_MACS", 2e4)  # of a forward pass; Cnn's has 2,344 an example
+    run_command(["check", "nets.py:Cnn", "--input", "1x8x8", "--no-run", "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "batches of 8 (more take long on this machine; --batch 128 asks for more)" in found["sampled"]
+    monkeypatch.undo()
+    monkeypatch.chdir(nets)
+    run_command(["check", "nets.py:Mlp", "--input", "1x8x8", "--no-run", "--json"])
+    assert (
+        "batches of 128; nothing was run" in json.loads(capsys.readouterr().out.splitlines()[-1])["sampled"]
+    )

@@ -117,13 +117,22 @@ class LoadedStep:
 
 
 def load_step(
-    subject: Subject, target: Target, options: StepOptions, continued: StepState | None = None
+    subject: Subject,
+    target: Target,
+    options: StepOptions,
+    continued: StepState | None = None,
+    capture: StepCapture | None = None,
 ) -> LoadedStep:
     """Capture, lower, legalize, compile, load, for a state that is to be continued with its units and ranges.
 
+    `capture`: one of this subject and these options that there is already, for another target.
+
     Raises: UnsupportedModel with every reason at once; DataError for parameters beyond the precision.
     """
-    return load_compiled(subject, target, options, *compile_step_of(subject, target, options, continued))
+    if capture is None:
+        return load_compiled(subject, target, options, *compile_step_of(subject, target, options, continued))
+    compiled = _prepared(subject, target, options, capture.captured, capture.parameters)
+    return load_compiled(subject, target, options, capture, compiled)
 
 
 def compile_step_of(

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from ane_trainer.ane.capture import StepCapture
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.chips.cost import Cost
 from ane_trainer.ane.chips.counting import flops
@@ -37,6 +38,11 @@ class StepFacts:
         self._subject, self._loaded = subject, loaded
         self._host, self._host_reason = host, host_reason
         self._own_shards = 1 if options.exchange is None else len(options.exchange.shards.own)
+
+    @property
+    def capture(self) -> StepCapture:
+        """What was captured, for whatever chip."""
+        return self._loaded.capture
 
     @property
     def compiled(self) -> Compiled:

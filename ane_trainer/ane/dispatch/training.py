@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from ane_trainer.ane.capture import Loss
+from ane_trainer.ane.capture import Loss, StepCapture
 from ane_trainer.ane.capture.optimizers.table import check_structure
 from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.range.calibration import calibration_of, calibration_tensors
@@ -44,10 +44,11 @@ def build_step(
     target: Target,
     options: StepOptions,
     state: Mapping[str, torch.Tensor] | None = None,
+    capture: StepCapture | None = None,
 ) -> TrainingStep:
     """Capture, compile and load one training step, and continue from `state` where it is given.
 
-    A model in evaluation mode is captured in training mode.
+    A model in evaluation mode is captured in training mode. `capture`: of the same step for another chip.
 
     Raises: UnsupportedModel with every reason at once (ops, limits of the chip, the optimizer); DataError for
     parameters that are not finite or beyond the program's precision; CheckpointError for a state that is not
@@ -61,7 +62,7 @@ def build_step(
         options.exchange.broadcast(model)
         check_mean(model, loss, example, options.exchange.shards)
     subject = Subject(model, loss, optimizer, example)
-    loaded = load_step(subject, target, options, saved)
+    loaded = load_step(subject, target, options, saved, capture)
     step = TrainingStep(subject, target, options, loaded, reason)
     if saved is not None:
         step.load_state_dict(state or {})
@@ -340,6 +341,10 @@ class TrainingStep(StepFacts):
     def close(self) -> None:
         """Bring the module up to date and release the device."""
         self.sync()
+        self._loaded.session.close()
+
+    def discard(self) -> None:
+        """Release the device; the module stays as it was at the last `sync`."""
         self._loaded.session.close()
 
     def __enter__(self) -> TrainingStep:

@@ -111,13 +111,11 @@ def profile(
     threads: int | None = None,
     path: str | None = "e5rt",
     function: str | None = None,
-    quick: bool = False,
 ) -> Profile:
     """Run `program` on the simulator and profile every op that an output or a state depends on.
 
     `feeds` is as for `simulate`; a sequence of feeds runs as many steps with the program's states kept, of
-    which the last is profiled. `quick` leaves out times, outputs, and the run without rounding: `total` is then the
-    op's own distance. Raises what `simulate` raises, and `ProgramError` for an unknown function.
+    which the last is profiled. Raises what `simulate` raises, and `ProgramError` for an unknown function.
     """
     chosen = function_of(program, function)
     steps = steps_of(feeds)
@@ -131,8 +129,6 @@ def profile(
     before = _inputs_before(plan, steps[-1])
     plan.run(steps[-1])
     values = before | {v.name: np.array(plan.buffers[v.name]) for v in plan.function.outputs}
-    if quick:
-        return Profile(tuple(p for op in ops for p in op_profiles(op, values, {})), (), 0.0)
     times, whole_us = _times(plan)
     exact = _reference_steps(chosen, steps, aliases)
     profiles = tuple(p for op in ops for p in op_profiles(op, values, exact, times))

@@ -7,11 +7,12 @@ parts read. Within a part the simulator's loops are those of the whole program.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil import semantics
 from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Function, Op, Program, Value
@@ -22,7 +23,7 @@ from ane_trainer.ane.simulator.schedule import VIEWS, lazy_values
 from ane_trainer.ane.simulator.states import without_states
 from ane_trainer.ane.verify.accuracy import CONTRACTIONS
 from ane_trainer.ane.verify.lockstep import ENGINE_INF, Unit, units_of
-from ane_trainer.ane.verify.profiling import op_profiles
+from ane_trainer.ane.verify.profiling import OpProfile, op_profiles
 
 #: Bytes of results, decoded, of the ops that run together.
 PART_BYTES = 96_000_000
@@ -69,7 +70,7 @@ def watch(
     context = make_context(chip, "exact", None, path)
     refusal.check(program.main, context.chip, path)
     function, _ = without_states(program.main)
-    values = _fed(function, feeds, context)
+    values = _fed(function, {v.name for v in program.main.inputs if v.type.state}, feeds, context)
     parts = _parts(units_of(function, context))
     last = _last_readers(parts)
     hidden = _hidden(function, context)
@@ -89,6 +90,15 @@ def extremes(
     """The range of every result, and what overflows and vanishes, in one run of the program on these feeds."""
     found: list[Extremes] = []
     watch(program, feeds, lambda op, values: found.extend(_extremes(op, values)), chip=chip, path=path)
+    return tuple(found)
+
+
+def own_errors(
+    program: Program, feeds: Mapping[str, Array], *, chip: str, path: str | None = "e5rt"
+) -> tuple[OpProfile, ...]:
+    """The profile of every result in one run, each op against itself in double precision on the same operands."""
+    found: list[OpProfile] = []
+    watch(program, feeds, lambda op, values: found.extend(op_profiles(op, values, {})), chip=chip, path=path)
     return tuple(found)
 
 
@@ -182,11 +192,18 @@ class _Reading(Mapping[str, Array]):
         return len({**self._makers, **self._values})
 
 
-def _fed(function: Function, feeds: Mapping[str, Array], context: EngineContext) -> dict[str, Array]:
-    """The inputs as the engine sees them."""
+def _fed(
+    function: Function, states: Collection[str], feeds: Mapping[str, Array], context: EngineContext
+) -> dict[str, Array]:
+    """The inputs as the engine sees them; states that are not fed start from 0."""
     plan = prepare(Function(function.name, function.inputs, (), ()), context)
     for value in function.inputs:
-        plan.write(value.name, feeds[value.name])
+        if value.name in feeds:
+            plan.write(value.name, feeds[value.name])
+        elif value.name not in states:
+            raise SimulationError(
+                f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101"
+            )
     return {v.name: plan.buffers[v.name] for v in function.inputs}
 
 
