@@ -53,8 +53,16 @@ def watch(backend: object) -> None:
             if not any(told.startswith(reason.strip().splitlines()[0]) for told in report().graph_breaks):
                 tell_of_cpu(text, "")
 
+    def limit(setting: str, function: str, reason: str) -> bool:
+        if torch_private.compiles_for(backend):
+            cause = reason.partition(":")[2].partition("#")[0].strip() or reason
+            again = f"compiled anew too often (torch._dynamo.config.{setting}, torch._dynamo.reset() begins again)"
+            tell_of_cpu(f"{function}: {again}, last for {cause}", "")
+        return torch_private.compiles_for(backend)
+
     torch_private.causal_masks_as_given()
     torch_private.around_frames(start, end)
+    torch_private.at_recompile_limit(limit)
 
 
 def _broken(reason: str, place: str) -> UnsupportedModel:

@@ -6,6 +6,7 @@ test_torch_private.py checks each on the installed release.
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from collections.abc import Callable
@@ -21,6 +22,7 @@ __all__ = [
     "FakeTensorMode",
     "aot_module_simplified",
     "around_frames",
+    "at_recompile_limit",
     "break_reasons",
     "causal_masks_as_given",
     "compile_id",
@@ -75,6 +77,27 @@ def around_frames(start: Callable[[], None], end: Callable[[], None]) -> None:
 
     on_compile_start(lambda _arguments: start())
     on_compile_end(lambda _arguments: end())
+
+
+def at_recompile_limit(tell: Callable[[str, str, str], bool]) -> None:
+    """Call `tell(limit, function, reason)` when Dynamo gives a frame up because it compiled it too often.
+
+    No callback runs then; Dynamo logs a warning, which is left out where `tell` returns True.
+    """
+
+    class Listener(logging.Filter):
+        """Stands in the logger of the file that gives frames up."""
+
+        def filter(self, record: logging.LogRecord) -> bool:
+            args = record.args if isinstance(record.args, tuple) else ()
+            if not str(record.msg).startswith("torch._dynamo hit config.") or len(args) < 4:
+                return True
+            return not tell(f"{args[0]} = {args[1]}", str(args[2]), str(args[3]))
+
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    for old in [f for f in logger.filters if type(f).__qualname__ == Listener.__qualname__]:
+        logger.removeFilter(old)
+    logger.addFilter(Listener())
 
 
 #: What Dynamo cuts a graph at by default, and need not: `x[mask]`, and from torch 2.13 on `torch.autograd.grad`.

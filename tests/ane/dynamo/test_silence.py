@@ -70,3 +70,29 @@ def test_what_no_program_runs_is_told_once(name: str, again: bool) -> None:
 def test_what_programs_run_is_not_told() -> None:
     assert run(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), (X,)) == []
     assert report().on_cpu == []
+
+
+def test_what_is_compiled_too_often_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python number that changes each call: beyond Dynamo's limit PyTorch runs the function, for which none asks."""
+    torch.compiler.reset()
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
+
+    class Named(nn.Module):
+        """Its forward depends on a text."""
+
+        mode = ""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * len(self.mode)
+
+    model = Named()
+    run = torch.compile(model, backend="ane")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for model.mode in ("a", "ab", "abc", "abcd", "abcde"):
+            assert torch.allclose(run(torch.ones(3)), torch.full((3,), float(len(model.mode))))
+    told = [str(w.message) for w in seen if issubclass(w.category, GraphBreakWarning)]
+    assert len(told) == 1, told
+    assert "'forward'" in told[0]
+    assert "recompile_limit = 2" in told[0]
+    assert len(report().on_cpu) == 1
