@@ -99,7 +99,7 @@ class CheckRuns:
         legal = f"checked for batches of {whole}"
         if request.chosen:
             legal += f" ({request.chosen})"
-        if not self.runs:
+        if not self._known:
             return f"{legal}; nothing was run."
         run = self.few.request.batch
         examples = "all of them" if run == whole else f"the first {run}"

@@ -20,6 +20,7 @@ import typer
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.commands.batches import FEWEST, fitting
 from ane_trainer.commands.blame import users_line
+from ane_trainer.commands.example_losses import loss_and_target
 from ane_trainer.commands.options import sizes_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ Shapes = Annotated[
 ]
 LossName = Annotated[
     str,
-    typer.Option("--loss", help="cross_entropy, mse, ...; auto goes by the model's output.", metavar="NAME"),
+    typer.Option(
+        "--loss", help="cross_entropy, mse, ..., file.py:function; auto goes by the output.", metavar="NAME"
+    ),
 ]
 Blocks = Annotated[
     str,
@@ -242,7 +245,7 @@ def _model_subject(text: str, request: Request) -> ModelSubject:
             words = "" if size == USUAL else f"more take long on this machine; --batch {USUAL} asks for more"
             request = replace(request, batch=size, chosen=words)
         x, output = _example_inputs(text, model, request)
-        loss, y = _target(text, output, x, request)
+        loss, y = loss_and_target(text, output, x, request)
     if torch.is_tensor(y) and y.numel() == 0:
         raise DataError(f"{text}: needs outputs; got an empty tensor.", code="DATA105")
     return ModelSubject(text, model, loss, (x, y), request)
@@ -267,7 +270,7 @@ def _check_count(name: str, model: nn.Module, request: Request) -> None:
 
 def _example_inputs(
     name: str, model: nn.Module, request: Request
-) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor]:
+) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], object]:
     """Random inputs that the model takes, and its output for them."""
     import torch
 
@@ -277,17 +280,17 @@ def _example_inputs(
     for kind in kinds:
         x = tuple(_random(shape, dtype, request.batch, _vocabulary(model)) for shape, dtype in kind)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of attempts; the step's own are told when it is captured
                 output = model(*x)
         except (RuntimeError, TypeError, IndexError, ValueError) as fault:
             faults.append(f"{', '.join(dtype for _, dtype in kind)}: {str(fault).splitlines()[0]}")
             line = line or users_line(fault)
             continue
-        if not torch.is_tensor(output):
-            found = getattr(output, "logits", None)
+        if not torch.is_tensor(output) and ":" not in request.loss:
             raise UsageError(
-                f"{request.where}: {name} needs to return one tensor; got {type(output).__name__}"
-                f"{', which has `.logits`: return that' if torch.is_tensor(found) else ''}. Wrap the model.",
+                f"{request.where}: {name} needs to return one tensor; got {_described(output)}. Return the one that "
+                "the loss takes, or name a function (output, target) -> loss: --loss file.py:function.",
                 code="ANE104",
             )
         return (x if len(x) > 1 else x[0]), output
@@ -296,6 +299,18 @@ def _example_inputs(
         f"({'; '.join([*faults, *filter(None, [line])])}). Give --input, and --dtype int for tokens.",
         code="DATA105",
     )
+
+
+def _described(output: object) -> str:
+    """What a model returned instead of a tensor: its kind, and what it holds."""
+    from collections.abc import Mapping
+
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        return f"{kind} of {', '.join(map(str, output))}"
+    if isinstance(output, (tuple, list)):
+        return f"{kind} of {len(output)}"
+    return kind
 
 
 def _dtypes(request: Request) -> list[list[tuple[tuple[int, ...], str]]]:
@@ -327,35 +342,3 @@ def _random(shape: Sequence[int], dtype: str, batch: int, vocabulary: int) -> to
     if dtype == _INT:
         return torch.randint(vocabulary, (batch, *shape))
     return torch.randn(batch, *shape)
-
-
-def _target(
-    name: str, output: torch.Tensor, x: torch.Tensor | tuple[torch.Tensor, ...], request: Request
-) -> tuple[str | Loss, torch.Tensor]:
-    """The loss, and targets of the kind that it takes."""
-    import torch
-
-    loss: str | Loss = request.loss
-    if loss == _AUTO:
-        tokens = isinstance(x, torch.Tensor) and not x.is_floating_point()
-        if isinstance(x, torch.Tensor) and output.ndim == 3 and tokens and output.shape[1] == x.shape[1]:
-            return next_token_loss, torch.randint(output.shape[2], tuple(x.shape))
-        number = output.ndim < 2 or output.shape[1] == 1
-        loss = "mse" if number or not output.ndim >= 2 else "cross_entropy"
-    if loss in ("cross_entropy", "nll"):
-        if output.ndim < 2:
-            raise UsageError(
-                f"{request.where}: {name} needs outputs [batch, classes] for {loss}; got {list(output.shape)}. "
-                "Take another loss: --loss mse.",
-                code="ANE104",
-            )
-        return loss, torch.randint(output.shape[1], (output.shape[0], *output.shape[2:]))
-    y = torch.rand_like(output.float()) if str(loss).startswith("bce") else torch.randn_like(output.float())
-    return loss, y
-
-
-def next_token_loss(output_BTV: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the scores of each place."""
-    from torch.nn import functional as F
-
-    return F.cross_entropy(output_BTV.flatten(0, 1), target_BT.flatten())

@@ -105,6 +105,31 @@ class Deep(nn.Sequential):
     def __init__(self, depth=9):
         super().__init__(*[layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.ReLU())], nn.Linear(8, 4))
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+    def forward(self, x):
+        return {"logits": self.head(x), "inputs": x}
+
+def named_loss(output, target):
+    return nn.functional.cross_entropy(output["logits"], target)
+
+class Numpy(Named):
+    def forward(self, x):
+        return self.head(torch.from_numpy(x.detach().numpy() * 2))
+
+class Torch(Named):
+    def forward(self, x):
+        return self.head(x * 2)
+
+class Empty(Named):
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(0))
+    def forward(self, x):
+        return self.head(x)
+
 class Shallow(Deep):
     def __init__(self):
         super().__init__(2)
@@ -354,3 +379,28 @@ def test_a_large_model_gets_a_smaller_batch_and_it_is_said(
     assert (
         "batches of 128; nothing was run" in json.loads(capsys.readouterr().out.splitlines()[-1])["sampled"]
     )
+
+
+def test_a_loss_of_the_users_own_takes_a_dict(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["check", "nets.py:Named", "--input", "8"]) == 1
+    assert "dict of logits, inputs" in capsys.readouterr().err
+    words = ("nets.py:Named", "--input", "8", "--batch", "4", "--loss", "nets.py:named_loss")
+    code, found = checked(capsys, *words)
+    assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+    spec = "torch.nn.functional:poisson_nll_loss"
+    code, found = checked(capsys, "nets.py:Regressor", "--input", "13", "--batch", "4", "--loss", spec)
+    assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason", "healed"),
+    [("Numpy", "takes a tensor's numbers out of PyTorch", "Torch"), ("Empty", "has no entries", "Torch")],
+)
+def test_what_no_program_can_do_is_refused_by_place(
+    nets: Path, capsys: pytest.CaptureFixture[str], broken: str, reason: str, healed: str
+) -> None:
+    code, found = checked(capsys, f"nets.py:{broken}", "--input", "8", "--batch", "4")
+    (problem,) = found["chips"][0]["refused"]
+    assert (code, reason in problem["reason"]) == (3, True)
+    assert "nothing was run" in found["sampled"]
+    assert checked(capsys, f"nets.py:{healed}", "--input", "8", "--batch", "4", "--no-run")[0] == 0

@@ -45,7 +45,8 @@ class Parameter:
 def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Parameter]:
     """All parameters of `model`, tied ones once, with their optimizer group.
 
-    Raises: UnsupportedModel for complex parameters, and for parameters of the optimizer that are not the model's.
+    Raises: UnsupportedModel for complex parameters, for those without entries, and for parameters of the optimizer
+    that are not the model's.
     """
     groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     parameters = dict(model.named_parameters())
@@ -63,6 +64,11 @@ def find_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         )
         findings = [Finding(name, "parameter", reason, fix) for name in complexes]
         raise UnsupportedModel("The parameters must be real:", findings)
+    empty = [name for name, tensor in parameters.items() if not tensor.numel()]
+    if empty:
+        fix = "Delete it, or make it only where it has entries: an engine has no tensors without any."
+        findings = [Finding(name, "parameter", "has no entries.", fix) for name in empty]
+        raise UnsupportedModel("The parameters must have entries:", findings)
     strangers = set(groups) - {id(tensor) for tensor in parameters.values()}
     if strangers:
         reason = f"holds {len(strangers)} tensors that are not parameters of {type(model).__name__}."

@@ -175,6 +175,14 @@ def finding(func: OpOverload, nodes: list[Node], place: str | None) -> Finding |
     )  # fmt: skip
 
 
+def memory_read(name: str, place: str | None) -> Finding:
+    """The refusal of a tensor of the step whose numbers leave PyTorch."""
+    return Finding(
+        place or name, name, "takes a tensor's numbers out of PyTorch: the program would go on with this batch's.",
+        "Stay in PyTorch, or do it before the step, on the host.",
+    )  # fmt: skip
+
+
 def refusal(findings: list[Finding]) -> UnsupportedModel:
     """All places at once, each a single time."""
     distinct = list(dict.fromkeys(findings))

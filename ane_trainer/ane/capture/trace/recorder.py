@@ -25,6 +25,7 @@ from ane_trainer.ane.capture.trace.operations import (
     finding,
     in_memory_order,
     is_view,
+    memory_read,
     out_argument,
     pure_form,
     undo,
@@ -99,6 +100,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether the tensor's value is known when compiling."""
         slot = self._slots.get(tensor)
         return slot is None or slot.known
+
+    def note_read(self, name: str) -> None:
+        """Refuse a tensor whose numbers `name` gives to Python or NumPy."""
+        self.findings.append(memory_read(name, self._place.text))
 
     def finish(self, results: Sequence[torch.Tensor]) -> GraphModule:
         """The graph with these tensors as its results."""

@@ -9,6 +9,7 @@ import torch
 from torch.fx import traceback as fx_traceback
 
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
+from ane_trainer.ane.capture.trace.memory_reads import MemoryReads
 from ane_trainer.ane.capture.trace.operations import refusal
 from ane_trainer.ane.capture.trace.recorder import Recorder
 from ane_trainer.ane.capture.trace.simplify import simplify
@@ -36,7 +37,7 @@ def trace(
         recorder.placeholder(name, value)
     with tracing(recorder.knows):
         try:
-            with recorder:
+            with recorder, MemoryReads(recorder.knows, recorder.note_read):
                 results = function(*values)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if recorder.findings:  # it went on with what it must not use
