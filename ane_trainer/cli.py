@@ -22,6 +22,7 @@ import typer
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, EnvironmentFault, Interrupted, UsageError, error_json
+from ane_trainer.commands.blame import UserFaults, users_frames
 from ane_trainer.utils import finite, setup_logging, with_parameters
 
 _TRAIN, _INSPECT, _MAC = "Train and use models", "Inspect", "Mac only"
@@ -130,7 +131,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except AneTrainerError as error:
         return _fail(error, words)
     except _CommandLineError as error:
-        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        text = str(error.format_message() if hasattr(error, "format_message") else error).rstrip(".") + "."
         return _fail(UsageError(f"command line: {text} See: {_help(words)}"), words)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(Interrupted("stopped before there was anything to save."), words)
@@ -151,8 +152,6 @@ def _warning_line(
 
 
 def _run(words: list[str]) -> int:
-    from ane_trainer.commands.blame import UserFaults
-
     app = build_app(words)
     with UserFaults():
         code = app(args=words, prog_name="ane-trainer", standalone_mode=False)
@@ -210,6 +209,8 @@ def _load(command: Command) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (OSError, MemoryError, RuntimeError) as error:
+            if users_frames(error, error.__traceback__):  # told with the user's lines
+                raise
             raise _of_the_machine(error) from None
         return int(output.exit_code)
 
@@ -227,7 +228,10 @@ def _check_finite(arguments: Mapping[str, object]) -> None:
 
 def _of_the_machine(error: Exception) -> Exception:
     """What no file or no memory is there for, as an error with a code; anything else as it is."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    if isinstance(error, OSError) and error.filename is None:
+        text = f"this machine: {error.strerror or error}. Look for what it lacks: space, open files, memory, rights."
+        return EnvironmentFault(text, code="ANE204")
+    if isinstance(error, OSError) and error.strerror:
         place = Path(os.fsdecode(error.filename))
         where = place.parent if place.suffix == ".tmp" else place
         text = f"{where}: needs a place that can be read or written; {error.strerror}. Choose another."

@@ -43,7 +43,7 @@ from ane_trainer.training.folder.results import Result
 from ane_trainer.training.folder.runs import RunFolder, Weights, claim_run, open_run, origin_of
 from ane_trainer.training.loop import stoppable, with_exit_code
 from ane_trainer.training.optimizers import check_trainable, freeze, make_optimizer
-from ane_trainer.training.prediction import answers, generate, inputs_by_index, read_inputs
+from ane_trainer.training.prediction import answers, check_output, generate, inputs_by_index, read_inputs
 from ane_trainer.training.reporting.analysis import Seen
 from ane_trainer.training.reporting.report import ConsoleReporter, Reporter
 from ane_trainer.training.reporting.watching import watchers, write_report
@@ -250,7 +250,7 @@ def predict_run(
     for part in parts:
         if limit is not None:
             part = part.first(limit - len(records))
-        records += answers(trainer.predict(part.x), part, description)
+        records += answers(check_output(trainer.predict(part.x)), part, description)
         if limit is not None and len(records) >= limit:
             break
     return {

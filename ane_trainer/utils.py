@@ -227,6 +227,18 @@ def as_text(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
+#: What breaks a line or turns its direction around, as an escape.
+_UNSEEN = {
+    n: repr(chr(n))[1:-1]
+    for n in (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+def printable(text: str) -> str:
+    """A name from outside on one line: control characters, and those that reverse the direction, as escapes."""
+    return text.translate(_UNSEEN)
+
+
 def finite(value: object) -> Any:
     """`value` with nan and inf replaced by None, as JSON wants it."""
     if isinstance(value, float):

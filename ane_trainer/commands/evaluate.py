@@ -9,6 +9,7 @@ import typer
 
 from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads, weights_note
 from ane_trainer.training.reporting.report import headline
+from ane_trainer.utils import printable
 
 #: How the parts of the data are called.
 _PARTS = {"val": "validation", "train": "training"}
@@ -47,7 +48,7 @@ def _table(scores: Mapping[str, Any]) -> Sequence[str]:
         width = min(max(len("class"), *(len(row["name"]) for row in scores["classes"])), 32)
         head = f"{'class':<{width}}  precision   recall      F1  examples"
         rows = [
-            f"{row['name'][:width]:<{width}}  {row['precision']:9.2%} {row['recall']:8.2%} {row['f1']:7.4f}"
+            f"{printable(row['name'])[:width]:<{width}}  {row['precision']:9.2%} {row['recall']:8.2%} {row['f1']:7.4f}"
             f"  {row['examples']:8,}"
             for row in scores["classes"]
         ]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, weights_note
 
 
@@ -45,6 +46,8 @@ def predict(
     from ane_trainer.training.prediction import as_lines, write_answers
 
     paths = [*(inputs or ()), *([input] if input is not None else ())]
+    if out is not None and out.resolve() in [path.resolve() for path in paths]:
+        raise UsageError(f"--out: needs another file than what is read; got {out}. Rename it.", code="ANE104")
     place = {"chip": chip, "device": device, "fidelity": fidelity}
     if is_finetuned(run):
         found = answer_finetuned(run, paths, prompt=text, index=index, tokens=tokens, **place)

@@ -123,6 +123,8 @@ def runs_plot(
             "can be read. Choose another run.",
             code="ANE104",
         )
+    if out.suffix.lower() != ".svg":
+        raise UsageError(f"--out: needs a file that ends in .svg; got {out}. Rename it.", code="ANE104")
     chart = line_chart({str(record.path): record.curve(what) for record in records}, what, size=(820, 420))
     if not chart:
         raise UsageError(
@@ -151,6 +153,11 @@ def runs_rm(
     records += [record for record in find_records() if empty and record.status == "empty"]
     if not records:
         raise UsageError("runs rm: needs runs; got none. Name their folders, or give --empty.", code="ANE104")
+    if links := [record.path for record in records if record.path.is_symlink()]:
+        raise UsageError(
+            f"runs rm: needs the run itself; {links[0]} is a link to {links[0].resolve()}. Name that.",
+            code="ANE104",
+        )
     if not yes:
         names = "\n".join(f"  {record.path}: {record.status}" for record in records)
         if not sys.stdin.isatty():

@@ -264,6 +264,8 @@ class TrainConfig(BaseModel):
         pairs = [str(text).partition("=") for text in value]
         if any(not (name.isidentifier() and equals) for name, equals, _ in pairs):
             raise ValueError("needs NAME=VALUE, e.g. width=16")
+        if len({name for name, _, _ in pairs}) < len(pairs):
+            raise ValueError("needs each name once")
         return {name: _literal(text) for name, _, text in pairs}
 
     @field_validator("hidden")
@@ -308,7 +310,7 @@ def make_config(options: Mapping[str, Any], *, where: str = "train") -> TrainCon
     try:
         return TrainConfig(**given)
     except ValidationError as error:
-        wrong = "; ".join(dict.fromkeys(map(_explain, error.errors())))
+        wrong = " ".join(dict.fromkeys(map(_explain, error.errors())))
         raise UsageError(f"{where}: {wrong}", code="ANE104") from None
 
 
@@ -343,16 +345,18 @@ def _explain(detail: Any) -> str:
     words = _WORDS_OR_NUMBERS.get(option)
     if words is not None and detail["type"] != "value_error":
         return (
-            f"{option} needs {words}; got {_as_typed(detail['input'])}. Change --{option.replace('_', '-')}"
+            f"{option} needs {words}; got {_as_typed(detail['input'])}. Change --{option.replace('_', '-')}."
         )
     if detail["type"] == "extra_forbidden":
         return f"there is no option {name!r}. {did_you_mean(name, TrainConfig.model_fields)}"
     if detail["type"] == "missing":
-        return f"{name} is missing"
+        return f"{name} is missing."
     if detail["type"] == "literal_error":
-        return f"{name} needs {detail['ctx']['expected']}; got {_as_typed(detail['input'])}. Use one of these"
+        return (
+            f"{name} needs {detail['ctx']['expected']}; got {_as_typed(detail['input'])}. Use one of these."
+        )
     message = detail["msg"].removeprefix("Value error, ")
-    hint = f"Change --{option.replace('_', '-')}"
+    hint = f"Change --{option.replace('_', '-')}."
     return f"{name}: {message[:1].lower()}{message[1:]}; got {_as_typed(detail['input'])}. {hint}"
 
 

@@ -18,8 +18,15 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.calibrate import call_model, module_mode
-from ane_trainer.ane.capture.losses import CLASS_LOSSES, LOSSES, Loss, get_loss, model_loss
+from ane_trainer.ane.capture.calibrate import call_aside, module_mode
+from ane_trainer.ane.capture.losses import (
+    CLASS_LOSSES,
+    LOSSES,
+    Loss,
+    check_class_numbers,
+    get_loss,
+    model_loss,
+)
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import loop
 from ane_trainer.training.datasets.batches import Batches
@@ -71,7 +78,7 @@ def fit_target(loss: Loss, output_shape: Sequence[int], y: object) -> Any:
     if (y.numel() == int(np.prod(shape)) and (*y.shape, 1) == shape) or y.shape == (*shape, 1):
         return y.reshape(shape).float()
     if len(shape) == 2 and y.dim() == 1 and not y.is_floating_point():
-        _check_range(y, shape[1])
+        check_class_numbers(y, shape[1])
         return torch.from_numpy(one_hot(y.long().numpy(), shape[1]))
     raise DataError(
         f"y needs the shape of the model's output, {list(shape)}, for this loss; got {list(y.shape)}. "
@@ -98,20 +105,8 @@ def _fit_classes(shape: tuple[int, ...], y: torch.Tensor, ignored: int | None) -
             f"got {list(y.shape)}. The model's outputs need the classes as their second axis.",
             code="DATA105",
         )
-    _check_range(y if ignored is None else y[y != ignored], shape[1])
+    check_class_numbers(y if ignored is None else y[y != ignored], shape[1])
     return y.long()
-
-
-def _check_range(y: torch.Tensor, classes: int) -> None:
-    if not y.numel():
-        return
-    lowest, highest = int(y.min()), int(y.max())
-    if lowest < 0 or highest >= classes:
-        raise DataError(
-            f"y needs class numbers 0 to {classes - 1}; got {lowest} to {highest}. "
-            "Check the labels, or give the model more outputs.",
-            code="DATA107",
-        )
 
 
 # A last, smaller batch ---------------------------------------------------------------------------------------
@@ -308,7 +303,7 @@ class Intake:
         """
         try:
             with torch.no_grad(), module_mode(self._model, training=False):
-                output = call_model(self._model, {}, x)
+                output = call_aside(self._model, {}, x)
         except (RuntimeError, TypeError) as error:
             types = {
                 str(leaf.dtype).removeprefix("torch.")
@@ -331,6 +326,6 @@ class Intake:
             return "the loss is not known to be a mean over examples"
         if self._tail is None or not isinstance(self.example and self.example[1], torch.Tensor):
             return "output and target are not one tensor each"
-        if mixes_examples(self._model, lambda given: call_model(self._model, {}, given), x):
+        if mixes_examples(self._model, lambda given: call_aside(self._model, {}, given), x):
             return "examples of a batch influence each other in the model, as in batch norm"
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer.ane.errors import DataError, Diverged, UsageError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets import images, tables, text
-from ane_trainer.training.datasets.arrays import as_model_input, load_array
+from ane_trainer.training.datasets.array_files import load_array
+from ane_trainer.training.datasets.arrays import as_model_input
 from ane_trainer.training.datasets.batches import Batches
-from ane_trainer.training.datasets.description import DataDescription
-from ane_trainer.utils import atomic_write
+from ane_trainer.training.datasets.cells import cell_text
+from ane_trainer.training.datasets.description import Column, DataDescription
+from ane_trainer.utils import as_text, atomic_write, printable
 
 #: Image files that are decoded at a time.
 CHUNK = 256
@@ -69,9 +72,8 @@ def _read_images(path: Path, description: DataDescription) -> Iterator[Inputs]:
     for start in range(0, len(files), CHUNK):
         part = files[start : start + CHUNK]
         pixels = np.stack([images.read_image(file, (channels, height, width)) for file in part])
-        known = tuple(
-            file.parent.name if file.parent.name in description.class_names else None for file in part
-        )
+        folders = [as_text(file.parent.name) for file in part]
+        known = tuple(name if name in description.class_names else None for name in folders)
         yield Inputs(tuple(map(str, part)), _from_pixels(pixels, description), known)
 
 
@@ -106,16 +108,47 @@ def _read_table(path: Path, description: DataDescription) -> Inputs:
     table = tables.read_table(path)
     truth: tuple[str | None, ...] = ()
     if len(description.target) == 1 and description.target[0] in table:
-        truth = tuple(tables.cell_text(cell) or None for cell in table[description.target[0]].tolist())
+        truth = tuple(cell_text(cell) or None for cell in table[description.target[0]].tolist())
     if description.kind == "array":
         numbers = np.stack([cells for cells in table.values() if cells.dtype == np.float64], axis=1)
         x = _from_array(numbers, description, str(path))
     else:
+        warn_of_new_categories(table, description.columns, path)
         x = torch.from_numpy(tables.encode_columns(table, description.columns, str(path)))
     return Inputs(tuple(str(number) for number in range(len(x))), x, truth)
 
 
+def warn_of_new_categories(table: tables.Table, columns: Sequence[Column], path: Path) -> None:
+    """Warn of texts that the training rows have not; of a column with many, training knew the commonest only."""
+    for column in columns:
+        if (
+            column.kind != "category"
+            or len(column.categories) >= tables.MOST_CATEGORIES
+            or column.name not in table
+        ):
+            continue
+        found = {cell_text(cell) for cell in table[column.name].tolist()} - {"", *column.categories}
+        if found:
+            shown = ", ".join(repr(text) for text in sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
+            warnings.warn(
+                f"{path}: column {column.name!r} has {shown}, which training has not seen: it counts as none of the "
+                "known ones",
+                stacklevel=2,
+            )
+
+
 # Answers -----------------------------------------------------------------------------------------------------
+
+
+def check_output(output: torch.Tensor) -> torch.Tensor:
+    """The model's output; Diverged (ANE401) where it is not finite, which no answer comes of."""
+    if not bool(output.isfinite().all()):
+        raise Diverged(
+            "predict: needs outputs that are finite; got nan or inf of these weights. Train again with a lower "
+            "learning rate, or look for outliers in the data.",
+            code="ANE401",
+        )
+    return output
 
 
 def answers(output: torch.Tensor, inputs: Inputs, description: DataDescription) -> list[dict[str, object]]:
@@ -181,7 +214,7 @@ def generate(
     for _ in range(tokens):
         window = known[-context:]
         padded = torch.tensor([window + [0] * (context - len(window))])
-        scores_V = predict(padded)[0, :, len(window) - 1]
+        scores_V = check_output(predict(padded)[0, :, len(window) - 1])
         if temperature > 0:
             choice = int(torch.multinomial((scores_V.double() / temperature).softmax(0), 1, generator=random))
         else:
@@ -201,13 +234,13 @@ def inputs_by_index(held_out: Batches, selection: str) -> Inputs:
 def as_lines(records: Sequence[Mapping[str, object]]) -> str:
     """The answers for a terminal, a line each."""
     width = min(max((len(str(record["input"])) for record in records), default=0), 48)
-    return "\n".join(f"{record['input']:<{width}}  {_as_text(record)}" for record in records)
+    return "\n".join(f"{printable(str(record['input'])):<{width}}  {_as_text(record)}" for record in records)
 
 
 def _as_text(record: Mapping[str, Any]) -> str:
     truth = f"   truth {record['truth']}" if record.get("truth") is not None else ""
     if "name" in record:
-        return f"{record['name']}   probability {record['probability']:.4f}{truth}"
+        return f"{printable(record['name'])}   probability {record['probability']:.4f}{truth}"
     if "labels" in record:
         return f"{', '.join(record['labels']) or '(none)'}{truth}"
     if "values" in record:

@@ -98,7 +98,7 @@ def test_the_phases_add_up_to_the_whole() -> None:
 def test_the_console_accounts_for_all_of_its_time() -> None:
     reporter = ConsoleReporter(io.StringIO())
     drive(reporter)
-    text = reporter.phases.as_text(0.002)
+    text = reporter.phases.as_text()
     assert sum(reporter.phases.seconds.values()) == pytest.approx(
         reporter.phases._mark - _began(reporter), abs=1e-6
     )

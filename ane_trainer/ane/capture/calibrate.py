@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.batches import plain_tensor
 from ane_trainer.ane.capture.buffers import kept_views
@@ -87,7 +88,7 @@ def calibrate(
     trained = [values[p.name] for p in parameters if p.trained]
     mode = HostRandomMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
-        output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
+        output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
         check_classes(loss, output, example[1])
         value = call_loss(loss, output, example[1])
     _check_loss(value, bool(trained))
@@ -118,7 +119,7 @@ def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[object, object]) 
     values = {name: p.detach().clone().float() for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), rewriting(values_known=True), HostRandomMode():
         torch.manual_seed(0)
-        output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
+        output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
         return float(call_loss(loss, output, example[1]))
 
 
@@ -137,7 +138,7 @@ def witness(
         HostRandomMode(),
     ):
         torch.manual_seed(0)
-        output = call_model(model, {**values, **copies(model, with_sparse=True)}, example[0])
+        output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
         value = call_loss(loss, output, example[1])
         gradients = torch.autograd.grad(value, trained, allow_unused=True)
     return (float(value.detach()), *(0.0 if g is None else float(g.norm()) for g in gradients))
@@ -153,6 +154,11 @@ def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) ->
     places = _everywhere(model, tensors)
     with variables_as(model, tensors), kept_views(model, tensors):
         return torch.func.functional_call(model, places, args, keywords, tie_weights=False)
+
+
+def call_aside(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) -> Any:
+    """`call_model` on copies of the batch, so that a forward that writes into its input (`x -= mean`) leaves it."""
+    return call_model(model, tensors, pytree.tree_map_only(torch.Tensor, torch.clone, x))
 
 
 def _positional(model: torch.nn.Module, x: object) -> tuple[object, ...]:

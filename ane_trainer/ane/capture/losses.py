@@ -80,11 +80,17 @@ def check_classes(loss: Loss, output: Any, target: Any) -> None:
             f"got {list(output.shape)}. End the model with nn.Flatten() and nn.Linear(..., classes).",
             code="DATA105",
         )
-    classes = int(output.shape[1])
-    used = target[target != _IGNORED]
-    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < classes:
+    check_class_numbers(target[target != _IGNORED], int(output.shape[1]))
+
+
+def check_class_numbers(y: torch.Tensor, classes: int) -> None:
+    """Raises: DataError DATA107 for numbers that are none of the model's classes."""
+    if not y.numel():
+        return
+    lowest, highest = (int(end) for end in torch.aminmax(y))
+    if lowest < 0 or highest >= classes:
         raise DataError(
-            f"y needs class numbers 0 to {classes - 1}, the model's outputs; got {int(used.min())} to "
-            f"{int(used.max())}. Check the labels, or give the model more outputs.",
+            f"y needs class numbers 0 to {classes - 1}, the model's outputs; got {lowest} to {highest}. "
+            "Check the labels, or give the model more outputs.",
             code="DATA107",
         )

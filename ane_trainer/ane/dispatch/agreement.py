@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture import get_loss
-from ane_trainer.ane.capture.calibrate import call_loss, call_model, module_mode
+from ane_trainer.ane.capture.calibrate import call_aside, call_loss, module_mode
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.capture.range.departure import Departure, Rounded, run_rounded
@@ -114,7 +114,7 @@ def reference(
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
             with drawn_by(draws):
                 values = [
-                    call_loss(get_loss(loss), call_model(model, {}, x), y) / len(parts) for x, y in parts
+                    call_loss(get_loss(loss), call_aside(model, {}, x), y) / len(parts) for x, y in parts
                 ]
                 torch.autograd.backward(values)
             mean = float(torch.stack(values).sum().detach())
@@ -143,7 +143,7 @@ def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), module_mode(model, training=True):
             with drawn_by(torch.Generator()):
-                value = call_loss(get_loss(subject.loss), call_model(model, {}, x), y)
+                value = call_loss(get_loss(subject.loss), call_aside(model, {}, x), y)
             return bool(value.isnan().any())
     except _CANNOT:
         return False

@@ -12,7 +12,7 @@ import torch
 
 from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
-from ane_trainer.ane.capture.calibrate import call_model, copies, module_mode
+from ane_trainer.ane.capture.calibrate import call_aside, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.capture.repeats import repeating
 from ane_trainer.ane.capture.trace.sources import faults_in_words
@@ -184,7 +184,7 @@ def _ones(x: object) -> object:
 
 def _run_plainly(model: torch.nn.Module, example: object) -> None:
     with module_mode(model, training=False), torch.no_grad():
-        call_model(model, {}, program_form(example))
+        call_aside(model, {}, program_form(example))
 
 
 def _single(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -195,7 +195,7 @@ def _single(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _output_of(model: torch.nn.Module, example: object) -> tuple[Structure, list[tuple[int, ...]], list[int]]:
     """Structure and shapes of the model's output, and which are integers, from one run in plain PyTorch."""
     with module_mode(model, training=False), torch.no_grad():
-        output = call_model(model, _single(model) | copies(model, with_sparse=True), program_form(example))
+        output = call_aside(model, _single(model) | copies(model, with_sparse=True), program_form(example))
     leaves = tensors_of(output)
     floats = [leaf.is_floating_point() or leaf.dtype == torch.bool for leaf in leaves]
     integral = [i for i, is_float in enumerate(floats) if not is_float]

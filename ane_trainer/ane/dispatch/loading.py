@@ -14,7 +14,7 @@ import torch
 
 from ane_trainer.ane.capture import Loss, StepCapture, capture_training, get_loss
 from ane_trainer.ane.capture.batches import program_form
-from ane_trainer.ane.capture.calibrate import call_model, module_mode
+from ane_trainer.ane.capture.calibrate import call_aside, module_mode
 from ane_trainer.ane.capture.gradients import FLOORS, LIMITS
 from ane_trainer.ane.capture.optimizers.table import structure
 from ane_trainer.ane.capture.ports import Parameter
@@ -281,5 +281,5 @@ def _run_plainly(subject: Subject) -> None:
     model = copy.deepcopy(subject.model)
     x, y = map(program_form, subject.example)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        value = get_loss(subject.loss)(call_model(model, {}, x), y)
+        value = get_loss(subject.loss)(call_aside(model, {}, x), y)
         torch.autograd.backward(value)

@@ -15,7 +15,9 @@ from torch import nn
 
 from ane_trainer.ane.capture.calibrate import module_mode
 from ane_trainer.ane.dispatch.devices import get_device
-from ane_trainer.ane.errors import UsageError
+from ane_trainer.ane.dispatch.feeds import RANGES
+from ane_trainer.ane.dispatch.loading import check_parameters
+from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.export import inference, onnx_step, stablehlo_step, step
 from ane_trainer.ane.export.freeze import Deployed, Signature, to_input
 from ane_trainer.ane.export.report import (
@@ -115,17 +117,21 @@ def export_inference(
 ) -> ExportReport:
     """Write the model and run the file again on examples x [N, ...] as training saw them.
 
-    Raises: UnsupportedModel, MissingDependency (naming the extra), UsageError.
+    Raises: UnsupportedModel, MissingDependency (naming the extra), UsageError, DataError DATA106 for parameters beyond
+    fp16 and for outputs that are not finite.
     """
     options = options or ExportOptions()
     write, run, checked_by = _INFERENCE[format]
+    check_parameters(model, RANGES["fp16"])
     with module_mode(model, training=False):
-        written = write(Path(path), model, signature, options.weights, options.texts)
         inputs = to_input(x, signature)
         with torch.no_grad():
             wanted = Deployed(model, signature)(inputs).numpy()
+        _check_finite(wanted, "the model in PyTorch")
+        written = write(Path(path), model, signature, options.weights, options.texts)
     runner = run(written, signature, options.chip, options.fidelity)
     got = _in_batches(runner, inputs.numpy(), signature.batch)
+    _check_finite(got, f"{written} in {checked_by}")
     truth = None if labels is None else labels.numpy()
     if format == "mlpackage":
         checked_by += f" of {options.chip}, {options.fidelity}"
@@ -134,6 +140,16 @@ def export_inference(
         "the same model in PyTorch, fp32", len(inputs), largest_difference(got, wanted),
         accuracy(got, truth), accuracy(wanted, truth), UNVERIFIED.get(format, ""),
     )  # fmt: skip
+
+
+def _check_finite(output: Array, where: str) -> None:
+    """Raises: DataError DATA106."""
+    if not bool(np.isfinite(output).all()):
+        raise DataError(
+            f"export: needs outputs that are finite; {where} gives nan or inf on the examples of the check. "
+            "Train again with a lower learning rate, or look for outliers in the data.",
+            code="DATA106",
+        )
 
 
 def export_step(

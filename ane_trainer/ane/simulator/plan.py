@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil.inputs import check_array, find_input, missing_input
 from ane_trainer.ane.mil.opset import Call, bind
 from ane_trainer.ane.mil.program import Arg, Function, Literal, Op, Value
 from ane_trainer.ane.mil.weights import Array
@@ -68,9 +69,7 @@ class Plan:
             if value.name in feeds:
                 self.write(value.name, feeds[value.name])
             elif value.name not in self.resident:
-                raise SimulationError(
-                    f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101"
-                )
+                raise missing_input(value)
         for step in self.steps:
             step()
         threads = self.context.threads
@@ -80,14 +79,8 @@ class Plan:
 
     def write(self, name: str, array: Array) -> None:
         """Set an input from a border array: float16 for fp16 (bit patterns count), bool, int or float32."""
-        value = next((v for v in self.function.inputs if v.name == name), None)
-        if value is None:
-            known = ", ".join(v.name for v in self.function.inputs)
-            raise SimulationError(f"write: needs one of the inputs {known}; got {name}.", code="SIM102")
-        if tuple(array.shape) != value.type.shape:
-            raise SimulationError(
-                f"write {name}: needs the shape {value.type.shape}; got {tuple(array.shape)}.", code="SIM103"
-            )
+        value = find_input({v.name: v for v in self.function.inputs}, name)
+        check_array(value, array)
         from_border(np.asarray(array), value.type, self.buffers[name], self.context.threads)
 
     def read(self, name: str) -> Array:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ane_trainer.ane.errors import SimulationError
 from ane_trainer.ane.mil import semantics
+from ane_trainer.ane.mil.inputs import check_array, missing_input
 from ane_trainer.ane.mil.program import Arg, Function, Op, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import EngineContext, Plan, prepare
@@ -259,14 +259,8 @@ class _Lazy(dict[str, Array]):
 def _check(value: Value, array: Array | None) -> None:
     """SimulationError for an input that is missing or misshapen."""
     if array is None:
-        raise SimulationError(
-            f"run: needs the input {value.name} ({value.type}); it is missing.", code="SIM101"
-        )
-    if tuple(array.shape) != value.type.shape:
-        raise SimulationError(
-            f"write {value.name}: needs the shape {value.type.shape}; got {tuple(array.shape)}.",
-            code="SIM103",
-        )
+        raise missing_input(value)
+    check_array(value, array)
 
 
 def _wide(array: Array) -> type:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets import images, tables
 from ane_trainer.training.datasets.batches import ArrayExamples, Batches, Examples, Subset, seeded_by
+from ane_trainer.training.datasets.cells import EXACT, LARGEST
 from ane_trainer.training.datasets.description import DataDescription, Task
 from ane_trainer.training.datasets.splits import (
     DataOptions,
@@ -27,14 +26,6 @@ from ane_trainer.training.datasets.splits import (
     mean_and_std,
     standardised,
 )
-
-#: Names that arrays have in files: (inputs, targets) for each split.
-_KEYS = {
-    "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("x", "y"), ("images", "labels"),
-              ("data", "target"), ("data", "labels"), ("X", "y"), ("X_train", "y_train")),
-    "val": (("x_val", "y_val"), ("val_images", "val_labels"), ("X_val", "y_val")),
-    "test": (("x_test", "y_test"), ("test_images", "test_labels"), ("X_test", "y_test")),
-}  # fmt: skip
 
 Arrays = tuple[Array, Array]
 
@@ -65,16 +56,25 @@ def _check_arrays(x: Array, y: Array, where: str) -> None:
     _check_lengths(x, y, where)
     if x.dtype.kind not in "uifb":
         raise DataError(f"{where}: needs numbers as x; got dtype {x.dtype}. Convert it.", code="DATA105")
+    if not x.size:
+        raise DataError(f"{where}: needs numbers in x; got {list(x.shape)}. Add columns.", code="DATA105")
     for name, part in (("x", x), ("y", y)):
         check_finite(part, f"{where}: {name}")
 
 
 def check_finite(values: Array, where: str) -> None:
-    """DataError DATA106 for numbers that are nan or inf."""
-    if values.dtype.kind == "f" and not bool(np.isfinite(values).all()):
+    """DataError DATA106 for numbers that are nan, inf or beyond single precision."""
+    if values.dtype.kind != "f":
+        return
+    if not bool(np.isfinite(values).all()):
         wrong = int((~np.isfinite(values)).sum())
         raise DataError(
             f"{where}: needs finite numbers; got {wrong} that are nan or inf. Clean the data.", code="DATA106"
+        )
+    if values.size and float(np.abs(values).max()) > LARGEST:
+        raise DataError(
+            f"{where}: needs numbers up to {LARGEST:.2g}; got {np.abs(values).max():.2g}. Take another unit.",
+            code="DATA106",
         )
 
 
@@ -163,9 +163,16 @@ def find_target(y: Array, task: str, where: str) -> tuple[Task, tuple[str, ...],
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.dtype.kind in "US" or y.dtype == object:
-        return tables.learn_target({"y": np.array([str(value) for value in y], object)}, ["y"], "auto", where)
+        return tables.learn_target({"y": _as_cells(y)}, ["y"], "auto", where)
     if y.ndim == 1 and task != "regress" and (y.dtype.kind in "uib" or task == "classify"):
         values = np.unique(y)
+        if len(values) == 1 and len(y) > 1:
+            raise DataError(
+                f"{where}: needs two or more classes; all targets are {values[0]}. There is nothing to learn.",
+                code="DATA116",
+            )
+        if _is_large(values):
+            return tables.learn_target({"y": _as_cells(y)}, ["y"], "classify", where)
         if values[0] >= 0 and values[-1] < max(2 * len(values), 2) and (values == np.round(values)).all():
             names = tuple(str(number) for number in range(int(values[-1]) + 1))
             return "classify", names, y.astype(np.int64)
@@ -192,64 +199,34 @@ def _like_train(y: Array, task: Task, names: tuple[str, ...], where: str) -> Arr
     if y.ndim == 2 and y.shape[1] > 1:
         y = y.argmax(axis=1)
     cells = y.reshape(-1)
-    return tables.encode_classes(
-        cells.astype(np.float64) if cells.dtype.kind in "uifb" else cells, names, where
-    )
+    if _is_large(cells) or cells.dtype.kind not in "uifb":
+        return tables.encode_classes(_as_cells(cells), names, where)
+    return tables.encode_classes(cells.astype(np.float64), names, where)
 
 
-def read_npz(path: Path) -> dict[str, Arrays]:
-    """(x, y) by split out of a .npz file; DataError DATA115 if it is none or its names are not known."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files)
-            chosen = {
-                split: pair for split, pairs in _KEYS.items() for pair in pairs if set(pair) <= set(names)
-            }
-            found = {split: (file[x], file[y]) for split, (x, y) in chosen.items()}
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        what = (
-            str(error).splitlines()[0] if str(error) and "pickle" not in str(error) else "damaged, or objects"
-        )
-        raise DataError(
-            f"{path}: needs arrays of numbers in a .npz file; {what}. Write it with numpy.savez.",
-            code="DATA115",
-        ) from None
-    if "train" not in found:
-        raise DataError(
-            f"{path}: needs arrays called x and y, or x_train, y_train, x_test, y_test; got {', '.join(names)}. "
-            "Save them as numpy.savez(file, x=..., y=...).",
-            code="DATA115",
-        )
-    return found
+def _is_large(y: Array) -> bool:
+    """Whether there are whole numbers that float64 may not hold."""
+    return y.dtype.kind in "ui" and len(y) > 0 and max(-int(y.min()), int(y.max())) >= EXACT
 
 
-def load_array(path: Path, where: str) -> Array:
-    """The numbers in a .npy file; DataError DATA109 for anything else, headers that lie included."""
-    try:  # mapped first: it compares the header's size with the file's
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            raise ValueError("several arrays")
-        loaded = np.array(loaded)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        what = "objects" if "pickle" in str(error) or "Object" in str(error) else str(error)
-        raise DataError(
-            f"{where}: needs a .npy file with an array of numbers; got {path} ({what or type(error).__name__}). "
-            "Write one with numpy.save.",
-            code="DATA109",
-        ) from None
-    if loaded.dtype.kind not in "uifb":
-        raise DataError(
-            f"{where}: needs an array of numbers; got {path} with dtype {loaded.dtype}. Convert it.",
-            code="DATA109",
-        )
-    return loaded
+def _as_cells(y: Array) -> Array:
+    """Targets as the texts of a table's column."""
+    return np.array([str(value) for value in y], object)
 
 
 def as_array(value: object) -> Array:
-    """A tensor, list or array-like as a NumPy array."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
-    return np.asarray(value)
+    """A tensor, list or array-like as a NumPy array; DataError DATA105 for what is none."""
+    try:
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().to_dense().cpu()
+            return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+        return np.asarray(value)
+    except (TypeError, ValueError, NotImplementedError) as error:  # a meta tensor, rows of unlike lengths
+        raise DataError(
+            f"data: needs numbers in an array; got {type(value).__name__} ({str(error).splitlines()[0].rstrip('.')}). "
+            "Convert it.",
+            code="DATA105",
+        ) from None
 
 
 def call_with_seed(function: Callable[..., object], seed: int) -> Any:
@@ -319,6 +296,9 @@ def open_items(dataset: Any, shape: tuple[int, ...] | None = None) -> DatasetExa
         if shape is None:
             bands = len(first[0].getbands()) if is_image(first[0]) else 0
             shape = (bands, *first[0].size[::-1]) if bands else as_array(first[0]).shape
+        if (kind := item_input(first[0], shape).dtype.kind) not in "uifb":
+            got = type(first[0]).__name__ if kind == "O" else "text"
+            raise DataError(f"dataset: needs numbers as x; got {got}. Convert it.", code="DATA105")
         return DatasetExamples(dataset, shape, _item_targets(dataset))
 
 
@@ -330,7 +310,12 @@ def _item_targets(dataset: Any) -> Array:
         ends = {0, len(dataset) // 2, len(dataset) - 1}
         if all(np.array_equal(as_array(dataset[row][1]), found[row]) for row in ends):
             return found
-    return np.stack([as_array(dataset[row][1]) for row in range(len(dataset))])
+    try:
+        return np.stack([as_array(dataset[row][1]) for row in range(len(dataset))])
+    except ValueError as error:
+        raise DataError(
+            f"dataset: needs targets of one shape; {error}. Make them alike.", code="DATA105"
+        ) from None
 
 
 def item_input(x: object, shape: tuple[int, ...]) -> Array:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.weights import Array
+from ane_trainer.utils import printable
 
 Kind = Literal["image", "table", "text", "array"]
 Task = Literal["classify", "regress", "multilabel", "next-token"]
@@ -59,6 +60,7 @@ class DataDescription:
                    (y - target_mean) / target_std.
     vocabulary     of text: a token's number is its place; () means bytes.
     examples       number by split. notes: what was left out or decided, a sentence each.
+    content        a fingerprint of what it holds, by which other data of the same form is noticed.
     """
 
     name: str
@@ -77,6 +79,7 @@ class DataDescription:
     source: str = ""
     examples: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    content: str = ""
 
     @property
     def num_outputs(self) -> int:
@@ -128,7 +131,7 @@ class DataDescription:
         scaled = ""
         if self.is_scaled and len(self.mean) == 1:
             scaled = f", normalised by mean {self.mean[0]:.4g} and deviation {self.std[0]:.4g}"
-        return f"{self.name}  {counts}, {self._what()}{scaled}{origin}"
+        return printable(f"{self.name}  {counts}, {self._what()}{scaled}{origin}")
 
     def _what(self) -> str:
         if self.kind == "image":

@@ -7,6 +7,7 @@ root/train/cat/1.png, root/val/cat/2.png, ...     (or valid, validation, test) a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import struct
 from collections import Counter
@@ -31,6 +32,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 LARGEST_SIDE = 64
 #: Decoded images are kept in memory up to so many bytes in all.
 KEPT_BYTES = 2 << 30
+#: Bytes of files that a fingerprint reads at most.
+HASHED_BYTES = 64 << 20
 #: Images that size, colour, mean and standard deviation are taken from.
 SAMPLE = 2_000
 
@@ -58,6 +61,16 @@ class ImageFiles:
     def take(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Decoded images and class numbers; DataError DATA115 names a file that is no image."""
         return np.stack([self._image(int(row)) for row in rows_B]), self.labels_N[rows_B]
+
+    def content(self) -> bytes:
+        """Names and classes of the files, and what some hold: SAMPLE of them, HASHED_BYTES at most."""
+        names = "\0".join("/".join(path.parts[-2:]) for path in self.paths).encode(errors="surrogateescape")
+        found, left = [names, self.labels_N.tobytes()], HASHED_BYTES
+        for path in _sample(self.paths):
+            data = path.read_bytes() if left > 0 else b""
+            left -= len(data)
+            found.append(hashlib.blake2b(data, digest_size=16).digest())
+        return b"".join(found)
 
     def targets(self) -> NDArray[np.int64]:
         """The class numbers."""
@@ -112,13 +125,15 @@ def scan_image_folder(root: Path) -> ImageFolder:
         splits = {"train": root}
     found = {split: _by_class(path) for split, path in splits.items()}
     ignored = sum(other for _, other in found.values())
+    empty = [f"{path.name} holds no image: left out" for path in subfolders.values()
+             if splits == {"train": root} and path.name not in found["train"][0]]  # fmt: skip
     names = tuple(sorted(found["train"][0]))
     _check_classes(root, names, {split: set(by_class) for split, (by_class, _) in found.items()})
     files = {}
     for split, (by_class, _) in found.items():
         pairs = [(path, names.index(name)) for name in sorted(by_class) for path in by_class[name]]
         files[split] = (tuple(path for path, _ in pairs), np.array([label for _, label in pairs], np.int64))
-    notes = (_others(ignored),) if ignored else ()
+    notes = ((_others(ignored),) if ignored else ()) + tuple(map(as_text, empty))
     return ImageFolder(files, tuple(as_text(name) for name in names), notes)
 
 
@@ -129,7 +144,14 @@ def _others(count: int) -> str:
 
 def _check_classes(root: Path, names: Sequence[str], by_split: dict[str, set[str]]) -> None:
     if len(names) < 2:
-        got = f"only {names[0]!r}" if names else "no image"
+        loose = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
+        got = (
+            f"only {names[0]!r}"
+            if names
+            else f"{loose:,} images that are in no class"
+            if loose
+            else "no image"
+        )
         raise DataError(
             f"{root}: needs a folder for each of two or more classes, with images in it; got {got}. "
             "Lay it out as folder/class/image.png.",
@@ -163,10 +185,10 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    seen: set[str] = set()  # real folders, since links may lead back
+    seen, top = set[str](), os.path.realpath(folder)  # real folders, since links may lead back
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:
+        if real in seen or top.startswith(real.rstrip(os.sep) + os.sep):
             folders.clear()
             continue
         seen.add(real)

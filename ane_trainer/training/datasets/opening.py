@@ -27,6 +27,7 @@ from torch.utils.data import Subset as Part
 
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training.datasets import arrays, hub, images, known, tables, text
+from ane_trainer.training.datasets.array_files import read_npz
 from ane_trainer.training.datasets.augment import parse_augmentations
 from ane_trainer.training.datasets.batches import (
     AHEAD,
@@ -36,9 +37,13 @@ from ane_trainer.training.datasets.batches import (
     Subset,
     in_background,
 )
+from ane_trainer.training.datasets.content import all_alike, fingerprint
 from ane_trainer.training.datasets.splits import DataOptions, Parts, Splits, divide_rows, limited
 from ane_trainer.training.networks.user import load_model_class
 from ane_trainer.utils import did_you_mean
+
+#: Said of inputs that do not differ.
+ALIKE = "the training examples are all alike: there is nothing in them to learn from"
 
 
 def open_data(data: object, options: DataOptions | None = None) -> Splits:
@@ -85,7 +90,7 @@ def _open_file(path: Path, options: DataOptions) -> Parts:
     if suffix in tables.SUFFIXES:
         return tables.open_tables({"train": tables.read_table(path)}, str(path), options)
     if suffix == ".npz":
-        return arrays.open_arrays(arrays.read_npz(path), str(path), options)
+        return arrays.open_arrays(read_npz(path), str(path), options)
     if suffix in text.SUFFIXES:
         return text.open_text(path, options)
     if suffix == ".py":
@@ -241,6 +246,10 @@ def _assemble(parts: Parts, options: DataOptions, where: str) -> Splits:
         split: len(examples[split]) for split in ("train", "val", "test") if split in examples
     }
     description = replace(parts.description, examples=counts)
+    if not parts.is_known:
+        alike = (ALIKE,) if all_alike(parts.examples["train"]) else ()
+        notes = (*description.notes, *alike)
+        description = replace(description, content=fingerprint(parts.examples), notes=notes)
     augment = parse_augmentations(options.augment)
     if augment and description.kind != "image":
         raise DataError(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ane_trainer.ane.errors import DataError, MissingDependency
 from ane_trainer.ane.mil.weights import Array
+from ane_trainer.training.datasets.cells import LARGEST, cell_text, is_beyond, number_of, typed_column
 from ane_trainer.training.datasets.description import Column, DataDescription, Task
 from ane_trainer.training.datasets.splits import DataOptions, Parts, divide_rows, in_memory
 from ane_trainer.utils import did_you_mean
@@ -28,8 +29,6 @@ from ane_trainer.utils import did_you_mean
 Table = dict[str, Array]
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-#: What counts as missing in a text file, in small letters.
-MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-")
 #: A column of text with more different values keeps the most common ones.
 MOST_CATEGORIES = 64
 #: Whole numbers with at most so many different values are classes if they are the target.
@@ -115,7 +114,7 @@ def _column_names(header: Sequence[str], path: Path) -> list[str]:
     twice = sorted(name for name, count in Counter(names).items() if count > 1 and name)
     if twice:
         raise _unreadable(path, f"two columns called {twice[0]!r}", "Rename one.")
-    if all(_number(name) is not None for name in names):
+    if all(number_of(name) is not None for name in names):
         raise _unreadable(path, f"numbers in its first line ({names[0]}, ...)", "Put the column names there.")
     return names
 
@@ -146,31 +145,6 @@ def table_of(frame: Mapping[str, object] | Any) -> Table:
     return {str(name): typed_column(np.asarray(frame[name]).tolist()) for name in names}
 
 
-def typed_column(cells: Sequence[object]) -> Array:
-    """Cells as float64 (nan: missing) if all present ones are numbers, else as text ("": missing)."""
-    plain = [None if _is_missing(cell) else cell for cell in cells]
-    numbers = [math.nan if cell is None else _number(cell) for cell in plain]
-    if None not in numbers and any(cell is not None for cell in plain):
-        return np.array(numbers, np.float64)
-    return np.array(["" if cell is None else str(cell).strip() for cell in plain], dtype=object)
-
-
-def _is_missing(cell: object) -> bool:
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return True
-    return isinstance(cell, str) and cell.strip().lower() in MISSING
-
-
-def _number(cell: Any) -> float | None:
-    if isinstance(cell, str) and "_" in cell:  # Python's float() would take 1_000
-        return None
-    try:
-        value = float(cell)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
-
-
 def choose_target(table: Table, target: Sequence[str], where: str) -> tuple[str, ...]:
     """The names of the columns to predict; DataError DATA116 if they are unknown, or none is named or usual."""
     if not target:
@@ -184,9 +158,14 @@ def choose_target(table: Table, target: Sequence[str], where: str) -> tuple[str,
     for name in target:
         if name not in table:
             raise DataError(
-                f"{where}: needs a column of the file as target; got {name!r}. {did_you_mean(name, table)}",
+                f"{where}: needs a column of the file as target; got {name!r}. "
+                f"{did_you_mean(name, table) if table else 'It has no columns.'}",
                 code="DATA116",
             )
+    if twice := [name for name, count in Counter(target).items() if count > 1]:
+        raise DataError(
+            f"{where}: needs each target once; got {twice[0]!r} twice. Leave one out.", code="DATA116"
+        )
     return tuple(target)
 
 
@@ -225,9 +204,15 @@ def _learn_column(name: str, cells: Array) -> Column | str:
 
 
 def _refuse_strays(name: str, present: Sequence[str]) -> None:
-    """DataError DATA116 for a column of numbers in which a few cells are something else."""
-    wrong = [cell for cell in present if _number(cell) is None]
-    if len(wrong) < 0.1 * len(present):
+    """DataError DATA116 for a column of numbers in which a few cells are something else, or any is too large."""
+    wrong = [cell for cell in present if number_of(cell) is None]
+    if wrong and all(map(is_beyond, wrong)):
+        raise DataError(
+            f"column {name!r}: needs numbers that single precision holds, up to {LARGEST:.2g}; got {wrong[0]!r}. Mend "
+            "the cell, leave it empty, or give the column another unit.",
+            code="DATA116",
+        )
+    if 0 < len(wrong) < 0.1 * len(present):
         raise DataError(
             f"column {name!r}: needs numbers in all rows; got {wrong[0]!r} beside {len(present) - len(wrong)} "
             "numbers. Mend the cell, or leave it empty.",
@@ -267,7 +252,7 @@ def _encode(cells: Array, column: Column, where: str) -> NDArray[np.float32]:
     else:
         numbers = cells if cells.dtype == np.float64 else np.array([_days(c) for c in cells])
         if column.kind == "number" and cells.dtype != np.float64:
-            wrong = next((cell for cell in cells if cell and _number(cell) is None), None)
+            wrong = next((cell for cell in cells if cell and number_of(cell) is None), None)
             if wrong is not None:
                 raise DataError(
                     f"{where}: column {column.name!r} needs numbers, as in training; got {wrong!r}. Mend the cell.",
@@ -277,13 +262,6 @@ def _encode(cells: Array, column: Column, where: str) -> NDArray[np.float32]:
         values = np.where(absent, 0.0, (numbers - column.mean) / column.std).astype(np.float32)[:, None]
     values = values.reshape(len(cells), -1)
     return np.concatenate([values, absent[:, None].astype(np.float32)], axis=1) if column.missing else values
-
-
-def cell_text(cell: object) -> str:
-    """A category's name: numbers that are whole without their fraction."""
-    if isinstance(cell, float):
-        return "" if math.isnan(cell) else f"{cell:g}" if not cell.is_integer() else str(int(cell))
-    return str(cell)
 
 
 def learn_target(
@@ -350,7 +328,7 @@ def without_missing(table: Table, names: Sequence[str]) -> tuple[Table, int]:
     for name in names:
         cells = table[name]
         present &= (
-            np.isfinite(cells) if cells.dtype == np.float64 else np.array([bool(cell) for cell in cells])
+            np.isfinite(cells) if cells.dtype == np.float64 else np.array([bool(c) for c in cells], bool)
         )
     return {name: cells[present] for name, cells in table.items()}, int((~present).sum())
 

@@ -37,6 +37,10 @@ class Windows:
         places_BT = self.starts[rows_B, None] + np.arange(self.length)
         return self.tokens_N[places_BT], self.tokens_N[places_BT + 1]
 
+    def content(self) -> bytes:
+        """The text and the places of the windows."""
+        return self.tokens_N.tobytes() + self.starts.tobytes()
+
     def targets(self) -> NDArray[np.int64]:
         """The targets of all windows [N, T]."""
         return self.take(np.arange(len(self)))[1]

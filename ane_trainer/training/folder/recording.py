@@ -128,7 +128,7 @@ def check_origin(
             code="ANE107",
         )
     stored = origin.get("data")
-    if stored is not None and description is not None and _plain(description.to_json()) != stored:
+    if stored is not None and description is not None and not _same(description.to_json(), stored):
         raise CheckpointError(
             f"{run.path / DATA}: needs the description of the data that `train` wrote; it was changed since. "
             "Put it back, or train again.",
@@ -136,9 +136,15 @@ def check_origin(
         )
 
 
-def _plain(value: object) -> object:
-    """As it comes back from JSON: lists for tuples."""
-    return json.loads(json.dumps(value))
+def _same(now: Mapping[str, object], stored: object) -> bool:
+    """Whether a description is the stored one, but for what only one of the versions that wrote them knows."""
+    plain = json.loads(json.dumps(now))  # lists for tuples
+    if not isinstance(stored, Mapping):
+        return False
+    known = {
+        name for name in plain.keys() & stored.keys() if name != "content" or (plain[name] and stored[name])
+    }
+    return all(plain[name] == stored[name] for name in known)
 
 
 def restore_run(
@@ -170,7 +176,9 @@ def restore_run(
 def check_same_data(run: RunFolder, description: DataDescription) -> None:
     """DataError DATA103 if the data is read in another way now than when the run began."""
     stored = run.read_description()
-    names = ("kind", "task", "in_shape", "class_names", "mean", "std", "columns", "target_mean", "vocabulary")
+    names = ["kind", "task", "in_shape", "class_names", "mean", "std", "columns", "target_mean", "vocabulary"]
+    if stored is not None and stored.content:  # runs of older versions have none
+        names.append("content")
     changed = [
         name for name in names if stored is not None and getattr(stored, name) != getattr(description, name)
     ]
@@ -226,14 +234,41 @@ def _check_steps(trainer: Trainer, config: TrainConfig, batches: int) -> None:
     if config.accumulate > steps:
         raise UsageError(
             f"train: accumulate needs at most the {steps:,} batches of this training; got {config.accumulate:,}: "
-            "no weight would change. Change --accumulate or --epochs",
+            "no weight would change. Change --accumulate or --epochs.",
             code="ANE104",
         )
+    for text in unused_options(config):
+        trainer.report.note("warning", text)
     if config.warmup >= steps:
         trainer.report.note(
             "warning",
             f"--warmup of {config.warmup:,} steps is as long as the training ({steps:,}): the learning rate only rises",
         )
+
+
+#: Option -> the option and its values that it is of.
+_OF = {
+    "momentum": ("optimizer", ("sgd",)), "lr_decay": ("schedule", ("step", "plateau")),
+    "lr_every": ("schedule", ("step",)), "lr_patience": ("schedule", ("plateau",)),
+    "lr_floor": ("schedule", ("cosine", "linear", "one-cycle", "step", "plateau")),
+}  # fmt: skip
+
+
+def unused_options(config: TrainConfig) -> list[str]:
+    """A sentence for each option that was given and does nothing beside the others."""
+    found = []
+    for name, (other, values) in _OF.items():
+        if (
+            getattr(config, name) != TrainConfig.model_fields[name].default
+            and getattr(config, other) not in values
+        ):
+            dashed, wanted = name.replace("_", "-"), " or ".join(values)
+            found.append(
+                f"--{dashed} does nothing: it is of --{other} {wanted}, and this is {getattr(config, other)}"
+            )
+    if config.min_delta and config.patience is None:
+        found.append("--min-delta does nothing without --patience")
+    return found
 
 
 def check_loss(config: TrainConfig, description: DataDescription) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ane_trainer.ane.capture.calibrate import call_model, module_mode
+from ane_trainer.ane.capture.calibrate import call_aside, module_mode
 from ane_trainer.ane.capture.losses import Loss, model_loss
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import loop
@@ -98,7 +98,7 @@ def ignores_labels(model: nn.Module, x: Named) -> bool:
     if not labels_that_count(small):
         return False
     with torch.no_grad(), module_mode(model, training=False):
-        losses = [float(model_loss(call_model(model, {}, part))) for part in (small, filled(small, rows))]
+        losses = [float(model_loss(call_aside(model, {}, part))) for part in (small, filled(small, rows))]
     return abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[0]) + 1e-6
 
 

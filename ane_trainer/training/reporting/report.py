@@ -93,11 +93,15 @@ class Reporters(Reporter):
 
 
 class Phases:
-    """Seconds of a run by what they were spent on; together they are the whole time since `started`."""
+    """Seconds of a run by what they were spent on; together they are the whole time since `started`.
+
+    steps  how many steps the phase "train" had.
+    """
 
     def __init__(self, started: float | None = None) -> None:
         self._mark = time.perf_counter() if started is None else started
         self.current = "start"
+        self.steps = 0
         self.seconds: dict[str, float] = {}
 
     def switch(self, phase: str, at: float | None = None) -> None:
@@ -106,14 +110,18 @@ class Phases:
         self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self._mark
         self._mark, self.current = now, phase
 
-    def as_text(self, per_step: float | None = None) -> str:
-        """The whole time and its parts, those below 50 ms left out."""
+    def as_text(self) -> str:
+        """The whole time and its parts, those below 50 ms as one."""
         self.switch(self.current)
-        parts = [f"{name} {format_seconds(value)}" for name, value in self.seconds.items() if value >= 0.05]
-        if per_step is not None:
-            step = f" ({format_seconds(per_step)} a step)"
-            parts = [part + step if part.startswith("train ") else part for part in parts]
-        return f"{format_seconds(sum(self.seconds.values()))}: {', '.join(parts)}"
+        parts = {name: value for name, value in self.seconds.items() if value >= 0.05}
+        whole = sum(self.seconds.values())
+        if (rest := whole - sum(parts.values())) > 0.001:
+            parts["other" if parts else "all"] = rest
+        texts = [f"{name} {format_seconds(value)}" for name, value in parts.items()]
+        if self.steps:
+            step = f" ({format_seconds(self.seconds.get('train', 0.0) / self.steps)} a step)"
+            texts = [text + step if text.startswith("train ") else text for text in texts]
+        return f"{format_seconds(whole)}: {', '.join(texts)}"
 
 
 class ConsoleReporter(Reporter):
@@ -166,6 +174,7 @@ class ConsoleReporter(Reporter):
 
     def step(self, loss: float, loss_scale: float, skipped_steps: int) -> None:
         self._done += 1
+        self.phases.steps += 1
         self._loss_sum += loss
         self._last_step = now = time.perf_counter()
         if self._task is not None:
@@ -360,7 +369,7 @@ def _accuracy_line(result: Result) -> str:
 
 def _time_lines(result: Result, phases: Phases | None, verbose: bool) -> Sequence[str]:
     whole = f"{format_seconds(result.seconds_total)}, {format_seconds(result.seconds_per_step)} a step"
-    lines = [f"time     {phases.as_text(result.seconds_per_step) if phases is not None else whole}"]
+    lines = [f"time     {phases.as_text() if phases is not None else whole}"]
     if result.estimate:
         total = result.estimate["latency_us"] * 1e-6 * result.steps
         sure = interval_text(result.estimate)

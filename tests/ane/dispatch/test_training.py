@@ -234,6 +234,31 @@ def test_loss_scales_that_are_no_power_of_two_in_range_are_refused(scale: Any) -
         compile_step(model, "cross_entropy", sgd(model), batch(), loss_scale=scale)
 
 
+class ChangesInput(nn.Module):
+    """Writes into its input, as `x -= mean` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2)
+        return self.layer(x)
+
+
+def test_a_forward_that_writes_into_its_input_sees_each_batch_once() -> None:
+    """What runs aside in plain PyTorch (calibration, comparison) had changed the first batch again and again."""
+    torch.manual_seed(0)
+    model, x, y = ChangesInput(), torch.randn(8, 4), torch.arange(8) % 3
+    before = x.clone()
+    wanted = nn.functional.cross_entropy(model(x.clone()), y).item()
+    step = compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), (x, y), device="sim"
+    )
+    assert float(step(x, y)) == pytest.approx(wanted, abs=2e-3)
+    assert torch.equal(x, before)
+
+
 def test_a_model_in_eval_mode_is_trained_in_training_mode() -> None:
     model = cnn().eval()
     example = batch((1, 8, 8))

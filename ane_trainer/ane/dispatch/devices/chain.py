@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ane_trainer.ane.dispatch.devices.protocol import Floats, Session
-from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil.inputs import check_array, find_input
 from ane_trainer.ane.mil.program import Literal, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Chain, Compiled
@@ -56,10 +56,7 @@ class ChainSession:
     def write(self, port: str, array: Array) -> None:
         """Set an input of the step."""
         value = self._known(port)
-        if tuple(array.shape) != value.type.shape:
-            raise SimulationError(
-                f"write {port}: needs the shape {value.type.shape}; got {tuple(array.shape)}.", code="SIM103"
-            )
+        check_array(value, array)
         with np.errstate(over="ignore"):
             self._values[port] = np.array(array, _NUMPY[value.type.dtype])
 
@@ -93,7 +90,4 @@ class ChainSession:
             session.close()
 
     def _known(self, port: str) -> Value:
-        if port not in self._types:
-            known = ", ".join(sorted(self._types)[:8])
-            raise SimulationError(f"write: needs one of the inputs {known}, ..; got {port}.", code="SIM102")
-        return self._types[port]
+        return find_input(self._types, port)

@@ -11,6 +11,7 @@ from ane_trainer.ane.chips.lookup import get_chip
 from ane_trainer.ane.dispatch.devices.chain import last_reads, number
 from ane_trainer.ane.dispatch.devices.protocol import F16
 from ane_trainer.ane.errors import SimulationError
+from ane_trainer.ane.mil.inputs import check_array, find_input
 from ane_trainer.ane.mil.program import Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import EngineContext, Memory, Plan, make_context, prepare
@@ -135,14 +136,8 @@ class SimChain:
     def write(self, port: str, array: Array) -> None:
         """Set an input of the step from float16 patterns or float32."""
         self._open()
-        value = self._inputs.get(port)
-        if value is None:
-            known = ", ".join([*self._inputs][:8])
-            raise SimulationError(f"write: needs one of the inputs {known}, ..; got {port}.", code="SIM102")
-        if tuple(array.shape) != value.type.shape:
-            raise SimulationError(
-                f"write {port}: needs the shape {value.type.shape}; got {tuple(array.shape)}.", code="SIM103"
-            )
+        value = find_input(self._inputs, port)
+        check_array(value, array)
         from_border(np.asarray(array), value.type, self._buffers[port], self._threads)
 
     def read(self, port: str) -> Array:
