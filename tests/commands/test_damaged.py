@@ -774,7 +774,7 @@ WORDS: list[tuple[tuple[str, ...], int, str]] = [
     *(((command, "mlp", *words), 1, said) for command in ("check", "estimate", "debug", "trace", "bench")
       for words, said in (
           (("--chip", "m9"), "got 'm9'"), (("--input", "9" * 20), "ANE104 --input"), (("--input", "0x3"), "ANE104"),
-          (("--classes", "0"), "ANE104"), (("--batch", "-1"), "ANE104"), (("--optimizer", "adamm"), "ANE104"),
+          (("--classes", "0"), "ANE104"), (("--batch", "-1"), "ANE10"), (("--optimizer", "adamm"), "ANE104"),
     )),
     *(((command, "mlp", *words), 1, said) for command in ("check", "estimate", "trace", "debug") for words, said in (
         (("--path", "e5"), "got 'e5'"), (("--dtype", "half"), "got 'half'"), (("--loss", "mes"), "got 'mes'"),
