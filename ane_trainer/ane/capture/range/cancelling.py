@@ -27,6 +27,7 @@ from ane_trainer.ane.capture.range.editing import (
     number,
     shape_of,
 )
+from ane_trainer.ane.capture.range.softmaxes import COPIES, SUMS, masked_gradient, softmax_gradient
 
 #: Names of an axis beside others: equal ones run together and have one extent. None: an extent of 1.
 Label = Hashable
@@ -40,18 +41,18 @@ _MOST_TERMS, _DEEPEST = 48, 300
 _EQUAL = 1e-9
 _SUMMED = "summed"
 
-_SAME = (aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default)
 _SHAPED = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.squeeze.default,
 )  # fmt: skip
 _PERMUTED = (aten.permute.default, aten.t.default, aten.transpose.int)
-_SUMS = (aten.sum.default, aten.sum.dim_IntList)
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 _ADDED = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
-_SOFTMAX = (aten._softmax.default, aten._softmax_backward_data.default)
+_SOFTMAX = (
+    aten._softmax.default, aten._softmax_backward_data.default, aten._log_softmax_backward_data.default,
+)  # fmt: skip
 #: Operations through which a gradient reaches the update.
-_ONWARD = (*_SAME, *_SHAPED, *_PERMUTED, *_ADDED, *_PRODUCTS, aten.neg.default, aten.expand.default)
+_ONWARD = (*COPIES, *_SHAPED, *_PERMUTED, *_ADDED, *_PRODUCTS, aten.neg.default, aten.expand.default)
 
 
 def drop_cancelled(graph: Graph) -> int:
@@ -74,7 +75,7 @@ def drop_cancelled(graph: Graph) -> int:
 def _is_candidate(node: Node) -> bool:
     if node.op != "call_function" or in_update(node) or not is_float(node):
         return False
-    return node.target in _SUMS or _bias_gradient(node) is not None
+    return node.target in SUMS or _bias_gradient(node) is not None
 
 
 def _bias_gradient(node: Node) -> Node | None:
@@ -165,6 +166,9 @@ class Sums:
         return None if terms is None else _times(terms, -1.0)
 
     def _added(self, node: Node, labels: Labels, axes: frozenset[Label]) -> Terms | None:
+        found = softmax_gradient(node)
+        if found is not None and labels[found[1]] in axes:
+            return {}
         a, b = (self._operand(argument, labels, axes) for argument in node.args[:2])
         factor = number(node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1.0))
         if a is None or b is None or factor is None:
@@ -267,6 +271,25 @@ class Sums:
             return {}
         return {(): float(math.prod(self._extents.get(name, 1) for name in axes if name != along))}
 
+    def _chosen(self, node: Node, labels: Labels, axes: frozenset[Label]) -> Terms | None:
+        """0 where both sides add to 0 along axes on which the test is one; a mask that a softmax had before is none."""
+        test, *sides = node.args
+        masked = masked_gradient(node)
+        if masked is not None:
+            return self._operand(masked, labels, axes)
+        along = axes - self._axes(test, labels, axes)
+        return {} if along and all(self._operand(side, labels, along) == {} for side in sides) else None
+
+    def _concatenated(self, node: Node, labels: Labels, axes: frozenset[Label]) -> Terms | None:
+        """0 where each part adds to 0."""
+        along = cast("int", node.args[1] if len(node.args) > 1 else 0) % len(labels)
+        for place, part in enumerate(cast("Sequence[Node]", node.args[0])):
+            name = (node.name, "part", place)
+            own = (*labels[:along], name, *labels[along + 1 :])
+            if self.of(part, own, axes - {labels[along]}) != {}:
+                return None
+        return {}
+
     def _matrix_product(self, node: Node, labels: Labels, axes: frozenset[Label]) -> Terms | None:
         """0 where the rows of the left, or the columns of the right operand add to 0."""
         for side, place in ((node.args[0], -2), (node.args[1], -1)):
@@ -278,24 +301,28 @@ class Sums:
 
     def _constant(self, node: Node, labels: Labels, axes: frozenset[Label]) -> Terms | None:
         value = number(node.args[1])
-        return None if value is None else _times({(): value}, math.prod(self._extents[n] for n in axes))
+        if not value:
+            return None if value is None else {}
+        return {(): value * math.prod(self._extents[n] for n in axes)}
 
     def _power(self, node: Node, labels: Labels, axes: frozenset[Label]) -> Terms | None:
         return self._operand(node.args[0], labels, axes) if number(node.args[1]) == 1.0 else None
 
 
 _RULES: dict[Callable[..., object], Callable[[Sums, Node, Labels, frozenset[Label]], Terms | None]] = {
-    **dict.fromkeys(_SAME, Sums._same),
+    **dict.fromkeys(COPIES, Sums._same),
     aten.neg.default: Sums._negative,
     **dict.fromkeys(_ADDED, Sums._added),
     **dict.fromkeys(_PRODUCTS, Sums._product),
-    **dict.fromkeys((*_SUMS, aten.mean.default, aten.mean.dim), Sums._total),
+    **dict.fromkeys((*SUMS, aten.mean.default, aten.mean.dim), Sums._total),
     aten.expand.default: Sums._expanded,
     **dict.fromkeys(_PERMUTED, Sums._permuted),
     **dict.fromkeys(_SHAPED, Sums._reshaped),
     **dict.fromkeys(_SOFTMAX, Sums._softmax),
     **dict.fromkeys((aten.mm.default, aten.bmm.default), Sums._matrix_product),
     aten.full.default: Sums._constant,
+    aten.where.self: Sums._chosen,
+    aten.cat.default: Sums._concatenated,
     aten.pow.Tensor_Scalar: Sums._power,
 }
 

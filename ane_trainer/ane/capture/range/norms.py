@@ -128,6 +128,7 @@ def is_zero(argument: object) -> bool:
         return True
     if not isinstance(argument, Node):
         return False
-    place = {"aten.scalar_tensor.default": 0, "aten.full.default": 1}.get(str(argument.target))
+    places = {"aten.scalar_tensor.default": 0, "aten.full.default": 1, "aten.full_like.default": 1}
+    place = places.get(str(argument.target))
     zeros = argument.target in (aten.zeros_like.default, aten.zeros.default)
     return zeros or (place is not None and number(argument.args[place]) == 0.0)

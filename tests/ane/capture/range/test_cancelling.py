@@ -1,5 +1,7 @@
 """Gradients that are 0 by algebra: found in any form of norm, and only where they are 0; through both front doors."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -30,13 +32,29 @@ class ByHand(nn.Module):
 class Attention(nn.Module):
     """The bias of the keys adds one number to all scores of a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, masked: bool = False) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.mask = torch.ones(8, 8).tril().bool() if masked else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (layer(x[:, 0]).view(8, 8, 2, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+        found = F.scaled_dot_product_attention(
+            q, k, v, None if self.mask is None else self.mask & (x[0, 0] > -9)
+        )
+        return found.transpose(1, 2).flatten(1)
+
+
+class Positions(nn.Module):
+    """One score a position, a softmax over the positions: the bias adds one number to all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.score(x[:, 0]).split(1, dim=-1)
+        return first.squeeze(-1) + second.squeeze(-1)  # type: ignore[no-any-return]
 
 
 class Residual(nn.Module):
@@ -75,6 +93,8 @@ FOUND = {
     "an activation between": (lambda: on_features(nn.ReLU(), nn.BatchNorm1d(16)), []),
     "by hand": (ByHand, ["shift", "one.bias"]),
     "keys": (Attention, ["k.bias"]),
+    "masked keys": (lambda: Attention(masked=True), ["k.bias"]),
+    "positions": (Positions, ["score.bias"]),
     "residual": (Residual, ["one.bias", "two.bias", "side.bias"]),
 }
 
@@ -111,12 +131,20 @@ def test_the_bias_keeps_its_place_and_its_decay(on: str) -> None:
     torch.testing.assert_close(model[0].bias.detach(), before * 0.995**3, rtol=1e-5, atol=1e-7)
 
 
-def test_torch_compile_gives_a_gradient_of_zeros() -> None:
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: behind_convolution(nn.BatchNorm2d(4)), "0.bias"), (Attention, "k.bias"),
+        (lambda: Attention(masked=True), "k.bias"), (Positions, "score.bias"),
+    ],
+)  # fmt: skip
+def test_torch_compile_gives_a_gradient_of_zeros(make: Callable[[], nn.Module], name: str) -> None:
     torch.manual_seed(0)
-    model = behind_convolution(nn.BatchNorm2d(4))
-    compiled = torch.compile(model, backend="ane", options={"device": "sim"})
-    F.cross_entropy(compiled(X), Y).backward()
-    assert model[0].bias.grad is not None
-    assert not model[0].bias.grad.any()
-    assert model[0].weight.grad is not None
-    assert model[0].weight.grad.any()
+    model = make()
+    compiled = torch.compile(
+        lambda x, y: F.cross_entropy(model(x), y), backend="ane", options={"device": "sim"}
+    )
+    compiled(X, Y).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    assert gradients[name] is not None
+    assert [n for n, g in gradients.items() if g is not None and not g.any()] == [name]
