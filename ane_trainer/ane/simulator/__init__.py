@@ -40,10 +40,10 @@ from ane_trainer.ane.simulator.kernels import (
     selection,
     transposed,
 )
-from ane_trainer.ane.simulator.plan import Memory, Plan, prepare
+from ane_trainer.ane.simulator.plan import Plan, prepare
 from ane_trainer.ane.simulator.registry import KERNELS, EngineContext, Kernel
 
-__all__ = ["KERNELS", "EngineContext", "Kernel", "Memory", "Plan", "make_context", "prepare", "simulate"]
+__all__ = ["KERNELS", "EngineContext", "Kernel", "Plan", "make_context", "prepare", "simulate"]
 
 #: Importing a family registers its kernels.
 _FAMILIES = (

@@ -36,14 +36,11 @@ def last_uses(function: Function, entries: Sequence[Entry], hidden: Mapping[str,
 
 
 class Pool:
-    """Blocks of memory; a value's is reused after `release` of its last reader.
+    """Blocks of memory; a value's is reused after `release` of its last reader."""
 
-    `free`: blocks that pools share whose users never run at one time.
-    """
-
-    def __init__(self, last: Mapping[str, int], end: int, free: list[Array] | None = None) -> None:
+    def __init__(self, last: Mapping[str, int], end: int) -> None:
         self._last, self._end = last, end
-        self._free: list[Array] = [] if free is None else free  # from the smallest on
+        self._free: list[Array] = []  # from the smallest on
         self._held: dict[int, list[Array]] = {}  # by their last reader
         self._now = -1
 

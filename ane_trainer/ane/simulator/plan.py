@@ -7,7 +7,7 @@ Inputs that an alias feeds are resident: a run reads them and leaves the next st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -89,26 +89,19 @@ class Plan:
         return to_border(self.buffers[name], value.type)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory that a plan shares with others that run in turn: of inputs and outputs by name, and free blocks."""
-
-    ports: Mapping[str, Array] = field(default_factory=dict)
-    free: list[Array] = field(default_factory=list)
-
-
 def prepare(
     function: Function,
     context: EngineContext,
     aliases: Sequence[tuple[str, str]] = (),
-    memory: Memory | None = None,
+    given: Mapping[str, Array] | None = None,
 ) -> Plan:
     """Lay out memory and compile; `aliases` lists (output, input) pairs whose output is the next run's input.
 
-    Core ML states become resident inputs (`states.py`); what depends on no input is worked out now.
+    Core ML states become resident inputs (`states.py`); what depends on no input is worked out now. `given`: memory of
+    inputs by name, where they have it.
     """
     function, kept = without_states(function)
-    return _Binder(function, context, (*aliases, *kept), memory or Memory()).bind()
+    return _Binder(function, context, (*aliases, *kept), given or {}).bind()
 
 
 class _Binder:
@@ -119,9 +112,9 @@ class _Binder:
         function: Function,
         context: EngineContext,
         aliases: Sequence[tuple[str, str]],
-        memory: Memory,
+        given: Mapping[str, Array],
     ) -> None:
-        self.function, self.context, self.given = function, context, memory.ports
+        self.function, self.context, self.given = function, context, given
         self.next_input = dict(aliases)
         self.entries = schedule(function)
         self.integer = integer_operands(function, context.chip.generation_number)
@@ -136,7 +129,7 @@ class _Binder:
         self.last_read = self._last_reads()
         self.views_of = self._views()
         hidden = {name: found.q.name for name, found in self.integer.items()}
-        self.pool = Pool(last_uses(function, self.entries, hidden), len(self.entries), memory.free)
+        self.pool = Pool(last_uses(function, self.entries, hidden), len(self.entries))
 
     def bind(self) -> Plan:
         for value in self.function.inputs:
@@ -154,7 +147,6 @@ class _Binder:
             self.pool.release(index)
         self._keep_old_state()
         self._copy_state_back()
-        self._copy_results()
         self._note_steps(())
         self.compiler.finish()
         aliased = set(self.next_input)
@@ -219,15 +211,13 @@ class _Binder:
             step = kernel_step(op, self.context, operands, outputs)
         if op.name in self.encoded:
             step = with_encoding(op, step, operands[0], operands[1], outputs[0])
-        if entry.constant and not any(value.name in self.given for value in op.results):
+        if entry.constant:
             step()
-        else:  # memory that was given is another plan's as well, between runs
+        else:
             self.steps.append(step)
 
     def _memory(self, value: Value, constant: bool = False) -> Array:
         """Memory for a result; a constant keeps its own."""
-        if value.name in self.given:
-            return self.given[value.name]
         shape, dtype = value.type.shape, storage_dtype(value.type)
         return empty(shape, dtype) if constant else self.pool.take(value.name, shape, dtype)
 
@@ -339,14 +329,6 @@ class _Binder:
                 pairs.append((self.buffers[target], self.buffers[output]))
         if pairs:
             self.steps.append(lambda: _copy(pairs))
-
-    def _copy_results(self) -> None:
-        """Outputs that are views of other values are copied to where they are to be."""
-        outputs = [v.name for v in self.function.outputs if v.name in self.given]
-        pairs = [(self.given[n], self.buffers[n]) for n in outputs if self.buffers[n] is not self.given[n]]
-        if pairs:
-            self.steps.append(lambda: _copy(pairs))
-        self.buffers.update({name: self.given[name] for name in outputs})
 
     def _last_reads(self) -> dict[str, int]:
         """For each value, the index of the last entry that reads it; outputs are read at the very end."""

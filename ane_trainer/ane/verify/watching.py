@@ -18,7 +18,6 @@ from ane_trainer.ane.mil.opset import bind
 from ane_trainer.ane.mil.program import Function, Op, Program, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import EngineContext, make_context, prepare, refusal
-from ane_trainer.ane.simulator.plan import Memory
 from ane_trainer.ane.simulator.schedule import VIEWS, lazy_values
 from ane_trainer.ane.simulator.states import without_states
 from ane_trainer.ane.verify.accuracy import CONTRACTIONS
@@ -252,7 +251,7 @@ def _run(
     reads = {v.name: v for op in ops for v in op.operands() if v.name not in made}
     shown = tuple(v for op in ops for v in op.results if v.name not in hidden or v.name in needed)
     function = Function("main", tuple(reads.values()), ops, shown)
-    plan = prepare(function, context, (), Memory({name: values[name] for name in reads}))
+    plan = prepare(function, context, (), {name: values[name] for name in reads})
     for step in plan.steps:
         step()
     return {v.name: plan.buffers[v.name] for v in shown}

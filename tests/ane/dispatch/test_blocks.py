@@ -17,7 +17,7 @@ from ane_trainer.ane.chips.lookup import get_chip, known_layers
 from ane_trainer.ane.dispatch import StepOptions, TrainingStep, build_step, compile_forward, resolve_target
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.dispatch.devices.chain import ChainSession
-from ane_trainer.ane.dispatch.devices.sim import SimChain
+from ane_trainer.ane.dispatch.devices.sim import SimSession
 from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import UsageError
 
@@ -263,7 +263,7 @@ def test_cost_is_that_of_every_dispatch() -> None:
 def test_devices_without_shared_memory_compute_the_same() -> None:
     _, step = built(scaled_layers, numbers(1)[0], 1, QUIET)
     compiled, session = step.host_side[1].compiled, step.host_side[1].session
-    assert isinstance(session, SimChain)
+    assert isinstance(session, SimSession)
     device = get_device("sim").device
     parts = [device.load(part, fidelity="exact", threads=1) for part in compiled.programs]
     other = ChainSession(compiled, parts)
@@ -281,6 +281,15 @@ def test_devices_without_shared_memory_compute_the_same() -> None:
         if port.role == "state":
             assert (other.read(port.name) == session.read(port.name)).all()
     other.close()
+
+
+def test_windows_of_an_image_are_no_copies_between_programs() -> None:
+    """On the simulator the programs of a step take the steps that one program takes, but for what loops share."""
+    counts = []
+    for blocks in ("off", 1):
+        _, step = built(lambda: resnet(2), pictures(1)[0], blocks, QUIET)
+        counts.append(len(step.host_side[1].session._plan.steps))
+    assert counts[1] <= 1.05 * counts[0]
 
 
 def test_the_forward_pass_alone() -> None:

@@ -102,9 +102,19 @@ class Chain:
     def _bind(self) -> Team:
         first = min(self.loops, key=lambda loop: len(loop.axes))
         elements, threads = max(loop.elements for loop in self.loops), first.threads
-        block = max(1, BLOCK_ELEMENTS * first.outer // elements)
-        ranges = divided(first.outer, elements, threads)
-        return Team([loop.stage(loop.outer // first.outer) for loop in self.loops], ranges, threads, block)
+        stages = [loop.stage(loop.outer // first.outer) for loop in self.loops]
+        unit = max(loop.unit for loop in self.loops)
+        return Team(stages, divided(first.outer, elements, threads, unit), threads, self.block)
+
+    @property
+    def block(self) -> int:
+        """Items of the outermost axis at a time; columns that go in vectors stay together."""
+        first, elements = (
+            min(self.loops, key=lambda loop: len(loop.axes)),
+            max(x.elements for x in self.loops),
+        )
+        unit = max(loop.unit for loop in self.loops)
+        return max(unit, BLOCK_ELEMENTS * first.outer // elements // unit * unit)
 
 
 def chain(*steps: Step) -> Step:

@@ -1,0 +1,52 @@
+"""A chain as one function: the dispatched programs one after the other, on values that have the step's names.
+
+For the simulator, which has no limit on a program's length: what one program hands to the next needs no copy then, and
+what is a view of memory (windows of an image, a transposed matrix) remains one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ane_trainer.ane.dispatch.devices.chain import number
+from ane_trainer.ane.dispatch.devices.protocol import Floats
+from ane_trainer.ane.mil.program import Arg, Function, Op, Value
+from ane_trainer.ane.stages import Chain, Dispatch
+
+
+def joined(step: Function, chain: Chain) -> tuple[Function, dict[str, Floats]]:
+    """The dispatches of `step` as one function, and the numbers of the inputs that it has beside those of `step`."""
+    constants: dict[str, Floats] = {}
+    added: list[Value] = []
+    ops: list[Op] = []
+    for index, (each, compiled) in enumerate(zip(chain.dispatches, chain.in_turn, strict=True)):
+        program = compiled.program.main
+        names = {value.name: f"dispatch {index}, {value.name}" for value in _values(program)}
+        names |= dict((*each.inputs, *each.outputs))
+        constants |= {names[port]: number(literal) for port, literal in each.constants}
+        added += [Value(names[v.name], v.type) for v in program.inputs if v.name in _ports(each)]
+        ops += [_renamed(op, names) for op in program.ops]
+    return Function(step.name, (*step.inputs, *added), tuple(ops), step.outputs, step.opset), constants
+
+
+def _values(program: Function) -> Iterator[Value]:
+    yield from program.inputs
+    for op in program.ops:
+        yield from op.results
+
+
+def _ports(each: Dispatch) -> set[str]:
+    return {port for port, _ in each.constants}
+
+
+def _renamed(op: Op, names: Mapping[str, str]) -> Op:
+    def value(old: Value) -> Value:
+        return Value(names[old.name], old.type)
+
+    def argument(arg: Arg) -> Arg:
+        if isinstance(arg, tuple):
+            return tuple(value(item) if isinstance(item, Value) else item for item in arg)
+        return value(arg) if isinstance(arg, Value) else arg
+
+    args = tuple((name, argument(arg)) for name, arg in op.args)
+    return Op(op.kind, args, tuple(map(value, op.results)), op.source)
