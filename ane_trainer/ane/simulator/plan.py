@@ -34,7 +34,7 @@ from ane_trainer.ane.simulator.kernels.integer import (
 from ane_trainer.ane.simulator.kernels.movement import offset_on_last_axis, view_of
 from ane_trainer.ane.simulator.kernels.reduction import scaled_sum_into
 from ane_trainer.ane.simulator.lifetimes import Pool, last_uses
-from ane_trainer.ane.simulator.loops.compiled import copies
+from ane_trainer.ane.simulator.loops.compiled import copies, in_rows
 from ane_trainer.ane.simulator.numbers.fp16 import empty, zeros
 from ane_trainer.ane.simulator.registry import EngineContext
 from ane_trainer.ane.simulator.schedule import VIEWS, Entry, lazy_values, schedule
@@ -60,6 +60,7 @@ class Plan:
     results: tuple[Value, ...]
     step_ops: tuple[tuple[str, ...], ...] = ()
     shared: tuple[Array, ...] = ()
+    _rows: list[Step] | None = None
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Execute once. `feeds` gives every input that is not resident; returns the outputs that are not
@@ -70,7 +71,9 @@ class Plan:
                 self.write(value.name, feeds[value.name])
             elif value.name not in self.resident:
                 raise missing_input(value)
-        for step in self.steps:
+        if self._rows is None:
+            self._rows = in_rows(self.steps)
+        for step in self._rows:
             step()
         threads = self.context.threads
         return {

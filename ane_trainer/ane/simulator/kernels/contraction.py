@@ -84,7 +84,7 @@ def product_into(
     if b.ndim == 2 < a.ndim and a.flags.c_contiguous and out.flags.c_contiguous:
         a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
     step = _dense(ctx, a, b, bias, out)
-    if bias is None and a.ndim == b.ndim == 2 and out.size * a.shape[1] >= _LARGE:
+    if bias is None and a.ndim == b.ndim == 2 and out.size * a.shape[1] >= _LARGE and out.shape[1] >= _WIDE:
         return partial(_without_zeros, ctx, a, b, out, step)
     return step
 
@@ -94,8 +94,9 @@ def _dense(ctx: EngineContext, a: Array, b: Array, bias: Array | None, out: Arra
 
 
 #: Multiply-accumulates from which it is worth while to look for zeros, and the share of rows or columns (and of the
-#: first one's entries) that may hold others.
-_LARGE, _SPARSE = 1 << 22, 0.25
+#: first one's entries) that may hold others; columns of the result, below which a look at `a` takes longer than the
+#: product.
+_LARGE, _SPARSE, _WIDE = 1 << 22, 0.25, 64
 
 
 def _without_zeros(ctx: EngineContext, a: Array, b: Array, out: Array, dense: Step) -> None:

@@ -5,7 +5,6 @@ A result that can be a view of its operand's memory is one (`view_of`).
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from ane_trainer.ane.mil.opset import Call
 from ane_trainer.ane.mil.opset.movement import index_slices
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.simulator.loops.compiled import Pass, Step, copies, in_turn
+from ane_trainer.ane.simulator.loops.compiled import Pass, Step, copies
 from ane_trainer.ane.simulator.numbers.fp16 import INF, round_half_away
 from ane_trainer.ane.simulator.registry import EngineContext, kernel, writes
 
@@ -142,7 +141,10 @@ def pad_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> 
     middle = [slice(b, b + n) for n, (b, _) in zip(x.shape, amounts, strict=True)]
     pairs = [(out[tuple(middle)], x)]
     if mode == "constant":
-        return in_turn(partial(_fill_border, out, middle, _filling(call, x)), copies(pairs, ctx.threads))
+        border = [
+            (part, np.full((1,) * out.ndim, _filling(call, x), x.dtype)) for part in _border(out, middle)
+        ]
+        return copies(border + pairs, ctx.threads)
     for axis, ((before, after), extent) in enumerate(zip(amounts, x.shape, strict=True)):
         done = (*(slice(None),) * axis,)
         for place, source in _edges(mode, before, after, extent):
@@ -152,12 +154,13 @@ def pad_into(ctx: EngineContext, call: Call, outputs: list[Array], x: Array) -> 
     return copies([pair for pair in pairs if pair[0].size], ctx.threads)
 
 
-def _fill_border(out: Array, middle: list[slice], value: object) -> None:
-    """Write a number around the middle: before and after it along each axis, within it along the axes before."""
+def _border(out: Array, middle: list[slice]) -> list[Array]:
+    """What is around the middle: before and after it along each axis, within it along the axes before."""
+    parts = []
     for axis, place in enumerate(middle):
         lead = tuple(middle[:axis])
-        out[(*lead, slice(0, place.start))] = value
-        out[(*lead, slice(place.stop, None))] = value
+        parts += [out[(*lead, slice(0, place.start))], out[(*lead, slice(place.stop, None))]]
+    return [part for part in parts if part.size]
 
 
 def _amounts(call: Call, rank: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.emit import fold_loop, pointwise_loop
 from ane_trainer.ane.simulator.loops.group import Code, Folds, Group, Instr
 from ane_trainer.ane.simulator.loops.ir import Definition, module
-from ane_trainer.ane.simulator.loops.jit import Stage, Team, addresses, divided
+from ane_trainer.ane.simulator.loops.jit import Stage, Team, Turns, addresses, divided
 from ane_trainer.ane.simulator.loops.nest import element_strides, in_strips, layout, nest
 from ane_trainer.ane.simulator.numbers.fp16 import empty
 from ane_trainer.ane.simulator.numbers.tables import lookup
@@ -71,10 +72,14 @@ class Loop:
         self._arguments = addresses(*(array.ctypes.data for array in self.memory))
 
     def __call__(self) -> None:
+        self.team().run()
+
+    def team(self) -> Team:
+        """The loop on its ranges."""
         if self._team is None:
             ranges = divided(self.outer, self.elements, self.threads, self.unit)
             self._team = Team([self.stage()], ranges, self.threads)
-        self._team.run()
+        return self._team
 
     def stage(self, scale: int = 1) -> Stage:
         """The loop as part of a chain."""
@@ -95,9 +100,13 @@ class Chain:
         self._team: Team | None = None
 
     def __call__(self) -> None:
+        self.team().run()
+
+    def team(self) -> Team:
+        """The loops on their ranges."""
         if self._team is None:
             self._team = self._bind()
-        self._team.run()
+        return self._team
 
     def _bind(self) -> Team:
         first = min(self.loops, key=lambda loop: len(loop.axes))
@@ -259,16 +268,42 @@ def copies(pairs: Sequence[tuple[Array, Array]], threads: int) -> Step:
     return in_turn(*steps)
 
 
+class Row:
+    """Loops and chains one after the other, in one call where each is the work of one thread."""
+
+    def __init__(self, parts: Sequence[Loop | Chain]) -> None:
+        self.parts = parts
+        self._run: Step | None = None
+
+    def __call__(self) -> None:
+        if self._run is None:
+            teams = [part.team() for part in self.parts]
+            alone = all(team.alone for team in teams)
+            self._run = Turns(teams).run if alone else partial(_each_of, [team.run for team in teams])
+        self._run()
+
+
+def _each_of(steps: Sequence[Step]) -> None:
+    for step in steps:
+        step()
+
+
+def in_rows(steps: Sequence[Step]) -> list[Step]:
+    """The steps in order, loops that follow each other as one."""
+    flat: list[Step] = []
+    for step in steps:
+        flat += step.parts if isinstance(step, Row) else [step]
+    found: list[Step] = []
+    for loops, group in groupby(flat, lambda step: isinstance(step, Loop | Chain)):
+        several = list(group)
+        found += [Row(several)] if loops and len(several) > 1 else several  # type: ignore[arg-type]
+    return found
+
+
 def in_turn(*steps: Step) -> Step:
     """The steps one after the other."""
-    if len(steps) == 1:
-        return steps[0]
-
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run
+    found = in_rows(steps)
+    return found[0] if len(found) == 1 else partial(_each_of, found)
 
 
 class Pass:

@@ -225,6 +225,16 @@ class Team:
         self._address = ctypes.addressof(self._job)
         self._threads = min(threads, len(ranges))
 
+    @property
+    def alone(self) -> bool:
+        """Whether one thread does it."""
+        return self._threads <= 1
+
+    @property
+    def job(self) -> int:
+        """Where the job lies; as long as the team is kept."""
+        return self._address
+
     def run(self) -> None:
         """Call every stage on every range; return when all ended."""
         entry = _entry()
@@ -235,6 +245,19 @@ class Team:
         else:
             pieces = [(self._address, i, self._threads) for i in range(self._threads)]
             jit.run_parallel(entry.some, pieces, self._threads)
+
+
+class Turns:
+    """Teams of one thread each, one after the other in one call."""
+
+    def __init__(self, teams: Sequence[Team]) -> None:
+        self._teams = teams
+        self._jobs = addresses(*(team.job for team in teams))
+        self._address, self._count = ctypes.addressof(self._jobs), len(teams)
+
+    def run(self) -> None:
+        """Run every team."""
+        _entry().each(self._address, self._count)
 
 
 def divided(outer: int, elements: int, threads: int, unit: int = 1) -> list[tuple[int, int]]:
@@ -251,9 +274,12 @@ def addresses(*values: int) -> Any:
 
 @dataclass(frozen=True)
 class _Entry:
-    """`some(job, first, step)` takes each `step`-th range; `parallel(share, job, threads, 0)` all of them at once."""
+    """`some(job, first, step)` takes each `step`-th range; `parallel(share, job, threads, 0)` all of them at once;
+    `each(jobs, count)` all ranges of several jobs.
+    """
 
     some: Any
+    each: Any
     parallel: Any = None
     share: int = 0
 
@@ -262,11 +288,12 @@ class _Entry:
 def _entry() -> _Entry:
     openmp = _openmp()
     if openmp is None:
-        return _Entry(jit.compile_ir(module([_some()]), ["some"])["some"])
-    functions = jit.compile_ir(module([_some(), _share(openmp)]), ["some", "share"])
+        functions = jit.compile_ir(module([_some(), _each()]), ["some", "each"])
+        return _Entry(functions["some"], functions["each"])
+    functions = jit.compile_ir(module([_some(), _each(), _share(openmp)]), ["some", "each", "share"])
     openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     openmp.GOMP_parallel.restype = None
-    return _Entry(functions["some"], openmp.GOMP_parallel, jit.address(functions["share"]))
+    return _Entry(functions["some"], functions["each"], openmp.GOMP_parallel, jit.address(functions["share"]))
 
 
 def _openmp() -> Any:
@@ -291,6 +318,15 @@ def _some() -> Definition:
             function, arguments = (stage.at(n, I64).load(PTR) for n in range(2))
             scale = stage.at(2, I64).load(I64)
             f.invoke(function, arguments, low * scale, high * scale)
+    return f.definition()
+
+
+def _each() -> Definition:
+    """`count` jobs, one after the other."""
+    f = Function("each", jobs=PTR, count=I64)
+    jobs, count = f.parameters
+    with f.loop(0, count) as i:
+        f.invoke("some", jobs.at(i, PTR).load(PTR), f.constant(I64, 0), f.constant(I64, 1))
     return f.definition()
 
 

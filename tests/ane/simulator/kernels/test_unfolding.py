@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Program, TensorType
 from ane_trainer.ane.simulator import make_context, prepare
+from ane_trainer.ane.simulator.kernels import unfolding
 from ane_trainer.ane.simulator.kernels.unfolding import Unfolded, joined, plain
 from ane_trainer.ane.simulator.numbers.fp16 import decode
 from ane_trainer.ane.simulator.schedule import lazy_values
@@ -73,7 +74,7 @@ def unfolded_image(x, kernel, stride, dilation, backwards):
     [(3, 1, 1, False), (3, 2, 1, False), (2, 1, 3, False), (3, 1, 1, True), (3, 3, 2, True)],
 )
 @pytest.mark.parametrize("scale", [1.0, 200.0])
-def test_products_of_windows(kernel, stride, dilation, backwards, gradient, scale):
+def test_products_of_windows(monkeypatch, kernel, stride, dilation, backwards, gradient, scale):
     function = program(kernel, stride, dilation, backwards, gradient, False)
     feeds = fed(function, scale)
     cols = unfolded_image(feeds["x"], kernel, stride, dilation, backwards)
@@ -83,11 +84,40 @@ def test_products_of_windows(kernel, stride, dilation, backwards, gradient, scal
     for _ in range(2):
         (got,) = plan.run(feeds).values()
     assert np.array_equal(decode(got), mac_matmul_reference(left, w))
-    (fast,) = prepare(function, make_context("m4", "fast", threads=2)).run(feeds).values()
     exact = left.astype(np.float64) @ w.astype(np.float64)
     kept = np.abs(exact) < 32000
-    assert np.allclose(fast[kept].astype(np.float64), exact[kept], rtol=2e-3, atol=1e-2 * scale**2)
-    assert np.isinf(fast[np.abs(exact) > 33000]).all()
+    for few in (0, unfolding._FEW_COLUMNS):  # as a convolution, and with columns in memory
+        monkeypatch.setattr(unfolding, "_FEW_COLUMNS", few)
+        (fast,) = prepare(function, make_context("m4", "fast", threads=2)).run(feeds).values()
+        assert np.allclose(fast[kept].astype(np.float64), exact[kept], rtol=2e-3, atol=1e-2 * scale**2)
+        assert np.isinf(fast[np.abs(exact) > 33000]).all()
+
+
+def by_channel(kernel, stride, backwards, gradient):
+    """Padded image, its columns channel by channel, as a depthwise convolution is lowered."""
+    channels, b = 8, Builder()
+    x = b.input("x", TensorType("fp16", (N, SIZE, SIZE, channels)))
+    padded = b.op("pad", x=x, pad=[0, 0, 1, 1, 1, 1, 0, 0], mode="constant", constant_val=0.0)
+    found = columns(b, padded, kernel, stride, 1, backwards)
+    rows = int(np.prod(found.type.shape[:3]))
+    shaped = b.op("reshape", x=found, shape=[rows, kernel * kernel, channels])
+    matrix = b.op("transpose", x=shaped, perm=[2, 1, 0] if gradient else [2, 0, 1])
+    w = b.input("w", TensorType("fp16", (channels, rows if gradient else kernel * kernel, 1)))
+    return b.finish((b.op("matmul", x=matrix, y=w, transpose_x=False, transpose_y=False),))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "backwards"), [(3, 1, False), (3, 2, True), (2, 3, False)])
+def test_windows_of_each_channel(monkeypatch, kernel, stride, backwards, gradient):
+    function = by_channel(kernel, stride, backwards, gradient)
+    feeds = fed(function, 1.0)
+    (expected,) = prepare(function, make_context("m4", "fast")).run(feeds).values()
+    monkeypatch.setattr(unfolding, "_SMALL_CHANNELS", 0)
+    plan = prepare(function, make_context("m4", "fast"))
+    assert not any(op.kind == "concat" and op.result.name in plan.buffers for op in function.ops)
+    for _ in range(2):
+        (got,) = plan.run(feeds).values()
+    assert np.allclose(got.astype(np.float64), expected.astype(np.float64), rtol=2.0**-10, atol=2.0**-12)
 
 
 def test_columns_that_someone_else_reads_are_in_memory():

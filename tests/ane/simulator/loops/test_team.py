@@ -9,7 +9,7 @@ import pytest
 from ane_trainer.ane.mil.opset import Builder, bind
 from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
-from ane_trainer.ane.simulator.loops.compiled import Chain, Pass, copies, extreme_for
+from ane_trainer.ane.simulator.loops.compiled import Chain, Pass, Row, copies, extreme_for, in_rows, in_turn
 from ane_trainer.ane.simulator.loops.nest import Nest, in_strips
 from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
 
@@ -75,6 +75,22 @@ def test_few_long_columns_go_in_vectors():
     assert isinstance(step, Chain)
     assert step.block >= x.shape[1]
     assert np.allclose(found.reshape(-1), x.astype(np.float64).mean(0), rtol=2.0**-9, atol=2.0**-11)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_loops_in_a_row_are_one_call(threads):
+    calls = []
+    source = np.random.default_rng(5).standard_normal((3, 256, 300)).astype(np.float32)
+    targets = [np.empty_like(source) for _ in range(3)]
+    first, second, third = (
+        copies([(a, b)], threads) for a, b in zip(targets, (source, *targets[:2]), strict=True)
+    )
+    row, between, alone = in_rows([first, in_turn(second), lambda: calls.append(1), third])
+    assert isinstance(row, Row)
+    for step in (row, between, alone):
+        step()
+    assert calls == [1]
+    assert all(np.array_equal(target, source) for target in targets)
 
 
 def test_strips_take_every_element_once():
