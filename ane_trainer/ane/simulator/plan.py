@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -82,14 +83,17 @@ class Plan:
 
     def write(self, name: str, array: Array) -> None:
         """Set an input from a border array: float16 for fp16 (bit patterns count), bool, int or float32."""
-        value = find_input({v.name: v for v in self.function.inputs}, name)
+        value = find_input(self._inputs, name)
         check_array(value, array)
         from_border(np.asarray(array), value.type, self.buffers[name], self.context.threads)
 
     def read(self, name: str) -> Array:
         """A copy of an input's present value (the state, for resident inputs) as a border array."""
-        value = next(v for v in self.function.inputs if v.name == name)
-        return to_border(self.buffers[name], value.type)
+        return to_border(self.buffers[name], self._inputs[name].type)
+
+    @cached_property
+    def _inputs(self) -> dict[str, Value]:
+        return {value.name: value for value in self.function.inputs}
 
 
 def prepare(
