@@ -200,3 +200,22 @@ def test_labels_shifted_as_language_models_do_are_taken() -> None:
     torch.testing.assert_close(found, loss(tokens, tokens), rtol=2e-3, atol=1e-3)
     found.backward()
     assert table.weight.grad is not None
+
+
+def test_tokens_written_into_another_tensor_look_rows_up() -> None:
+    """As encoder-decoder models of Hugging Face's shift their labels to the right; floats are cut on the way."""
+    torch.manual_seed(0)
+    table = nn.Embedding(5000, 4)
+    labels = torch.tensor([[4001, 7, 2999], [1, 4999, 3000]])
+
+    def start(labels: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shifted = labels.new_zeros(labels.shape)
+        shifted[:, 1:] = labels[:, :-1].clone()
+        shifted[:, 0] = 2
+        whole = torch.zeros(2, 3, dtype=torch.int32)
+        return table(shifted), whole.copy_(x)
+
+    x = torch.tensor([2.6, -2.6, 0.4])
+    found, expected = torch.compile(start, backend="ane")(labels, x), start(labels, x)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-3)
+    assert torch.equal(found[1], expected[1])

@@ -66,6 +66,12 @@ def silu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gradient * (s * (x * (1 - s) + 1))
 
 
+def copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """The source in the dtype and shape of what it is written to; that itself is not read."""
+    source = source.to(x.dtype)
+    return source if source.shape == x.shape else source.expand(x.shape)
+
+
 def cdist_forward(x: torch.Tensor, y: torch.Tensor, p: float, mode: int | None) -> object:
     """Distances of rows as norms of differences, which the range pass knows (p = 2; others have a lowering rule)."""
     if p != 2.0:
@@ -85,10 +91,11 @@ def cdist_backward(
     return (direction * torch.where(near, 0.0, gradient).unsqueeze(-1)).sum(-2)
 
 
-#: Operations and gradients whose decomposition in torch leaves fp16 on its way.
+#: Operations and gradients that torch leaves whole, or whose decomposition there leaves fp16 on its way.
 DERIVATIVES: dict[OperatorBase, Callable[..., object]] = {
     aten.softplus_backward.default: softplus_backward,
     aten.silu_backward.default: silu_backward,
+    aten.copy.default: copy,
     aten._cdist_forward.default: cdist_forward,
     aten._cdist_backward.default: cdist_backward,
 }

@@ -284,12 +284,6 @@ def same(ctx: Context, x: Operand, **_: object) -> Operand:
     return x
 
 
-@lowering("copy.default")
-def copy(ctx: Context, x: Operand, source: Operand, non_blocking: bool = False) -> Operand:
-    """`copy(x, source) -> source`, broadcast to x's shape"""
-    return ctx.broadcast(ctx.number(source), ctx.shape)
-
-
 @lowering("hypot.default")
 def hypot(ctx: Context, x: Operand, y: Operand) -> Operand:
     """`hypot(x, y) -> sqrt(add(mul(x, x), mul(y, y)))`; squares leave fp16 from 256 on"""
