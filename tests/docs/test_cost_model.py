@@ -90,8 +90,19 @@ def test_nine_of_ten_values_lie_in_intervals_made_without_them(scheme: str, quan
     left = [item for item in read_left_out()[scheme] if item.row.quantity == quantity]
     paths = groups(left, lambda item: item.row.path)
     kinds = groups(left, lambda item: f"{item.row.path} {item.kind}").values()
-    inside = sum(coverage(items, paths[items[0].row.path]) * len(items) for items in kinds) / len(left)
-    assert 0.85 <= inside <= 0.96
+    basis = {"program": "measured", "chip": "carried"}[scheme]
+    held = [coverage(items, paths[items[0].row.path], basis) * len(items) for items in kinds]
+    assert 0.85 <= sum(held) / len(left) <= 0.98  # few chips: their intervals are made symmetric
+
+
+def test_energy_of_chips_left_out_is_estimated() -> None:
+    left = [item for item in read_left_out()["chip"] if item.row.quantity == "energy"]
+    by_family = groups(left, lambda item: item.row.family)
+    assert _median(left) <= 0.20
+    for name in ("elementwise", "reduction", "softmax", "norm"):
+        assert _median(by_family[name]) <= 0.60
+    for name in ("gemm", "conv", "chain", "attention", "block", "decode"):
+        assert _median(by_family[name]) <= 0.25
 
 
 def _layer_norm(af: object) -> object:

@@ -136,6 +136,14 @@ COMPARE = [
     )
     for op in ("greater", "less", "equal", "not_equal", "less_equal", "greater_equal")
 ] + [
+    Case(
+        "logical_not of floats",
+        lambda x, y: af.where((x - x.abs()).logical_not(), x, y),
+        (X, Y),
+        lambda x, y: np.where(x >= 0, x, y),
+        0,
+        0,
+    ),
     Case("logical_not", lambda x, y: af.where(x.greater(y).logical_not(), x, y), (X, Y), np.minimum, 0, 0),
     Case(
         "select",

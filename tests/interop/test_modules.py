@@ -72,6 +72,11 @@ def test_signal_processing() -> None:
     spectrum = np.asarray(dsp.spectrogram(np.tile(SIGNAL, 4), win=64))
     assert np.isfinite(spectrum).all()
     assert spectrum.max() > 0
+    lags = (
+        len(SIGNAL) // 8
+    )  # of a prefix of the signal, by its definition: not of the signal padded with zeros
+    want = np.correlate(SIGNAL, SIGNAL[: len(SIGNAL) - lags], "valid")
+    assert error(dsp.autocorrelate(SIGNAL, lags), want) < 3e-3
     smooth = np.asarray(dsp.freq_filter(SIGNAL, "lowpass", 0.2))
     assert np.abs(np.diff(smooth)).mean() < 0.5 * np.abs(np.diff(SIGNAL)).mean()
 

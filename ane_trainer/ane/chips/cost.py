@@ -330,19 +330,27 @@ def _split(dispatch_us: float, ops: Sequence[OpCost]) -> dict[str, float]:
 def _energy_uj(
     work: Sequence[OpWork], ops: Sequence[OpCost], chip: Chip, values: Mapping[str, float]
 ) -> float:
-    def picojoules(streams: tuple[tuple[str, int], ...], name: str) -> float:
+    def picojoules(streams: Sequence[tuple[str, int]], name: str) -> float:
         return sum(size for _, size in streams) * values[name]
 
-    total_pj = 0.0
-    for item in work:
-        gain = values["winograd"] if item.winograd and chip.winograd else 1.0
-        gain /= values["relu_share"] if item.rectified else 1.0
+    total_pj, array_us, draining_us = 0.0, 0.0, 0.0
+    for item, op in zip(work, ops, strict=True):
+        fast = item.winograd and chip.winograd
+        gain = values["winograd"] if fast else 1.0
+        gain /= values["relu_share"] if item.rectified and not fast else 1.0  # Winograd's form fills zeros in
         total_pj += item.macs / gain * values["mac_pj"] + picojoules(item.weights, "weight_pj")
-        read = tuple(part for part in item.transfers if part[0] == "read")
-        written = tuple(part for part in item.transfers if part[0] != "read")
+        read = [part for part in item.transfers if part[0] == "read"]
+        written = [part for part in item.transfers if part[0] != "read"]
         total_pj += (
             picojoules(read, "transfer_pj") + picojoules(written, "transfer_pj") * values["write_share"]
         )
-    mac_us = sum(op.compute_us for op in ops if op.macs)
+        array_us += max(op.compute_us, op.weight_us) if item.unit == "mac" else 0.0
+        draining_us += sum(size / values[name] for name, size in written) / 1e3
     pass_us = sum(op.overhead_us + (0.0 if op.macs else op.compute_us) for op in ops)
-    return values["dispatch_uj"] + total_pj * 1e-6 + values["mac_w"] * mac_us + values["pass_w"] * pass_us
+    watts = (
+        ("dispatch_w", values["dispatch_us"]),
+        ("mac_w", array_us),
+        ("pass_w", pass_us),
+        ("write_w", draining_us),
+    )
+    return total_pj * 1e-6 + sum(values[name] * us for name, us in watts)

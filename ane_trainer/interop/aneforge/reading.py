@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,29 @@ def read_program(mil_path: Path) -> Program:
 
     Raises: ProgramError or OSError when it cannot be read.
     """
-    return compiled(parse_program(mil_path.read_text(encoding="utf-8"), ModelFolder(mil_path.parent)))
+    text = _plain(mil_path.read_text(encoding="utf-8"))
+    return compiled(parse_program(text, ModelFolder(mil_path.parent)))
+
+
+#: A negation in ANEForge's text, and a declaration of a name as a tensor of floats.
+_NOT, _FLOATS = re.compile(r"= logical_not\(x = (\w+)\)"), r"tensor<fp16, \[[^\]]*\]> {}\b"
+
+
+def _plain(text: str) -> str:
+    """The text with negations of floats as the comparison that they are.
+
+    before: tensor<bool, [4]> n = logical_not(x = t);        t is fp16
+    after:  tensor<bool, [4]> n = equal(x = t, y = fp16(0));
+
+    MIL's type rules (coremltools) give `logical_not` bool alone. ANEForge 0.4.0 writes it of any tensor, and its sweep
+    of M5 calls the op reachable; that the compiler takes floats, and what it makes of them, is assumed.
+    """
+
+    def compared(match: re.Match[str]) -> str:
+        floats = re.search(_FLOATS.format(match[1]), text)
+        return f"= equal(x = {match[1]}, y = fp16(0x0p+0))" if floats else match[0]
+
+    return _NOT.sub(compared, text)
 
 
 def check(program: Program, chip: Chip) -> None:

@@ -26,6 +26,8 @@ FOLDS = 10
 OUTSIDE = 0.10
 #: Programs below which a kind's interval is widened to that of all programs of its path.
 FEW = 20
+#: Chips below which a kind's interval for an unseen one is made symmetric.
+FEW_CHIPS = 5
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,19 @@ def bounds(left: Sequence[Left]) -> tuple[float, float, int]:
     return float(factors[rank]), float(factors[count - 1 - rank]), len(by_program)
 
 
-def interval_of(left: Sequence[Left], everything: Sequence[Left]) -> tuple[float, float, int]:
+def interval_of(
+    left: Sequence[Left], everything: Sequence[Left], basis: str = "measured"
+) -> tuple[float, float, int]:
     """The bounds of one kind of program; where it has few programs, widened.
 
     They then hold the bounds of `everything` as well, and their logs are stretched by one over the number of distinct
-    workloads: what few workloads show of an error is less than what the next will have.
+    workloads: what few workloads show of an error is less than what the next will have. Of chips left out whole
+    (`carried`) the chip is the unit: where there are few, the bounds are as far on one side as on the other, since
+    whether the next chip is above the trend or below is chance.
     """
     low, high, programs = bounds(left) if left else (math.inf, 0.0, 0)
+    if basis == "carried" and programs and len({item.row.chip for item in left}) < FEW_CHIPS:
+        low, high = min(low, 1 / high), max(high, 1 / low)
     if programs >= FEW or not everything:
         return low, high, programs
     wide_low, wide_high, all_programs = bounds(everything)
@@ -128,19 +136,26 @@ def intervals(
             for path, kind in sorted({*keys, ("any", "any")}):
                 on_path = [m for m in mine if path in (m.row.path, "any")]
                 members = [m for m in on_path if kind in (m.kind, "any")]
-                found.append((path, kind, basis, quantity, *interval_of(members, on_path)))
+                found.append((path, kind, basis, quantity, *interval_of(members, on_path, basis)))
     return found
 
 
-def coverage(left: Sequence[Left], everything: Sequence[Left]) -> float:
-    """Share of values of one kind and path that lie in an interval made of the other programs, program by program.
+#: Basis of intervals -> what is left out together when they are tried.
+UNITS: dict[str, Callable[[Left], str]] = {
+    "measured": lambda item: item.row.workload,
+    "carried": lambda item: item.row.chip,
+}
+
+
+def coverage(left: Sequence[Left], everything: Sequence[Left], basis: str) -> float:
+    """Share of values of one kind and path that lie in an interval made without their program, or without their chip.
 
     `everything` holds all values of the path.
     """
-    inside, total = 0, 0
-    for name, items in groups(left, lambda item: item.row.workload).items():
-        others = [item for item in left if item.row.workload != name]
-        low, high, _ = interval_of(others, [item for item in everything if item.row.workload != name])
+    inside, total, unit = 0, 0, UNITS[basis]
+    for name, items in groups(left, unit).items():
+        others = [item for item in left if unit(item) != name]
+        low, high, _ = interval_of(others, [item for item in everything if unit(item) != name], basis)
         inside += sum(low <= item.factor <= high for item in items)
         total += len(items)
     return inside / total

@@ -48,17 +48,19 @@ DERIVED = {
     "wide_near": "wide",
     "wide_spill": "wide",
 }
-#: Energy in uJ of a dispatch, W while the array computes and while passes run, pJ a multiply-accumulate and a byte;
-#: then shares of it: of a multiply-accumulate behind a relu, half of whose activations are zero, and of a byte written.
+#: Energy: W while a dispatch is under way, while the array computes or waits for weights, while passes run and while
+#: outputs drain; pJ a multiply-accumulate and a byte; then shares of it: of a multiply-accumulate behind a
+#: relu, half of whose activations are zero, and of a byte written.
 ENERGY: dict[str, Prior] = {
-    "dispatch_uj": Prior(80, 1, (0, 0.1), (0, 0.5), 0.1, 0.6, 0.1),
+    "dispatch_w": Prior(0.8, 1, (0, 0.1), (0, 0.5), 0.1, 0.6, 0.1),
     "mac_pj": Prior(0.9, 0.5, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
     "mac_w": Prior(2, 0.5, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
     "weight_pj": Prior(30, 1, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
-    "transfer_pj": Prior(20, 1, (0, 0.1), (0, 0.5), 0.1, 0.5, 0.1),
+    "transfer_pj": Prior(40, 1, (0, 0.1), (0, 1.5), 0.1, 0.3, 0.1),
     "pass_w": Prior(1, 0.5, (0, 0.1), (0, 0.5), 0.1, 0.3, 0.1),
+    "write_w": Prior(0.07, 0.7, (0, 0.1), (0, 0.3), 0.1, 0.3, 0.1),
     "relu_share": Prior(0.6, 0.3, (0, 0.01), (0, 0.01), 0.03, 0.05, 0.03),
-    "write_share": Prior(0.7, 0.5, (0, 0.01), (0, 0.01), 0.03, 0.1, 0.03),
+    "write_share": Prior(0.3, 0.5, (0, 0.01), (0, 0.01), 0.03, 0.1, 0.03),
 }
 NAMES = tuple(PRIORS)
 _INDEX = {name: index for index, name in enumerate(NAMES)}
@@ -161,9 +163,12 @@ class _Batch:
     def energy(self, logs: Array, rates: Array) -> tuple[Array, Array]:
         """Energy of each row in uJ and its derivative by the log of each term, given the logs of rates."""
         compute, fast, _ = self.compute(rates)
+        _, times = self.streams(rates)
         gain = np.where(fast, np.exp(rates)[self.row, _INDEX["winograd"]], 1.0)
         terms = dict(zip(ENERGY, np.exp(logs).T, strict=True))
-        behind = self.sum(self.ops[:, _RECTIFIED] / gain) * 1e-6
+        behind = (
+            self.sum(np.where(fast, 0.0, self.ops[:, _RECTIFIED])) * 1e-6
+        )  # Winograd's form fills zeros in
         dense = self.sum(self.ops[:, _WORK] / gain) * 1e-6 - behind
         weights, read, written = (
             self.sum(np.sum([self.column(name) for name in names], axis=0)) * 1e-6
@@ -171,12 +176,13 @@ class _Batch:
         )
         behind, written = behind * terms["relu_share"], written * terms["write_share"]
         quantities = (
-            np.ones(self.size),
+            np.exp(rates)[:, _INDEX["dispatch_us"]],
             dense + behind,
-            self.sum(compute),
+            self.sum(np.maximum(compute, np.sum([times[name] for name in WEIGHTS], axis=0))),
             weights,
             read + written,
             self.passing(rates),
+            self.sum(np.sum([times[name] for name in TRANSFERS[1:]], axis=0)),
         )
         slopes = np.stack([term * of for term, of in zip(terms.values(), quantities, strict=False)], axis=1)
         shares = np.stack([terms["mac_pj"] * behind, terms["transfer_pj"] * written], axis=1)
@@ -208,6 +214,6 @@ def fit(rows: Sequence[Row]) -> Fit:
     """Rates first, then energy terms given the rates' compute times."""
     timed = [row for row in rows if row.quantity == "latency" and fitted_to(row)]
     time = solve(timed, PRIORS, _Batch(timed).latency)
-    powered = [row for row in rows if row.quantity == "energy"]
+    powered = [row for row in rows if row.quantity == "energy" and fitted_to(row)]
     batch, rates = _Batch(powered), np.array([time.logs(row.chip, row.path) for row in powered])
     return Fit(time, solve(powered, ENERGY, lambda logs: batch.energy(logs, rates)))

@@ -276,6 +276,32 @@ def test_every_constant_has_a_source_and_a_deviation() -> None:
     )
 
 
+def test_winograds_form_leaves_no_zeros_to_save_on() -> None:
+    """M5 Pro has it, M4 has not: behind a relu a 3x3 convolution takes less energy on M4 alone."""
+    found = {}
+    for kind in ("relu", "tanh"):
+        b = Builder()
+        y = b.op(kind, x=b.input("x", TensorType("fp16", (1, 64, 32, 32))))
+        y = b.op("conv", x=y, weight=weight(64, 64, 3, 3), pad_type="same")
+        program = Program((b.finish((y,)),))
+        for chip in ("m4", "m5-pro"):
+            found[chip, kind] = estimate(program, chip).energy_uj
+    assert found["m4", "relu"] < found["m4", "tanh"]
+    assert found["m5-pro", "relu"] == pytest.approx(found["m5-pro", "tanh"])
+
+
+def test_waiting_for_weights_takes_energy() -> None:
+    """The array is powered while it waits: a slower stream of the same bytes takes more."""
+    b = Builder()
+    y = b.op("matmul", x=b.input("x", TensorType("fp16", (1, 4096))), y=weight(4096, 4096))
+    found = estimate(Program((b.finish((y,)),)), "m4")
+    rates = {name: rate.value for name, rate in cost.rates("m4").items()}
+    (op,) = found.ops
+    floor = rates["weight_pj"] * op.weight_bytes * 1e-6 + rates["mac_w"] * op.weight_us
+    assert op.weight_us > op.compute_us
+    assert floor < found.energy_uj < 1.3 * floor
+
+
 def test_products_behind_a_relu_take_less_energy_and_no_less_time() -> None:
     """Half of their activations are zero; also through a view, not behind another op."""
     found = {}
