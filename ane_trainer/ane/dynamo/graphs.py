@@ -316,13 +316,17 @@ def _drawing(node: Node) -> Callable[[], torch.Tensor]:
 
 
 def _only_integers(node: Node, seen: set[Node] | None = None) -> bool:
-    """Whether the node's value follows from integer inputs, or input floats cut to integers, by integer operations."""
-    seen = set() if seen is None else seen
+    """Whether integers follow from integer inputs, masks, or input floats cut to integers, by integer operations."""
+    first, seen = seen is None, seen or set()
     if node in seen:
         return True
     seen.add(node)
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+    if node.op == "get_attr":
+        value = getattr(node.graph.owning_module, str(node.target), value)
+    if not isinstance(value, torch.Tensor) or value.is_floating_point():
+        return False
+    if first and value.dtype == torch.bool:
         return False
     sources = node.all_input_nodes
     if node.target is aten._to_copy.default and _is_moved_input(sources[0]):
