@@ -72,10 +72,10 @@ def test_what_programs_run_is_not_told() -> None:
     assert report().on_cpu == []
 
 
-def test_what_is_compiled_too_often_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_what_is_compiled_too_often_is_told() -> None:
     """A Python number that changes each call: beyond Dynamo's limit PyTorch runs the function, for which none asks."""
     torch.compiler.reset()
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
 
     class Named(nn.Module):
         """Its forward depends on a text."""
