@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,12 +152,8 @@ def _shown(value: object, homes: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
     return whole.as_strided(value.shape, value.stride(), value.storage_offset() - tensor.storage_offset())
 
 
-def find_changes(
-    model: torch.nn.Module, final: Mapping[str, torch.Tensor], precision: str = "fp16"
-) -> BufferChanges:
+def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> BufferChanges:
     """What a calibrated forward changed: `final` are the buffers after it, the model's own are as before.
-
-    A NumericsWarning names float buffers that change by less than fp16 resolves at their size.
 
     Raises: UnsupportedModel listing the buffers that neither the engine nor the host keeps.
     """
@@ -165,8 +161,6 @@ def find_changes(
     for name, buffer in model.named_buffers():
         after = final.get(name, buffer)
         if after.shape == buffer.shape and (name in kept or torch.equal(after, buffer)):
-            if precision == "fp16" and _stalls(buffer, after):
-                _warn_of_stall(name, buffer, after)
             continue
         if after.shape == buffer.shape and buffer.numel() == 1 and not buffer.is_floating_point():
             counters[name] = int(after) - int(buffer)
@@ -180,6 +174,17 @@ def find_changes(
         if f"{path}.{_COUNT}" in counters and getattr(module, "momentum", 0.0) is None
     ]
     return BufferChanges(counters, tuple(averaged))
+
+
+def tell_of_stalls(
+    model: torch.nn.Module, final: Mapping[str, torch.Tensor], carried: Collection[str]
+) -> None:
+    """A NumericsWarning names float buffers that change by less than fp16 resolves at their size, but for `carried`."""
+    kept = float_buffers(model)
+    for name, buffer in model.named_buffers():
+        after = final.get(name, buffer)
+        if name in kept and name not in carried and after.shape == buffer.shape and _stalls(buffer, after):
+            _warn_of_stall(name, buffer, after)
 
 
 def _stalls(before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -33,6 +33,8 @@ from ane_trainer.ane.stages import Alias, Captured, Port
 Tensors = dict[str, torch.Tensor]
 
 PARTIAL = "partial"
+#: Values of later steps that are larger than the first step's by this count.
+_GROWN = 4.0
 #: Targets of the partial results that are not sums.
 PEAKS, ALL_FIT = "partial/peaks", "partial/fits"
 
@@ -74,16 +76,25 @@ def finish_whole(
     examples: Sequence[Tensors],
     sizes: Magnitudes,
     buffers: Collection[str],
+    later: Sequence[Tensors] = (),
 ) -> tuple[Captured, Magnitudes]:
     """`finish`, then the range pass on `examples` (values by port name; none: a program in single precision).
 
-    `sizes`: magnitudes of an earlier capture of the same graph, instead; those that were used are returned.
+    `later`: the same batch with the buffers of later steps, of which only what is larger counts. `sizes`: magnitudes
+    of an earlier capture of the same graph, instead; those that were used are returned.
     """
     captured = finish(graph, inputs, outputs)
     if not examples:
         return captured, {}
     if not sizes or not sizes.keys() <= {n.name for n in graph.graph.nodes}:
         sizes = calibrated(captured, examples)
+        for name, found in calibrated(captured, later).items():
+            known = sizes.get(name, found)
+            if found.peak > _GROWN * known.peak:
+                sizes = {
+                    **sizes,
+                    name: dataclasses.replace(known, peak=found.peak, rms=known.rms or found.rms),
+                }
     return scale_found(captured, sizes, buffers), sizes
 
 
@@ -95,9 +106,9 @@ def finish_divided(
     cut = {node: port for node, port in results if is_partial(port) and node.op == "call_function"}
     first = [(n, p) for n, p in results if p.target == "loss" or (n in cut and is_partial(p))]
     rest = [(n, p) for n, p in results if p.target != "loss" and not is_partial(p)]
-    update, used = _part(graph, [n for n, _ in rest], cut)
+    update, used = part_of(graph, [n for n, _ in rest], cut)
     state = {p.name for p in inputs if p.role == "state"}
-    backward, own = _part(graph, [n for n, _ in first], {}, keep=state - used)
+    backward, own = part_of(graph, [n for n, _ in first], {}, keep=state - used)
     backward_part = finish(backward, [p for p in inputs if p.name in own], [p for _, p in first])
     fed = [dataclasses.replace(p, role="batch") for n, p in cut.items() if p.name in used]
     placeholders = [p for p in inputs if p.name in used] + fed
@@ -108,10 +119,10 @@ def finish_divided(
     return backward_part, update_part
 
 
-def _part(
+def part_of(
     whole: GraphModule, results: Sequence[Node], cut: Mapping[Node, Port], keep: Collection[str] = ()
 ) -> tuple[GraphModule, set[str]]:
-    """The nodes that `results` need, those in `cut` as placeholders; and the names of its placeholders.
+    """A graph of the nodes that `results` need, those in `cut` as placeholders; and the names of its placeholders.
 
     Placeholders named in `keep` stay, used or not.
     """

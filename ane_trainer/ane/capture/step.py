@@ -17,6 +17,7 @@ from ane_trainer.ane.capture.buffers import (
     find_changes,
     forwarded,
     newest_statistics,
+    tell_of_stalls,
 )
 from ane_trainer.ane.capture.calibrate import Calibration, calibrate, call_loss, call_model, copies, loss_of
 from ane_trainer.ane.capture.gradients import (
@@ -60,6 +61,7 @@ from ane_trainer.ane.capture.scaling import (
     gradient_peaks,
     next_scale,
 )
+from ane_trainer.ane.capture.slow_buffers import Carried, carry_slow_buffers
 from ane_trainer.ane.capture.trace.sources import (
     Place,
     SourceMode,
@@ -178,7 +180,7 @@ def capture_training(
         nothing_outside(model, loss, lambda: loss_of(model, get_loss(loss), example)),
     ):
         calibration = calibrate(model, get_loss(loss), found, example)
-    changes = find_changes(model, final, options.precision)
+    changes = find_changes(model, final)
     clipped = clipping_shift(options.gradients, calibration, LARGEST_SHIFT)
     parameters = tuple(_with_unit(p, rule, optimizer, calibration, units, clipped) for p in found)
     plan = _plan(model, loss, optimizer, example, parameters, calibration, changes, options)
@@ -194,16 +196,22 @@ def capture_training(
     )
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling, SHIFT: shift}
     values = functools.partial(_calibration_inputs, plan, scale)
-    examples = (
-        [values(batch) for batch in (example, *options.calibrate_on)] if options.precision == "fp16" else []
-    )
+    carried, examples = Carried(plan.inputs, outputs), list[Tensors]()
+    if options.precision == "fp16":
+        if not options.divided:
+            carried = carry_slow_buffers(graph, plan.inputs, outputs, values(example), model)
+        tell_of_stalls(model, final, carried.targets)
+        examples = [carried.values(values(batch)) for batch in (example, *options.calibrate_on)]
     update, sizes = None, options.calibration
     if options.divided:
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
-        captured, sizes = finish_whole(graph, plan.inputs, outputs, examples, sizes, plan.buffers)
+        later = carried.later(values(example)) if carried.states else []
+        inputs, outputs = carried.inputs, carried.outputs
+        captured, sizes = finish_whole(graph, inputs, outputs, examples, sizes, plan.buffers, later)
+    first = lambda batch: carried.values(values(batch))  # noqa: E731
     return StepCapture(
-        lambda: captured, scale, chosen, rule, parameters, changes, values, update, sizes, captured.guarded
+        lambda: captured, scale, chosen, rule, parameters, changes, first, update, sizes, captured.guarded
     )
 
 

@@ -31,6 +31,9 @@ class Variants:
         self._subject, self._target, self._options = subject, target, options
         self._as_it_is = subject.model.training
         self._harmless: dict[str, int] = {}
+        #: By parameter, the factor by which the last change of programs took its unit down.
+        self.lowered: dict[str, float] = {}
+        self._counted = frozenset(loaded.capture.changes.counters)
         self._start(loaded)
 
     def _start(self, loaded: LoadedStep) -> None:
@@ -69,6 +72,10 @@ class Variants:
         known = self._known.get(key)
         if known is None:
             capture, compiled = compile_step_of(self.subject, self._target, self._options)
+            if not self._counted >= capture.changes.counters.keys():
+                self._counted |= capture.changes.counters.keys()
+                fresh = self._fresh()
+                key = self._key(fresh)
             known = fresh, *self._same_program(capture, compiled)
             self._check_budget(known, differences)
             self._known[key] = known
@@ -81,13 +88,13 @@ class Variants:
                     self._guards = self._fresh()
             return loaded
         new = load_compiled(self._subject, self._target, self._options, capture, compiled)
-        move_state(loaded, new, applied)
+        self.lowered = move_state(loaded, new, applied)
         loaded.session.close()
         return new
 
     def _fresh(self) -> Guards:
         ignored = frozenset(name for name, count in self._harmless.items() if count >= _HARMLESS)
-        return Guards(self._subject.model, self._subject.loss, ignored)
+        return Guards(self._subject.model, self._subject.loss, ignored, self._counted)
 
     def _same_program(self, capture: StepCapture, compiled: Compiled) -> tuple[StepCapture, Compiled]:
         """An equal program that is known already, with its units."""
@@ -107,9 +114,15 @@ class Variants:
             )
 
 
-def move_state(old: LoadedStep, new: LoadedStep, applied: int) -> None:
-    """The engine's state goes over; what only the new program keeps comes from the module and the optimizer."""
-    state = old.mirror.state()
+def move_state(old: LoadedStep, new: LoadedStep, applied: int) -> dict[str, float]:
+    """The engine's state goes over; what only the new program keeps comes from the module and the optimizer.
+
+    Returns by parameter the factor that its unit is taken down by, since moments of larger gradients would leave fp16
+    in the new one.
+    """
+    state, lowered = old.mirror.state(), new.mirror.crowded()
+    for name, factor in lowered.items():
+        new.mirror.move(name, factor, factor)
     scale = min(new.capture.loss_scale, old.mirror.scaling("loss_scale"))
     new.mirror.push_weights()
     new.mirror.push_moments(applied=applied)
@@ -125,3 +138,4 @@ def move_state(old: LoadedStep, new: LoadedStep, applied: int) -> None:
             del kept[target]
     new.mirror.set_state(kept)
     new.mirror.set_scaling(scale)
+    return lowered

@@ -11,7 +11,7 @@ import enum
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ane_trainer.ane.capture.ports import float_buffers
+from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.fingerprint import Fingerprints
 
 #: Values that are compared as such; of others it counts which object they are.
@@ -32,6 +34,8 @@ _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 _FLAT = frozenset(("_flat_weights", "_flat_weight_refs"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEEPEST = 6
+#: Constant buffers of more bytes (masks) are compared by where they are and how often PyTorch wrote to them.
+_LARGE = 1 << 18
 #: What transformers keeps of Python's own hashes, which differ from process to process.
 _SALTED = "_original_object_hash"
 
@@ -60,11 +64,20 @@ class _Source:
 
 
 class Guards:
-    """A model's and a loss's Python state as it was when this was made; names in `ignored` do not count."""
+    """A model's and a loss's Python state as it was when this was made; names in `ignored` do not count.
 
-    def __init__(self, model: nn.Module, loss: object, ignored: frozenset[str] = frozenset()) -> None:
+    `counted`: the model's buffers that the host counts and sends.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: object,
+        ignored: frozenset[str] = frozenset(),
+        counted: Collection[str] = (),
+    ) -> None:
         walk = _Walk(ignored)
-        walk.module_tree(model, type(model).__name__)
+        walk.model(model, counted)
         walk.value(loss, "loss")
         self._sources = walk.sources
         self._saved = [source.values for source in walk.sources]
@@ -77,6 +90,8 @@ class Guards:
         self._trained = list(map(_trained, self._parameters))
         self._hookable = [t for t in self._parameters if t.requires_grad]
         self._constants = Fingerprints(walk.constants)
+        self._large = walk.large
+        self._versions = _versions(self._large)
         self._codes = walk.codes
 
     def changed(self) -> bool:
@@ -90,6 +105,7 @@ class Guards:
                 or any(map(_hooks, self._hookable))
                 or any(map(_late_hooks, self._hookable))
                 or bool(self._constants.changed())
+                or self._versions != _versions(self._large)
             )
         except (KeyError, ValueError, RuntimeError, TypeError):  # gone, or not comparable: not as it was
             return True
@@ -103,7 +119,9 @@ class Guards:
             found.append("requires_grad")
         if self._grown():
             found.append("attributes or hooks of a module: more or fewer")
-        return found + [f"{name}: written to" for name in self._constants.changed()]
+        now = zip(self._large, self._versions, _versions(self._large), strict=True)
+        written = [*self._constants.changed(), *(name for name, old, new in now if old != new)]
+        return found + [f"{name}: written to" for name in written]
 
     def _grown(self) -> bool:
         """Whether a namespace has more or fewer entries; most are hooks, of which there are none."""
@@ -120,7 +138,8 @@ class Guards:
         values = tuple(tuple(map(_frozen, values)) for values in self._saved)
         hooked = any(map(_hooks, self._hookable)) or any(map(_late_hooks, self._hookable))
         held = tuple(map(id, self._held))
-        return values, self._entries, held, tuple(self._trained), hooked, self._constants.digest()
+        constants = self._constants.digest(), tuple(self._versions)
+        return values, self._entries, held, tuple(self._trained), hooked, constants
 
     def portable(self) -> list[str]:
         """The same as text that means the same to another process: values, kinds of objects, users' code."""
@@ -144,13 +163,27 @@ class _Walk:
         self.spaces: list[Any] = []  # dicts whose number of entries counts
         self.homes: list[Any] = []  # dicts of parameters, buffers and children
         self.constants: dict[str, torch.Tensor] = {}
+        self.large: dict[str, torch.Tensor] = {}  # buffers of which not every byte is compared
         self.codes: list[str] = []  # users' functions in the order of the walk
         self._state: set[int] = set()
         self._seen: set[int] = set()
 
-    def module_tree(self, root: nn.Module, label: str) -> None:
-        """All modules of a model: attributes, flags, tensors, children, hooks, and what their classes' code reads."""
-        self._state |= {id(t) for t in chain(root.parameters(), root.buffers())}
+    def model(self, model: nn.Module, counted: Collection[str]) -> None:
+        """The trained model: what the step holds of its tensors is compared elsewhere, the others are constants."""
+        held = {*dict(model.named_parameters()), *float_buffers(model, dense=False), *counted}
+        self._tensors(model, type(model).__name__, held)
+        self._modules(model, type(model).__name__)
+
+    def _tensors(self, root: nn.Module, label: str, held: Collection[str]) -> None:
+        """Parameters and buffers; those that are not `held` as constants."""
+        for name, tensor in chain(root.named_parameters(), root.named_buffers()):
+            self._state.add(id(tensor))
+            if name not in held and tensor.device.type == "cpu" and tensor.layout == torch.strided:
+                place = self.large if tensor.nbytes > _LARGE else self.constants
+                place[f"{label}.{name}"] = tensor
+
+    def _modules(self, root: nn.Module, label: str) -> None:
+        """All modules: attributes, flags, children, hooks, and what their classes' code reads."""
         for path, module in root.named_modules():
             self._module(module, f"{label}.{path}" if path else label)
 
@@ -175,7 +208,8 @@ class _Walk:
         ):
             return
         if isinstance(value, nn.Module):
-            self.module_tree(value, label)
+            self._tensors(value, label, ())
+            self._modules(value, label)
             return
         self._seen.add(id(value))
         if isinstance(value, torch.Tensor):
@@ -283,6 +317,10 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def _versions(tensors: Mapping[str, torch.Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), version(t)) for t in tensors.values()]
 
 
 _trained = attrgetter("requires_grad")

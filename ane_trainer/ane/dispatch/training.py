@@ -194,6 +194,8 @@ class TrainingStep(StepFacts):
             if self._loaded is not before:
                 self.compiles += 1
                 self._units = self._fresh_units()
+                for name, factor in self._variants.lowered.items():
+                    self._units.lower(name, factor)
                 if self._host is not None:
                     self._host = HostOptimizer(self._subject.model, self._subject.optimizer)
 

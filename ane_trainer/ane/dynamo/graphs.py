@@ -6,7 +6,7 @@ such as batch norm's (fp16 would stick at 2048), and results that are inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.range import count_in_floats, drop_cancelled, scale_rows
+from ane_trainer.ane.capture.range.changes import change_of
+from ane_trainer.ane.capture.range.editing import Editor, is_float, shape_of
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY, PACKAGE_FOLDER, Place, fault, place_of
@@ -43,11 +45,13 @@ _RANDOM = {
 class Source:
     """Where a result comes from: "input" number, "draw" number, "host" number, "engine" number, "value".
 
-    "copy": an input's number, where the result is a tensor of its own with the input's values.
+    "copy": an input's number, where the result is a tensor of its own with the input's values. "sum": an input's
+    number, to which the host adds the engine's result number `change`: a buffer keeps fp32's digits.
     """
 
     kind: str
     value: Any
+    change: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,12 @@ def _is_complex(node: Node) -> bool:
     )
 
 
-def prepare_graph(module: GraphModule) -> Prepared:
-    """Split `module` (changed in place) into the engine's part and the host's."""
+def prepare_graph(module: GraphModule, changed: int = 0) -> Prepared:
+    """Split `module` (changed in place) into the engine's part and the host's.
+
+    The first `changed` results are new values of inputs: of those the engine gives what is added, where the graph
+    shows it (`capture.range.changes`).
+    """
     module = real_graph(module)
     graph = module.graph
     _note_sources(graph)
@@ -162,8 +170,13 @@ def prepare_graph(module: GraphModule) -> Prepared:
     results: list[Source] = []
     engine: list[Node] = []
     host: list[Node] = []
-    for before, result in zip(given, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
-        if not isinstance(result, Node):
+    changes = _changes(graph, inputs, changed)
+    for number, (before, result) in enumerate(zip(given, graph.output_node().args[0], strict=True)):  # type: ignore[arg-type]
+        if number in changes:
+            old, change = changes[number]
+            results.append(Source("sum", places[old].value, len(engine)))
+            engine.append(change)
+        elif not isinstance(result, Node):
             results.append(Source("value", result))
         elif result in places:
             copied = before is not result and places[result].kind == "input"
@@ -189,6 +202,22 @@ def prepare_graph(module: GraphModule) -> Prepared:
     return Prepared(
         module, numbers["input"], functions, numbers["draw"], host_module, tuple(results), tuple(notes)
     )
+
+
+def _changes(graph: Graph, inputs: Sequence[Node], changed: int) -> dict[int, tuple[Node, Node]]:
+    """Of the first `changed` results, by number: the input whose new value it is, and what is added to it."""
+    editor, found = Editor(graph), dict[int, tuple[Node, Node]]()
+    results: Any = graph.output_node().args[0]
+    for number, new in enumerate(results[:changed]):
+        if not isinstance(new, Node) or new.op != "call_function" or not is_float(new):
+            continue
+        for old in (n for n in inputs if is_float(n) and shape_of(n) == shape_of(new)):
+            editor.here, editor.marks = new.next, {META_KEY: new.meta.get(META_KEY)}
+            change = change_of(editor, new, old)
+            if change is not None:
+                found[number] = old, change
+                break
+    return found
 
 
 def _note_sources(graph: Graph) -> None:

@@ -28,7 +28,7 @@ from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, p
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.proof import MeasuredGraph, departures, in_words
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
-from ane_trainer.ane.dynamo.torch_private import make_boxed_func
+from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func
 from ane_trainer.ane.errors import DataError, NumericsWarning
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Captured, Port
@@ -66,7 +66,7 @@ class GraphFunction:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         shapes = tuple(tuple(node.meta["val"].shape) for node in placeholders if _tensor(node))
         with without_modes():  # constants are to be real tensors
-            self._prepared: Prepared = prepare_graph(module)
+            self._prepared: Prepared = prepare_graph(module, 0 if role == "backward" else changed_inputs())
             self._segments = split(self._prepared.graph, options)
             self._parts = [
                 None if part.on_cpu else EnginePart(part.graph, options) for part in self._segments
@@ -77,6 +77,8 @@ class GraphFunction:
         self.found: dict[str, Magnitude] = {}
         self.calibrations = 0
         self._options, self._told = options, False
+        nodes = self.engine_results()
+        self._added = {nodes[s.change].name for s in self._prepared.results if s.kind == "sum"}
         self._expected: Values = []  # the engine's results in full precision, after a calibration
 
     def __call__(self, inputs: Sequence[Any], users: int) -> list[Any]:
@@ -125,6 +127,10 @@ class GraphFunction:
         """The whole graph's results in order, those before number `users` in PyTorch's types."""
         found = []
         for number, (source, dtype) in enumerate(zip(self._prepared.results, self._dtypes, strict=True)):
+            if source.kind == "sum":
+                change = sources["engine"][source.change]
+                found.append((sources["input"][source.value].detach() + change.float()).to(dtype))
+                continue
             value = source.value if source.kind == "value" else sources[source.kind][source.value]
             cast = isinstance(value, torch.Tensor) and source.kind == "engine" and number < users
             value = value.clone() if source.kind == "copy" else value
@@ -196,9 +202,13 @@ class GraphFunction:
         )
 
     def _is_other(self, name: str, peak: float, larger: float) -> bool:
-        """Whether the largest entry of a value is far from what was found; gradients that come in have a power."""
+        """Whether the largest entry of a value is far from what was found; gradients that come in have a power.
+
+        What is added to buffers becomes smaller as averages settle, and then counts for less.
+        """
         known = self.found.get(name)
-        if known is None or not known.finite or not 0.0 < peak < math.inf or name.startswith("tangents"):
+        unlike = name.startswith("tangents") or name in self._added  # of any size
+        if known is None or not known.finite or not 0.0 < peak < math.inf or unlike:
             return False
         return known.peak == 0.0 or peak < _EMPTY * known.rms or peak > larger * known.peak
 

@@ -29,6 +29,7 @@ from ane_trainer.ane.dynamo.torch_private import (
     FakeTensorMode,
     aot_module_simplified,
     is_known,
+    tracing_with,
 )
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
 
@@ -116,7 +117,7 @@ class Specializer:
     def _compile(self, inputs: list[object]) -> Callable[..., object]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants made in the model are real tensors
         fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
-        with tracing(is_known):
+        with tracing(is_known), tracing_with(mode):
             compiled: Callable[..., object] = aot_module_simplified(
                 self._graph,
                 fakes,

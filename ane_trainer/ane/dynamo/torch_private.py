@@ -6,6 +6,7 @@ test_torch_private.py checks each on the installed release.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import types
@@ -25,6 +26,7 @@ __all__ = [
     "at_recompile_limit",
     "break_reasons",
     "causal_masks_as_given",
+    "changed_inputs",
     "compile_id",
     "compiles_for",
     "default_partition",
@@ -37,6 +39,7 @@ __all__ = [
     "leave_with",
     "make_boxed_func",
     "refuse_second_derivatives",
+    "tracing_with",
     "user_line",
     "whole_graphs",
     "with_effects",
@@ -55,6 +58,18 @@ default_partition: Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModul
 
 #: A function of which Dynamo makes no graph.
 untraced: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
+
+
+def tracing_with(mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, AOTAutograd notes what it finds of a graph, for `changed_inputs`."""
+    return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
+def changed_inputs() -> int:
+    """How many of a forward graph's first results are new values of inputs, which AOTAutograd copies into them."""
+    context = torch._guards.TracingContext.try_get()
+    found = None if context is None else context.fw_metadata
+    return 0 if found is None else int(found.num_mutated_inp_runtime_indices)
 
 
 def compile_id() -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ane_trainer as at
+from ane_trainer.ane.dynamo import ane
 from ane_trainer.ane.errors import UnsupportedModel
 
 
@@ -188,7 +189,7 @@ def test_a_buffer_that_no_step_writes_to_keeps_its_bits() -> None:
 
 
 class Growing(nn.Module):
-    """A float buffer of `start` to which each forward adds `change`."""
+    """A float buffer of `start` to which each forward adds `change`, in a way that shows no sum."""
 
     def __init__(self, start: float, change: float) -> None:
         super().__init__()
@@ -196,7 +197,7 @@ class Growing(nn.Module):
         self.register_buffer("count", torch.tensor([start]))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count += self.change
+        self.count.copy_((self.count * 4 + self.change * 4) / 4)
         return self.linear(x)  # type: ignore[no-any-return]
 
 
@@ -221,3 +222,59 @@ def test_a_float_buffer_that_grows_by_less_than_fp16_resolves_is_told(
     texts = [str(w.message) for w in recwarn if issubclass(w.category, at.NumericsWarning)]
     assert [text for text in texts if text.startswith("count: ")] == texts
     assert bool(texts) is told
+
+
+class Averaging(nn.Module):
+    """Averages that move by a thousandth, sums and counts beyond 2048, and a variance as reinforcement learning has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 4), nn.BatchNorm1d(4, momentum=0.003)
+        self.register_buffer("teacher", torch.randn(4, 8))
+        self.register_buffer("count", torch.tensor(2045.0))
+        self.register_buffer("seen", torch.tensor(1e-4))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("variance", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.count += 1
+            self.teacher.mul_(0.999).add_(self.layer.weight, alpha=0.001)
+            mean, variance, total = x.mean(0), x.var(0, unbiased=False), self.seen + len(x)
+            moved = mean - self.mean
+            squares = self.variance * self.seen + variance * len(x) + moved**2 * self.seen * len(x) / total
+            self.mean.add_(moved * len(x) / total)
+            self.variance.copy_(squares / total)
+            self.seen.copy_(total)
+        x = (x - self.mean) / torch.sqrt(self.variance + 1e-8)
+        return self.norm(self.layer(x)) + F.linear(x, self.teacher) * (self.count / 4000)
+
+
+@pytest.mark.parametrize("door", ["compile_step", "torch.compile"])
+def test_averages_and_counts_move_by_less_than_fp16_resolves(door: str) -> None:
+    torch.manual_seed(0)
+    model = Averaging()
+    twin, start = copy.deepcopy(model), copy.deepcopy(dict(model.named_buffers()))
+    own, theirs = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, twin))
+    batches = [(torch.randn(16, 8) * 3 + 5, torch.randn(16, 4)) for _ in range(12)]
+    if door == "compile_step":
+        step = at.compile_step(model, "mse", own, batches[0], device="sim")
+    else:
+        fast = torch.compile(model, backend=ane, options={"device": "sim", "chip": "m4"})
+    for x, y in batches:
+        loss = F.mse_loss(twin(x), y)
+        theirs.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        theirs.step()
+        if door == "compile_step":
+            got = float(step(x, y))
+        else:
+            value = F.mse_loss(fast(x), y)
+            own.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            own.step()
+            got = float(value.detach())
+        assert got == pytest.approx(float(loss.detach()), rel=0.01)
+    for name, theirs_now in twin.named_buffers():
+        moved, wanted = (m.float() - start[name] for m in (dict(model.named_buffers())[name], theirs_now))
+        assert float((moved - wanted).norm()) < 0.02 * float(wanted.norm()), name

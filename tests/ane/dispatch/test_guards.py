@@ -133,6 +133,60 @@ def test_a_change_between_steps_is_followed(name: str) -> None:
     assert step.compiles == (1 if kept else 2)
 
 
+class Constants(nn.Module):
+    """Buffers that are constants of the program: whole numbers, truths, and what is not saved with the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("order", torch.arange(3))
+        self.register_buffer("kept", torch.ones(3, dtype=torch.bool))
+        self.register_buffer("factor", torch.ones(3), persistent=False)
+        self.register_buffer("large", torch.ones(3, 1 << 17), persistent=False)
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.layer(x)[:, self.order] * self.kept * self.factor * self.large[:, 0]  # type: ignore[no-any-return]
+
+
+WRITTEN: dict[str, Callable[[Any], object]] = {
+    "integers": lambda m: m.order.copy_(torch.tensor([2, 0, 1])),
+    "truths": lambda m: m.kept.data.fill_(False),
+    "not saved": lambda m: m.factor.mul_(0.5),
+    "not saved, .data": lambda m: setattr(m.factor, "data", torch.full((3,), 2.0)),
+    "large": lambda m: m.large.mul_(0.5),
+    "the loss's": lambda loss: loss.weight.mul_(torch.tensor([1.0, 5.0, 1.0])),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_constant_buffers_that_are_written_to_are_followed(name: str) -> None:
+    torch.manual_seed(0)
+    model, loss = Constants(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    step = compiled(model, loss)
+    for number in range(4):
+        if number == 2:
+            WRITTEN[name](loss if name.startswith("the loss") else model)
+        expected = float(loss(copy.deepcopy(model)(X), Y).detach())
+        assert float(step(X, Y)) == pytest.approx(expected, rel=0.01, abs=2e-3)
+    assert step.compiles == 2
+
+
+def test_moments_go_over_to_a_program_of_smaller_gradients() -> None:
+    """Squares kept in the unit of gradients a thousandth as large would leave fp16."""
+
+    def change(_model: Any, _optimizer: Any, loss: Any) -> None:
+        loss.weight = 1e-3
+
+    make = functools.partial(torch.optim.Adam, lr=0.01)
+    _, _, _, model, reference = steps(change, optimizer=make)
+    start = Net()
+    for name in ("a.weight", "b.weight"):
+        moved, wanted = (m.get_parameter(name) - start.get_parameter(name) for m in (model, reference))
+        assert float((moved - wanted).norm()) < 0.02 * float(wanted.norm())
+
+
 def tripled(_model: Any, optimizer: Any, _loss: Any) -> None:
     for entries in optimizer.state.values():
         entries["momentum_buffer"].mul_(3)
