@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from ane_trainer.ane.simulator.loops import jit
 from ane_trainer.ane.simulator.loops.ir import I32, I64, PTR, Function, module
@@ -37,7 +38,7 @@ class Fingerprints:
             return
         for row, name in enumerate(self._names):
             if name in names:
-                whole = self._tensors[row].detach().contiguous()
+                whole = _whole(self._tensors[row])
                 address, noted = np.array([whole.data_ptr()], np.int64), self._noted[row:]
                 _kernel()(address.ctypes.data, self._sizes[row:].ctypes.data, 1, noted.ctypes.data)
 
@@ -56,27 +57,34 @@ class Fingerprints:
         return [self._names[row] for row in rows]
 
     def _find(self) -> None:
-        """Note where the tensors' memory is; a tensor with gaps is copied."""
+        """Note where the tensors' memory is; a tensor with gaps, or that ends within a word, is copied."""
         self._places = [t.data_ptr() for t in self._tensors]
-        self._gaps = [not t.is_contiguous() for t in self._tensors]
+        self._gaps = [not t.is_contiguous() or t.nbytes % 4 != 0 for t in self._tensors]
         self._addresses = np.array(self._places, np.int64)
-        self._sizes = np.array([t.nbytes for t in self._tensors], np.int64)
+        self._sizes = np.array([t.nbytes + -t.nbytes % 4 for t in self._tensors], np.int64)
 
     def _read(self) -> NDArray[np.int32]:
         if [t.data_ptr() for t in self._tensors] != self._places:
             self._find()
         held, addresses = [], self._addresses
         if any(self._gaps):
-            held = [t.detach().contiguous() for t in self._tensors]
+            held = [_whole(t) for t in self._tensors]
             addresses = np.array([t.data_ptr() for t in held], np.int64)
         _kernel()(addresses.ctypes.data, self._sizes.ctypes.data, len(self._tensors), self._out.ctypes.data)
         del held
         return self._out
 
 
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without gaps, and with zeros up to a whole word."""
+    found = tensor.detach().contiguous()
+    rest = -found.nbytes % 4
+    return found if not rest else F.pad(found.reshape(-1).view(torch.uint8), (0, rest))
+
+
 @cache
 def _kernel() -> Callable[..., None]:
-    """`fingerprint(addresses, sizes in bytes, count, out)`; bytes behind the last whole word are left out."""
+    """`fingerprint(addresses, sizes in bytes, count, out)`; sizes are of whole words."""
     f = Function("fingerprint", addresses=PTR, sizes=PTR, count=I64, out=PTR)
     addresses, sizes, count, out = f.parameters
     lanes = I32.of(_LANES)

@@ -225,7 +225,7 @@ def test_a_float_buffer_that_grows_by_less_than_fp16_resolves_is_told(
 
 
 class Averaging(nn.Module):
-    """Averages that move by a thousandth, sums and counts beyond 2048, and a variance as reinforcement learning has it."""
+    """Averages that move by a thousandth, counts beyond 2048, and a variance over all samples so far."""
 
     def __init__(self) -> None:
         super().__init__()

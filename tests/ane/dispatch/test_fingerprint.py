@@ -46,6 +46,17 @@ def test_tensors_with_gaps_and_of_other_types() -> None:
     assert prints.changed() == ["column", "half", "flag"]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 127])
+def test_the_last_bytes_count(count: int) -> None:
+    tensors = {"half": torch.zeros(count, dtype=torch.float16), "flag": torch.zeros(count, dtype=torch.bool)}
+    prints = Fingerprints(tensors)
+    assert prints.changed() == []
+    tensors["half"][-1], tensors["flag"][-1] = 1.0, True
+    assert prints.changed() == ["half", "flag"]
+    prints.note({"half"})
+    assert prints.changed() == ["flag"]
+
+
 def test_some_are_noted_and_others_stay_as_they_were() -> None:
     tensors = {"a": torch.zeros(40), "b": torch.zeros(8, 6).mT, "c": torch.zeros(5)}
     prints = Fingerprints(tensors)
