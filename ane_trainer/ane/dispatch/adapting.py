@@ -81,7 +81,8 @@ class Variants:
             self._known[key] = known
         self._guards = fresh
         _, capture, compiled = known
-        if compiled.fingerprint == loaded.compiled.fingerprint and loaded.mirror.current():
+        same = _runs(capture, compiled) == _runs(loaded.capture, loaded.compiled)
+        if same and loaded.mirror.current():
             for name in (text.partition(": ")[0] for text in differences):
                 self._harmless[name] = self._harmless.get(name, 0) + 1
                 if self._harmless[name] == _HARMLESS:
@@ -99,12 +100,12 @@ class Variants:
     def _same_program(self, capture: StepCapture, compiled: Compiled) -> tuple[StepCapture, Compiled]:
         """An equal program that is known already, with its units."""
         for _, known_capture, known in self._known.values():
-            if known.fingerprint == compiled.fingerprint:
+            if _runs(known_capture, known) == _runs(capture, compiled):
                 return known_capture, known
         return capture, compiled
 
     def _check_budget(self, new: tuple[Guards, StepCapture, Compiled], differences: list[str]) -> None:
-        programs = {compiled.fingerprint for _, _, compiled in (*self._known.values(), new)}
+        programs = {_runs(capture, compiled) for _, capture, compiled in (*self._known.values(), new)}
         if len(programs) > MOST_PROGRAMS:
             raise UsageError(
                 f"compile_step: needs at most {MOST_PROGRAMS} different states of the model's and loss's Python "
@@ -112,6 +113,13 @@ class Variants:
                 "changes often as a tensor of the batch, x=(inputs, value), or keep it as a buffer and write to that.",
                 code="ANE131",
             )
+
+
+def _runs(capture: StepCapture, compiled: Compiled) -> tuple[object, ...]:
+    """A program, and what the host does for it: random draws by name (the p of a dropout), counts."""
+    changes = capture.changes
+    fed = tuple((port.name, port.target, port.scale) for port in compiled.inputs)
+    return compiled.fingerprint, fed, tuple(sorted(changes.counters.items())), changes.averaged
 
 
 def move_state(old: LoadedStep, new: LoadedStep, applied: int) -> dict[str, float]:

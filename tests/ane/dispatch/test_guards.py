@@ -173,6 +173,40 @@ def test_constant_buffers_that_are_written_to_are_followed(name: str) -> None:
     assert step.compiles == 2
 
 
+class Fed(nn.Module):
+    """What the host draws and counts for the program, by Python numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.layer, self.each = nn.Dropout(0.3), nn.Linear(6, 3), 1
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.each
+        return self.layer(self.drop(x)) * (self.steps.float() / 10)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("path", "name", "value"), [("drop", "p", 0.6), ("", "each", 4)])
+def test_numbers_of_what_the_host_does_are_followed(path: str, name: str, value: float) -> None:
+    """The program is the same: it gets masks and counts."""
+    model = Fed()
+    twin, step = copy.deepcopy(model), compiled(model)
+    for number in range(4):
+        if number == 2:
+            for each in (model, twin):
+                setattr(each.get_submodule(path), name, value)
+        torch.manual_seed(number)
+        expected = F.cross_entropy(twin(X), Y)
+        twin.zero_grad()
+        expected.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+        torch.manual_seed(number)
+        assert float(step(X, Y)) == pytest.approx(float(expected.detach()), rel=0.01)
+    assert int(model.steps) == int(twin.steps)
+
+
 def test_moments_go_over_to_a_program_of_smaller_gradients() -> None:
     """Squares kept in the unit of gradients a thousandth as large would leave fp16."""
 
