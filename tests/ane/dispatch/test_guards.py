@@ -217,7 +217,9 @@ def test_moments_go_over_to_a_program_of_smaller_gradients() -> None:
     _, _, _, model, reference = steps(change, optimizer=make)
     start = Net()
     for name in ("a.weight", "b.weight"):
-        moved, wanted = ((m.get_parameter(name) - start.get_parameter(name)).detach() for m in (model, reference))
+        moved, wanted = (
+            (m.get_parameter(name) - start.get_parameter(name)).detach() for m in (model, reference)
+        )
         assert float((moved - wanted).norm()) < 0.02 * float(wanted.norm())
 
 
