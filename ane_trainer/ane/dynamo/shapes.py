@@ -40,6 +40,8 @@ Key = tuple[Any, ...]
 _SHAPES: Any = WeakIdKeyDictionary()
 #: Function -> its graphs that are alive.
 _GRAPHS: dict[str, weakref.WeakSet[Specializer]] = {}
+#: Marks the nodes that stand for the numbers a graph reads.
+_READ = "ane_read"
 _WITHOUT_PARAMETERS = torch.nn.Parameter(torch.empty(0))
 
 
@@ -53,6 +55,10 @@ class Specializer:
 
     def __init__(self, graph: torch.fx.GraphModule, options: Options, function: str) -> None:
         self._graph, self._options, self._function = _without_counts(_without_reads(graph)), options, function
+        self._reads = [
+            i for i, n in enumerate(_placeholders(self._graph)) if any(_READ in u.meta for u in n.users)
+        ]
+        self._by_value = False  # whether the numbers that the graph reads are compiled in
         self._compiled: dict[Key, Callable[..., object]] = {}
         self._earlier: list[Specializer] = []
         family = _GRAPHS.setdefault(function, weakref.WeakSet())
@@ -64,6 +70,8 @@ class Specializer:
     def __call__(self, *inputs: object) -> Any:
         """The graph's results; compiled first if these shapes are new."""
         key = (torch.is_grad_enabled(), *(_description(value) for value in inputs))
+        if self._by_value:
+            key = (*key, *(float(inputs[i]) for i in self._reads))  # type: ignore[arg-type]
         function = self._compiled.get(key)
         if function is None:
             function = self._compiled[key] = self._find(key, inputs)
@@ -76,15 +84,42 @@ class Specializer:
             known = earlier._compiled.get(tensors_only)
             if known is not None:
                 return lambda *values: known(*(v for v in values if isinstance(v, torch.Tensor)))
+        if self._by_value:
+            return self._compile_values(inputs)
         self._count(inputs)
         try:
-            return self._compile(list(inputs))
+            return self._compile(self._graph, list(inputs))
         except DynamicOutputShapeException as error:
             return self._without_engine(str(error).splitlines()[0], inputs)
         except UnsupportedModel as error:
+            if self._reads:
+                self._by_value = True
+                return self._compile_values(inputs)
             if not _selects(self._graph) or error.code != "ANE300":
                 raise
             return self._without_engine(error.findings[0].op, inputs)
+        except FAULTS as error:
+            if not self._reads:
+                raise graph_fault(error) from error
+            self._by_value = True
+            return self._compile_values(inputs)
+
+    def _compile_values(self, inputs: Sequence[object]) -> Callable[..., object]:
+        """The graph for the present values of the numbers that it reads: an operation takes them as it is compiled.
+
+        Raises: UsageError ANE114 beyond recompile_limit.
+        """
+        values = [float(inputs[i]) for i in self._reads]  # type: ignore[arg-type]
+        limit = self._options.recompile_limit
+        if len(self._compiled) >= limit:
+            raise UsageError(
+                f"torch.compile: needs at most {limit} values of a number that {_reader(self._graph)} takes (each is "
+                f"a program of its own); got another one, {values[0]:g}. Change it less often, or raise the limit: "
+                'options={"recompile_limit": ...}.',
+                code="ANE114",
+            )
+        try:
+            return self._compile(_with_values(self._graph, values), list(inputs))
         except FAULTS as error:
             raise graph_fault(error) from error
 
@@ -114,12 +149,12 @@ class Specializer:
             )
         seen.add(shapes)
 
-    def _compile(self, inputs: list[object]) -> Callable[..., object]:
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants made in the model are real tensors
         fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
         with tracing(is_known), tracing_with(mode):
             compiled: Callable[..., object] = aot_module_simplified(
-                self._graph,
+                graph,
                 fakes,
                 fw_compiler=functools.partial(forward_function, options=self._options, role="forward"),
                 bw_compiler=functools.partial(backward_function, options=self._options),
@@ -150,11 +185,43 @@ def _without_reads(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
         if node.op == "call_method" and node.target == "item" and _is_float_input(node.args[0]):
             with module.graph.inserting_before(node):
                 kept = module.graph.call_method("to", (node.args[0], torch.float32))
-            kept.meta = dict(node.args[0].meta)
+            kept.meta = {**node.args[0].meta, _READ: True}
             node.replace_all_uses_with(kept)
             module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def _placeholders(module: torch.fx.GraphModule) -> list[Any]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _with_values(module: torch.fx.GraphModule, values: Sequence[float]) -> torch.fx.GraphModule:
+    """A copy in which the numbers that it reads are these."""
+    graph, copies = torch.fx.Graph(), dict[Any, Any]()
+    graph.output(graph.graph_copy(module.graph, copies))
+    reads = [p for p in _placeholders(module) if any(_READ in u.meta for u in p.users)]
+    for placeholder, value in zip(reads, values, strict=True):
+        for read in [copies[u] for u in placeholder.users if _READ in u.meta]:
+            for user in list(read.users):
+                number = functools.partial(_number_for, read, value)
+                user.args, user.kwargs = (
+                    torch.fx.node.map_arg(part, number) for part in (user.args, user.kwargs)
+                )
+            graph.erase_node(read)
+    return torch.fx.GraphModule(module, graph)
+
+
+def _number_for(read: Any, value: float, argument: Any) -> Any:
+    return value if argument is read else argument
+
+
+def _reader(module: torch.fx.GraphModule) -> str:
+    """The first operation that takes a number that is read, with its line."""
+    read = next(n for n in module.graph.nodes if _READ in n.meta)
+    user = next(iter(read.users), read)
+    name, line = getattr(user.target, "__name__", user.target), last_line(user.meta.get("stack_trace"))
+    return f"{name} ({line})" if line else str(name)
 
 
 def _without_counts(module: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -33,3 +36,21 @@ def test_numbers_that_change_are_fed() -> None:
             gradient, torch.full_like(gradient, 2.0 * model.gain / tau), rtol=3e-3, atol=1e-3
         )
     assert report().graphs == 2
+
+
+@pytest.mark.parametrize("kind", ["dropout", "norm"])
+def test_numbers_that_operations_take_as_they_are_compiled(kind: str) -> None:
+    """PyTorch's dropout and batch norm take no tensor in the place of theirs."""
+    layer = nn.Dropout(0.0) if kind == "dropout" else nn.BatchNorm1d(8, momentum=0.9)
+    model = nn.Sequential(layer, nn.Linear(8, 3))
+    twin, x = copy.deepcopy(model), torch.randn(16, 8)
+    fast = torch.compile(model, backend="ane", options={"device": "sim"})
+    for number, value in enumerate((0.5, 0.25, 0.125, 0.25, 0.75, 0.5)):
+        for each in (layer, twin[0]):
+            setattr(each, "p" if kind == "dropout" else "momentum", value)
+        torch.manual_seed(number)
+        found = fast(x)
+        torch.manual_seed(number)
+        torch.testing.assert_close(found, twin(x), rtol=1e-2, atol=4e-3)
+    if kind == "norm":
+        torch.testing.assert_close(model[0].running_var, twin[0].running_var, rtol=1e-3, atol=1e-4)
