@@ -23,6 +23,7 @@ from ane_trainer.ane.capture.range import (
     count_in_floats,
     drop_cancelled,
     keep_in_range,
+    read_as_floats,
     scale_found,
     scale_rows,
 )
@@ -53,6 +54,7 @@ def finish(graph: GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) 
     """The graph within the engine's range, without unused inputs, and its aliases; unchanged state is no output."""
     drop_cancelled(graph.graph)
     count_in_floats(graph.graph)
+    read_as_floats(graph.graph, {p.name: p.bounds for p in inputs if p.role == "batch"})
     scale_rows(graph.graph)
     nodes = {n.name: n for n in graph.graph.nodes if n.op == "placeholder"}
     state = {p.target: p.name for p in inputs if p.role == "state"}

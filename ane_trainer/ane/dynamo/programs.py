@@ -11,18 +11,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.fx import GraphModule, Node
 
-from ane_trainer.ane.capture.ports import identifier, unique
-from ane_trainer.ane.capture.range import scale_found
 from ane_trainer.ane.capture.range.calibration import Magnitude
 from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
-from ane_trainer.ane.compiler.build import prepare
-from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, tell_of_rounded_integers, to_float, to_pair
+from ane_trainer.ane.dynamo.engine_part import EnginePart
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, prepare_graph
 from ane_trainer.ane.dynamo.options import Options
@@ -30,8 +26,6 @@ from ane_trainer.ane.dynamo.proof import MeasuredGraph, departures, in_words
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func
 from ane_trainer.ane.errors import DataError, NumericsWarning
-from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Captured, Port
 
 #: How often a graph's powers of two are chosen anew, since a call's values left the range.
 MOST_CALIBRATIONS = 16
@@ -106,9 +100,19 @@ class GraphFunction:
         try:
             return self.run_engine(values)
         except DataError as error:
+            if error.code == "DATA107" and self.widen(values):
+                return self.run_or_none(values)
             if error.code != "DATA106" or not self.can_calibrate:
                 raise
             return None
+
+    def widen(self, values: Values) -> bool:
+        """Compile anew for whole numbers of this call that are larger than those so far; whether there are any."""
+        names = {n.name: v for n, v in zip(self._placeholders(), values, strict=True)}
+        parts = [part for part in self._parts if part is not None]
+        with without_modes():
+            widened = [part.widen(names, self.found) for part in parts] if self.can_calibrate else []
+        return any(widened)
 
     @property
     def can_calibrate(self) -> bool:
@@ -272,95 +276,6 @@ class GraphFunction:
         return [node for node in self._prepared.graph.graph.nodes if node.op == "placeholder"]
 
 
-class EnginePart:
-    """One program on a device; takes and gives tensors."""
-
-    def __init__(self, module: GraphModule, options: Options) -> None:
-        self._options, self._module = options, module
-        self._range = RANGES[options.target.precision]
-        self._scaled = self._told = False
-        #: Of the last run, for each float result: its node, the largest stored entry, and the power of two.
-        self.peaks: list[tuple[str, float, float]] = []
-        self.fed: list[tuple[str, float, float]] = []  # the same of what was fed
-        self._load(as_captured(module))
-
-    def calibrate(self, found: Mapping[str, Magnitude]) -> bool:
-        """Compile anew with powers of two beside values that leave the range; False if none does."""
-        graph, copies = torch.fx.Graph(), dict[Node, Node]()
-        graph.output(graph.graph_copy(self._module.graph, copies))
-        for old, new in copies.items():
-            new.meta = dict(old.meta)
-        names = {copies[node].name: found[node.name] for node in copies if node.name in found}
-        captured = as_captured(GraphModule(self._module, graph))
-        scaled = scale_found(captured, names)
-        if scaled is captured and not self._scaled:
-            return False
-        self._scaled = scaled is not captured
-        self._session.close()
-        self._load(scaled)
-        return True
-
-    def _load(self, captured: Captured) -> None:
-        target = self._options.target
-        assert target.chip is not None
-        compiled = prepare(captured, target.chip, target.path, target.precision)
-        self.program = compiled.program
-        self._session = target.load(compiled)
-        self._inputs = [
-            slot_of(
-                p.target, original.shape if len(original.shape) <= len(p.shape) else p.shape, p, mask=True
-            )
-            for p, original in zip(compiled.inputs, captured.inputs, strict=False)
-        ]
-        nodes: Any = self._module.graph.output_node().args[0]
-        self._outputs = list(zip(compiled.outputs, nodes, strict=True))
-
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Values:
-        feeds: dict[str, Array] = {}
-        self.fed = []
-        for slot, value in zip(self._inputs, inputs, strict=True):
-            if value.is_floating_point() and value.numel():
-                self.fed.append((slot.place, float(value.detach().abs().amax()), 1.0))
-            if slot.high is not None:
-                feeds |= to_pair(slot, value, self._range)
-            elif slot.port is not None:
-                feeds[slot.port] = self._array(value, slot)
-        results = self._session.run(feeds)
-        found = []
-        self.peaks = []
-        for port, node in self._outputs:
-            value = torch.from_numpy(np.array(results[port.name])).reshape(node.meta["val"].shape)
-            if node.meta["val"].is_floating_point() and value.numel():
-                self.peaks.append((node.name, float(value.abs().amax()), port.scale))
-            elif node.meta["val"].dtype != torch.bool and value.numel():
-                self._check_integers(node, value)
-            found.append(value if port.scale == 1.0 else value.float() / port.scale)
-        return found
-
-    def _check_integers(self, node: Node, value: torch.Tensor) -> None:
-        """Warn once of a result of integers that fp16 may have rounded."""
-        largest = float(value.abs().amax())
-        if largest >= self._range.largest_integer and not self._told:
-            self._told = True
-            tell_of_rounded_integers(str(node.meta.get(META_KEY) or node.name), largest)
-
-    def _array(self, value: torch.Tensor, slot: Slot) -> Array:
-        """Values in the program's precision are taken bit by bit; others are checked and rounded."""
-        if value.dtype == self._range.dtype and slot.scale == 1.0:
-            return value.detach().contiguous().numpy().reshape(slot.shape)
-        return to_float(slot, value, self._range)
-
-
-def as_captured(module: GraphModule) -> Captured:
-    """A prepared graph with its ports."""
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    places = [Port(identifier(n.name), _shape(n), "batch", _place(n)) for n in placeholders]
-    results: Any = module.graph.output_node().args[0]
-    outputs = [Port(f"result_{i}", _shape(n), "result", f"result_{i}") for i, n in enumerate(results)]
-    ports = unique([*places, *outputs])
-    return Captured(module, tuple(ports[: len(places)]), tuple(ports[len(places) :]), ())
-
-
 def _record(
     role: str,
     shapes: tuple[tuple[int, ...], ...],
@@ -387,14 +302,6 @@ def _record(
 
 def _tensor(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _shape(node: torch.fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape) or (1,)
-
-
-def _place(node: torch.fx.Node) -> str:
-    return str(node.name)
 
 
 def _dtype(node: object) -> torch.dtype | None:

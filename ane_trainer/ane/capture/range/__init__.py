@@ -4,5 +4,14 @@ from ane_trainer.ane.capture.range.apply import calibrated, keep_in_range, scale
 from ane_trainer.ane.capture.range.cancelling import drop_cancelled
 from ane_trainer.ane.capture.range.counting import count_in_floats
 from ane_trainer.ane.capture.range.rows import scale_rows
+from ane_trainer.ane.capture.range.whole import read_as_floats
 
-__all__ = ["calibrated", "count_in_floats", "drop_cancelled", "keep_in_range", "scale_found", "scale_rows"]
+__all__ = [
+    "calibrated",
+    "count_in_floats",
+    "drop_cancelled",
+    "keep_in_range",
+    "read_as_floats",
+    "scale_found",
+    "scale_rows",
+]

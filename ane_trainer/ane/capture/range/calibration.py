@@ -124,6 +124,9 @@ class Measured(InOrder):
 
     def run_node(self, n: Node) -> object:
         result = super().run_node(n)
+        held = n.meta.get("val") if n.op == "placeholder" else None
+        if isinstance(held, torch.Tensor) and held.is_floating_point() and isinstance(result, torch.Tensor):
+            result = result.to(held.dtype)  # whole numbers that only floats read
         if (
             not in_update(n)
             and TINY not in n.meta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import split
 from ane_trainer.ane.compiler.lower.indices.arithmetic import joined
-from ane_trainer.ane.compiler.lower.indices.choose import Integers, choose, chosen_by
+from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, choose, chosen_by, wrapping
 from ane_trainer.ane.compiler.lower.indices.phases import exposed
 from ane_trainer.ane.compiler.lower.indices.ranges import integral
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Shape, is_bool, mil_shape
@@ -58,6 +58,13 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     """
     ctx = Context(Builder(), dtype)
     integers = choose(captured, dtype)
+    _refuse(
+        list(_wrapping(captured, integers)), "integers that stay within their type; got {} ops that may not."
+    )
+    _refuse(
+        list(_beyond_two(captured, integers)),
+        "whole numbers that two of fp16's hold; got {} inputs of others.",
+    )
     inputs, quotients = _declare_inputs(ctx, captured, integers)
     findings: list[Finding] = []
     results: Sequence[object] = ()
@@ -94,6 +101,31 @@ def _refuse(findings: list[Finding], needs: str) -> None:
     """Raises: UnsupportedModel (ANE301) if there are findings."""
     if findings:
         raise UnsupportedModel(f"model: needs {needs.format(len(findings))}", findings, code="ANE301")
+
+
+def _wrapping(captured: Captured, integers: Integers) -> Iterator[Finding]:
+    """Arithmetic that PyTorch does modulo 256 or 65,536."""
+    for node, (low, high) in wrapping(captured, integers):
+        yield Finding(
+            where(node), str(node.target), f"may leave {low:.0f} ... {high:.0f}, beyond which PyTorch wraps around.",
+            "Convert to int64 or float before (x.long(), x.float()).",
+        )  # fmt: skip
+
+
+def _beyond_two(captured: Captured, integers: Integers) -> Iterator[Finding]:
+    """Inputs of whole numbers that are read exactly and whose example is beyond two numbers."""
+    placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
+    for node, port in zip(placeholders, captured.inputs, strict=True):
+        if integers.inputs.get(node) != "split" or port.bounds is None:
+            continue
+        largest = max(-port.bounds[0], port.bounds[1])
+        if largest >= MOST_ROWS:
+            user = next((u for u in node.users if u.meta.get("ane_source")), node)
+            yield Finding(
+                where(user), str(user.target), f"reads whole numbers of {port.target or port.name} exactly, up to "
+                f"{largest:.0f}; needs them below {MOST_ROWS}.",
+                "Subtract an origin or divide before you pass them, in int64, or pass what is read of them.",
+            )  # fmt: skip
 
 
 def _exposed(captured: Captured) -> list[Finding]:

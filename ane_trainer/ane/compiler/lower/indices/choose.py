@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES, most_rows
-from ane_trainer.ane.compiler.lower.indices.phases import sensitive
+from ane_trainer.ane.compiler.lower.indices.phases import largest_borne
 from ane_trainer.ane.compiler.lower.indices.ranges import (
     Bounds,
     bounds_of,
@@ -37,6 +37,7 @@ _SLACKS = (2, 0, -1)
 _SUMS = ("add", "sub")
 _CHOICES = ("_to_copy", "where", "masked_fill")
 _EQUALITY = ("eq", "ne")
+_WRAPPED = frozenset("add sub rsub mul neg pow bitwise_left_shift __lshift__ bitwise_not".split())
 #: Nodes that give all integers on as they are; what moves only some of them keeps labels labels.
 _WHOLE = frozenset(
     "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand clone alias detach "
@@ -53,21 +54,23 @@ _SHAPES = frozenset(
 class Integers:
     """`inputs`: the encoding of each integer batch input. `split`: nodes whose results travel in two numbers.
 
-    `bounds`: of each integer node, where known. `rounded`: inputs that only turn into floats, which bear a rounding.
+    `bounds`: of each integer node, where known. `rounded`: inputs that only turn into floats, with the largest numbers
+    whose rounding is borne.
     `floats`: inputs of floats that turn into integers which need two numbers, and travel in two for them.
     """
 
     inputs: Mapping[Node, str] = field(default_factory=dict)
     split: frozenset[Node] = frozenset()
     bounds: Mapping[Node, Bounds] = field(default_factory=dict)
-    rounded: frozenset[Node] = frozenset()
+    rounded: Mapping[Node, float] = field(default_factory=dict)
     floats: frozenset[Node] = frozenset()
 
     def taken(self, node: Node) -> Bounds | None:
         """What the port of an integer input takes."""
         if node in self.floats:
             return None
-        return (-MAX_FP16, MAX_FP16) if node in self.rounded else self.bounds[node]
+        most = self.rounded.get(node)
+        return self.bounds[node] if most is None else (-most, most)
 
 
 def choose(captured: Captured, dtype: str) -> Integers:
@@ -86,19 +89,16 @@ def choose(captured: Captured, dtype: str) -> Integers:
     for slack in _SLACKS:
         bounds = bounds_of(
             captured.graph,
-            {n: _input_bounds(n, ports[n], e, slack) for n, e in inputs.items()} | drawn | found,
+            {n: _of_type(n, _input_bounds(n, ports[n], e, slack)) for n, e in inputs.items()} | drawn | found,
         )
         split = {n for n, b in bounds.items() if too_large(b) and n in exact and n.op == "call_function"}
         if all(max(-bounds[n][0], bounds[n][1]) < MOST_ROWS for n in split):
             break
-    rounded = {
-        n
-        for n, e in inputs.items()
-        if e == "none" and n not in exact and not any(sensitive(captured.graph, n, 1.0))
-    }
+    borne = {n: largest_borne(captured.graph, n) for n, e in inputs.items() if e == "none" and n not in exact}
+    rounded = {n: min(most, MAX_FP16) for n, most in borne.items() if most > EXACT_INTEGERS}
     floats = frozenset(turned[n] for n in split if n in turned)
     inputs |= dict.fromkeys(floats, "split")
-    return Integers(inputs, frozenset(split), bounds, frozenset(rounded), floats)
+    return Integers(inputs, frozenset(split), bounds, rounded, floats)
 
 
 def float_source(node: Node) -> tuple[Node, float] | None:
@@ -176,6 +176,37 @@ def _input_bounds(node: Node, port: Port, encoding: str, slack: int) -> Bounds:
     if slack >= 0:
         most = min(2.0 ** (math.ceil(math.log2(most + 1)) + slack), MOST_ROWS) - 1
     return (-most if low < 0 else 0.0, most)
+
+
+def type_bounds(node: Node) -> Bounds | None:
+    """What integers of 8 and 16 bits reach before PyTorch's arithmetic wraps; None for larger ones."""
+    dtype = node.meta["val"].dtype if isinstance(node.meta.get("val"), torch.Tensor) else torch.int64
+    if dtype not in (torch.uint8, torch.int8, torch.int16):
+        return None
+    return (float(torch.iinfo(dtype).min), float(torch.iinfo(dtype).max))
+
+
+def _of_type(node: Node, bounds: Bounds) -> Bounds:
+    """The bounds within those of the integers' type."""
+    ends = type_bounds(node)
+    return bounds if ends is None else (max(bounds[0], ends[0]), min(bounds[1], ends[1]))
+
+
+def wrapping(captured: Captured, integers: Integers) -> Iterator[tuple[Node, Bounds]]:
+    """Sums and products of integers of 8 and 16 bits that may leave their type, where PyTorch wraps them."""
+    nodes = [n for n in captured.graph.graph.nodes if n.op == "call_function" and packet_name(n) in _WRAPPED]
+    if not any(type_bounds(n) for n in nodes):
+        return
+    placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
+    examples = {
+        n: p.bounds for n, p in zip(placeholders, captured.inputs, strict=True) if p.bounds is not None
+    }
+    inputs = {n: examples.get(n, integers.bounds[n]) for n in integers.inputs if n in integers.bounds}
+    found = bounds_of(captured.graph, inputs)
+    for node in nodes:
+        ends, bounds = type_bounds(node), found.get(node)
+        if ends is not None and bounds is not None and (bounds[0] < ends[0] or bounds[1] > ends[1]):
+            yield node, ends
 
 
 def _computed_with(node: Node) -> bool:

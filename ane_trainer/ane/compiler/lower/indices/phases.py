@@ -6,6 +6,7 @@ that as every rounding, an angle in radians or a remainder does not.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 
@@ -37,6 +38,12 @@ def exposed(captured: Captured) -> Iterator[tuple[Node, str, float]]:
                 for op, size in sensitive(captured.graph, node, largest * port.scale):
                     if size * _ROUNDING > _BEARABLE[packet_name(op)]:
                         yield op, port.target or port.name, size * _ROUNDING
+
+
+def largest_borne(graph: GraphModule, node: Node) -> float:
+    """The largest magnitude of an input's numbers whose rounding all ops with a period or steps bear."""
+    found = ((packet_name(op), size) for op, size in sensitive(graph, node, 1.0))
+    return min((_BEARABLE[name] / (size * _ROUNDING) for name, size in found), default=math.inf)
 
 
 def sensitive(graph: GraphModule, node: Node, largest: float) -> Iterator[tuple[Node, float]]:
