@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -82,8 +82,8 @@ class EnginePart:
             )
             for p, original in zip(compiled.inputs, captured.inputs, strict=False)
         ]
-        nodes: Any = self._module.graph.output_node().args[0]
-        self._outputs = list(zip(compiled.outputs, nodes, strict=True))
+        nodes = self._module.graph.output_node().args[0]
+        self._outputs = list(zip(compiled.outputs, cast("Sequence[Node]", nodes), strict=True))
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Values:
         feeds: dict[str, Array] = {}
@@ -129,7 +129,7 @@ def as_captured(
     places = [
         Port(identifier(n.name), _shape(n), "batch", _place(n), bounds=ends.get(n.name)) for n in placeholders
     ]
-    results: Any = module.graph.output_node().args[0]
+    results = cast("Sequence[Node]", module.graph.output_node().args[0])
     outputs = [Port(f"result_{i}", _shape(n), "result", f"result_{i}") for i, n in enumerate(results)]
     ports = unique([*places, *outputs])
     return Captured(module, tuple(ports[: len(places)]), tuple(ports[len(places) :]), ())

@@ -6,7 +6,7 @@ such as batch norm's (fp16 would stick at 2048), and results that are inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.range import count_in_floats, drop_cancelled, scale_rows
-from ane_trainer.ane.capture.range.changes import change_of
-from ane_trainer.ane.capture.range.editing import Editor, is_float, shape_of
+from ane_trainer.ane.capture.range.changes import changes_of
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import META_KEY, PACKAGE_FOLDER, Place, fault, place_of
@@ -170,7 +169,7 @@ def prepare_graph(module: GraphModule, changed: int = 0) -> Prepared:
     results: list[Source] = []
     engine: list[Node] = []
     host: list[Node] = []
-    changes = _changes(graph, inputs, changed)
+    changes = changes_of(graph, inputs, changed)
     for number, (before, result) in enumerate(zip(given, graph.output_node().args[0], strict=True)):  # type: ignore[arg-type]
         if number in changes:
             old, change = changes[number]
@@ -202,22 +201,6 @@ def prepare_graph(module: GraphModule, changed: int = 0) -> Prepared:
     return Prepared(
         module, numbers["input"], functions, numbers["draw"], host_module, tuple(results), tuple(notes)
     )
-
-
-def _changes(graph: Graph, inputs: Sequence[Node], changed: int) -> dict[int, tuple[Node, Node]]:
-    """Of the first `changed` results, by number: the input whose new value it is, and what is added to it."""
-    editor, found = Editor(graph), dict[int, tuple[Node, Node]]()
-    results: Any = graph.output_node().args[0]
-    for number, new in enumerate(results[:changed]):
-        if not isinstance(new, Node) or new.op != "call_function" or not is_float(new):
-            continue
-        for old in (n for n in inputs if is_float(n) and shape_of(n) == shape_of(new)):
-            editor.here, editor.marks = new.next, {META_KEY: new.meta.get(META_KEY)}
-            change = change_of(editor, new, old)
-            if change is not None:
-                found[number] = old, change
-                break
-    return found
 
 
 def _note_sources(graph: Graph) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
@@ -192,27 +193,26 @@ def _without_reads(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return module
 
 
-def _placeholders(module: torch.fx.GraphModule) -> list[Any]:
+def _placeholders(module: torch.fx.GraphModule) -> list[Node]:
     return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _with_values(module: torch.fx.GraphModule, values: Sequence[float]) -> torch.fx.GraphModule:
     """A copy in which the numbers that it reads are these."""
-    graph, copies = torch.fx.Graph(), dict[Any, Any]()
+    graph, copies = torch.fx.Graph(), dict[Node, Node]()
     graph.output(graph.graph_copy(module.graph, copies))
     reads = [p for p in _placeholders(module) if any(_READ in u.meta for u in p.users)]
     for placeholder, value in zip(reads, values, strict=True):
         for read in [copies[u] for u in placeholder.users if _READ in u.meta]:
             for user in list(read.users):
                 number = functools.partial(_number_for, read, value)
-                user.args, user.kwargs = (
-                    torch.fx.node.map_arg(part, number) for part in (user.args, user.kwargs)
-                )
+                user.args = torch.fx.node.map_arg(user.args, number)
+                user.kwargs = torch.fx.node.map_arg(user.kwargs, number)
             graph.erase_node(read)
     return torch.fx.GraphModule(module, graph)
 
 
-def _number_for(read: Any, value: float, argument: Any) -> Any:
+def _number_for(read: Node, value: float, argument: Node) -> Node | float:
     return value if argument is read else argument
 
 

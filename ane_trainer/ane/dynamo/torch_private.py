@@ -60,7 +60,7 @@ default_partition: Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModul
 untraced: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 
 
-def tracing_with(mode: Any) -> contextlib.AbstractContextManager[Any]:
+def tracing_with(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]:
     """Inside, AOTAutograd notes what it finds of a graph, for `changed_inputs`."""
     return torch._guards.tracing(torch._guards.TracingContext(mode))
 

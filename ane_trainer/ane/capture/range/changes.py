@@ -8,13 +8,14 @@ Tests: `test_changes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from ane_trainer.ane.capture.range.editing import Editor, aten, is_float, number, shape_of
+from ane_trainer.ane.capture.trace.sources import META_KEY
 
 #: Operations that give their operand's numbers, in this or another shape.
 _SAME = (
@@ -36,6 +37,23 @@ def change_of(editor: Editor, new: Node, old: Node) -> Node | None:
     """`new - old` made in front of `editor.here`; None where `new` is not the old value and something added."""
     found = _change(editor, new, old)
     return found if isinstance(found, Node) and shape_of(found) == shape_of(new) else None
+
+
+def changes_of(graph: Graph, inputs: Sequence[Node], changed: int) -> dict[int, tuple[Node, Node]]:
+    """Of the first `changed` results, by number: the input whose new value it is, and what is added to it."""
+    editor, found = Editor(graph), dict[int, tuple[Node, Node]]()
+    results = graph.output_node().args[0]
+    assert isinstance(results, (list, tuple))
+    for place, new in enumerate(results[:changed]):
+        if not isinstance(new, Node) or new.op != "call_function" or not is_float(new):
+            continue
+        for old in (n for n in inputs if is_float(n) and shape_of(n) == shape_of(new)):
+            editor.here, editor.marks = new.next, {META_KEY: new.meta.get(META_KEY)}
+            change = change_of(editor, new, old)
+            if change is not None:
+                found[place] = old, change
+                break
+    return found
 
 
 def _change(editor: Editor, node: Argument, old: Node) -> Node | _Unchanged | None:
