@@ -12,11 +12,12 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 
@@ -147,7 +148,7 @@ def _warning_line(
 ) -> str:
     """A warning for people as one line; what is for programmers (deprecations) as Python shows it."""
     if issubclass(category, UserWarning):
-        return f"warning  {message}\n"
+        return f"{_shown(f'warning  {message}', sys.stderr)}\n"
     return _python_form(message, category, filename, lineno, line)
 
 
@@ -202,7 +203,9 @@ def _load(command: Command) -> Callable[..., int]:
         _check_finite(arguments)
         try:
             output = function(**arguments, **({"as_json": as_json} if told else {}))
-            print(json.dumps(finite(output.values)) if as_json else output.text, flush=True)
+            print(
+                json.dumps(finite(output.values)) if as_json else _shown(output.text, sys.stdout), flush=True
+            )
         except KeyboardInterrupt:  # typer would make a silent exit of it, and of the next one
             raise Interrupted("stopped before there was anything to save.") from None
         except BrokenPipeError:  # the reader, for example `head`, has seen enough
@@ -216,6 +219,13 @@ def _load(command: Command) -> Callable[..., int]:
 
     json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     return with_parameters(run, [*parameters.values(), json_option], like=function)
+
+
+def _shown(text: str, stream: TextIO) -> str:
+    """A text as it is for a file or a pipe; for a terminal as wide as that."""
+    from ane_trainer.commands.options import wrapped
+
+    return wrapped(text, shutil.get_terminal_size().columns) if stream.isatty() else text
 
 
 def _check_finite(arguments: Mapping[str, object]) -> None:

@@ -368,3 +368,16 @@ def test_ctrl_c_and_a_reader_that_left_end_without_a_traceback(
     code = run_command(["data", "list"])
     told = capfd.readouterr().err
     assert (code, told.count("\n")) == ((130, 1) if error is KeyboardInterrupt else (141, 0))
+
+
+def test_prose_is_wrapped_below_its_label_and_tables_stay() -> None:
+    from ane_trainer.commands.options import wrapped
+
+    text = "chip  verdict  ops  first step\n  1  note    [m4] a long line of words\nM4: some words"
+    assert wrapped(text, 24).split("\n") == [
+        "chip  verdict  ops  first step",
+        "  1  note    [m4] a long",
+        "             line of",
+        "             words",
+        "M4: some words",
+    ]

@@ -22,10 +22,12 @@ from ane_trainer.commands.subjects import (
     ModelSubject,
     ProgramSubject,
     Request,
+    Route,
     Shapes,
     Subject,
     classes_of,
     resolve,
+    route_of,
     shapes_of,
 )
 from ane_trainer.commands.verdicts import ChipVerdict, OpCheck, Problem, Rewrite, Verdict
@@ -56,9 +58,7 @@ def check(
     optimizer: Optimizer = "adam",
     blocks: Blocks = "auto",
     chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
-    path: Annotated[
-        str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
-    ] = "e5rt",
+    path: Route = None,
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="Run a step on the simulator against fp32.")
     ] = True,
@@ -83,7 +83,8 @@ def check(
         optimizer,
         blocks,
     )
-    found = verdict_of(resolve(subject, request), [name.strip() for name in chip.split(",")], path, run=run)
+    chips = [name.strip() for name in chip.split(",")]
+    found = verdict_of(resolve(subject, request), chips, route_of(path, subject), run=run)
     if sarif is not None:
         file = Path(subject.rpartition(":")[0])
         document = found.to_sarif([file] if file.suffix == ".py" else [])
@@ -138,7 +139,8 @@ def _by_cause(problems: Iterable[Problem]) -> tuple[Problem, ...]:
     for members in causes.values():
         first = min(members, key=lambda problem: ".py:" not in problem.where)
         more = len(members) - 1
-        reason = f"{first.reason} So are {more} more inputs and ops of the step." if more else first.reason
+        others = "is one more input or op" if more == 1 else f"are {more} more inputs and ops"
+        reason = f"{first.reason} So {others}." if more else first.reason
         found.append(replace(first, reason=reason))
     return tuple(found)
 

@@ -16,10 +16,12 @@ from ane_trainer.commands.subjects import (
     ModelSubject,
     ProgramSubject,
     Request,
+    Route,
     Shapes,
     Subject,
     classes_of,
     resolve,
+    route_of,
     shapes_of,
     warn_if_refused,
 )
@@ -52,9 +54,7 @@ def debug(
         ),
     ] = None,
     chip: Chip = "m4",
-    path: Annotated[
-        str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
-    ] = "e5rt",
+    path: Route = None,
     rewrites: Annotated[
         bool,
         typer.Option("--rewrites/--no-rewrites", help="The range pass; without it, what it heals shows."),
@@ -86,10 +86,23 @@ def debug(
     shapes = shapes_of(input_shape, dataset, None if example is None else example[0])
     request = Request("debug", shapes, count, batch, loss, dtype, optimizer)
     way = _way(rewrites, loss_scale, optimizer_on, clip_grad_norm)
-    found = report_of(resolve(subject, request), chip, path, way, example, feed or ())
+    resolved = resolve(subject, request)
+    found = report_of(resolved, chip, route_of(path, subject), way, example, feed or ())
     if html is not None:
         atomic_write(html, found.as_html())
-    return Output(found.to_json(), found.as_text(), 0 if found.agrees else 3)
+    hint = "" if feed else _of_a_run(resolved)
+    return Output(found.to_json(), found.as_text() + hint, 0 if found.agrees else 3)
+
+
+def _of_a_run(subject: ModelSubject | ProgramSubject) -> str:
+    """A line about a run's program on its own: random numbers in the place of its state say little."""
+    folder, name = Path(subject.name).parent, Path(subject.name).name
+    if isinstance(subject, ModelSubject) or name != "program.mil" or not (folder / "config.toml").is_file():
+        return ""
+    return (
+        "\nIts inputs were random numbers, its state and scalars, too (0 under a division).\n"
+        f"With the run's own weights, state and data: ane-trainer debug {folder}"
+    )
 
 
 def report_of(

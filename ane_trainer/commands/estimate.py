@@ -19,10 +19,12 @@ from ane_trainer.commands.subjects import (
     ModelSubject,
     ProgramSubject,
     Request,
+    Route,
     Shapes,
     Subject,
     classes_of,
     resolve,
+    route_of,
     shapes_of,
 )
 from ane_trainer.utils import format_count, format_seconds
@@ -46,9 +48,7 @@ def estimate(
     optimizer: Optimizer = "adam",
     blocks: Blocks = "auto",
     chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
-    path: Annotated[
-        str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
-    ] = "e5rt",
+    path: Route = None,
     epochs: Annotated[int | None, typer.Option(help="Of a whole training, besides a step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Likewise, in steps.")] = None,
     examples: Annotated[int | None, typer.Option(help="In an epoch (default: the dataset's).")] = None,
@@ -72,7 +72,7 @@ def estimate(
         optimizer,
         blocks,
     )
-    found = resolve(subject, request)
+    found, path = resolve(subject, request), route_of(path, subject)
     chips = estimates_of(found, [name.strip() for name in chip.split(",")], path)
     size = found.request.batch if isinstance(found, ModelSubject) else None
     total = _total_steps(found, dataset, size or USUAL, epochs, steps, examples)
@@ -159,6 +159,7 @@ class Estimates:
         lines = [f"{self.subject}{batch}, {count} by {self.path}"]
         if known:
             lines += table([_HEAD, *(_row(item) for item in known)], (0,))
+            lines += table([_SHARES, *(_shares(item) for item in known)], (0,))
             lines += self._training(known)
             lines += [f"{item.title}: {item.cost.provenance}" for item in known if item.cost is not None]
             lines += [
@@ -184,14 +185,14 @@ class Estimates:
             low, high = (end * self.steps / 1e6 for end in _ends(item.cost.latency_interval))
             lines.append(
                 f"{item.title}: {self.steps:,} steps take {format_seconds(seconds)} "
-                f"({format_seconds(low)} to {format_seconds(high)}) and {joules:,.2f} J on the engine's rail, "
+                f"({format_seconds(low)} to {format_seconds(high)}) and {_energy(joules)} on the engine's rail, "
                 "without the host's part"
             )
         return lines
 
 
-_HEAD = ("chip", "us", "interval", "uJ (engine rail)", "interval", "dispatch", "MAC", "elementwise", "weights",
-         "activations")  # fmt: skip
+_HEAD = ("chip", "us", "interval", "uJ (engine rail)", "interval")
+_SHARES = ("of the time", "dispatch", "MAC", "elementwise", "weights", "activations")
 
 
 def _row(item: ChipEstimate) -> tuple[str, ...]:
@@ -201,8 +202,17 @@ def _row(item: ChipEstimate) -> tuple[str, ...]:
     return (
         item.title, _figure(cost.latency_us), f"{_figure(times.low)} to {_figure(times.high)}",
         _figure(cost.energy_uj), f"{_figure(energies.low)} to {_figure(energies.high)}",
-        *(f"{share / cost.latency_us:.0%}" for share in cost.split.values()),
     )  # fmt: skip
+
+
+def _shares(item: ChipEstimate) -> tuple[str, ...]:
+    assert item.cost is not None
+    shares = (f"{share / item.cost.latency_us:.0%}" for share in item.cost.split.values())
+    return (item.title, *shares)
+
+
+def _energy(joules: float) -> str:
+    return f"{joules:,.2f} J" if joules >= 1 else f"{joules * 1e3:,.3g} mJ"
 
 
 def _figure(value: float) -> str:

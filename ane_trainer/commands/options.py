@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import textwrap
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +84,26 @@ def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> list[str]:
         .rstrip()
         for r in rows
     ]  # fmt: skip
+
+
+#: Columns a line, label and all, may have before a gap for it to count as a label.
+_LABEL = 24
+
+
+def wrapped(text: str, width: int) -> str:
+    """Lines of prose that are longer than `width` over several, below what stands behind their label; tables stay."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        gaps = [match.end() for match in re.finditer(r"(?<=\S) {2,}", line)]
+        if len(line) <= width or len(gaps) > 2:
+            lines.append(line)
+            continue
+        start = len(line) - len(line.lstrip())
+        indent = max([gap for gap in gaps if gap <= _LABEL], default=start + 4)
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
 
 
 def weights_note(found: Mapping[str, object]) -> list[str]:

@@ -62,6 +62,15 @@ Dtype = Annotated[
     typer.Option("--dtype", help="Of the inputs; auto tries numbers, then tokens.", metavar="float|int|auto"),
 ]
 
+Route = Annotated[
+    str | None,
+    typer.Option(
+        "--path",
+        help="How programs reach the engine (default: e5rt, of an .mlpackage coreml).",
+        metavar="e5rt|direct|coreml",
+    ),
+]
+
 #: A batch for which nobody gave a number: USUAL examples, fewer of a large model.
 USUAL, USUAL_OR_FEWER = 128, 0
 
@@ -164,6 +173,11 @@ def resolve(text: str, request: Request) -> ModelSubject | ProgramSubject:
     if path.is_dir() and any((path / name).is_file() for name in ("model.mil", "program.mil")):
         return _program_subject(path)
     return _model_subject(text, request)
+
+
+def route_of(path: str | None, subject: str) -> str:
+    """How the subject's program reaches the engine: as given, a file of Core ML's by Core ML, else by e5rt."""
+    return path or ("coreml" if Path(subject).suffix in (".mlpackage", ".mlmodelc") else "e5rt")
 
 
 def shapes_of(

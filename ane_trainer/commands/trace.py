@@ -22,10 +22,12 @@ from ane_trainer.commands.subjects import (
     ModelSubject,
     ProgramSubject,
     Request,
+    Route,
     Shapes,
     Subject,
     classes_of,
     resolve,
+    route_of,
     shapes_of,
     warn_if_refused,
 )
@@ -58,9 +60,7 @@ def trace(
     dtype: Dtype = "auto",
     optimizer: Optimizer = "adam",
     chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
-    path: Annotated[
-        str, typer.Option(help="How programs reach the engine.", metavar="e5rt|direct|coreml")
-    ] = "e5rt",
+    path: Route = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The file (default: trace.json, of a run in its folder).", metavar="FILE"),
@@ -85,11 +85,16 @@ def trace(
             "trace", shapes_of(input_shape, dataset), count, batch or USUAL_OR_FEWER, loss, dtype, optimizer
         ),
     )
+    route = route_of(path, subject)
     run = Path(found.name) if isinstance(found, ProgramSubject) and found.epochs is not None else None
     file = out if out is not None else (run or Path()) / "trace.json"
-    steps = [_step(found, name.strip(), path, errors) for name in chip.split(",")]
+    steps = [_step(found, name.strip(), route, errors) for name in chip.split(",")]
     traced = Trace(
-        found.name, found.request.batch if isinstance(found, ModelSubject) else None, path, file, tuple(steps)
+        found.name,
+        found.request.batch if isinstance(found, ModelSubject) else None,
+        route,
+        file,
+        tuple(steps),
     )
     if not traced.laid_out:
         return show(traced, 3)
@@ -155,17 +160,21 @@ class Trace:
         known = self.laid_out
         if known:
             lanes = list(dict.fromkeys(lane for _, time in known for lane in _lanes(time)))
-            rows = [("chip", "us", "interval", *lanes, "memory at most")]
+            rows, shares = [("chip", "us", "interval", "memory at most")], [("busy", *lanes)]
             for _, time in known:
                 cost, interval = time.cost, time.cost.latency_interval
-                shares = (f"{time.busy_us(lane) / cost.latency_us:.0%}" for lane in lanes)
                 rows.append((time.title, f"{cost.latency_us:,.0f}", f"{interval.low:,.0f} to {interval.high:,.0f}",
-                             *shares, format_bytes(time.peak().total)))  # fmt: skip
-            lines += table(rows, (0,))
+                             format_bytes(time.peak().total)))  # fmt: skip
+                shares.append(
+                    (time.title, *(f"{time.busy_us(lane) / cost.latency_us:.0%}" for lane in lanes))
+                )
+            lines += [*table(rows, (0,)), *table(shares, (0,))]
             lines.append(
-                "shares: of the time in which a lane is busy; constants stream while the array computes"
+                "busy: the share of the time in which a lane is; constants stream while the array computes"
             )
-            lines += [f"{time.title}: errors: {step.errors_of}" for step, time in known if step.errors_of]
+            lines += [
+                f"{time.title}: errors of ops: {step.errors_of}" for step, time in known if step.errors_of
+            ]
             lines.append(f"{self.file}: open it at https://ui.perfetto.dev")
             lines += [str(picture) for picture in self.pictures]
             if self.drawing and not self.pictures:
@@ -224,22 +233,26 @@ def _with_random_errors(found: ChipStep, subject: ProgramSubject, chip: str) -> 
     from ane_trainer.commands.run import feeds_of
 
     if subject.epochs is not None:
-        return replace(found, errors_of="none; a run's program holds no state: trace its model instead")
+        return replace(found, errors_of="not run: a run's program holds no state; trace its model instead")
     try:
         feeds, _ = feeds_of(subject.program.main, {}, 1, 0)
         ops = own_errors(subject.program, feeds[0], chip=chip, path=None)
     except AneTrainerError as error:
-        return replace(found, errors_of=f"none; the simulator cannot run it: {error}")
+        return replace(found, errors_of=f"not run: the simulator cannot: {error}")
     return _told(found, {op.name: op for op in ops}, "random inputs (seed 0), on the simulator")
 
 
 def _told(found: ChipStep, ops: Mapping[str, OpProfile], where: str) -> ChipStep:
     worst = max(ops.values(), key=lambda op: (op.overflows, op.own.relative), default=None)
     if worst is None:
-        return replace(found, errors_of="none")
-    harm = f"{worst.overflows} infinities" if worst.overflows else f"{worst.own.relative:.2g} relative"
+        return replace(found, errors_of="no op")
+    harm = _infinities(worst.overflows) if worst.overflows else f"{worst.own.relative:.2g} relative"
     words = f"{where}; the largest an op adds: {harm}, {worst.kind} {worst.source or worst.name}"
     return replace(found, errors=ops, errors_of=words)
+
+
+def _infinities(count: int) -> str:
+    return "one infinity" if count == 1 else f"{count} infinities"
 
 
 def _draw(traced: Trace, file: Path, run: Path | None) -> tuple[Path, ...]:

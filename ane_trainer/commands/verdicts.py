@@ -126,11 +126,13 @@ class Verdict:
 
     def as_text(self) -> str:
         """A line a chip, then every problem with its place, the evidence and the way out."""
-        rows = [("chip", "verdict", "ops", "first step")]
+        rows = [("chip", "verdict", "ops", "first step against fp32")]
         for chip in self.chips:
             counted = ", ".join(f"{count} {status}" for status, count in sorted(chip.ops.items()))
             word = chip.verdict.replace("train", "run") if chip.program else chip.verdict
-            rows.append((chip.title, word, counted or "-", chip.agreement or "not run"))
+            rows.append(
+                (chip.title, word, counted or "-", chip.agreement.replace(" with fp32", "") or "not run")
+            )
         lines = [*table(rows, range(4)), *([self.sampled] if self.sampled else [])]
         reasons: dict[Problem, list[str]] = {}
         for chip in self.chips:

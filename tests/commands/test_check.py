@@ -404,3 +404,12 @@ def test_what_no_program_can_do_is_refused_by_place(
     assert (code, reason in problem["reason"]) == (3, True)
     assert "nothing was run" in found["sampled"]
     assert checked(capsys, f"nets.py:{healed}", "--input", "8", "--batch", "4", "--no-run")[0] == 0
+
+
+def test_a_file_of_core_mls_is_checked_for_core_ml() -> None:
+    from ane_trainer.commands.subjects import route_of
+
+    assert [route_of(None, name) for name in ("net.mlpackage", "net.mil", "net.py:Net")] == [
+        "coreml", "e5rt", "e5rt",
+    ]  # fmt: skip
+    assert route_of("direct", "net.mlpackage") == "direct"
