@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import importlib
 import inspect
 import json
@@ -269,6 +270,18 @@ def without_lines(start: str) -> Iterator[None]:
             for line in caught:
                 if not line.startswith(start.encode()):
                     os.write(2, line)
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Within the block Python looks for no cycles of objects: for work that makes many objects, which stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

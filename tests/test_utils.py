@@ -1,5 +1,6 @@
 """Tests of ane_trainer/utils.py."""
 
+import gc
 import io
 import json
 import logging
@@ -161,3 +162,17 @@ def test_a_loggers_warnings_are_left_out_in_the_block_only(caplog):
         logging.getLogger("some.package").error("real")
     logging.getLogger("some.package").warning("after")
     assert [record.message for record in caplog.records] == ["real", "after"]
+
+
+def test_collection_waits_and_goes_on():
+    assert gc.isenabled()
+    with utils.without_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with utils.without_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -37,7 +37,8 @@ class _Peaks(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 and leaf.numel()
                 and not leaf.is_sparse
             ):
-                self.peaks.append(leaf.detach().abs().amax().float())
+                least, most = torch.aminmax(leaf.detach())
+                self.peaks.append(torch.maximum(-least, most).float())
         return result
 
 

@@ -36,6 +36,7 @@ from ane_trainer.ane.dispatch.recall import Entry, Memory, Question, memory_of
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.stages import Captured, Compiled, Port
+from ane_trainer.utils import without_collection
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,15 @@ def load_step(
 
     Raises: UnsupportedModel with every reason at once; DataError for parameters beyond the precision.
     """
-    if capture is None:
-        return load_compiled(subject, target, options, *compile_step_of(subject, target, options, continued))
-    compiled = _prepared(subject, target, options, capture.captured, capture.parameters)
-    return load_compiled(subject, target, options, capture, compiled)
+    with (
+        without_collection()
+    ):  # what a compilation makes stays: looking through it again and again takes a tenth of it
+        if capture is None:
+            return load_compiled(
+                subject, target, options, *compile_step_of(subject, target, options, continued)
+            )
+        compiled = _prepared(subject, target, options, capture.captured, capture.parameters)
+        return load_compiled(subject, target, options, capture, compiled)
 
 
 def compile_step_of(

@@ -14,6 +14,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 #: Bytes of one element in memory; sub-byte types are held one per byte and packed by `weights.py`.
 DTYPE_BYTES: Mapping[str, int] = {
@@ -131,10 +132,12 @@ class Op:
 
     def operands(self) -> Iterator[Value]:
         """Every value this op reads, in argument order."""
-        for _, argument in self.args:
-            for item in argument if isinstance(argument, tuple) else (argument,):
-                if isinstance(item, Value):
-                    yield item
+        return iter(self._reads)
+
+    @cached_property
+    def _reads(self) -> tuple[Value, ...]:
+        items = (a if isinstance(a, tuple) else (a,) for _, a in self.args)
+        return tuple(item for several in items for item in several if isinstance(item, Value))
 
     def literals(self) -> Iterator[tuple[str, Literal]]:
         """Every constant this op carries, with the parameter it belongs to."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ane_trainer.ane.chips.lookup import get_chip, known_layers, limit
 from ane_trainer.ane.compiler.blocks.alike import programs_of
 from ane_trainer.ane.compiler.blocks.cut import cut
-from ane_trainer.ane.compiler.blocks.places import placement_of
+from ane_trainer.ane.compiler.blocks.places import Placement, placement_of
 from ane_trainer.ane.compiler.blocks.shorten import shortened
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.stages import Dispatch, Lowered
@@ -54,28 +53,24 @@ class Division:
         if self.wish == "off":
             return None
         if isinstance(self.wish, int):
-            return self._divided(lowered, self.wish, f"blocks={self.wish}")
+            return _divided(lowered, self._placed(lowered, self.wish), f"blocks={self.wish}")
         most, _ = known_layers(get_chip(chip), path)
         reason = _too_large(lowered, chip, path, most)
         if not reason:
             return None
-        single = self._divided(lowered, 1, reason)
+        places = self._placed(lowered, 1)
+        single = _divided(lowered, places, reason)
         if single.longest > most:
-            return self._divided(lowered, 1, reason, most)
+            return _divided(lowered, shortened(lowered.program.main, places, most), reason)
         count, room = max(map(len, self.repeating), default=1), most / single.longest_block
         for each in (n for n in range(count, 1, -1) if count % n == 0 and n <= _SAVED * room):
-            found = self._divided(lowered, each, reason)
+            found = _divided(lowered, self._placed(lowered, each), reason)
             if found.longest <= most:
                 return found
         return single
 
-    def _divided(self, lowered: Lowered, each: int, reason: str, most: float = math.inf) -> Divided:
-        function = lowered.program.main
-        placement = placement_of(lowered, self._blocks(each))
-        if most < math.inf:
-            placement = shortened(function, placement, most)
-        programs, dispatches = programs_of(cut(function, placement.places), lowered)
-        return Divided(programs, dispatches, reason)
+    def _placed(self, lowered: Lowered, each: int) -> Placement:
+        return placement_of(lowered, self._blocks(each))
 
     def _blocks(self, each: int) -> dict[str, str]:
         """Module path -> the name of its block: `each` of the modules that repeat, side by side, are one."""
@@ -86,6 +81,11 @@ class Division:
                 more = "" if len(own) == 1 else f" to {own[-1].rpartition('.')[2]}"
                 names |= dict.fromkeys(own, own[0] + more)
         return names
+
+
+def _divided(lowered: Lowered, placement: Placement, reason: str) -> Divided:
+    programs, dispatches = programs_of(cut(lowered.program.main, placement.places), lowered)
+    return Divided(programs, dispatches, reason)
 
 
 def _too_large(lowered: Lowered, chip: str, path: str, most: float) -> str:

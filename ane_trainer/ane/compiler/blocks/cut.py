@@ -39,12 +39,13 @@ class _Cutter:
         self.maker = {value.name: i for i, op in enumerate(function.ops) for value in op.results}
         self.places = places
         self.results = {value.name for value in function.outputs}
+        self.again = [self._is_made_again(op) for op in function.ops]
 
     def parts(self) -> list[Part]:
         own: dict[Key, Part] = {}
         order: dict[Key, list[int]] = {}
         for index, place in enumerate(self.places):
-            if self._is_made_again(self.function.ops[index]):
+            if self.again[index]:
                 continue
             own.setdefault(place.key, Part(place))
             order.setdefault(place.key, []).append(index)
@@ -72,7 +73,7 @@ class _Cutter:
             maker = self.maker.get(value.name)
             if maker is None:
                 part.inputs[value.name] = value
-            elif self._is_made_again(self.function.ops[maker]):
+            elif self.again[maker]:
                 self._take(maker, part, made)
             elif self.places[maker].key != part.place.key:
                 part.inputs[value.name] = value
@@ -82,5 +83,4 @@ class _Cutter:
         read = self.results | {name for part in parts for name in part.inputs}
         for part in parts:
             found = (value for op in part.ops for value in op.results)
-            again = {v.name for op in part.ops if self._is_made_again(op) for v in op.results}
-            part.outputs = {v.name: v for v in found if v.name in read and v.name not in again}
+            part.outputs = {v.name: v for v in found if v.name in read and not self.again[self.maker[v.name]]}

@@ -62,6 +62,9 @@ def shape_of(x: Operand) -> Shape:
 
 def broadcast_shape(*shapes: Shape) -> Shape:
     """The common shape under NumPy's rule."""
+    first = shapes[0]
+    if all(shape == first for shape in shapes):
+        return first
     return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 

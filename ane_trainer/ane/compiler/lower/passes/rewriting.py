@@ -15,15 +15,15 @@ class Rewriter:
         self.function = function
         self.ops: list[Op] = []
         self.producers: dict[Value, Op] = {}
-        self._same: dict[Value, Value] = {}
+        self._same: dict[str, Value] = {}
         self._fresh = 0
         self._names = {r.name for op in function.ops for r in op.results} | {v.name for v in function.inputs}
 
     def resolve(self, argument: Arg) -> Arg:
         """The argument after the replacements so far."""
         if isinstance(argument, tuple):
-            return tuple(self._same.get(a, a) if isinstance(a, Value) else a for a in argument)
-        return self._same.get(argument, argument) if isinstance(argument, Value) else argument
+            return tuple(self._same.get(a.name, a) if isinstance(a, Value) else a for a in argument)
+        return self._same.get(argument.name, argument) if isinstance(argument, Value) else argument
 
     def append(self, op: Op) -> None:
         """Append an op."""
@@ -33,7 +33,7 @@ class Rewriter:
 
     def replace_uses(self, old: Value, new: Value) -> None:
         """Readers of `old` read `new` from here on."""
-        self._same[old] = new
+        self._same[old.name] = new
 
     def producer(self, argument: Arg | None) -> Op | None:
         """The op that produces a value; None for inputs and literals."""
@@ -51,9 +51,9 @@ class Rewriter:
     def run(self, visit: Callable[[Rewriter, Op], None]) -> Function:
         """`visit` gets every op with its arguments resolved and appends, rewrites or replaces it."""
         for op in self.function.ops:
-            stale = any(v in self._same for v in op.operands())
+            stale = bool(self._same) and any(v.name in self._same for v in op.operands())
             visit(self, replace(op, args=tuple((k, self.resolve(a)) for k, a in op.args)) if stale else op)
-        outputs = tuple(self._same.get(v, v) for v in self.function.outputs)
+        outputs = tuple(self._same.get(v.name, v) for v in self.function.outputs)
         return replace(self.function, ops=tuple(self.ops), outputs=outputs)
 
 
