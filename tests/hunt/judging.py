@@ -32,13 +32,13 @@ LARGEST_OWN = 0.3
 
 @dataclass
 class Way:
-    """What a run shows: the loss of each step, parameters and buffers before and after."""
+    """What a run shows: losses of steps, gradients of updates, parameters and buffers before and after the last."""
 
     losses: list[float] = field(default_factory=list)
     before: dict[str, torch.Tensor] = field(default_factory=dict)
     after: dict[str, torch.Tensor] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def changes(self) -> dict[str, torch.Tensor]:
         return {n: self.after[n] - b for n, b in self.before.items()}
@@ -127,7 +127,7 @@ def reference(
             torch.autograd.backward(loss / count)
         way.losses.append(float(loss.detach()))
         if (number + 1) % count == 0:
-            way.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            way.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
             _disturb(model, noise or {})
             _clip(model, setup.options)
             optimizer.step()
@@ -214,7 +214,7 @@ def _compared(setup: Setup, want: Way, got: Way) -> tuple[str, bool]:
 
 def _against(setup: Setup, want: Way, got: Way, ways: Sequence[Way]) -> tuple[str, bool]:
     found = [_gradient_errors(way, want) for way in ways]
-    noise = {n: max(NOISE, OWN * max(errors[n] for errors in found)) for n in want.gradients}
+    noise = {n: max(NOISE, OWN * max(errors[n] for errors in found)) for n in found[0]}
     sure = _sure(setup, want, noise)
     own = [_errors(setup, way, want, sure) for way in ways]
     pairs = [(g, max(o), b) for g, o, b in zip(_errors(setup, got, want, sure), zip(*own, strict=True),
@@ -242,13 +242,15 @@ def _errors(
 
 
 def _gradient_errors(way: Way, want: Way) -> dict[str, float]:
-    """The relative error of each gradient; one counts as 1e-4 of the largest at least."""
-    sizes = {n: float(g.square().mean().sqrt()) for n, g in want.gradients.items()}
-    least = 1e-4 * max(sizes.values(), default=0.0) or 1e-30
-    return {
-        n: float((way.gradients[n] - g).square().mean().sqrt()) / max(sizes[n], least)
-        for n, g in want.gradients.items()
-    }
+    """The largest relative error of each gradient; one counts as 1e-4 of the largest of its update at least."""
+    errors: dict[str, float] = {}
+    for got, true in zip(way.gradients, want.gradients, strict=True):
+        sizes = {n: float(g.square().mean().sqrt()) for n, g in true.items()}
+        least = 1e-4 * max(sizes.values(), default=0.0) or 1e-30
+        for n, g in true.items():
+            error = float((got[n] - g).square().mean().sqrt()) / max(sizes[n], least)
+            errors[n] = max(errors.get(n, 0.0), error)
+    return errors
 
 
 def _gone(setup: Setup, way: Way) -> dict[str, torch.Tensor]:
