@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import ane_trainer as at
-from tests.hunt.setups import CHANGES, OPTIMIZERS, Setup
+from tests.hunt.more import CHANGES, OPTIMIZERS
+from tests.hunt.setups import Setup
 
 LOSS, UPDATE, OWN, NOISE = 0.02, 0.05, 3.0, 0.01
 #: Beyond this own error rounding leaves nothing to be compared.
@@ -127,7 +128,9 @@ def reference(
             torch.autograd.backward(loss / count)
         way.losses.append(float(loss.detach()))
         if (number + 1) % count == 0:
-            way.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            way.gradients.append(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            )
             _disturb(model, noise or {})
             _clip(model, setup.options)
             optimizer.step()
@@ -160,20 +163,67 @@ def engine(setup: Setup) -> tuple[Way, str]:
     way, skipped = Way(), ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        step = at.compile_step(model, setup.loss, optimizer, setup.batches[0], **setup.options)  # type: ignore[arg-type]
+        run: Stepped | Looped = (Stepped if setup.door == "step" else Looped)(setup, model, optimizer)
         for number, (x, y) in enumerate(setup.batches):
             if number == len(setup.batches) - 1:
-                step.sync()
+                run.sync()
                 CHANGES[setup.change](model, optimizer)
                 way.before = {n: p.detach().double().clone() for n, p in model.named_parameters()}
-            way.losses.append(float(step(x, y)))
-        step.sync()
-        if step.skipped_steps:
-            skipped = f"{step.skipped_steps} skipped"
+            way.losses.append(run(number, x, y))
+        run.sync()
+        if run.skipped:
+            skipped = f"{run.skipped} skipped"
     way.after = {n: p.detach().double().clone() for n, p in model.named_parameters()}
     way.buffers = {n: b.detach().double().clone() for n, b in model.named_buffers() if b.is_floating_point()}
     told = [str(w.message)[:300] for w in caught if issubclass(w.category, at.NumericsWarning)]
     return way, "; ".join([*told, skipped] if skipped else told)
+
+
+class Stepped:
+    """The whole step, compiled."""
+
+    def __init__(self, setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.step = at.compile_step(model, setup.loss, optimizer, setup.batches[0], **setup.options)  # type: ignore[arg-type]
+
+    def __call__(self, number: int, x: torch.Tensor, y: torch.Tensor) -> float:
+        return float(self.step(x, y))
+
+    def sync(self) -> None:
+        self.step.sync()
+
+    @property
+    def skipped(self) -> int:
+        return self.step.skipped_steps
+
+
+class Looped:
+    """A loop of the user's around the model that `torch.compile` gives, alone or with its loss."""
+
+    skipped = 0
+
+    def __init__(self, setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        torch._dynamo.reset()
+        self.model, self.optimizer, self.options = model, optimizer, setup.options
+        options = {"device": "sim", **{k: setup.options[k] for k in ("chip", "fidelity")}}
+        if setup.door == "loss":
+            self.loss = torch.compile(lambda x, y: setup.loss(model(x), y), backend="ane", options=options)
+        else:
+            compiled = torch.compile(model, backend="ane", options=options)
+            self.loss = lambda x, y: setup.loss(compiled(x), y)
+
+    def __call__(self, number: int, x: torch.Tensor, y: torch.Tensor) -> float:
+        count = int(self.options.get("accumulate", 1))  # type: ignore[call-overload]
+        if number % count == 0:
+            self.optimizer.zero_grad()
+        loss = self.loss(x, y)
+        (loss / count).backward()
+        if (number + 1) % count == 0:
+            _clip(self.model, self.options)
+            self.optimizer.step()
+        return float(loss.detach())
+
+    def sync(self) -> None:
+        """Nothing to do: the weights are the user's."""
 
 
 def judge(setup: Setup) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,21 +77,14 @@ class Residual(nn.Module):
         return x + (y if self.gamma is None else self.gamma * y)
 
 
-def _size(rng: random.Random, wild: bool) -> float:
+def scale_of(rng: random.Random, wild: bool) -> float:
     return 10 ** rng.uniform(-5, 5) if wild else rng.choice((1.0, 1.0, 0.3, 3.0))
 
 
 def _row_norm(rng: random.Random, width: int) -> nn.Module:
-    return rng.choice(
-        (
-            nn.LayerNorm(width),
-            nn.RMSNorm(width, eps=1e-6),
-            LlamaNorm(width),
-            Std(),
-            Normalize(),
-            nn.Identity(),
-        )
-    )
+    return rng.choice((
+        nn.LayerNorm(width), nn.RMSNorm(width, eps=1e-6), LlamaNorm(width), Std(), Normalize(), nn.Identity(),
+    ))  # fmt: skip
 
 
 def _flat_norm(rng: random.Random, width: int) -> nn.Module:
@@ -115,7 +108,7 @@ def table(rng: random.Random, wild: bool) -> Drawn:
     """Linear layers with norms, activations and residual branches."""
     width, features, rows = rng.choice((8, 16, 32, 64)), rng.choice((4, 8, 30)), rng.choice((4, 16, 64, 256))
     act = rng.choice(ACTIVATIONS)
-    factor = _size(rng, wild)
+    factor = scale_of(rng, wild)
     inside = rng.random() < 0.5
     layers: list[nn.Module] = [Scaled(factor)] if inside else []
     layers.append(nn.Linear(features, width, bias=rng.random() < 0.8))
@@ -156,7 +149,7 @@ class _Image(nn.Module):
 def image(rng: random.Random, wild: bool) -> Drawn:
     """Convolutions, norms, pools, residual branches; a linear head, or the image itself."""
     width, rows, side = rng.choice((4, 8, 16)), rng.choice((2, 8, 16)), rng.choice((8, 12, 16))
-    act, factor, channels = rng.choice(ACTIVATIONS), _size(rng, wild), rng.choice((1, 3))
+    act, factor, channels = rng.choice(ACTIVATIONS), scale_of(rng, wild), rng.choice((1, 3))
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, stride=rng.choice((1, 1, 2)))]
     side = (side + 1) // 2 if layers[0].stride == (2, 2) else side
     layers += [
@@ -239,7 +232,7 @@ class _Sequence(nn.Module):
             nn.Embedding(vocabulary, width),
             rng.choice(("table", "waves", "counted", "none")),
         )
-        self.factor = _size(rng, wild)
+        self.factor = scale_of(rng, wild)
         self.place = nn.Embedding(length + 1, width) if self.positions in ("table", "counted") else None
         mask = rng.choice(("none", "causal", "padding", "causal padding"))
         self.blocks = nn.ModuleList(Block(rng, width, mask) for _ in range(rng.choice((1, 1, 2))))
@@ -354,7 +347,7 @@ def long(rng: random.Random, wild: bool) -> Drawn:
     """Few parameters and up to a million elements under the loss."""
     width = rng.choice((64, 256, 1024))
     rows = rng.choice((8, 64, 512, 1000 if width == 1024 else 512))
-    factor = _size(rng, wild)
+    factor = scale_of(rng, wild)
     norm = rng.choice((nn.Identity(), nn.LayerNorm(width), nn.Tanh()))
     model = _Long(width, norm)
     return Drawn(
@@ -365,15 +358,24 @@ def long(rng: random.Random, wild: bool) -> Drawn:
     )
 
 
-FAMILIES = {"table": table, "image": image, "sequence": sequence, "integers": integers, "long": long}
+Family = Callable[[random.Random, bool], Drawn]
+FAMILIES: Mapping[str, Family] = {
+    "table": table,
+    "image": image,
+    "sequence": sequence,
+    "integers": integers,
+    "long": long,
+}
 #: How often each is drawn.
 SHARES = (35, 25, 22, 8, 10)
 
 
-def draw_model(rng: random.Random, wild: bool) -> Drawn:
+def draw_model(
+    rng: random.Random, wild: bool, families: Mapping[str, Family] = FAMILIES, shares: Sequence[int] = SHARES
+) -> Drawn:
     """A family and a model of it; `wild`: of any scale."""
-    family = rng.choices(list(FAMILIES), SHARES)[0]
-    drawn = FAMILIES[family](rng, wild)
+    family = rng.choices(list(families), shares)[0]
+    drawn = families[family](rng, wild)
     if wild and rng.random() < 0.3:  # weights of another size
         factor = 10 ** rng.uniform(-2, 1)
         weights = [p for n, p in drawn.model.named_parameters() if n.endswith("weight") and p.ndim > 1]

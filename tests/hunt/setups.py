@@ -1,183 +1,25 @@
-"""What surrounds a model in the hunt: loss, optimizer, options of the step, and what changes between steps."""
+"""A draw of the hunt: a model, its batches, and what surrounds it; by number."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from tests.hunt.models import Drawn, draw_model
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Optimizer = torch.optim.Optimizer
-
-
-def _dice(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    p = torch.sigmoid(o)
-    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
-
-
-def _focal(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    each = F.binary_cross_entropy_with_logits(o, y, reduction="none")
-    return (each * (1 - torch.exp(-each)) ** 2).mean()
-
-
-def _masked_mean(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    mask = (y > 0).to(o.dtype)
-    return ((o - y).square() * mask).sum() / mask.sum().clamp(min=1)
-
-
-def _chosen_mean(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (o - y).abs()[y > 0].mean()
-
-
-def _gaussian(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return F.gaussian_nll_loss(o, y, F.softplus(o) + 0.1)
-
-
-def _log_cosh(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    d = o - y
-    return (d + F.softplus(-2 * d) - 0.6931471805599453).mean()
-
-
-def _contrast(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    z = F.normalize(o.flatten(1), dim=-1)
-    return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(o)))
-
-
-#: Losses on numbers, on shares (0 or 1), and on classes.
-NUMBERS: Mapping[str, Loss] = {
-    "mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss, "smooth_l1": F.smooth_l1_loss,
-    "mse_sum": lambda o, y: F.mse_loss(o, y, reduction="sum"), "l1_sum": lambda o, y: F.l1_loss(o, y, reduction="sum"),
-    "rmse": lambda o, y: F.mse_loss(o, y).sqrt(), "masked_mean": _masked_mean, "chosen_mean": _chosen_mean,
-    "gaussian": _gaussian, "log_cosh": _log_cosh, "weighted": lambda o, y: F.mse_loss(o, y) * 1e-3,
-    "cosine": lambda o, y: (1 - F.cosine_similarity(o.flatten(1), y.flatten(1), dim=-1)).mean(),
-    "norm": lambda o, y: torch.linalg.vector_norm(o - y), "contrast": _contrast,
-}  # fmt: skip
-SHARES: Mapping[str, Loss] = {
-    "bce": F.binary_cross_entropy_with_logits, "dice": _dice, "focal": _focal,
-    "bce_sum": lambda o, y: F.binary_cross_entropy_with_logits(o, y, reduction="sum"),
-    "bce_weighted": lambda o, y: F.binary_cross_entropy_with_logits(o, y, pos_weight=torch.tensor(5.0, dtype=o.dtype)),
-    "soft_margin": lambda o, y: F.soft_margin_loss(o, 2 * y - 1),
-    "hinge": lambda o, y: F.relu(1 - (2 * y - 1) * o).mean(),
-    "bce_plain": lambda o, y: F.binary_cross_entropy(torch.sigmoid(o), y),
-}  # fmt: skip
-
-
-def _classes(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Loss:
-    """A loss over classes, for outputs that keep them last."""
-    return lambda o, y: loss(o.flatten(0, -2) if o.ndim == 3 else o, y.flatten() if o.ndim == 3 else y)
-
-
-CLASSES: Mapping[str, Loss] = {
-    "cross_entropy": _classes(F.cross_entropy),
-    "smoothed": _classes(lambda o, y: F.cross_entropy(o, y, label_smoothing=0.1)),
-    "ignored": _classes(lambda o, y: F.cross_entropy(o, y, ignore_index=0)),
-    "cross_entropy_sum": _classes(lambda o, y: F.cross_entropy(o, y, reduction="sum")),
-    "nll": _classes(lambda o, y: F.nll_loss(F.log_softmax(o, 1), y)),
-    "kl": _classes(lambda o, y: F.kl_div(F.log_softmax(o, 1), F.one_hot(y, o.shape[1]).to(o.dtype) * 0.8 + 0.02,
-                                         reduction="batchmean")),
-    "margin": _classes(F.multi_margin_loss), "chosen": _classes(lambda o, y: F.cross_entropy(o[y > 0], y[y > 0])),
-    "gathered": _classes(lambda o, y: -F.log_softmax(o, 1).gather(1, y[:, None]).mean()),
-}  # fmt: skip
-
-OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 1e-2),
-    "momentum": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, weight_decay=1e-3),
-    "nesterov": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, 1e-3),
-    "adam_decay": lambda p: torch.optim.Adam(p, 1e-3, weight_decay=1e-2),
-    "adam_eps": lambda p: torch.optim.Adam(p, 1e-3, eps=1e-3, betas=(0.8, 0.95)),
-    "adamw": lambda p: torch.optim.AdamW(p, 1e-3),
-    "amsgrad": lambda p: torch.optim.Adam(p, 1e-3, amsgrad=True),
-    "nadam": lambda p: torch.optim.NAdam(p, 1e-3),
-    "radam": lambda p: torch.optim.RAdam(p, 1e-3),
-    "adamax": lambda p: torch.optim.Adamax(p, 1e-3),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
-    "rmsprop_centered": lambda p: torch.optim.RMSprop(p, 1e-3, centered=True, momentum=0.9),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
-    "adadelta": lambda p: torch.optim.Adadelta(p),
-    "adafactor": lambda p: torch.optim.Adafactor(p, 1e-2, eps=(1.2e-7, 1e-3)),
-    "rprop": lambda p: torch.optim.Rprop(p, 1e-3),
-    "asgd": lambda p: torch.optim.ASGD(p, 1e-2),
-}
-
-#: What a loop does between steps, to model and optimizer, by name; the same to the step's and to the reference's.
-Change = Callable[[nn.Module, Optimizer], None]
-
-
-def _rate(model: nn.Module, optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] *= 0.1
-
-
-def _freeze(model: nn.Module, optimizer: Optimizer) -> None:
-    first = next(model.parameters())
-    first.requires_grad_(False)
-    first.grad = None
-
-
-def _evaluate(model: nn.Module, optimizer: Optimizer) -> None:
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.eval()
-
-
-def _write(model: nn.Module, optimizer: Optimizer) -> None:
-    for p in model.parameters():
-        p.data = p.data * 0.5
-
-
-def _clamp(model: nn.Module, optimizer: Optimizer) -> None:
-    for p in model.parameters():
-        p.data.clamp_(-0.05, 0.05)
-
-
-def _reload(model: nn.Module, optimizer: Optimizer) -> None:
-    model.load_state_dict({k: v * 0.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
-
-
-def _state(model: nn.Module, optimizer: Optimizer) -> None:
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.ndim:
-                value.mul_(0.25)
-
-
-def _restart(model: nn.Module, optimizer: Optimizer) -> None:
-    found = copy.deepcopy(optimizer.state_dict())
-    for state in found["state"].values():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.ndim:
-                state[name] = value * 4.0
-    optimizer.load_state_dict(found)
-
-
-def _clear(model: nn.Module, optimizer: Optimizer) -> None:
-    optimizer.state.clear()
-
-
-def _buffers(model: nn.Module, optimizer: Optimizer) -> None:
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.mul_(0.5)
-
-
-CHANGES: Mapping[str, Change] = {
-    "none": lambda m, o: None, "lr": _rate, "requires_grad": _freeze, "eval": _evaluate, "p.data": _write,
-    "clamp": _clamp, "load_state_dict": _reload, "moments": _state, "optimizer.load_state_dict": _restart,
-    "state.clear": _clear, "buffers": _buffers,
-}  # fmt: skip
+from tests.hunt import kinds, models, more, surroundings
+from tests.hunt.models import Drawn, Family, draw_model
+from tests.hunt.surroundings import Loss
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One draw. `batches`: a batch for each step; `change` happens before the last."""
+    """One draw. `batches`: a batch for each step; `change` happens before the last.
+
+    `door`: the whole step is compiled ("step"), or `torch.compile` of the model, without ("model") or with ("loss") its loss.
+    """
 
     number: int
     drawn: Drawn
@@ -187,30 +29,45 @@ class Setup:
     options: Mapping[str, object]
     change: str
     batches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    door: str = "step"
 
     def __str__(self) -> str:
         more = " ".join(f"{k}={v}" for k, v in self.options.items())
         return (
             f"{self.number}: {self.drawn.text} | {self.loss_name} | {self.optimizer} | {more} | "
             f"{len(self.batches)} steps | {self.change}"
+            + ("" if self.door == "step" else f" | torch.compile of {self.door}")
         )
 
 
+@dataclass(frozen=True)
+class Space:
+    """What is drawn from: families of models, each with how often; losses on numbers, shares, classes; and the rest."""
+
+    families: Mapping[str, Family]
+    shares: Sequence[int]
+    losses: tuple[Mapping[str, Loss], Mapping[str, Loss], Mapping[str, Loss]]
+    optimizers: Sequence[str]
+    changes: Sequence[str]
+    compiled: float = 0.0
+
+
 def draw(number: int) -> Setup:
-    """The set-up with this number."""
+    """The set-up with this number; from WIDE on of the wider space."""
+    space = NARROW if number < WIDE else BROAD
     rng = random.Random(f"hunt {number}")
     torch.manual_seed(number)
     wild = rng.random() < 0.35
-    drawn = draw_model(rng, wild)
+    drawn = draw_model(rng, wild, space.families, space.shares)
     x = drawn.inputs()
     with torch.no_grad():
         output = copy.deepcopy(drawn.model)(x)
-    losses = _losses(rng, drawn, output)
+    losses = _losses(rng, drawn, output, space)
     name = rng.choice(list(losses))
     size = 10 ** rng.uniform(-3, 3.5) if wild and rng.random() < 0.5 else 1.0
-    optimizer = rng.choice(list(OPTIMIZERS))
+    optimizer = rng.choice(list(space.optimizers))
     steps = rng.choice((1, 1, 2, 3, 4))
-    change = rng.choice(list(CHANGES)) if steps > 1 and rng.random() < 0.6 else "none"
+    change = rng.choice(list(space.changes)) if steps > 1 and rng.random() < 0.6 else "none"
     options: dict[str, object] = {
         "chip": rng.choice(("m1", "m4", "m5")),
         "fidelity": rng.choice(("exact", "fast")),
@@ -223,25 +80,40 @@ def draw(number: int) -> Setup:
     elif extra < 0.26 and steps > 1:
         options["accumulate"] = 2
         steps = 4
-    batches = [(x, _target(name, losses, output, size))]
+    door = "step" if rng.random() >= space.compiled else rng.choice(("model", "loss"))
+    kind = space.losses.index(losses)
+    batches = [(x, _target(kind, output, size))]
     for _ in range(steps - 1):
-        batches.append((drawn.inputs(), _target(name, losses, output, size)))
-    return Setup(number, drawn, name, losses[name], optimizer, options, change, tuple(batches))
+        batches.append((drawn.inputs(), _target(kind, output, size)))
+    return Setup(number, drawn, name, losses[name], optimizer, options, change, tuple(batches), door)
 
 
-def _losses(rng: random.Random, drawn: Drawn, output: torch.Tensor) -> Mapping[str, Loss]:
+def _losses(rng: random.Random, drawn: Drawn, output: torch.Tensor, space: Space) -> Mapping[str, Loss]:
+    numbers, shares, classes = space.losses
     if drawn.text.startswith("long") or drawn.kind == "image":
-        return rng.choice((NUMBERS, NUMBERS, SHARES))
-    return rng.choice((NUMBERS, SHARES, CLASSES, CLASSES))
+        return rng.choice((numbers, numbers, shares))
+    return rng.choice((numbers, shares, classes, classes))
 
 
-def _target(name: str, losses: Mapping[str, Loss], output: torch.Tensor, size: float) -> torch.Tensor:
-    if losses is CLASSES:
+def _target(kind: int, output: torch.Tensor, size: float) -> torch.Tensor:
+    if kind == 2:
         y = torch.randint(0, output.shape[-1], output.shape[:-1])
         y.flatten()[0] = 1
         return y
-    if losses is SHARES:
+    if kind == 1:
         return (torch.rand(output.shape) > 0.5).float()
     y = torch.randn(output.shape) * size
     y.flatten()[0] = size
     return y
+
+
+#: Numbers from here on draw of the wider space; those before it of the first one, so that they stay what they were.
+WIDE = 100_000
+NARROW = Space(
+    models.FAMILIES, models.SHARES, (surroundings.NUMBERS, surroundings.SHARES, surroundings.CLASSES),
+    list(surroundings.OPTIMIZERS), list(surroundings.CHANGES),
+)  # fmt: skip
+BROAD = Space(
+    kinds.FAMILIES, kinds.SHARES, (more.NUMBERS, more.SHARES, more.CLASSES), list(more.OPTIMIZERS),
+    list(more.CHANGES), 0.2,
+)  # fmt: skip
