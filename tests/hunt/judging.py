@@ -340,11 +340,13 @@ def _distance(
     least: Mapping[str, torch.Tensor] | None = None,
 ) -> float:
     """Of all tensors together, relative; entries may differ by `least`."""
-    apart = {n: ((got[n] - w) * sure[n]).abs() for n, w in want.items()}
+    sure = {n: sure[n] & ((got[n] != w) | w.isfinite()) for n, w in want.items()}  # infinities of masks agree
+    want = {n: w.masked_fill(~sure[n], 0.0) for n, w in want.items()}
+    apart = {n: (got[n].masked_fill(~sure[n], 0.0) - w).abs() for n, w in want.items()}
     if least is not None:
         apart = {n: (a - least[n]).clamp(min=0.0) for n, a in apart.items()}
     error = math.sqrt(sum(float(a.norm()) ** 2 for a in apart.values()))
-    size = math.sqrt(sum(float((w * sure[n]).norm()) ** 2 for n, w in want.items()))
+    size = math.sqrt(sum(float(w.norm()) ** 2 for w in want.values()))
     return error / size if size else 0.0
 
 

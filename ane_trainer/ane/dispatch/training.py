@@ -183,7 +183,7 @@ class TrainingStep(StepFacts):
         if mirror.moments_changed():
             self._units.fresh = True
             for name, factor in mirror.crowded().items():
-                self._units.lower(name, factor)
+                factor = self._units.lower(name, factor)
                 mirror.move(name, factor, factor)
             count = mirror.push_moments(changed_only=self._stale_moments)
             self.applied_steps = self.applied_steps if count is None else count

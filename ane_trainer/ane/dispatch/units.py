@@ -148,11 +148,19 @@ class GradientUnits:
             found[FLOORS] = [0.0] * len(self.values)
         return found
 
-    def lower(self, name: str, factor: float) -> None:
-        """Take a parameter's unit down."""
-        place = next(i for i, p in enumerate(self.parameters) if p.name == name)
+    def lower(self, name: str, factor: float) -> float:
+        """Take a parameter's unit down; returns the factor, which ends at the smallest unit: that is announced."""
+        place, parameter = next((i, p) for i, p in enumerate(self.parameters) if p.name == name)
+        low = unit_bounds(self.rule, self._group(parameter))[0] / self.values[place]
+        if factor * 2.0 < low:  # it is to come to an eighth of the range: there is room above
+            self.warn(
+                f"{name}: the optimizer's state that was set is of gradients of {2.0**6 / self.values[place]:.2g} and "
+                "more, beyond what the engine holds of their squares; updates are wrong. Train with a smaller loss."
+            )
+        factor = min(max(factor, low), 1.0)
         self.values[place] *= factor
         self.levels[place] *= factor
+        return factor
 
     def floors(self) -> list[float]:
         """For each parameter the gradient in its unit below which a step is to wait for the unit to move."""

@@ -352,3 +352,33 @@ def test_a_state_that_was_cleared_begins_again() -> None:
         other.step()
     assert step.applied_steps == 2
     torch.testing.assert_close(model.weight, twin.weight, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("size", "factor", "warned"), [(3e6, 4.0, False), (1e7, 64.0, True)])
+def test_state_that_is_set_beyond_the_smallest_unit(size: float, factor: float, warned: bool) -> None:
+    """The unit of gradients of 1e6 cannot move down: state times 4 fits as it is, times 64 it is announced."""
+    model, labels = mlp(), torch.arange(16) % 5
+    twin, start = copy.deepcopy(model), copy.deepcopy(model)
+    (x, _), (later, _) = batches(2)
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output, target) * size
+
+    made = [(m, optim.Adam(m.parameters())) for m in (model, twin)]
+    step = compile_step(*made[0][:1], loss, made[0][1], (x, labels), fidelity="fast")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for data in (x, later):
+            step(data, labels)
+            made[1][1].zero_grad()
+            loss(twin(data), labels).backward()
+            made[1][1].step()
+            step.sync()
+            for _, optimizer in made if data is x else ():
+                for state in optimizer.state.values():
+                    state["exp_avg"].mul_(factor)
+                    state["exp_avg_sq"].mul_(factor)
+        step.sync()
+    told = [str(w.message) for w in caught if issubclass(w.category, at.NumericsWarning)]
+    assert any("state that was set" in text for text in told) is warned
+    assert warned or distance(model, twin, start) < 0.005
