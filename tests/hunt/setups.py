@@ -18,7 +18,7 @@ from tests.hunt.surroundings import Loss
 class Setup:
     """One draw. `batches`: a batch for each step; `change` happens before the last.
 
-    `door`: the whole step is compiled ("step"), or `torch.compile` of the model, without ("model") or with ("loss") its loss.
+    `door`: the whole step is compiled ("step"), or torch.compile takes the model ("model"), with its loss ("loss").
     """
 
     number: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from ane_trainer.ane.capture.range.choosing import Choices
 from ane_trainer.ane.capture.range.editing import TINY, aten, in_update
 from ane_trainer.ane.capture.range.running import VIEWS, InOrder, in_step
 
@@ -17,13 +19,15 @@ from ane_trainer.ane.capture.range.running import VIEWS, InOrder, in_step
 class Magnitude:
     """Of one value: its largest entry, the root mean square of those that are not 0, and their share.
 
-    `finite` is False where full precision itself gives infinities or nan.
+    `finite` is False where full precision itself gives infinities or nan. `part`: only of the entries that a `where`
+    takes; others are beyond the range.
     """
 
     peak: float
     rms: float
     density: float
     finite: bool = True
+    part: bool = False
 
     def joined(self, other: Magnitude) -> Magnitude:
         """Of both examples: the largest peak, the smallest size."""
@@ -33,6 +37,7 @@ class Magnitude:
             min(sizes, default=0.0),
             max(self.density, other.density),
             self.finite and other.finite,
+            self.part or other.part,
         )
 
 
@@ -51,13 +56,15 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
         with torch.no_grad():
             for _ in in_step([run], example):
                 pass
+        for node, taken in run.choices.found():
+            run.found[node.name] = dataclasses.replace(measure(taken), part=True)
         found = {name: m.joined(found[name]) if name in found else m for name, m in run.found.items()}
     return found
 
 
 def calibration_tensors(found: Magnitudes) -> dict[str, torch.Tensor]:
     """Magnitudes as tensors that a state keeps: names, and a row of four numbers for each."""
-    rows = [[m.peak, m.rms, m.density, float(m.finite)] for m in found.values()]
+    rows = [[m.peak, m.rms, m.density, m.finite + 2.0 * m.part] for m in found.values()]
     names = torch.tensor(list("\n".join(found).encode()), dtype=torch.uint8)
     return {"names": names, "sizes": torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)}
 
@@ -71,8 +78,8 @@ def calibration_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Magnitude]:
     if tuple(sizes.shape) != (len(words), 4):
         return {}
     return {
-        word: Magnitude(float(peak), float(rms), float(density), bool(finite))
-        for word, (peak, rms, density, finite) in zip(words, sizes.tolist(), strict=True)
+        word: Magnitude(float(peak), float(rms), float(density), flags % 2.0 == 1.0, flags >= 2.0)
+        for word, (peak, rms, density, flags) in zip(words, sizes.tolist(), strict=True)
     }
 
 
@@ -121,6 +128,7 @@ class Measured(InOrder):
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
         self.found: dict[str, Magnitude] = {}
+        self.choices = Choices(module.graph)
 
     def run_node(self, n: Node) -> object:
         result = super().run_node(n)
@@ -136,4 +144,5 @@ class Measured(InOrder):
             source = n.args[0] if n.target in _MOVES else None
             known = self.found.get(source.name) if isinstance(source, Node) else None
             self.found[n.name] = known or measure(result)
+        self.choices.see(n, self.env, result)
         return result

@@ -86,6 +86,7 @@ def _forward(
         size = exponents.found.get(node.name)
         if (
             size is None
+            or size.part
             or node.op != "call_function"
             or node in backward
             or node in masked

@@ -72,6 +72,17 @@ def copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> t
     return source if source.shape == x.shape else source.expand(x.shape)
 
 
+def elu_backward(
+    gradient: torch.Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: torch.Tensor
+) -> torch.Tensor:
+    """`g * a s i exp(i min(x, 0))` below 0, `g * s` above: torch's exponentials of all x leave any range."""
+    if is_result:
+        slope = (x + alpha * scale) * input_scale
+    else:
+        slope = torch.exp(x.clamp(max=0.0) * input_scale) * (alpha * scale * input_scale)
+    return torch.where(x <= 0, gradient * slope, gradient * scale)
+
+
 def cdist_forward(x: torch.Tensor, y: torch.Tensor, p: float, mode: int | None) -> object:
     """Distances of rows as norms of differences, which the range pass knows (p = 2; others have a lowering rule)."""
     if p != 2.0:
@@ -96,6 +107,7 @@ DERIVATIVES: dict[OperatorBase, Callable[..., object]] = {
     aten.softplus_backward.default: softplus_backward,
     aten.silu_backward.default: silu_backward,
     aten.copy.default: copy,
+    aten.elu_backward.default: elu_backward,
     aten._cdist_forward.default: cdist_forward,
     aten._cdist_backward.default: cdist_backward,
 }
