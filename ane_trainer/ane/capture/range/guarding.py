@@ -87,6 +87,7 @@ def _forward(
         if (
             size is None
             or size.part
+            or not size.finite  # full precision gives infinities there, too, which nothing takes
             or node.op != "call_function"
             or node in backward
             or node in masked

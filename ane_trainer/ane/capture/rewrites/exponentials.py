@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -22,6 +22,15 @@ from ane_trainer.ane.capture.rewrites.logits import Origins
 from ane_trainer.ane.capture.trace.torch_private import SideTable, version
 
 Function = Callable[..., Any]
+
+#: torch's functions, for arguments of any kind.
+_EXP: Function = torch.exp
+_SUM: Function = torch.sum
+_ADD: Function = torch.add
+_MUL: Function = torch.mul
+_DIV: Function = torch.div
+_INVERSE: Function = torch.reciprocal
+_LOG1P: Function = torch.log1p
 
 
 @dataclass(frozen=True)
@@ -52,36 +61,39 @@ class Exponentials(Origins):
             **dict.fromkeys(divided, self._quotient), **dict.fromkeys(added, self._total),
         }  # fmt: skip
 
-    def _exp(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = torch.exp(x, *args, **kwargs)
+    def _exp(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        result: torch.Tensor = _EXP(x, *args, **kwargs)
         return self._note("exp", result, x) if x.is_floating_point() and not kwargs else result
 
-    def _sum(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result, made = torch.sum(x, *args, **kwargs), self._of(x, "exp")
+    def _sum(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        result: torch.Tensor = _SUM(x, *args, **kwargs)
+        made = self._of(x, "exp")
         if made is None or kwargs.keys() - {"dim", "axis", "keepdim"} or len(args) > 2:
             return result
         axes = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
-        axes = range(x.ndim) if axes is None else (axes,) if isinstance(axes, int) else axes
-        return self._note("sum", result, made.scores, tuple(sorted(a % max(x.ndim, 1) for a in axes)))
+        listed = range(x.ndim) if axes is None else axes if isinstance(axes, (list, tuple)) else [axes]
+        own = sorted(a % max(x.ndim, 1) for a in cast("Sequence[int]", listed))
+        return self._note("sum", result, made.scores, tuple(own))
 
-    def _total(self, x: Any, y: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = torch.add(x, y, *args, **kwargs)
+    def _total(self, x: object, y: object, *args: object, **kwargs: object) -> torch.Tensor:
+        result: torch.Tensor = _ADD(x, y, *args, **kwargs)
         for each, other in ((x, y), (y, x)):
             made = self._of(each, "exp")
             if made is not None and type(other) in (int, float) and other == 1 and not args and not kwargs:
                 return self._note("one", result, made.scores)
         return result
 
-    def _quotient(self, x: Any, y: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _quotient(self, x: object, y: object, *args: object, **kwargs: object) -> object:
         """exp / sum of them, and anything over 1 + exp."""
         above, below = self._of(x, "exp"), self._of(y, "sum", "one")
         if below is None or args or kwargs:
-            return torch.div(x, y, *args, **kwargs)
+            return _DIV(x, y, *args, **kwargs)
         same = above is not None and above.scores is below.scores
         if below.kind == "one":
-            return torch.sigmoid(below.scores) if same else torch.sigmoid(-below.scores) * x
-        found = self._share(below.scores, below.axes, tuple(y.shape)) if same else None
-        return torch.div(x, y) if found is None else found
+            return torch.sigmoid(below.scores) if same else _MUL(torch.sigmoid(-below.scores), x)
+        below_each = tuple(y.shape) if isinstance(y, torch.Tensor) else ()
+        found = self._share(below.scores, below.axes, below_each) if same else None
+        return _DIV(x, y) if found is None else found
 
     def _share(
         self, scores: torch.Tensor, axes: tuple[int, ...], below: tuple[int, ...]
@@ -94,19 +106,19 @@ class Exponentials(Origins):
             return None
         return self._softmax(scores, axes[0])
 
-    def _divided_by(self, x: torch.Tensor, y: Any) -> torch.Tensor:
+    def _divided_by(self, x: torch.Tensor, y: object) -> object:
         """`y / x`, as Python calls it for a number y."""
         return self._quotient(y, x)
 
-    def _inverse(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _inverse(self, x: torch.Tensor, *args: object, **kwargs: object) -> object:
         made = self._of(x, "one")
-        return torch.reciprocal(x, *args, **kwargs) if made is None or kwargs else torch.sigmoid(-made.scores)
+        return _INVERSE(x, *args, **kwargs) if made is None or kwargs else torch.sigmoid(-made.scores)
 
-    def _log1p(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _log1p(self, x: torch.Tensor, *args: object, **kwargs: object) -> object:
         made = self._of(x, "exp")
-        return torch.log1p(x, *args, **kwargs) if made is None or kwargs else F.softplus(made.scores)
+        return _LOG1P(x, *args, **kwargs) if made is None or kwargs else F.softplus(made.scores)
 
-    def _logarithm(self, x: torch.Tensor, *args: object, **kwargs: Any) -> torch.Tensor:
+    def _logarithm(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`torch.log`: of a sum of exponentials `logsumexp`, of one and an exponential `softplus`."""
         made = self._of(x, "sum", "one")
         if made is None or args or kwargs:
@@ -115,18 +127,18 @@ class Exponentials(Origins):
             return F.softplus(made.scores)
         return torch.logsumexp(made.scores, made.axes).reshape(x.shape)
 
-    def _moved(self, function: Function, x: Any, *args: object, **kwargs: object) -> Any:
+    def _moved(self, function: Function, x: object, *args: object, **kwargs: object) -> object:
         """A view or reshape, which passes on that it is a sum in another shape."""
         return self._pass_on(x, super()._moved(function, x, *args, **kwargs))
 
-    def _item(self, item: Function, x: Any, index: Any) -> Any:
+    def _item(self, item: Function, x: object, index: object) -> object:
         """`x[:, None]`: a new axis."""
         result = item(x, index)
         parts = index if isinstance(index, tuple) else (index,)
         whole = all(p is None or p is Ellipsis or (isinstance(p, slice) and p == slice(None)) for p in parts)
         return self._pass_on(x, result) if whole else result
 
-    def _pass_on(self, x: Any, result: Any) -> Any:
+    def _pass_on(self, x: object, result: object) -> object:
         made = self._of(x, "sum")
         if made is not None and isinstance(result, torch.Tensor):
             self._note("sum", result, made.scores, made.axes)
@@ -138,8 +150,13 @@ class Exponentials(Origins):
         self._made[result] = _Made(kind, scores, (version(result), version(scores)), axes)
         return result
 
-    def _of(self, x: Any, *kinds: str) -> _Made | None:
-        made = self._made.get(x) if isinstance(x, torch.Tensor) else None
-        if made is None or made.kind not in kinds or made.versions != (version(x), version(made.scores)):
+    def _of(self, x: object, *kinds: str) -> _Made | None:
+        made = self._made.get(x)
+        if (
+            not isinstance(x, torch.Tensor)
+            or made is None
+            or made.kind not in kinds
+            or made.versions != (version(x), version(made.scores))
+        ):
             return None
         return made

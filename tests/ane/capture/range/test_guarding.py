@@ -65,3 +65,21 @@ def test_only_values_near_the_end_of_the_range_are_watched(
         made, F.cross_entropy, torch.optim.SGD(made.parameters(), 0.1), (X / 300 * scale, Y)
     ).captured
     assert len(captured.guarded) == places, captured.guarded
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+def test_what_is_infinite_in_full_precision_is_not_watched() -> None:
+    """The derivative of a root at 0, which a relu in front masks: LPPool2d behind a ReLU skipped every step."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 4, 3)
+    with torch.no_grad():
+        layer.weight[1] = 0.0
+        layer.bias[:2] = torch.tensor([-10.0, 8e-4])  # type: ignore[index]  # zeros, and small numbers
+    model = nn.Sequential(layer, nn.ReLU(), nn.LPPool2d(2.0, 2), nn.Flatten(), nn.Linear(16, 4))
+    x, y = 0.3 * torch.randn(8, 1, 6, 6), torch.arange(8) % 4
+    step = at.compile_step(
+        model, "cross_entropy", torch.optim.SGD(model.parameters(), 0.1), (x, y), device="sim"
+    )
+    step(x, y)
+    assert step.skipped_steps == 0
+    assert not step.health
