@@ -23,6 +23,7 @@ from ane_trainer.ane.capture.parts import part_of
 from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.capture.range.changes import change_of
 from ane_trainer.ane.capture.range.editing import Editor, aten, shape_of
+from ane_trainer.ane.capture.range.running import InOrder
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.stages import Port
 
@@ -129,7 +130,7 @@ def _runner(graph: GraphModule, found: Sequence[_Update]) -> Callable[[Tensors],
 
     def run(values: Tensors) -> Tensors:
         with torch.no_grad():
-            results = module(*(values[n] for n in placed))
+            results = InOrder(module).run(*(values[n] for n in placed))
         return {u.port.name: r.reshape(u.port.shape).clone() for u, r in zip(found, results, strict=True)}
 
     return run

@@ -278,3 +278,26 @@ def test_averages_and_counts_move_by_less_than_fp16_resolves(door: str) -> None:
     for name, theirs_now in twin.named_buffers():
         moved, wanted = (m.float() - start[name] for m in (dict(model.named_buffers())[name], theirs_now))
         assert float((moved - wanted).norm()) < 0.02 * float(wanted.norm()), name
+
+
+class Masked(nn.Module):
+    """An encoder layer beside a buffer that the forward writes to: its views are of permuted values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        self.mean.mul_(0.99).add_(x.detach().mean((0, 1)), alpha=0.01)
+        return self.head((x - self.mean).mean(1))  # type: ignore[no-any-return]
+
+
+def test_slow_buffers_of_attention() -> None:
+    torch.manual_seed(0)
+    model, x, y = Masked(), torch.randn(4, 5, 8), torch.arange(4) % 3
+    step = at.compile_step(model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), (x, y))
+    step(x, y)
+    assert step.agreement is not None
+    assert step.agreement.agrees
