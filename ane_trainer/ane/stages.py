@@ -91,12 +91,16 @@ class Captured:
 
 @dataclass(frozen=True)
 class Lowered:
-    """The same step as one MIL program; port names are the program's input and output names."""
+    """The same step as one MIL program; port names are the program's input and output names.
+
+    `notes`: what the user has to know of its numbers, which does not refuse it.
+    """
 
     program: Program
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     aliases: tuple[Alias, ...]
+    notes: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
 from ane_trainer.ane.dispatch.recall import Entry, Memory, Question, memory_of
 from ane_trainer.ane.dispatch.state import StepState
-from ane_trainer.ane.errors import DataError
+from ane_trainer.ane.errors import DataError, NumericsWarning
 from ane_trainer.ane.stages import Captured, Compiled, Port
 from ane_trainer.utils import without_collection
 
@@ -213,7 +214,9 @@ def _prepared(
 def load_compiled(
     subject: Subject, target: Target, options: StepOptions, capture: StepCapture, compiled: Compiled
 ) -> LoadedStep:
-    """A compiled step on its device, with the loss scale that the capture chose."""
+    """A compiled step on its device, with the loss scale that the capture chose; its notes are told."""
+    for note in compiled.legalized.lowered.notes:
+        warnings.warn(str(note), NumericsWarning, stacklevel=2)
     session, inputs, outputs, update = target.load(compiled), compiled.inputs, compiled.outputs, None
     if capture.update is not None:
         assert options.exchange is not None

@@ -16,6 +16,7 @@ from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import split
 from ane_trainer.ane.compiler.lower.indices.arithmetic import joined
 from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, choose, chosen_by, wrapping
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.indices.phases import exposed
 from ane_trainer.ane.compiler.lower.indices.ranges import integral
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Shape, is_bool, mil_shape
@@ -81,7 +82,7 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     findings += _absent_outputs(ctx, results)
     _refuse(findings, "ops that have a lowering rule; got {} without.")
     _refuse(
-        _exposed(captured) if dtype == "fp16" else [],
+        _exposed(captured, EXACT_INTEGERS, math.inf) if dtype == "fp16" else [],
         "numbers that fp16 holds closely enough; got {} ops on others.",
     )
     names = _output_names(inputs, captured.outputs)
@@ -94,7 +95,8 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
     )
     renamed = {port.name: new.name for port, new in zip(captured.inputs, inputs, strict=True)}
     aliases = tuple(Alias(names[a.output], renamed[a.input]) for a in captured.aliases)
-    return Lowered(Program((function,)), (*inputs, *quotients), outputs, aliases)
+    notes = _exposed(captured, 0.0, EXACT_INTEGERS) if dtype == "fp16" else []
+    return Lowered(Program((function,)), (*inputs, *quotients), outputs, aliases, tuple(notes))
 
 
 def _refuse(findings: list[Finding], needs: str) -> None:
@@ -128,15 +130,15 @@ def _beyond_two(captured: Captured, integers: Integers) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _exposed(captured: Captured) -> list[Finding]:
-    """Ops that an input's rounding reaches in full, see `indices.phases`."""
+def _exposed(captured: Captured, least: float, most: float) -> list[Finding]:
+    """Ops that the rounding of inputs of such a size reaches in full, see `indices.phases`."""
     return [
         Finding(
             where(node), str(node.target),
             f"reads numbers of {place} that fp16 rounds by up to {error:.2g}, which this op does not bear.",
-            "Compute it beforehand and pass the result as an input, or scale the numbers below 2048.",
+            "Compute it beforehand and pass the result as an input, or scale the numbers down.",
         )
-        for node, place, error in exposed(captured)
+        for node, place, error in exposed(captured, least, most)
     ]  # fmt: skip
 
 

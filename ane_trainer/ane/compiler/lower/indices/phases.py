@@ -1,20 +1,20 @@
 """Inputs whose rounding to fp16 shows in full: large times and positions under a sine, or cut to whole numbers.
 
 fp16 has 11 bits. A number of the batch above 2048 is rounded by up to half a unit and more; a loss or a layer bears
-that as every rounding, an angle in radians or a remainder does not.
+that as every rounding, an angle in radians or a remainder does not. Nor does a small number that is multiplied before
+(positions in -1 ... 1 times 2^9 pi, as radiance fields encode them).
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES
-from ane_trainer.ane.compiler.lower.indices.ranges import integral, packet_name
+from ane_trainer.ane.compiler.lower.indices.codes import MOVES
+from ane_trainer.ane.compiler.lower.indices.ranges import constant_of, integral, packet_name
 from ane_trainer.ane.stages import Captured
 
 #: Half a step of fp16, relative.
@@ -28,13 +28,16 @@ _SCALED = ("mul", "div", "mm", "bmm", "matmul", "outer", "ger")
 _LINEAR = ("_to_copy", "add", "sub", "neg", "index", "index_select", "repeat_interleave", *_SCALED)
 
 
-def exposed(captured: Captured) -> Iterator[tuple[Node, str, float]]:
-    """(op, place in the batch, largest error of its argument) for the example's numbers that fp16 rounds too much."""
+def exposed(captured: Captured, least: float, most: float) -> Iterator[tuple[Node, str, float]]:
+    """(op, place in the batch, largest error of its argument) for the example's numbers that fp16 rounds too much.
+
+    Of inputs whose largest number is above `least` and at most `most`; a port has bounds only if fp16 rounds some.
+    """
     placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
     for node, port in zip(placeholders, captured.inputs, strict=True):
         if port.role == "batch" and port.bounds is not None:
             largest = max(-port.bounds[0], port.bounds[1])
-            if largest > EXACT_INTEGERS:
+            if least < largest <= most:
                 for op, size in sensitive(captured.graph, node, largest * port.scale):
                     if size * _ROUNDING > _BEARABLE[packet_name(op)]:
                         yield op, port.target or port.name, size * _ROUNDING
@@ -69,9 +72,7 @@ def _factor(graph: GraphModule, user: Node, source: Node) -> float:
     others: list[object] = [a for a in user.args[:2] if a is not source]
     if not others:
         return 1.0
-    other = others[0]
-    if isinstance(other, Node) and other.op == "get_attr":
-        other = operator.attrgetter(str(other.target))(graph)
+    other = constant_of(graph, others[0]) if isinstance(others[0], Node) else others[0]
     if isinstance(other, torch.Tensor):
         other = float(other.detach().abs().amax()) if other.numel() else 1.0
     if not isinstance(other, (int, float)) or not other:

@@ -126,6 +126,24 @@ def _constant(graph: GraphModule, node: Node, known: Mapping[Node, torch.Tensor]
     return value if isinstance(value, torch.Tensor) else None
 
 
+def constant_of(graph: GraphModule, node: Node) -> torch.Tensor | None:
+    """The value of a node that depends on no input; None of any other."""
+    known: dict[Node, torch.Tensor] = {}
+    pending = [node]
+    while pending:
+        source = pending[-1]
+        missing = [n for n in source.all_input_nodes if n not in known]
+        if source.op not in ("call_function", "get_attr"):
+            return None
+        pending += missing
+        if not missing:
+            value = _constant(graph, pending.pop(), known)
+            if value is None:
+                return None
+            known[source] = value
+    return known[node]
+
+
 def _computed(node: Node, found: Mapping[Node, Bounds]) -> Bounds | None:
     name = packet_name(node)
     rule = _RULES.get(name)

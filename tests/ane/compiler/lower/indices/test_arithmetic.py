@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -189,3 +191,34 @@ def test_angles_of_large_times_are_refused_with_the_line_and_of_smaller_ones_tak
         UnsupportedModel, match=r"test_arithmetic.py:\d+.*sin.*rounds by up to 0.2.*Compute it"
     ):
         at.compile_step(model, "cross_entropy", optimizer, (times[1], y), fidelity="fast")
+
+
+class Field(nn.Module):
+    """Positions under sines of growing frequency, as radiance fields encode them."""
+
+    def __init__(self, octaves: int) -> None:
+        super().__init__()
+        self.octaves, self.head = octaves, nn.Linear(octaves, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.sin(x[:, None] * (2.0 ** torch.arange(self.octaves) * torch.pi)))
+        return found
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+def test_small_numbers_whose_rounding_grows_before_a_sine_are_told(exactly: bool) -> None:
+    """Where fp16 holds the positions exactly there is nothing to tell; with six octaves neither."""
+    x, y = torch.arange(4) / 4 + (0.0 if exactly else 0.1), torch.randint(0, 3, (4,))
+    told = {}
+    for octaves in (6, 10):
+        model = Field(octaves)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            at.compile_step(model, "cross_entropy", optimizer, (x, y), fidelity="fast")
+        told[octaves] = [str(w.message) for w in seen if "rounds by up to" in str(w.message)]
+    assert told[6] == []
+    assert len(told[10]) == (0 if exactly else 1)
+    assert exactly or re.search(
+        r"test_arithmetic.py:\d+.*sin.*numbers of x.*Compute it beforehand", told[10][0]
+    )
