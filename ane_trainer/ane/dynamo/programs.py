@@ -73,6 +73,7 @@ class GraphFunction:
         self._options, self._told = options, False
         nodes = self.engine_results()
         self._added = {nodes[s.change].name for s in self._prepared.results if s.kind == "sum"}
+        self._shares = {n.name for n in nodes if n.target is torch.ops.aten._log_softmax.default}
         self._expected: Values = []  # the engine's results in full precision, after a calibration
 
     def __call__(self, inputs: Sequence[Any], users: int) -> list[Any]:
@@ -217,8 +218,12 @@ class GraphFunction:
         return known.peak == 0.0 or peak < _EMPTY * known.rms or peak > larger * known.peak
 
     def beyond(self, limit: float) -> list[str]:
-        """Results of the last run that are stored beyond the limit, or no numbers, where PyTorch's are finite."""
-        full = [name for name, peak, _ in self._peaks() if not peak < limit]
+        """Results of the last run that are stored beyond the limit, or no numbers, where PyTorch's are finite.
+
+        The logarithms of shares that are 0, of masked scores, count for nothing however low they are.
+        """
+        none = self._shares
+        full = [n for n, peak, _ in self._peaks() if not peak < limit and not (n in none and peak == peak)]
         return [name for name in full if name not in self.found or self.found[name].finite]
 
     def _peaks(self) -> list[tuple[str, float, float]]:

@@ -174,3 +174,22 @@ def test_the_first_call_is_compared_with_full_precision(
     torch.manual_seed(0)
     with pytest.warns(at.NumericsWarning, match=rf"test_calibration.py:\d+.*{words}"):
         torch.compile(function, backend="ane", options={"device": "sim"})(torch.rand(16, 8))
+
+
+def test_masked_scores_of_a_log_softmax_are_not_told() -> None:
+    """Their logarithms, -1e9, are kept for the backward pass; what they stand for is 0."""
+    torch.manual_seed(0)
+    layer, x, y = nn.Linear(6, 8), torch.randn(8, 6), (torch.arange(8) + 4) % 8
+
+    def contrast(x: Tensor) -> Tensor:
+        z = F.normalize(layer(x), dim=-1)
+        return F.cross_entropy((z @ z.T / 0.07).masked_fill(torch.eye(8).bool(), -1e9), y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", at.NumericsWarning)
+        loss = torch.compile(contrast, backend="ane")(x)
+        loss.backward()
+    assert layer.weight.grad is not None
+    found, layer.weight.grad = layer.weight.grad.clone(), None
+    contrast(x).backward()
+    assert (found - layer.weight.grad).norm() < 0.02 * layer.weight.grad.norm()
