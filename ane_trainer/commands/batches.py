@@ -51,6 +51,6 @@ def _forward_work(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[i
                     found[0] += result.numel() * args[1][0].numel()
             return result
 
-    with torch.no_grad(), Count():  # type: ignore[no-untyped-call]
-        model(*inputs)
+    with torch.enable_grad(), Count():  # type: ignore[no-untyped-call]
+        model(*(part.clone() for part in inputs))
     return found[0], found[1]

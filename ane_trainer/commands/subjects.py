@@ -294,9 +294,9 @@ def _example_inputs(
     for kind in kinds:
         x = tuple(_random(shape, dtype, request.batch, _vocabulary(model)) for shape, dtype in kind)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.enable_grad(), warnings.catch_warnings():  # a forward may ask for derivatives
                 warnings.simplefilter("ignore")  # of attempts; the step's own are told when it is captured
-                output = model(*x)
+                output = _detached(model(*(part.clone() for part in x)))
         except (RuntimeError, TypeError, IndexError, ValueError) as fault:
             faults.append(f"{', '.join(dtype for _, dtype in kind)}: {str(fault).splitlines()[0]}")
             line = line or users_line(fault)
@@ -313,6 +313,18 @@ def _example_inputs(
         f"({'; '.join([*faults, *filter(None, [line])])}). Give --input, and --dtype int for tokens.",
         code="DATA105",
     )
+
+
+def _detached(output: object) -> object:
+    """The tensors of an output without what they are made of."""
+    import torch
+
+    from ane_trainer.ane.capture.trace.torch_private import pytree
+
+    def plain(leaf: object) -> object:
+        return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(plain, output)
 
 
 def _described(output: object) -> str:

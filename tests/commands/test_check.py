@@ -130,6 +130,19 @@ class Empty(Named):
     def forward(self, x):
         return self.head(x)
 
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 4), nn.Linear(4, 1)
+    def forward(self, x):
+        x = x.requires_grad_(True)
+        y = self.head(torch.tanh(self.body(x)))
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+class Waves(Named):
+    def forward(self, x):
+        return self.head(x.sin())
+
 class Shallow(Deep):
     def __init__(self):
         super().__init__(2)
@@ -167,7 +180,7 @@ def checked(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[
     ("model", "shape"),
     [
         ("Mlp", "1x8x8"), ("Normed", "16"), ("Regressor", "13"), ("Tokens", "6"),
-        ("Two", "1x4x4,4"), ("Frozen", "16"), ("Sum", "1x16x16"),
+        ("Two", "1x4x4,4"), ("Frozen", "16"), ("Sum", "1x16x16"), ("Slope", "8"),
     ],
 )  # fmt: skip
 def test_a_model_trains(nets: Path, capsys: pytest.CaptureFixture[str], model: str, shape: str) -> None:
@@ -413,3 +426,13 @@ def test_a_file_of_core_mls_is_checked_for_core_ml() -> None:
         "coreml", "e5rt", "e5rt",
     ]  # fmt: skip
     assert route_of("direct", "net.mlpackage") == "direct"
+
+
+def test_an_op_that_a_chip_lacks_names_the_first_that_runs_it(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("nets.py:Waves", "--input", "8", "--batch", "4", "--no-run")
+    code, found = checked(capsys, *words, "--chip", "m1,m3")
+    refused, healed = found["chips"]
+    assert (code, refused["verdict"], healed["verdict"]) == (3, "does not train", "trains")
+    assert all("M3 runs it; for M1" in problem["fix"] for problem in refused["refused"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ane_trainer.ane.chips.lookup import Chip, Limit, get_chip, limit, op_status
+from ane_trainer.ane.chips.lookup import Chip, Limit, get_chip, known_chips, limit, op_status
 from ane_trainer.ane.chips.work import constant_bytes
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.mil.opset import Call, bind, family
@@ -99,12 +99,25 @@ def _inputs(function: Function, target: Target) -> Iterator[Finding]:
             yield Finding(f"input {value.name}", "input", reason, fix)
 
 
+def _instead(kind: str, target: Target) -> str:
+    """The way out of an op that a chip refuses: the first later chip that is known to run it, or other ops."""
+    later = (c for c in map(get_chip, known_chips()) if c.generation_number > target.chip.generation_number)
+    first = next((c for c in later if op_status(kind, c, target.path).status in _RUNS), None)
+    if first is None:
+        return "Replace the layer that needs it."
+    return f"{first.title} runs it; for {target.chip.title} replace the layer that needs it."
+
+
+#: What the tables say of an op that a chip runs.
+_RUNS = ("native", "reachable")
+
+
 def _ops(function: Function, target: Target) -> Iterator[Finding]:
     for op in function.ops:
         support = op_status(op.kind, target.chip, target.path)
         if support.status == "refused":
             reason = f"the engine refuses this op ({support.evidence}; {support.source})."
-            yield Finding(_where(op), op.kind, reason, "Replace the layer that needs it.")
+            yield Finding(_where(op), op.kind, reason, _instead(op.kind, target))
         seen: set[str] = set()
         for check in (_shapes, *(_CHECKS.get(op.kind) or _CHECKS.get(family(op.kind), ()))):
             for reason, fix in check(op, target):

@@ -78,7 +78,8 @@ def fault_of(op: OpAccuracy, operands: float = 0.0, tolerated: float = TOLERATED
     profile = op.profile
     own, total = profile.own.relative, profile.total.relative
     if op.undefined:
-        facts = f"{op.undefined:,} numbers are infinite or nan in double precision, too: a division by 0, say"
+        many = f"{op.undefined:,} numbers are" if op.undefined > 1 else "one number is"
+        facts = f"{many} infinite or nan in double precision, too: a division by 0, say"
         return Fault("undefined", facts, math.inf)
     if profile.overflows:
         return _overflow(op)
