@@ -26,6 +26,8 @@ FOLDS = 10
 OUTSIDE = 0.10
 #: Programs below which a kind's interval is widened to that of all programs of its path.
 FEW = 20
+#: What the intervals of few programs are stretched by, over the number of their workloads.
+STRETCH = {"measured": 2.0, "carried": 1.0}
 #: Chips below which a kind's interval for an unseen one is made symmetric.
 FEW_CHIPS = 5
 
@@ -108,10 +110,10 @@ def interval_of(
 ) -> tuple[float, float, int]:
     """The bounds of one kind of program; where it has few programs, widened.
 
-    They then hold the bounds of `everything` as well, and their logs are stretched by one over the number of distinct
-    workloads: what few workloads show of an error is less than what the next will have. Of chips left out whole
-    (`carried`) the chip is the unit: where there are few, the bounds are as far on one side as on the other, since
-    whether the next chip is above the trend or below is chance.
+    They then hold the bounds of `everything` as well, and their logs are stretched by STRETCH over the number of
+    distinct workloads: what few workloads show of an error is less than what the next will have. Of chips left out
+    whole (`carried`) the chip is the unit: where there are few, the bounds are as far on one side as on the other,
+    since whether the next chip is above the trend or below is chance.
     """
     low, high, programs = bounds(left) if left else (math.inf, 0.0, 0)
     if basis == "carried" and programs and len({item.row.chip for item in left}) < FEW_CHIPS:
@@ -120,7 +122,7 @@ def interval_of(
         return low, high, programs
     wide_low, wide_high, all_programs = bounds(everything)
     low, high = min(low, wide_low), max(high, wide_high)
-    stretch = 1 + 1 / max(len({item.row.workload for item in left}), 1)
+    stretch = 1 + STRETCH[basis] / max(len({item.row.workload for item in left}), 1)
     return min(low, low**stretch), max(high, high**stretch), all_programs
 
 

@@ -159,7 +159,7 @@ def _intervals(left: dict[str, list[Left]]) -> str:
     text = (
         "## Intervals\n\nThe interval printed beside an estimate holds nine of ten left-out values of its kind of program"
         " on that path\n(conformal: quantiles of published over estimated, the extremes where there are few programs, and widened to those of all"
-        " programs of the\npath, and stretched by one over the number of workloads in logs, where there are fewer than twenty). Of chips left out whole, and fewer than five of them, the interval is as wide on both sides:"
+        " programs of the\npath, and stretched in logs by two over the number of workloads (one on chips left out whole), where there are fewer than twenty). Of chips left out whole, and fewer than five of them, the interval is as wide on both sides:"
         "\nwhether the next chip is above the trend or below is chance. *held*: share of values inside an interval made of the"
         " other programs alone,\nfor *carried over* of the other chips alone. A chip with fewer than eight published programs on a path gets the intervals of chips left"
         " out whole.\n"
