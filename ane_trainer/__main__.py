@@ -1,16 +1,20 @@
 """`python -m ane_trainer` and `ane-trainer`: the command line, with signals caught from the first import on."""
 
+import gc
 import io
 import os
 import signal
 import sys
 from types import FrameType
 
+#: New objects between two collections: at Python's own 700 (3.11) they take a tenth of what importing PyTorch takes.
+_OBJECTS = 50_000
 _STOPPED = "ANE130 stopped before there was anything to save."
 
 
 def main() -> None:
     """Run the command line and exit with the documented code. SIGTERM and SIGHUP end it as Ctrl-C does."""
+    gc.set_threshold(_OBJECTS)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
@@ -25,6 +29,7 @@ def main() -> None:
     except KeyboardInterrupt:  # while the command line itself was imported
         print(_STOPPED, file=sys.stderr)
         code = 130
+    gc.freeze()  # the interpreter's last collection would go through all that PyTorch made: a second
     sys.exit(code)
 
 

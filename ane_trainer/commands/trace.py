@@ -259,11 +259,10 @@ def _draw(traced: Trace, file: Path, run: Path | None) -> tuple[Path, ...]:
     """The pictures beside the trace, and in the report of the run that it is of."""
     from ane_trainer.training.reporting import pictures
     from ane_trainer.training.reporting.page import with_pictures
+    from ane_trainer.training.reporting.step_charts import step_charts
 
-    if pictures.missing():
-        return ()
     written = []
-    for _, time in traced.laid_out:
+    for _, time in traced.laid_out if not pictures.missing() else ():
         for name, figure in (
             ("roofline", pictures.roofline(time)),
             ("memory", pictures.memory_over_time(time)),
@@ -273,7 +272,7 @@ def _draw(traced: Trace, file: Path, run: Path | None) -> tuple[Path, ...]:
                 written.append(atomic_write(target, pictures.drawn(figure, kind)))
     report = run / "report.html" if run is not None else None
     if report is not None and report.is_file():
-        images = pictures.as_images([time for _, time in traced.laid_out])
+        images = step_charts([time for _, time in traced.laid_out])
         written.append(atomic_write(report, with_pictures(report.read_text(encoding="utf-8"), images)))
     return tuple(written)
 

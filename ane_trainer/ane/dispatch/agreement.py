@@ -18,6 +18,7 @@ from ane_trainer.ane.capture.calibrate import call_aside, call_loss, module_mode
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.capture.range.departure import Departure, Rounded, run_rounded
+from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo, step_without_dynamo
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject
 from ane_trainer.ane.errors import NumericsWarning
 
@@ -109,7 +110,7 @@ def reference(
         model, loss, optimizer = copied(subject)
         if not (model.training or subject.as_it_is):
             model.train()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), optimizers_without_dynamo():
             optimizer.zero_grad()
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
             with drawn_by(draws):
@@ -198,14 +199,16 @@ def _changes(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, before: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What `optimizer.step()` does to each parameter with a gradient; parameters and state are put back."""
-    kept = copy.deepcopy(optimizer.state_dict())
-    optimizer.step()
+    with optimizers_without_dynamo():
+        kept = copy.deepcopy(optimizer.state_dict())
+        step_without_dynamo(optimizer)
     changes = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and name in before:
             changes[name] = parameter.detach() - before[name]
             parameter.data.copy_(before[name])
-    optimizer.load_state_dict(kept)
+    with optimizers_without_dynamo():
+        optimizer.load_state_dict(kept)
     return changes
 
 

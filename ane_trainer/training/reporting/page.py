@@ -298,8 +298,7 @@ def with_pictures(text: str, images: Sequence[str]) -> str:
     _, end, after = rest.partition(_PICTURES[1])
     if not begin or not end:
         return text
-    note = "<p class='note'>By the cost model; not measured.</p>"
-    shown = f"<h2>A step on the engine</h2>\n<div class='row'>{''.join(images)}</div>{note}" if images else ""
+    shown = f"<h2>A step on the engine</h2>\n<div class='row'>{''.join(images)}</div>" if images else ""
     return f"{before}{begin}{shown}{end}{after}"
 
 

@@ -1,13 +1,11 @@
 """Pictures of a modelled step, through matplotlib where it is installed: a roofline with the program's ops, and memory.
 
-They lie beside a trace (`ane-trainer trace`) as PNG and SVG, and in a run's report.html.
+They lie beside a trace (`ane-trainer trace`) as PNG and SVG; report.html has its own (`step_charts`).
 """
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -24,12 +22,13 @@ if TYPE_CHECKING:
 #: What brings matplotlib.
 INSTALL = 'pip install "ane_trainer[plot]"'
 #: What bounds an op -> its colour; `host` is a whole program that leaves the engine.
-_BOUNDS = dict(zip(("mac", "elementwise", "weights", "activations", "host"), COLOURS, strict=False))
+BOUNDS = dict(zip(("mac", "elementwise", "weights", "activations", "host"), COLOURS, strict=False))
 #: Streams that are drawn as roofs -> their names.
-_ROOFS = {"pass": "elementwise passes", "weight": "constants", "read": "in", "write": "out"}
+ROOFS = {"pass": "elementwise passes", "weight": "constants", "read": "in", "write": "out"}
 #: Dots from which an SVG holds them as an image.
 _MANY = 3_000
-_NOTE = "modelled by the cost model, not measured"
+#: Said below both.
+NOTE = "modelled by the cost model, not measured"
 
 
 def missing() -> bool:
@@ -47,7 +46,7 @@ def roofline(found: Timeline) -> Figure:
     figure, axes = _figure(f"{found.title}, {found.path}: roofline with the ops of a step")
     ops = [op for op in found.cost.ops if op.flops and op.bytes and op.latency_us > 0]
     longest = max((op.latency_us for op in ops), default=1.0)
-    for bound, colour in _BOUNDS.items():
+    for bound, colour in BOUNDS.items():
         of = [op for op in ops if op.bound_by == bound]
         if of:
             axes.scatter(
@@ -76,7 +75,7 @@ def _roofs(axes: Axes, peak: float, values: dict[str, float]) -> None:
     reached = peak * values["mac"]
     low, high = low / 2, max(high, 4 * reached / (values["pass"] * 1e9))
     lines = [axes.axhline(peak, color="black", lw=1, ls=":", label=f"peak {peak / 1e12:.3g} TFLOP/s")]
-    for (name, label), style in zip(_ROOFS.items(), ("-", "--", "-.", (0, (1, 1))), strict=True):
+    for (name, label), style in zip(ROOFS.items(), ("-", "--", "-.", (0, (1, 1))), strict=True):
         slope = values[name] * 1e9
         ridge = min(reached / slope, high)
         lines += axes.plot(
@@ -116,7 +115,7 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25, lw=0.5)
-    figure.text(0.995, 0.005, _NOTE, ha="right", va="bottom", fontsize=7, color="dimgrey")
+    figure.text(0.995, 0.005, NOTE, ha="right", va="bottom", fontsize=7, color="dimgrey")
     return figure, axes
 
 
@@ -129,17 +128,3 @@ def drawn(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ane_trainer"}):
         figure.savefig(file, format=kind, dpi=130, metadata=metadata)
     return file.getvalue()
-
-
-def as_images(found: Sequence[Timeline]) -> list[str]:
-    """The pictures as HTML images that need no other file; none where matplotlib is missing."""
-    if missing():
-        return []
-    images = []
-    for step in found:
-        for name, draw in (("roofline", roofline), ("memory over a step", memory_over_time)):
-            data = base64.b64encode(drawn(draw(step), "svg")).decode()
-            images.append(
-                f'<img class="chart" src="data:image/svg+xml;base64,{data}" alt="{step.title}: {name}">'
-            )
-    return images

@@ -17,8 +17,8 @@ from ane_trainer.training.folder.results import Epoch
 from ane_trainer.training.reporting.analysis import Analysis, Seen
 from ane_trainer.training.reporting.loggers import make_loggers
 from ane_trainer.training.reporting.page import page, with_pictures
-from ane_trainer.training.reporting.pictures import as_images, missing
 from ane_trainer.training.reporting.report import Reporter, Reporters
+from ane_trainer.training.reporting.step_charts import step_charts
 from ane_trainer.training.steps import Step
 from ane_trainer.utils import atomic_write, atomic_write_json, finite
 
@@ -76,10 +76,10 @@ def write_report(
 
 
 def _pictures(step: Step | None) -> list[str]:
-    """Roofline and memory of each program of the step; none without matplotlib, or without programs."""
-    if not isinstance(step, TrainingStep) or missing():
+    """Roofline and memory of each program of the step; none without programs."""
+    if not isinstance(step, TrainingStep):
         return []
-    return as_images([timeline(part.program, part.chip, step.target.path) for part in step.programs])
+    return step_charts([timeline(part.program, part.chip, step.target.path) for part in step.programs])
 
 
 def _analysis(seen: Seen, about: DataDescription | None) -> Analysis | None:

@@ -5,6 +5,7 @@ checks each on the installed release.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -43,6 +44,7 @@ __all__ = [
     "plain_kernels",
     "pytree",
     "schema",
+    "step_without_dynamo",
     "version",
     "without_modes",
 ]  # fmt: skip
@@ -123,19 +125,48 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def optimizers_without_dynamo() -> Iterator[None]:
-    """Within the block an optimizer is made without importing TorchDynamo, which takes as long as importing torch.
+    """Within the block optimizers are made, and their state is read, without importing TorchDynamo.
+
+    That takes as long as importing torch.
 
     Optimizers only ask Dynamo to stay out of their way; they find here that it does.
     """
-    plain = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
-    if plain is None or "torch._dynamo" in sys.modules:
+    optimizer = torch.optim.Optimizer
+    methods = (
+        optimizer.add_param_group,
+        optimizer.zero_grad,
+        optimizer.state_dict,
+        optimizer.load_state_dict,
+    )
+    plain = [found for method in methods if (found := getattr(method, "__wrapped__", None)) is not None]
+    if "torch._dynamo" in sys.modules:
         yield
         return
-    setattr(plain, "__dynamo_disable", plain)
+    mine = [function for function in plain if not hasattr(function, "__dynamo_disable")]  # blocks may nest
+    for function in mine:
+        setattr(function, "__dynamo_disable", function)
     try:
         yield
     finally:
-        delattr(plain, "__dynamo_disable")
+        for function in mine:
+            delattr(function, "__dynamo_disable")
+
+
+def step_without_dynamo(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`; of torch's own optimizers without hooks, the function itself, which imports no TorchDynamo.
+
+    What stands around it turns gradients off, asks Dynamo for a graph break, and calls hooks.
+    """
+    kind = type(optimizer)
+    around = (
+        optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or has_global_step_hooks()
+    )
+    changed = "step" in vars(optimizer) or optimizer.defaults.get("differentiable", False)
+    if "torch._dynamo" in sys.modules or around or changed or not kind.__module__.startswith("torch.optim."):
+        optimizer.step()
+        return
+    with torch.no_grad():
+        inspect.unwrap(kind.step)(optimizer)
 
 
 def non_persistent_buffers(module: torch.nn.Module) -> set[str]:

@@ -201,7 +201,8 @@ def test_neither_an_optimizer_nor_a_capture_imports_dynamo(first: str) -> None:
         f"{first}\n"
         + """
 import sys, torch
-from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, optimizers_without_dynamo
+from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode
+from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo, step_without_dynamo
 class Counting(TorchDispatchMode):
     count = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -210,7 +211,14 @@ class Counting(TorchDispatchMode):
 there = 'torch._dynamo' in sys.modules
 for _ in range(2):  # the second time Dynamo is there
     with optimizers_without_dynamo():
-        optimizer = torch.optim.Adam(torch.nn.Linear(2, 2).parameters())
+        layer = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.Adam(layer.parameters())
+        layer(torch.ones(2)).sum().backward()
+        before = layer.bias.detach().clone()
+        step_without_dynamo(optimizer)
+        assert torch.allclose(layer.bias, before - 1e-3)
+        optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
     with Counting() as counting:
         torch.ones(2) + 1
     assert counting.count == 2
