@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads, weights_note
-from ane_trainer.training.reporting.report import headline
+from ane_trainer.training.reporting.report import headline, wrapped
 from ane_trainer.utils import printable
 
 #: How the parts of the data are called.
@@ -39,7 +40,8 @@ def evaluate(
         f"{accuracy}{part} loss {found['test_loss']:.4f}{perplexity}   {found['examples']:,} examples"
         + text_of(found.get("metrics", {}).items()),
     ]
-    return Output(found, "\n".join([*lines, *_table(found["scores"] or {})]))
+    lines += _table(found["scores"] or {})
+    return Output(found, "\n".join(wrapped(line, sys.stdout) for line in lines))
 
 
 def _table(scores: Mapping[str, Any]) -> Sequence[str]:

@@ -52,9 +52,13 @@ def runs_list(
         return Output({"runs": []}, f"no runs in {root}; train one: ane-trainer train digits")
     head = ("run", "model", "data", "status", "epochs", "accuracy", "loss", "last change")
     rows = [head, *(_row(record) for record in records)]
-    return Output(
-        {"runs": [_values(record) for record in records]}, "\n".join(table(rows, left=(0, 1, 2, 3, 7)))
-    )
+    lines = table(rows, left=(0, 1, 2, 3, 7))
+    if sys.stdout.isatty() and max(map(len, lines)) > shutil.get_terminal_size().columns:
+        short = [
+            (Path(row[0]).name if root == RUNS else row[0], *row[3:]) for row in rows
+        ]  # the name tells the rest
+        lines = table(short, left=(0, 1, 5))
+    return Output({"runs": [_values(record) for record in records]}, "\n".join(lines))
 
 
 def runs_show(run: Run) -> Output:

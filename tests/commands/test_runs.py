@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
+import sys
 import tomllib
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -16,7 +19,7 @@ import torch
 from ane_trainer.cli import run_command
 from ane_trainer.commands.runs import sparkline
 from ane_trainer.training.config import TrainConfig, make_config
-from ane_trainer.training.folder.records import as_csv, find_records, read_record
+from ane_trainer.training.folder.records import as_csv, find_records, find_run, read_record
 from ane_trainer.training.folder.results import Epoch
 from ane_trainer.training.reporting.analysis import classes_of, numbers_of
 from ane_trainer.training.reporting.page import page
@@ -60,6 +63,29 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str
     assert run_command(words) == code
     found = capsys.readouterr()
     return found.err if code else found.out
+
+
+def test_the_last_run_is_the_one_that_was_trained_last(folder: Path) -> None:
+    """An export into an older one, or a trace of it, does not make it the last."""
+    for age, name in enumerate(("cut", "good")):
+        for file in (folder / "runs" / name).iterdir():
+            os.utime(file, (1e9 - age, 1e9 - age))
+    (folder / "runs" / "good" / "model.onnx").write_text("")
+    (folder / "runs" / "good" / "trace.json").write_text("{}")
+    assert find_run("last") == Path("runs/cut")
+
+
+def test_the_list_fits_a_narrow_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    (folder / "runs" / "good").rename(folder / "runs" / "houses-mlp-2026-11-30-1")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    assert run_command(("runs", "list")) == 0
+    assert max(map(len, terminal.getvalue().splitlines())) <= 80
+    assert "houses-mlp-2026-11-30-1" in terminal.getvalue()
 
 
 def test_the_list_has_every_run_with_its_state(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

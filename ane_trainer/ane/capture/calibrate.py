@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ane_trainer.ane.capture.batches import plain_tensor
 from ane_trainer.ane.capture.buffers import kept_views
@@ -26,6 +25,7 @@ from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.rewrites.keras_variables import keras_state, training_argument, variables_as
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
+from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 Tensors = dict[str, torch.Tensor]

@@ -80,6 +80,10 @@ class RunRecord:
         return [(float(record.get("epoch", n)), record.get(name)) for n, record in enumerate(self.history, 1)]
 
 
+#: What training writes, and nothing else: an export or a trace does not make a run the last one.
+_TRAINED = ("config.toml", "metrics.jsonl", "checkpoint.safetensors", "result.json")
+
+
 def find_run(path: str | Path) -> Path:
     """A run's folder: the folder itself, one of that name under runs/, or `last`: the newest there that was trained.
 
@@ -113,7 +117,8 @@ def read_record(path: str | Path) -> RunRecord:
         ) from None
     history, damage = read_history(folder)
     result, wrong = _result(folder / "result.json")
-    modified = max(file.stat().st_mtime for file in (folder, *folder.glob("*.toml"), *folder.glob("*.json*")))
+    written = [file.stat().st_mtime for name in _TRAINED if (file := folder / name).exists()]
+    modified = max(written)  # config.toml is there
     return RunRecord(folder, config, history, result, modified, (*damage, *wrong))
 
 

@@ -263,7 +263,7 @@ class ConsoleReporter(Reporter):
         """One line, broken between words where a terminal is narrower."""
         self._stop_live()
         with self._reader_may_leave():
-            print(_wrapped(text, self.stream), file=self.stream, flush=True)
+            print(wrapped(text, self.stream), file=self.stream, flush=True)
 
     @contextlib.contextmanager
     def _reader_may_leave(self) -> Iterator[None]:
@@ -273,7 +273,7 @@ class ConsoleReporter(Reporter):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def _wrapped(text: str, stream: TextIO) -> str:
+def wrapped(text: str, stream: TextIO) -> str:
     """A line broken between words where the terminal is narrower; elsewhere as it is."""
     if not stream.isatty():
         return text
@@ -316,7 +316,7 @@ def summary(
             f"         {command} predict {folder} --index 0",
         ]
     stream = report.stream if isinstance(report, ConsoleReporter) else None
-    return "\n".join(lines if stream is None else [_wrapped(line, stream) for line in lines])
+    return "\n".join(lines if stream is None else [wrapped(line, stream) for line in lines])
 
 
 def program_line(program: Mapping[str, Any], seconds: float, verbose: bool = True) -> str:

@@ -65,7 +65,7 @@ def broadcast_shape(*shapes: Shape) -> Shape:
     first = shapes[0]
     if all(shape == first for shape in shapes):
         return first
-    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    return np.broadcast_shapes(*shapes)  # not torch's, which imports SymPy
 
 
 def is_bool(x: Operand) -> bool:
