@@ -14,6 +14,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 import ane_trainer
 from ane_trainer.cli import _EXIT_CODES, COMMANDS, _load
+from docs._generate.docstrings import as_markdown, signature_lines
 
 FOLDER = Path(__file__).parents[1] / "reference"
 #: Names that come first; the others follow as they are listed.
@@ -83,17 +84,18 @@ def api() -> str:
 def _entry(name: str, value: object, opened: bool) -> str:
     if inspect.ismodule(value):
         return f"\n## {name}\n\n{inspect.cleandoc(value.__doc__ or '').splitlines()[0]}\n"
-    text = inspect.cleandoc(value.__doc__ or "") if callable(value) else type(value).__name__
-    found = f"\n## {name}\n\n```text\n{name}{_signature(value)}\n\n{text}\n```\n"
+    text = (value.__doc__ or "") if callable(value) else type(value).__name__
+    found = f"\n## {name}\n{_called(name, value)}\n{as_markdown(text)}\n"
     for member, method in vars(value).items() if opened else ():
         method = getattr(method, "__func__", method)
         if not member.startswith("_") and inspect.isfunction(method):
-            body = inspect.cleandoc(method.__doc__ or "")
-            found += f"\n### {name}.{member}\n\n```text\n{member}{_signature(method)}\n\n{body}\n```\n"
+            body = as_markdown(method.__doc__ or "")
+            found += f"\n### {name}.{member}\n{_called(member, method)}\n{body}\n"
     return found
 
 
-def _signature(value: object) -> str:
+def _called(name: str, value: object) -> str:
+    """A block that says how it is called; empty for what is not."""
     if not callable(value) or (isinstance(value, type) and issubclass(value, BaseException)):
         return ""
     try:
@@ -109,7 +111,7 @@ def _signature(value: object) -> str:
         )
         default = "" if parameter.default is inspect.Parameter.empty else f"={_default(parameter.default)}"
         kept.append(f"{mark}{parameter.name}{default}")
-    return f"({', '.join(kept)})"
+    return f"\n```text\n{signature_lines(name, kept)}\n```\n"
 
 
 def _default(value: object) -> str:
