@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.training.config import TrainConfig, make_config, read_config_file
 from ane_trainer.training.folder.records import RunRecord, read_record
 from ane_trainer.training.reporting.charts import line_chart
+from ane_trainer.training.reporting.option_charts import dot_chart
 from ane_trainer.utils import atomic_write, did_you_mean
 
 if TYPE_CHECKING:
@@ -267,9 +269,11 @@ def write_outcome(study: Study) -> None:
     writer.writeheader()
     writer.writerows(rows)
     atomic_write(study.folder / TABLE, text.getvalue())
-    head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else {}))
+    names = [name for name in (rows[0] if rows else {}) if any(row[name] not in (None, "") for row in rows)]
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_shown(v))}</td>" for v in r.values()) + "</tr>" for r in rows
+        "<tr>" + "".join(f"<td>{_linked(name, row[name], study.folder)}</td>" for name in names) + "</tr>"
+        for row in rows
     )
     page = (
         "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -284,7 +288,7 @@ def write_outcome(study: Study) -> None:
 
 
 def charts(rows: Sequence[Mapping[str, object]], sweep: SweepConfig) -> list[str]:
-    """SVGs: the outcome by trial with the best so far, and the outcome by each option that is a number."""
+    """SVGs: the outcome by trial with the best so far, and the outcome of each trial over each option."""
     metric = sweep.metric
     done = [(row, float(str(row[metric]))) for row in rows if row[metric] is not None]
     by_trial = sorted((float(str(row["trial"])), value) for row, value in done)
@@ -294,15 +298,21 @@ def charts(rows: Sequence[Mapping[str, object]], sweep: SweepConfig) -> list[str
         better = max if sweep.maximises else min
         best.append((number, value if before is None else better(before, value)))
     found = [line_chart({"trial": by_trial, "best so far": best}, metric, x_label="trial")]
-    for name in sweep.search:
-        points = sorted(
-            (float(v), value)
-            for row, value in done
-            if isinstance(v := row[name], (int, float)) and v is not None
-        )
-        if len({x for x, _ in points}) > 1:
-            found.append(line_chart({name: points}, f"{metric} by {name}", x_label=name))
-    return found
+    for name, choice in sweep.search.items():
+        dots = [
+            (v if isinstance(v := row[name], (int, float)) else str(v), value, f"trial {row['trial']}: {_shown(value)}")
+            for row, value in done if row[name] is not None
+        ]  # fmt: skip
+        found.append(dot_chart(dots, f"{metric} by {name}", name, logarithmic=choice.log))
+    return [chart for chart in found if chart]
+
+
+def _linked(name: str, value: object, folder: Path) -> str:
+    """A cell of the page; a run's is a link to its report, where there is one."""
+    report = Path(str(value)) / "report.html"
+    if name != "run" or not report.is_file():
+        return escape(_shown(value))
+    return f'<a href="{escape(os.path.relpath(report, folder), quote=True)}">{escape(_shown(value))}</a>'
 
 
 def _shown(value: object) -> str:

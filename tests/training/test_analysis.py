@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import struct
 import xml.etree.ElementTree as ET
 import zlib
@@ -16,6 +17,7 @@ from sklearn import metrics
 
 from ane_trainer.training.reporting.analysis import ClassAnalysis, NumberAnalysis, analyse
 from ane_trainer.training.reporting.charts import line_chart, png, ticks
+from ane_trainer.training.reporting.option_charts import dot_chart
 
 RNG = np.random.default_rng(3)
 
@@ -121,3 +123,19 @@ def test_an_image_is_a_png_of_its_pixels(channels: int) -> None:
     assert np.array_equal(
         rows[:, 1:].reshape(5, 4, channels), wanted.round().astype(np.uint8).transpose(1, 2, 0)
     )
+
+
+def test_dots_of_an_option_stand_where_its_values_are():
+    """A logarithmic axis for numbers, a place each for words; nothing for one value."""
+    svg = dot_chart(
+        [(1e-4, 0.1, "a"), (1e-3, 0.5, "b"), (1e-2, 0.9, "c")], "loss by lr", "lr", logarithmic=True
+    )
+    across = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.2)
+    assert "1e-3" in svg
+    svg = dot_chart(
+        [("adam", 0.1, "a"), ("sgd", 0.5, "b"), ("adam", 0.2, "c")], "loss by optimizer", "optimizer"
+    )
+    assert len(set(re.findall(r'<circle cx="([\d.]+)"', svg))) == 2
+    assert dot_chart([("adam", 0.1, "a")], "loss by optimizer", "optimizer") == ""
+    ET.fromstring(svg)
