@@ -232,11 +232,11 @@ class Exponents(Shifting):
                 exponent, total = natural + power, math.ldexp(factor, -power)
         node.target = aten.mul.Tensor
         parts = self.times(source, total)
-        if parts is source:
-            node.replace_all_uses_with(source)
+        if parts is source:  # the same numbers, which stand for others: others still read the source's
+            node.target, node.args = aten.alias.default, (source,)
         else:
             node.args = parts.args
-        self.note(node if parts is not source else source, exponent)
+        self.note(node, exponent)
         return None
 
     def _inverse(self, node: Node, source: Node, constant: float) -> None:

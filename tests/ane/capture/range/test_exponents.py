@@ -212,3 +212,16 @@ def test_a_mask_of_minus_infinity_is_no_magnitude() -> None:
 def test_examples_are_joined() -> None:
     a, b = Magnitude(4.0, 1.0, 0.5), Magnitude(2.0, 0.25, 1.0)
     assert a.joined(b) == Magnitude(4.0, 0.25, 1.0)
+
+
+def test_a_factor_that_the_power_of_a_sum_takes_up_stays_out_of_its_other_uses() -> None:
+    """2^-8 of a norm's gradient and 2^8 of a sum over rows are one: the sum's own power must not stand beside it."""
+    torch.manual_seed(0)
+    model, x, y = nn.LayerNorm(256), 3.0 * torch.randn(512, 256), torch.randn(512, 256)
+    step = at.compile_step(
+        model, lambda o, y: torch.linalg.vector_norm(o - y), torch.optim.SGD(model.parameters(), 0.01), (x, y),
+        fidelity="fast",
+    )  # fmt: skip
+    step(x, y)
+    assert step.agreement is not None
+    assert step.agreement.update < 0.01
