@@ -33,7 +33,9 @@ _RUNS = "ANEForge vocabulary sweep: runs on M5, values not checked" + _FOLD
 
 def _number(values: NDArray[Any], type_: TensorType) -> Array:
     """Decoded numbers in the storage of a floating type."""
-    return round_half_away(values) if type_.dtype == "fp16" else values.astype(np.float32)
+    if type_.dtype != "fp16":
+        return values.astype(np.float32)
+    return rounded(values) if values.dtype == np.float64 else round_half_away(values)
 
 
 @kernel(
@@ -44,13 +46,16 @@ def _number(values: NDArray[Any], type_: TensorType) -> Array:
 )
 def affine_dequantize(ctx: EngineContext, call: Call) -> Array:
     """scale * (data - zero_point); vectors run along `axis`."""
-    data, scale, zero = (
-        np.asarray(constant(call, n), np.float64) for n in ("quantized_data", "scale", "zero_point")
-    )
+    data, scale, zero = (np.asarray(constant(call, n)) for n in ("quantized_data", "scale", "zero_point"))
     shape = [1] * data.ndim
     shape[call.integer("axis")] = -1
     scale, zero = (v.reshape(shape) if v.ndim else v for v in (scale, zero))
-    return _number(scale * (data - zero), call.op.infer(call)[0])
+    (type_,) = call.op.infer(call)
+    if (
+        type_.dtype == "fp16" and zero.dtype.kind in "iu"
+    ):  # 11 bits times a difference of bytes: exact in float32
+        return rounded(scale * np.subtract(data, zero, dtype=np.float32))
+    return _number(scale.astype(np.float64) * (data.astype(np.float64) - zero), type_)
 
 
 @kernel("constexpr_cast", "exact", _SWEEP + "0 on M5")

@@ -14,6 +14,7 @@ from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Literal, Program, TensorType
 from ane_trainer.ane.mil.weights import from_array
 from ane_trainer.ane.simulator import make_context, prepare, simulate
+from ane_trainer.ane.simulator.numbers.fp16 import decode, round_half_away
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -81,6 +82,23 @@ def test_blockwise_scales_of_rows_of_a_convolution() -> None:
     (got,) = decoded("constexpr_blockwise_shift_scale", data=from_array(data), scale=from_array(scale))
     want = data.reshape(4, 3, 6) * scale[:, :, None].astype(np.float64)
     assert close(got, want.reshape(data.shape))
+
+
+def test_affine_is_rounded_once_whatever_the_scale() -> None:
+    """Scales from the smallest number to beyond what fits, of both signs, every byte: as in double precision."""
+    scale = np.concatenate([[2.0**-24, 3 * 2.0**-24, 2.0**-14, 65504], 2.0 ** np.arange(-20, 15) * 1.2373])
+    scale = np.concatenate([scale, -scale]).astype(np.float16)
+    data = np.tile(np.arange(-128, 128).astype(np.int8), (len(scale), 1))
+    zero = np.arange(len(scale)).astype(np.int8) - 30
+    (got,) = decoded(
+        "constexpr_affine_dequantize",
+        quantized_data=from_array(data),
+        scale=from_array(scale),
+        zero_point=from_array(zero),
+        axis=0,
+    )
+    exact = scale.astype(np.float64)[:, None] * (data.astype(np.float64) - zero[:, None])
+    assert np.array_equal(decode(got), round_half_away(exact))
 
 
 @settings(max_examples=20, deadline=None)
