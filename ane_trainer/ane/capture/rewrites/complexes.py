@@ -8,7 +8,7 @@ and sines, n x n for n elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ _ALIKE = frozenset(
     (
         "view _unsafe_view reshape expand permute transpose t unsqueeze squeeze cat stack clone detach alias sum mean "
         "neg flip roll repeat select_backward slice_backward constant_pad_nd index_select embedding zeros_like "
-        "new_zeros split split_with_sizes unbind contiguous _to_copy lift_fresh as_strided gather index "
+        "new_zeros split split_with_sizes unbind contiguous lift_fresh as_strided gather index "
         "slice_scatter select_scatter where copy transpose"
     ).split()
 )
@@ -32,9 +32,15 @@ _ALIKE = frozenset(
 _PARTS = {aten.slice.Tensor, aten.select.int}
 
 
-def takes(func: OpOverload, args: object) -> bool:
-    """Whether the operation has to do with complex numbers."""
-    return func in _MAKERS or any(isinstance(a, torch.Tensor) and a.is_complex() for a in _flat(args))
+def takes(func: OpOverload, args: object, kwargs: Mapping[str, object]) -> bool:
+    """Whether the operation has to do with complex numbers, or makes some of tensors."""
+    given = _flat(args)
+    if func in _MAKERS or any(isinstance(a, torch.Tensor) and a.is_complex() for a in given):
+        return True
+    dtype = kwargs.get("dtype")
+    makes = isinstance(dtype, torch.dtype) and dtype.is_complex
+    makes = makes or any(isinstance(a, complex) for a in given)
+    return makes and any(isinstance(a, torch.Tensor) for a in given)
 
 
 class Complex(NamedTuple):
@@ -99,7 +105,7 @@ class Pairs:
         if name == "t_" and x.dim() == 2:
             plain, axes = torch.transpose, (0, 1)
         if plain is None or not axes or not all(isinstance(axis, int) for axis in axes):
-            raise self._refusal(func)
+            raise self.refusal(func)
         rank = x.dim() + (name == "unsqueeze_")
         changed = plain(pair, *(axis % rank for axis in axes))  # type: ignore[operator]
         with without_modes():
@@ -109,11 +115,11 @@ class Pairs:
 
     def _value(self, name: str, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         rule = _RULES.get(name)
-        if rule is not None:
-            return rule(*map(self._split, args), **kwargs)
+        if rule is not None and (result := rule(*map(self._split, args), **kwargs)) is not NotImplemented:
+            return result
         if name in _ALIKE:
             return _each(func, self._split(args), kwargs)
-        raise self._refusal(func)
+        raise self.refusal(func)
 
     def _split(self, argument: object) -> Any:
         """The argument with `Complex` in place of complex tensors."""
@@ -130,7 +136,7 @@ class Pairs:
             return self.stand_in(_joined(result))
         return [self._whole(item) for item in result] if isinstance(result, list) else result
 
-    def _refusal(self, func: object) -> UnsupportedModel:
+    def refusal(self, func: object) -> UnsupportedModel:
         finding = Finding(
             self._place.text or str(func), str(func), "has no rule for complex numbers.",
             "Write it with real and imaginary parts.",
@@ -149,6 +155,32 @@ def _halves(x: Operand) -> Complex:
 def _joined(parts: Complex) -> torch.Tensor:
     real, imaginary = torch.broadcast_tensors(*parts)  # type: ignore[no-untyped-call]
     return torch.stack([real, imaginary], -1)
+
+
+def _filled(x: Operand, value: complex = 1.0, **_: object) -> Complex:
+    """`full_like` and `ones_like`."""
+    like, value = _halves(x).real, complex(value)
+    return Complex(torch.full_like(like, value.real), torch.full_like(like, value.imag))
+
+
+def _equal(x: Operand, y: Operand) -> torch.Tensor:
+    (a, b), (c, d) = _halves(x), _halves(y)
+    return (a == c) & (b == d)
+
+
+def _power(x: Operand, exponent: object) -> object:
+    """Whole powers from 0 to 8, as products."""
+    if not isinstance(exponent, (int, float)) or exponent not in range(9):
+        return NotImplemented
+    result: Operand = Complex(torch.ones(()), torch.zeros(()))
+    for _ in range(int(exponent)):
+        result = _mul(result, x)
+    return result
+
+
+def _converted(x: Operand, *args: object, **kwargs: object) -> Complex:
+    """`x.to(complex)` of a real tensor, and copies of complex ones."""
+    return Complex(*(part.clone() for part in _halves(x)))
 
 
 def _each(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
@@ -297,9 +329,12 @@ _OF_PAIRS: dict[str, Callable[..., torch.Tensor]] = {
 }  # fmt: skip
 
 _RULES: dict[str, Callable[..., object]] = {
-    "complex": Complex,
+    "complex": Complex, "_to_copy": _converted,
     "polar": lambda size, angle: Complex(size * torch.cos(angle), size * torch.sin(angle)),
     "mul": _mul, "div": _div, "add": _add, "sub": lambda x, y, alpha=1: _add(x, y, alpha=-alpha),
+    "rsub": lambda x, y, alpha=1: _add(y, x, alpha=-alpha), "pow": _power,
+    "angle": lambda x: torch.atan2(x.imaginary, x.real), "full_like": _filled, "ones_like": _filled,
+    "eq": _equal, "ne": lambda x, y: ~_equal(x, y),
     "mm": _product(torch.mm), "bmm": _product(torch.bmm), "exp": _exp, "abs": _abs, "sgn": _sgn, "_conj": _conj,
     "_conj_physical": _conj, "conj_physical": _conj,
     "real": lambda x: x.real.clone(), "imag": lambda x: x.imaginary.clone(),

@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: object, args: Any = (), kwargs: dict[str, object] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if takes(func, args):
+        if takes(func, args, kwargs):
             with self:
                 return self._pairs.compute(func, args, kwargs)
         out = out_argument(func)
@@ -167,6 +167,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = self._call(func, node_args, node_kwargs)
         base = slots[0] if slots and is_view(func) else None
         if isinstance(result, torch.Tensor):
+            if result.is_complex() and not known:  # else it would be taken for a constant
+                raise self._pairs.refusal(func)
             node.meta["val"] = _meta(result)
             self._attach(result, node, known, _view(base, func, args, kwargs, node))
             return result

@@ -59,6 +59,14 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "axes in place": (turned_in_place, [normal(2, 6)]),
     "stft": (spectrogram, [normal(2, 20), normal(8, seed=2)]),
     "layer": (kept_frequencies, [normal(2, 8), normal(3, 3, 2, seed=1)]),
+    "planes of complex numbers": (lambda x: torch.fft.fft2(x).real, [normal(2, 4, 6)]),
+    "converted": (lambda x: (x.to(torch.complex64) * (1 + 2j)).imag, [normal(2, 6)]),
+    "times a number": (lambda x: torch.exp(1j * x).real + (x / (1 + 1j)).imag, [normal(2, 6)]),
+    "plus a number": (lambda x: (2j - x).abs() + (x + 1j).abs(), [normal(2, 6)]),
+    "powers": (lambda x: (torch.fft.fft(x) ** 2).real, [normal(2, 6)]),
+    "angles": (lambda x: torch.fft.fft(x).angle()[:, 1:3], [normal(2, 6)]),
+    "chosen": (lambda x: torch.where(x > 0, x.cfloat(), 1j * x).imag, [normal(2, 6)]),
+    "filled": (lambda x: (torch.full_like(x, 1 + 2j, dtype=torch.complex64) * x).imag, [normal(2, 6)]),
 }
 
 
@@ -107,6 +115,17 @@ def test_torch_compile_takes_complex_numbers_within() -> None:
     twice, weights.grad = weights.grad.clone(), None
     kept_frequencies(x, weights).square().sum().backward()
     torch.testing.assert_close(twice, 2 * weights.grad, rtol=5e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["planes of complex numbers", "converted", "times a number", "plus a number", "chosen", "powers"]
+)
+def test_torch_compile_takes_complex_numbers_made_of_real_ones(name: str) -> None:
+    """Their real source once was lost, and the result that of zeros."""
+    function, (x,) = CASES[name]
+    torch.compiler.reset()
+    found = torch.compile(function, backend="ane", options={"device": "sim"})(x)
+    torch.testing.assert_close(found, function(x), rtol=5e-3, atol=5e-3)
 
 
 def test_torch_compile_refuses_complex_numbers_outside_by_name() -> None:
