@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.step_facts import StepFacts
 from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
-from ane_trainer.ane.errors import PeerLost
+from ane_trainer.ane.errors import PeerLost, UsageError
 from ane_trainer.ane.mil.weights import Array
 
 
@@ -122,6 +123,14 @@ class TrainingStep(StepFacts):
         if expected is not None:
             self._compare(expected, loss, x, y)
         return torch.tensor(loss)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raises: UsageError, for copies and pickles: the step's state is in a device's memory."""
+        raise UsageError(
+            "step: needs to stay in the process and on the device that it was compiled for; got a copy or a pickle of "
+            "it. Copy or save the model and the optimizer (step.sync() brings them up to date), or step.state_dict(), "
+            "and compile another step."
+        )
 
     def _run(self, feeds: dict[str, Array], draws: torch.Tensor) -> Mapping[str, Floats]:
         """The programs on these feeds; if another process is lost, all is as before the step, draws included."""

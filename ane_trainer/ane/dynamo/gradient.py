@@ -57,6 +57,10 @@ class Backward:
 
     def __call__(self, *inputs: Any) -> list[object]:
         """The gradients in fp32; nan everywhere if one that comes in is not finite, as PyTorch would spread it."""
+        with self._function.lock:
+            return self._gradients(*inputs)
+
+    def _gradients(self, *inputs: Any) -> list[object]:
         refuse_second_derivatives(_second_derivative)
         given = list(inputs)
         peak = max((float(given[i].abs().amax()) for i in self._tangents if given[i].numel()), default=0.0)

@@ -7,6 +7,7 @@ whose results leave the range adds to them and is run again.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,6 +68,8 @@ class GraphFunction:
             ]
         self.record = _record(role, shapes, options, self._segments, self._parts, self._prepared.notes)
         report().programs.append(self.record)
+        #: Models of one class share a function, in several threads, too.
+        self.lock = threading.RLock()
         #: What the calls so far showed of each value, while the program's precision needs to know.
         self.found: dict[str, Magnitude] = {}
         self.calibrations = 0
@@ -78,10 +81,11 @@ class GraphFunction:
 
     def __call__(self, inputs: Sequence[Any], users: int) -> list[Any]:
         """The results; those from number `users` on stay in the engine's precision, for the backward graph."""
-        values, known = self.values(inputs)
-        engine = self.run_in_range(values)
-        self.prove(values, engine, users)
-        return self.results(known | {"engine": engine}, users)
+        with self.lock:
+            values, known = self.values(inputs)
+            engine = self.run_in_range(values)
+            self.prove(values, engine, users)
+            return self.results(known | {"engine": engine}, users)
 
     def run_in_range(self, values: Values) -> Values:
         """The results of the engine's part, calibrated at the first call, and again where a call's leave the range."""

@@ -30,6 +30,7 @@ from ane_trainer.ane.dynamo.torch_private import (
     FakeTensorMode,
     aot_module_simplified,
     is_known,
+    one_at_a_time,
     tracing_with,
 )
 from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
@@ -75,7 +76,8 @@ class Specializer:
             key = (*key, *(float(inputs[i]) for i in self._reads))  # type: ignore[arg-type]
         function = self._compiled.get(key)
         if function is None:
-            function = self._compiled[key] = self._find(key, inputs)
+            with one_at_a_time():
+                function = self._compiled[key] = self._compiled.get(key) or self._find(key, inputs)
         return function(*inputs)
 
     def _find(self, key: Key, inputs: Sequence[object]) -> Callable[..., object]:
@@ -151,6 +153,9 @@ class Specializer:
         seen.add(shapes)
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        if torch.is_inference_mode_enabled():  # tensors made there cannot be traced
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self._compile(graph, [_ordinary(v) for v in inputs])
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants made in the model are real tensors
         fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
         with tracing(is_known), tracing_with(mode):
@@ -167,6 +172,11 @@ class Specializer:
                 ignore_shape_env=True,
             )
         return compiled
+
+
+def _ordinary(value: object) -> object:
+    """A tensor that was made in inference mode as one that was not."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def _last_place(graph: torch.fx.GraphModule) -> str:

@@ -38,6 +38,7 @@ __all__ = [
     "is_known",
     "leave_with",
     "make_boxed_func",
+    "one_at_a_time",
     "refuse_second_derivatives",
     "tracing_with",
     "user_line",
@@ -63,6 +64,13 @@ untraced: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.di
 def tracing_with(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]:
     """Inside, AOTAutograd notes what it finds of a graph, for `changed_inputs`."""
     return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager[object]:
+    """Inside, no other thread traces: Dynamo's own lock."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
 
 
 def changed_inputs() -> int:

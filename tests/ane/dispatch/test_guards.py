@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import time
 import types
 from collections.abc import Callable
@@ -205,6 +206,12 @@ def test_numbers_of_what_the_host_does_are_followed(path: str, name: str, value:
         torch.manual_seed(number)
         assert float(step(X, Y)) == pytest.approx(float(expected.detach()), rel=0.01)
     assert int(model.steps) == int(twin.steps)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_of_a_step_are_refused(copied: Callable[[Any], object]) -> None:
+    with pytest.raises(at.AneTrainerError, match=r"step.state_dict\(\), and compile another step"):
+        copied(compiled(Net()))
 
 
 def test_moments_go_over_to_a_program_of_smaller_gradients() -> None:
