@@ -29,10 +29,11 @@ def trained(model: nn.Module, call: nn.Module, seed: int) -> list[torch.Tensor]:
 def test_models_of_one_class_train_in_threads() -> None:
     torch.manual_seed(0)
     models = [net() for _ in range(3)]
+    calls = [torch.compile(model, backend="ane", options={"device": "sim"}) for model in models]
+    for call in calls:  # compiled one after the other
+        call(torch.randn(16, 8)).sum().backward()
     expected = [trained(twin, twin, i) for i, twin in enumerate(copy.deepcopy(models))]
     found: dict[int, list[torch.Tensor]] = {}
-
-    calls = [torch.compile(model, backend="ane", options={"device": "sim"}) for model in models]
 
     def run(number: int) -> None:
         found[number] = trained(models[number], calls[number], number)
