@@ -118,6 +118,8 @@ def reference(
                     call_loss(get_loss(loss), call_aside(model, {}, x), y) / len(parts) for x, y in parts
                 ]
                 torch.autograd.backward(values)
+            for p in model.parameters():  # of an embedding(sparse=True)
+                p.grad = p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad
             mean = float(torch.stack(values).sum().detach())
             found = _stepped(model, optimizer, options, mean, start)
     except _CANNOT:

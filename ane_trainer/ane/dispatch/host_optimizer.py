@@ -35,13 +35,19 @@ class HostOptimizer:
         self._start = [_counts(group) for group in optimizer.param_groups]
         self.flops = 0
 
+    @property
+    def _sparse(self) -> bool:
+        """Whether the optimizer takes only gradients of the rows that a batch looks up."""
+        return isinstance(self._optimizer, torch.optim.SparseAdam)
+
     def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """One `optimizer.step()`; `grad` of parameters without a gradient is None."""
         for name, parameter in self._parameters.items():
             gradient = gradients.get(name)
-            parameter.grad = (
-                None if gradient is None else gradient.reshape(parameter.shape).to(parameter.dtype)
-            )
+            if gradient is not None:
+                gradient = gradient.reshape(parameter.shape).to(parameter.dtype)
+                gradient = gradient.to_sparse(1) if self._sparse else gradient
+            parameter.grad = gradient
         if self.flops:
             self._optimizer.step()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import NoReturn
@@ -22,6 +23,7 @@ from ane_trainer.ane.dispatch.agreement import (
     Reference,
     compare,
     explained,
+    nan_in_pytorch,
     reference,
     rounded_run,
 )
@@ -33,8 +35,11 @@ from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.step_facts import StepFacts
 from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
-from ane_trainer.ane.errors import PeerLost, UsageError
+from ane_trainer.ane.errors import NumericsWarning, PeerLost, UsageError
 from ane_trainer.ane.mil.weights import Array
+
+#: Losses of exactly 0 that are compared with PyTorch's.
+_ZEROS = 4
 
 
 def build_step(
@@ -87,6 +92,7 @@ class TrainingStep(StepFacts):
         #: How the last step that was compared agrees with fp32; None before, or if it could not be compared.
         self.agreement: Agreement | None = None
         self._skipped_before = 0
+        self._zeros = 0  # losses of 0 that were looked at
         self._pending = 0  # batches since the last update
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
@@ -122,7 +128,22 @@ class TrainingStep(StepFacts):
         loss = float(results["loss"][0]) / self._loaded.loss_unit
         if expected is not None:
             self._compare(expected, loss, x, y)
+        if loss == 0.0 and self._zeros < _ZEROS:
+            self._tell_of_nan(x, y)
         return torch.tensor(loss)
+
+    def _tell_of_nan(self, x: object, y: object) -> None:
+        """Warn, once, of a loss of 0 that is nan in PyTorch; the first few are looked at."""
+        self._zeros += 1
+        if nan_in_pytorch(self._variants.subject, x, y):
+            self._zeros = _ZEROS
+            warnings.warn(
+                f"step {self.steps}: the loss of this batch is nan in plain PyTorch (0 / 0: a mean over labels that "
+                "are all left out, say); the engine has no nan and gives 0. Leave such batches out, or divide by the "
+                "count clamped to 1.",
+                NumericsWarning,
+                stacklevel=3,
+            )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Raises: UsageError, for copies and pickles: the step's state is in a device's memory."""

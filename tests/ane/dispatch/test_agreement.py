@@ -243,3 +243,18 @@ def test_of_a_copy_with_other_names_the_loss_alone_is_compared() -> None:
     step(x, y)
     assert step.agreement is not None
     assert step.agreement.agrees
+
+
+def test_a_mean_over_labels_that_are_all_left_out_is_told() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = at.compile_step(model, "cross_entropy", optimizer, (x, torch.arange(8) % 3), device="sim")
+    left_out = torch.full((8,), -100)
+    step(x, torch.arange(8) % 3)
+    with pytest.warns(
+        at.NumericsWarning, match="step 2: .* is nan in plain PyTorch .*labels that are all left out"
+    ):
+        step(x, left_out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(x, left_out)

@@ -152,3 +152,39 @@ def test_the_trainer_resumes_it(tmp_path: Path) -> None:
     resumed.fit(data, epochs=1)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Looking(torch.nn.Module):
+    """A table whose gradient is sparse in PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = torch.nn.Embedding(20, 4, sparse=True), torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.table(x).sum(1))  # type: ignore[no-any-return]
+
+
+SPARSE: list[Callable[[Any], torch.optim.Optimizer]] = [
+    lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+    lambda m: torch.optim.Adagrad(m.parameters(), lr=0.1),
+    lambda m: torch.optim.SparseAdam(list(m.table.parameters()), lr=0.1),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*parse:UserWarning")
+@pytest.mark.parametrize("make", SPARSE)
+def test_tables_with_sparse_gradients(make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    model = Looking()
+    twin = copy.deepcopy(model)
+    own, theirs = make(model), make(twin)
+    given = [(torch.randint(0, 20, (8, 3)), torch.randn(8, 3)) for _ in range(3)]
+    step = compile_step(model, "mse", own, given[0], device="sim")
+    for x, y in given:
+        theirs.zero_grad()
+        torch.nn.functional.mse_loss(twin(x), y).backward()  # type: ignore[no-untyped-call]
+        theirs.step()
+        step(x, y)
+    step.sync()
+    torch.testing.assert_close(model.table.weight, twin.table.weight, rtol=2e-3, atol=2e-3)

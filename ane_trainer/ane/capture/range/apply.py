@@ -14,6 +14,7 @@ from ane_trainer.ane.capture.range.calibration import Magnitude, magnitudes
 from ane_trainer.ane.capture.range.editing import aten, is_float
 from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
 from ane_trainer.ane.capture.range.guarding import guard
+from ane_trainer.ane.capture.range.near import tell_of_near_numbers
 from ane_trainer.ane.capture.range.switch import POWERS, is_allowed, note
 from ane_trainer.ane.capture.scaling import HEALTH, SCALING
 from ane_trainer.ane.stages import Captured, Port
@@ -58,6 +59,7 @@ def scale_found(
     for shift in exponents.shifts:
         change = f"carried times 2^{-shift.exponent}"
         note(POWERS, shift.source, kinds.get(shift.node, shift.node), change, shift.reason)
+    tell_of_near_numbers(exponents, captured, exact=bool(scale_names))
     guarded = guard(exponents, captured, [n for n in placeholders if n.name in scale_names])
     if not exponents.changed:
         return captured

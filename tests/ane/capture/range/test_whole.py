@@ -89,3 +89,25 @@ def test_bytes_that_do_not_wrap_are_added() -> None:
     given, model = batches(0, 50, torch.uint8), Reading(lambda x: (x + 200).float() / 255)
     expected = losses("torch", copy.deepcopy(model), given)
     assert losses("compile_step", model, given) == pytest.approx(expected, rel=0.01)
+
+
+NEAR: dict[str, tuple[Callable[[Tensor], Tensor], float, float, bool]] = {
+    "seconds, float64": (lambda x: (x - 1.6e9).float() / 1e6, 1.6e9, 1e6, True),
+    "prices": (lambda x: ((x - x.mean(0)) / x.std(0)).float(), 1e5, 50.0, True),
+    "temperatures": (lambda x: ((x - x.mean(0)) / x.std(0)).float(), 900.0, 50.0, False),
+    "large and wide": (lambda x: (x - 1000.0).float() / 1e5, 1000.0, 1e5, False),
+}
+
+
+@pytest.mark.parametrize("door", ["compile_step", "torch.compile"])
+@pytest.mark.parametrize("name", NEAR)
+def test_inputs_near_what_is_taken_from_them_are_told(
+    name: str, door: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    read, origin, deviation, told = NEAR[name]
+    torch.manual_seed(0)
+    x = origin + deviation * torch.randn(16, 4, dtype=torch.float64)
+    losses(door, Reading(read), [(x, torch.randn(16, 3))])
+    texts = [str(w.message) for w in recwarn if "Subtract an origin" in str(w.message)]
+    assert bool(texts) is told
+    assert all("test_whole.py" in text for text in texts)
