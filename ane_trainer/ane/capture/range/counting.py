@@ -2,7 +2,8 @@
 
     before: `p.sum() + (y > 0).sum()`           after: `p.sum() + (y > 0).float().sum()`
 
-A count beyond 65,504 leaves fp16; as a float it is one more sum. What compares or looks up by the integers keeps them.
+A count beyond 65,504 leaves fp16; as a float it is one more sum, also where it is compared with a number up to 1024.
+What else compares or looks up by the integers keeps them.
 Tests: `test_counting.py`.
 """
 
@@ -22,6 +23,7 @@ from ane_trainer.ane.capture.range.editing import Editor, aten, in_update, is_fl
 _FEW = 2048
 
 _SUMS = (aten.sum.default, aten.sum.dim_IntList, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+_COMPARISONS = tuple(getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge"))
 #: Operations on integers that floats know, too, with the same meaning.
 _ALIKE = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar,
@@ -38,7 +40,7 @@ def count_in_floats(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or in_update(node):
             continue
-        if is_float(node):
+        if is_float(node) or _compares(node, twins):
             _read_floats(node, twins)
         elif _is_integer(node):
             editor.here = node
@@ -50,6 +52,14 @@ def count_in_floats(graph: Graph) -> int:
     if found:
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return found
+
+
+def _compares(node: Node, twins: dict[Node, Node]) -> bool:
+    """Whether a sum is compared with a number: what is below 2048 fp16 holds, and what is above stays above."""
+    if node.target not in _COMPARISONS or node.args[0] not in twins:
+        return False
+    value = node.args[1]
+    return isinstance(value, (int, float)) and abs(value) <= _FEW / 2
 
 
 def _read_floats(node: Node, twins: dict[Node, Node]) -> None:

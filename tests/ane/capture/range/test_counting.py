@@ -44,3 +44,20 @@ def test_a_large_count_beside_floats(name: str) -> None:
         whole = WithLoss(LOSSES[name])
         torch.compile(whole, backend="ane", options={"device": "sim"})(x, y).backward()
         torch.testing.assert_close(whole.layer.weight.grad, want, rtol=0.05, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [5, 1000])
+def test_a_large_count_is_compared_exactly(limit: int) -> None:
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        many = (y > 0).sum()
+        return o.square().mean() * torch.where(many > limit, 1.0, 2.0) * torch.where(many == limit, 3.0, 1.0)
+
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(1, 1, 1), torch.randn(1, 1, 280, 280)
+    targets = [torch.ones(1, 1, 280, 280)]
+    for count in (limit - 1, limit, limit + 1):
+        targets.append((torch.randperm(78400) < count).float().reshape(1, 1, 280, 280))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    step = at.compile_step(layer, loss, optimizer, (x, targets[0]), device="sim")
+    for y in targets:
+        assert float(step(x, y)) == pytest.approx(float(loss(layer(x), y).detach()), rel=5e-3)
