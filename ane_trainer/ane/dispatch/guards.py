@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import os
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +29,7 @@ from ane_trainer.ane.dispatch.fingerprint import Fingerprints
 
 #: Values that are compared as such; of others it counts which object they are.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
-_CONTAINERS = (list, tuple, dict, set)
+_CONTAINERS = (list, tuple, dict, set, deque)
 #: torch's own entries of a module's `__dict__`: tensors and children, which are compared by themselves, and hooks.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 #: Lists of its parameters that a recurrent layer makes anew when it runs on others, as a capture and the proof do.
@@ -221,7 +223,7 @@ class _Walk:
         elif isinstance(value, dict):
             self.spaces.append(value)
             self._names(value, list(value), label, depth)
-        elif isinstance(value, (list, tuple, set)):
+        elif isinstance(value, (list, tuple, set, deque)):
             self._items(value, label, depth)
         elif isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
@@ -237,8 +239,21 @@ class _Walk:
             self.spaces.append(vars(value))
             self._names(vars(value), list(vars(value)), label, depth)
             self._class(type(value), label)
+        elif _own(type(value).__module__):
+            self._slots(value, label, depth)
 
-    def _items(self, value: list[object] | tuple[object, ...] | set[object], label: str, depth: int) -> None:
+    def _slots(self, value: object, label: str, depth: int) -> None:
+        """Attributes of an object that has slots in the place of a namespace."""
+        names = [
+            n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ()) if hasattr(value, n)
+        ]
+        if names:
+            read = functools.partial(attrgetter(*names, names[0]), value)
+            self.sources.append(_Source(tuple(f"{label}.{n}" for n in names), read, read()))
+        for name in names:
+            self.value(getattr(value, name), f"{label}.{name}", depth + 1)
+
+    def _items(self, value: Collection[object], label: str, depth: int) -> None:
         held = tuple(value)
         if not isinstance(value, tuple):
             names = tuple(f"{label}[{i}]" for i in range(len(held)))
@@ -295,6 +310,8 @@ class _Walk:
         if _own(function.__module__ or "") and _written_by_user(function.__code__):
             space = function.__globals__
             for code in _codes(function.__code__):
+                if {"environ", "getenv"} & set(code.co_names):
+                    self._names(os.environ, list(os.environ), "os.environ", depth)
                 named = [n for n in code.co_names if n in space]
                 self._names(
                     space,

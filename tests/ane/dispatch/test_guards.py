@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
 import time
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,15 @@ SCALE = 1.0
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 
 
+class Slotted:
+    """An object without a namespace."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+
 class Net(nn.Module):
     """Python state of many kinds."""
 
@@ -34,10 +45,12 @@ class Net(nn.Module):
         self.a, self.norm, self.b = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
         self.register_buffer("shift", torch.zeros(8))
         self.power, self.mask, self.config = 1.0, torch.ones(8), types.SimpleNamespace(steps=[1.0])
+        self.recent, self.slotted = deque([1.0], maxlen=1), Slotted()
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.norm(self.a(x))) * self.mask + self.shift
-        return self.b(h) * (self.gain * self.power * self.config.steps[0] * SCALE)  # type: ignore[no-any-return]
+        factor = self.recent[0] * self.slotted.factor * float(os.environ.get("ANE_TRAINER_TEST_FACTOR", "1"))
+        return self.b(h) * (self.gain * self.power * self.config.steps[0] * SCALE * factor)  # type: ignore[no-any-return]
 
 
 class Weighted:
@@ -108,6 +121,9 @@ CHANGES: dict[str, Callable[[Any, Any, Any], object]] = {
     "an attribute": lambda m, o, f: setattr(m, "power", 0.5),
     "a class attribute, shadowed": lambda m, o, f: setattr(m, "gain", 0.5),
     "a number in a list": lambda m, o, f: m.config.steps.__setitem__(0, 0.5),
+    "a queue": lambda m, o, f: m.recent.append(0.5),
+    "a slot": lambda m, o, f: setattr(m.slotted, "factor", 0.5),
+    "the environment": lambda m, o, f: os.environ.update(ANE_TRAINER_TEST_FACTOR="0.5"),
     "a global": lambda m, o, f: scale(0.5),
     "the loss's weight": lambda m, o, f: setattr(f, "weight", 3.0),
     "a tensor that is no buffer": lambda m, o, f: m.mask.mul_(0.5),
@@ -125,7 +141,8 @@ CHANGES: dict[str, Callable[[Any, Any, Any], object]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_between_steps_is_followed(name: str) -> None:
+def test_a_change_between_steps_is_followed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANE_TRAINER_TEST_FACTOR", "1")
     step, found, expected, model, reference = steps(CHANGES[name])
     assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
     for mine, theirs in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):

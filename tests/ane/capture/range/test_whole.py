@@ -14,6 +14,11 @@ import ane_trainer as at
 from ane_trainer.ane.dynamo import ane
 
 
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()  # which gives up one function that was compiled eight times
+
+
 class Reading(nn.Module):
     def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
