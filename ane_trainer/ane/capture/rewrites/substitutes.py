@@ -140,6 +140,27 @@ def _getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
     return torch.Tensor.__getitem__(x, tuple(parts))
 
 
+def _setitem(x: torch.Tensor, index: Any, value: Any) -> None:
+    """`x[i] = value` with one tensor `i` of rank 0 among numbers and slices, as `index_copy_`, which reads no value."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    scalars = [n for n, part in enumerate(parts) if _is_scalar_index(part)]
+    others = [part for n, part in enumerate(parts) if n not in scalars]
+    if len(scalars) != 1 or any(isinstance(part, (torch.Tensor, list)) for part in others):
+        torch.Tensor.__setitem__(x, index, value)
+        return
+    place = scalars[0]
+    view = torch.Tensor.__getitem__(x, tuple(slice(None) if n == place else p for n, p in enumerate(parts)))
+    axis = sum(part is None or isinstance(part, slice) for part in parts[:place])
+    if Ellipsis in parts[:place]:
+        axis += x.dim() - sum(_axes(part) for part in parts)
+    given = torch.as_tensor(value, dtype=x.dtype)
+    while given.dim() > view.dim() - 1 and given.shape[0] == 1:  # as PyTorch takes them
+        given = given.squeeze(0)
+    rest = [*view.shape[:axis], *view.shape[axis + 1 :]]
+    chosen = parts[place].reshape(1).to(torch.int64) % view.shape[axis]
+    view.index_copy_(axis, chosen, given.expand(rest).unsqueeze(axis))
+
+
 def _is_scalar_index(part: object) -> bool:
     return (
         isinstance(part, torch.Tensor)
@@ -157,7 +178,7 @@ def _axes(part: object) -> int:
 
 REWRITES: dict[Function, Function] = {
     F.one_hot: one_hot, is_all_true: _all_true, F.embedding: _embedding, F.embedding_bag: embedding_bag,
-    torch.Tensor.__getitem__: _getitem, F.gaussian_nll_loss: gaussian_nll, torch.logcumsumexp: logcumsumexp,
-    torch.Tensor.logcumsumexp: logcumsumexp, F.multi_margin_loss: multi_margin,
+    torch.Tensor.__getitem__: _getitem, torch.Tensor.__setitem__: _setitem, F.gaussian_nll_loss: gaussian_nll,
+    torch.logcumsumexp: logcumsumexp, torch.Tensor.logcumsumexp: logcumsumexp, F.multi_margin_loss: multi_margin,
     F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, torch.histc: histc,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import ane_trainer as at
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.errors import UnsupportedModel
 from tests.ane.compiler.lower.harness import captured, normal
@@ -150,3 +152,64 @@ def test_checkpointed_parts_run_once(reentrant: bool) -> None:
 def test_concatenated_targets_are_refused() -> None:
     with rewriting(), pytest.raises(UnsupportedModel, match="needs padded targets"):
         ctc_loss(FRAMES.log_softmax(2), torch.ones(5, dtype=torch.int64), (7, 7, 7), (2, 1, 2))
+
+
+PLACES: dict[str, Callable[[torch.Tensor], object]] = {
+    "first axis": lambda i: i,
+    "last axis": lambda i: (..., i),
+    "between": lambda i: (slice(1, 3), i, slice(None, 2)),
+    "behind a number": lambda i: (1, i),
+    "with a new axis": lambda i: (None, slice(None), i),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("value", [2, -1])
+def test_writing_at_a_place_reads_no_value(name: str, value: int) -> None:
+    torch.manual_seed(0)
+    mine, place = torch.randn(4, 4, 4), torch.tensor(value)
+    theirs, index = mine.clone(), PLACES[name](place)
+    given = torch.randn(theirs[index].shape)  # type: ignore[index]
+    theirs[index] = given  # type: ignore[index]
+    with rewriting():
+        mine[index] = given  # type: ignore[index]
+    assert torch.equal(mine, theirs)
+    with rewriting():
+        mine[index] = 3.0  # type: ignore[index]
+    assert bool((mine[index] == 3.0).all())  # type: ignore[index]
+
+
+class Remembering(nn.Module):
+    """Writes where the batch says, and where a counter does (there, Dynamo reads the value itself)."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.layer, self.counts = nn.Linear(3, 2), counts
+        self.register_buffer("memory", torch.zeros(4, 2))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        if self.counts:
+            self.memory[self.steps % 4] = h.detach().mean(0)
+        self.memory[place] = h.detach().amax(0)
+        self.steps += 1
+        return h + self.memory.sum(0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("door", ["compile_step", "torch.compile"])
+def test_memories_are_written_at_places(door: str) -> None:
+    torch.manual_seed(0)
+    model = Remembering(door == "compile_step")
+    twin, y = copy.deepcopy(model), torch.zeros(5, 2)
+    batches = [(torch.randn(5, 3), torch.tensor(i * 3 % 4)) for i in range(5)]
+    if door == "compile_step":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        step = at.compile_step(model, "mse", optimizer, (batches[0], y), device="sim")
+        found = [float(step(batch, y)) for batch in batches]
+        step.sync()
+    else:
+        fast = torch.compile(model, backend="ane", options={"device": "sim"})
+        found = [float(F.mse_loss(fast(*batch), y).detach()) for batch in batches]
+    assert found == pytest.approx([float(F.mse_loss(twin(*b), y).detach()) for b in batches], rel=0.01)
+    torch.testing.assert_close(model.memory, twin.memory, rtol=5e-3, atol=5e-3)
