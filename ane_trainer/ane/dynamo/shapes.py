@@ -33,7 +33,7 @@ from ane_trainer.ane.dynamo.torch_private import (
     one_at_a_time,
     tracing_with,
 )
-from ane_trainer.ane.errors import Finding, UnsupportedModel, UsageError
+from ane_trainer.ane.errors import Finding, ProgramError, UnsupportedModel, UsageError
 
 Key = tuple[Any, ...]
 
@@ -101,6 +101,11 @@ class Specializer:
             if not _selects(self._graph) or error.code != "ANE300":
                 raise
             return self._without_engine(error.findings[0].op, inputs)
+        except ProgramError:
+            if all(v.numel() for v in inputs if isinstance(v, torch.Tensor)):
+                raise
+            reason, fix = "is without elements, which no program takes.", "Leave empty batches out."
+            return self._in_pytorch(Finding("an input", "shape", reason, fix), inputs)
         except FAULTS as error:
             if not self._reads:
                 raise graph_fault(error) from error
@@ -132,6 +137,10 @@ class Specializer:
             _last_place(self._graph), operation, "gives a shape that depends on data.",
             "Keep the shape: torch.where or a product with the mask; or use compile_step.",
         )  # fmt: skip
+        return self._in_pytorch(found, inputs)
+
+    def _in_pytorch(self, found: Finding, inputs: Sequence[object]) -> Callable[..., object]:
+        """The graph in PyTorch for these inputs; warns of the reason."""
         tell_of_cpu(str(found), "")
         shapes = tuple(tuple(v.shape) for v in inputs if isinstance(v, torch.Tensor))
         chip, device = self._options.target.chip or "", self._options.target.device

@@ -1,4 +1,4 @@
-"""Compiled models in several threads, and in inference mode."""
+"""Compiled models in several threads, in inference mode, and on an empty batch."""
 
 from __future__ import annotations
 
@@ -63,3 +63,13 @@ def test_inference_mode() -> None:
         each(x).sum().backward()
     torch.testing.assert_close(model[0].weight.grad, twin[0].weight.grad, rtol=0.02, atol=5e-3)
     torch.testing.assert_close(model[1].running_var, twin[1].running_var, rtol=1e-3, atol=1e-4)
+
+
+def test_an_empty_batch_is_pytorchs_and_told() -> None:
+    model = nn.Linear(8, 4)
+    call = torch.compile(model, backend="ane", options={"device": "sim"})
+    call(torch.randn(16, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="without elements"):
+        found = call(torch.randn(0, 8))
+    found.sum().backward()
+    assert found.shape == (0, 4)
