@@ -209,3 +209,23 @@ def test_upsampling_by_another_factor_looks_up() -> None:
     program = check(lambda x: F.interpolate(x, size=(36, 31)), [normal(2, 3, 24, 20)])
     assert "matmul" in kinds(program)
     check(gradients(lambda x: F.interpolate(x, scale_factor=1.5)), [normal(1, 2, 5, 7)])
+
+
+@pytest.mark.parametrize("chip", ["m1", "m4"])
+@pytest.mark.parametrize(
+    ("function", "low", "high"),
+    [
+        (F.softplus, -11.0, 3.0),
+        (F.logsigmoid, -3.0, 11.0),
+        (torch.log1p, -0.9, 3.0),
+        (torch.log1p, -1e-3, 1e-3),
+    ],
+)
+def test_logarithms_near_one_keep_small_results(
+    function: Callable[[torch.Tensor], torch.Tensor], low: float, high: float, chip: str
+) -> None:
+    """The tables, and the sum with 1, are 0 there."""
+    x = torch.linspace(low, high, 200)
+    found = torch.compile(function, backend="ane", options={"device": "sim", "chip": chip})(x)
+    torch.testing.assert_close(found, function(x), rtol=0.012, atol=2e-6)
+    torch._dynamo.reset()
