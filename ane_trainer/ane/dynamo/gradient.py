@@ -55,7 +55,7 @@ class Backward:
         self.power = 6
         self._wanted = WANTED
 
-    def __call__(self, *inputs: Any) -> list[object]:
+    def __call__(self, *inputs: object) -> list[object]:
         """The gradients in fp32; nan everywhere if one that comes in is not finite, as PyTorch would spread it."""
         with self._function.lock:
             return self._gradients(*inputs)

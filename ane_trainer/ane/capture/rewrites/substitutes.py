@@ -140,13 +140,13 @@ def _getitem(x: torch.Tensor, index: Any) -> torch.Tensor:
     return torch.Tensor.__getitem__(x, tuple(parts))
 
 
-def _setitem(x: torch.Tensor, index: Any, value: Any) -> None:
+def _setitem(x: torch.Tensor, index: Any, value: object) -> None:
     """`x[i] = value` with one tensor `i` of rank 0 among numbers and slices, as `index_copy_`, which reads no value."""
     parts = list(index) if isinstance(index, tuple) else [index]
     scalars = [n for n, part in enumerate(parts) if _is_scalar_index(part)]
     others = [part for n, part in enumerate(parts) if n not in scalars]
     if len(scalars) != 1 or any(isinstance(part, (torch.Tensor, list)) for part in others):
-        torch.Tensor.__setitem__(x, index, value)
+        torch.Tensor.__setitem__(x, index, value)  # type: ignore[assignment]
         return
     place = scalars[0]
     view = torch.Tensor.__getitem__(x, tuple(slice(None) if n == place else p for n, p in enumerate(parts)))
