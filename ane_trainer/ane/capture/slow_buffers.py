@@ -36,6 +36,10 @@ _AHEAD, _FAR = 16, 2.0**16
 #: Magnitude, as stored, to which a buffer's second term is scaled: room for a change 2^8 times as large.
 _WANTED_LOG2 = 8
 _PROBE = 1e-3
+_RUNNING = (
+    torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm,
+    torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def _statistics(model: torch.nn.Module) -> dict[str, float]:
     return {
         f"{path}.{name}" if path else name: 1.0 if module.momentum is None else module.momentum
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.modules.batchnorm._NormBase)
+        if isinstance(module, _RUNNING)
         for name in ("running_mean", "running_var")
     }
 
