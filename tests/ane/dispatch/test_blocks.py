@@ -17,6 +17,7 @@ from ane_trainer.ane.chips.lookup import get_chip, known_layers
 from ane_trainer.ane.dispatch import StepOptions, TrainingStep, build_step, compile_forward, resolve_target
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.dispatch.devices.chain import ChainSession
+from ane_trainer.ane.dispatch.devices.joined import joined
 from ane_trainer.ane.dispatch.devices.sim import SimSession
 from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import UsageError
@@ -208,6 +209,10 @@ def test_layers_whose_frozen_weights_are_constants(monkeypatch: pytest.MonkeyPat
     held = [op for part in step.programs for op in part.program.main.ops if op.kind.startswith("constexpr")]
     assert held
     assert all(port.target != "1.0.linear.weight" for port in step.compiled.inputs)
+    chain = step.host_side[1].compiled.chain
+    assert chain is not None
+    found = [op.args for op in joined(step.program.main, chain)[0].ops if op.kind.startswith("constexpr")]
+    assert len(found) == 2 < len(held)  # decoded once for forward and backward
 
 
 def test_several_blocks_in_one_program() -> None:

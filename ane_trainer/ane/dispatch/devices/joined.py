@@ -15,17 +15,32 @@ from ane_trainer.ane.stages import Chain, Dispatch
 
 
 def joined(step: Function, chain: Chain) -> tuple[Function, dict[str, Floats]]:
-    """The dispatches of `step` as one function, and the numbers of the inputs that it has beside those of `step`."""
+    """The dispatches of `step` as one function, and the numbers of the inputs that it has beside those of `step`.
+
+    What several of them decode or make of constants alone is there once.
+    """
     constants: dict[str, Floats] = {}
     added: list[Value] = []
     ops: list[Op] = []
+    made: dict[tuple[str, tuple[tuple[str, Arg], ...]], Op] = {}
     for index, (each, compiled) in enumerate(zip(chain.dispatches, chain.in_turn, strict=True)):
         program = compiled.program.main
         names = {value.name: f"dispatch {index}, {value.name}" for value in _values(program)}
         names |= dict((*each.inputs, *each.outputs))
         constants |= {names[port]: number(literal) for port, literal in each.constants}
         added += [Value(names[v.name], v.type) for v in program.inputs if v.name in _ports(each)]
-        ops += [_renamed(op, names) for op in program.ops]
+        results = {value for _, value in each.outputs}
+        for op in program.ops:
+            alone = next(op.operands(), None) is None and results.isdisjoint(
+                names[v.name] for v in op.results
+            )
+            first = made.get((op.kind, op.args)) if alone else None
+            if first is not None:
+                names |= {v.name: f.name for v, f in zip(op.results, first.results, strict=True)}
+                continue
+            ops.append(_renamed(op, names))
+            if alone:
+                made[op.kind, op.args] = ops[-1]
     return Function(step.name, (*step.inputs, *added), tuple(ops), step.outputs, step.opset), constants
 
 
