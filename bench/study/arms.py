@@ -12,6 +12,7 @@ import torch
 from ane_trainer.ane.capture import parts
 from ane_trainer.ane.capture import step as capture
 from ane_trainer.ane.capture.optimizers.rule import two_term_add
+from ane_trainer.ane.dispatch import loading
 from ane_trainer.ane.stages import Captured
 
 
@@ -26,6 +27,11 @@ class Arm:
     change: Callable[[], AbstractContextManager[object]] = field(default=nullcontext, repr=False)
 
 
+def _captured_anew() -> AbstractContextManager[object]:
+    """No step from the disk, which knows nothing of what is left out here."""
+    return mock.patch.object(loading, "memory_of", return_value=None)
+
+
 @contextmanager
 def _one_term() -> Iterator[None]:
     """A weight is one fp16 number: what two terms would keep of an update beyond it is thrown away."""
@@ -34,7 +40,7 @@ def _one_term() -> Iterator[None]:
         high, low = two_term_add(hi, lo, delta)
         return high, low * 0.0
 
-    with mock.patch.object(capture, "two_term_add", add):
+    with _captured_anew(), mock.patch.object(capture, "two_term_add", add):
         yield
 
 
@@ -48,7 +54,8 @@ def _no_range_pass() -> Iterator[None]:
     def nothing(*arguments: object, **options: object) -> None:
         return None
 
-    with mock.patch.object(parts, "scale_found", as_it_is), mock.patch.object(parts, "scale_rows", nothing):
+    rows = mock.patch.object(parts, "scale_rows", nothing)
+    with _captured_anew(), mock.patch.object(parts, "scale_found", as_it_is), rows:
         yield
 
 
