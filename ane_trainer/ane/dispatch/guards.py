@@ -179,6 +179,8 @@ class _Walk:
     def _tensors(self, root: nn.Module, label: str, held: Collection[str]) -> None:
         """Parameters and buffers; those that are not `held` as constants."""
         for name, tensor in chain(root.named_parameters(), root.named_buffers()):
+            if id(tensor) in self._state:  # of a module that a method of it leads to again
+                continue
             self._state.add(id(tensor))
             if name not in held and tensor.device.type == "cpu" and tensor.layout == torch.strided:
                 place = self.large if tensor.nbytes > _LARGE else self.constants

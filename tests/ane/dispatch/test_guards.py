@@ -415,3 +415,14 @@ def test_a_recurrent_layer_is_captured_once(kind: type[nn.RNNBase], monkeypatch:
     for _ in range(3):
         step(x, Y)
     assert captures == []
+
+
+def test_a_method_that_the_model_keeps_leads_to_no_constants():
+    """PEFT keeps a method of the model that it wraps: each step once compiled anew, since its weights change."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.kept = model[0].forward
+    guards = Guards(model, F.mse_loss)
+    with torch.no_grad():
+        model[0].weight += 1.0
+    assert not guards.changed()
+    assert guards.differences() == []
