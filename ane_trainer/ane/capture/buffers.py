@@ -177,14 +177,43 @@ def find_changes(model: torch.nn.Module, final: Mapping[str, torch.Tensor]) -> B
 
 
 def tell_of_stalls(
-    model: torch.nn.Module, final: Mapping[str, torch.Tensor], carried: Collection[str]
+    model: torch.nn.Module,
+    final: Mapping[str, torch.Tensor],
+    carried: Collection[str],
+    forward: Callable[[], object],
 ) -> None:
-    """A NumericsWarning names float buffers that change by less than fp16 resolves at their size, but for `carried`."""
+    """A NumericsWarning names float buffers that change by less than fp16 resolves at their size, but for `carried`.
+
+    Not those that each `forward` makes anew, as a power iteration its vectors: what is rounded there does not add up.
+    """
     kept = float_buffers(model)
     for name, buffer in model.named_buffers():
         after = final.get(name, buffer)
-        if name in kept and name not in carried and after.shape == buffer.shape and _stalls(buffer, after):
+        slow = name in kept and name not in carried and after.shape == buffer.shape and _stalls(buffer, after)
+        if slow and _stays(model, buffer, after, name, forward):
             _warn_of_stall(name, buffer, after)
+
+
+def _stays(
+    model: torch.nn.Module,
+    buffer: torch.Tensor,
+    after: torch.Tensor,
+    name: str,
+    forward: Callable[[], object],
+) -> bool:
+    """Whether the forward leaves most of a difference in a buffer where it is, as a count or an average does."""
+    before = buffer.detach().clone()
+    try:
+        with torch.no_grad(), forwarded(model) as final:
+            buffer.mul_(1.125)
+            forward()
+            moved = float((final[name] - after).norm())
+    except FAULTS:
+        return True
+    finally:
+        with torch.no_grad():
+            buffer.copy_(before)
+    return moved > 0.5 * 0.125 * float(before.norm())
 
 
 def _stalls(before: torch.Tensor, after: torch.Tensor) -> bool:

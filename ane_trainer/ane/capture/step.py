@@ -200,7 +200,8 @@ def capture_training(
     if options.precision == "fp16":
         if not options.divided:
             carried = carry_slow_buffers(graph, plan.inputs, outputs, values(example), model)
-        tell_of_stalls(model, final, carried.targets)
+        again = functools.partial(loss_of, model, get_loss(loss), example)
+        tell_of_stalls(model, final, carried.targets, again)
         examples = [carried.values(values(batch)) for batch in (example, *options.calibrate_on)]
     update, sizes = None, options.calibration
     if options.divided:
