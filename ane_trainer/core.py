@@ -40,7 +40,7 @@ from ane_trainer.training.folder.recording import (
     restore_run,
 )
 from ane_trainer.training.folder.results import Result
-from ane_trainer.training.folder.runs import RunFolder, Weights, claim_run, open_run, origin_of
+from ane_trainer.training.folder.runs import WEIGHTS, RunFolder, Weights, claim_run, open_run, origin_of
 from ane_trainer.training.loop import stoppable, with_exit_code
 from ane_trainer.training.optimizers import check_trainable, freeze, make_optimizer
 from ane_trainer.training.prediction import answers, check_output, generate, inputs_by_index, read_inputs
@@ -283,6 +283,9 @@ def export_run(
         warnings.warn(
             f"the weights are those of {trained.weights.file}: {trained.weights.damage}", stacklevel=2
         )
+    elif trained.weights.file != WEIGHTS:
+        text = f"the weights are those of {trained.weights.file}: the run has not come to its end"
+        warnings.warn(text, stacklevel=2)
     target = Path(out) if out is not None else run.path / DEFAULT_NAMES[kind]
     if kind in STEP_FORMATS:
         trainer.restore(run.read_checkpoint()[0])

@@ -305,6 +305,8 @@ def test_weights_beyond_the_engine_and_missing_ones_are_said(
     path.unlink()
     assert run_command(["evaluate", "done", "--limit", "64"]) == 0
     assert "these are the weights of checkpoint.safetensors" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="checkpoint.safetensors: the run has not come to its end"):
+        assert run_command(["export", "cut", "--format", "torch"]) == 0
 
 
 CONFIGS: dict[str, tuple[Damage, str]] = {

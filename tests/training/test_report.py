@@ -13,7 +13,7 @@ from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.training.folder.results import Epoch
 from ane_trainer.training.reporting import loggers
 from ane_trainer.training.reporting.loggers import make_logger, numbers_of
-from ane_trainer.training.reporting.report import ConsoleReporter, Phases, Reporter, Reporters
+from ane_trainer.training.reporting.report import ConsoleReporter, Phases, Reporter, Reporters, wrapped
 
 PROGRAM = {"ops": 207, "optimizer": "adam", "engine_flop_fraction": 1.0, "host_bytes_per_step": 16700}
 
@@ -170,3 +170,10 @@ def test_unknown_and_absent_trackers_are_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(loggers.TRACKERS, "absent", absent)
     with pytest.raises(MissingDependency, match="pip install no-such-package"):
         make_logger("absent", tmp_path)
+
+
+def test_a_number_stays_with_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = wrapped("time     19.0 s: start 7.8 s, compile 4.7 s, train 1.2 s", Terminal()).splitlines()
+    assert len(lines) > 1
+    assert not any(line.strip().startswith("s,") or line.endswith(tuple("0123456789")) for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from ane_trainer.utils import format_bytes, format_seconds
 #: Between two progress lines where there is no terminal.
 _PLAIN_SECONDS = 15.0
 
+_WITH_UNIT = re.compile(r"(\d) (s|ms|us|min|h|%|KB|MB|GB)\b")
 #: Columns that a topic takes ("data", "model", ...), also before a continued line.
 _TOPIC = 9
 
@@ -278,10 +280,11 @@ def wrapped(text: str, stream: TextIO) -> str:
     if not stream.isatty():
         return text
     width = max(shutil.get_terminal_size().columns, 2 * _TOPIC)
+    together = _WITH_UNIT.sub("\\1\u00a0\\2", text)  # a number and its unit
     return textwrap.fill(
-        text, width, subsequent_indent=" " * _TOPIC, break_long_words=False, break_on_hyphens=False,
+        together, width, subsequent_indent=" " * _TOPIC, break_long_words=False, break_on_hyphens=False,
         replace_whitespace=False,
-    )  # fmt: skip
+    ).replace("\u00a0", " ")  # fmt: skip
 
 
 def _clock(seconds: float) -> str:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ane_trainer.ane.capture.calibrate import call_model, module_mode
 from ane_trainer.ane.capture.losses import check_classes
 from ane_trainer.ane.capture.trace.sources import FAULTS, fault, place_of
+from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo, step_without_dynamo
 from ane_trainer.ane.dispatch import StepOptions
 from ane_trainer.ane.dispatch.state import (
     GENERATOR,
@@ -53,7 +54,8 @@ class CpuStep:
     def _step(self, x: object, y: object) -> torch.Tensor:
         self._model.train()
         if self._pending == 0:
-            self._optimizer.zero_grad(set_to_none=True)
+            with optimizers_without_dynamo():
+                self._optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._draws)
             output = self.forward(x)
@@ -80,7 +82,7 @@ class CpuStep:
             nn.utils.clip_grad_value_(parameters, self._gradients.clip_value)
         if self._gradients.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self._gradients.clip_norm)
-        self._optimizer.step()
+        step_without_dynamo(self._optimizer)
 
     @property
     def compiled(self) -> None:
