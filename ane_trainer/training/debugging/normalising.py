@@ -26,11 +26,11 @@ def norm(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
     x = None if square is None else square.arg("x")
     if chain is None or not isinstance(x, Value):
         return []
-    form = _Norm(graph, x, tuple(chain))
+    form = _Norm(graph, x, tuple(chain), _refined(graph, chain[-1]))
     replay = Replay(graph.function)
     replay.at(chain[0], form.scaled)
-    replay.at(chain[-1], form.rooted)
-    for user in graph.readers.get(chain[-1].name, []):
+    replay.at(form.end, form.rooted)
+    for user in graph.readers.get(form.end.name, []):
         if form.cancels(user):
             replay.at(user, lambda m, user=user: form.joined(m, user))  # type: ignore[misc]
     return [Rewritten("norm", _HOW, replay.result())]
@@ -38,11 +38,12 @@ def norm(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
 
 @dataclass(frozen=True)
 class _Norm:
-    """x, and square -> sum or mean -> (times a number, plus epsilon) -> root."""
+    """x, and square -> sum or mean -> (times a number, plus epsilon) -> root; `end`: the root, or what refines it."""
 
     graph: Graph
     x: Value
     chain: tuple[Op, ...]
+    end: Op
 
     def scaled(self, m: Maker) -> Mapping[str, Value]:
         """The rows divided by their largest entry, their squares, and what is under the root."""
@@ -71,8 +72,13 @@ class _Norm:
         if own:
             value = m.op("add", x=value, y=self._epsilon(m, own, outer))
         small = {"epsilon": literal(2.0**-24, self.x.type.dtype)} if root.kind == "rsqrt" else {}
-        m.known["root"] = m.op(root.kind, x=value, **small)
-        return {root.name: m.op("real_div" if root.kind == "rsqrt" else "mul", x=m.known["root"], y=outer)}
+        found = m.op(root.kind, x=value, **small)
+        if self.end is not root:
+            half = literal(0.5, self.x.type.dtype)
+            product = m.op("mul", x=m.op("mul", x=value, y=found), y=m.op("mul", x=found, y=half))
+            found = m.op("add", x=found, y=m.op("mul", x=m.op("sub", x=half, y=product), y=found))
+        m.known["root"] = found
+        return {self.end.name: m.op("real_div" if root.kind == "rsqrt" else "mul", x=found, y=outer)}
 
     def _epsilon(self, m: Maker, number: float, outer: Value) -> Value:
         once = m.op("real_div", x=literal(number, self.x.type.dtype), y=outer)
@@ -83,7 +89,7 @@ class _Norm:
         root, a, b = self.chain[-1], user.arg("x"), user.arg("y")
         pair = [v.name for v in (a, b) if isinstance(v, Value)]
         if root.kind == "rsqrt":
-            return user.kind == "mul" and sorted(pair) == sorted([self.x.name, root.name])
+            return user.kind == "mul" and sorted(pair) == sorted([self.x.name, self.end.name])
         return user.kind == "real_div" and pair == [self.x.name, root.name]
 
     def joined(self, m: Maker, user: Op) -> Mapping[str, Value]:
@@ -115,6 +121,20 @@ def _chain(graph: Graph, square: Op) -> list[Op] | None:
         chain.append(following[0])
     reductions = [op for op in chain if op.kind in _REDUCTIONS]
     return chain if len(reductions) == 1 and chain[1] is reductions[0] else None
+
+
+def _refined(graph: Graph, root: Op) -> Op:
+    """`add(r, mul(sub(1/2, ...), r))` behind a root r, a step of Newton's as lowering writes it; else the root."""
+    for user in graph.readers.get(root.name, []):
+        x, y = user.arg("x"), user.arg("y")
+        step = graph.makers.get(y.name) if isinstance(y, Value) else None
+        if user.kind != "add" or not isinstance(x, Value) or x.name != root.name or step is None:
+            continue
+        rest = step.arg("x")
+        left = graph.makers.get(rest.name) if isinstance(rest, Value) else None
+        if step.kind == "mul" and left is not None and left.kind == "sub" and number_of(left.arg("x")) == 0.5:
+            return user
+    return root
 
 
 def _continues(user: Op, before: Op) -> bool:

@@ -38,7 +38,7 @@ class Sum(Base):
 class Exponentials(Base):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = torch.exp(self.a(x) * 12)
-        return self.b(h / h.sum(-1, keepdim=True))
+        return self.b(h / (h.amax(-1, keepdim=True) + h.mean(-1, keepdim=True)))
 
 
 class Variance(Base):

@@ -16,14 +16,6 @@ from ane_trainer.ane.capture.range.editing import aten, is_float, shape_of
 
 #: Only values beyond this, which the engine does not hold, are looked at.
 _LIMIT = 2.0**15
-#: Operations of which each entry depends on the same entry of an operand.
-_ELEMENTWISE = frozenset(
-    f"aten.{name}.{kind}"
-    for name in (
-        "exp exp2 expm1 pow mul div add sub neg log log2 log10 log1p sqrt rsqrt reciprocal abs sinh cosh square"
-    ).split()
-    for kind in ("default", "Tensor", "Scalar", "Tensor_Scalar", "Tensor_Tensor")
-)
 _PRODUCTS = ("aten.mul.Tensor",)
 
 
@@ -68,12 +60,17 @@ def _parts(graph: Graph) -> frozenset[Node]:
     """Values that only end in a `where` of their shape, or in products; one `where` at least."""
     found: dict[Node, bool] = {}
     for node in reversed(graph.nodes):
-        if node.op != "call_function" or str(node.target) not in _ELEMENTWISE or not is_float(node):
+        if node.op != "call_function" or not _is_elementwise(node) or not is_float(node):
             continue
         ends = [_end(node, user, found) for user in node.users]
         if ends and all(end is not None for end in ends):
             found[node] = any(ends)
     return frozenset(node for node, chosen in found.items() if chosen)
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Whether each entry depends on the same entry of an operand, by an operation that takes all of them."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and node.target is not aten.where.self
 
 
 def _end(node: Node, user: Node, found: Mapping[Node, bool]) -> bool | None:

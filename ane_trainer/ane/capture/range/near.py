@@ -19,6 +19,8 @@ from ane_trainer.ane.stages import Captured, Port
 _BORNE = 0.1
 #: An input below this in magnitude is rounded by less than a training example's own noise.
 _LARGE = 2048.0
+#: A step of fp16, relative.
+_STEP = 2.0**-11
 _SAME = (aten._to_copy.default, aten.view.default, aten.unsqueeze.default, aten.expand.default,
          aten.permute.default, aten.slice.Tensor, aten.select.int, aten.clone.default)  # fmt: skip
 _DIFFERENCES = ("aten.sub.", "aten.add.", "aten.rsub.")
@@ -39,10 +41,11 @@ def tell_of_near_numbers(exponents: Exponents, captured: Captured, exact: bool) 
             known = exponents.found.get(port.name)
             if known is None or known.peak <= _LARGE or (exact and port.bounds is None):
                 continue
-            if port.role == "batch" and port.target not in told:
+            own = min(noise, _STEP * known.rms)  # the rest is not the input's
+            if size.rms < own / _BORNE and port.role == "batch" and port.target not in told:
                 told.add(port.target)
                 place, name = node.meta.get(META_KEY, node.name), port.target or port.name
-                share = f"{100 * noise / size.rms:.0f} %"
+                share = f"{100 * own / size.rms:.0f} %"
                 warnings.warn(
                     f"{place}: takes a number near it from {name} (up to {known.peak:.3g}), and fp16's rounding of it "
                     f"is {share} of what is left. Subtract an origin before you pass it (in the data, in float64).",
