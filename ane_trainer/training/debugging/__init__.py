@@ -44,7 +44,7 @@ def debug(
     if not isinstance(step, TrainingStep) or len(step.programs) > 1:
         raise UsageError(
             f"debug: needs a step of one program, or a program; got {type(step).__name__}. "
-            'Compile it with shards=0 and fallback="none".',
+            'Compile it with blocks="off", shards=0 and fallback="none".',
             code="ANE104",
         )
     subject = dataclasses.replace(step.subject, example=(x, y))
