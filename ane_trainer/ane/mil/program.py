@@ -139,6 +139,20 @@ class Op:
         items = (a if isinstance(a, tuple) else (a,) for _, a in self.args)
         return tuple(item for several in items for item in several if isinstance(item, Value))
 
+    def renamed(self, names: Mapping[str, str]) -> Op:
+        """The op on values of the same types that have other names; `names` has each that it reads or makes."""
+
+        def value(old: Value) -> Value:
+            return Value(names[old.name], old.type)
+
+        def argument(arg: Arg) -> Arg:
+            if isinstance(arg, tuple):
+                return tuple(value(item) if isinstance(item, Value) else item for item in arg)
+            return value(arg) if isinstance(arg, Value) else arg
+
+        args = tuple((name, argument(arg)) for name, arg in self.args)
+        return Op(self.kind, args, tuple(map(value, self.results)), self.source)
+
     def literals(self) -> Iterator[tuple[str, Literal]]:
         """Every constant this op carries, with the parameter it belongs to."""
         for key, argument in self.args:

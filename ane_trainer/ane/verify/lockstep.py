@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ane_trainer.ane.mil import semantics
 from ane_trainer.ane.mil.inputs import check_array, missing_input
-from ane_trainer.ane.mil.program import Arg, Function, Op, Value
+from ane_trainer.ane.mil.program import Function, Op, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator import EngineContext, Plan, prepare
 from ane_trainer.ane.simulator.arrays import from_border, storage_dtype
@@ -120,15 +120,7 @@ def _renamed(unit: Unit, names: Mapping[str, str]) -> Function:
     def value(old: Value) -> Value:
         return Value(names[old.name], old.type)
 
-    def argument(arg: Arg) -> Arg:
-        if isinstance(arg, tuple):
-            return tuple(value(item) if isinstance(item, Value) else item for item in arg)
-        return value(arg) if isinstance(arg, Value) else arg
-
-    ops = tuple(
-        Op(op.kind, tuple((n, argument(a)) for n, a in op.args), tuple(map(value, op.results)))
-        for op in unit.ops
-    )
+    ops = tuple(replace(op.renamed(names), source=None) for op in unit.ops)
     return Function("main", tuple(map(value, unit.reads)), ops, tuple(map(value, unit.results)))
 
 

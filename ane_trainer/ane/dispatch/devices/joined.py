@@ -6,7 +6,7 @@ what is a view of memory (windows of an image, a transposed matrix) remains one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ane_trainer.ane.dispatch.devices.chain import number
 from ane_trainer.ane.dispatch.devices.protocol import Floats
@@ -38,7 +38,7 @@ def joined(step: Function, chain: Chain) -> tuple[Function, dict[str, Floats]]:
             if first is not None:
                 names |= {v.name: f.name for v, f in zip(op.results, first.results, strict=True)}
                 continue
-            ops.append(_renamed(op, names))
+            ops.append(op.renamed(names))
             if alone:
                 made[op.kind, op.args] = ops[-1]
     return Function(step.name, (*step.inputs, *added), tuple(ops), step.outputs, step.opset), constants
@@ -52,16 +52,3 @@ def _values(program: Function) -> Iterator[Value]:
 
 def _ports(each: Dispatch) -> set[str]:
     return {port for port, _ in each.constants}
-
-
-def _renamed(op: Op, names: Mapping[str, str]) -> Op:
-    def value(old: Value) -> Value:
-        return Value(names[old.name], old.type)
-
-    def argument(arg: Arg) -> Arg:
-        if isinstance(arg, tuple):
-            return tuple(value(item) if isinstance(item, Value) else item for item in arg)
-        return value(arg) if isinstance(arg, Value) else arg
-
-    args = tuple((name, argument(arg)) for name, arg in op.args)
-    return Op(op.kind, args, tuple(map(value, op.results)), op.source)
