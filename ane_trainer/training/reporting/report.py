@@ -113,9 +113,10 @@ class Phases:
         self._mark, self.current = now, phase
 
     def as_text(self) -> str:
-        """The whole time and its parts, those below 50 ms as one."""
+        """The whole time and its parts, those below 50 ms as one, but training always by itself."""
         self.switch(self.current)
-        parts = {name: value for name, value in self.seconds.items() if value >= 0.05}
+        shown = {"train"} if self.steps else set()
+        parts = {name: value for name, value in self.seconds.items() if value >= 0.05 or name in shown}
         whole = sum(self.seconds.values())
         if (rest := whole - sum(parts.values())) > 0.001:
             parts["other" if parts else "all"] = rest
