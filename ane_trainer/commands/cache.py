@@ -11,17 +11,24 @@ from ane_trainer.ane.compiler.build import cache_folder
 from ane_trainer.ane.dispatch import recall
 from ane_trainer.ane.simulator.loops import objects
 from ane_trainer.commands.options import Output, table
+from ane_trainer.training.datasets import digests
 from ane_trainer.utils import entries_of, format_bytes, prune
 
 _WHAT = {
     "steps": "compiled steps, with what they were compiled from",
     "programs": "MIL text and weights of compiled programs",
     "code": "machine code of the simulator's loops",
+    "digests": "hashes of image files, by which a run knows its data again",
 }
 
 
 def _folders() -> dict[str, Path]:
-    return {"steps": recall.folder(), "programs": cache_folder(), "code": objects.folder()}
+    return {
+        "steps": recall.folder(),
+        "programs": cache_folder(),
+        "code": objects.folder(),
+        "digests": digests.folder(),
+    }
 
 
 def cache_show() -> Output:

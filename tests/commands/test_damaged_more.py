@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ane_trainer.cli import run_command
@@ -37,8 +38,6 @@ def refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: st
 
 
 def images(root: Path, value: Callable[[int, int], int] = lambda label, k: 90 * label + k) -> None:
-    from PIL import Image
-
     for label, name in enumerate("ab"):
         (root / name).mkdir(parents=True)
         for k in range(12):
@@ -172,6 +171,12 @@ def test_inputs_that_are_all_alike_are_told(folder: Path, capsys: pytest.Capture
         shutil.rmtree(folder / "r")
 
 
+ITEM = """import torch
+class f(torch.utils.data.Dataset):
+    def __len__(self): return 60
+    def __getitem__(self, k): return torch.rand(4) * {x} + k, k % 3
+"""
+COUNTED = np.ones((2000, 9)) * np.arange(9)
 CHANGES: dict[str, tuple[Write, tuple[str, ...], Write]] = {
     "images between classes": (
         images, (), lambda place: (os.rename(place / "a" / "3.png", place / "x"),
@@ -183,6 +188,10 @@ CHANGES: dict[str, tuple[Write, tuple[str, ...], Write]] = {
                       lambda place: place.write_text(table(60, lambda k: (59 - k) / 7, lambda k: (59 - k) % 7))),
     "text": (lambda place: place.write_text("to be or not to be. " * 200), ("--context", "8"),
              lambda place: place.write_text("eb to or not to be. " * 200)),
+    "one pixel": (images, (), lambda place: Image.effect_noise((8, 8), 1).convert("RGB").save(place / "b" / "7.png")),
+    "one number of many": (lambda place: np.savez(place, x=COUNTED, y=np.arange(2000) % 3), (),
+                           lambda place: np.savez(place, x=COUNTED + np.eye(2000, 9, -1777), y=np.arange(2000) % 3)),
+    "an item": (lambda place: place.write_text(ITEM.format(x=1)), (), lambda place: place.write_text(ITEM.format(x=2))),
 }  # fmt: skip
 
 
@@ -191,9 +200,10 @@ def test_data_of_the_same_form_and_other_content_is_noticed(
     kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write, options, change = CHANGES[kind]
-    name = {"images between classes": "d", "labels": "d.npz", "order of rows": "d.csv", "text": "d.txt"}[kind]
+    name = {"images between classes": "d", "one pixel": "d", "order of rows": "d.csv", "text": "d.txt",
+            "an item": "d.py"}.get(kind, "d.npz")  # fmt: skip
     write(folder / name)
-    assert run_command(("train", name, *options, *TRAIN)) == 0
+    assert run_command(("train", "d.py:f" if kind == "an item" else name, *options, *TRAIN)) == 0
     assert run_command(("evaluate", "r")) == 0
     change(folder / name)
     for words in (("train", "--resume", "r", "--epochs", "2"), ("evaluate", "r")):

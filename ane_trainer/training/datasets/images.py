@@ -7,7 +7,6 @@ root/train/cat/1.png, root/val/cat/2.png, ...     (or valid, validation, test) a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import struct
 from collections import Counter
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from ane_trainer.ane.errors import DataError, MissingDependency
 from ane_trainer.training.datasets.batches import Examples, Subset
 from ane_trainer.training.datasets.description import DataDescription
+from ane_trainer.training.datasets.digests import digest_of
 from ane_trainer.training.datasets.splits import DataOptions, Parts, divide_rows
 from ane_trainer.utils import as_text
 
@@ -32,8 +32,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 LARGEST_SIDE = 64
 #: Decoded images are kept in memory up to so many bytes in all.
 KEPT_BYTES = 2 << 30
-#: Bytes of files that a fingerprint reads at most.
-HASHED_BYTES = 64 << 20
 #: Images that size, colour, mean and standard deviation are taken from.
 SAMPLE = 2_000
 
@@ -63,14 +61,9 @@ class ImageFiles:
         return np.stack([self._image(int(row)) for row in rows_B]), self.labels_N[rows_B]
 
     def content(self) -> bytes:
-        """Names and classes of the files, and what some hold: SAMPLE of them, HASHED_BYTES at most."""
+        """Names and classes of the files, and what they hold."""
         names = "\0".join("/".join(path.parts[-2:]) for path in self.paths).encode(errors="surrogateescape")
-        found, left = [names, self.labels_N.tobytes()], HASHED_BYTES
-        for path in _sample(self.paths):
-            data = path.read_bytes() if left > 0 else b""
-            left -= len(data)
-            found.append(hashlib.blake2b(data, digest_size=16).digest())
-        return b"".join(found)
+        return names + self.labels_N.tobytes() + digest_of(self.paths)
 
     def targets(self) -> NDArray[np.int64]:
         """The class numbers."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -23,7 +25,7 @@ from ane_trainer.training.callbacks import (
 )
 from ane_trainer.training.checkpoint import Checkpoint, has_step
 from ane_trainer.training.config import MODEL_DEFAULTS, RESUMABLE, TrainConfig
-from ane_trainer.training.datasets.description import DataDescription
+from ane_trainer.training.datasets.description import Column, DataDescription
 from ane_trainer.training.datasets.splits import Splits
 from ane_trainer.training.folder.results import Epoch, Result
 from ane_trainer.training.folder.runs import BEST, DATA, RunFolder
@@ -177,10 +179,12 @@ def check_same_data(run: RunFolder, description: DataDescription) -> None:
     """DataError DATA103 if the data is read in another way now than when the run began."""
     stored = run.read_description()
     names = ["kind", "task", "in_shape", "class_names", "mean", "std", "columns", "target_mean", "vocabulary"]
-    if stored is not None and stored.content:  # runs of older versions have none
+    if stored is not None and stored.content[:2] == description.content[:2]:  # older versions looked at less
         names.append("content")
     changed = [
-        name for name in names if stored is not None and getattr(stored, name) != getattr(description, name)
+        name
+        for name in names
+        if stored is not None and not _alike(getattr(stored, name), getattr(description, name))
     ]
     if changed:
         raise DataError(
@@ -188,6 +192,17 @@ def check_same_data(run: RunFolder, description: DataDescription) -> None:
             "differ now. Put the data back, or train a new run.",
             code="DATA103",
         )
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether two values are equal, numbers but for what another machine's order of adding makes of a mean."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-12)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, Column) and isinstance(other, Column):
+        return _alike(dataclasses.astuple(one), dataclasses.astuple(other))
+    return one == other
 
 
 def begun_before(out: str | Path | None) -> str | Path | None:
