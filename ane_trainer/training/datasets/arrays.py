@@ -164,9 +164,9 @@ def find_target(y: Array, task: str, where: str) -> tuple[Task, tuple[str, ...],
         y = y[:, 0]
     if y.dtype.kind in "US" or y.dtype == object:
         return tables.learn_target({"y": _as_cells(y)}, ["y"], "auto", where)
-    if y.ndim == 1 and task != "regress" and (y.dtype.kind in "uib" or task == "classify"):
+    if y.ndim == 1 and task != "regress" and (y.dtype.kind in "uib" or task == "classify" or _are_classes(y)):
         values = np.unique(y)
-        if len(values) == 1 and len(y) > 1:
+        if len(values) == 1:
             raise DataError(
                 f"{where}: needs two or more classes; all targets are {values[0]}. There is nothing to learn.",
                 code="DATA116",
@@ -190,6 +190,11 @@ def find_target(y: Array, task: str, where: str) -> tuple[Task, tuple[str, ...],
     if multilabel and not bool(np.isin(columns, (0, 1)).all()):
         raise DataError(f"{where}: needs 0 and 1 in each column of labels. Mend them.", code="DATA116")
     return ("multilabel", names, columns.astype(np.float32)) if multilabel else ("regress", names, columns)
+
+
+def _are_classes(y: Array) -> bool:
+    """Whether floats are whole numbers of few values, as a table's classes are."""
+    return y.dtype.kind == "f" and tables.find_task([y.astype(np.float64)]) == "classify"
 
 
 def _like_train(y: Array, task: Task, names: tuple[str, ...], where: str) -> Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ def typed_column(cells: Sequence[object]) -> Array:
 
     Whole numbers that differ and would become one in float64 (from 2^53 on, such as account numbers) stay text.
     """
-    plain = [None if _is_missing(cell) else cell for cell in cells]
+    plain = [None if is_missing(cell) else cell for cell in cells]
     numbers = [math.nan if cell is None else number_of(cell) for cell in plain]
     if None not in numbers and any(cell is not None for cell in plain):
         found = np.array(numbers, np.float64)
@@ -37,7 +39,8 @@ def typed_column(cells: Sequence[object]) -> Array:
     return np.array(["" if cell is None else str(cell).strip() for cell in plain], dtype=object)
 
 
-def _is_missing(cell: object) -> bool:
+def is_missing(cell: object) -> bool:
+    """Whether a cell stands for no value."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return True
     return isinstance(cell, str) and cell.strip().lower() in MISSING
@@ -66,3 +69,19 @@ def cell_text(cell: object) -> str:
     if isinstance(cell, float):
         return "" if math.isnan(cell) else f"{cell:g}" if not cell.is_integer() else str(int(cell))
     return str(cell)
+
+
+#: Digits with a currency, a percent sign, or something between thousands.
+_LIKE_A_NUMBER = re.compile(r"[+-]?[$€£¥]?\s?\d[\d,.' \u00a0]*\s?[%€$£¥]?")
+
+
+def like_a_number(cell: str) -> bool:
+    """Whether a text that is no number looks like one, such as $1,000 and 12 %."""
+    return number_of(cell) is None and _LIKE_A_NUMBER.fullmatch(cell) is not None
+
+
+def is_nested(cell: str) -> bool:
+    """Whether a text is what a list or a record of a data frame reads as."""
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return cell[:1] in ("[", "{") and isinstance(ast.literal_eval(cell), (list, dict))
+    return False

@@ -140,7 +140,8 @@ class DataDescription:
         elif self.kind == "text":
             shape = f"windows of {self.in_shape[0]}"
         else:
-            shape = f"{len(self.columns) or math.prod(self.in_shape)} columns"
+            width = len(self.columns) or math.prod(self.in_shape)
+            shape = f"{width:,} column{'s' * (width != 1)}"
         count, names = len(self.class_names), ", ".join(self.class_names[:4])
         more = ", ..." if count > 4 else ""
         return {

@@ -1,4 +1,4 @@
-"""Tables, from CSV, TSV, Parquet or a data frame: columns become numbers by rules learnt on the training rows.
+"""Tables, from files or data frames: columns become numbers by rules learnt on the training rows.
 
 A column of numbers is standardised, a column of text becomes one input per category, dates count in days;
 a missing value is 0 (the mean) and sets an input of its own. See `Column` and `DataDescription`.
@@ -6,9 +6,9 @@ a missing value is 0 (the mean) and sets an input of its own. See `Column` and `
 
 from __future__ import annotations
 
-import csv
 import datetime
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,21 +18,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ane_trainer.ane.errors import DataError, MissingDependency
+from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.training.datasets.cells import LARGEST, cell_text, is_beyond, number_of, typed_column
+from ane_trainer.training.datasets.cells import (
+    LARGEST,
+    cell_text,
+    is_beyond,
+    is_nested,
+    like_a_number,
+    number_of,
+    typed_column,
+)
 from ane_trainer.training.datasets.description import Column, DataDescription, Task
 from ane_trainer.training.datasets.splits import DataOptions, Parts, divide_rows, in_memory
+from ane_trainer.training.datasets.table_files import SUFFIXES, Table, read_table
 from ane_trainer.utils import did_you_mean
 
-#: A table by column; a cell is a number (nan: missing) or a text ("": missing).
-Table = dict[str, Array]
+__all__ = ["SUFFIXES", "Table", "open_tables", "read_table"]
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
 #: A column of text with more different values keeps the most common ones.
 MOST_CATEGORIES = 64
 #: Whole numbers with at most so many different values are classes if they are the target.
 MOST_CLASSES = 32
+_SAME = "the same value in all training rows"
 #: The column that is predicted if none is named.
 USUAL_TARGETS = ("target", "label", "class", "y")
 
@@ -52,9 +60,9 @@ def open_tables(found: Mapping[str, Table], where: str, options: DataOptions) ->
     inputs = {split: {k: v for k, v in table.items() if k not in target} for split, table in whole.items()}
     columns, left_out = learn_columns(inputs["train"], rows["train"])
     if not columns:
+        got = "; ".join(left_out) or "there is none"
         raise DataError(
-            f"{where}: needs a column besides the target that can be used; {'; '.join(left_out)}. Add one.",
-            code="DATA116",
+            f"{where}: needs a column besides the target that can be used; {got}. Add one.", code="DATA116"
         )
     x_by = {split: encode_columns(table, columns, where) for split, table in inputs.items()}
     description = DataDescription(
@@ -79,59 +87,6 @@ def _with_target(
                 f"{where}: {split} needs rows with a target; got none. Fill it in.", code="DATA104"
             )
     return whole, notes
-
-
-def read_table(path: Path) -> Table:
-    """The columns of a .csv, .tsv or .parquet file. DataError DATA115 if it cannot be read as one."""
-    return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-
-
-def _read_csv(path: Path) -> Table:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            delimiter = max("\t;,|", key=first.count)
-            rows = [row for row in csv.reader(file, delimiter=delimiter, strict=True) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, str(error), "Save it as CSV in UTF-8.") from None
-    if any("\0" in cell for row in rows for cell in row):
-        raise _unreadable(path, "zero bytes", "Save it as CSV in UTF-8.")
-    if len(rows) < 2:
-        raise _unreadable(path, f"{len(rows)} lines", "Give a line of column names, then one line a row.")
-    names = _column_names(rows[0], path)
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(names):
-            raise _unreadable(
-                path, f"{len(row)} values in row {number} for {len(names)} columns", "Quote values that hold the "
-                f"separator {delimiter!r}."
-            )  # fmt: skip
-    return {name: typed_column([row[i] for row in rows[1:]]) for i, name in enumerate(names)}
-
-
-def _column_names(header: Sequence[str], path: Path) -> list[str]:
-    names = [name.strip() for name in header]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1 and name)
-    if twice:
-        raise _unreadable(path, f"two columns called {twice[0]!r}", "Rename one.")
-    if all(number_of(name) is not None for name in names):
-        raise _unreadable(path, f"numbers in its first line ({names[0]}, ...)", "Put the column names there.")
-    return names
-
-
-def _read_parquet(path: Path) -> Table:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingDependency(
-            f'{path}: needs pyarrow to read Parquet; got no such package. Do: pip install "ane_trainer[data]".'
-        ) from error
-    try:
-        columns = parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable(path, str(error).splitlines()[0], "Write it again.") from None
-    return {str(name): typed_column(values) for name, values in columns.items()}
 
 
 def is_frame(data: object) -> bool:
@@ -171,36 +126,51 @@ def choose_target(table: Table, target: Sequence[str], where: str) -> tuple[str,
 
 def learn_columns(table: Table, rows: NDArray[np.int64]) -> tuple[tuple[Column, ...], tuple[str, ...]]:
     """How each column is turned into inputs, from the training rows; and which are left out, and why."""
-    columns, notes = [], []
+    columns, reasons, notes = [], dict[str, list[str]](), []
     for name, cells in table.items():
         column = _learn_column(name, cells[rows])
-        if isinstance(column, Column):
-            columns.append(column)
-        else:
-            notes.append(f"column {name!r} is left out: {column}")
+        if not isinstance(column, Column):
+            reasons.setdefault(column, []).append(repr(name))
+            continue
+        columns.append(column)
+        if (shown := next(filter(like_a_number, column.categories), None)) is not None:
+            notes.append(f"column {name!r} holds texts such as {shown!r}: each is a category, not a number")
+    for reason, names in reasons.items():
+        one, more = len(names) == 1, f" and {len(names) - 4:,} more" if len(names) > 5 else ""
+        listed = ", ".join(names[: 4 if more else None]) + more
+        notes.append(f"{'column' if one else 'columns'} {listed} {'is' if one else 'are'} left out: {reason}")
     return tuple(columns), tuple(notes)
 
 
 def _learn_column(name: str, cells: Array) -> Column | str:
     """The column's rule, or the reason to leave it out."""
     if name in ("", "Unnamed: 0", "__index_level_0__"):
-        return "it numbers the rows"
+        return "row numbers"
     if cells.dtype == np.float64:
         return _learn_numbers(name, "number", cells)
     present = [cell for cell in cells if cell]
     if not present:
-        return "it has no value in the training rows"
+        return "no value in the training rows"
+    if is_nested(present[0]):
+        return "lists or records, not single values"
     days = np.array([_days(cell) for cell in cells])
     if np.isfinite(days).sum() == len(present):
         return _learn_numbers(name, "date", days)
     _refuse_strays(name, present)
     counts = Counter(present)
     if len(counts) > max(10, 0.5 * len(present)):
-        return f"{len(counts)} different texts in {len(present)} rows"
+        return f"{len(counts)} different texts in {len(present)} rows, such as {present[0]!r}{_advice(present[0])}"
     if len(counts) == 1 and len(present) == len(cells):
-        return "it has the same value in all training rows"
+        return _SAME
     common = sorted(value for value, _ in counts.most_common(MOST_CATEGORIES))
     return Column(name, "category", categories=tuple(common), missing=len(present) < len(cells))
+
+
+def _advice(cell: str) -> str:
+    """What to do about a text that is meant as a number or a date."""
+    if like_a_number(cell):
+        return "; write numbers as 1234.5"
+    return "; write dates as 2024-12-31" if re.fullmatch(r"\d{1,4}([./-])\d{1,2}\1\d{1,4}.*", cell) else ""
 
 
 def _refuse_strays(name: str, present: Sequence[str]) -> None:
@@ -224,11 +194,11 @@ def _learn_numbers(name: str, kind: Any, values: NDArray[np.float64]) -> Column 
     present = values[np.isfinite(values)]
     missing = len(present) < len(values)
     if not len(present):
-        return "it has no value in the training rows"
+        return "no value in the training rows"
     mean, std = float(present.mean()), float(present.std())
     if std <= 1e-12 * max(abs(mean), 1.0):
         if not missing:
-            return "it has the same value in all training rows"
+            return _SAME
         std = 1.0
     return Column(name, kind, mean, std, missing=missing)
 
@@ -284,7 +254,7 @@ def learn_target(
                 code="DATA116",
             )
     if task == "auto":
-        task = _find_task(columns) if numeric else "classify"
+        task = find_task(columns) if numeric else "classify"
     if task == "classify":
         if len(names) > 1:
             raise DataError(
@@ -301,7 +271,8 @@ def learn_target(
     return ("multilabel" if task == "multilabel" else "regress"), tuple(names), y_NK
 
 
-def _find_task(columns: Sequence[NDArray[np.float64]]) -> str:
+def find_task(columns: Sequence[NDArray[np.float64]]) -> str:
+    """What columns of numbers are, if they are to be predicted: labels, classes, or numbers."""
     values = [np.unique(column) for column in columns]
     if len(columns) > 1:
         return "multilabel" if all(set(found) <= {0.0, 1.0} for found in values) else "regress"
@@ -345,7 +316,3 @@ def _days(cell: object) -> float:
     except ValueError:
         return math.nan
     return (moment.replace(tzinfo=None) - datetime.datetime(1970, 1, 1)).total_seconds() / 86_400
-
-
-def _unreadable(path: Path, got: str, fix: str) -> DataError:
-    return DataError(f"{path}: needs a table with column names; got {got}. {fix}", code="DATA115")

@@ -13,6 +13,7 @@ from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.batches import Examples
 from ane_trainer.training.datasets.description import DataDescription
+from ane_trainer.training.datasets.encodings import read_any_text
 from ane_trainer.training.datasets.splits import VAL_SPLIT, DataOptions, Parts
 
 SUFFIXES = (".txt", ".md", ".text")
@@ -87,14 +88,11 @@ def open_text(path: Path, options: DataOptions) -> Parts:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file; DataError DATA115 if it is none."""
+    """A text file; DataError DATA115 if it is none."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: needs text in UTF-8; {error}. Convert it.", code="DATA115") from None
-    if "\x00" in text:
-        raise DataError(f"{path}: needs text; it holds zero bytes. Give a text file.", code="DATA115")
-    return text
+        return read_any_text(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: needs text; got {error}. Save it as UTF-8.", code="DATA115") from None
 
 
 def find_vocabulary(text: str, tokens: str) -> tuple[str, ...]:

@@ -199,7 +199,8 @@ def test_tables_by_split_and_rows_without_a_target(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "target", "text"),
-    [("a,b\n1,2\n3,4\n", (), "DATA116"), ("a,b\n1,2\n", ("c",), "got 'c'. Known: a, b"), ("a,b\n", ("b",), "1 lines"),
+    [("a,b\n1,2\n3,4\n", (), "DATA116"), ("a,b\n1,2\n", ("c",), "got 'c'. Known: a, b"),
+     ("a,b\n", ("b",), "no row below them"),
      ("a,b\n1,2,3\n", ("b",), "3 values in row 2 for 2 columns"), ("a,a\n1,2\n", ("a",), "two columns called 'a'"),
      ("1,2\n3,4\n", (), "numbers in its first line"), ("a,b\n\x00\xff\n", (), "DATA115"),
      ("b\n1\n2\n", ("b",), "needs a column besides the target"), ("a,b\n1,\n2,\n", ("b",), "DATA104"),
