@@ -205,15 +205,25 @@ def unpack(batch: object, where: str) -> tuple[Any, Any]:
             if tensors_of(x) and tensors_of(y):
                 check_rows(x, y)
                 return x, y
-    got = (
-        f"{type(batch).__name__} of {len(batch)}"
-        if isinstance(batch, (tuple, list))
-        else type(batch).__name__
-    )
+    got, parts = type(batch).__name__, batch if isinstance(batch, (tuple, list)) else ()
+    if parts:
+        few = ", ".join(_kind(part) for part in parts[:3]) + (", ..." if len(parts) > 3 else "")
+        got += f" of {len(parts)} ({few})"
     raise DataError(
         f"{where}: needs a pair (x, y) of tensors or arrays, or a dictionary of them with labels; got {got}. "
-        "Let the data yield pairs, e.g. torch.utils.data.DataLoader over (x, y) examples.",
+        "Let the data yield pairs; single examples go into torch.utils.data.DataLoader(data, batch_size=32).",
         code="DATA105",
+    )
+
+
+def _kind(part: object) -> str:
+    """A part of a batch in a message: its type, of a tensor its shape, of a list what is in it."""
+    if isinstance(part, torch.Tensor):
+        return f"tensor {list(part.shape)}"
+    return (
+        f"{type(part).__name__} of {type(part[0]).__name__}"
+        if isinstance(part, (list, tuple)) and part
+        else type(part).__name__
     )
 
 

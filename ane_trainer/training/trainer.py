@@ -94,6 +94,9 @@ class Trainer(Training):
         metrics: Mapping[str, Metric] | Scores | None = None,
         blocks: str | int = "auto",
     ) -> None:
+        if not isinstance(model, nn.Module):
+            text = f"model: needs an nn.Module; got {model!r}. Pass one, e.g. build_model('mlp', in_shape, classes)."
+            raise UsageError(text, code="ANE104")
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
         exchange = find_exchange(shards)
         options = StepOptions(

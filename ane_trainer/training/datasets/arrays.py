@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,17 +134,35 @@ def holds_examples(dataset: Any) -> bool:
     return x is not None and y is not None and (not x or not y or x[0] != y[0])
 
 
+def holds_records(dataset: Sequence[object]) -> bool:
+    """Whether the items of a map-style dataset are examples by name, whose "labels" are single numbers."""
+    if isinstance(dataset, (Batches, torch.utils.data.DataLoader)) or not len(dataset):
+        return False
+    with seeded_by([0]):
+        first = dataset[0]
+    return isinstance(first, Mapping) and "labels" in first and np.shape(as_array(first["labels"])) == ()
+
+
 def unscaled(data: Any, where: str) -> tuple[Examples, DataDescription]:
     """Arrays (x, y), or a dataset, as they are; images of a dataset as 0 .. 1."""
     if is_pair(data):
         x, y = (as_array(part) for part in data)
         _check_lengths(x, y, where)
+        _check_numbers(where, x=x, y=y)
         examples: Examples = ArrayExamples(x, y)
         return examples, DataDescription(where, "array", "regress", x.shape[1:])
     items = open_items(data)
+    _check_numbers(where, y=items.y)
     with seeded_by([0]):
         pixels = items.take(np.arange(1))[0].dtype == np.uint8
     return items, DataDescription(where, "array", "regress", items.shape, pixel_max=255.0 if pixels else 1.0)
+
+
+def _check_numbers(where: str, **parts: Array) -> None:
+    for name, part in parts.items():
+        if part.dtype.kind not in "uifbc":
+            got = f"{part.reshape(-1)[0]!r}" if part.size else str(part.dtype)
+            raise DataError(f"{where}: {name} needs numbers; got {got}. Convert it.", code="DATA105")
 
 
 def as_model_input(x: Array) -> Array:

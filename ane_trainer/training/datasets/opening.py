@@ -6,16 +6,17 @@ a data frame, or a torch dataset. What can be found out is found out; what was d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -178,16 +179,21 @@ def _by_split(data: object) -> dict[str, Any] | None:
 def batches_of(data: object, where: str, seed: int, batch_size: int = 128) -> Any:
     """What can be run through as batches: arrays (x, y) and map-style datasets of examples are batched.
 
-    Numbers stay as they are; PIL images and bytes of a dataset are scaled to 0 .. 1. Anything else that can be
-    iterated is taken for batches. DataError DATA105 for what cannot.
+    Numbers stay as they are; PIL images and bytes of a dataset are scaled to 0 .. 1; examples that are dictionaries
+    are put together by torch's DataLoader. Anything else that can be iterated is taken for batches. DataError DATA105
+    for what cannot.
     """
     if arrays.is_pair(data) or (arrays.is_dataset(data) and arrays.holds_examples(data)):
         examples, description = arrays.unscaled(data, where)
         return Batches(examples, description, batch_size=batch_size, seed=seed, shuffle=where == "train")
-    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+    if arrays.is_dataset(data) and arrays.holds_records(cast("Sequence[object]", data)):
+        return DataLoader(cast("Dataset[object]", data), batch_size, shuffle=where == "train")
+    iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    if not iterable or isinstance(data, (str, bytes, Path, Mapping)):
+        got = f"a dictionary of {', '.join(map(repr, data))}" if isinstance(data, Mapping) else repr(data)
         raise DataError(
-            f"{where}: needs batches (x, y), e.g. of a DataLoader or load_dataset, arrays (x, y) or a dataset; "
-            f"got {data!r}. Pass one of these.",
+            f"{where}: needs batches (x, y), e.g. of a DataLoader, arrays (x, y) or a dataset; got {got}. Pass one of "
+            "these; what has a name or lies in files is opened by train, test = load_dataset(...).",
             code="DATA105",
         )
     return data

@@ -174,7 +174,7 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """The optimizer that was given, made of the parameters that are trained, or Adam of these.
 
-    UsageError ANE104 for one that holds none of an adapter's parameters.
+    UsageError ANE104 for one that holds none of an adapter's parameters, and for what is no optimizer.
     """
     if optimizer is None:
         check_trainable(model)
@@ -183,6 +183,12 @@ def optimizer_of(
         )
         return torch.optim.Adam(trained, lr=1e-3)
     if not isinstance(optimizer, torch.optim.Optimizer):
+        if not callable(optimizer):
+            raise UsageError(
+                f"optimizer: needs one of torch.optim's; got {optimizer!r}. Pass e.g. "
+                "torch.optim.Adam(model.parameters(), lr=1e-3).",
+                code="ANE104",
+            )
         return optimizer([p for p in model.parameters() if p.requires_grad])
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if is_adapted(model) and not any(id(p) in held for p in model.parameters() if p.requires_grad):
