@@ -34,8 +34,10 @@ from ane_trainer.training.folder.recording import (
     check_loss,
     check_origin,
     check_same_data,
+    data_of,
     introduce,
     make_callbacks,
+    overridden,
     provenance,
     restore_run,
 )
@@ -119,7 +121,8 @@ def _with_learning_rate(config: TrainConfig, trainer: Trainer, splits: Splits) -
 def resume_training(path: str | Path, *, report: Reporter | None = None, **changes: object) -> Result:
     """Go on with an interrupted run, or, with `epochs`, train a finished one until so many in all.
 
-    `changes` are options of `config.RESUMABLE`. All is read and checked before anything of the run is touched.
+    `changes` are options of `config.RESUMABLE`, and `dataset`: where the run's own data is now. All is read and checked
+    before anything of the run is touched.
     """
     started = time.perf_counter()
     report = report if report is not None else ConsoleReporter()
@@ -137,7 +140,8 @@ def resume_training(path: str | Path, *, report: Reporter | None = None, **chang
             held = run.read_checkpoint() if run.holds_training() else None
             if held is not None:
                 check_origin(run, config, run.read_description(), origin_of(held[0]))
-            splits = _open_in_turn(config, exchange)
+            with data_of(run, config, f"If it was moved: ane-trainer train NEW-PLACE --resume {run.path}"):
+                splits = _open_in_turn(config, exchange)
             check_same_data(run, splits.description)
             config = _settled(config, splits.description)
             model, remark = run.model_source(config.model)
@@ -176,7 +180,8 @@ def evaluate_run(path: str | Path, *, limit: int | None = None, **options: objec
     """Loss, accuracy and scores by class of a run on its data's test part, by an inference program.
 
     Without a test part it is validation, without that the training part; `split` says which. An interrupted run is
-    judged by its last checkpoint (`weights`). `options` (device, chip, fidelity, threads) override the run's.
+    judged by its last checkpoint (`weights`). `options` (device, chip, fidelity, threads) override the run's; `dataset`
+    says where its own data is now.
     """
     trained = _open_trained(path, options)
     trainer, run, config, description = trained.trainer, trained.run, trained.config, trained.description
@@ -325,7 +330,8 @@ def _settled(config: TrainConfig, description: DataDescription) -> TrainConfig:
 
 
 def _held_out(run: RunFolder, config: TrainConfig, limit: int | None = None) -> Batches:
-    splits = open_data(config.dataset, _data_options(config, limit))
+    with data_of(run, config, "If it was moved, say where it is: --data PATH"):
+        splits = open_data(config.dataset, _data_options(config, limit))
     check_same_data(run, splits.description)
     return splits.held_out
 
@@ -357,7 +363,7 @@ def _open_trained(path: str | Path, options: Mapping[str, object]) -> _Trained:
     config = run.read_config()
     description, weights = _description_of(run, config), run.read_weights()
     check_origin(run, config, description, weights.origin)
-    config = config.model_copy(update={k: v for k, v in options.items() if v is not None})
+    config = overridden(run, config, options)
     trainer = _run_trainer(run, config, description)
     trainer.load_weights(weights.state, str(run.path))
     return _Trained(trainer, run, config, description, weights)

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, Threads, weights_note
+from ane_trainer.commands.options import (
+    Output,
+    Run,
+    RunChip,
+    RunData,
+    RunDevice,
+    RunFidelity,
+    Threads,
+    weights_note,
+)
 from ane_trainer.training.reporting.report import headline, wrapped
 from ane_trainer.utils import printable
 
@@ -23,6 +32,7 @@ def evaluate(
     fidelity: RunFidelity = None,
     threads: Threads = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many examples.")] = None,
+    data: RunData = None,
 ) -> Output:
     """Measure a run on its held-out data."""
     from ane_trainer import core
@@ -30,7 +40,9 @@ def evaluate(
     from ane_trainer.training.language.finetuned import evaluate_finetuned, is_finetuned
 
     measure = evaluate_finetuned if is_finetuned(run) else core.evaluate_run
-    found = measure(run, limit=limit, chip=chip, device=device, fidelity=fidelity, threads=threads)
+    found = measure(
+        run, limit=limit, chip=chip, device=device, fidelity=fidelity, threads=threads, dataset=data
+    )
     part = _PARTS.get(found["split"], found["split"])
     accuracy = "" if found["test_accuracy"] is None else f"{part} accuracy {found['test_accuracy']:.2%}   "
     perplexity = f"   perplexity {found['perplexity']:.3f}" if "perplexity" in found else ""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.commands.options import Output, Run, RunChip, RunFidelity, show
+from ane_trainer.commands.options import Output, Run, RunChip, RunData, RunFidelity, show
 
 
 def export(
@@ -39,6 +39,7 @@ def export(
     chip: RunChip = None,
     fidelity: RunFidelity = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    data: RunData = None,
 ) -> Output:
     """Write a run's model, or its training step, for apps, and check the file by running it again."""
     if app is not None:
@@ -58,6 +59,6 @@ def export(
     return show(
         core.export_run(
             run, kind, out, input=input, weights=weights, batch=batch, examples=examples or None,
-            state=state, chip=chip, fidelity=fidelity,
+            state=state, chip=chip, fidelity=fidelity, dataset=data,
         )
     )  # fmt: skip

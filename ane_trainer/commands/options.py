@@ -29,6 +29,9 @@ Threads = Annotated[
     typer.Option(min=1, help="Of the simulator; results do not depend on it (default: all cores)."),
 ]
 Run = Annotated[str, typer.Argument(help="A run's folder, or `last`.", metavar="RUN", show_default=False)]
+RunData = Annotated[
+    str | None, typer.Option("--data", help="Where the run's data is now, if it was moved.", metavar="PATH")
+]
 Model = Annotated[
     str, typer.Argument(help="mlp, cnn, transformer, or path/to/file.py:ClassName.", metavar="MODEL")
 ]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.commands.options import Output, Run, RunChip, RunDevice, RunFidelity, weights_note
+from ane_trainer.commands.options import Output, Run, RunChip, RunData, RunDevice, RunFidelity, weights_note
 
 
 def predict(
@@ -32,6 +32,7 @@ def predict(
     chip: RunChip = None,
     device: RunDevice = None,
     fidelity: RunFidelity = None,
+    data: RunData = None,
 ) -> Output:
     """Predict with a run's model, its own preprocessing included.
 
@@ -48,7 +49,7 @@ def predict(
     paths = [*(inputs or ()), *([input] if input is not None else ())]
     if out is not None and out.resolve() in [path.resolve() for path in paths]:
         raise UsageError(f"--out: needs another file than what is read; got {out}. Rename it.", code="ANE104")
-    place = {"chip": chip, "device": device, "fidelity": fidelity}
+    place = {"chip": chip, "device": device, "fidelity": fidelity, "dataset": data}
     if is_finetuned(run):
         found = answer_finetuned(run, paths, prompt=text, index=index, tokens=tokens, **place)
     else:

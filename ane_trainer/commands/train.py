@@ -77,8 +77,9 @@ def train(
 
 
 def _only_resumable(options: Collection[str], places: Mapping[str, Path | None]) -> None:
-    """A resumed run keeps its options; only those in `RESUMABLE` may change."""
-    others = sorted({*options, *(name for name, path in places.items() if path is not None)} - RESUMABLE)
+    """A resumed run keeps its options; only those in `RESUMABLE` may change, and where its data lies."""
+    given = {*options, *(name for name, path in places.items() if path is not None)}
+    others = sorted(given - RESUMABLE - {"dataset"})
     if others:
         raise UsageError(
             f"train: --resume keeps the run's options; got {', '.join(others)} as well. "

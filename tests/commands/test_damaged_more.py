@@ -283,3 +283,31 @@ def test_options_that_do_nothing_are_told(folder: Path, capsys: pytest.CaptureFi
     assert "--momentum does nothing: it is of --optimizer sgd, and this is adam" in told
     assert "--lr-decay does nothing: it is of --schedule step or plateau" in told
     assert "--min-delta does nothing without --patience" in told
+
+
+def test_data_that_was_moved_is_told_its_place_and_has_to_be_the_same(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images(folder / "d")
+    assert run_command(("train", "d", *TRAIN)) == 0
+    os.rename("d", "e")
+    images(folder / "f", lambda label, k: 80 * label + 2 * k)
+    resume = ("train", "--resume", "r", "--epochs", "2")
+    for words in (("evaluate", "r"), ("predict", "r", "--index", "0"), ("export", "r", "--format", "torch")):
+        refused(capsys, words, "d does not exist any more. If it was moved, say where it is: --data PATH")
+        refused(capsys, (*words, "--data", "f"), "content of f differ")
+        refused(capsys, (*words, "--data", "digits"), "ANE107 r: needs its own data")
+        assert run_command((*words, "--data", "e")) == 0
+    refused(capsys, resume, "ane-trainer train NEW-PLACE --resume r")
+    refused(capsys, (*resume, "f"), "content of f differ")
+    refused(capsys, (*resume, "digits"), "ANE107")
+    assert run_command((*resume, "e")) == 0
+    assert run_command(("evaluate", "r")) == 0
+
+
+def test_all_damaged_images_are_counted_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images(folder / "d")
+    for k in (3, 5, 7):
+        (folder / "d" / "b" / f"{k}.png").write_bytes(b"<html>")
+    refused(capsys, ("train", "d", *TRAIN), "3.png: needs an image that can be read")
+    refused(capsys, ("train", "d", *TRAIN), "So are 2 more.")

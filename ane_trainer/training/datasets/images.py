@@ -197,10 +197,17 @@ def find_shape(paths: Sequence[Path], size: int | None, channels: int | None) ->
     """(C, H, W) for images: the common size if all are small and alike, else a square; grey only if all are."""
     sizes: Counter[tuple[int, int]] = Counter()
     grey = True
+    damaged: list[DataError] = []
     for path in _sample(paths):
-        with _opened(path) as image:
-            sizes[image.size] += 1
-            grey = grey and image.mode in ("1", "L", "LA", "I;16", "I", "F")
+        try:
+            with _opened(path) as image:
+                sizes[image.size] += 1
+                grey = grey and image.mode in ("1", "L", "LA", "I;16", "I", "F")
+        except DataError as error:  # all of them are told at once
+            damaged.append(error)
+    if damaged:
+        others = f" So are {len(damaged) - 1} more." if len(damaged) > 1 else ""
+        raise DataError(f"{damaged[0].args[0]}{others}", code="DATA115")
     ((width, height), most) = sizes.most_common(1)[0]
     if size is not None:
         width = height = size

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from ane_trainer.training.callbacks import (
 from ane_trainer.training.checkpoint import Checkpoint, has_step
 from ane_trainer.training.config import MODEL_DEFAULTS, RESUMABLE, TrainConfig
 from ane_trainer.training.datasets.description import Column, DataDescription
+from ane_trainer.training.datasets.known import find as find_known
 from ane_trainer.training.datasets.splits import Splits
 from ane_trainer.training.folder.results import Epoch, Result
 from ane_trainer.training.folder.runs import BEST, DATA, RunFolder
@@ -118,11 +120,14 @@ def check_origin(
 ) -> None:
     """Refuse to use weights with other options or another reading of the data than they were trained with.
 
-    Options that a run may change are left out. UsageError ANE107: config.toml; CheckpointError CKPT103: data.json.
+    Options that a run may change are left out, and where own data lies, of which `check_same_data` knows more.
+    UsageError ANE107: config.toml; CheckpointError CKPT103: data.json.
     """
     before, now = origin.get("config"), config.model_dump(mode="json")
     before = before if isinstance(before, Mapping) else {}
-    changed = sorted(name for name in before.keys() & now.keys() - RESUMABLE if before[name] != now[name])
+    own = find_known(str(before.get("dataset"))) is None and find_known(config.dataset) is None
+    free = RESUMABLE | ({"dataset"} if own else set())
+    changed = sorted(name for name in before.keys() & now.keys() - free if before[name] != now[name])
     if changed:
         raise UsageError(
             f"{run.path}: needs the options that it was begun with; {', '.join(changed)} of its config.toml differ "
@@ -179,7 +184,7 @@ def check_same_data(run: RunFolder, description: DataDescription) -> None:
     """DataError DATA103 if the data is read in another way now than when the run began."""
     stored = run.read_description()
     names = ["kind", "task", "in_shape", "class_names", "mean", "std", "columns", "target_mean", "vocabulary"]
-    if stored is not None and stored.content[:2] == description.content[:2]:  # older versions looked at less
+    if stored is not None and stored.content.startswith("2:"):  # older versions looked at less
         names.append("content")
     changed = [
         name
@@ -192,6 +197,30 @@ def check_same_data(run: RunFolder, description: DataDescription) -> None:
             "differ now. Put the data back, or train a new run.",
             code="DATA103",
         )
+
+
+def overridden(run: RunFolder, config: TrainConfig, options: Mapping[str, object]) -> TrainConfig:
+    """The run's options with those that were given. UsageError ANE107 for data that cannot be the run's own."""
+    changed = config.model_copy(update={k: v for k, v in options.items() if v is not None})
+    if changed.dataset != config.dataset and (find_known(config.dataset) or find_known(changed.dataset)):
+        raise UsageError(
+            f"{run.path}: needs its own data, {config.dataset}; got {changed.dataset}. --data says where the same data "
+            "is now; train another run on other data.",
+            code="ANE107",
+        )
+    return changed
+
+
+@contextlib.contextmanager
+def data_of(run: RunFolder, config: TrainConfig, fix: str) -> Iterator[None]:
+    """Within the block, DATA101 (no such data) says that it is the run's, and what tells where it is now."""
+    try:
+        yield
+    except DataError as error:
+        if error.code != "DATA101":
+            raise
+        text = f"{run.path}: needs the data that it was trained on; {config.dataset} does not exist any more. {fix}"
+        raise DataError(text, code="DATA101") from None
 
 
 def _alike(one: object, other: object) -> bool:
