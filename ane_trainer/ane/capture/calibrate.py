@@ -48,13 +48,15 @@ LARGEST_CONCESSION = 64.0
 class Calibration:
     """What one plain PyTorch step on the example shows: its random draws, the largest entry of each gradient.
 
-    `norm` is that of all gradients together.
+    `norm` is that of all gradients together. `witness`: what the function of that name gives, within rounding; empty
+    where random draws count.
     """
 
     draws: tuple[RandomDraw, ...]
     peaks: Mapping[str, float]
     max_intermediate_gradient: float = 0.0
     norm: float = 0.0
+    witness: tuple[float, ...] = ()
 
     def loss_scale(self) -> float:
         """A power of two that brings the largest gradient near CALIBRATED_GRADIENT, and none out of fp16."""
@@ -88,15 +90,22 @@ def calibrate(
     trained = [values[p.name] for p in parameters if p.trained]
     mode = HostRandomMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
+        before = torch.get_rng_state()
         output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
         check_classes(loss, output, example[1])
         value = call_loss(loss, output, example[1])
+        drawn = bool(mode.noted) or not torch.equal(before, torch.get_rng_state())
     _check_loss(value, bool(trained))
     gradients, largest = gradients_and_largest_intermediate(value.float(), trained, decomposition_table())
     names = [p.name for p in parameters if p.trained]
     peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
-    return Calibration(tuple(mode.noted), peaks, largest, norm)
+    known = () if drawn else _witness(value, gradients)
+    return Calibration(tuple(mode.noted), peaks, largest, norm, known)
+
+
+def _witness(value: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> tuple[float, ...]:
+    return (float(value.detach()), *(0.0 if g is None else float(g.norm()) for g in gradients))
 
 
 def _check_loss(value: object, trained: bool) -> None:
@@ -141,7 +150,7 @@ def witness(
         output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
         value = call_loss(loss, output, example[1])
         gradients = torch.autograd.grad(value, trained, allow_unused=True)
-    return (float(value.detach()), *(0.0 if g is None else float(g.norm()) for g in gradients))
+    return _witness(value, gradients)
 
 
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) -> Any:

@@ -93,7 +93,7 @@ class StepCapture:
 
     `values(batch)` are those of the inputs in a first step, in full precision; `calibration` the magnitudes that its
     powers of two were chosen from. `update`: the second part of a step that is divided at its gradients. `guarded`:
-    that of the graph.
+    that of the graph. `witness`: loss and norms of gradients in plain PyTorch, if no random draw counts (`calibrate`).
     """
 
     source: Callable[[], Captured] = field(repr=False, compare=False)
@@ -108,6 +108,7 @@ class StepCapture:
     update: Captured | None = None
     calibration: Magnitudes = field(default_factory=dict, repr=False)
     guarded: tuple[str, ...] = ()
+    witness: tuple[float, ...] = ()
 
     @functools.cached_property
     def captured(self) -> Captured:
@@ -212,8 +213,9 @@ def capture_training(
         captured, sizes = finish_whole(graph, inputs, outputs, examples, sizes, plan.buffers, later)
     first = lambda batch: carried.values(values(batch))  # noqa: E731
     return StepCapture(
-        lambda: captured, scale, chosen, rule, parameters, changes, first, update, sizes, captured.guarded
-    )
+        lambda: captured, scale, chosen, rule, parameters, changes, first, update, sizes, captured.guarded,
+        calibration.witness,
+    )  # fmt: skip
 
 
 def _plan(
@@ -319,11 +321,12 @@ def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
         gradients, changes, checks = process_gradients(plan, place, named, state, scaled)
         new_state: Tensors = {**_kept(plan, state, buffers, checks.batch), **changes}
         gate = checks.fits * named["last"] if plan.gradients.accumulate > 1 else checks.fits
-        gated = _gated_scalars(plan, named, gate)
+        gated, slots = _gated_scalars(plan, named, gate), _slots(plan, state)
         for p in plan.parameters:
             if p.name in scaled and not plan.gradients.on_host:
                 place.text = f"optimizer {type(plan.optimizer).__name__} ({p.name})"
-                new_state |= _update(plan, p, gradients[p.name], state, gated[p.name])
+                own = state[p.name], slots[p.name]
+                new_state |= _update(plan, p, gradients[p.name], *own, gated[p.name])
         place.text = "loss scaling"
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
         following = next_scale(scale, inverse, good, checks.scaled, plan.ceiling)
@@ -454,14 +457,26 @@ def _gradient_port(p: Parameter, gradient: torch.Tensor) -> Port:
     return Port(identifier(target), tuple(gradient.shape), "result", target, p.unit)
 
 
-def _update(plan: _Plan, p: Parameter, g: torch.Tensor, state: Tensors, scalars: Tensors) -> Tensors:
+def _slots(plan: _Plan, state: Tensors) -> dict[str, Tensors]:
+    """What the state holds besides each parameter, by its name and the slot's."""
+    found: dict[str, Tensors] = {p.name: {} for p in plan.parameters}
+    for target, value in state.items():
+        for place in (i for i, sign in enumerate(target) if sign == "/"):
+            if target[:place] in found:
+                found[target[:place]][target[place + 1 :]] = value
+    return found
+
+
+def _update(
+    plan: _Plan, p: Parameter, g: torch.Tensor, hi: torch.Tensor, slots: Tensors, scalars: Tensors
+) -> Tensors:
     """The parameter's next state by target."""
     group = plan.optimizer.param_groups[p.group or 0]
     if group.get("maximize"):
         g = -g
-    prefix = f"{p.name}/"
-    slots = {t.removeprefix(prefix): v for t, v in state.items() if t.startswith(prefix)}
-    hi, lo = state[p.name], slots.pop("residual")
-    new, delta = plan.rule.update(Update(hi, g, slots, scalars, group, plan.least_root))
+    lo = slots["residual"]
+    rest = {name: value for name, value in slots.items() if name != "residual"}
+    new, delta = plan.rule.update(Update(hi, g, rest, scalars, group, plan.least_root))
     new_hi, new_lo = two_term_add(hi, lo, delta)
-    return {p.name: new_hi, f"{prefix}residual": new_lo, **{prefix + k: v for k, v in new.items()}}
+    slot = f"{p.name}/"
+    return {p.name: new_hi, f"{slot}residual": new_lo, **{slot + k: v for k, v in new.items()}}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_trainer import compile_step
+from ane_trainer.ane.capture import intermediates
 from ane_trainer.ane.capture.calibrate import INTERMEDIATE_GRADIENT_BOUND, LARGEST_CONCESSION, Calibration
 from ane_trainer.ane.capture.intermediates import gradients_and_largest_intermediate
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
@@ -24,6 +25,47 @@ def test_the_flow_is_what_the_loss_scale_multiplies() -> None:
     assert found[0] is not None
     assert found[0].tolist() == [8.0, 8.0]
     assert largest == 512.0
+
+
+class Mixed(nn.Module):
+    """Convolution, norm, attention and pooling: most of what a backward pass is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.inner, self.last = nn.Linear(8, 24), nn.LayerNorm(8)
+        self.clamped = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
+        if self.clamped:
+            h.register_hook(lambda g: g.clamp(-1e-3, 1e-3) * 64)  # type: ignore[no-untyped-call]
+        query, key, value = self.inner(h.flatten(2).mT).chunk(3, -1)
+        out = self.last(F.gelu(torch.softmax(query @ key.mT / 3, -1) @ value))[:, 1:]
+        return torch.cat([out, 2 * out], 1).square().mean()
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_one_pass_finds_what_two_find(clamped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(2, 3, 16, 16)
+    model.clamped = clamped
+    passes: list[None] = []
+    plain = torch.autograd.grad
+
+    def counted(*args: object, **options: object) -> object:
+        passes.append(None)
+        return plain(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+
+    def found() -> float:
+        return gradients_and_largest_intermediate(model(x), [*model.parameters()], decomposition_table())[1]
+
+    one = found()
+    assert len(passes) == 1 + clamped
+    monkeypatch.setattr(intermediates, "_LINEAR", frozenset())
+    assert one == found() > 0.0
 
 
 def test_the_scale_leaves_room() -> None:

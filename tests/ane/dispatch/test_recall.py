@@ -16,6 +16,7 @@ from torch import nn
 
 import ane_trainer as at
 from ane_trainer.ane.capture import capture_training
+from ane_trainer.ane.capture.calibrate import witness
 from ane_trainer.ane.capture.range.switch import NORMS, limited_to
 from ane_trainer.ane.dispatch import guards, recall
 
@@ -90,6 +91,21 @@ def test_a_recalled_step_is_the_same_step(captures: list[int]) -> None:
     first, second = results
     assert torch.equal(first[1], second[1])
     assert first[:1] + first[2:] == second[:1] + second[2:]
+
+
+def test_plain_pytorch_runs_once_more_only_to_recall(
+    captures: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the calibration has found is noted; with random draws the pass is run again, from a seed."""
+    runs: list[None] = []
+    monkeypatch.setattr(recall, "witness", lambda *args: runs.append(None) or witness(*args))
+    for rate, expected in ((0.0, [0, 1]), (0.5, [1, 2])):
+        runs.clear()
+        for number in expected:
+            model, loss, optimizer, example = made(rate=rate)
+            at.compile_step(model, loss, optimizer, example)
+            assert len(runs) == number
+    assert len(captures) == 2
 
 
 def test_the_graph_of_a_recalled_step_is_captured_when_it_is_asked_for(captures: list[int]) -> None:

@@ -91,21 +91,26 @@ _INFINITE = -1e8
 
 def measure(tensor: torch.Tensor) -> Magnitude:
     """The magnitude of a tensor; entries that stand for minus infinity (masks) do not count."""
-    if tensor.numel() and float(tensor.detach().amin()) <= _MASK:
-        if float(tensor.detach().amin()) <= _INFINITE:
-            return measure(tensor.detach()[tensor.detach() > _INFINITE])
-        others = tensor.detach()[tensor.detach() > _MASK]
+    if not tensor.numel():
+        return Magnitude(0.0, 0.0, 0.0)
+    values = tensor.detach()
+    low, high = (float(end) for end in torch.aminmax(values))
+    if low <= _MASK:
+        if low <= _INFINITE:
+            return measure(values[values > _INFINITE])
+        others = values[values > _MASK]
         if others.numel() and float(others.abs().amax()) <= -_MASK / _GAP:
             return measure(others)
-    values = tensor.detach().double().abs() if tensor.numel() < 4096 else tensor.detach().abs()
-    finite = bool(torch.isfinite(values).all())
+    finite = math.isfinite(low) and math.isfinite(high)
+    if values.numel() < 4096:
+        values = values.double()
     if not finite:
         values = values[torch.isfinite(values)]
     count = int(torch.count_nonzero(values))
     if not count:
         return Magnitude(0.0, 0.0, 0.0, finite)
-    peak = float(values.amax())
-    flat = values.reshape(-1)
+    peak = max(-low, high) if finite else float(values.abs().amax())
+    flat = values.reshape(-1).contiguous()
     if values.numel() >= 4096 and _SQUARABLE < peak < 1 / _SQUARABLE:
         squares = float(torch.dot(flat, flat))
     else:

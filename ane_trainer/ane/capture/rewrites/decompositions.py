@@ -72,6 +72,20 @@ def copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> t
     return source if source.shape == x.shape else source.expand(x.shape)
 
 
+def transpose(x: torch.Tensor, first: int, second: int) -> torch.Tensor:
+    """Two axes swapped, as a permutation: torch's decomposition without its slow checks."""
+    if x.dim() <= 1 or first == second:
+        return aten.alias.default(x)  # type: ignore[no-any-return]
+    dims = list(range(x.dim()))
+    dims[first], dims[second] = dims[second], dims[first]
+    return aten.permute.default(x, dims)  # type: ignore[no-any-return]
+
+
+def t(x: torch.Tensor) -> torch.Tensor:
+    """`transpose` of a matrix; a vector as it is."""
+    return transpose(x, 0, 1)
+
+
 def elu_backward(
     gradient: torch.Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: torch.Tensor
 ) -> torch.Tensor:
@@ -102,12 +116,14 @@ def cdist_backward(
     return (direction * torch.where(near, 0.0, gradient).unsqueeze(-1)).sum(-2)
 
 
-#: Operations and gradients that torch leaves whole, or whose decomposition there leaves fp16 on its way.
+#: Operations and gradients that torch leaves whole, or whose decomposition there leaves fp16 on its way or takes long.
 DERIVATIVES: dict[OperatorBase, Callable[..., object]] = {
     aten.softplus_backward.default: softplus_backward,
     aten.silu_backward.default: silu_backward,
     aten.copy.default: copy,
     aten.elu_backward.default: elu_backward,
+    aten.transpose.int: transpose,
+    aten.t.default: t,
     aten._cdist_forward.default: cdist_forward,
     aten._cdist_backward.default: cdist_backward,
 }

@@ -44,6 +44,9 @@ from ane_trainer.ane.errors import Finding
 
 aten = torch.ops.aten
 
+#: Products of matrices, which are the last two arguments.
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default)
+
 
 @dataclass(eq=False)
 class Root:
@@ -78,8 +81,10 @@ class Slot:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use as a context around the function's run; `placeholder` first, `finish` last."""
 
-    def __init__(self, decompositions: Decompositions, place: Place) -> None:
+    def __init__(self, decompositions: Decompositions, place: Place, products: bool = True) -> None:
+        """`products`: multiply matrices; else their products count as zeros where they are not known."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._products = products
         self.graph = Graph()
         self.root_module = torch.nn.Module()
         self._table, self._place = decompositions, place
@@ -153,7 +158,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run `func` and note it."""
-        return self._note(func, args, kwargs, func(*args, **kwargs))
+        result = None if self._products else self._product_of_zeros(func, args)
+        return self._note(func, args, kwargs, func(*args, **kwargs) if result is None else result)
+
+    def _product_of_zeros(self, func: OpOverload, args: tuple[object, ...]) -> torch.Tensor | None:
+        """Zeros for a product of matrices that are not known: nothing reads it, and the work is most of a trace."""
+        if func not in PRODUCTS:
+            return None
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        if all(map(self.knows, tensors)):
+            return None
+        left, right = tensors[-2:]
+        return torch.zeros((*left.shape[:-1], right.shape[-1]), dtype=left.dtype)
 
     def _note(
         self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object], result: Any

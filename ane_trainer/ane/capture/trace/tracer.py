@@ -13,8 +13,9 @@ from ane_trainer.ane.capture.trace.memory_reads import MemoryReads
 from ane_trainer.ane.capture.trace.operations import refusal
 from ane_trainer.ane.capture.trace.recorder import Recorder
 from ane_trainer.ane.capture.trace.simplify import simplify
-from ane_trainer.ane.capture.trace.sources import Place, spread_sources
+from ane_trainer.ane.capture.trace.sources import FAULTS, Place, spread_sources
 from ane_trainer.ane.capture.trace.torch_private import Decompositions, plain_kernels
+from ane_trainer.ane.errors import UnsupportedModel
 
 
 def trace(
@@ -31,7 +32,25 @@ def trace(
     Placeholders are called like the inputs. Nodes carry `meta["ane_source"]` where `sources` knows it.
     """
     place = place or Place()
-    recorder = Recorder(decompositions, place)
+    try:
+        graph_module = _recorded(Recorder(decompositions, place, products=False), function, inputs)
+    except (*FAULTS, UnsupportedModel):  # it may be for the zeros that stand for products
+        graph_module = _recorded(Recorder(decompositions, place), function, inputs)
+    simplify(graph_module.graph)
+    _name_placeholders(graph_module.graph, list(inputs))
+    spread_sources(graph_module.graph)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _recorded(
+    recorder: Recorder, function: Callable[..., Sequence[torch.Tensor]], inputs: Mapping[str, torch.Tensor]
+) -> torch.fx.GraphModule:
+    """The graph of one run.
+
+    Raises: UnsupportedModel for what the recorder found, also where the run failed since it went on with that.
+    """
     values = [value.detach().clone() for value in inputs.values()]
     for name, value in zip(inputs, values, strict=True):
         recorder.placeholder(name, value)
@@ -40,18 +59,12 @@ def trace(
             with recorder, MemoryReads(recorder.knows, recorder.note_read):
                 results = function(*values)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if recorder.findings:  # it went on with what it must not use
+            if recorder.findings:
                 raise refusal(recorder.findings) from error
             raise
         if recorder.findings:
             raise refusal(recorder.findings)
-        graph_module = recorder.finish(results)
-    simplify(graph_module.graph)
-    _name_placeholders(graph_module.graph, list(inputs))
-    spread_sources(graph_module.graph)
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+        return recorder.finish(results)
 
 
 @contextlib.contextmanager

@@ -29,19 +29,22 @@ class Part:
 
 def cut(function: Function, places: Sequence[Place]) -> list[Part]:
     """The parts in the order in which they are to run."""
-    return _Cutter(function, places).parts()
+    return Cutter(function).parts(places)
 
 
-class _Cutter:
-    def __init__(self, function: Function, places: Sequence[Place]) -> None:
+class Cutter:
+    """Cuts one function at places; what it knows of the function serves each time."""
+
+    def __init__(self, function: Function) -> None:
         self.function = function
-        self.ports = {value.name: value for value in function.inputs}
         self.maker = {value.name: i for i, op in enumerate(function.ops) for value in op.results}
-        self.places = places
         self.results = {value.name for value in function.outputs}
         self.again = [self._is_made_again(op) for op in function.ops]
+        self.places: Sequence[Place] = ()
 
-    def parts(self) -> list[Part]:
+    def parts(self, places: Sequence[Place]) -> list[Part]:
+        """The parts in the order in which they are to run."""
+        self.places = places
         own: dict[Key, Part] = {}
         order: dict[Key, list[int]] = {}
         for index, place in enumerate(self.places):
@@ -61,7 +64,7 @@ class _Cutter:
         if any(value.name in self.results for value in op.results):
             return False
         made = all(value.type.dtype not in _FLOATS for value in op.results)
-        return made or op.kind.startswith(_DECODED) or not any(True for _ in op.operands())
+        return made or op.kind.startswith(_DECODED) or next(op.operands(), None) is None
 
     def _take(self, index: int, part: Part, made: set[int]) -> None:
         """Put an operation into a part, after what it reads of those that are made again."""

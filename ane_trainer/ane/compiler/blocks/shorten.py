@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ane_trainer.ane.compiler.blocks.cut import Part, cut
+from ane_trainer.ane.compiler.blocks.cut import Cutter, Part
 from ane_trainer.ane.compiler.blocks.places import Key, Placement
 from ane_trainer.ane.mil.program import Function
 
@@ -18,10 +18,11 @@ _ROUNDS = 4
 def shortened(function: Function, placement: Placement, most: float) -> Placement:
     """The same with parts of at most `most` operations, as far as pieces bring them down to it."""
     pieces: dict[Key, int] = {}
-    found = placement
+    found, cutter = placement, Cutter(function)
+    whole = cutter.parts(placement.places)
     for _ in range(_ROUNDS):
         longest: dict[Key, int] = {}
-        for part in cut(function, found.places):
+        for part in whole if found is placement else cutter.parts(found.places):
             key = part.place.key[:4]
             longest[key] = max(longest.get(key, 0), len(part.ops))
         long = {key: n for key, n in longest.items() if n > most}
@@ -30,22 +31,25 @@ def shortened(function: Function, placement: Placement, most: float) -> Placemen
         for key, n in long.items():
             now = pieces.get(key, 1)
             pieces[key] = max(now + 1, int(-(-now * n // most)))
-        found = _in_pieces(function, placement, pieces)
+        found = _in_pieces(function, placement, whole, pieces)
     return found
 
 
-def _in_pieces(function: Function, placement: Placement, pieces: dict[Key, int]) -> Placement:
-    """Parts in so many pieces, in the order of their operations."""
+def _in_pieces(
+    function: Function, placement: Placement, whole: Sequence[Part], pieces: dict[Key, int]
+) -> Placement:
+    """The parts of a placement in so many pieces, in the order of their operations."""
     places = list(placement.places)
-    for part in cut(function, placement.places):
+    numbers = {op.results[0].name: i for i, op in enumerate(function.ops)}
+    for part in whole:
         count = pieces.get(part.place.key)
         if count is None:
             continue
         ends = list(_ends(part, count))
-        numbers = {op.results[0].name: i for i, op in enumerate(part.ops)}
-        for index, op in enumerate(function.ops):
-            if places[index].key == part.place.key and op.results[0].name in numbers:
-                piece = sum(numbers[op.results[0].name] >= end for end in ends)
+        for number, op in enumerate(part.ops):
+            index = numbers[op.results[0].name]
+            if places[index].key == part.place.key:
+                piece = sum(number >= end for end in ends)
                 places[index] = replace(places[index], key=(*part.place.key, piece))
     for first, index in placement.pairs.items():
         places[index] = places[first]

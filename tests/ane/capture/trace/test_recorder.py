@@ -129,5 +129,27 @@ def test_an_error_after_a_value_was_read_names_the_value() -> None:
         trace(_raising, {"x": torch.ones(3)}, decomposition_table())
 
 
+def test_products_are_multiplied_only_where_their_numbers_decide() -> None:
+    seen: list[Tensor] = []
+
+    def function(x: Tensor) -> list[Tensor]:
+        product = x @ x
+        seen.append(product.detach())
+        return [product + torch.eye(3) @ torch.ones(3, 3)]
+
+    x = torch.full((3, 3), 2.0)
+    graph = trace(function, {"x": x}, decomposition_table())
+    assert [int(torch.count_nonzero(each)) for each in seen] == [0]
+    torch.testing.assert_close(graph(x)[0], torch.full((3, 3), 13.0))
+
+    def reading(x: Tensor) -> list[Tensor]:
+        seen.append(x @ x)
+        return [torch.linalg.cholesky(seen[-1])]  # zeros have none
+
+    seen.clear()
+    trace(reading, {"x": torch.eye(3)}, decomposition_table())
+    assert [int(torch.count_nonzero(each)) for each in seen] == [0, 3]
+
+
 def _raising(x: torch.Tensor) -> list[torch.Tensor]:
     raise ValueError("of another kind")
