@@ -58,10 +58,7 @@ def draw(number: int) -> Setup:
     rng = random.Random(f"hunt {number}")
     torch.manual_seed(number)
     wild = rng.random() < 0.35
-    drawn = draw_model(rng, wild, space.families, space.shares)
-    x = drawn.inputs()
-    with torch.no_grad():
-        output = copy.deepcopy(drawn.model)(x)
+    drawn, x, output = _valid(rng, wild, space)
     losses = _losses(rng, drawn, output, space)
     name = rng.choice(list(losses))
     size = 10 ** rng.uniform(-3, 3.5) if wild and rng.random() < 0.5 else 1.0
@@ -88,6 +85,20 @@ def draw(number: int) -> Setup:
     return Setup(number, drawn, name, losses[name], optimizer, options, change, tuple(batches), door)
 
 
+def _valid(rng: random.Random, wild: bool, space: Space) -> tuple[Drawn, torch.Tensor, torch.Tensor]:
+    """A model that PyTorch runs, an input and its output; a draw that it refuses (a kernel wider than the picture) is
+    drawn again."""
+    for _ in range(TRIES):
+        drawn = draw_model(rng, wild, space.families, space.shares)
+        x = drawn.inputs()
+        try:
+            with torch.no_grad():
+                return drawn, x, copy.deepcopy(drawn.model)(x)
+        except (RuntimeError, ValueError) as error:
+            refused = error
+    raise AssertionError(f"{TRIES} models that PyTorch does not run; the last: {refused}") from refused
+
+
 def _losses(rng: random.Random, drawn: Drawn, output: torch.Tensor, space: Space) -> Mapping[str, Loss]:
     numbers, shares, classes = space.losses
     if drawn.text.startswith("long") or drawn.kind == "image":
@@ -107,6 +118,8 @@ def _target(kind: int, output: torch.Tensor, size: float) -> torch.Tensor:
     return y
 
 
+#: Models drawn for a set-up before the generator counts as broken.
+TRIES = 20
 #: Numbers from here on draw of the wider space; those before it of the first one, so that they stay what they were.
 WIDE = 100_000
 NARROW = Space(

@@ -201,11 +201,10 @@ class GradientUnits:
         """
         count = len(self.parameters)
         end = len(health) - len(self.guarded)
-        beyond = [
-            place for place, peak in zip(self.guarded, health[end:], strict=True) if not peak < OVERFLOW
-        ]
+        peaks = zip(self.guarded, health[end:], strict=True)
+        beyond = dict.fromkeys(place for place, peak in peaks if not peak < OVERFLOW)
         if beyond:
-            return self._saturated(beyond)
+            return self._saturated(list(beyond))
         health = health[:end]
         if not health[count] > 0.0:  # the scaled gradients did not fit: the loss scale moves instead
             ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]

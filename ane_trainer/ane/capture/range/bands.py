@@ -10,7 +10,7 @@ from typing import cast
 from torch.fx import Graph, Node
 
 from ane_trainer.ane.capture.range.calibration import Magnitude
-from ane_trainer.ane.capture.range.editing import Editor, dims_of, in_update, is_float, shape_of
+from ane_trainer.ane.capture.range.editing import Editor, dims_of, in_update, is_float, number, shape_of
 
 #: A stored value is in range while its largest entry is below the first (squares: the second, since they grow twice
 #: as fast in later batches) and its entries are above the third on average.
@@ -58,6 +58,8 @@ CONTRACTIONS: dict[str, tuple[int | None, int, int]] = {
 TOTALS = ("aten.sum.default", "aten.sum.dim_IntList", "aten.mean.default", "aten.mean.dim")
 POWERS = ("aten.pow.Tensor_Scalar", "aten.sqrt.default", "aten.rsqrt.default", "aten.reciprocal.default")
 PRODUCTS = ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar")
+#: Functions of magnitude 1 at most: saturated ones are next to 0 in one batch, and near 1 in another.
+BOUNDED = frozenset(f"aten.{n}.default" for n in ("sigmoid", "tanh", "_softmax", "sin", "cos", "erf"))
 #: Operations that are linear in their first argument.
 LINEAR = frozenset(f"aten.{n}" if "." in n else f"aten.{n}.default" for n in _LINEAR.split())
 
@@ -74,6 +76,7 @@ class Bands(Editor):
                 self.found[source.name] = found[node.name]  # the other result is a count
         self.noise: dict[Node, float] = {}
         self.squares: set[Node] = set()
+        self._bounds: dict[Node, float] = {}
 
     def risky(self, node: Node, exponent: int) -> bool:
         """Whether the value, stored with this exponent, leaves the range."""
@@ -102,7 +105,31 @@ class Bands(Editor):
         fewest = math.ceil(math.log2(size.peak / (WANTED_SQUARE if square else WANTED)))
         if size.peak > (LARGEST_SQUARE if square else LARGEST):
             return fewest
-        return max(fewest, math.floor(math.log2(size.rms / RAISED)))
+        bound = self.bound(node)
+        room = math.ceil(math.log2(bound / LARGEST)) if 0.0 < bound < math.inf else fewest
+        return max(fewest, min(room, 0), math.floor(math.log2(size.rms / RAISED)))
+
+    def bound(self, node: Node) -> float:
+        """The magnitude that no batch exceeds, as far as the other factors are as in the example; else infinite."""
+        if node not in self._bounds:
+            self._bounds[node] = self._bound(node)
+        return self._bounds[node]
+
+    def _bound(self, node: Node) -> float:
+        name, operands = str(node.target), [a for a in node.args if isinstance(a, Node)]
+        if name in BOUNDED:
+            return 1.0
+        if name.startswith("aten.mul.") and len(node.args) == 2:
+            factors = [abs(c) for c in map(number, node.args) if c is not None]
+            bounds = [self.bound(a) for a in operands]
+            if math.inf in bounds and min(bounds) < math.inf:
+                bounds = [b if b < math.inf else self._peak(a) for a, b in zip(operands, bounds, strict=True)]
+            return math.prod((*factors, *bounds)) if bounds else math.inf
+        return math.inf
+
+    def _peak(self, node: Node) -> float:
+        size = self.found.get(node.name)
+        return math.inf if size is None else size.peak
 
     def size(self, node: Node) -> Magnitude | None:
         """A value's magnitude, at least that of what its operands' rounding leaves in it; None where it is 0.

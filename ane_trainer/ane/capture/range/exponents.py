@@ -194,7 +194,7 @@ class Exponents(Shifting):
                 size is None
                 or size.peak == 0.0
                 or (size.peak * 2.0**-moved <= LARGEST * 2 and size.rms * 2.0**-moved >= SMALLEST / 2)
-            )
+            ) and not LARGEST * 2 < self.bound(x) * 2.0**-moved < math.inf
             if fits:
                 new = list(node.args)
                 new[place] = cast("Node", self.at(x, moved))

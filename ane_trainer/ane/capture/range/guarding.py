@@ -42,12 +42,12 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
     if not checks:
         return ()
     stored = [v for v in exponents.stored_larger() if v in backward and is_float(v) and not in_update(v)]
-    forward = dict(_forward(exponents, captured, backward))
+    forward = list(_forward(exponents, captured, backward))
     if not stored and not forward:
         return ()
     exponents.here = checks[0]
     peaks = [_peak(exponents, node) for node in stored]
-    seen = [_peak(exponents, node) for node in forward.values()]
+    seen = [_peak(exponents, node) for _, node in forward]
     together = exponents.emit(
         aten.amax.default, exponents.emit(aten.cat.default, [checks[0].args[0], *peaks, *seen])
     )
@@ -59,7 +59,7 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
         results = list(cast("Sequence[Node]", output.args[0]))
         output.args = ([longer if node is health else node for node in results],)
         exponents.changed = True
-    return tuple(forward) if health is not None else ()
+    return tuple(place for place, _ in forward) if health is not None else ()
 
 
 def _health(captured: Captured) -> Node | None:
@@ -79,24 +79,29 @@ def _peak(exponents: Exponents, node: Node) -> Node:
 def _forward(
     exponents: Exponents, captured: Captured, backward: Collection[Node]
 ) -> Iterator[tuple[str, Node]]:
-    """By place, the value of the forward pass that is nearest to its limit."""
+    """By place, the value of the forward pass that is nearest to its limit, and copies that are stored larger."""
     masked = _masked(captured)
+
+    def counts(node: Node) -> bool:
+        size = exponents.found.get(node.name)
+        return (
+            size is not None
+            and not size.part
+            and size.finite  # where full precision gives infinities, too, nothing takes them
+            and node not in backward
+            and node not in masked
+            and not in_update(node)
+            and is_float(node)
+        )
+
+    for value, copy in exponents.raised():
+        if copy.users and counts(value):
+            yield str(copy.meta.get(META_KEY, copy.name)), copy
     best: dict[str, tuple[float, Node]] = {}
     for node in captured.graph.graph.nodes:
-        size = exponents.found.get(node.name)
-        if (
-            size is None
-            or size.part
-            or not size.finite  # full precision gives infinities there, too, which nothing takes
-            or node.op != "call_function"
-            or node in backward
-            or node in masked
-            or in_update(node)
-            or not is_float(node)
-            or not shape_of(node)
-            or not _makes(node)
-        ):
+        if node.op != "call_function" or not counts(node) or not shape_of(node) or not _makes(node):
             continue
+        size = exponents.found[node.name]
         stored = (
             size.peak * 2.0 ** -exponents.of.get(node, 0) * (2.0 if str(node.target) in CONTRACTIONS else 1.0)
         )

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -75,6 +75,14 @@ class Shifting(Bands):
         """Values that are stored larger than they are and then taken back: what leaves fp16 there looks small again."""
         larger = (v for v, exponent in self._shifted if self.of.get(v, 0) < exponent)
         return [v for v in dict.fromkeys(larger) if v not in self._peaks]
+
+    def raised(self) -> Iterator[tuple[Node, Node]]:
+        """Values with a copy that is stored larger than they are, and that copy: it may leave fp16 before they do."""
+        for (value, exponent), copy in self._shifted.items():
+            size = self.found.get(value.name)
+            reach = (self.bound(value), 0.0 if size is None else size.peak)
+            if exponent < self.of.get(value, 0) and reach[1] * 2.0**-exponent <= LARGEST < reach[0] * 2.0**-exponent:
+                yield value, copy
 
     def settle(self, node: Node) -> None:
         """Give the node the true values of its arguments."""
