@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import ane_trainer as at
-from tests.hunt.more import CHANGES, OPTIMIZERS
+from tests.hunt.further import CHANGES, OPTIMIZERS
 from tests.hunt.setups import Setup
 
 LOSS, UPDATE, OWN, NOISE = 0.02, 0.05, 3.0, 0.01
@@ -114,8 +114,10 @@ def reference(
     optimizer = OPTIMIZERS[setup.optimizer](model.parameters())
     way, count = Way(), int(setup.options.get("accumulate", 1))  # type: ignore[call-overload]
     for number, (x, y) in enumerate(setup.batches):
-        if number == len(setup.batches) - 1:
+        last = number == len(setup.batches) - 1
+        if last or (setup.often and number):
             CHANGES[setup.change](model, optimizer)
+        if last:
             way.before = {n: p.detach().clone() for n, p in model.named_parameters()}
         if number % count == 0:
             optimizer.zero_grad()
@@ -165,9 +167,11 @@ def engine(setup: Setup) -> tuple[Way, str]:
         warnings.simplefilter("always")
         run: Stepped | Looped = (Stepped if setup.door == "step" else Looped)(setup, model, optimizer)
         for number, (x, y) in enumerate(setup.batches):
-            if number == len(setup.batches) - 1:
+            last = number == len(setup.batches) - 1
+            if last or (setup.often and number):
                 run.sync()
                 CHANGES[setup.change](model, optimizer)
+            if last:
                 way.before = {n: p.detach().double().clone() for n, p in model.named_parameters()}
             way.losses.append(run(number, x, y))
         run.sync()
@@ -282,7 +286,8 @@ def _errors(
     """Of losses, of the last update, of the whole way, of buffers."""
     whole = {n: torch.ones_like(v, dtype=torch.bool) for n, v in want.buffers.items()}
     weights = dict(setup.drawn.model.named_parameters())
-    least = {n: weights[n].detach().abs().double() * RESOLUTION for n in want.after}
+    sizes = {n: torch.maximum(weights[n].detach().abs().double(), want.before[n].abs()) for n in want.after}
+    least = {n: size * RESOLUTION for n, size in sizes.items()}
     return (
         max(_apart(g, w) for g, w in zip(way.losses, want.losses, strict=True)),
         _distance(way.changes(), want.changes(), sure, least),

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.hunt import kinds, models, more, surroundings
+from tests.hunt import further, kinds, models, more, surroundings
 from tests.hunt.models import Drawn, Family, draw_model
 from tests.hunt.surroundings import Loss
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One draw. `batches`: a batch for each step; `change` happens before the last.
+    """One draw. `batches`: a batch for each step; `change` happens before the last, or (`often`) before all but the first.
 
     `door`: the whole step is compiled ("step"), or torch.compile takes the model ("model"), with its loss ("loss").
     """
@@ -30,19 +30,24 @@ class Setup:
     change: str
     batches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     door: str = "step"
+    often: bool = False
 
     def __str__(self) -> str:
         more = " ".join(f"{k}={v}" for k, v in self.options.items())
         return (
             f"{self.number}: {self.drawn.text} | {self.loss_name} | {self.optimizer} | {more} | "
             f"{len(self.batches)} steps | {self.change}"
+            + (" often" if self.often else "")
             + ("" if self.door == "step" else f" | torch.compile of {self.door}")
         )
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is drawn from: families of models, each with how often; losses on numbers, shares, classes; and the rest."""
+    """What is drawn from: families of models, each with how often; losses on numbers, shares, classes; and the rest.
+
+    `varied`: how often later batches are of another scale, or shorter, and changes happen before each step.
+    """
 
     families: Mapping[str, Family]
     shares: Sequence[int]
@@ -50,11 +55,12 @@ class Space:
     optimizers: Sequence[str]
     changes: Sequence[str]
     compiled: float = 0.0
+    varied: float = 0.0
 
 
 def draw(number: int) -> Setup:
-    """The set-up with this number; from WIDE on of the wider space."""
-    space = NARROW if number < WIDE else BROAD
+    """The set-up with this number; from WIDE on of the wider space, from WIDEST on of the widest."""
+    space = NARROW if number < WIDE else BROAD if number < WIDEST else FURTHER
     rng = random.Random(f"hunt {number}")
     torch.manual_seed(number)
     wild = rng.random() < 0.35
@@ -82,7 +88,23 @@ def draw(number: int) -> Setup:
     batches = [(x, _target(kind, output, size))]
     for _ in range(steps - 1):
         batches.append((drawn.inputs(), _target(kind, output, size)))
-    return Setup(number, drawn, name, losses[name], optimizer, options, change, tuple(batches), door)
+    often = bool(space.varied) and rng.random() < space.varied
+    if space.varied:
+        batches = [batches[0], *(_varied(rng, space, door, *batch) for batch in batches[1:])]
+    return Setup(number, drawn, name, losses[name], optimizer, options, change, tuple(batches), door, often)
+
+
+def _varied(
+    rng: random.Random, space: Space, door: str, x: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch, at times of another scale, or (where the user keeps the loop) shorter."""
+    if rng.random() < space.varied:
+        factor = 10 ** rng.uniform(-1.5, 1.5)
+        x = x * factor if x.is_floating_point() else x
+        y = y * factor if y.is_floating_point() and rng.random() < 0.3 else y
+    if rng.random() < space.varied and door != "step" and len(x) > 3:
+        x, y = x[: len(x) // 2 + 1], y[: len(x) // 2 + 1]
+    return x, y
 
 
 def _valid(rng: random.Random, wild: bool, space: Space) -> tuple[Drawn, torch.Tensor, torch.Tensor]:
@@ -121,7 +143,7 @@ def _target(kind: int, output: torch.Tensor, size: float) -> torch.Tensor:
 #: Models drawn for a set-up before the generator counts as broken.
 TRIES = 20
 #: Numbers from here on draw of the wider space; those before it of the first one, so that they stay what they were.
-WIDE = 100_000
+WIDE, WIDEST = 100_000, 200_000
 NARROW = Space(
     models.FAMILIES, models.SHARES, (surroundings.NUMBERS, surroundings.SHARES, surroundings.CLASSES),
     list(surroundings.OPTIMIZERS), list(surroundings.CHANGES),
@@ -129,4 +151,8 @@ NARROW = Space(
 BROAD = Space(
     kinds.FAMILIES, kinds.SHARES, (more.NUMBERS, more.SHARES, more.CLASSES), list(more.OPTIMIZERS),
     list(more.CHANGES), 0.2,
+)  # fmt: skip
+FURTHER = Space(
+    further.FAMILIES, further.SHARES, (more.NUMBERS, more.SHARES, more.CLASSES), list(further.OPTIMIZERS),
+    list(further.CHANGES), 0.25, 0.3,
 )  # fmt: skip

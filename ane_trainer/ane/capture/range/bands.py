@@ -64,6 +64,16 @@ BOUNDED = frozenset(f"aten.{n}.default" for n in ("sigmoid", "tanh", "_softmax",
 LINEAR = frozenset(f"aten.{n}" if "." in n else f"aten.{n}.default" for n in _LINEAR.split())
 
 
+#: Numbers from here down stand for minus infinity where they are put into others.
+MASK = -1e4
+_MAKE_MASKS = ("aten.masked_fill.Scalar", "aten.full.default", "aten.scalar_tensor.default")
+#: Operations through which they stay what they are.
+_KEEP_MASKS = (frozenset(ALIGNED) | LINEAR | frozenset(PRODUCTS)) - frozenset(
+    f"aten.{n}" for n in ("relu.default", "abs.default", "neg.default", "maximum.default", "amax.default",
+                          "max.default", "max.dim", "clamp_min.default", "clamp.default", "hardtanh.default")
+)  # fmt: skip
+
+
 class Bands(Editor):
     """Magnitudes of a graph's values, with the noise that rounding leaves in them."""
 
@@ -76,6 +86,7 @@ class Bands(Editor):
                 self.found[source.name] = found[node.name]  # the other result is a count
         self.noise: dict[Node, float] = {}
         self.squares: set[Node] = set()
+        self.masked: set[Node] = set()  # which hold, or may hold, numbers that stand for minus infinity
         self._bounds: dict[Node, float] = {}
 
     def risky(self, node: Node, exponent: int) -> bool:
@@ -92,18 +103,24 @@ class Bands(Editor):
         size = self.size(node)
         if size is None or not self.risky(node, 0):
             return "what it is made of carries one"
-        large = size.peak > (LARGEST_SQUARE if node in self.squares else LARGEST)
-        return f"reaches {size.peak:,.3g}" if large else f"is as small as {size.rms:.2g} (root mean square)"
+        return f"reaches {size.peak:,.3g}" if self.size_is_large(node) else f"is as small as {size.rms:.2g} (root mean square)"
 
     def wanted(self, node: Node, natural: int) -> int:
-        """The exponent to store the value with: the natural one or none, if they do, else one that fits."""
+        """The exponent to store the value with: the natural one or none, if they do, else one that fits.
+
+        What stands for minus infinity is not stored larger than it is: saturated and taken back it would be a number.
+        """
+        if node in self.masked:
+            natural = max(natural, 0)
         for exponent in (natural, 0):
             if not self.risky(node, exponent):
                 return exponent
+        if node in self.masked and not self.size_is_large(node):
+            return 0
         size = cast("Magnitude", self.size(node))
         square = node in self.squares
         fewest = math.ceil(math.log2(size.peak / (WANTED_SQUARE if square else WANTED)))
-        if size.peak > (LARGEST_SQUARE if square else LARGEST):
+        if self.size_is_large(node):
             return fewest
         bound = self.bound(node)
         room = math.ceil(math.log2(bound / LARGEST)) if 0.0 < bound < math.inf else fewest
@@ -143,6 +160,20 @@ class Bands(Editor):
         if least <= size.rms:
             return size
         return Magnitude(max(size.peak, least), least, size.density)
+
+    def size_is_large(self, node: Node) -> bool:
+        """Whether it is its largest entry that leaves the range."""
+        size = self.size(node)
+        return size is not None and size.peak > (LARGEST_SQUARE if node in self.squares else LARGEST)
+
+    def follow_masks(self, node: Node) -> None:
+        """Whether numbers that stand for minus infinity get into the node, in the example or by what it does."""
+        size, name = self.found.get(node.name), str(node.target)
+        made = name in _MAKE_MASKS and any(c is not None and c <= MASK for c in map(number, node.args))
+        if (size is not None and size.masked) or made:
+            self.masked.add(node)
+        elif name in _KEEP_MASKS and not self.masked.isdisjoint(node.all_input_nodes):
+            self.masked.add(node)
 
     def _rounding(self, node: Node) -> float:
         """About how far rounding moves the entries of a value."""

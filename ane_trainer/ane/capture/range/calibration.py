@@ -20,7 +20,7 @@ class Magnitude:
     """Of one value: its largest entry, the root mean square of those that are not 0, and their share.
 
     `finite` is False where full precision itself gives infinities or nan. `part`: only of the entries that a `where`
-    takes; others are beyond the range.
+    takes; others are beyond the range. `masked`: beside entries that stand for minus infinity.
     """
 
     peak: float
@@ -28,6 +28,7 @@ class Magnitude:
     density: float
     finite: bool = True
     part: bool = False
+    masked: bool = False
 
     def joined(self, other: Magnitude) -> Magnitude:
         """Of both examples: the largest peak, the smallest size."""
@@ -38,6 +39,7 @@ class Magnitude:
             max(self.density, other.density),
             self.finite and other.finite,
             self.part or other.part,
+            self.masked or other.masked,
         )
 
 
@@ -64,7 +66,7 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
 
 def calibration_tensors(found: Magnitudes) -> dict[str, torch.Tensor]:
     """Magnitudes as tensors that a state keeps: names, and a row of four numbers for each."""
-    rows = [[m.peak, m.rms, m.density, m.finite + 2.0 * m.part] for m in found.values()]
+    rows = [[m.peak, m.rms, m.density, m.finite + 2.0 * m.part + 4.0 * m.masked] for m in found.values()]
     names = torch.tensor(list("\n".join(found).encode()), dtype=torch.uint8)
     return {"names": names, "sizes": torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)}
 
@@ -78,7 +80,7 @@ def calibration_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Magnitude]:
     if tuple(sizes.shape) != (len(words), 4):
         return {}
     return {
-        word: Magnitude(float(peak), float(rms), float(density), flags % 2.0 == 1.0, flags >= 2.0)
+        word: Magnitude(float(peak), float(rms), float(density), *(bool(int(flags) & bit) for bit in (1, 2, 4)))
         for word, (peak, rms, density, flags) in zip(words, sizes.tolist(), strict=True)
     }
 
@@ -97,10 +99,10 @@ def measure(tensor: torch.Tensor) -> Magnitude:
     low, high = (float(end) for end in torch.aminmax(values))
     if low <= _MASK:
         if low <= _INFINITE:
-            return measure(values[values > _INFINITE])
+            return dataclasses.replace(measure(values[values > _INFINITE]), masked=True)
         others = values[values > _MASK]
         if others.numel() and float(others.abs().amax()) <= -_MASK / _GAP:
-            return measure(others)
+            return dataclasses.replace(measure(others), masked=True)
     finite = math.isfinite(low) and math.isfinite(high)
     if values.numel() < 4096:
         values = values.double()

@@ -83,6 +83,7 @@ class Exponents(Shifting):
     def visit(self, node: Node) -> None:
         """Bring one node into range."""
         self.here = node
+        self.follow_masks(node)
         if node.op == "call_function":
             self.follow_noise(node)
         if node.op == "placeholder":
