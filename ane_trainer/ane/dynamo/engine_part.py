@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.ports import identifier, tensor_bounds, unique
-from ane_trainer.ane.capture.range import read_as_floats, scale_found
+from ane_trainer.ane.capture.range import GUARD, read_as_floats, scale_found
 from ane_trainer.ane.capture.range.calibration import Magnitude
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.build import prepare
@@ -33,8 +33,12 @@ class EnginePart:
         #: Of the last run, for each float result: its node, the largest stored entry, and the power of two.
         self.peaks: list[tuple[str, float, float]] = []
         self.fed: list[tuple[str, float, float]] = []  # the same of what was fed
+        #: Of values on the way that may leave fp16: the node, and its largest entry (half of it where fp16 is the limit).
+        self.watched: list[tuple[str, float]] = []
         #: Of inputs of whole numbers that are larger than was assumed: the least and largest so far.
         self._ends: dict[str, tuple[float, float]] = {}
+        #: By node of the program's graph the node of the module's.
+        self._names: dict[str, str] = {}
         self._load(as_captured(module))
 
     def calibrate(self, found: Mapping[str, Magnitude]) -> bool:
@@ -49,7 +53,8 @@ class EnginePart:
                 n: Magnitude(max(-low, high), max(-low, high), 1.0) for n, (low, high) in self._ends.items()
             }
         captured = as_captured(GraphModule(self._module, graph), self._ends)
-        scaled = scale_found(captured, names)
+        scaled = scale_found(captured, names, watched=True)
+        self._names = _origins(graph, {new.name: old.name for old, new in copies.items()})
         if scaled is captured and not self._scaled and not self._ends:
             return False
         self._scaled = scaled is not captured
@@ -82,8 +87,9 @@ class EnginePart:
             )
             for p, original in zip(compiled.inputs, captured.inputs, strict=False)
         ]
-        nodes = self._module.graph.output_node().args[0]
-        self._outputs = list(zip(compiled.outputs, cast("Sequence[Node]", nodes), strict=True))
+        nodes = cast("Sequence[Node]", self._module.graph.output_node().args[0])
+        self._outputs = list(zip(compiled.outputs[: len(nodes)], nodes, strict=True))
+        self._guards = compiled.outputs[len(nodes) :]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Values:
         feeds: dict[str, Array] = {}
@@ -105,6 +111,10 @@ class EnginePart:
             elif node.meta["val"].dtype != torch.bool and value.numel():
                 self._check_integers(node, value)
             found.append(value if port.scale == 1.0 else value.float() / port.scale)
+        self.watched = [
+            (self._names[port.target.removeprefix(GUARD)], float(results[port.name][0]))
+            for port in self._guards
+        ]
         return found
 
     def _check_integers(self, node: Node, value: torch.Tensor) -> None:
@@ -119,6 +129,15 @@ class EnginePart:
         if value.dtype == self._range.dtype and slot.scale == 1.0:
             return value.detach().contiguous().numpy().reshape(slot.shape)
         return to_float(slot, value, self._range)
+
+
+def _origins(graph: torch.fx.Graph, names: Mapping[str, str]) -> dict[str, str]:
+    """By node of a graph the name of what it was, or of what it was first made of."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        made_of = [found[n.name] for n in node.all_input_nodes]
+        found[node.name] = names.get(node.name) or next(iter(made_of), node.name)
+    return found
 
 
 def as_captured(

@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.range.calibration import Magnitude
+from ane_trainer.ane.capture.scaling import OVERFLOW
 from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
@@ -228,6 +229,8 @@ class GraphFunction:
         """
         none = self._shares
         full = [n for n, peak, _ in self._peaks() if not peak < limit and not (n in none and peak == peak)]
+        watched = (w for part in self._parts if part is not None for w in part.watched)
+        full += [n for n, peak in watched if not peak < OVERFLOW]
         return [name for name in full if name not in self.found or self.found[name].finite]
 
     def _peaks(self) -> list[tuple[str, float, float]]:

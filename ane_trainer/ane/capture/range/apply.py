@@ -10,10 +10,11 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
+from ane_trainer.ane.capture.ports import identifier
 from ane_trainer.ane.capture.range.calibration import Magnitude, magnitudes
 from ane_trainer.ane.capture.range.editing import aten, is_float
 from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
-from ane_trainer.ane.capture.range.guarding import guard
+from ane_trainer.ane.capture.range.guarding import guard, watch
 from ane_trainer.ane.capture.range.near import tell_of_near_numbers
 from ane_trainer.ane.capture.range.switch import POWERS, is_allowed, note
 from ane_trainer.ane.capture.scaling import HEALTH, SCALING
@@ -21,6 +22,8 @@ from ane_trainer.ane.stages import Captured, Port
 
 #: Buffers above the first get an exponent that brings them to the second.
 LARGEST_BUFFER, WANTED_BUFFER = 2.0**12, 2.0**9
+#: Prefix of the results that watched values have.
+GUARD = "guard/"
 #: Targets of results that the host reads in their ports' scale: the loss, gradients, outputs.
 _SCALED_RESULTS = ("loss", "output", "result_")
 
@@ -36,12 +39,15 @@ def keep_in_range(captured: Captured, examples: Sequence[Mapping[str, torch.Tens
 
 
 def scale_found(
-    captured: Captured, magnitudes: Mapping[str, Magnitude], buffers: Collection[str] = ()
+    captured: Captured,
+    magnitudes: Mapping[str, Magnitude],
+    buffers: Collection[str] = (),
+    watched: bool = False,
 ) -> Captured:
     """The same step with its values in fp16's range, for magnitudes by node name; `captured` if they are as it is.
 
     Changes the graph in place. Ports of the batch, of results and of `buffers` carry their power of two as `scale`;
-    other state keeps its own.
+    other state keeps its own. `watched`: the magnitudes of watched values are further results, GUARD + node name.
     """
     if not is_allowed(POWERS):
         return captured
@@ -61,7 +67,8 @@ def scale_found(
         note(POWERS, shift.source, kinds.get(shift.node, shift.node), change, shift.reason)
     tell_of_near_numbers(exponents, captured, exact=bool(scale_names))
     guarded = guard(exponents, captured, [n for n in placeholders if n.name in scale_names])
-    if not exponents.changed:
+    peaks = watch(exponents, captured) if watched else []
+    if not exponents.changed and not peaks:
         return captured
     inputs = tuple(_scaled(p, exponents, n) for p, n in zip(captured.inputs, placeholders, strict=True))
     output, names = graph.output_node(), {p.target: p.name for p in captured.inputs if p.role == "state"}
@@ -74,6 +81,9 @@ def scale_found(
         nodes.append(node if free else exponents.at(node, kept))
         scaled = dataclasses.replace(port, scale=port.scale * 2.0**-kept) if kept else port
         outputs.append(_scaled(port, exponents, node) if free else scaled)
+    for node, peak in peaks:
+        nodes.append(peak)
+        outputs.append(Port(identifier(f"{GUARD}{node.name}"), (1,), "result", GUARD + node.name))
     output.args = (nodes,)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     graph.lint()

@@ -1,9 +1,10 @@
 """Watches values of the step that a later batch may bring out of fp16, so that no such number reaches the weights.
 
-Backward: what is stored larger than it is comes back as an ordinary number if it leaves fp16, which no gradient shows.
-Forward: of each module the largest value, where the example brings it near the end of the range. Both are among the
-gradients that have to fit; the step is skipped, and the forward's magnitudes stand at the end of the health result, so
-that the host can name the module (a step that is divided at its gradients skips, and counts, without).
+Backward: what is stored larger than it is, or becomes smaller on its way, comes back as an ordinary number if it leaves
+fp16, which no gradient shows. Forward: of each module the largest value, where the example brings it near the end of the
+range. Both are among the gradients that have to fit; the step is skipped, and the forward's magnitudes stand at the end
+of the health result, so that the host can name the module (a step that is divided at its gradients skips, and counts,
+without). Programs of torch.compile have no health result: there the magnitudes are results of their own.
 
 A step costs 9 ops more of 511 in a CNN with batch norm whose inputs are of 600, where two modules are watched, and none
 where no value of the example is above 256. Test: `test_guarding.py`.
@@ -11,6 +12,7 @@ where no value of the example is above 256. Test: `test_guarding.py`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Sequence
 from typing import cast
 
@@ -24,8 +26,11 @@ from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.stages import Captured
 
-#: From this magnitude on, as stored in the example, a value of the forward pass is watched.
-WATCHED = 2.0**8
+#: From this magnitude on, as stored in the example, a value of the forward pass is watched; one of the backward pass
+#: from the second, if no gradient that is made of it is as large as the third share of it.
+WATCHED, WATCHED_BACKWARD, SHOWN = 2.0**8, 2.0**8, 0.5
+#: The most values of the backward pass that are watched.
+MOST_WATCHED = 8
 #: Numbers from here down stand for minus infinity.
 _MASK = -1e4
 
@@ -42,6 +47,7 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
     if not checks:
         return ()
     stored = [v for v in exponents.stored_larger() if v in backward and is_float(v) and not in_update(v)]
+    stored = list(dict.fromkeys((*stored, *_vanishing(exponents, backward))))
     forward = list(_forward(exponents, captured, backward))
     if not stored and not forward:
         return ()
@@ -60,6 +66,48 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
         output.args = ([longer if node is health else node for node in results],)
         exponents.changed = True
     return tuple(place for place, _ in forward) if health is not None else ()
+
+
+def watch(exponents: Exponents, captured: Captured) -> list[tuple[Node, Node]]:
+    """What `guard` watches in a graph without a health result, each with a node of [1], its largest magnitude as stored.
+
+    The backward's values are those that depend on the gradients that come in.
+    """
+    backward: set[Node] = set()
+    for node in exponents.graph.nodes:
+        if node.name.startswith("tangents") or not backward.isdisjoint(node.all_input_nodes):
+            backward.add(node)
+    stored = (v for v in exponents.stored_larger() if v in backward and is_float(v))
+    forward = (value for _, value in _forward(exponents, captured, backward))
+    exponents.here = exponents.graph.output_node()
+    found = dict.fromkeys((*stored, *_vanishing(exponents, backward), *forward))
+    return [(node, _peak(exponents, node)) for node in found]
+
+
+def _vanishing(exponents: Exponents, backward: Collection[Node]) -> Iterator[Node]:
+    """Values on the way of the gradients that are large in the example, and from which no gradient as large is made.
+
+    The gradient in front of a norm is divided by the norm's size: saturated it gives gradients of ordinary size.
+    """
+    shown: dict[Node, float] = {}
+    sizes: dict[Node, float] = {}
+    for node in reversed(exponents.graph.nodes):
+        if node in backward and not in_update(node):
+            size = exponents.found.get(node.name)
+            sizes[node] = 0.0 if size is None else size.peak * 2.0 ** -exponents.of.get(node, 0)
+            ends = any(u.op == "output" or in_update(u) for u in node.users)
+            shown[node] = max((sizes[node] if ends else 0.0, *(shown.get(u, 0.0) for u in node.users)))
+    near = [n for n, size in sizes.items() if size >= WATCHED_BACKWARD and shown[n] < SHOWN * size
+            and is_float(n) and _amplifies(n) and exponents.found[n.name].finite]  # fmt: skip
+    yield from sorted(near, key=lambda n: -sizes[n])[:MOST_WATCHED]
+
+
+def _amplifies(node: Node) -> bool:
+    """Whether an operation's result grows with weights, or with what the forward pass made."""
+    if node.target is operator.getitem:
+        source = cast("Node", node.args[0])
+        return source.target is aten.convolution_backward.default and node.args[1] == 0
+    return _makes(node) and all(number(a) is None for a in node.args)
 
 
 def _health(captured: Captured) -> Node | None:
@@ -90,6 +138,7 @@ def _forward(
             and size.finite  # where full precision gives infinities, too, nothing takes them
             and node not in backward
             and node not in masked
+            and node not in exponents.masked
             and not in_update(node)
             and is_float(node)
         )
