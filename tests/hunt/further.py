@@ -47,7 +47,7 @@ CODES: dict[str, Codes] = {
     "largest": lambda i: i.amax(1, keepdim=True) - i,
     "argmax": lambda i: i.argmax(1, keepdim=True) + torch.arange(i.shape[1]),
     "sorted": lambda i: i.sort(1).values - i.amin(),
-    "argsort": lambda i: i.argsort(1, stable=True),
+    "argsort": lambda i: i.argsort(stable=True),
     "ranks": _ranks,
     "runs": _runs,
     "equal": lambda i: (i[:, :, None] == i[:, None, :]).sum(2),

@@ -337,7 +337,7 @@ class TrainingStep(StepFacts):
         if state.units[CEILING] != capture.units[CEILING] or ranges not in ({}, capture.calibration):
             self._loaded.session.close()
             self._loaded = load_step(self._subject, self.target, self.options, state)
-            self._units.lags = self._loaded.mirror.lags
+            self._units.lags, self._units.guarded = self._loaded.mirror.lags, self._loaded.capture.guarded
             self._variants.restart(self._loaded)
             self.compiles += 1
         mirror = self._loaded.mirror

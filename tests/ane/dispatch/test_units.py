@@ -106,7 +106,7 @@ def test_health_is_the_size_of_true_gradients(size: float) -> None:
     health = step._loaded.session.run(step.feeds(x, y))["health"]
     found = [float(own) / unit for own, unit in zip(health, step._units.values, strict=False)]
     assert found == pytest.approx(peaks, rel=0.03)
-    assert float(health[-1]) == 1.0
+    assert float(health[len(step._units.values)]) == 1.0
 
 
 def sized(make: Make, sizes: Sequence[float], **options: Any) -> tuple[float, TrainingStep]:

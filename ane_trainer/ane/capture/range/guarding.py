@@ -26,10 +26,10 @@ from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.stages import Captured
 
-#: From this magnitude on, as stored in the example, a value of the forward pass is watched; one of the backward pass
-#: from the second, if no gradient that is made of it is as large as the third share of it.
-WATCHED, WATCHED_BACKWARD, SHOWN = 2.0**8, 2.0**8, 0.5
-#: The most values of the backward pass that are watched.
+#: From this magnitude on, as stored in the example, a value is watched (of the backward pass of a step: from the second
+#: on); one of the backward pass if no gradient that is made of it is as large as the third share of it.
+WATCHED, WATCHED_IN_STEPS, SHOWN = 2.0**8, 2.0**9, 0.5
+#: The most values of the backward pass that are watched, the largest of each place.
 MOST_WATCHED = 8
 #: Numbers from here down stand for minus infinity.
 _MASK = -1e4
@@ -47,7 +47,7 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
     if not checks:
         return ()
     stored = [v for v in exponents.stored_larger() if v in backward and is_float(v) and not in_update(v)]
-    stored = list(dict.fromkeys((*stored, *_vanishing(exponents, backward))))
+    stored = list(dict.fromkeys((*stored, *_vanishing(exponents, backward, WATCHED_IN_STEPS))))
     forward = list(_forward(exponents, captured, backward))
     if not stored and not forward:
         return ()
@@ -80,12 +80,12 @@ def watch(exponents: Exponents, captured: Captured) -> list[tuple[Node, Node]]:
     stored = (v for v in exponents.stored_larger() if v in backward and is_float(v))
     forward = (value for _, value in _forward(exponents, captured, backward))
     exponents.here = exponents.graph.output_node()
-    found = dict.fromkeys((*stored, *_vanishing(exponents, backward), *forward))
+    found = dict.fromkeys((*stored, *_vanishing(exponents, backward, WATCHED), *forward))
     return [(node, _peak(exponents, node)) for node in found]
 
 
-def _vanishing(exponents: Exponents, backward: Collection[Node]) -> Iterator[Node]:
-    """Values on the way of the gradients that are large in the example, and from which no gradient as large is made.
+def _vanishing(exponents: Exponents, backward: Collection[Node], least: float) -> Iterator[Node]:
+    """Values on the way of the gradients that are stored with `least` or more in the example, and from which no gradient as large is made.
 
     The gradient in front of a norm is divided by the norm's size: saturated it gives gradients of ordinary size.
     """
@@ -97,9 +97,12 @@ def _vanishing(exponents: Exponents, backward: Collection[Node]) -> Iterator[Nod
             sizes[node] = 0.0 if size is None else size.peak * 2.0 ** -exponents.of.get(node, 0)
             ends = any(u.op == "output" or in_update(u) for u in node.users)
             shown[node] = max((sizes[node] if ends else 0.0, *(shown.get(u, 0.0) for u in node.users)))
-    near = [n for n, size in sizes.items() if size >= WATCHED_BACKWARD and shown[n] < SHOWN * size
+    near = [n for n, size in sizes.items() if size >= least and shown[n] < SHOWN * size
             and is_float(n) and _amplifies(n) and exponents.found[n.name].finite]  # fmt: skip
-    yield from sorted(near, key=lambda n: -sizes[n])[:MOST_WATCHED]
+    places: dict[str, Node] = {}
+    for node in sorted(near, key=lambda n: -sizes[n]):
+        places.setdefault(str(node.meta.get(META_KEY, node.name)), node)
+    yield from list(places.values())[:MOST_WATCHED]
 
 
 def _amplifies(node: Node) -> bool:
