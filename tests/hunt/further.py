@@ -1,5 +1,5 @@
-"""Further families (`FAMILIES`), optimizers and changes: integers and masks written out, Python state and buffers, models
-partly trained; numbers from 200,000 on draw of them, with batches of other sizes and scales between steps."""
+"""Further families (`FAMILIES`), optimizers and changes: integers and masks written out, buffers that the forward writes,
+models partly trained; numbers from 200,000 on draw of them, with batches of other sizes and scales between steps."""
 
 from __future__ import annotations
 
@@ -120,6 +120,17 @@ def _softmax_left(x: torch.Tensor) -> torch.Tensor:
     return torch.where((x > 0).any(1, keepdim=True), scores.softmax(1), torch.zeros_like(x)) * x
 
 
+def _masked_rms(x: torch.Tensor) -> torch.Tensor:
+    """Rows by the root mean square of their positive entries."""
+    square = (x * (x > 0)).square().sum(1, keepdim=True) / ((x > 0).sum(1, keepdim=True) + 1)
+    return x / (square + 1e-4).sqrt()
+
+
+def _scatter_most(x: torch.Tensor) -> torch.Tensor:
+    places = (torch.arange(x.shape[1]) % 4).expand_as(x)
+    return x + torch.zeros_like(x).scatter_reduce(1, places, x, "amax")
+
+
 #: Operations on [rows, width] with masks that depend on the data.
 MASKS: dict[str, kinds.Op] = {
     "assigned": _assigned,
@@ -131,7 +142,7 @@ MASKS: dict[str, kinds.Op] = {
     "any_all": lambda x: x * ((x > -1).all(1, keepdim=True) | (x > 2).any(1, keepdim=True)).to(x.dtype),
     "xor": lambda x: torch.where((x > 0) ^ (x.roll(1, 1) > 0), x, 0.1 * x),
     "first_positive": lambda x: x.gather(1, (x > 0).to(torch.uint8).argmax(1, keepdim=True)) + 0.1 * x,
-    "masked_std": lambda x: x / (((x * (x > 0)).square().sum(1, keepdim=True) / ((x > 0).sum(1, keepdim=True) + 1)) + 1e-4).sqrt(),
+    "masked_rms": _masked_rms,
     "lengths": lambda x: x * (torch.arange(x.shape[1]) < (x > 0).sum(1, keepdim=True)).to(x.dtype),
     "nan_to_num": lambda x: torch.nan_to_num(x / x.clamp(min=0.0), 0.0, 1.0, -1.0) * x,
     "band": lambda x: (x @ x.T / x.shape[1]).triu(-2).tril(2) @ x / x.shape[0],
@@ -143,7 +154,7 @@ MASKS: dict[str, kinds.Op] = {
     "norm3": lambda x: x / (torch.linalg.vector_norm(x, 3, 1, keepdim=True) + 1e-3),
     "norm_inf": lambda x: x / (torch.linalg.vector_norm(x, float("inf"), 1, keepdim=True) + 1e-3),
     "columns": lambda x: x.softmax(0) * len(x) * 0.1 + x,
-    "scatter_most": lambda x: x + torch.zeros_like(x).scatter_reduce(1, (torch.arange(x.shape[1]) % 4).expand_as(x), x, "amax"),
+    "scatter_most": _scatter_most,
     "put": lambda x: x.index_put((torch.arange(4),), x[:4] * 2, accumulate=True),
     "power_of_two": lambda x: torch.exp2(x.clamp(-4, 4)) * 0.1,
     "sinc": lambda x: torch.sinc(x * 0.3),

@@ -103,7 +103,9 @@ class Bands(Editor):
         size = self.size(node)
         if size is None or not self.risky(node, 0):
             return "what it is made of carries one"
-        return f"reaches {size.peak:,.3g}" if self.size_is_large(node) else f"is as small as {size.rms:.2g} (root mean square)"
+        if self.size_is_large(node):
+            return f"reaches {size.peak:,.3g}"
+        return f"is as small as {size.rms:.2g} (root mean square)"
 
     def wanted(self, node: Node, natural: int) -> int:
         """The exponent to store the value with: the natural one or none, if they do, else one that fits.
@@ -170,9 +172,8 @@ class Bands(Editor):
         """Whether numbers that stand for minus infinity get into the node, in the example or by what it does."""
         size, name = self.found.get(node.name), str(node.target)
         made = name in _MAKE_MASKS and any(c is not None and c <= MASK for c in map(number, node.args))
-        if (size is not None and size.masked) or made:
-            self.masked.add(node)
-        elif name in _KEEP_MASKS and not self.masked.isdisjoint(node.all_input_nodes):
+        kept = name in _KEEP_MASKS and not self.masked.isdisjoint(node.all_input_nodes)
+        if made or kept or (size is not None and size.masked):
             self.masked.add(node)
 
     def _rounding(self, node: Node) -> float:

@@ -80,7 +80,9 @@ def calibration_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Magnitude]:
     if tuple(sizes.shape) != (len(words), 4):
         return {}
     return {
-        word: Magnitude(float(peak), float(rms), float(density), *(bool(int(flags) & bit) for bit in (1, 2, 4)))
+        word: Magnitude(
+            float(peak), float(rms), float(density), *(bool(int(flags) & bit) for bit in (1, 2, 4))
+        )
         for word, (peak, rms, density, flags) in zip(words, sizes.tolist(), strict=True)
     }
 

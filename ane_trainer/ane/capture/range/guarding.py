@@ -1,10 +1,10 @@
 """Watches values of the step that a later batch may bring out of fp16, so that no such number reaches the weights.
 
-Backward: what is stored larger than it is, or becomes smaller on its way, comes back as an ordinary number if it leaves
-fp16, which no gradient shows. Forward: of each module the largest value, where the example brings it near the end of the
-range. Both are among the gradients that have to fit; the step is skipped, and the forward's magnitudes stand at the end
-of the health result, so that the host can name the module (a step that is divided at its gradients skips, and counts,
-without). Programs of torch.compile have no health result: there the magnitudes are results of their own.
+Backward: what is stored larger than it is, or becomes smaller on its way, comes back as an ordinary number if it
+leaves fp16, which no gradient shows. Forward: of each module the largest value, where the example brings it near the
+end of the range. Both are among the gradients that have to fit; the step is skipped, and the forward's magnitudes stand
+at the end of the health result, so that the host can name the module (a step that is divided at its gradients skips,
+and counts, without). Programs of torch.compile have no health result: there the magnitudes are results of their own.
 
 A step costs 9 ops more of 511 in a CNN with batch norm whose inputs are of 600, where two modules are watched, and none
 where no value of the example is above 256. Test: `test_guarding.py`.
@@ -69,7 +69,7 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
 
 
 def watch(exponents: Exponents, captured: Captured) -> list[tuple[Node, Node]]:
-    """What `guard` watches in a graph without a health result, each with a node of [1], its largest magnitude as stored.
+    """What `guard` watches, in a graph without a health result; each with its largest magnitude as stored, [1].
 
     The backward's values are those that depend on the gradients that come in.
     """
@@ -85,7 +85,7 @@ def watch(exponents: Exponents, captured: Captured) -> list[tuple[Node, Node]]:
 
 
 def _vanishing(exponents: Exponents, backward: Collection[Node], least: float) -> Iterator[Node]:
-    """Values on the way of the gradients that are stored with `least` or more in the example, and from which no gradient as large is made.
+    """Values on the way of the gradients that reach `least` in the example, and of which no gradient as large is made.
 
     The gradient in front of a norm is divided by the norm's size: saturated it gives gradients of ordinary size.
     """
@@ -108,8 +108,8 @@ def _vanishing(exponents: Exponents, backward: Collection[Node], least: float) -
 def _amplifies(node: Node) -> bool:
     """Whether an operation's result grows with weights, or with what the forward pass made."""
     if node.target is operator.getitem:
-        source = cast("Node", node.args[0])
-        return source.target is aten.convolution_backward.default and node.args[1] == 0
+        source, place = cast("tuple[Node, int]", node.args)
+        return source.target is aten.convolution_backward.default and place == 0
     return _makes(node) and all(number(a) is None for a in node.args)
 
 

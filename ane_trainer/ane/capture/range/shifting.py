@@ -81,7 +81,10 @@ class Shifting(Bands):
         for (value, exponent), copy in self._shifted.items():
             size = self.found.get(value.name)
             reach = (self.bound(value), 0.0 if size is None else size.peak)
-            if exponent < self.of.get(value, 0) and reach[1] * 2.0**-exponent <= LARGEST < reach[0] * 2.0**-exponent:
+            if (
+                exponent < self.of.get(value, 0)
+                and reach[1] * 2.0**-exponent <= LARGEST < reach[0] * 2.0**-exponent
+            ):
                 yield value, copy
 
     def settle(self, node: Node) -> None:

@@ -1,4 +1,4 @@
-"""Values that are raised by a power of two, stand for minus infinity, or shrink on their way: later batches stay right."""
+"""Values that a power of two raises, that stand for minus infinity, or shrink on their way, in later batches."""
 
 from __future__ import annotations
 
