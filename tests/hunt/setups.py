@@ -16,7 +16,8 @@ from tests.hunt.surroundings import Loss
 
 @dataclass(frozen=True)
 class Setup:
-    """One draw. `batches`: a batch for each step; `change` happens before the last, or (`often`) before each but the first.
+    """One draw. `batches`: a batch for each step; `change` happens before the last, or (`often`) before each but the
+    first.
 
     `door`: the whole step is compiled ("step"), or torch.compile takes the model ("model"), with its loss ("loss").
     """

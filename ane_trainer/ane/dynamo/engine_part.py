@@ -33,7 +33,7 @@ class EnginePart:
         #: Of the last run, for each float result: its node, the largest stored entry, and the power of two.
         self.peaks: list[tuple[str, float, float]] = []
         self.fed: list[tuple[str, float, float]] = []  # the same of what was fed
-        #: Of values on the way that may leave fp16: the node, and its largest entry, half of it where fp16 is the limit.
+        #: Of values on the way that may leave fp16: node, and largest entry (half of it where fp16 is the limit).
         self.watched: list[tuple[str, float]] = []
         #: Of inputs of whole numbers that are larger than was assumed: the least and largest so far.
         self._ends: dict[str, tuple[float, float]] = {}
