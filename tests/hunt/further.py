@@ -1,5 +1,5 @@
 """Further families (`FAMILIES`), optimizers and changes: integers and masks written out, buffers that the forward
-writes, models partly trained; numbers from 200,000 on draw of them, with batches of other sizes and scales between steps."""
+writes, models partly trained; numbers from 200,000 on draw of them, with later batches of other sizes and scales."""
 
 from __future__ import annotations
 
