@@ -175,10 +175,10 @@ def _from_first(x: Array, height: int, width: int) -> Array:
     return x
 
 
-def _affine(x: Array) -> torch.Tensor:
+def _affine(x: Array, aligned: bool) -> torch.Tensor:
     theta = torch.tensor([[[0.75, 0.1, 0.05], [-0.1, 0.75, 0.0]]])
-    grid = F.affine_grid(theta, [1, 4, 7, 8], align_corners=True)
-    return F.grid_sample(t(x), grid, align_corners=True)
+    grid = F.affine_grid(theta, [1, 4, 7, 8], align_corners=aligned)
+    return F.grid_sample(t(x), grid, align_corners=aligned)
 
 
 MATRIX = np.array([[0.75, 0.1, 0.05, -0.1, 0.75, 0.0]], np.float32)
@@ -226,7 +226,8 @@ RESIZES = [
         4e-3,
         4e-3,
     ),
-    Case("affine", lambda x: af.affine(x, MATRIX, 7, 8, True), (X,), _affine, 1e-2, 1e-2),
+    Case("affine", lambda x: af.affine(x, MATRIX, 7, 8, True), (X,), lambda x: _affine(x, True), 1e-2, 1e-2),
+    Case("affine edges", lambda x: af.affine(x, MATRIX, 7, 8), (X,), lambda x: _affine(x, False), 1e-2, 1e-2),
 ]
 
 CASES = [*CONVOLUTIONS, *POOLS, *RESIZES]

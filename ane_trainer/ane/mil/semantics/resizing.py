@@ -100,16 +100,24 @@ def _sampled(image: Array, down: F64, across: F64, outside: float | None) -> Arr
 def affine(call: Call, x: Array, matrix: Array) -> Array:
     """Result pixel (u, v) in -1..1 shows x at (a0 u + a1 v + a2, b0 u + b1 v + b2); zero outside."""
     (rows, columns), (height, width) = result_type(call).shape[2:], x.shape[2:]
-    v, u = np.meshgrid(_unit(rows), _unit(columns), indexing="ij")
+    aligned = call.flag("align_corners")
+    v, u = np.meshgrid(_unit(rows, aligned), _unit(columns, aligned), indexing="ij")
     out = []
     for image, a in zip(x, np.broadcast_to(matrix, (len(x), 6)), strict=True):
         across, down = a[0] * u + a[1] * v + a[2], a[3] * u + a[4] * v + a[5]
-        out.append(_sampled(image, (down + 1) / 2 * (height - 1), (across + 1) / 2 * (width - 1), 0.0))
+        at = [
+            (place + 1) / 2 * (size - 1) if aligned else (place + 1) / 2 * size - 0.5
+            for place, size in ((down, height), (across, width))
+        ]
+        out.append(_sampled(image, at[0], at[1], 0.0))
     return np.stack(out)
 
 
-def _unit(count: int) -> F64:
-    return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)
+def _unit(count: int, aligned: bool) -> F64:
+    """Positions of `count` pixels on -1..1, whose ends are pixel centres if aligned, else pixel edges."""
+    if aligned:
+        return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)
+    return np.linspace(-1.0, 1.0, 2 * count + 1)[1::2]
 
 
 @meaning("resample")

@@ -167,20 +167,27 @@ def _sampled(image: Array, rows: F64, columns: F64, outside: float | None) -> F6
 
 @kernel("affine", "assumed", _RUNS)
 def affine(ctx: EngineContext, call: Call, x: Array, matrix: Array) -> Array:
-    """Result pixel (u, v) in -1..1 shows x at (a0 u + a1 v + a2, b0 u + b1 v + b2); zero outside."""
+    """Result pixel (u, v) in -1..1 shows x at (a0 u + a1 v + a2, b0 u + b1 v + b2); zero outside.
+
+    -1 and 1 are the centres of the outermost pixels with align_corners, else their outer edges.
+    """
     (type_,) = call.op.infer(call)
     (height, width), (rows, columns) = x.shape[2:], type_.shape[2:]
-    v, u = np.meshgrid(_unit(rows), _unit(columns), indexing="ij")
+    aligned = call.flag("align_corners")
+    v, u = np.meshgrid(_unit(rows, aligned), _unit(columns, aligned), indexing="ij")
     out = np.empty(type_.shape, np.float64)
     for n in range(len(x)):
         a = matrix[n if len(matrix) > 1 else 0].astype(np.float64)
         across, down = a[0] * u + a[1] * v + a[2], a[3] * u + a[4] * v + a[5]
-        out[n] = _sampled(x[n], (down + 1) / 2 * (height - 1), (across + 1) / 2 * (width - 1), 0.0)
+        out[n] = _sampled(x[n], _pixels(call, down, height), _pixels(call, across, width), 0.0)
     return rounded(out)
 
 
-def _unit(count: int) -> F64:
-    return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)
+def _unit(count: int, aligned: bool) -> F64:
+    """Centres of `count` pixels on -1..1, the ends being the outermost centres (aligned) or the outer edges."""
+    if aligned:
+        return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)
+    return (2.0 * np.arange(count) + 1.0) / count - 1.0
 
 
 @kernel("resample", "assumed", _HOST)

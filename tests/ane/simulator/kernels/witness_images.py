@@ -68,8 +68,9 @@ def resize(rng: Rng) -> Drawn:
 @op("affine")
 def affine(rng: Rng) -> Drawn:
     x, matrix, target = image(rng), normal(rng, 2, 6, scale=0.5), sizes(rng, 2, 2, 5)
-    grid = F.affine_grid(wide(matrix).reshape(2, 2, 3), [2, 3, *target], align_corners=True)
-    want = F.grid_sample(wide(x), grid, padding_mode="zeros", align_corners=True).numpy()
+    aligned = bool(rng.integers(2))
+    grid = F.affine_grid(wide(matrix).reshape(2, 2, 3), [2, 3, *target], align_corners=aligned)
+    want = F.grid_sample(wide(x), grid, padding_mode="zeros", align_corners=aligned).numpy()
     params = {
         "output_height": target[0],
         "output_width": target[1],
@@ -77,7 +78,7 @@ def affine(rng: Rng) -> Drawn:
         "padding_mode": "constant",
         "padding_value": 0.0,
         "coordinates_mode": "normalized_minus_one_to_one",
-        "align_corners": True,
+        "align_corners": aligned,
     }
     return Drawn({"x": x, "transform_matrix": matrix}, params, (want,), 0.51, 1e-7)
 
