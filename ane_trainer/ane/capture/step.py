@@ -66,7 +66,7 @@ from ane_trainer.ane.capture.trace.sources import (
     Place,
     SourceMode,
     follow_backward,
-    user_line,
+    loss_place,
     watch_modules,
 )
 from ane_trainer.ane.capture.trace.tracer import trace
@@ -370,17 +370,12 @@ def _differentiate(
                 output = call_model(plan.model, {**others, **values, **trained, **buffers}, x)
             buffers |= {n: final[n].detach().reshape(shapes[n]) for n in buffers if n in final}
             buffers |= plan.changes.averages(state, buffers, sent)
-            describe = lambda: _loss_place(plan.loss_text)  # noqa: E731
+            describe = lambda: loss_place(plan.loss_text)  # noqa: E731
             value = call_loss(plan.loss, output, y)
         follow_backward(value, place)
         seed = state[f"{SCALING}loss_scale"].reshape(value.shape)
         gradients = torch.autograd.grad(value, list(trained.values()), seed)
     return value.detach(), dict(zip(trained, gradients, strict=True)), buffers
-
-
-def _loss_place(name: str) -> str:
-    line = user_line()
-    return f"loss {name} ({line})" if line else f"loss {name}"
 
 
 def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, Tensors]:

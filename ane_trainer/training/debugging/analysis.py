@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,13 +16,15 @@ from ane_trainer.ane.simulator import make_context, refusal
 from ane_trainer.ane.simulator.states import without_states
 from ane_trainer.ane.verify.faults import HELP, VANISHED
 from ane_trainer.ane.verify.lockstep import Lockstep
+from ane_trainer.ane.verify.profiling import distance
 from ane_trainer.training.debugging.refusals import refusals
 from ane_trainer.training.debugging.remedies import Bench, of_options
 from ane_trainer.training.debugging.report import Fault, OpLine, Place, Remedy, Report
-from ane_trainer.training.debugging.scores import OutputCriterion
+from ane_trainer.training.debugging.scores import OutputCriterion, Score
 from ane_trainer.training.debugging.search import Culprit
 from ane_trainer.training.debugging.seen import Seen, no_options, program_phases
-from ane_trainer.training.debugging.trials import Trial, Way
+from ane_trainer.training.debugging.trials import NOT_FINITE, Constant, Trial, Way
+from ane_trainer.training.debugging.undefined import undefined
 
 _TOGETHER = "no single op is to blame: what the ops below lose adds up"
 
@@ -49,7 +51,9 @@ def debug_step(name: str, bench: Bench, way: Way) -> Report:
         )
     seen = Seen.of_trial(trial, bench)
     report = dataclasses.replace(report, ops=seen.lines())
-    if not trial.score.agrees:
+    if trial.score.note == NOT_FINITE and (faults := undefined(bench.subject)):
+        report = dataclasses.replace(report, verdict="departs", faults=faults)
+    elif not trial.score.agrees:
         faults = seen.faults(lambda culprits: of_options(bench, trial, *_kinds(culprits)))
         if numbers := _numbers(trial, seen):
             tried = () if faults else tuple(of_options(bench, trial, frozenset(["forward"]), frozenset()))
@@ -90,16 +94,7 @@ def _numbers(trial: Trial, seen: Seen) -> tuple[Fault, ...]:
     found = []
     if not seen.search.best.agrees:
         for constant in dict.fromkeys(trial.constants):
-            advice = "Split it into factors that fp16 holds (2^-14 to 65,504), or scale what it meets."
-            if constant.half == 0.0:
-                advice = "Take a larger one (an epsilon from 1e-5 on), or scale what it meets."
-            facts = f"fp16 has {constant.half:.6g} for the number {constant.number:.6g}"
-            place = Place.of(constant.where, constant.op)
-            found.append(
-                Fault(
-                    constant.op, constant.op, place, "forward", "constant", facts, trial.score, advice=advice
-                )
-            )
+            found.append(_constant(constant, trial.score))
     compiled = trial.compiled
     batch = {p.name for p in compiled.inputs if p.role == "batch"} if compiled is not None else set()
     for name, score in seen.search.inputs(batch):
@@ -107,6 +102,15 @@ def _numbers(trial: Trial, seen: Seen) -> tuple[Fault, ...]:
         advice = "Centre and scale it on the host, or feed it in two parts, say whole and rest."
         found.append(Fault("input", name, Place(name), "", "input", facts, trial.score, advice=advice))
     return tuple(found)
+
+
+def _constant(constant: Constant, score: Score) -> Fault:
+    advice = HELP["constant"]
+    if constant.half == 0.0:
+        advice = "Take a larger one (an epsilon from 1e-5 on), or scale what it meets."
+    facts = f"fp16 has {constant.half:.6g} for the number {constant.number:.6g}"
+    place = Place.of(constant.where, constant.op)
+    return Fault(constant.op, constant.op, place, "forward", "constant", facts, score, advice=advice)
 
 
 def _costs(trial: Trial, seen: Seen) -> tuple[Fault, ...]:
@@ -134,7 +138,28 @@ def _lost(trial: Trial, seen: Seen, told: Sequence[Fault]) -> tuple[Fault, ...]:
                 op.kind, op.name, place, suspect.phase, suspect.fault.rule, suspect.fault.facts, trial.score,
                 more=suspect.more, advice=HELP[suspect.fault.rule],
             ))  # fmt: skip
+    known |= {fault.place.line for fault in found}
+    found += [fault for fault in _vanished(trial, seen) if fault.place.line not in known]
     return tuple(found[:_MOST_LOST])
+
+
+def _vanished(trial: Trial, seen: Seen) -> Iterator[Fault]:
+    """Weights, and numbers in the code, that are 0 in fp16 though they are none."""
+    run, phase = seen.run, seen.phases
+    for value in run.function.inputs:
+        exact = (run.given_exact or {}).get(value.name)
+        lost = 0.0 if exact is None else distance(run.feed(value.name), run.exact_feed(value.name)).relative
+        readers = (op for op in run.function.ops if value in op.operands() and phase(op) == "forward")
+        reader = next(readers, None) if lost > 0.5 and np.any(exact) else None
+        if reader is not None:
+            facts = f"`{value.name}`, at most {np.abs(exact).max():.3g}, is off by {100 * lost:.2g} % in fp16"
+            place = Place.of(reader.source, reader.name)
+            yield Fault(
+                reader.kind, value.name, place, "forward", "underflow", facts, trial.score, advice=HELP["underflow"]
+            )  # fmt: skip
+    for constant in dict.fromkeys(trial.constants):
+        if constant.half == 0.0 and (place := Place.of(constant.where, constant.op)).line:
+            yield _constant(constant, trial.score)
 
 
 def _healed(bench: Bench, way: Way, trial: Trial) -> tuple[Fault, ...]:

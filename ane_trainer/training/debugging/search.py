@@ -22,6 +22,8 @@ from ane_trainer.training.debugging.scores import Score
 MOST_RUNS = 16
 #: So many steps back lies what a difference of near numbers shows.
 ANCESTORS = 4
+#: An op whose operands are off by more shows what others on its line did.
+MISLED = 0.25
 #: By this factor a score has to fall to count as better.
 BETTER = 0.7
 
@@ -154,7 +156,8 @@ class Search:
 
     def _suspect(self, phase: str, members: Sequence[tuple[OpAccuracy, Fault, Unit]]) -> Suspect:
         order = list(RULES)
-        op, fault, _ = min(members, key=lambda m: order.index(m[1].rule))
+        causes = [m for m in members if not m[0].before > MISLED] or members
+        op, fault, _ = min(causes, key=lambda m: order.index(m[1].rule))
         units = {unit.name for _, _, unit in members}
         for _, each, unit in members:
             if each.rule == "cancellation":  # what rounding left in its operands is what it shows

@@ -29,6 +29,10 @@ from ane_trainer.ane.stages import Compiled
 from ane_trainer.training.debugging.scores import Score, StepCriterion
 
 
+#: The score's note where plain PyTorch's own loss or update is nan or infinite.
+NOT_FINITE = "fp32 itself gives no finite numbers"
+
+
 @dataclass(frozen=True)
 class Way:
     """How a step is tried: which rewrites of the range pass, which options."""
@@ -142,7 +146,7 @@ def _trial(
         criterion = StepCriterion(compiled, feeds, expected, step.agreement)
     found = step.agreement
     if found is None or math.isnan(found.loss):
-        note = skipped or "fp32 itself gives no finite numbers"
+        note = skipped or NOT_FINITE
         score = Score(False, note=note)
     else:
         score = Score(

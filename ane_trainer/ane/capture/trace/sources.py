@@ -140,6 +140,12 @@ def user_line() -> str | None:
     return None
 
 
+def loss_place(name: str) -> str:
+    """Where an operation of a loss comes from: its name, and the user's line if there is one on the stack."""
+    line = user_line()
+    return f"loss {name} ({line})" if line else f"loss {name}"
+
+
 #: What code of the user or of torch raises where a model cannot be run or recorded.
 FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError,
