@@ -147,11 +147,12 @@ def _vanished(trial: Trial, seen: Seen) -> Iterator[Fault]:
     """Weights, and numbers in the code, that are 0 in fp16 though they are none."""
     run, phase = seen.run, seen.phases
     for value in run.function.inputs:
-        exact = (run.given_exact or {}).get(value.name)
-        lost = 0.0 if exact is None else distance(run.feed(value.name), run.exact_feed(value.name)).relative
+        if value.name not in (run.given_exact or {}):
+            continue
+        exact = run.exact_feed(value.name)
+        lost = distance(run.feed(value.name), exact).relative
         readers = (op for op in run.function.ops if value in op.operands() and phase(op) == "forward")
-        reader = next(readers, None) if lost > 0.5 and np.any(exact) else None
-        if reader is not None:
+        if lost > 0.5 and np.any(exact) and (reader := next(readers, None)):
             facts = f"`{value.name}`, at most {np.abs(exact).max():.3g}, is off by {100 * lost:.2g} % in fp16"
             place = Place.of(reader.source, reader.name)
             yield Fault(

@@ -28,7 +28,6 @@ from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.stages import Compiled
 from ane_trainer.training.debugging.scores import Score, StepCriterion
 
-
 #: The score's note where plain PyTorch's own loss or update is nan or infinite.
 NOT_FINITE = "fp32 itself gives no finite numbers"
 

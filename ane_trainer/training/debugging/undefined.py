@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -16,12 +15,14 @@ from ane_trainer.ane.capture import get_loss
 from ane_trainer.ane.capture.calibrate import call_aside, call_loss
 from ane_trainer.ane.capture.losses import loss_name
 from ane_trainer.ane.capture.trace import sources
-from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode, pytree, schema
+from ane_trainer.ane.capture.trace.torch_private import OpOverload, TorchDispatchMode, pytree, schema
 from ane_trainer.ane.dispatch.agreement import copied
 from ane_trainer.ane.dispatch.loading import Subject
 from ane_trainer.training.debugging.report import Fault, Place
 from ane_trainer.training.debugging.scores import Score
 from ane_trainer.training.debugging.trials import NOT_FINITE
+
+Args = tuple[object, ...]
 
 _SOFTMAX = ("_softmax", "_log_softmax", "logsumexp")
 #: What takes the place of -inf, and the least denominator, where a remedy is tried.
@@ -60,8 +61,8 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.infinite: _Event | None = None
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Args = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         name = schema(func).name.partition("::")[2]
         if self.instead == (name, self.place.text or ""):
             args = tuple(_mended(name, i, a) for i, a in enumerate(args))
@@ -71,12 +72,12 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         after = _floats(result)
         if self.nan is None and not was_nan and any(map(_nan, after)):
             self.nan = self._event(name, before, args, "nan")
-        elif self.infinite is None and not (was_nan or was_infinite or _asked(args, kwargs)):
-            if any(map(_infinite, after)):
-                self.infinite = self._event(name, before, args, "infinite")
+        fresh = not (was_nan or was_infinite or _asked(args, kwargs))
+        if self.infinite is None and fresh and any(map(_infinite, after)):
+            self.infinite = self._event(name, before, args, "infinite")
         return result
 
-    def _event(self, name: str, operands: list[torch.Tensor], args: Any, what: str) -> _Event:
+    def _event(self, name: str, operands: list[torch.Tensor], args: Args, what: str) -> _Event:
         facts, advice = _masked(name, args) or _described(name, operands, what)
         return _Event(name, self.place.text or "", self.phase, facts, advice)
 
@@ -93,14 +94,16 @@ def undefined(subject: Subject) -> tuple[Fault, ...]:
     event = numbers.blamed()
     if event is None:
         return ()
-    mended, again = _run(subject, (event.op, event.place))
+    mended, _ = _run(subject, (event.op, event.place))
     advice = event.advice
     if mended is not None and math.isfinite(mended) and not (loss is not None and math.isfinite(loss)):
         advice += f" With that plain PyTorch's loss is {mended:.4g}."
     place = Place.of(event.place, event.op)
     score = Score(False, note=NOT_FINITE)
     return (
-        Fault(event.op.strip("_"), event.op, place, event.phase, "undefined", event.facts, score, advice=advice),
+        Fault(
+            event.op.strip("_"), event.op, place, event.phase, "undefined", event.facts, score, advice=advice
+        ),
     )
 
 
@@ -113,17 +116,23 @@ def _run(subject: Subject, instead: tuple[str, str] | None) -> tuple[float | Non
     numbers = _Numbers(place, instead)
     x, y = subject.example
     value = None
-    with _quiet(), torch.random.fork_rng(devices=[]), torch.enable_grad(), sources.watch_modules(model) as stack:
-        with contextlib.suppress(*sources.FAULTS), numbers:
-            with sources.SourceMode(stack.here, place):
-                output = call_aside(model, {}, x)
-            numbers.phase, name = "loss", loss_name(subject.loss)
-            with sources.SourceMode(partial(sources.loss_place, name), place):
-                total = call_loss(get_loss(loss), output, y)
-            value = float(total.detach())
-            numbers.phase = "backward"
-            sources.follow_backward(total, place)
-            total.backward()
+    with (
+        _quiet(),
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        sources.watch_modules(model) as stack,
+        contextlib.suppress(*sources.FAULTS),
+        numbers,
+    ):
+        with sources.SourceMode(stack.here, place):
+            output = call_aside(model, {}, x)
+        numbers.phase, name = "loss", loss_name(subject.loss)
+        with sources.SourceMode(partial(sources.loss_place, name), place):
+            total = call_loss(get_loss(loss), output, y)
+        value = float(total.detach())
+        numbers.phase = "backward"
+        sources.follow_backward(total, place)
+        torch.autograd.backward([total])
     return value, numbers
 
 
@@ -134,15 +143,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _masked(name: str, args: Any) -> tuple[str, str] | None:
+def _masked(name: str, args: Args) -> tuple[str, str] | None:
     """Facts and advice for a softmax of rows that a mask leaves nothing of; None of anything else."""
-    if name not in _SOFTMAX or len(args) < 2:
+    if name not in _SOFTMAX or len(args) < 2 or not isinstance(args[0], torch.Tensor):
         return None
     rows = args[0].isneginf()
-    for dim in args[1] if isinstance(args[1], (list, tuple)) else [args[1]]:
+    for dim in pytree.tree_leaves(args[1]):
         rows = rows.all(dim, keepdim=True)
     many = int(rows.sum())
-    facts = f"{many:,} of its rows are -inf throughout, masked entry by entry: their softmax is nan in PyTorch"
+    facts = (
+        f"{many:,} of its rows are -inf throughout, masked entry by entry: their softmax is nan in PyTorch"
+    )
     return (facts, _MASK.format(low=_LOW)) if many else None
 
 
@@ -176,7 +187,7 @@ _CAUSES: tuple[tuple[tuple[str, ...], Callable[[list[torch.Tensor]], bool], str,
 )
 
 
-def _mended(name: str, index: int, operand: Any) -> Any:
+def _mended(name: str, index: int, operand: object) -> object:
     """An operand with the remedy applied."""
     if not isinstance(operand, torch.Tensor) or not operand.is_floating_point():
         return operand
