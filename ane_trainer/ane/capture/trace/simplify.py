@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ane_trainer.ane.capture.trace.unrolled import multiply_together, read_through
+
 aten = torch.ops.aten
 
 #: Values are immutable in a functional graph, so copies are identities.
@@ -43,6 +45,13 @@ def simplify(graph: Graph) -> None:
                 graph.erase_node(node)
     _share_repeated(graph)
     _drop_needless_choices(graph)
+    _drop_dead(graph)
+    if read_through(graph) + multiply_together(graph):
+        _share_repeated(graph)
+        _drop_dead(graph)
+
+
+def _drop_dead(graph: Graph) -> None:
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 

@@ -10,7 +10,7 @@ no bit changes. The derivative of gelu, for example, is fourteen ops and becomes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,18 +119,39 @@ def _chains(group: Group) -> list[_Chain]:
 
 
 def _worthwhile(group: Group, chains: list[_Chain]) -> set[int]:
-    """Positions where a one-variable chain ends and costs more than the gather that replaces it."""
+    """Positions where a one-variable chain ends and costs more than the gather that replaces it.
+
+    What the end of another chain has worked out costs nothing: the derivative of sigmoid is two ops behind it.
+    """
     ends = set(group.stores)
     for position, instr in enumerate(group.code):
         if chains[position].root == -1:
             ends.update(instr.sources)
-    return {
-        p
-        for p in ends
-        if chains[p].root not in (None, -1)
-        and not group.code[p].is_bool
-        and sum(_COST.get(group.code[m].code, _CHEAP) for m in chains[p].members) > _COST["lookup"]
-    }
+    ends = {p for p in ends if chains[p].root not in (None, -1)}
+    found, there = set[int](), set[int]()
+    for end in sorted(ends):
+        more = _more_work(group, end, there)
+        if not group.code[end].is_bool and _costs(group, more) > _COST["lookup"]:
+            found.add(end)
+            there.add(end)
+        else:
+            there |= more
+    return found
+
+
+def _costs(group: Group, members: Iterable[int]) -> float:
+    return sum(_COST.get(group.code[m].code, _CHEAP) for m in members)
+
+
+def _more_work(group: Group, end: int, there: set[int]) -> set[int]:
+    """The instructions that a value needs besides those that are there."""
+    found, left = set[int](), [end]
+    while left:
+        p = left.pop()
+        if p not in found and p not in there and group.code[p].code != "load":
+            found.add(p)
+            left += group.code[p].sources
+    return found
 
 
 class _Values:
