@@ -23,7 +23,11 @@ _COPIES = {
 #: Meta key of the products that `_multiply_one_by_one` makes, innermost 0.
 _CHAIN = "ane_chain"
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-
+#: What gives the numbers of its first operand on, in another shape.
+_MOVES = {
+    aten.view.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.permute.default, aten.expand.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
+}  # fmt: skip
 
 #: Tensors whose content nobody may read: with zeros, a calibration does not take old memory for values.
 _UNWRITTEN = {
@@ -37,6 +41,7 @@ def simplify(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             _rewrite(node)
+            _read_whole(node)
             _multiply_one_by_one(node)
             _divide_first(node)
             same = _same_as(node)
@@ -81,6 +86,35 @@ def _rewrite(node: Node) -> None:
     elif source is not None and node.target is inner_target is aten.permute.default:
         inner, outer = _permutation(source), _permutation(node)
         node.args = (source.args[0], [inner[i] for i in outer])
+
+
+def _read_whole(node: Node) -> None:
+    """`move(i.float()).long()` -> `move(i).long()`, i whole: fp16 need not hold the number in between.
+
+    So Keras hands class numbers to its losses, as floats. float32 would round beyond 16,777,216.
+    """
+    if node.target is not aten._to_copy.default or not _whole(node):
+        return
+    moves, source = list[Node](), _as_node(node.args[0])
+    while source is not None and source.target in _MOVES:
+        moves.append(source)
+        source = _as_node(source.args[0])
+    if source is None or source.target is not aten._to_copy.default:
+        return
+    origin = _as_node(source.args[0])
+    if origin is None or not _whole(origin) or dtype_of(source) not in (torch.float32, torch.float64):
+        return
+    for move in reversed(moves):
+        with node.graph.inserting_before(node):
+            moved = node.graph.call_function(move.target, (origin, *move.args[1:]), move.kwargs)  # type: ignore[arg-type]
+        value = torch.empty(shape_of(move) or (), dtype=dtype_of(origin), device="meta")
+        moved.meta, origin = {**move.meta, "val": value}, moved
+    node.args = (origin, *node.args[1:])
+
+
+def _whole(node: Node) -> bool:
+    kind = dtype_of(node)
+    return kind is not None and not (kind.is_floating_point or kind.is_complex)
 
 
 def _multiply_one_by_one(node: Node) -> None:
