@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ane_trainer.ane.capture.rewrites.keras_variables import copy_of
 from ane_trainer.ane.dispatch.state import CALLBACK, incomplete, part
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.checkpoint import write_tensors
@@ -325,7 +325,7 @@ class WeightAveraging(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         if self._average is None:
-            self._average = copy.deepcopy(trainer.model)
+            self._average = copy_of(trainer.model)
             if self._loaded:
                 self._average.load_state_dict(self._loaded)
         trainer.evaluate_with(self._average)

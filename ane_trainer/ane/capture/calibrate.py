@@ -22,7 +22,12 @@ from ane_trainer.ane.capture.losses import Loss, check_classes
 from ane_trainer.ane.capture.ports import Parameter
 from ane_trainer.ane.capture.randomness import HostRandomMode, RandomDraw
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
-from ane_trainer.ane.capture.rewrites.keras_variables import keras_state, training_argument, variables_as
+from ane_trainer.ane.capture.rewrites.keras_variables import (
+    keras_state,
+    own_signature,
+    training_argument,
+    variables_as,
+)
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from ane_trainer.ane.capture.trace.torch_private import pytree
@@ -156,9 +161,9 @@ def witness(
 def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) -> Any:
     """`model(x)` on other tensors; a tuple or list `x` is several arguments, a dict keyword arguments.
 
-    A tuple or list that the model takes only as a whole is one argument.
+    A tuple or list that the model takes only as a whole is one argument, and so is a dictionary for Keras.
     """
-    args, keywords = ((), dict(x)) if isinstance(x, dict) else (_positional(model, x), {})
+    args, keywords = _arguments(model, x)
     keywords |= training_argument(model)
     places = _everywhere(model, tensors)
     with variables_as(model, tensors), kept_views(model, tensors):
@@ -170,16 +175,21 @@ def call_aside(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) ->
     return call_model(model, tensors, pytree.tree_map_only(torch.Tensor, torch.clone, x))
 
 
-def _positional(model: torch.nn.Module, x: object) -> tuple[object, ...]:
-    if not isinstance(x, (tuple, list)):
-        return (x,)
-    signature = inspect.signature(model.forward)
-    return tuple(x) if _binds(signature, tuple(x)) or not _binds(signature, (x,)) else (x,)
+def _arguments(model: torch.nn.Module, x: object) -> tuple[tuple[object, ...], dict[str, Any]]:
+    if not isinstance(x, (tuple, list, dict)):
+        return (x,), {}
+    signature = own_signature(model)
+    if isinstance(x, dict):
+        whole = signature is not None and not _binds(signature, (), x)
+        return ((x,), {}) if whole else ((), dict(x))
+    signature = signature or inspect.signature(model.forward)
+    several = _binds(signature, tuple(x), {}) or not _binds(signature, (x,), {})
+    return (tuple(x) if several else (x,)), {}
 
 
-def _binds(signature: inspect.Signature, args: tuple[object, ...]) -> bool:
+def _binds(signature: inspect.Signature, args: tuple[object, ...], keywords: dict[str, object]) -> bool:
     try:
-        signature.bind(*args)
+        signature.bind(*args, **keywords)
     except TypeError:
         return False
     return True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ane_trainer.ane.capture.calibrate import call_aside, call_loss, module_mode
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.capture.range.departure import Departure, Rounded, run_rounded
+from ane_trainer.ane.capture.rewrites.keras_variables import copy_of, has_layers, keras_state
 from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo, step_without_dynamo
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject
 from ane_trainer.ane.errors import NumericsWarning
@@ -101,16 +103,24 @@ def reference(
 ) -> Reference | None:
     """One step in fp32 on copies of model, loss and optimizer; None where that cannot run, or is infinite.
 
+    A model with Keras layers, which deep copies do not always keep, runs itself, and is put back.
+
     Of a loss that is nan there is no more than that.
 
     The loss is the mean of those of the batch's `parts` (x, y). Dropout and noise come from `draws`; PyTorch's own
     generator is left as it is.
     """
+    in_place = has_layers(subject.model)
     try:
-        model, loss, optimizer = copied(subject)
-        if not (model.training or subject.as_it_is):
-            model.train()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), optimizers_without_dynamo():
+        model, loss, optimizer = copied(subject, of_model=not in_place)
+        as_it_is = model.training or subject.as_it_is
+        with (
+            _put_back(model) if in_place else contextlib.nullcontext(),
+            contextlib.nullcontext() if as_it_is else module_mode(model, training=True),
+            torch.random.fork_rng(devices=[]),
+            torch.enable_grad(),
+            optimizers_without_dynamo(),
+        ):
             optimizer.zero_grad()
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
             with drawn_by(draws):
@@ -122,6 +132,8 @@ def reference(
                 p.grad = p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad
             mean = float(torch.stack(values).sum().detach())
             found = _stepped(model, optimizer, options, mean, start)
+        if in_place:
+            found = dataclasses.replace(found, weights=functools.partial(_weights_in_place, model, found))
     except _CANNOT:
         return None
     if math.isnan(found.loss):
@@ -142,7 +154,8 @@ def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
     The model's buffers, mode and PyTorch's generator are left as they were.
     """
     model = subject.model
-    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
+    state = dict(model.named_buffers()) | keras_state(model)
+    buffers = {name: value.detach().clone() for name, value in state.items()}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), module_mode(model, training=True):
             with drawn_by(torch.Generator()):
@@ -152,7 +165,7 @@ def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
         return False
     finally:
         with torch.no_grad():
-            for name, value in model.named_buffers():
+            for name, value in state.items():
                 value.copy_(buffers[name])
 
 
@@ -183,14 +196,41 @@ def _stepped(
     return Reference(loss, {n: c + (before[n] - start[n]) for n, c in changes.items()}, weights, before)
 
 
-def copied(subject: Subject) -> tuple[Any, Any, torch.optim.Optimizer]:
-    """Copies of model, loss and optimizer that refer to one another as these do.
+def _weights_in_place(model: torch.nn.Module, found: Reference, noise: float) -> Mapping[str, torch.Tensor]:
+    """`found.weights(noise)`, for which the model has its parameters of then, and is put back."""
+    with _put_back(model), torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in found.before:
+                parameter.copy_(found.before[name])
+        return found.weights(noise)
+
+
+@contextlib.contextmanager
+def _put_back(model: torch.nn.Module) -> Iterator[None]:
+    """After the block parameters, gradients and buffers are what they were."""
+    gradients = {p: p.grad for p in model.parameters()}
+    values = {t: t.detach().clone() for t in (*model.parameters(), *model.buffers())}
+    for p in gradients:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in gradients.items():
+            p.grad = gradient
+        for tensor, value in values.items():
+            tensor.data.copy_(value)
+
+
+def copied(subject: Subject, *, of_model: bool = True) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """Copies of model, loss and optimizer that refer to one another as these do; or a copy of the optimizer alone.
 
     `torch.optim.Optimizer` leaves out what a subclass keeps as attributes: those follow, but for a step that a
     scheduler wrapped, and hooks.
     """
-    kept: dict[int, object] = {}
-    model, loss, optimizer = copy.deepcopy((subject.model, subject.loss, subject.optimizer), kept)
+    kept: dict[int, Any] = {} if of_model else {id(p): p for p in subject.model.parameters()}
+    model = copy_of(subject.model, kept) if of_model else subject.model
+    loss = copy.deepcopy(subject.loss, kept) if of_model else subject.loss
+    optimizer = copy.deepcopy(subject.optimizer, kept)
     for name, value in vars(subject.optimizer).items():
         if name not in vars(optimizer) and name != "step" and not name.endswith("_hooks"):
             vars(optimizer)[name] = copy.deepcopy(value, kept)

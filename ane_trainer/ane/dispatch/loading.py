@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import warnings
@@ -22,6 +21,7 @@ from ane_trainer.ane.capture.ports import Parameter
 from ane_trainer.ane.capture.randomness import PREFIX
 from ane_trainer.ane.capture.range.calibration import calibration_of
 from ane_trainer.ane.capture.repeats import repeating
+from ane_trainer.ane.capture.rewrites.keras_variables import copy_of
 from ane_trainer.ane.capture.step import GRADIENT, SHIFT, CaptureOptions
 from ane_trainer.ane.capture.trace.sources import faults_in_words
 from ane_trainer.ane.chips.cost import Cost, estimate, in_turn
@@ -287,7 +287,7 @@ def _mode(subject: Subject) -> contextlib.AbstractContextManager[None]:
 
 def _run_plainly(subject: Subject) -> None:
     """Forward, loss and backward on copies in plain PyTorch."""
-    model = copy.deepcopy(subject.model)
+    model = copy_of(subject.model)
     x, y = map(program_form, subject.example)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         value = get_loss(subject.loss)(call_aside(model, {}, x), y)

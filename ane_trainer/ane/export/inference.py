@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import shutil
 import warnings
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ane_trainer.ane.capture.rewrites.keras_variables import copy_of
 from ane_trainer.ane.compiler.coreai import open_asset, save_asset
 from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.ane.export.compress import compress
@@ -154,7 +154,7 @@ def _is_image(signature: Signature) -> bool:
 
 
 def _deployed(model: nn.Module, signature: Signature) -> nn.Module:
-    return Deployed(copy.deepcopy(model).cpu().float(), signature).eval()
+    return Deployed(copy_of(model).cpu().float(), signature).eval()
 
 
 def _example(signature: Signature) -> torch.Tensor:

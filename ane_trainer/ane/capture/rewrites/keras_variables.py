@@ -8,11 +8,16 @@ are parameters to PyTorch; here they count as buffers. Nothing is imported: with
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def keras_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -20,11 +25,25 @@ def keras_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: v.value for name, v in _variables(model).items() if not v.trainable}
 
 
+def has_layers(model: torch.nn.Module) -> bool:
+    """Whether there are Keras layers in it, which deep copies do not always keep, or cannot make."""
+    return any(map(_is_layer, model.modules()))
+
+
 def training_argument(model: torch.nn.Module) -> dict[str, bool]:
     """{"training": ...} for a Keras model, which does not look at PyTorch's mode."""
     if _is_layer(model) and getattr(model, "_call_has_training_arg", False):
         return {"training": model.training}
     return {}
+
+
+def own_signature(model: torch.nn.Module) -> inspect.Signature | None:
+    """The inputs that a Keras model's `call` takes; None for a module of PyTorch, whose `forward` says it."""
+    if not _is_layer(model):
+        return None
+    signature = inspect.signature(model.call)  # type: ignore[arg-type]
+    inputs = [p for name, p in signature.parameters.items() if name not in ("training", "mask")]
+    return signature.replace(parameters=inputs)
 
 
 @contextlib.contextmanager
@@ -42,6 +61,33 @@ def variables_as(model: torch.nn.Module, tensors: Mapping[str, Any]) -> Iterator
             value = scope.get_current_value(variable)
             if value is not tensors[name]:
                 tensors[name].copy_(value)
+
+
+def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:
+    """`copy.deepcopy(model, memo)`, after which `memo` knows what became of the parameters of Keras layers too.
+
+    Keras copies a layer by writing it down and reading that, classes that are not registered here included; an
+    optimizer copied along would keep to the old parameters.
+    """
+    memo = {} if memo is None else memo
+    layers = [module for module in model.modules() if _is_layer(module)]
+    if not layers:
+        return copy.deepcopy(model, memo)
+    known = {type(layer).__name__: type(layer) for layer in layers}
+    with warnings.catch_warnings(), sys.modules["keras"].saving.custom_object_scope(known):
+        warnings.simplefilter("ignore")  # of what `compile` was given, whose state is not used
+        made = copy.deepcopy(model, memo)
+    memo.update({id(old): new for old, new in _pairs(model, made)})
+    return made
+
+
+def _pairs(model: torch.nn.Module, made: torch.nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Values of the variables of each Keras layer, and of its copy's, those that PyTorch sees."""
+    seen = {id(parameter) for parameter in model.parameters()}
+    for old, new in zip(model.modules(), made.modules(), strict=True):
+        if _is_layer(old):
+            pairs = zip(old.variables, new.variables, strict=True)  # type: ignore[arg-type]
+            yield from ((a.value, b.value) for a, b in pairs if id(a.value) in seen)
 
 
 def _variables(model: torch.nn.Module) -> dict[str, Any]:
