@@ -18,7 +18,7 @@ class KerasCallbacks(Callback):
 
     They see as `model` what they commonly use of one: `stop_training`, `optimizer.learning_rate`, `get_weights`,
     `set_weights`, and for Keras models `save` and `save_weights`; anything else raises AttributeError. `logs` holds
-    `loss`, and after an epoch `val_loss` and `val_accuracy`. Their own state is not in checkpoints.
+    `loss`, and after an epoch `val_loss`, `val_accuracy` and the trainer's metrics. Their own state is not in checkpoints.
     """
 
     def __init__(self, *callbacks: Any) -> None:
@@ -51,6 +51,7 @@ class KerasCallbacks(Callback):
     def on_train_epoch_end(self, trainer: Trainer, record: Epoch) -> None:
         """`on_epoch_end` with the epoch's results."""
         known = {"loss": record.train_loss, "val_loss": record.val_loss, "val_accuracy": record.val_accuracy}
+        known |= {f"val_{name}": value for name, value in record.scores}
         for callback in self._callbacks:
             callback.on_epoch_end(record.epoch - 1, {k: v for k, v in known.items() if v is not None})
 
@@ -65,7 +66,7 @@ class _KerasView:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self.metrics: list[object] = []
+        self.metrics: list[object] = list(getattr(trainer.model, "metrics", ()))
 
     @property
     def optimizer(self) -> _KerasView:

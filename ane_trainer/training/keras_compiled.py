@@ -1,0 +1,224 @@
+"""What `compile` gave a Keras model, for a training of ours: its loss, its metrics, its optimizer as PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ane_trainer.ane.errors import UsageError
+from ane_trainer.training.callbacks import Callback
+from ane_trainer.training.scores import Scores
+
+if TYPE_CHECKING:
+    from ane_trainer.training.trainer import Trainer
+
+#: Settings of Keras' optimizers without a counterpart, with what they are where they do nothing.
+_UNKNOWN = {"clipnorm": None, "use_ema": False, "loss_scale_factor": None}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Splits the target of a batch, which is (y, weights) where examples are weighted."""
+
+    by_example: bool = False
+
+    def parts(self, target: Any) -> tuple[Any, Any]:
+        """y, and the examples' weights [N] or None."""
+        return (target[0], target[1]) if self.by_example else (target, None)
+
+
+class CompiledLoss:
+    """The model's own `compute_loss`: what `compile` was given, weights of outputs and penalties of layers included."""
+
+    def __init__(self, model: Any, weighted: Weighted) -> None:
+        self._model, self._weighted = model, weighted
+
+    def __call__(self, output: Any, target: Any) -> Any:
+        y, weights = self._weighted.parts(target)
+        return self._model.compute_loss(None, y, output, sample_weight=weights)
+
+
+class CompiledMetrics(Scores):
+    """The metrics that `compile` was given, over the validation data."""
+
+    def __init__(self, model: Any, weighted: Weighted) -> None:
+        super().__init__({})
+        self._model, self._weighted = model, weighted
+        self._found: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Forget earlier batches."""
+        self._model.reset_metrics()
+        self._found = {}
+
+    def add(self, output: object, target: object) -> None:
+        """Take in the outputs of a batch and their targets."""
+        y, weights = self._weighted.parts(target)
+        with torch.no_grad():
+            found = self._model.compute_metrics(None, y, output, weights)
+        self._found = {name: float(value) for name, value in found.items() if name != "loss"}
+
+    def found(self) -> tuple[tuple[str, float], ...]:
+        """Each metric's value by its name."""
+        return tuple(self._found.items())
+
+
+class _OnHost(torch.optim.Optimizer):
+    """An optimizer of Keras that PyTorch's own differs from; without a rule it runs on the host, in fp32."""
+
+    def __init__(self, params: Iterable[Any], lr: float, **settings: Any) -> None:
+        super().__init__(params, {"lr": lr, **settings})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter with a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(self._move(p.grad, self.state[p], group))
+
+    def _move(self, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+        """What is taken from the parameter."""
+        raise NotImplementedError
+
+
+class KerasRMSprop(_OnHost):
+    """RMSprop with epsilon under the root: v = rho v + (1 - rho) g^2, w -= lr g / sqrt(v + epsilon).
+
+    PyTorch has it beside the root, where Keras' 1e-7 would be 3e-4.
+    """
+
+    def _move(self, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+        if not state:
+            state.update({name: torch.zeros_like(gradient) for name in ("square", "mean", "moved")})
+        square = state["square"].lerp_(gradient.square(), 1 - group["rho"])
+        if group["centered"]:
+            square = square - state["mean"].lerp_(gradient, 1 - group["rho"]).square()
+        move = group["lr"] * gradient / (square + group["eps"]).sqrt()
+        return torch.as_tensor(state["moved"].mul_(group["momentum"]).add_(move))
+
+
+class KerasSGD(_OnHost):
+    """SGD whose momentum keeps the rates of earlier steps: m = momentum m + lr g, w -= m.
+
+    PyTorch's has the rate of today for all of it, which is the same until the rate changes.
+    """
+
+    def _move(self, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+        if not state:
+            state["moved"] = torch.zeros_like(gradient)
+        move = group["lr"] * gradient
+        moved = state["moved"].mul_(group["momentum"]).add_(move)
+        return torch.as_tensor(group["momentum"] * moved + move if group["nesterov"] else moved)
+
+
+class _KerasRate(Callback):
+    """A learning rate that Keras computes of the number of the step."""
+
+    def __init__(self, schedule: Callable[[int], Any]) -> None:
+        self._schedule = schedule
+
+    def on_train_batch_start(self, trainer: Trainer) -> None:
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = float(self._schedule(trainer.progress.steps))
+
+
+@dataclass(frozen=True)
+class CompiledOptimizer:
+    """A Keras optimizer as PyTorch's, the trainer's options that belong to it, and the schedule of its rate."""
+
+    optimizer: torch.optim.Optimizer
+    options: Mapping[str, object]
+    callbacks: tuple[Callback, ...]
+
+
+def optimizer_of_keras(model: Any) -> CompiledOptimizer:
+    """Of a compiled Keras model. UsageError ANE104 for optimizers and settings without a counterpart."""
+    import keras
+
+    own = getattr(model, "optimizer", None)
+    if own is None:
+        raise UsageError(
+            "fit_keras: needs a compiled model; got one without optimizer and loss. Call model.compile(...) first.",
+            code="ANE104",
+        )
+    settings = own.get_config()
+    kind = type(own).__name__
+    made = _KINDS.get(kind)
+    odd = [name for name, idle in _UNKNOWN.items() if settings.get(name) not in (idle, None)]
+    if kind == "SGD" and settings["weight_decay"] and settings["momentum"]:
+        odd.append("weight_decay beside momentum")
+    if made is None or odd:
+        raise UsageError(
+            f"fit_keras: needs an optimizer that PyTorch has, too: {', '.join(_KINDS)}; got {kind}"
+            f"{' with ' + ', '.join(odd) if odd else ''}. Use one of these, or Trainer(model, loss, optimizer).",
+            code="ANE104",
+        )
+    rate, schedule = settings["learning_rate"], None
+    if isinstance(rate, dict):
+        schedule = keras.saving.deserialize_keras_object(rate)
+        rate = float(schedule(0))
+    known = {
+        "clip_grad_norm": settings.get("global_clipnorm"),
+        "clip_grad_value": settings.get("clipvalue"),
+        "accumulate": settings.get("gradient_accumulation_steps"),
+    }
+    return CompiledOptimizer(
+        made([v.value for v in model.trainable_variables], rate, settings),
+        {name: value for name, value in known.items() if value is not None},
+        () if schedule is None else (_KerasRate(schedule),),
+    )
+
+
+def _adam(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+    decay = of["weight_decay"] or 0.0
+    kind = torch.optim.AdamW if decay else torch.optim.Adam
+    betas = of["beta_1"], of["beta_2"]
+    return kind(
+        parameters, rate, betas=betas, eps=of["epsilon"], amsgrad=of["amsgrad"], weight_decay=decay
+    )
+
+
+def _plain(kind: Callable[..., torch.optim.Optimizer], **names: str) -> Callable[..., torch.optim.Optimizer]:
+    """An optimizer whose settings have the names here on the left and Keras' on the right; none decays weights."""
+
+    def made(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+        if of["weight_decay"]:
+            raise UsageError(
+                f"fit_keras: needs {kind.__name__} without weight_decay; got {of['weight_decay']:g}. Use AdamW.",
+                code="ANE104",
+            )
+        found = {name: of[its] for name, its in names.items()}
+        if "beta_1" in of:
+            found["betas"] = of["beta_1"], of["beta_2"]
+        return kind(parameters, rate, **found)
+
+    return made
+
+
+def _sgd(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+    momentum, nesterov = of["momentum"], of["nesterov"] and of["momentum"] > 0
+    if momentum and isinstance(of["learning_rate"], dict):
+        return KerasSGD(parameters, rate, momentum=momentum, nesterov=nesterov)
+    decay = of["weight_decay"] or 0.0
+    return torch.optim.SGD(parameters, rate, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+
+
+def _nadam(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """Keras' momentum grows by 0.96^step, PyTorch's by 0.96^(step * momentum_decay)."""
+    betas = of["beta_1"], of["beta_2"]
+    return torch.optim.NAdam(parameters, rate, betas=betas, eps=of["epsilon"], momentum_decay=1.0)
+
+
+#: Keras' optimizers by their class, from the parameters, the rate and the configuration.
+_KINDS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "Adam": _adam, "AdamW": _adam, "SGD": _sgd,
+    "RMSprop": _plain(KerasRMSprop, rho="rho", momentum="momentum", eps="epsilon", centered="centered"),
+    "Adagrad": _plain(torch.optim.Adagrad, initial_accumulator_value="initial_accumulator_value", eps="epsilon"),
+    "Adadelta": _plain(torch.optim.Adadelta, rho="rho", eps="epsilon"),
+    "Adamax": _plain(torch.optim.Adamax, eps="epsilon"),
+    "Nadam": _nadam,
+}  # fmt: skip
