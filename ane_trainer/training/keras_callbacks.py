@@ -18,7 +18,8 @@ class KerasCallbacks(Callback):
 
     They see as `model` what they commonly use of one: `stop_training`, `optimizer.learning_rate`, `get_weights`,
     `set_weights`, and for Keras models `save` and `save_weights`; anything else raises AttributeError. `logs` holds
-    `loss`, and after an epoch `val_loss`, `val_accuracy` and the trainer's metrics. Their own state is not in checkpoints.
+    `loss`, and after an epoch `val_loss`, `val_accuracy` and the trainer's metrics. Their own state is not in
+    checkpoints.
     """
 
     def __init__(self, *callbacks: Any) -> None:

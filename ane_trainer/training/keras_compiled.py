@@ -177,9 +177,7 @@ def _adam(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Op
     decay = of["weight_decay"] or 0.0
     kind = torch.optim.AdamW if decay else torch.optim.Adam
     betas = of["beta_1"], of["beta_2"]
-    return kind(
-        parameters, rate, betas=betas, eps=of["epsilon"], amsgrad=of["amsgrad"], weight_decay=decay
-    )
+    return kind(parameters, rate, betas=betas, eps=of["epsilon"], amsgrad=of["amsgrad"], weight_decay=decay)
 
 
 def _plain(kind: Callable[..., torch.optim.Optimizer], **names: str) -> Callable[..., torch.optim.Optimizer]:

@@ -110,7 +110,9 @@ def _batches(x: Any, y: Any, size: int, chosen: _More, weighted: Weighted) -> tu
                 f"{type(x).__name__}. Pass arrays.",
                 code="ANE104",
             )
-        return _Again(x, chosen.steps_per_epoch), None if val is None else _validation(val, chosen, weighted, size)
+        return _Again(x, chosen.steps_per_epoch), None if val is None else _validation(
+            val, chosen, weighted, size
+        )
     examples = _Examples((x, _with_weights(y, chosen, weighted)))
     if chosen.validation_split and val is None:  # Keras takes the last ones, before it shuffles
         first = int(len(examples) * (1 - chosen.validation_split))

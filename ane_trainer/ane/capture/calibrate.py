@@ -30,6 +30,7 @@ from ane_trainer.ane.capture.rewrites.keras_variables import (
 )
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
+from ane_trainer.ane.capture.stand_ins import StandIns
 from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
@@ -96,9 +97,10 @@ def calibrate(
     mode = HostRandomMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
         before = torch.get_rng_state()
-        output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
+        tensors = {**values, **copies(model, with_sparse=True)}
+        output = call_aside(model, tensors, example[0])
         check_classes(loss, output, example[1])
-        value = call_loss(loss, output, example[1])
+        value = call_loss(loss, output, example[1], model, tensors)
         drawn = bool(mode.noted) or not torch.equal(before, torch.get_rng_state())
     _check_loss(value, bool(trained))
     gradients, largest = gradients_and_largest_intermediate(value.float(), trained, decomposition_table())
@@ -133,8 +135,9 @@ def loss_of(model: torch.nn.Module, loss: Loss, example: tuple[object, object]) 
     values = {name: p.detach().clone().float() for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), rewriting(values_known=True), HostRandomMode():
         torch.manual_seed(0)
-        output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
-        return float(call_loss(loss, output, example[1]))
+        tensors = {**values, **copies(model, with_sparse=True)}
+        output = call_aside(model, tensors, example[0])
+        return float(call_loss(loss, output, example[1], model, tensors))
 
 
 def witness(
@@ -152,8 +155,9 @@ def witness(
         HostRandomMode(),
     ):
         torch.manual_seed(0)
-        output = call_aside(model, {**values, **copies(model, with_sparse=True)}, example[0])
-        value = call_loss(loss, output, example[1])
+        tensors = {**values, **copies(model, with_sparse=True)}
+        output = call_aside(model, tensors, example[0])
+        value = call_loss(loss, output, example[1], model, tensors)
         gradients = torch.autograd.grad(value, trained, allow_unused=True)
     return _witness(value, gradients)
 
@@ -166,7 +170,7 @@ def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) ->
     args, keywords = _arguments(model, x)
     keywords |= training_argument(model)
     places = _everywhere(model, tensors)
-    with variables_as(model, tensors), kept_views(model, tensors):
+    with variables_as(model, tensors), kept_views(model, tensors), StandIns(model, tensors):
         return torch.func.functional_call(model, places, args, keywords, tie_weights=False)
 
 
@@ -216,9 +220,15 @@ def _everywhere(model: torch.nn.Module, tensors: Mapping[str, object]) -> dict[s
     return places
 
 
-def call_loss(loss: Loss, output: object, target: object) -> torch.Tensor:
-    """`loss(output, target)`; its name marks in a stack where the user's code begins."""
-    return loss(output, target)
+def call_loss(
+    loss: Loss, output: object, target: object, model: torch.nn.Module, tensors: Mapping[str, Any]
+) -> torch.Tensor:
+    """`loss(output, target)` on other tensors of the model, for a loss with a penalty on its weights.
+
+    Its name marks in a stack where the user's code begins.
+    """
+    with StandIns(model, tensors):
+        return loss(output, target)
 
 
 @contextlib.contextmanager

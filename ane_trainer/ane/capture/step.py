@@ -363,15 +363,16 @@ def _differentiate(
     draws = [named[p.name] for p in plan.draws]
     sent = {p.target: named[p.name] for p in plan.scalars}
     others = copies(plan.model) | plan.changes.stand_ins(plan.model, sent)
+    held = {**others, **values, **trained, **buffers}
     with torch.enable_grad(), watch_modules(plan.model) as stack:
         describe = stack.here
         with HostRandomMode(draws), SourceMode(lambda: describe(), place):
             with newest_statistics(plan.model, plan.changes), forwarded(plan.model) as final:
-                output = call_model(plan.model, {**others, **values, **trained, **buffers}, x)
+                output = call_model(plan.model, held, x)
             buffers |= {n: final[n].detach().reshape(shapes[n]) for n in buffers if n in final}
             buffers |= plan.changes.averages(state, buffers, sent)
             describe = lambda: loss_place(plan.loss_text)  # noqa: E731
-            value = call_loss(plan.loss, output, y)
+            value = call_loss(plan.loss, output, y, plan.model, held)
         follow_backward(value, place)
         seed = state[f"{SCALING}loss_scale"].reshape(value.shape)
         gradients = torch.autograd.grad(value, list(trained.values()), seed)

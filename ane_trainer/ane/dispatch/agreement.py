@@ -20,6 +20,7 @@ from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.capture.range.departure import Departure, Rounded, run_rounded
 from ane_trainer.ane.capture.rewrites.keras_variables import copy_of, has_layers, keras_state
+from ane_trainer.ane.capture.stand_ins import StandIns
 from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo, step_without_dynamo
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject
 from ane_trainer.ane.errors import NumericsWarning
@@ -123,9 +124,14 @@ def reference(
         ):
             optimizer.zero_grad()
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
-            with drawn_by(draws):
+            copies = dict(model.named_parameters()) | dict(model.named_buffers())
+            with (
+                drawn_by(draws),
+                StandIns(subject.model, copies),
+            ):  # for hooks and losses that hold the originals
                 values = [
-                    call_loss(get_loss(loss), call_aside(model, {}, x), y) / len(parts) for x, y in parts
+                    call_loss(get_loss(loss), call_aside(model, {}, x), y, model, {}) / len(parts)
+                    for x, y in parts
                 ]
                 torch.autograd.backward(values)
             for p in model.parameters():  # of an embedding(sparse=True)
@@ -159,7 +165,7 @@ def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), module_mode(model, training=True):
             with drawn_by(torch.Generator()):
-                value = call_loss(get_loss(subject.loss), call_aside(model, {}, x), y)
+                value = call_loss(get_loss(subject.loss), call_aside(model, {}, x), y, model, {})
             return bool(value.isnan().any())
     except _CANNOT:
         return False

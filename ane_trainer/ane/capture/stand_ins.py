@@ -1,0 +1,41 @@
+"""Tensors of a model that code reaches past its modules, as other values of them.
+
+A call of a model on other tensors puts these where its modules keep them. A loss that adds
+`model.fc.weight.square().sum()`, or a forward that goes through a list of parameters, holds the tensors themselves:
+without this a program would take them for constants, and their gradient for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ane_trainer.ane.capture.trace.torch_private import pytree
+
+
+class StandIns(TorchFunctionMode):
+    """Within the block each torch call gets, for a parameter or buffer of `model`, what `tensors` has by its name."""
+
+    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, Any]) -> None:
+        super().__init__()
+        named = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        pairs = [(own, tensors[name]) for name, own in named if name in tensors]
+        self._known = {id(own): other for own, other in pairs if own is not other}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Any = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> Any:
+        return func(*pytree.tree_map(self._other, args), **pytree.tree_map(self._other, kwargs or {}))
+
+    def _other(self, value: Any) -> Any:
+        return self._known.get(id(value), value)
