@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ane_trainer.training.folder.results import Epoch as Epoch
     from ane_trainer.training.folder.results import Metrics as Metrics
     from ane_trainer.training.folder.results import Result as Result
+    from ane_trainer.training.keras_fit import fit_keras as fit_keras
     from ane_trainer.training.language.lora import LoraOptions as LoraOptions
     from ane_trainer.training.reporting.report import ConsoleReporter as ConsoleReporter
     from ane_trainer.training.reporting.report import Reporter as Reporter
@@ -67,6 +68,7 @@ _PLACES = {
     "compile_forward": "ane_trainer.ane.dispatch",
     "compile_step": "ane_trainer.training.engine",
     "debug": "ane_trainer.training.debugging",
+    "fit_keras": "ane_trainer.training.keras_fit",
     "interop": "",
     "load_dataset": "ane_trainer.data",
     "make_config": "ane_trainer.training.config",

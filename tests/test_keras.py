@@ -208,7 +208,7 @@ score = model.evaluate(x_test, y_test, verbose=0)
 print("loss", score[0], "accuracy", score[1])
 """
 FIT = "model.fit(x_train, y_train, batch_size=128, epochs=6, verbose=0)"
-OURS = "at.Trainer(model, lambda p, y: -(y * p.clamp_min(1e-4).log()).sum(1).mean()).fit((x_train, y_train), epochs=6)"
+OURS = "at.fit_keras(model, x_train, y_train, batch_size=128, epochs=6, verbose=0)"
 
 
 @pytest.mark.slow
@@ -221,3 +221,97 @@ def test_keras_own_convnet_with_one_line_changed() -> None:
     (plain, before), (loss, accuracy) = found
     assert loss == pytest.approx(plain, rel=0.05)
     assert accuracy > before - 0.1
+
+
+#: `fit` and `fit_keras` from the same start, in the same order: losses of validation and weights, side by side.
+FITTED = """
+import numpy as np, torch, keras
+from keras import layers
+from sklearn.datasets import load_digits
+import ane_trainer as at
+
+torch.set_num_threads(1)
+images, labels = load_digits(return_X_y=True)
+x, CE = (images / 16)[:300], "sparse_categorical_crossentropy"
+labels = labels[:300]
+
+def plain(head="softmax"):
+    return keras.Sequential([
+        keras.Input((64,)), layers.Dense(24, activation="tanh", kernel_regularizer="l2"),
+        layers.Dense(10, activation=head),
+    ])
+
+def several():
+    first, second = keras.Input((32,), name="a"), keras.Input((32,), name="b")
+    hidden = layers.Dense(24, activation="gelu")(layers.Concatenate()([first, second]))
+    outputs = {"digit": layers.Dense(10, name="digit")(hidden), "number": layers.Dense(1, name="number")(hidden)}
+    return keras.Model({"a": first, "b": second}, outputs)
+
+class Own(keras.Model):  # which neither Keras nor copy.deepcopy can copy
+    def __init__(self):
+        super().__init__()
+        self.parts = [layers.Dense(24, activation="relu"), layers.Dense(10)]
+
+    def call(self, x):
+        return self.parts[1](self.parts[0](x))
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+    def __getitem__(self, number):
+        return x[number * 64:][:64], labels[number * 64:][:64]
+
+logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+falling = keras.optimizers.schedules.CosineDecay(0.2, 12)
+halves = {"a": x[:, :32], "b": x[:, 32:]}
+kept = {"validation_data": (x[:64], labels[:64])}
+both = {"digit": labels, "number": labels[:, None] / 10}
+cases = {
+    "weights of classes": (plain, {"loss": CE, "optimizer": "sgd"}, (x, labels), {"class_weight": {3: 4.0}, **kept}),
+    "weights of examples": (plain, {"loss": CE, "optimizer": keras.optimizers.Adam(1e-2, global_clipnorm=0.5)},
+                            (x, labels), {"sample_weight": np.linspace(0, 2, 300), **kept}),
+    "a schedule": (plain, {"loss": CE, "optimizer": keras.optimizers.SGD(falling, momentum=0.9, nesterov=True)},
+                   (x, labels), kept),
+    "several": (several, {"loss": {"digit": logits, "number": "mse"}, "loss_weights": {"digit": 1.0, "number": 3.0},
+                          "optimizer": "nadam", "metrics": {"number": ["mae"]}}, (halves, both),
+                {"validation_split": 0.2}),
+    "its own class": (Own, {"loss": logits, "optimizer": keras.optimizers.RMSprop(1e-2)}, (x, labels), kept),
+    "batches": (lambda: plain(None), {"loss": logits, "optimizer": "adamax"}, (Batches(),), kept),
+}
+for name, (make, given, data, more) in cases.items():
+    found = []
+    for ours in (False, True):
+        keras.utils.set_random_seed(0)
+        model = make()
+        model({k: v[:2] for k, v in halves.items()} if name == "several" else x[:2])
+        start = [v.numpy().copy() for v in model.weights]
+        model.compile(**given)
+        rows = {} if name == "batches" else {"batch_size": 64}
+        more = {"epochs": 2, "shuffle": False, "verbose": 0, **rows, **more}
+        history = at.fit_keras(model, *data, device="sim", **more) if ours else model.fit(*data, **more)
+        moved = np.concatenate([(v.numpy() - s).ravel() for v, s in zip(model.weights, start)])
+        found.append((history.history, moved))
+    (theirs, want), (ours, got) = found
+    assert set(ours) <= set(theirs) | {"val_accuracy"}, (name, set(ours), set(theirs))
+    for key in ours.keys() & theirs.keys():
+        off = 0.06 if key == "loss" else 5e-3  # that of training counts the last, smaller batch as a whole one
+        assert np.allclose(ours[key], theirs[key], rtol=off), (name, key, ours[key], theirs[key])
+    apart = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert apart < 0.02, (name, apart)
+
+for broken, word in (({"optimizer": "lion"}, "Lion"), ({"optimizer": keras.optimizers.SGD(0.1, clipnorm=1.0)}, "clipnorm")):
+    model = plain()
+    model.compile(loss=CE, **broken)
+    try:
+        at.fit_keras(model, x, labels, verbose=0)
+    except at.AneTrainerError as error:
+        assert word in str(error), error
+    else:
+        raise AssertionError(word)
+print("done")
+"""
+
+
+def test_fit_keras_does_what_fit_does() -> None:
+    """Optimizers, weights, penalties, outputs, schedules and batches of Keras' own kind, 300 digits, two epochs."""
+    assert python(FITTED, "torch").strip().endswith("done")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -14,6 +14,11 @@ from ane_trainer.training.scores import Scores
 
 if TYPE_CHECKING:
     from ane_trainer.training.trainer import Trainer
+
+#: A Keras model, which has no types of its own; arrays or tensors in any structure; the settings of an optimizer.
+KerasModel: TypeAlias = Any
+Tree: TypeAlias = Any
+Settings: TypeAlias = Mapping[str, Any]
 
 #: Settings of Keras' optimizers without a counterpart, with what they are where they do nothing.
 _UNKNOWN = {"clipnorm": None, "use_ema": False, "loss_scale_factor": None}
@@ -25,7 +30,7 @@ class Weighted:
 
     by_example: bool = False
 
-    def parts(self, target: Any) -> tuple[Any, Any]:
+    def parts(self, target: Tree) -> tuple[Tree, Tree]:
         """y, and the examples' weights [N] or None."""
         return (target[0], target[1]) if self.by_example else (target, None)
 
@@ -33,10 +38,10 @@ class Weighted:
 class CompiledLoss:
     """The model's own `compute_loss`: what `compile` was given, weights of outputs and penalties of layers included."""
 
-    def __init__(self, model: Any, weighted: Weighted) -> None:
+    def __init__(self, model: KerasModel, weighted: Weighted) -> None:
         self._model, self._weighted = model, weighted
 
-    def __call__(self, output: Any, target: Any) -> Any:
+    def __call__(self, output: Tree, target: Tree) -> Tree:
         y, weights = self._weighted.parts(target)
         return self._model.compute_loss(None, y, output, sample_weight=weights)
 
@@ -44,7 +49,7 @@ class CompiledLoss:
 class CompiledMetrics(Scores):
     """The metrics that `compile` was given, over the validation data."""
 
-    def __init__(self, model: Any, weighted: Weighted) -> None:
+    def __init__(self, model: KerasModel, weighted: Weighted) -> None:
         super().__init__({})
         self._model, self._weighted = model, weighted
         self._found: dict[str, float] = {}
@@ -69,7 +74,7 @@ class CompiledMetrics(Scores):
 class _OnHost(torch.optim.Optimizer):
     """An optimizer of Keras that PyTorch's own differs from; without a rule it runs on the host, in fp32."""
 
-    def __init__(self, params: Iterable[Any], lr: float, **settings: Any) -> None:
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, **settings: object) -> None:
         super().__init__(params, {"lr": lr, **settings})
 
     @torch.no_grad()
@@ -80,7 +85,7 @@ class _OnHost(torch.optim.Optimizer):
                 if p.grad is not None:
                     p.sub_(self._move(p.grad, self.state[p], group))
 
-    def _move(self, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+    def _move(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: Settings) -> torch.Tensor:
         """What is taken from the parameter."""
         raise NotImplementedError
 
@@ -91,7 +96,7 @@ class KerasRMSprop(_OnHost):
     PyTorch has it beside the root, where Keras' 1e-7 would be 3e-4.
     """
 
-    def _move(self, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+    def _move(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: Settings) -> torch.Tensor:
         if not state:
             state.update({name: torch.zeros_like(gradient) for name in ("square", "mean", "moved")})
         square = state["square"].lerp_(gradient.square(), 1 - group["rho"])
@@ -107,7 +112,7 @@ class KerasSGD(_OnHost):
     PyTorch's has the rate of today for all of it, which is the same until the rate changes.
     """
 
-    def _move(self, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+    def _move(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: Settings) -> torch.Tensor:
         if not state:
             state["moved"] = torch.zeros_like(gradient)
         move = group["lr"] * gradient
@@ -118,7 +123,7 @@ class KerasSGD(_OnHost):
 class _KerasRate(Callback):
     """A learning rate that Keras computes of the number of the step."""
 
-    def __init__(self, schedule: Callable[[int], Any]) -> None:
+    def __init__(self, schedule: Callable[[int], float]) -> None:
         self._schedule = schedule
 
     def on_train_batch_start(self, trainer: Trainer) -> None:
@@ -135,7 +140,7 @@ class CompiledOptimizer:
     callbacks: tuple[Callback, ...]
 
 
-def optimizer_of_keras(model: Any) -> CompiledOptimizer:
+def optimizer_of_keras(model: KerasModel) -> CompiledOptimizer:
     """Of a compiled Keras model. UsageError ANE104 for optimizers and settings without a counterpart."""
     import keras
 
@@ -173,7 +178,7 @@ def optimizer_of_keras(model: Any) -> CompiledOptimizer:
     )
 
 
-def _adam(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _adam(parameters: Iterable[torch.Tensor], rate: float, of: Settings) -> torch.optim.Optimizer:
     decay = of["weight_decay"] or 0.0
     kind = torch.optim.AdamW if decay else torch.optim.Adam
     betas = of["beta_1"], of["beta_2"]
@@ -183,7 +188,7 @@ def _adam(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Op
 def _plain(kind: Callable[..., torch.optim.Optimizer], **names: str) -> Callable[..., torch.optim.Optimizer]:
     """An optimizer whose settings have the names here on the left and Keras' on the right; none decays weights."""
 
-    def made(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+    def made(parameters: Iterable[torch.Tensor], rate: float, of: Settings) -> torch.optim.Optimizer:
         if of["weight_decay"]:
             raise UsageError(
                 f"fit_keras: needs {kind.__name__} without weight_decay; got {of['weight_decay']:g}. Use AdamW.",
@@ -197,7 +202,7 @@ def _plain(kind: Callable[..., torch.optim.Optimizer], **names: str) -> Callable
     return made
 
 
-def _sgd(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _sgd(parameters: Iterable[torch.Tensor], rate: float, of: Settings) -> torch.optim.Optimizer:
     momentum, nesterov = of["momentum"], of["nesterov"] and of["momentum"] > 0
     if momentum and isinstance(of["learning_rate"], dict):
         return KerasSGD(parameters, rate, momentum=momentum, nesterov=nesterov)
@@ -205,7 +210,7 @@ def _sgd(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Opt
     return torch.optim.SGD(parameters, rate, momentum=momentum, nesterov=nesterov, weight_decay=decay)
 
 
-def _nadam(parameters: Any, rate: float, of: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _nadam(parameters: Iterable[torch.Tensor], rate: float, of: Settings) -> torch.optim.Optimizer:
     """Keras' momentum grows by 0.96^step, PyTorch's by 0.96^(step * momentum_decay)."""
     betas = of["beta_1"], of["beta_2"]
     return torch.optim.NAdam(parameters, rate, betas=betas, eps=of["epsilon"], momentum_decay=1.0)

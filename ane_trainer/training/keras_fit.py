@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.keras_callbacks import KerasCallbacks
-from ane_trainer.training.keras_compiled import CompiledLoss, CompiledMetrics, Weighted, optimizer_of_keras
+from ane_trainer.training.keras_compiled import (
+    CompiledLoss,
+    CompiledMetrics,
+    KerasModel,
+    Tree,
+    Weighted,
+    optimizer_of_keras,
+)
 from ane_trainer.training.reporting.report import ConsoleReporter, Reporter
 from ane_trainer.training.trainer import Trainer
 
@@ -27,19 +34,19 @@ class _More:
     """The arguments of Keras' `fit` behind the seventh."""
 
     validation_split: float = 0.0
-    validation_data: Any = None
+    validation_data: Tree = None
     shuffle: bool = True
     class_weight: Mapping[int, float] | None = None
-    sample_weight: Any = None
+    sample_weight: Tree = None
     validation_batch_size: int | None = None
     steps_per_epoch: int | None = None
     validation_steps: int | None = None
 
 
 def fit_keras(
-    model: Any, x: Any, y: Any = None, batch_size: int | None = None, epochs: int = 1, verbose: Any = "auto",
-    callbacks: Any = None, **more: Any,
-) -> Any:  # fmt: skip
+    model: KerasModel, x: Tree, y: Tree = None, batch_size: int | None = None, epochs: int = 1,
+    verbose: object = "auto", callbacks: Tree = None, **more: Any,
+) -> Tree:  # fmt: skip
     """`model.fit(x, y, ...)` of a compiled Keras 3 model on PyTorch, on the engine or its simulator.
 
     Arguments are those of Keras: arrays, or structures of them, or batches (x, y) that can be run through again;
@@ -77,7 +84,7 @@ def fit_keras(
     return history
 
 
-def _stands_copies(model: Any) -> bool:
+def _stands_copies(model: KerasModel) -> bool:
     """Whether examples without weight in a batch change nothing: no batch norm, no penalty on activations."""
     kinds = {type(layer).__name__ for layer in model.modules()}
     penalties = sum(getattr(v, "regularizer", None) is not None for v in model.trainable_variables)
@@ -100,7 +107,7 @@ def _divided(more: dict[str, Any]) -> tuple[_More, dict[str, Any]]:
     )
 
 
-def _batches(x: Any, y: Any, size: int, chosen: _More, weighted: Weighted) -> tuple[Any, Any]:
+def _batches(x: Tree, y: Tree, size: int, chosen: _More, weighted: Weighted) -> tuple[Tree, Tree]:
     """Training and validation batches; with weights the target of a batch is (y, weights)."""
     val = chosen.validation_data
     if y is None:  # batches already
@@ -118,13 +125,13 @@ def _batches(x: Any, y: Any, size: int, chosen: _More, weighted: Weighted) -> tu
         first = int(len(examples) * (1 - chosen.validation_split))
         val_loader = DataLoader(examples.part(first, len(examples)), chosen.validation_batch_size or size)
         return DataLoader(examples.part(0, first), size, shuffle=chosen.shuffle), val_loader
-    loader: Any = DataLoader(examples, size, shuffle=chosen.shuffle)
+    loader: Tree = DataLoader(examples, size, shuffle=chosen.shuffle)
     if chosen.steps_per_epoch:
         loader = _Again(loader, chosen.steps_per_epoch)
     return loader, None if val is None else _validation(val, chosen, weighted, size)
 
 
-def _validation(val: Any, chosen: _More, weighted: Weighted, size: int) -> Any:
+def _validation(val: Tree, chosen: _More, weighted: Weighted, size: int) -> Tree:
     if not isinstance(val, (tuple, list)):
         return _Again(val, chosen.validation_steps)
     x, y, *weights = val
@@ -134,7 +141,7 @@ def _validation(val: Any, chosen: _More, weighted: Weighted, size: int) -> Any:
     return _Again(loader, chosen.validation_steps) if chosen.validation_steps else loader
 
 
-def _with_weights(y: Any, chosen: _More, weighted: Weighted) -> Any:
+def _with_weights(y: Tree, chosen: _More, weighted: Weighted) -> Tree:
     """(y, weights [N]) where examples are weighted: one for each class, for each example, or their product."""
     if not weighted.by_example:
         return y
@@ -150,14 +157,14 @@ def _with_weights(y: Any, chosen: _More, weighted: Weighted) -> Any:
     return y, weights
 
 
-def _rows(data: Any) -> int:
+def _rows(data: Tree) -> int:
     return len(pytree.tree_leaves(data)[0])
 
 
-class _Examples(Dataset[Any]):
+class _Examples(Dataset[Tree]):
     """Rows `first` to `last` of arrays in any structure; numbers as PyTorch holds them, float64 as float32."""
 
-    def __init__(self, arrays: Any, first: int = 0, last: int | None = None) -> None:
+    def __init__(self, arrays: Tree, first: int = 0, last: int | None = None) -> None:
         self._arrays = pytree.tree_map(_tensor, arrays)
         self._first = first
         self._last = _rows(self._arrays) if last is None else last
@@ -169,11 +176,11 @@ class _Examples(Dataset[Any]):
     def __len__(self) -> int:
         return self._last - self._first
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, number: int) -> Tree:
         return pytree.tree_map(lambda array: array[self._first + number], self._arrays)
 
 
-def _tensor(array: Any) -> torch.Tensor:
+def _tensor(array: Tree) -> torch.Tensor:
     tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, torch.Tensor) else array)
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
@@ -183,13 +190,13 @@ class _Filled:
     that Keras' mean over the batch is theirs.
     """
 
-    def __init__(self, batches: Any, size: int) -> None:
+    def __init__(self, batches: Tree, size: int) -> None:
         self._batches, self._size = batches, size
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Tree]:
         for x, (y, weights) in self._batches:
             rows = len(weights)
             if rows < self._size:
@@ -205,14 +212,14 @@ class _Again:
     as many at a time, where the last time ended.
     """
 
-    def __init__(self, data: Any, steps: int | None = None) -> None:
+    def __init__(self, data: Tree, steps: int | None = None) -> None:
         self._data, self._steps = data, steps
-        self._running: Iterator[Any] | None = None
+        self._running: Iterator[Tree] | None = None
 
     def __len__(self) -> int:
         return self._steps or len(self._data)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Tree]:
         if self._steps is None:
             yield from self._once()
             return
@@ -225,7 +232,7 @@ class _Again:
                 return
             yield batch
 
-    def _once(self) -> Iterator[Any]:
+    def _once(self) -> Iterator[Tree]:
         if hasattr(self._data, "on_epoch_end"):  # Keras' own kind knows its batches by number
             yield from (self._data[number] for number in range(len(self._data)))
             self._data.on_epoch_end()

@@ -19,7 +19,7 @@ from ane_trainer.ane.capture.trace.torch_private import pytree
 class StandIns(TorchFunctionMode):
     """Within the block each torch call gets, for a parameter or buffer of `model`, what `tensors` has by its name."""
 
-    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, object]) -> None:
         super().__init__()
         named = [
             *model.named_parameters(remove_duplicate=False),
@@ -34,8 +34,8 @@ class StandIns(TorchFunctionMode):
         types: object,
         args: Any = (),
         kwargs: dict[str, object] | None = None,
-    ) -> Any:
+    ) -> object:
         return func(*pytree.tree_map(self._other, args), **pytree.tree_map(self._other, kwargs or {}))
 
-    def _other(self, value: Any) -> Any:
+    def _other(self, value: object) -> object:
         return self._known.get(id(value), value)
