@@ -128,7 +128,8 @@ def _run(subject: Subject, instead: tuple[str, str] | None) -> tuple[float | Non
             output = call_aside(model, {}, x)
         numbers.phase, name = "loss", loss_name(subject.loss)
         with sources.SourceMode(partial(sources.loss_place, name), place):
-            total = call_loss(get_loss(loss), output, y)
+            held = dict(model.named_parameters()) | dict(model.named_buffers())
+            total = call_loss(get_loss(loss), output, y, subject.model, held)
         value = float(total.detach())
         numbers.phase = "backward"
         sources.follow_backward(total, place)
