@@ -78,7 +78,7 @@ class _OnHost(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, **settings})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Tree:
         """One update of every parameter with a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
