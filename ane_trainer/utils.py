@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import gc
 import importlib
@@ -282,6 +283,16 @@ def without_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def return_memory() -> None:
+    """Give memory that Python holds and does not use back to the system, where the C library is one that keeps it.
+
+    glibc does with blocks of up to 32 MiB, which it takes for small ones once such blocks were freed.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextlib.contextmanager

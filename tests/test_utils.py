@@ -176,3 +176,22 @@ def test_collection_waits_and_goes_on():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_free_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    utils.return_memory()
+    del [bytearray(24 << 20)][0]  # from here on glibc takes blocks of this size for small ones
+    start, blocks, pins = resident(), [], []
+    for _ in range(8):
+        blocks.append(bytearray(b"1") * (16 << 20))
+        pins.append(bytearray(1 << 14))  # behind the block: what keeps it in the process
+    assert resident() - start > 100 << 20
+    del blocks
+    utils.return_memory()
+    assert resident() - start < 32 << 20
+    assert len(pins) == 8

@@ -190,7 +190,7 @@ def capture_training(
     outputs: list[Port] = []
     place = Place()
     function = _function(plan, place, outputs)
-    graph = trace(function, _example_inputs(plan, example), decomposition_table(), place)
+    graph = trace(function, _example_inputs(plan, example), decomposition_table(), place, own=True)
     check_counters(model, changes, example, functools.partial(loss_of, model, get_loss(loss)))
     shift = units.get(
         SHIFT, clipping_shift(options.gradients, calibration, largest_shift(rule, optimizer, parameters, {}))
@@ -281,12 +281,16 @@ def _with_unit(
     return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
 
 
-def _example_inputs(plan: _Plan, example: tuple[object, object]) -> Tensors:
-    values = {p.name: p.tensor.detach().float() for p in plan.parameters}
-    values |= {name: b.float() for name, b in float_buffers(plan.model).items()}
-    inputs = {p.name: values.get(p.target, torch.ones(p.shape)).reshape(p.shape).clone() for p in plan.state}
+def _example_inputs(plan: _Plan, example: tuple[object, object], others: float = 1.0) -> Tensors:
+    """Copies of weights, buffers and batch; state that the model does not have is full of `others`."""
+    values = {p.name: p.tensor.detach() for p in plan.parameters} | float_buffers(plan.model)
+    inputs = {}
+    for port in plan.state:
+        known = values.get(port.target)
+        full = torch.zeros if others == 0.0 else torch.ones
+        inputs[port.name] = full(port.shape) if known is None else known.float().reshape(port.shape).clone()
     for port, leaf in zip(plan.batch, tensors_of(example), strict=True):
-        inputs[port.name] = (leaf.float() if leaf.is_floating_point() else leaf).reshape(port.shape)
+        inputs[port.name] = (leaf.float() if leaf.is_floating_point() else leaf).reshape(port.shape).clone()
     inputs |= {p.name: torch.ones(p.shape) for p in (*plan.draws, *plan.scalars)}
     counts = plan.changes.host_values(plan.model, 0)
     inputs |= {p.name: torch.tensor(counts[p.target]) for p in plan.scalars if p.target in counts}
@@ -295,9 +299,7 @@ def _example_inputs(plan: _Plan, example: tuple[object, object]) -> Tensors:
 
 def _calibration_inputs(plan: _Plan, scale: float, batch: tuple[object, object]) -> Tensors:
     """What the first step is fed: weights and buffers as they are, no moments, this batch and loss scale."""
-    inputs = _example_inputs(plan, batch)
-    known = {p.name for p in plan.parameters} | set(plan.buffers)
-    inputs |= {p.name: torch.zeros(p.shape) for p in plan.state if p.target not in known}
+    inputs = _example_inputs(plan, batch, 0.0)
     scaling = {"loss_scale": scale, "loss_scale_inverse": 1.0 / scale}
     inputs |= {
         p.name: torch.full(p.shape, v)

@@ -193,13 +193,18 @@ def _stepped(
     if options.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    before = {
+        n: start[n] if torch.equal(p, start[n]) else p.detach().clone()
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     drawn = torch.get_rng_state()
     changes = _changes(model, optimizer, before)
     if not torch.equal(drawn, torch.get_rng_state()):
         return Reference(loss, None)
     weights = functools.partial(_weights, model, optimizer, before, gradients, changes)
-    return Reference(loss, {n: c + (before[n] - start[n]) for n, c in changes.items()}, weights, before)
+    whole = {n: c if before[n] is start[n] else c + (before[n] - start[n]) for n, c in changes.items()}
+    return Reference(loss, whole, weights, before)
 
 
 def _weights_in_place(model: torch.nn.Module, found: Reference, noise: float) -> Mapping[str, torch.Tensor]:

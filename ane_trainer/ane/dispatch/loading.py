@@ -37,7 +37,7 @@ from ane_trainer.ane.dispatch.recall import Entry, Memory, Question, memory_of
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.errors import DataError, NumericsWarning
 from ane_trainer.ane.stages import Captured, Compiled, Port
-from ane_trainer.utils import without_collection
+from ane_trainer.utils import return_memory, without_collection
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def compile_step_of(
     if found is not None:
         return found
     capture = _capture(subject, settings)
+    return_memory()  # of calibration and trace, several times the model
     compiled = _prepared(subject, target, options, capture.captured, capture.parameters)
     if memory is not None:
         memory.keep(capture, compiled)

@@ -37,6 +37,7 @@ from ane_trainer.ane.dispatch.step_facts import StepFacts
 from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
 from ane_trainer.ane.errors import NumericsWarning, PeerLost, UsageError
 from ane_trainer.ane.mil.weights import Array
+from ane_trainer.utils import return_memory
 
 #: Losses of exactly 0 that are compared with PyTorch's.
 _ZEROS = 4
@@ -128,6 +129,8 @@ class TrainingStep(StepFacts):
         loss = float(results["loss"][0]) / self._loaded.loss_unit
         if expected is not None:
             self._compare(expected, loss, x, y)
+            del expected
+            return_memory()
         if loss == 0.0 and self._zeros < _ZEROS:
             self._tell_of_nan(x, y)
         return torch.tensor(loss)
@@ -196,8 +199,9 @@ class TrainingStep(StepFacts):
         found, before = expected
         if self.skipped_steps > self._skipped_before:
             found, before = found.without_update(), {}
-        after = self._parameters(before)
-        changes = {name: after[name] - value for name, value in before.items()}
+        changes = self._parameters(before)
+        for name, value in before.items():
+            changes[name] -= value
         self.agreement = compare(self.steps, loss, changes, found)
         if not self.agreement.agrees and not math.isnan(found.loss):
             run = rounded_run(self._loaded, *self.options.parts(x, y)[0])

@@ -23,19 +23,22 @@ def trace(
     inputs: Mapping[str, torch.Tensor],
     decompositions: Decompositions,
     place: Place | None = None,
+    *,
+    own: bool = False,
 ) -> torch.fx.GraphModule:
     """Trace `function(*inputs.values())` into a graph without mutations or dead nodes.
 
     `function` keeps `place` up to date, with which its operations are annotated. It may run autograd
-    and may change its own intermediates in place, but not its inputs.
+    and may change its own intermediates in place, but not its inputs, unless they are the trace's `own`.
     Raises: UnsupportedModel for all places that decide by values which are not known beforehand.
     Placeholders are called like the inputs. Nodes carry `meta["ane_source"]` where `sources` knows it.
     """
     place = place or Place()
+    taken = {name: value.detach() if own else value.detach().clone() for name, value in inputs.items()}
     try:
-        graph_module = _recorded(Recorder(decompositions, place, products=False), function, inputs)
+        graph_module = _recorded(Recorder(decompositions, place, products=False), function, taken)
     except (*FAULTS, UnsupportedModel):  # it may be for the zeros that stand for products
-        graph_module = _recorded(Recorder(decompositions, place), function, inputs)
+        graph_module = _recorded(Recorder(decompositions, place), function, taken)
     simplify(graph_module.graph)
     _name_placeholders(graph_module.graph, list(inputs))
     spread_sources(graph_module.graph)
@@ -51,13 +54,12 @@ def _recorded(
 
     Raises: UnsupportedModel for what the recorder found, also where the run failed since it went on with that.
     """
-    values = [value.detach().clone() for value in inputs.values()]
-    for name, value in zip(inputs, values, strict=True):
+    for name, value in inputs.items():
         recorder.placeholder(name, value)
     with tracing(recorder.knows):
         try:
             with recorder, MemoryReads(recorder.knows, recorder.note_read):
-                results = function(*values)
+                results = function(*inputs.values())
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if recorder.findings:
                 raise refusal(recorder.findings) from error
