@@ -1,4 +1,4 @@
-"""Other frameworks: `interop.aneforge` on the simulator, `interop.accelerate` with the torch.compile backend."""
+"""Frameworks: `interop.aneforge` on the simulator; `interop.accelerate`, `interop.transformers` by torch.compile."""
 
 from ane_trainer.interop import accelerate, aneforge
 

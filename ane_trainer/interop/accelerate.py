@@ -1,12 +1,45 @@
-"""Hugging Face accelerate and the backend "ane": its closed list of Dynamo backends gets one name more."""
+"""Hugging Face accelerate and the backend "ane": its closed list of Dynamo backends gets one name more.
+
+    from ane_trainer.interop.accelerate import Accelerator
+
+is all that changes in a script: accelerate's own, with that backend and tensors on the host.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
 from ane_trainer.ane.errors import EnvironmentFault, MissingDependency
 
-__all__ = ["install"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Accelerator", "install"]
 
 _NAME = "ANE"
+
+
+def __getattr__(name: str) -> object:
+    if name != "Accelerator":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _accelerator()
+
+
+@functools.cache
+def _accelerator() -> type:
+    install()
+    import accelerate
+
+    class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
+        """accelerate's `Accelerator`, whose prepared models are compiled by the backend "ane"."""
+
+        def __init__(self, *args: object, **named: object) -> None:
+            if named.get("dynamo_plugin") is None:
+                named.setdefault("dynamo_backend", _NAME)
+            super().__init__(*args, **{**named, "cpu": True, "mixed_precision": "no"})
+
+    return Accelerator
 
 
 def install() -> None:

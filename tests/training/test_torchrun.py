@@ -22,6 +22,8 @@ OPTIONS = {"dataset": "digits", "batch_size": 64, "hidden": (16,), "limit": 320,
 ARGUMENTS = [
     "train", "digits", "--batch-size", "64", "--hidden", "16", "--limit", "320", "--epochs", "4", "--shards", "4",
 ]  # fmt: skip
+#: The step after which process 1 is lost: in the middle of the second epoch of five steps.
+LOST = "7"
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without torch.distributed"
@@ -65,24 +67,25 @@ def test_a_lost_process_ends_the_job_with_a_checkpoint(
     alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    done = torchrun(2, "-m", "tests.training.torchrun_worker", str(run), *ARGUMENTS, "--out", str(run))
+    done = torchrun(2, "-m", "tests.training.torchrun_worker", LOST, *ARGUMENTS, "--out", str(run))
     assert done.returncode != 0
     # torchrun ends the other process too: whichever comes first, the broken connection or its SIGTERM, is told
     assert "ANE212" in done.stderr or "ANE130" in done.stderr, done.stderr
     assert f"--resume {run}" in done.stderr, done.stderr
     assert RunFolder(run).holds_training()
+    assert RunFolder(run).read_checkpoint()[0].scalars["progress"]["steps"] in (5, 6, 7)
     assert not RunFolder(run).has_result()
     resume_training(run, report=Reporter())
     assert same(load_file(run / WEIGHTS), alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_other_numbers_of_processes_go_on(
     alone: dict[str, torch.Tensor], tmp_path: Path, processes: int
 ) -> None:
     run = tmp_path / "run"
-    torchrun(2, "-m", "tests.training.torchrun_worker", str(run), *ARGUMENTS, "--out", str(run))
+    torchrun(2, "-m", "tests.training.torchrun_worker", LOST, *ARGUMENTS, "--out", str(run))
     assert not RunFolder(run).has_result()
     done = torchrun(processes, "-m", "ane_trainer", "train", "--resume", str(run))
     assert done.returncode == 0, done.stderr
@@ -93,7 +96,7 @@ def test_other_numbers_of_processes_go_on(
 def test_torchrun_starts_again_by_itself(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = torchrun(
-        2, "-m", "tests.training.torchrun_worker", str(run), *ARGUMENTS, "--out", str(run), restarts=1
+        2, "-m", "tests.training.torchrun_worker", LOST, *ARGUMENTS, "--out", str(run), restarts=1
     )
     assert done.returncode == 0, done.stderr
     assert same(load_file(run / WEIGHTS), alone)

@@ -1,26 +1,29 @@
-"""`ane-trainer` under torchrun, of which process 1 kills itself once in the middle: FOLDER ARGUMENTS..."""
+"""`ane-trainer` under torchrun, of which process 1 kills itself once, after so many steps: STEPS ARGUMENTS..."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-import threading
-import time
-from pathlib import Path
 
 from ane_trainer.__main__ import main
+from ane_trainer.training.loop import Progress
 
 
-def die_in_the_second_epoch(folder: Path) -> None:
-    """Wait until an epoch is written down, then go without a word."""
-    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text().strip():
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
+def die_after(steps: int) -> None:
+    """Let the process go without a word once it has counted so many steps."""
+    count = Progress.count
+
+    def counting(self: Progress, loss: float, *, skipped: bool) -> None:
+        count(self, loss, skipped=skipped)
+        if self.steps == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Progress.count = counting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        threading.Thread(target=die_in_the_second_epoch, args=(Path(sys.argv[1]),), daemon=True).start()
+        die_after(int(sys.argv[1]))
     sys.argv = ["ane-trainer", *sys.argv[2:]]
     main()

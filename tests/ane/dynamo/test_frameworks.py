@@ -50,6 +50,106 @@ def test_a_loop_of_accelerate_ends_as_on_the_cpu() -> None:
     assert float(accuracy) == pytest.approx(float(before), abs=1.0)
 
 
+#: transformers' page on fine-tuning a causal language model, from its collator on; a model and texts in small stand in
+#: for the hub's. {line} is where the page imports the Trainer, {host} what a CPU needs without our line.
+PAGE = """
+import random, sys
+import torch
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, models
+
+random.seed(0); torch.manual_seed(0)
+words = ["<end>", *"abcdefghijklmnop"]
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel(dict(zip(words, range(99))), "<end>")),
+    eos_token="<end>", pad_token="<end>"
+)
+texts = [[1 + (3 * k + n) % 16 for n in range(random.randint(4, 40))] for k in range(90)]
+data = [{{"input_ids": text, "attention_mask": [1] * len(text)}} for text in texts]
+dataset = {{"train": data[:79], "test": data[79:]}}
+model = Qwen3ForCausalLM(Qwen3Config(
+    vocab_size=17, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, max_position_embeddings=64)).to(torch.bfloat16){single}
+
+{line}
+
+training_args = TrainingArguments(
+    output_dir=sys.argv[1],
+    num_train_epochs=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=8,
+    gradient_checkpointing=True,
+    {host}
+    learning_rate=2e-3,
+    logging_steps=10,
+    eval_strategy="epoch",
+    save_strategy="epoch",
+    load_best_model_at_end=True,
+    disable_tqdm=True,
+    report_to=[],
+)
+
+trainer = Trainer(
+    model=model,
+    args=training_args,
+    train_dataset=dataset["train"],
+    eval_dataset=dataset["test"],
+    processing_class=tokenizer,
+    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+)
+
+trainer.train()
+print("losses", [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
+print("saved", len(Qwen3ForCausalLM.from_pretrained(trainer.state.best_model_checkpoint).state_dict()))
+from ane_trainer.ane.dynamo import report
+print(report())
+"""
+WAYS = {
+    "cpu": ("from transformers import Trainer, TrainingArguments", "use_cpu=True,", ".float()"),
+    "ane": (
+        "from ane_trainer.interop.transformers import Trainer, TrainingArguments",
+        "bf16=True,",
+        "",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_transformers_page_with_its_import_line_changed(tmp_path: Path) -> None:
+    """To the same losses as on the CPU in single precision, in few programs, from weights and options in bfloat16."""
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    losses = {}
+    for name, (line, host, single) in WAYS.items():
+        script = PAGE.format(line=line, host=host, single=single)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / name)], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": _PATH, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[name] = [float(n) for n in re.search(r"losses \[(.*)\]", done.stdout)[1].split(",")]  # type: ignore[index]
+        assert ("backward [" in done.stdout) == (name == "ane")
+        assert "saved 14" in done.stdout
+    assert "batches are padded to multiples of 16: each length is a program" in done.stderr
+    assert "bf16 is left out" in done.stderr
+    assert losses["cpu"][1] < losses["cpu"][0] < 2.8
+    assert losses["ane"] == pytest.approx(losses["cpu"], rel=5e-3)
+
+
+def test_transformers_trainer_settles_what_the_engine_needs(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from ane_trainer.interop import transformers as ours
+
+    arguments = ours.TrainingArguments(str(tmp_path), bf16=True, report_to=[])
+    assert (arguments.bf16, arguments.use_cpu, arguments.mixed_precision) == (False, True, "no")
+    assert ours.AutoModelForCausalLM.__module__.startswith("transformers.")
+    rows = [{"input_ids": [1] * length} for length in (3, 70, 9)]
+    assert ours.longest_of(rows) == 70
+    assert ours.longest_of(iter(rows)) == ours.LONG
+
+
 #: An autoencoder in the form of Lightning's introduction ("Lightning in 15 minutes"): networks made outside of the
 #: module, losses logged, a hundred batches. {line} is where our page puts its one line.
 INTRODUCTION = """
