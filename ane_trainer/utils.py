@@ -364,7 +364,8 @@ def added(place: Path, size: int, limit: int, keep: Path | None = None) -> None:
     """
     with contextlib.suppress(OSError):
         kept = place.with_name(f"{place.name}.total")
-        total = int(text) + size if kept.exists() and (text := kept.read_text()).isdecimal() else limit + 1
+        text = kept.read_bytes()[:20] if kept.exists() else b""
+        total = int(text) + size if text.isdigit() else limit + 1
         if total > limit:
             prune(place, limit * 3 // 4, keep)
             total = sum(each for _, each, _ in entries_of(place))
