@@ -12,6 +12,7 @@ from __future__ import annotations
 _HAL = "decompiled: compiler clock table, M6 notes and ANE guide ch. 24"
 _APPLE = "published: Apple's technical specifications"
 _ROOF = "measured: ANEForge roofline results"
+_LM_HEAD = "measured: ANEMLL-Bench, Results.MD of 2025-10-29 (fp16 head of a language model, Core ML)"
 _CLAMP = "measured: ANEForge numeric_cliffs"
 _MAC = "decompiled: 16 cores x 256, M6 notes (compiler table); peak agrees with Apple's TOPS claims"
 
@@ -83,40 +84,48 @@ _CHIPS: tuple[tuple[str, str, str, str, str, dict[str, tuple[object, str]]], ...
         "activation_stream_gb_s": (0.9, _ROOF + "; includes host copies"),
         "dispatch_floor_us": (230.0, "measured: ANE guide ch. 14"),
         "power_fp16_w": (3.61, _ROOF + " (GEMM N=4096, engine rail)"),
+        "weight_stream_gb_s": (60.9, _LM_HEAD),
     }),
     ("m1-pro", "M1 Pro", "H13g", "A13", "", {
         "clock_ghz": (1.464, _HAL), "dram_gb_s": (200.0, _APPLE),
         "dispatch_floor_us": (190.0, "presumed: as M1 Max, same architecture"),
+        "weight_stream_gb_s": (54.9, _LM_HEAD),
     }),
     ("m1-max", "M1 Max", "H13g", "A13", "h13g", {
         "clock_ghz": (1.464, _HAL), "dram_gb_s": (400.0, _APPLE),
-        "weight_stream_gb_s": (51.0, "measured: ANE guide ch. 9"),
+        "weight_stream_gb_s": (54.6, _LM_HEAD + "; ANE guide ch. 9 has 51"),
         "activation_stream_gb_s": (7.4, _ROOF + "; ANE guide ch. 9 has 24"),
         "dispatch_floor_us": (190.0, "measured: ANE guide ch. 2"),
         "power_fp16_w": (3.59, _ROOF + " (GEMM N=4096, engine rail)"),
     }),
     ("m2", "M2", "H14", "A14", "h14 a14", {
         "clock_ghz": (1.938, _HAL), "dram_gb_s": (100.0, _APPLE),
+        "weight_stream_gb_s": (60.5, _LM_HEAD),
     }),
     ("m2-pro", "M2 Pro", "H14g", "A14", "h14g", {
         "clock_ghz": (1.938, "presumed: as M2; Apple gives both 15.8 TOPS"), "dram_gb_s": (200.0, _APPLE),
         "activation_stream_gb_s": (1.0, _ROOF + "; includes host copies"),
         "dispatch_floor_us": (100.0, _ROOF + " (about)"),
         "power_fp16_w": (5.9, "measured: ANE guide ch. 10 (compute-bound GEMM, about)"),
+        "weight_stream_gb_s": (61.0, "presumed: as M2 and M2 Max"),
     }),
     ("m2-max", "M2 Max", "H14g", "A14", "h14c", {
         "clock_ghz": (1.938, "presumed: as M2; Apple gives both 15.8 TOPS"), "dram_gb_s": (400.0, _APPLE),
+        "weight_stream_gb_s": (62.0, _LM_HEAD),
     }),
     ("m3", "M3", "H15", "A15", "h15 a15", {
         "clock_ghz": (2.064, _HAL), "dram_gb_s": (100.0, _APPLE),
+        "weight_stream_gb_s": (63.1, _LM_HEAD),
     }),
     ("m3-pro", "M3 Pro", "H15g", "A15", "h15g", {
         "clock_ghz": (2.064, "presumed: as M3; maderix measured 16.8 TFLOP/s of 16.9"),
         "dram_gb_s": (150.0, _APPLE),
         "dispatch_floor_us": (240.0, "measured: ANE-Training (197 to 280)"),
+        "weight_stream_gb_s": (63.0, "presumed: as M3, whose clock it has"),
     }),
     ("m3-max", "M3 Max", "H15c", "A15", "h15c", {
         "clock_ghz": (2.364, _HAL + "; that M3 Max is H15c is presumed"), "dram_gb_s": (400.0, _APPLE),
+        "weight_stream_gb_s": (120.2, _LM_HEAD),
     }),
     ("m4", "M4", "H16g", "A16", "h16g h16 a16", {
         "clock_ghz": (2.364, _HAL + " (bundle H16G on Mac16,12; 18.8 TFLOP/s measured needs it)"),
@@ -124,17 +133,21 @@ _CHIPS: tuple[tuple[str, str, str, str, str, dict[str, tuple[object, str]]], ...
         "activation_stream_gb_s": (7.7, _ROOF),
         "dispatch_floor_us": (92.0, "measured: maderix (90 to 95)"),
         "power_fp16_w": (5.48, _ROOF + " (3x3 conv, engine rail); maderix 4.57, M6 notes 8.7"),
+        "weight_stream_gb_s": (64.2, _LM_HEAD),
     }),
     ("m4-pro", "M4 Pro", "H16g", "A16", "", {
         "clock_ghz": (2.364, _HAL), "dram_gb_s": (273.0, _APPLE),
+        "weight_stream_gb_s": (126.4, _LM_HEAD),
     }),
     ("m4-max", "M4 Max", "H16s", "A16", "h16s", {
         "clock_ghz": (2.364, _HAL), "dram_gb_s": (546.0, _APPLE),
+        "weight_stream_gb_s": (118.9, _LM_HEAD),
     }),
     ("m5", "M5", "H17", "A17", "h17 a17", {
         "clock_ghz": (2.172, _HAL), "dram_gb_s": (153.0, _APPLE),
         "activation_stream_gb_s": (20.0, _ROOF),
         "dispatch_floor_us": (106.0, "measured: ane-infer (106 direct, 117 through the daemon)"),
+        "weight_stream_gb_s": (70.2, _LM_HEAD),
     }),
     ("m5-pro", "M5 Pro", "H17s", "A17", "h17s", {
         "clock_ghz": (2.364, _HAL), "dram_gb_s": (307.0, _APPLE),
@@ -145,6 +158,7 @@ _CHIPS: tuple[tuple[str, str, str, str, str, dict[str, tuple[object, str]]], ...
     }),
     ("m5-max", "M5 Max", "H17s", "A17", "h17c h17d", {
         "clock_ghz": (2.364, _HAL),
+        "weight_stream_gb_s": (145.0, "presumed: as M5 Pro"),
     }),
     ("m6", "M6", "H18g", "A18", "h18g h18 a18", {
         "clock_ghz": (2.508, _HAL + "; the hardware runs at 2.580"),

@@ -26,8 +26,12 @@ FOLDS = 10
 OUTSIDE = 0.10
 #: Programs below which a kind's interval is widened to that of all programs of its path.
 FEW = 20
-#: What the intervals of few programs are stretched by, over the number of their workloads.
-STRETCH = {"measured": 2.0, "carried": 1.0}
+#: Kinds of programs by what bounds them: those of one group err alike.
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("norm", "softmax", "reduction", "elementwise"),
+    ("product", "convolution", "chain", "matrix-vector", "compressed"),
+    ("block", "decode", "model", "training step"),
+)
 #: Chips below which a kind's interval for an unseen one is made symmetric.
 FEW_CHIPS = 5
 
@@ -106,23 +110,28 @@ def bounds(left: Sequence[Left]) -> tuple[float, float, int]:
 
 
 def interval_of(
-    left: Sequence[Left], everything: Sequence[Left], basis: str = "measured"
+    left: Sequence[Left], everything: Sequence[Left], basis: str = "measured", kind: str = "any"
 ) -> tuple[float, float, int]:
     """The bounds of one kind of program; where it has few programs, widened.
 
-    They then hold the bounds of `everything` as well, and their logs are stretched by STRETCH over the number of
-    distinct workloads: what few workloads show of an error is less than what the next will have. Of chips left out
-    whole (`carried`) the chip is the unit: where there are few, the bounds are as far on one side as on the other,
-    since whether the next chip is above the trend or below is chance.
+    They then hold the bounds of its GROUPS and of `everything` as well, and their logs are stretched by one over the
+    number of distinct workloads and one: what few workloads show of an error is less than what the next will have. Of
+    chips left out whole (`carried`) the chip is the unit: where there are few, the bounds are as far on one side as on
+    the other, since whether the next chip is above the trend or below is chance.
     """
     low, high, programs = bounds(left) if left else (math.inf, 0.0, 0)
     if basis == "carried" and programs and len({item.row.chip for item in left}) < FEW_CHIPS:
         low, high = min(low, 1 / high), max(high, 1 / low)
     if programs >= FEW or not everything:
         return low, high, programs
-    wide_low, wide_high, all_programs = bounds(everything)
-    low, high = min(low, wide_low), max(high, wide_high)
-    stretch = 1 + STRETCH[basis] / max(len({item.row.workload for item in left}), 1)
+    group = next((group for group in GROUPS if kind in group), ())
+    kin = [item for item in everything if item.kind in group]
+    all_programs = programs
+    for wider in (kin, everything):
+        if wider:
+            wide_low, wide_high, all_programs = bounds(wider)
+            low, high = min(low, wide_low), max(high, wide_high)
+    stretch = 1 + 1 / (1 + len({item.row.workload for item in left}))
     return min(low, low**stretch), max(high, high**stretch), all_programs
 
 
@@ -138,7 +147,7 @@ def intervals(
             for path, kind in sorted({*keys, ("any", "any")}):
                 on_path = [m for m in mine if path in (m.row.path, "any")]
                 members = [m for m in on_path if kind in (m.kind, "any")]
-                found.append((path, kind, basis, quantity, *interval_of(members, on_path, basis)))
+                found.append((path, kind, basis, quantity, *interval_of(members, on_path, basis, kind)))
     return found
 
 
@@ -157,7 +166,8 @@ def coverage(left: Sequence[Left], everything: Sequence[Left], basis: str) -> fl
     inside, total, unit = 0, 0, UNITS[basis]
     for name, items in groups(left, unit).items():
         others = [item for item in left if unit(item) != name]
-        low, high, _ = interval_of(others, [item for item in everything if unit(item) != name], basis)
+        rest = [item for item in everything if unit(item) != name]
+        low, high, _ = interval_of(others, rest, basis, items[0].kind)
         inside += sum(low <= item.factor <= high for item in items)
         total += len(items)
     return inside / total

@@ -2,7 +2,8 @@
 
 A constant of a chip on a path is, in logs,
 
-    mean + a log(DRAM bandwidth / 200 GB/s) + b log(clock / 2 GHz) + path + chip + chip on path
+    mean + a log(DRAM bandwidth / 200 GB/s) + b log(clock / 2 GHz) + c log(weight stream / 60 GB/s)
+         + path + chip + chip on path
 
 where each term has a normal prior that pulls it to zero, or to the trend, as far as rows do not decide it. The
 residual is the log of estimated over published value, robust (pseudo-Huber). A chip without rows takes mean,
@@ -28,12 +29,14 @@ Array = NDArray[np.float64]
 PATHS = ("e5rt", "direct", "coreml")
 #: Relative error that counts as one unit of the loss.
 _UNIT = 0.10
-_DRAM_GB_S, _CLOCK_GHZ = 200.0, 2.0
+_DRAM_GB_S, _CLOCK_GHZ, _STREAM_GB_S = 200.0, 2.0, 60.0
+#: Blocks of terms in front of those of paths and chips: mean and trends.
+TRENDS = 4
 
 
 class Prior(NamedTuple):
     """Start of a constant's mean and its deviation; mean and deviation of its trends with DRAM bandwidth and clock;
-    deviations of path, chip, and chip on path."""
+    deviations of path, chip, and chip on path; mean and deviation of its trend with the published weight stream."""
 
     mean: float
     spread: float
@@ -42,6 +45,7 @@ class Prior(NamedTuple):
     path: float
     chip: float
     chip_path: float
+    stream: tuple[float, float] = (0.0, 0.01)
 
 
 #: Logs of constants by row -> estimated values, and their derivative by each log.
@@ -84,22 +88,24 @@ def _columns(
 ) -> list[tuple[int, float]]:
     facts = get_chip(chip)
     dram = math.log((facts.dram_gb_s or 2 * _DRAM_GB_S) / _DRAM_GB_S)
-    found = [(0, 1.0), (size, dram), (2 * size, math.log(facts.clock_ghz / _CLOCK_GHZ))]
+    stream = math.log((facts.weight_stream_gb_s or _STREAM_GB_S) / _STREAM_GB_S)
+    found = [(0, 1.0), (size, dram), (2 * size, math.log(facts.clock_ghz / _CLOCK_GHZ)), (3 * size, stream)]
     return found + [(blocks[key], 1.0) for key in ((path,), ("chip", chip), (chip, path)) if key in blocks]
 
 
 def _layout(rows: Sequence[Row], priors: Sequence[Prior]) -> tuple[dict[tuple[str, ...], int], Array, Array]:
     """Blocks of terms with their prior means and deviations."""
     zero = [0.0] * len(priors)
-    means = [[math.log(p.mean) for p in priors], [p.dram[0] for p in priors], [p.clock[0] for p in priors]]
-    spread = [[p.spread for p in priors], [p.dram[1] for p in priors], [p.clock[1] for p in priors]]
+    trends = [(p.dram, p.clock, p.stream) for p in priors]
+    means = [[math.log(p.mean) for p in priors], *([t[i][0] for t in trends] for i in range(3))]
+    spread = [[p.spread for p in priors], *([t[i][1] for t in trends] for i in range(3))]
     keys: list[tuple[tuple[str, ...], list[float]]] = [
         ((path,), [p.path for p in priors]) for path in PATHS[1:]
     ]
     keys += [(("chip", chip), [p.chip for p in priors]) for chip in sorted({row.chip for row in rows})]
     pairs = sorted({(row.chip, row.path) for row in rows})
     keys += [(pair, [p.chip_path for p in priors]) for pair in pairs]
-    blocks = {key: (3 + index) * len(priors) for index, (key, _) in enumerate(keys)}
+    blocks = {key: (TRENDS + index) * len(priors) for index, (key, _) in enumerate(keys)}
     return (
         blocks,
         np.array(means + [zero] * len(keys)).ravel(),
