@@ -5,6 +5,7 @@ checks each on the installed release.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,6 +109,7 @@ def schema(overload: OpOverload) -> torch.FunctionSchema:
     return overload._schema
 
 
+@functools.cache
 def can_decompose(overload: OpOverload) -> bool:
     """Whether torch itself makes the overload of others."""
     return bool(overload._can_decompose())

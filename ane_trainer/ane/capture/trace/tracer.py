@@ -91,9 +91,9 @@ def tracing(knows: Callable[[torch.Tensor], bool] | None = None) -> Iterator[Non
 
 def _name_placeholders(graph: torch.fx.Graph, names: list[str]) -> None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    taken = {node.name for node in graph.nodes}
+    taken, wanted = {node.name for node in graph.nodes}, set(names)
     for node in graph.nodes:  # free the names that the inputs are to have
-        if node.op != "placeholder" and node.name in names:
+        if node.op != "placeholder" and node.name in wanted:
             fresh = f"{node.name}_value"
             while fresh in taken:
                 fresh += "_"

@@ -70,6 +70,8 @@ class Context(Movement):
         x = self.number(x)
         if isinstance(x, Value):
             return x
+        if isinstance(x, (int, float)) and not isinstance(x, bool):
+            return self.scalar(float(x))
         tensor = as_tensor(x)
         fill = fill_value(tensor)
         return of_tensor(tensor, self.dtype) if fill is None else self.scalar(fill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -46,6 +47,8 @@ _RANDOM = (
 _DATA_SHAPED = ("masked_select", "nonzero", "unique", "bincount")
 _VIEWS = tuple(f"aten.{name}" for name in ("view.default", "_unsafe_view.default", "unsqueeze.default",
     "squeeze.default", "squeeze.dim", "squeeze.dims"))  # fmt: skip
+#: An operation's name, which torch puts together anew each time.
+_name = functools.cache(str)
 _RULE_ON_CONSTANTS = ("aten.view.default", "aten._unsafe_view.default")
 
 
@@ -218,7 +221,7 @@ def _lower_node(ctx: Context, integers: Integers, node: Node, findings: list[Fin
         source: Any = arguments
         ctx.operands[node] = source[0][source[1]]
         return
-    name = str(node.target)
+    name = _name(node.target)
     if isinstance(ctx.meta, torch.Tensor) and 0 in ctx.meta.shape:  # nothing to compute; `cat` leaves it out
         ctx.operands[node] = torch.zeros(tuple(ctx.meta.shape), dtype=ctx.meta.dtype)
         return
@@ -281,7 +284,7 @@ def _no_rule(name: str) -> tuple[str, str]:
 
 
 def _foldable(node: Node, arguments: object, keywords: Any) -> bool:
-    if str(node.target) in _RULE_ON_CONSTANTS:
+    if _name(node.target) in _RULE_ON_CONSTANTS:
         return False
     leaves = _flat(arguments) + _flat(list(keywords.values()))
     tags = getattr(node.target, "tags", ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -17,7 +18,6 @@ class Rewriter:
         self.producers: dict[Value, Op] = {}
         self._same: dict[str, Value] = {}
         self._fresh = 0
-        self._names = {r.name for op in function.ops for r in op.results} | {v.name for v in function.inputs}
 
     def resolve(self, argument: Arg) -> Arg:
         """The argument after the replacements so far."""
@@ -38,6 +38,11 @@ class Rewriter:
     def producer(self, argument: Arg | None) -> Op | None:
         """The op that produces a value; None for inputs and literals."""
         return self.producers.get(argument) if isinstance(argument, Value) else None
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        results = {r.name for op in self.function.ops for r in op.results}
+        return results | {v.name for v in self.function.inputs}
 
     def fresh(self, type_: TensorType) -> Value:
         """A new value with a name of its own."""
