@@ -14,6 +14,7 @@ import torch
 
 from ane_trainer.ane.capture.rewrites import ragged
 from ane_trainer.ane.capture.rewrites.normalization import NORMALIZATIONS
+from ane_trainer.ane.capture.rewrites.quantization import FAKE_QUANTIZATION
 from ane_trainer.ane.capture.rewrites.sampling import SAMPLING
 from ane_trainer.ane.capture.trace.torch_private import (
     Decompositions,
@@ -165,4 +166,5 @@ def _own_table() -> dict[OperatorBase, Callable[..., object]]:
     table = {**core, **decompositions_of(ADDED)}
     kept = {getattr(packet, name) for packet in KEPT for name in packet.overloads()}  # type: ignore[no-untyped-call]
     table = {op: function for op, function in table.items() if op not in kept}
-    return table | NORMALIZATIONS | DERIVATIVES | SAMPLING | _repeating(decompositions_of(_NEAREST))
+    own = NORMALIZATIONS | DERIVATIVES | SAMPLING | FAKE_QUANTIZATION
+    return table | own | _repeating(decompositions_of(_NEAREST))
