@@ -314,16 +314,17 @@ def test_no_run_ends_well_with_nan(tmp_path: Path) -> None:
         evaluate_run(run, device="sim")
 
 
-def killed_and_resumed(options: dict[str, Any], out: Path, kills: int, seed: int) -> int:
-    """Train in processes that are killed at random moments, and on to the end; how many kills hit."""
+def ended_and_resumed(options: dict[str, Any], out: Path, times: int, seed: int, how: str) -> int:
+    """Train in processes that end at random moments, and on to the end; how many hit one at work."""
     command = [
         sys.executable,
         "-m",
         "tests.training.killing",
         json.dumps(options),
         str(out),
-        str(kills),
+        str(times),
         str(seed),
+        how,
     ]
     root = Path(__file__).parents[2]
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
@@ -339,20 +340,21 @@ def options_of(kind: str, folder: Path, **options: Any) -> dict[str, Any]:
     return config(save_every="1", **options).model_dump() | model | more
 
 
-@pytest.mark.parametrize("kind", ["cnn"])
-def test_kill_9_at_any_moment_costs_no_bit(kind: str, tmp_path: Path) -> None:
-    options = options_of(kind, tmp_path, epochs=3)
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "full"])
+def test_an_end_at_any_moment_costs_no_bit(how: str, tmp_path: Path) -> None:
+    options = options_of("cnn", tmp_path, epochs=3)
     run_training(make_config(options), out=tmp_path / "whole", report=Reporter())
-    assert killed_and_resumed(options, tmp_path / "killed", 5, seed=7) >= 3
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 3
-    assert not [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")]
+    assert ended_and_resumed(options, tmp_path / "ended", 5, 7, how) >= 3
+    assert same(weights(tmp_path / "ended"), weights(tmp_path / "whole"))
+    assert len((tmp_path / "ended" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not [path.name for path in (tmp_path / "ended").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGHUP", "full"])
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "augmented"])
-def test_fifty_kills_cost_no_bit(kind: str, tmp_path: Path) -> None:
+def test_fifty_ends_cost_no_bit(kind: str, how: str, tmp_path: Path) -> None:
     options = options_of(kind, tmp_path, epochs=40)
     run_training(make_config(options), out=tmp_path / "whole", report=Reporter())
-    assert killed_and_resumed(options, tmp_path / "killed", 50, seed=11) == 50
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert ended_and_resumed(options, tmp_path / "ended", 50, 11, how) == 50
+    assert same(weights(tmp_path / "ended"), weights(tmp_path / "whole"))

@@ -156,11 +156,19 @@ def loading(examples, ahead):
     return made
 
 
+def wait_until(true):
+    """Until threads have done something, however busy the machine is."""
+    deadline = time.monotonic() + 60
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
 def test_batches_are_made_ahead_while_a_step_runs_and_never_further():
     examples = Slow()
     reader = iter(loading(examples, 3))
     next(reader)
-    time.sleep(0.2)
+    wait_until(lambda: len(examples.taken) >= 4)
+    time.sleep(0.05)
     assert sorted(examples.taken) == [0, 1, 2, 3]
     assert len(list(reader)) == 9
 
@@ -186,7 +194,8 @@ def test_waiting_is_measured():
     slow = loading(Slow(), 0)
     list(slow)
     assert slow.seconds_waited > 0.09
-    ahead = loading(Slow(), 4)
-    for _ in ahead:
-        time.sleep(0.03)
-    assert ahead.seconds_waited < 0.08
+    examples = Slow()
+    ahead = loading(examples, 4)
+    for number, _ in enumerate(ahead, 1):
+        wait_until(lambda number=number: len(examples.taken) >= min(number + 2, 10))
+    assert ahead.seconds_waited < slow.seconds_waited
