@@ -17,7 +17,7 @@ def run(example: str, *packages: str) -> str:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": _PATH, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / example)],
         capture_output=True, text=True, env=environment, check=False, cwd=ROOT,
