@@ -15,8 +15,12 @@ import pytest
 
 from ane_trainer.cli import run_command
 from tests import test_core
+from tests.ane.dispatch import test_damaged_caches as caches
 from tests.commands import test_damaged as damaged
 from tests.training import test_checkpoint as checkpoint
+from tests.training import test_memory as memory
+from tests.training import test_runs as runs
+from tests.training import test_signals as signals
 from tests.training.datasets import test_fetch as fetch
 
 CHECKPOINT = "test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_warning"
@@ -130,6 +134,27 @@ ROWS: dict[str, tuple[str, ModuleType, str, tuple[str, ...]]] = {
 #: Rows whose tests are below.
 HERE = {90, 135}
 
+#: What was tried against reliability -> where its test is, its name.
+TRIALS: dict[str, tuple[ModuleType, str]] = {
+    "kill -9 at random moments, also while a checkpoint is written; SIGTERM, a full disk": (
+        runs, "test_an_end_at_any_moment_costs_no_bit"),
+    "the same and SIGHUP fifty times, in three trainings": (runs, "test_fifty_ends_cost_no_bit"),
+    "kill -9 before the first checkpoint": (runs, "test_a_failed_start_blocks_nothing"),
+    "SIGINT after any step": (checkpoint, "test_an_interrupt_after_any_step_costs_no_bit"),
+    "SIGINT twice": (checkpoint, "test_a_second_ctrl_c_changes_nothing"),
+    "SIGINT while importing and compiling": (signals, "test_a_signal_while_importing_says_so_in_one_line"),
+    "SIGINT at sixty moments of the start": (signals, "test_ctrl_c_at_any_moment_of_the_start_says_so_in_one_line"),
+    "SIGTERM, SIGHUP": (runs, "test_signals_write_a_checkpoint_as_ctrl_c_does"),
+    "a full disk": (runs, "test_a_full_disk_leaves_the_last_checkpoint_whole"),
+    "a read-only place, a file as a folder": (test_core, "test_unwritable_place_is_an_environment_fault"),
+    "two writers in one folder": (runs, "test_a_second_writer_is_told_the_process"),
+    "several runs without a name": (runs, "test_default_folders_are_each_process_own"),
+    "checkpoints within an epoch": (runs, "test_checkpoints_come_by_steps_and_some_are_kept"),
+    "memory over 5,000 steps": (memory, "test_memory_stays_over_5_000_steps"),
+    "damaged caches of datasets": (fetch, CACHE),
+    "damaged caches of programs": (caches, "test_every_cached_file_may_be_damaged"),
+}  # fmt: skip
+
 
 def numbers(rows: str) -> range:
     first, _, last = rows.partition("-")
@@ -151,6 +176,12 @@ def test_every_row_has_a_test_that_is_there() -> None:
             assert any(text == case or text.endswith(f" {case}") for text in known), (rows, what, case)
     covered = [number for rows in ROWS for number in numbers(rows)]
     assert sorted([*covered, *HERE]) == list(range(1, 158))
+
+
+@pytest.mark.parametrize("tried", TRIALS)
+def test_every_trial_of_reliability_has_a_test_that_is_there(tried: str) -> None:
+    module, name = TRIALS[tried]
+    assert callable(getattr(module, name))
 
 
 template, folder = damaged.template, damaged.folder
