@@ -30,6 +30,7 @@ from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.devices import Session
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
 from ane_trainer.ane.dispatch.frozen import frozen_constants
+from ane_trainer.ane.dispatch.held_tensors import none_kept
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
@@ -166,7 +167,8 @@ def compile_step_of(
     found = memory.recalled() if memory is not None else None
     if found is not None:
         return found
-    capture = _capture(subject, settings)
+    with none_kept(subject.model, subject.loss, subject.example), _mode(subject):
+        capture = _capture(subject, settings)
     return_memory()  # of calibration and trace, several times the model
     compiled = _prepared(subject, target, options, capture.captured, capture.parameters)
     if memory is not None:
