@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ane_trainer.ane.capture import get_loss
+from ane_trainer.ane.capture import Loss, get_loss
 from ane_trainer.ane.capture.calibrate import loss_of
 from ane_trainer.ane.capture.outside import numbers_kept
 from ane_trainer.ane.capture.trace.torch_private import pytree
@@ -24,7 +24,7 @@ _CHANGED = (": written to", ": another Tensor", ": another Parameter", ": anothe
 
 
 @contextlib.contextmanager
-def none_kept(model: torch.nn.Module, loss: object, example: tuple[object, object]) -> Iterator[None]:
+def none_kept(model: torch.nn.Module, loss: str | Loss, example: tuple[object, object]) -> Iterator[None]:
     """The block runs forward and loss. Raises UnsupportedModel where they keep tensors that a later loss depends on."""
     before = Guards(model, loss)
     yield
@@ -44,7 +44,7 @@ def none_kept(model: torch.nn.Module, loss: object, example: tuple[object, objec
         )  # fmt: skip
 
 
-def _matter(model: torch.nn.Module, loss: object, example: tuple[object, object]) -> bool:
+def _matter(model: torch.nn.Module, loss: str | Loss, example: tuple[object, object]) -> bool:
     """Whether the loss of a batch is another one after it, and another batch, were seen."""
     other = pytree.tree_map_only(torch.Tensor, _moved, example)
     with warnings.catch_warnings(), numbers_kept(model, loss):
