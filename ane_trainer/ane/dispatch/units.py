@@ -208,8 +208,9 @@ class GradientUnits:
         health = health[:end]
         if not health[count] > 0.0:  # the scaled gradients did not fit: the loss scale moves instead
             ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]
-            self._count(max(range(count), key=lambda i: _size(ratios[i])), number)
-            return Watched([], False)
+            largest = max(range(count), key=lambda i: _size(ratios[i]))
+            self._count(largest, number)
+            return Watched([], False, self._unscaled(largest))
         wanted, up = [1.0] * count, number in UP_FIRST or number % UP_EVERY == 0
         overflow, below = "", []
         for i, (peak, floor, limit) in enumerate(zip(health[:count], *bounds, strict=True)):
@@ -272,6 +273,14 @@ class GradientUnits:
         return (
             f"{parameter.name}: needs a gradient below {limit / unit:.3g} for this update; got {peak / unit:.3g}. "
             f"The update was skipped. {fix} Later ones are counted in `step.health`."
+        )
+
+    def _unscaled(self, index: int) -> str:
+        """In words: gradients that no loss scale within reach brings into fp16."""
+        return (
+            f"{self.parameters[index].name}: its gradient, or one on the way to it, does not fit into fp16 at any loss "
+            "scale that was tried. The update was skipped. Lower the learning rate, normalise the data, or clip "
+            "(clip_grad_norm=). Later ones are counted in `step.health`."
         )
 
     def _saturated(self, places: Sequence[str]) -> Watched:

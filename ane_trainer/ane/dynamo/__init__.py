@@ -10,7 +10,7 @@ installed package's entry point; in a source tree that is not installed, give `b
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 
 from ane_trainer.ane.dynamo.options import Options, read_options
 from ane_trainer.ane.dynamo.report import ProgramRecord, Report, begin_graph, report, reset
+
+_LOADING = threading.Lock()
 
 __all__ = ["Options", "ProgramRecord", "Report", "ane", "report", "reset"]
 
@@ -59,11 +61,13 @@ _ane.reset = _reset  # type: ignore[attr-defined]  # Dynamo calls it
 
 
 def __getattr__(name: str) -> Any:
-    """`ane`: whoever asks for it with Dynamo at hand is about to compile, and is told what Dynamo leaves out."""
+    """`ane`: whoever asks for it is about to compile, and is told what Dynamo leaves out."""
     if name != "ane":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if "torch._dynamo" in sys.modules:
-        from ane_trainer.ane.dynamo.silence import watch
+    from ane_trainer.ane.dynamo.silence import watch
+    from ane_trainer.ane.dynamo.torch_private import registered_once
 
+    with _LOADING:
         watch(_ane)
+        registered_once("ane")
     return _ane

@@ -18,7 +18,12 @@ from torch.fx import GraphModule
 
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
-from ane_trainer.ane.dynamo.torch_private import make_boxed_func, refuse_second_derivatives, untraced
+from ane_trainer.ane.dynamo.torch_private import (
+    make_boxed_func,
+    one_at_a_time,
+    refuse_second_derivatives,
+    untraced,
+)
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 #: A gradient of this magnitude or more, as stored, counts as an overflow.
@@ -42,7 +47,9 @@ def backward_function(
     """
     del example_inputs
     make: Callable[..., Backward] = untraced(Backward)
-    return make_boxed_func(untraced(make(module, options).__call__))
+    with one_at_a_time():  # AOTAutograd makes backward graphs outside of Dynamo's lock
+        backward = make(module, options)
+    return make_boxed_func(untraced(backward.__call__))
 
 
 class Backward:
@@ -88,6 +95,9 @@ class Backward:
                 continue
             results = self._function.results(known | {"engine": engine}, 1 << 30)
             largest = max((float(r.abs().amax()) for r in results if _gradient(r)), default=0.0)
+            if not math.isfinite(largest):  # at the last attempt, too
+                self._function.tell_of_sizes()
+                break
             if largest > self._wanted * TOLERATED or 0.0 < largest < self._wanted / TOLERATED:
                 self.power += math.floor(math.log2(self._wanted / largest))
             if largest == 0.0 or largest > EMPTY * self._wanted:

@@ -58,7 +58,7 @@ class Prepared:
     """A graph of engine work with what the host does around it.
 
     `graph` takes the inputs numbered `inputs`, then the draws numbered `draws`; `host` (None: no work) takes
-    all inputs. `results` are those of the whole graph in order.
+    all inputs and all draws. `results` are those of the whole graph in order.
     """
 
     graph: GraphModule
@@ -184,7 +184,7 @@ def prepare_graph(module: GraphModule, changed: int = 0) -> Prepared:
             kind, chosen = ("host", host) if _only_integers(result) else ("engine", engine)
             results.append(Source(kind, len(chosen)))
             chosen.append(result)
-    host_module = _host_module(module, inputs, host) if host else None
+    host_module = _host_module(module, [*inputs, *(node for node, _ in draws)], host) if host else None
     graph.output_node().args = (tuple(engine),)
     simplify(graph)
     used = [node for node in places if node.users]

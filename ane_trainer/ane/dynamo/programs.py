@@ -26,7 +26,7 @@ from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, p
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.proof import MeasuredGraph, departures, in_words
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
-from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func
+from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func, one_at_a_time
 from ane_trainer.ane.errors import DataError, NumericsWarning
 
 #: How often a graph's powers of two are chosen anew, since a call's values left the range.
@@ -129,7 +129,7 @@ class GraphFunction:
         """What the engine's part is fed, and the results that are known without it by kind."""
         prepared = self._prepared
         draws = [draw() for draw in prepared.draws]
-        host = prepared.host(*inputs) if prepared.host is not None else ()
+        host = prepared.host(*inputs, *draws) if prepared.host is not None else ()
         values = [inputs[i] for i in prepared.inputs] + [draws[i] for i in prepared.used_draws]
         return values, {"input": inputs, "copy": inputs, "draw": draws, "host": host}
 
@@ -149,7 +149,7 @@ class GraphFunction:
 
     def measured(self, values: Values) -> dict[str, Magnitude]:
         """The magnitudes of a call's values in PyTorch's precision."""
-        with torch.no_grad(), without_modes():
+        with one_at_a_time(), torch.no_grad(), without_modes():  # torch.fx keeps what it interprets in a global
             run = MeasuredGraph(self._prepared.graph)
             nodes = self._placeholders()
             try:
@@ -275,7 +275,7 @@ class GraphFunction:
             given = [
                 v.detach().to(n.meta["val"].dtype) for n, v in zip(self._placeholders(), values, strict=True)
             ]
-            with without_modes():
+            with one_at_a_time(), without_modes():
                 text = in_words(self._prepared.graph, given, far, self.record.role)
             if text:
                 self._tell(text)

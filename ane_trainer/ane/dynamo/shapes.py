@@ -94,18 +94,18 @@ class Specializer:
             return self._compile(self._graph, list(inputs))
         except DynamicOutputShapeException as error:
             return self._without_engine(str(error).splitlines()[0], inputs)
-        except UnsupportedModel as error:
+        except (ProgramError, UnsupportedModel) as error:
+            if not all(v.numel() for v in inputs if isinstance(v, torch.Tensor)):
+                reason, fix = "is without elements, which no program takes.", "Leave empty batches out."
+                return self._in_pytorch(Finding("an input", "shape", reason, fix), inputs)
+            if isinstance(error, ProgramError):
+                raise
             if self._reads:
                 self._by_value = True
                 return self._compile_values(inputs)
             if not _selects(self._graph) or error.code != "ANE300":
                 raise
             return self._without_engine(error.findings[0].op, inputs)
-        except ProgramError:
-            if all(v.numel() for v in inputs if isinstance(v, torch.Tensor)):
-                raise
-            reason, fix = "is without elements, which no program takes.", "Leave empty batches out."
-            return self._in_pytorch(Finding("an input", "shape", reason, fix), inputs)
         except FAULTS as error:
             if not self._reads:
                 raise graph_fault(error) from error

@@ -21,15 +21,16 @@ _ALLOW_RNN = "torch._dynamo.config.allow_rnn = True makes Dynamo take recurrent 
 def watch(backend: object) -> None:
     """From here on, until Dynamo is reset: warn of frames and parts of frames that `backend` never sees.
 
-    Masks as indices and gradients asked for within stay in the graph, and what fails in Dynamo or the backend is raised
+    Masks as indices and gradients asked for within stay in the graph, hooks that are added to modules later are found, and
+    what fails in Dynamo or the backend is raised
     as an error of this package.
     """
     known: set[str] = set(torch_private.break_reasons())
-    before: list[tuple[bool, ...]] = [()]
+    before: dict[str, bool] = {}
 
     def start() -> None:
         if torch_private.compiles_for(backend):
-            before[0] = torch_private.whole_graphs((True, True))
+            before.update(torch_private.settings_of_dynamo(torch_private.OWN_SETTINGS))
 
     def end() -> None:
         given_up, error = torch_private.given_up(), torch_private.failure()
@@ -37,7 +38,7 @@ def watch(backend: object) -> None:
         known.update(fresh)
         if not torch_private.compiles_for(backend):
             return
-        torch_private.whole_graphs(before[0])
+        torch_private.settings_of_dynamo(before)
         if isinstance(error, AneTrainerError):
             error.__suppress_context__ = True
             torch_private.leave_with(error)

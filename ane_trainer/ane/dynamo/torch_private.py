@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from torch._higher_order_ops.effects import with_effects
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 __all__ = [
+    "OWN_SETTINGS",
     "DynamicOutputShapeException",
     "FakeTensorMode",
     "aot_module_simplified",
@@ -40,9 +42,10 @@ __all__ = [
     "make_boxed_func",
     "one_at_a_time",
     "refuse_second_derivatives",
+    "registered_once",
+    "settings_of_dynamo",
     "tracing_with",
     "user_line",
-    "whole_graphs",
     "with_effects",
 ]  # fmt: skip
 
@@ -123,18 +126,20 @@ def at_recompile_limit(tell: Callable[[str, str, str], bool]) -> None:
     logger.addFilter(Listener())
 
 
-#: What Dynamo cuts a graph at by default, and need not: `x[mask]`, and from torch 2.13 on `torch.autograd.grad`.
-_WHOLE = ("capture_dynamic_output_shape_ops", "trace_autograd_ops")
+#: What Dynamo cuts a graph at by default, and need not (`x[mask]`, and from torch 2.13 on `torch.autograd.grad`), and
+#: that it does not look whether hooks were added to modules.
+OWN_SETTINGS = {
+    "capture_dynamic_output_shape_ops": True, "trace_autograd_ops": True, "skip_nnmodule_hook_guards": False,
+}  # fmt: skip
 
 
-def whole_graphs(settings: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Whether Dynamo keeps `x[mask]` and `torch.autograd.grad` in the graph; returns what it was."""
+def settings_of_dynamo(settings: dict[str, bool]) -> dict[str, bool]:
+    """Change settings of Dynamo's that this release has; returns what they were."""
     from torch._dynamo import config
 
-    names = [name for name in _WHOLE if hasattr(config, name)]
-    before = tuple(bool(getattr(config, name)) for name in names)
-    for name, setting in zip(names, settings, strict=False):
-        setattr(config, name, setting)
+    before = {name: bool(getattr(config, name)) for name in settings if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, settings[name])
     return before
 
 
@@ -264,9 +269,32 @@ def compiles_for(backend: object) -> bool:
     return any(getattr(wrapper, "compiler_fn", None) is backend for wrapper in cached_backends.values())
 
 
+def registered_once(name: str) -> None:
+    """Let threads that ask for a backend by name at the same time all register it, which Dynamo refuses the second.
+
+    To be called by what loads the backend, one thread at a time.
+    """
+    registry: Any = sys.modules.get("torch._dynamo.backends.registry")
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "lookup_backend":
+        frame = frame.f_back
+    if registry is None or frame.f_code.co_name != "lookup_backend":
+        return
+    lookups.append(name)
+    for _ in range(1000 if lookups.count(name) > 1 else 0):
+        if registry._COMPILER_FNS.pop(name, None) is not None:
+            return
+        time.sleep(0.001)
+
+
+#: Names of backends that Dynamo looked up since they were last forgotten, once for each time.
+lookups: list[str] = []
+
+
 def forget_backend(name: str, load: Callable[[], object]) -> None:
     """Let Dynamo call `load` for the backend when it is next asked for by name, as it does for entry points."""
     from torch._dynamo.backends.registry import _BACKENDS, _COMPILER_FNS
 
+    lookups[:] = [other for other in lookups if other != name]
     if _COMPILER_FNS.pop(name, None) is not None:
         _BACKENDS[name] = types.SimpleNamespace(load=load)  # type: ignore[assignment]
