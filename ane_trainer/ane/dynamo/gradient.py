@@ -24,7 +24,7 @@ from ane_trainer.ane.dynamo.torch_private import (
     refuse_second_derivatives,
     untraced,
 )
-from ane_trainer.ane.errors import Finding, UnsupportedModel
+from ane_trainer.ane.errors import DataError, Finding, UnsupportedModel
 
 #: A gradient of this magnitude or more, as stored, counts as an overflow.
 OVERFLOW = 32768.0
@@ -65,17 +65,21 @@ class Backward:
     def __call__(self, *inputs: object) -> list[object]:
         """The gradients in fp32; nan everywhere if one that comes in is not finite, as PyTorch would spread it."""
         with self._function.lock:
-            return self._gradients(*inputs)
+            try:
+                return self._gradients(*inputs)
+            except DataError as error:
+                lost = [v for v in inputs if _gradient(v) and not bool(v.isfinite().all())]  # type: ignore[attr-defined]
+                if error.code != "DATA106" or not lost:
+                    raise
+                self._function.tell_of_lost_values()
+                return self._without_numbers(inputs)
 
     def _gradients(self, *inputs: Any) -> list[object]:
         refuse_second_derivatives(_second_derivative)
         given = list(inputs)
         peak = max((float(given[i].abs().amax()) for i in self._tangents if given[i].numel()), default=0.0)
-        finite = math.isfinite(peak)
-        if not finite:
-            return [
-                r * math.nan if _gradient(r) else r for r in self._function(self._scaled(given, 0.0), 1 << 30)
-            ]
+        if not math.isfinite(peak):
+            return self._without_numbers(given)
         if peak and not self._function.calibrations:
             self._calibrate(given, peak)
         for attempt in range(_ATTEMPTS):
@@ -105,6 +109,11 @@ class Backward:
         if self._function.expects and engine is not None:
             self._function.prove(self._function.values(given)[0], engine, scale=scale)
         return [r / scale if _gradient(r) else r for r in results]
+
+    def _without_numbers(self, given: Sequence[Any]) -> list[object]:
+        """Gradients that are nan."""
+        zeros = [torch.zeros_like(v) if _gradient(v) else v for v in given]
+        return [r * math.nan if _gradient(r) else r for r in self._function(zeros, 1 << 30)]
 
     def _scaled(self, given: Sequence[Any], scale: float) -> list[Any]:
         values = list(given)

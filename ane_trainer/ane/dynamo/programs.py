@@ -218,7 +218,7 @@ class GraphFunction:
         """
         known = self.found.get(name)
         unlike = name.startswith("tangents") or name in self._added  # of any size
-        if known is None or not known.finite or not 0.0 < peak < math.inf or unlike:
+        if known is None or not _is_ordinary(known) or not 0.0 < peak < math.inf or unlike:
             return False
         return known.peak == 0.0 or peak < _EMPTY * known.rms or peak > larger * known.peak
 
@@ -231,7 +231,7 @@ class GraphFunction:
         full = [n for n, peak, _ in self._peaks() if not peak < limit and not (n in none and peak == peak)]
         watched = (w for part in self._parts if part is not None for w in part.watched)
         full += [n for n, peak in watched if not peak < OVERFLOW]
-        return [name for name in full if name not in self.found or self.found[name].finite]
+        return [name for name in full if name not in self.found or _is_ordinary(self.found[name])]
 
     def _peaks(self) -> list[tuple[str, float, float]]:
         """Of the last run, by node: the largest stored entry, and the power of two that it is stored with."""
@@ -254,6 +254,14 @@ class GraphFunction:
             self._tell(
                 f"{self.record.role}: needs inputs and gradients of about one size; got {MOST_CALIBRATIONS} changes of "
                 "size, and later ones are not followed. Normalise the inputs."
+            )
+
+    def tell_of_lost_values(self) -> None:
+        """Warn once that values which the forward keeps for the backward are no numbers."""
+        if not self._told:
+            self._tell(
+                f"{self.record.role}: values of the forward pass left fp16, and what was kept of them is infinite: the "
+                "gradients are nan. Lower the learning rate, or normalise the inputs."
             )
 
     @property
@@ -310,6 +318,11 @@ def _record(
         host=notes,
         cpu=tuple(text for segment in segments for text in segment.reasons),
     )
+
+
+def _is_ordinary(size: Magnitude) -> bool:
+    """Whether no entry of a value is infinite, or stands for infinity."""
+    return size.finite and not size.masked
 
 
 def _tensor(node: torch.fx.Node) -> bool:

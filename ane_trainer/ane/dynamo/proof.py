@@ -4,38 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.range.calibration import Measured
-from ane_trainer.ane.capture.range.departure import Eleven, Exactly, Half, run_all
-from ane_trainer.ane.capture.range.running import InOrder
+from ane_trainer.ane.capture.range.departure import Eleven, Exactly, Half, run_all, without_masks
+from ane_trainer.ane.capture.range.running import VIEWS, InOrder
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 
 #: Relative difference from full precision up to which a result agrees; beyond, it may be this multiple of what rounding
 #: to eleven bits costs, counted up to the third. Results count as the fourth share of the largest at least.
 _TOLERATED, _OWN_ERRORS, _LARGEST_OWN, _LEAST_RESULT = 0.03, 3.0, 0.1, 1e-3
+#: What the engine's rounding and tables leave of a sum that cancels, as a share of its terms without their signs.
+_CANCELLED = 2.0**-8
+_SUMS = (torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList)
 
 
-def departures(pairs: Mapping[Node, tuple[torch.Tensor, torch.Tensor]]) -> dict[Node, float]:
-    """The relative errors of results (got, in full precision) that are beyond what always agrees."""
+@dataclass(frozen=True)
+class Departed:
+    """How far a result is from full precision, relative and as a norm."""
+
+    relative: float
+    norm: float
+
+
+def departures(pairs: Mapping[Node, tuple[torch.Tensor, torch.Tensor]]) -> dict[Node, Departed]:
+    """The errors of results (got, in full precision) that are beyond what always agrees."""
+    pairs = {node: without_masks(got, want) for node, (got, want) in pairs.items()}
     sizes = {node: float(want.norm()) for node, (_, want) in pairs.items()}
     least = _LEAST_RESULT * max(sizes.values(), default=0.0)
-    errors = {n: float((got - want).norm()) / max(sizes[n], least, 1e-30) for n, (got, want) in pairs.items()}
-    return {n: error for n, error in errors.items() if not error <= _TOLERATED and math.isfinite(sizes[n])}
+    found = {}
+    for node, (got, want) in pairs.items():
+        norm, size = float((got - want).norm()), sizes[node]
+        relative = norm / max(size, least, 1e-30)
+        if not relative <= _TOLERATED and math.isfinite(size):
+            found[node] = Departed(relative, norm)
+    return found
 
 
 def in_words(
-    graph: GraphModule, values: Sequence[torch.Tensor], errors: Mapping[Node, float], role: str
+    graph: GraphModule, values: Sequence[torch.Tensor], far: Mapping[Node, Departed], role: str
 ) -> str:
-    """What departs, and first; empty if rounding to fp16 explains it."""
+    """What departs, and first; empty if rounding to fp16 explains it.
+
+    A sum whose terms cancel is what their rounding leaves: the gradient of a bias that is 0 by algebra.
+    """
     runs = ExactGraph(graph), ElevenGraph(graph), HalfGraph(graph)
-    run = run_all(runs, list(errors), values)
-    worst = max(errors, key=lambda node: errors[node])
-    if errors[worst] <= _OWN_ERRORS * min(run.gradient_error, _LARGEST_OWN):
+    run = run_all(runs, list(far), values)
+    errors = {n: d.relative for n, d in far.items() if d.norm > _CANCELLED * runs[0].terms_of(n)}
+    worst = max(errors, key=lambda node: errors[node], default=None)
+    if worst is None or errors[worst] <= _OWN_ERRORS * min(run.gradient_error, _LARGEST_OWN):
         return ""
     place = f" First {run.first}." if run.first is not None else ""
     return (
@@ -63,7 +85,24 @@ class MeasuredGraph(Measured, WholeGraph):
 
 
 class ExactGraph(Exactly, WholeGraph):
-    """In full precision."""
+    """In full precision; notes what the terms of sums come to without their signs."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self._terms: dict[Node, float] = {}
+
+    def changed(self, n: Node, result: object) -> object:
+        """The result as it is."""
+        if n.target in _SUMS and n.op == "call_function":
+            source = self.env[n.all_input_nodes[0]]
+            self._terms[n] = float(source.abs().sum(*n.args[1:]).double().norm())  # type: ignore[arg-type]
+        return result
+
+    def terms_of(self, node: Node) -> float:
+        """The norm of the sums of magnitudes, for a sum in any shape; 0 for other nodes."""
+        while node.op == "call_function" and node.target in VIEWS:
+            node = node.all_input_nodes[0]
+        return self._terms.get(node, 0.0)
 
 
 class ElevenGraph(Eleven, WholeGraph):

@@ -382,3 +382,26 @@ def test_state_that_is_set_beyond_the_smallest_unit(size: float, factor: float, 
     told = [str(w.message) for w in caught if issubclass(w.category, at.NumericsWarning)]
     assert any("state that was set" in text for text in told) is warned
     assert warned or distance(model, twin, start) < 0.005
+
+
+def test_gradients_that_no_loss_scale_brings_into_fp16_are_told() -> None:
+    """Those of an exponent, of numbers in thousands: the update is left out, with words."""
+    torch.manual_seed(0)
+    power = nn.ParameterList([torch.tensor(2.0), torch.tensor(0.7)])
+
+    class Law(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = power
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.parts[0] * x ** self.parts[1]
+
+    model, x = Law(), torch.rand(64, 1) * 3000 + 1
+    step = compile_step(
+        model, F.mse_loss, optim.SGD(model.parameters(), lr=1e-7), (x, 3 * x**0.75), device="sim"
+    )
+    step(x, 3 * x**0.75)
+    with pytest.warns(at.NumericsWarning, match="does not fit into fp16 at any loss"):
+        step(x, 3 * x**0.75)
+    assert step.skipped_steps == 1

@@ -20,7 +20,7 @@ class Magnitude:
     """Of one value: its largest entry, the root mean square of those that are not 0, and their share.
 
     `finite` is False where full precision itself gives infinities or nan. `part`: only of the entries that a `where`
-    takes; others are beyond the range. `masked`: beside entries that stand for minus infinity.
+    takes; others are beyond the range. `masked`: beside entries that stand for infinity.
     """
 
     peak: float
@@ -89,12 +89,13 @@ def calibration_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Magnitude]:
 
 #: Numbers from here down stand for minus infinity where no other entry comes near them (masks of attention).
 _MASK, _GAP = -1e4, 16.0
-#: From here down they do whatever else there is (torch.finfo(...).min, -1e9).
-_INFINITE = -1e8
+#: From here down they do whatever else there is (torch.finfo(...).min, -1e9); from here up in magnitude where no other
+#: entry is beyond the second.
+_INFINITE, _ORDINARY = -1e8, 1e4
 
 
 def measure(tensor: torch.Tensor) -> Magnitude:
-    """The magnitude of a tensor; entries that stand for minus infinity (masks) do not count."""
+    """The magnitude of a tensor; entries that stand for infinity (masks) do not count."""
     if not tensor.numel():
         return Magnitude(0.0, 0.0, 0.0)
     values = tensor.detach()
@@ -114,6 +115,10 @@ def measure(tensor: torch.Tensor) -> Magnitude:
     if not count:
         return Magnitude(0.0, 0.0, 0.0, finite)
     peak = max(-low, high) if finite else float(values.abs().amax())
+    if peak >= -_INFINITE:  # a mask from above, as for a minimum
+        ordinary = values[values.abs() < -_INFINITE]
+        if ordinary.numel() and float(ordinary.abs().amax()) <= _ORDINARY:
+            return dataclasses.replace(measure(ordinary), masked=True)
     flat = values.reshape(-1).contiguous()
     if values.numel() >= 4096 and _SQUARABLE < peak < 1 / _SQUARABLE:
         squares = float(torch.dot(flat, flat))

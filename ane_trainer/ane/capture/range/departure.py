@@ -114,11 +114,15 @@ def _finite_norm(value: torch.Tensor) -> float:
     return norm if math.isfinite(norm) else 0.0
 
 
+def without_masks(got: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with 0 where they stand for infinity."""
+    masks = (want.abs() >= _MASK) & (got.abs() >= MAX_FP16)
+    return (got.masked_fill(masks, 0.0), want.masked_fill(masks, 0.0)) if bool(masks.any()) else (got, want)
+
+
 def _error(got: torch.Tensor, want: torch.Tensor) -> _Error:
     """The error of a value; numbers that stand for minus infinity are as they should be if they are beyond fp16."""
-    masks = (want.abs() >= _MASK) & (got.abs() >= MAX_FP16)
-    if bool(masks.any()):
-        got, want = got.masked_fill(masks, 0.0), want.masked_fill(masks, 0.0)
+    got, want = without_masks(got, want)
     size = _finite_norm(want)
     return _Error(float((got.double() - want.double()).norm()) if size else 0.0, size)
 
