@@ -149,7 +149,11 @@ class GraphFunction:
 
     def measured(self, values: Values) -> dict[str, Magnitude]:
         """The magnitudes of a call's values in PyTorch's precision."""
-        with one_at_a_time(), torch.no_grad(), without_modes():  # torch.fx keeps what it interprets in a global
+        with (
+            one_at_a_time(),
+            torch.no_grad(),
+            without_modes(),
+        ):  # torch.fx keeps what it interprets in a global
             run = MeasuredGraph(self._prepared.graph)
             nodes = self._placeholders()
             try:

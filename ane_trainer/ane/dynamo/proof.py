@@ -95,7 +95,7 @@ class ExactGraph(Exactly, WholeGraph):
         """The result as it is."""
         if n.target in _SUMS and n.op == "call_function":
             source = self.env[n.all_input_nodes[0]]
-            self._terms[n] = float(source.abs().sum(*n.args[1:]).double().norm())  # type: ignore[arg-type]
+            self._terms[n] = float(source.abs().sum(*n.args[1:]).double().norm())
         return result
 
     def terms_of(self, node: Node) -> float:

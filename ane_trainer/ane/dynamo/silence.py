@@ -21,9 +21,8 @@ _ALLOW_RNN = "torch._dynamo.config.allow_rnn = True makes Dynamo take recurrent 
 def watch(backend: object) -> None:
     """From here on, until Dynamo is reset: warn of frames and parts of frames that `backend` never sees.
 
-    Masks as indices and gradients asked for within stay in the graph, hooks that are added to modules later are found, and
-    what fails in Dynamo or the backend is raised
-    as an error of this package.
+    Masks as indices and gradients asked for within stay in the graph, hooks that are added to modules later are found,
+    and what fails in Dynamo or the backend is raised as an error of this package.
     """
     known: set[str] = set(torch_private.break_reasons())
     before: dict[str, bool] = {}
