@@ -47,7 +47,8 @@ class Port:
     in the module or optimizer that a state port mirrors, e.g. `fc1.weight`, `fc1.weight/exp_avg`,
     `fc1.weight/residual`, `step/loss_scale`. The port holds the user's value times `scale` (a power of two).
     `index_encoding` says how integers travel: "none" as they are, "coded" as the codes of `lower.indices.codes`,
-    "split" as remainders by `PAIR` in this port and quotients (rounded down) in the port named by `quotients`.
+    "split" as remainders by `PAIR` in this port and quotients (rounded down) in the port named by `quotients`; of a
+    captured result "split" says that it may leave so.
     `bounds`: least and largest integer of the example; in a lowered step, of what it takes. `chosen`: what its integers
     choose by number, where PyTorch takes no others.
     """

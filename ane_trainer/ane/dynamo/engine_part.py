@@ -18,7 +18,7 @@ from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, tell_of_rounded_integers, to_float, to_pair
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Captured, Port
+from ane_trainer.ane.stages import PAIR, Captured, Port
 
 Values = list[torch.Tensor]
 
@@ -89,7 +89,7 @@ class EnginePart:
         ]
         nodes = cast("Sequence[Node]", self._module.graph.output_node().args[0])
         self._outputs = list(zip(compiled.outputs[: len(nodes)], nodes, strict=True))
-        self._guards = compiled.outputs[len(nodes) :]
+        self._guards = [port for port in compiled.outputs[len(nodes) :] if port.target.startswith(GUARD)]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Values:
         feeds: dict[str, Array] = {}
@@ -106,6 +106,10 @@ class EnginePart:
         self.peaks = []
         for port, node in self._outputs:
             value = torch.from_numpy(np.array(results[port.name])).reshape(node.meta["val"].shape)
+            if port.quotients:
+                high = torch.from_numpy(np.array(results[port.quotients])).reshape(value.shape)
+                found.append(value.long() + PAIR * high.long())
+                continue
             if node.meta["val"].is_floating_point() and value.numel():
                 self.peaks.append((node.name, float(value.abs().amax()), port.scale))
             elif node.meta["val"].dtype != torch.bool and value.numel():
@@ -149,7 +153,10 @@ def as_captured(
         Port(identifier(n.name), _shape(n), "batch", _place(n), bounds=ends.get(n.name)) for n in placeholders
     ]
     results = cast("Sequence[Node]", module.graph.output_node().args[0])
-    outputs = [Port(f"result_{i}", _shape(n), "result", f"result_{i}") for i, n in enumerate(results)]
+    outputs = [
+        Port(f"result_{i}", _shape(n), "result", f"result_{i}", index_encoding="split")
+        for i, n in enumerate(results)
+    ]  # integers leave in two numbers where they need them
     ports = unique([*places, *outputs])
     return Captured(module, tuple(ports[: len(places)]), tuple(ports[len(places) :]), ())
 

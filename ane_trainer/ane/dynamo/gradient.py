@@ -110,7 +110,7 @@ class Backward:
             self._function.prove(self._function.values(given)[0], engine, scale=scale)
         return [r / scale if _gradient(r) else r for r in results]
 
-    def _without_numbers(self, given: Sequence[Any]) -> list[object]:
+    def _without_numbers(self, given: Sequence[object]) -> list[object]:
         """Gradients that are nan."""
         zeros = [torch.zeros_like(v) if _gradient(v) else v for v in given]
         return [r * math.nan if _gradient(r) else r for r in self._function(zeros, 1 << 30)]

@@ -7,6 +7,7 @@ test_torch_private.py checks each on the installed release.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -101,8 +102,13 @@ def around_frames(start: Callable[[], None], end: Callable[[], None]) -> None:
     """Call the functions when Dynamo begins with a frame and is through with it, until `torch._dynamo.reset()`."""
     from torch._dynamo.callback import on_compile_end, on_compile_start
 
-    on_compile_start(lambda _arguments: start())
-    on_compile_end(lambda _arguments: end())
+    def for_frames(function: Callable[[], None], arguments: object) -> None:
+        """Not for a backward graph, which is compiled when it first runs, outside of a frame."""
+        if not str(getattr(arguments, "callback_trigger", "")).endswith("LAZY_BACKWARD"):
+            function()
+
+    on_compile_start(functools.partial(for_frames, start))
+    on_compile_end(functools.partial(for_frames, end))
 
 
 def at_recompile_limit(tell: Callable[[str, str, str], bool]) -> None:
@@ -274,15 +280,18 @@ def registered_once(name: str) -> None:
 
     To be called by what loads the backend, one thread at a time.
     """
-    registry: Any = sys.modules.get("torch._dynamo.backends.registry")
+    if "torch._dynamo" not in sys.modules:
+        return
+    from torch._dynamo.backends.registry import _COMPILER_FNS
+
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name != "lookup_backend":
         frame = frame.f_back
-    if registry is None or frame.f_code.co_name != "lookup_backend":
+    if frame.f_code.co_name != "lookup_backend":
         return
     lookups.append(name)
     for _ in range(1000 if lookups.count(name) > 1 else 0):
-        if registry._COMPILER_FNS.pop(name, None) is not None:
+        if _COMPILER_FNS.pop(name, None) is not None:
             return
         time.sleep(0.001)
 

@@ -9,7 +9,6 @@ and fp16 keeps none of it. Those on the right are squares, `d^2 / 2 - d^3 / 6 + 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -41,7 +40,7 @@ class Divergences(Exponentials):
         self.rewrites |= {F.kl_div: self._kl_div, **dict.fromkeys(_LOG_SOFTMAX, self._log_softmax)}
 
     def _log_softmax(
-        self, x: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any
+        self, x: torch.Tensor, dim: int | None = None, *args: object, **kwargs: object
     ) -> torch.Tensor:
         """`torch.log_softmax` and `F.log_softmax`; the other arguments are `_stacklevel` and `dtype`."""
         result = F.log_softmax(x, dim, *args, **kwargs)
@@ -49,7 +48,7 @@ class Divergences(Exponentials):
             self._logarithms[result] = _Shares(dim % max(result.ndim, 1), version(result))
         return result
 
-    def _softmax(self, x: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _softmax(self, x: torch.Tensor, dim: int | None = None, *args: object, **kwargs: object) -> torch.Tensor:
         result = super()._softmax(x, dim, *args, **kwargs)
         if dim is not None:
             self._shares[result] = _Shares(dim % max(result.ndim, 1), version(result))

@@ -20,6 +20,7 @@ from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, c
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.indices.phases import exposed
 from ane_trainer.ane.compiler.lower.indices.ranges import integral
+from ane_trainer.ane.compiler.lower.indices.results import in_two_numbers
 from ane_trainer.ane.compiler.lower.operands import Absent, Encoded, Shape, is_bool, mil_shape
 from ane_trainer.ane.compiler.lower.passes.pipeline import run_passes
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS, RULES, Refusal
@@ -88,13 +89,15 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
         _exposed(captured, EXACT_INTEGERS, math.inf) if dtype == "fp16" else [],
         "numbers that fp16 holds closely enough; got {} ops on others.",
     )
-    names = _output_names(inputs, captured.outputs)
-    values = tuple(_as_output(ctx, ctx.operands[r] if isinstance(r, Node) else r) for r in results)
+    operands = [ctx.operands[r] if isinstance(r, Node) else r for r in results]
+    ports, operands = in_two_numbers(captured.outputs, operands)
+    names = _output_names(inputs, ports)
+    values = tuple(_as_output(ctx, operand) for operand in operands)
     function = run_passes(ctx.builder.finish(values))
-    function = _name_outputs(function, [names[port.name] for port in captured.outputs])
+    function = _name_outputs(function, [names[port.name] for port in ports])
     outputs = tuple(
-        replace(port, name=names[port.name], shape=v.type.shape)
-        for port, v in zip(captured.outputs, values, strict=True)
+        replace(port, name=names[port.name], shape=v.type.shape, quotients=names.get(port.quotients, ""))
+        for port, v in zip(ports, values, strict=True)
     )
     renamed = {port.name: new.name for port, new in zip(captured.inputs, inputs, strict=True)}
     aliases = tuple(Alias(names[a.output], renamed[a.input]) for a in captured.aliases)

@@ -8,7 +8,7 @@ and those that follow from them, go as remainder and quotient (`split.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -80,7 +80,7 @@ def choose(captured: Captured, dtype: str) -> Integers:
     placeholders = [n for n in captured.graph.graph.nodes if n.op == "placeholder"]
     ports = dict(zip(placeholders, captured.inputs, strict=True))
     batch = {n: p for n, p in ports.items() if p.role == "batch" and integral(n.meta["val"])}
-    exact = read_exactly(captured.graph)
+    exact = read_exactly(captured.graph, _exact_results(captured))
     inputs = {node: _encoding(node, port, node in exact) for node, port in batch.items()}
     turned = dict(_turned(exact, ports))
     found = {n: _turned_bounds(n) for n in turned}
@@ -99,6 +99,16 @@ def choose(captured: Captured, dtype: str) -> Integers:
     floats = frozenset(turned[n] for n in split if n in turned)
     inputs |= dict.fromkeys(floats, "split")
     return Integers(inputs, frozenset(split), bounds, rounded, floats)
+
+
+def _exact_results(captured: Captured) -> list[Node]:
+    """The results of integers that may leave in two numbers."""
+    results = cast("Sequence[object]", captured.graph.graph.output_node().args[0])
+    return [
+        n
+        for n, port in zip(results, captured.outputs, strict=True)
+        if isinstance(n, Node) and port.index_encoding == "split" and integral(n.meta.get("val"))
+    ]
 
 
 def float_source(node: Node) -> tuple[Node, float] | None:

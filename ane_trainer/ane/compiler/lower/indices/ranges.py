@@ -59,9 +59,12 @@ def too_large(bounds: Bounds) -> bool:
     return max(-bounds[0], bounds[1]) > EXACT_INTEGERS
 
 
-def read_exactly(graph: GraphModule) -> set[Node]:
-    """The integer nodes that a look-up, comparison, division or difference reads, also through sums and movement."""
-    found: set[Node] = set()
+def read_exactly(graph: GraphModule, results: Iterable[Node] = ()) -> set[Node]:
+    """The integer nodes that a look-up, comparison, division or difference reads, also through sums and movement.
+
+    `results` are those of the graph's that are to be exact.
+    """
+    found: set[Node] = set(results)
     for node in reversed(list(graph.graph.nodes)):
         if integral(node.meta.get("val")) and any(_demands(user, node, found) for user in node.users):
             found.add(node)
@@ -306,6 +309,17 @@ def _item(node: Node, of: _Of) -> Bounds:
     return (0.0, float(shape[given] - 1 if shape else 0))
 
 
+def _found(place: int) -> Callable[[Node, _Of], Bounds]:
+    """Places among boundaries, the argument at `place`."""
+
+    def rule(node: Node, of: _Of) -> Bounds:
+        boundaries = node.args[place]
+        assert isinstance(boundaries, Node)
+        return (0.0, float(boundaries.meta["val"].shape[-1]))
+
+    return rule
+
+
 def _power(node: Node, of: _Of) -> Bounds:
     low, high = of(node.args[0])
     most = max(-low, high, 1.0) ** min(of(node.args[1])[1], 64.0)
@@ -347,7 +361,7 @@ _RULES: dict[str, Callable[[Node, _Of], Bounds]] = {
     "bitwise_and": _bitwise, "bitwise_or": _bitwise, "bitwise_xor": _bitwise, "__and__": _bitwise, "__or__": _bitwise,
     "__xor__": _bitwise, "bitwise_not": lambda node, of: (-of(node.args[0])[1] - 1, -of(node.args[0])[0] - 1),
     "bitwise_left_shift": _shifted, "bitwise_right_shift": _shifted, "__lshift__": _shifted, "__rshift__": _shifted,
-    "bucketize": lambda node, of: (0.0, float(EXACT_INTEGERS)),
+    "bucketize": _found(1), "searchsorted": _found(0),
     "pow": _power, "prod": _product,
     "sign": lambda node, of: (-1.0, 1.0), "masked_scatter": _union(0, 2),
     "slice_scatter": _union(0, 1),

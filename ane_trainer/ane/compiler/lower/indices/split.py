@@ -6,7 +6,7 @@ Both are fp16 integers, and so are their sums, for integers and tables of up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
 from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, float_source
-from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES, coded
+from ane_trainer.ane.compiler.lower.indices.codes import MOVES, coded
 from ane_trainer.ane.compiler.lower.indices.ranges import (
     COMPARISONS,
     DIVISIONS,
@@ -31,25 +31,14 @@ from ane_trainer.ane.stages import PAIR
 _NUMBERS = {"constant_pad_nd": (2,), "where": (1, 2), "masked_fill": (2,)}
 #: Ops that pick elements of their first argument.
 _PICKS = ("gather", "index", "index_select", "_unsafe_index")
-#: So many of the first along a longer axis are looked for one after the other.
-_MOST_BEST = 16
 _NARROW = "Keep them below 2048: take the remainder or the difference earlier, or do this on the host."
 
 
 def concerns(integers: Integers, node: Any, leaves: list[object]) -> bool:
     """Whether a node's integers need more than its rule: they are encoded, leave fp16's integers, or are divided."""
-    if (
-        any(isinstance(leaf, Encoded) for leaf in leaves)
-        or node in integers.split
-        or _places_split(integers, node)
-    ):
+    if any(isinstance(leaf, Encoded) for leaf in leaves) or node in integers.split:
         return True
     return integral(node.meta.get("val")) and packet_name(node) in DIVISIONS
-
-
-def _places_split(integers: Integers, node: Any) -> bool:
-    """Whether an op's second result are places along an axis that need two numbers."""
-    return packet_name(node) in _SEVERAL and any(user in integers.split for user in node.users)
 
 
 def lower(
@@ -65,8 +54,6 @@ def lower(
     node, name, whole = ctx.node, packet_name(ctx.node), integral(ctx.meta)
     bounds = integers.bounds.get(node)
     encoded = [leaf for leaf in _leaves(args) if isinstance(leaf, Encoded)]
-    if _places_split(integers, node) and not encoded:
-        return _SEVERAL[name](ctx, *args, **keywords)
     source = None if encoded else float_source(node)
     if source is not None and source[0] in ctx.wide:
         return _turned(ctx, node)
@@ -296,62 +283,9 @@ def _bitwise(kind: str) -> Callable[..., Operand]:
     return rule
 
 
-def _place(kind: str) -> Callable[..., Operand]:
-    def rule(
-        ctx: Context, integers: Integers, x: Operand, dim: int | None = None, keepdim: bool = False
-    ) -> Operand:
-        """The first place of an extremum."""
-        if dim is None:
-            x, dim = ctx.reshape(x, (torch.Size(shape_of(x)).numel(),)), 0
-        return exact.first_place(ctx, kind, x, dim)[1].each(lambda part: ctx.reshape(part, ctx.shape))
-
-    return rule
-
-
-def _extremum_and_place(kind: str) -> Callable[..., object]:
-    def rule(ctx: Context, x: Operand, dim: int, keepdim: bool = False) -> object:
-        best, place, _ = exact.first_place(ctx, kind, x, dim)
-        return _in_shapes(ctx, best, place)
-
-    return rule
-
-
-def _in_shapes(ctx: Context, values: Operand, places: Encoded) -> list[Operand]:
-    shape = tuple(int(n) for n in ctx.meta[0].shape) or (1,)
-    return [ctx.reshape(values, shape), places.each(lambda part: ctx.reshape(part, shape))]
-
-
-def _best(ctx: Context, kind: str, x: Operand, dim: int, count: int) -> Iterator[tuple[Operand, Encoded]]:
-    """The first `count` of a sorted axis, one after the other."""
-    if count > _MOST_BEST:
-        raise ctx.refuse(
-            f"needs at most {_MOST_BEST} of an axis longer than {EXACT_INTEGERS}; got {count} of {shape_of(x)[dim]}.",
-            "Take fewer, or sort on the host.",
-        )
-    taken: Operand | None = None
-    for _ in range(count):
-        best, place, hit = exact.first_place(ctx, kind, x, dim, taken)
-        taken = hit if taken is None else ctx.add(taken, hit)
-        yield best, place
-
-
-def _top(
-    ctx: Context, x: Operand, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> object:
-    found = list(_best(ctx, "max" if largest else "min", x, dim, k))
-    places = [ctx.concat([place.parts[part] for _, place in found], dim) for part in (0, 1)]
-    return _in_shapes(ctx, ctx.concat([best for best, _ in found], dim), exact.pair(places[0], places[1]))
-
-
-def _kth(ctx: Context, x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> object:
-    return _in_shapes(ctx, *list(_best(ctx, "min", x, dim, k))[-1])
-
-
-def _ordered(ctx: Context, x: Operand, *arguments: object, **keywords: object) -> object:
-    raise ctx.refuse(
-        f"needs an axis of at most {EXACT_INTEGERS} elements; got more in {list(shape_of(x))}.",
-        f"topk of up to {_MOST_BEST} takes longer ones; sort on the host.",
-    )
+def _found(name: str) -> Callable[..., Operand]:
+    """What the rule itself gives."""
+    return lambda ctx, integers, *args, **keywords: RULES[name](ctx, *args, **keywords)  # type: ignore[return-value]
 
 
 def _shift(ctx: Context, integers: Integers, x: Operand, by: Operand) -> Operand | None:
@@ -377,12 +311,7 @@ _RULES: dict[str, Callable[..., object]] = {
     "__and__": _bitwise("and"), "__or__": _bitwise("or"), "__xor__": _bitwise("xor"),
     "bitwise_not": lambda ctx, integers, x: exact.subtract(ctx, -1.0, x),
     "bitwise_left_shift": _shift, "bitwise_right_shift": _shift, "__lshift__": _shift, "__rshift__": _shift,
-    "argmax": _place("max"), "argmin": _place("min"),
+    "argmax": _found("aten.argmax.default"), "argmin": _found("aten.argmin.default"),
+    "bucketize": _found("aten.bucketize.Tensor"), "searchsorted": _found("aten.searchsorted.Tensor"),
     "full_like": lambda ctx, integers, x, value, **_: exact.as_pair(ctx, torch.full(ctx.shape, float(value))),
-}  # fmt: skip
-
-#: Ops with places along an axis beside their values.
-_SEVERAL: dict[str, Callable[..., object]] = {
-    "max": _extremum_and_place("max"), "min": _extremum_and_place("min"), "topk": _top, "kthvalue": _kth,
-    "sort": _ordered, "median": _ordered,
 }  # fmt: skip

@@ -21,6 +21,9 @@ from ane_trainer.ane.mil.program import Value
 #: What a one-hot row of a weight look-up holds instead of 1; a power of two.
 LOOKUP_SCALE = 64.0
 
+#: Comparisons of elements with each other (lines times elements times elements) that a program holds.
+MOST_COMPARISONS = 2**27
+
 #: Stands for a class that no label can equal.
 _NEVER = -32768.0
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules.slicing import along
@@ -75,10 +77,6 @@ def first_index(ctx: Context, x: Operand, best: Operand, dim: int) -> Operand:
     """
     shape = shape_of(x)
     n = shape[dim]
-    if n > 2048:
-        raise ctx.refuse(
-            f"needs an axis of at most 2048, the integers fp16 holds; got {n}.", "Split the axis."
-        )
     index = torch.arange(n, dtype=torch.float64).reshape(
         [n if i == dim % len(shape) else 1 for i in range(len(shape))]
     )
@@ -101,6 +99,9 @@ def min_dim(ctx: Context, x: Operand, dim: int, keepdim: bool = False) -> tuple[
 def _extremum(ctx: Context, kind: str, x: Operand, dim: int) -> tuple[Operand, Operand]:
     shape = tuple(int(n) for n in ctx.meta[0].shape) or (1,)
     best = ctx.reduce(kind, x, [dim], keep=True)
+    if ctx.used(1) and shape_of(x)[dim] > EXACT_INTEGERS:
+        place = exact.first_place(ctx, kind, x, dim)[1]
+        return ctx.reshape(best, shape), place.each(lambda part: ctx.reshape(part, shape))
     index = first_index(ctx, x, best, dim) if ctx.used(1) else torch.zeros(shape)
     return ctx.reshape(best, shape), ctx.reshape(index, shape)
 
@@ -120,6 +121,8 @@ def argmin(ctx: Context, x: Operand, dim: int | None = None, keepdim: bool = Fal
 def _arg(ctx: Context, kind: str, x: Operand, dim: int | None) -> Operand:
     if dim is None:
         x, dim = ctx.reshape(x, (math.prod(shape_of(x)),)), 0
+    if shape_of(x)[dim] > EXACT_INTEGERS:
+        return exact.first_place(ctx, kind, x, dim)[1].each(lambda part: ctx.reshape(part, ctx.shape))
     best = ctx.reduce(kind, x, [dim], keep=True)
     return ctx.reshape(first_index(ctx, x, best, dim), ctx.shape)
 

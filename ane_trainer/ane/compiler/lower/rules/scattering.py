@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
-from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
 from ane_trainer.ane.compiler.lower.operands import (
     Encoded,
     Operand,
@@ -25,7 +24,13 @@ from ane_trainer.ane.compiler.lower.operands import (
     shape_of,
 )
 from ane_trainer.ane.compiler.lower.registry import lowering
-from ane_trainer.ane.compiler.lower.rules.indexing import flat_one_hot, move_axis_back, one_hot, one_per_line
+from ane_trainer.ane.compiler.lower.rules.indexing import (
+    MOST_COMPARISONS,
+    flat_one_hot,
+    move_axis_back,
+    one_hot,
+    one_per_line,
+)
 from ane_trainer.ane.compiler.lower.rules.slicing import take
 from ane_trainer.ane.compiler.lower.rules.windows import LOWEST
 from ane_trainer.ane.mil.program import Value
@@ -167,9 +172,11 @@ def _is_last(ctx: Context, index: Operand) -> Operand:
     n = shape[-1]
     if n == 1:
         return torch.ones(shape)
-    if n > EXACT_INTEGERS:
-        raise ctx.refuse(f"needs at most {EXACT_INTEGERS} writes along an axis; got {n}.", "Write in parts.")
     flat = (math.prod(shape[:-1]), n)
+    if n * math.prod(shape) > MOST_COMPARISONS:
+        raise ctx.refuse(
+            f"compares {n} writes with each other in {flat[0]} lines, too many.", "Write in parts."
+        )
     parts = index.parts if isinstance(index, Encoded) else (index,)
     later: Operand = torch.ones(n, n).triu(1)
     for part in parts:

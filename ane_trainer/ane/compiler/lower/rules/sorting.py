@@ -1,18 +1,24 @@
 """Sorting by counting: the rank of an element is how many come before it, and one-hot ranks put it
 in its place.
 
-`n x n` comparisons per line of n elements: for the short axes of models (top-k of classes or experts). The
-engine's own sort and topk are A14 and later, and topk refuses k of 3 and 4 (ANEForge capabilities).
+`n x n` comparisons per line of n elements: for the short axes of models (top-k of classes or experts); `long_axes` has
+those of more than 2,048. The engine's own sort and topk are A14 and later, and topk refuses k of 3 and 4 (ANEForge
+capabilities).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
+from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
-from ane_trainer.ane.compiler.lower.operands import Operand, shape_of
+from ane_trainer.ane.compiler.lower.operands import Encoded, Operand, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
+from ane_trainer.ane.compiler.lower.rules import long_axes
 from ane_trainer.ane.compiler.lower.rules.indexing import move_axis_back
 from ane_trainer.ane.mil.program import MAX_FP16
 
@@ -29,7 +35,7 @@ def _ordered(
     shape = shape_of(x)
     n, dim = shape[dim], dim % len(shape)
     if n > EXACT_INTEGERS:
-        raise ctx.refuse(f"needs an axis of at most {EXACT_INTEGERS} elements; got {n}.", "Sort on the host.")
+        return long_axes.ordered(ctx, x, dim, descending=descending, take=take or (0, n))
     order = [a for a in range(len(shape)) if a != dim] + [dim]
     moved = ctx.transpose(x, order)
     lead = shape_of(moved)[:-1]
@@ -67,12 +73,20 @@ def sort_stable(
 @lowering("topk.default")
 def topk(ctx: Context, x: Operand, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> _Pair:
     """`topk(x, k, d) -> ` as `sort`, the first k places"""
+    if shape_of(x)[dim] > EXACT_INTEGERS and k <= long_axes.MOST_FIRST:
+        found = long_axes.first(ctx, "max" if largest else "min", x, dim, k)
+        parts = [ctx.concat([place.parts[part] for _, place in found], dim) for part in (0, 1)]
+        return ctx.concat([best for best, _ in found], dim), exact.pair(*parts)
     return _ordered(ctx, x, dim, descending=largest, take=(0, k))
 
 
 @lowering("kthvalue.default")
 def kthvalue(ctx: Context, x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> _Pair:
     """`kthvalue(x, k, d) -> ` as `sort`, place k - 1"""
+    if shape_of(x)[dim] > EXACT_INTEGERS and k <= long_axes.MOST_FIRST:
+        shape = tuple(ctx.meta[0].shape) or (1,)
+        value, place = long_axes.first(ctx, "min", x, dim, k)[-1]
+        return ctx.reshape(value, shape), place.each(lambda part: ctx.reshape(part, shape))
     return _one(ctx, x, dim, k - 1)
 
 
@@ -85,7 +99,7 @@ def median(ctx: Context, x: Operand, dim: int = -1, keepdim: bool = False) -> _P
 def _one(ctx: Context, x: Operand, dim: int, place: int) -> _Pair:
     values, indices = _ordered(ctx, x, dim, descending=False, take=(place, place + 1))
     shape = tuple(ctx.meta[0].shape) or (1,)
-    return ctx.reshape(values, shape), ctx.reshape(indices, shape)
+    return ctx.reshape(values, shape), _each(indices, lambda part: ctx.reshape(part, shape))
 
 
 @lowering("median.default")
@@ -121,9 +135,9 @@ def searchsorted(
 def _count_below(ctx: Context, boundaries: Operand, x: Operand, right: bool) -> Operand:
     """How many of the last axis' boundaries are below x (or equal to it)."""
     n = shape_of(boundaries)[-1]
-    if n > EXACT_INTEGERS:
-        raise ctx.refuse(f"needs at most {EXACT_INTEGERS} boundaries; got {n}.", "Search in two steps.")
     below = ctx.binary("less_equal" if right else "less", boundaries, ctx.reshape(x, (*shape_of(x), 1)))
+    if n > EXACT_INTEGERS:
+        return exact.total(ctx, below, [-1], 1.0).each(lambda part: ctx.reshape(part, ctx.shape))
     return ctx.reshape(ctx.sum(below, [-1]), ctx.shape)
 
 
@@ -143,15 +157,23 @@ def _running_extremum(ctx: Context, x: Operand, dim: int, kind: str, beats: str,
     """Of equal elements the last counts, as torch has it."""
     shape = shape_of(x)
     axis, n = dim % len(shape), shape[dim]
-    if n > EXACT_INTEGERS:
-        raise ctx.refuse(f"needs an axis of at most {EXACT_INTEGERS} elements; got {n}.", "Split the axis.")
-    order = torch.arange(n, dtype=torch.float64).reshape([n if i == axis else 1 for i in range(len(shape))])
-    place: Operand = order.expand(shape)
+    place = long_axes.numbered(shape, axis)
+    if n <= EXACT_INTEGERS:
+        place = Encoded((exact.joined(ctx, place),), "coded")  # in one number
     shift = 1
     while shift < n:
         behind = ctx.pad_axis(ctx.slice(x, axis, 0, n - shift), axis, shift, 0, lowest)
         if ctx.used(1):
-            earlier = ctx.pad_axis(ctx.slice(place, axis, 0, n - shift), axis, shift, 0)
-            place = ctx.where(ctx.binary(beats, behind, x), earlier, place)
+            place = place.each(functools.partial(_taken_from, ctx, ctx.binary(beats, behind, x), axis, shift))
         x, shift = ctx.binary(kind, x, behind), 2 * shift
-    return x, place
+    return x, place.parts[0] if n <= EXACT_INTEGERS else place
+
+
+def _taken_from(ctx: Context, test: Operand, axis: int, shift: int, place: Operand) -> Operand:
+    """The place that was found `shift` before where the test holds, else its own."""
+    earlier = ctx.slice(place, axis, 0, shape_of(place)[axis] - shift)
+    return ctx.where(test, ctx.pad_axis(earlier, axis, shift, 0), place)
+
+
+def _each(x: Operand, function: Callable[[Operand], Operand]) -> Operand:
+    return x.each(function) if isinstance(x, Encoded) else function(x)

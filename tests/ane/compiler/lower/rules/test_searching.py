@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ane_trainer as at
-from ane_trainer.ane.errors import UnsupportedModel
-from tests.ane.compiler.lower.harness import check, gradients, lowered, normal
+from tests.ane.compiler.lower.harness import check, gradients, normal
 from tests.ane.compiler.lower.indices.test_arithmetic import run
 
 EDGES = torch.tensor([-1.0, 0.0, 0.5, 2.0])
@@ -23,12 +22,6 @@ def test_boundaries_are_counted(right: bool) -> None:
     check(lambda v: torch.bucketize(v, EDGES.to(v.dtype), right=right).to(v.dtype) * v, [x])
     rows = normal(3, 6, seed=1).sort(1).values
     check(lambda v, s: torch.searchsorted(s, v, right=right).to(v.dtype) * v, [normal(3, 2), rows])
-
-
-def test_at_most_2048_boundaries() -> None:
-    lowered(lambda v: torch.bucketize(v, torch.arange(2048.0)).float(), [torch.zeros(3)], "fp16")
-    with pytest.raises(UnsupportedModel, match="at most 2048 boundaries; got 2049"):
-        lowered(lambda v: torch.bucketize(v, torch.arange(2049.0)).float(), [torch.zeros(3)], "fp16")
 
 
 @pytest.mark.parametrize("dim", [0, 1])
