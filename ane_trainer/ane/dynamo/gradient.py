@@ -112,7 +112,7 @@ class Backward:
 
     def _without_numbers(self, given: Sequence[object]) -> list[object]:
         """Gradients that are nan."""
-        zeros = [torch.zeros_like(v) if _gradient(v) else v for v in given]
+        zeros = [torch.zeros_like(v) if isinstance(v, torch.Tensor) and _gradient(v) else v for v in given]
         return [r * math.nan if _gradient(r) else r for r in self._function(zeros, 1 << 30)]
 
     def _scaled(self, given: Sequence[Any], scale: float) -> list[Any]:

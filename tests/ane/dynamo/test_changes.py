@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
+from ane_trainer.ane.compiler.lower.registry import RULES
 from ane_trainer.ane.dynamo.gradient import Backward
 from ane_trainer.ane.dynamo.options import read_options
 
@@ -174,3 +175,12 @@ def test_infinite_values_that_the_forward_kept_are_told() -> None:
         (found,) = backward(torch.full((4,), torch.inf), torch.ones(4))
     assert isinstance(found, torch.Tensor)
     assert bool(found.isnan().all())
+
+
+def test_a_backward_that_is_refused_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that PyTorch passes on is this package's: backward graphs are compiled outside of Dynamo's frames."""
+    layer = nn.Linear(8, 4)
+    result = torch.compile(layer, backend="ane", options=SIM)(torch.randn(16, 8))
+    monkeypatch.delitem(RULES, "aten.mm.default")
+    with pytest.raises(at.UnsupportedModel, match="no lowering rule"):
+        result.sum().backward()

@@ -43,12 +43,14 @@ class Divergences(Exponentials):
         self, x: torch.Tensor, dim: int | None = None, *args: object, **kwargs: object
     ) -> torch.Tensor:
         """`torch.log_softmax` and `F.log_softmax`; the other arguments are `_stacklevel` and `dtype`."""
-        result = F.log_softmax(x, dim, *args, **kwargs)
+        result: torch.Tensor = _LOG_OF_SHARES(x, dim, *args, **kwargs)
         if dim is not None:
             self._logarithms[result] = _Shares(dim % max(result.ndim, 1), version(result))
         return result
 
-    def _softmax(self, x: torch.Tensor, dim: int | None = None, *args: object, **kwargs: object) -> torch.Tensor:
+    def _softmax(
+        self, x: torch.Tensor, dim: int | None = None, *args: object, **kwargs: object
+    ) -> torch.Tensor:
         result = super()._softmax(x, dim, *args, **kwargs)
         if dim is not None:
             self._shares[result] = _Shares(dim % max(result.ndim, 1), version(result))
@@ -101,4 +103,5 @@ def _terms(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
     return torch.where(small, p * near * (near * series), torch.exp(log_q) - p + p * d)
 
 
+_LOG_OF_SHARES: Function = F.log_softmax
 _LOG_SOFTMAX: tuple[Function, ...] = (torch.log_softmax, F.log_softmax, torch.Tensor.log_softmax)

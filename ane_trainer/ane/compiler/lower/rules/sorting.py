@@ -16,7 +16,7 @@ import torch
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
 from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS
-from ane_trainer.ane.compiler.lower.operands import Encoded, Operand, shape_of
+from ane_trainer.ane.compiler.lower.operands import Encoded, Operand, as_tensor, shape_of
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules import long_axes
 from ane_trainer.ane.compiler.lower.rules.indexing import move_axis_back
@@ -159,7 +159,7 @@ def _running_extremum(ctx: Context, x: Operand, dim: int, kind: str, beats: str,
     axis, n = dim % len(shape), shape[dim]
     place = long_axes.numbered(shape, axis)
     if n <= EXACT_INTEGERS:
-        place = Encoded((exact.joined(ctx, place),), "coded")  # in one number
+        place = Encoded((as_tensor(exact.joined(ctx, place)),), "coded")  # in one number
     shift = 1
     while shift < n:
         behind = ctx.pad_axis(ctx.slice(x, axis, 0, n - shift), axis, shift, 0, lowest)
