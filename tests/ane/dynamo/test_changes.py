@@ -15,6 +15,7 @@ import ane_trainer as at
 from ane_trainer.ane.compiler.lower.registry import RULES
 from ane_trainer.ane.dynamo.gradient import Backward
 from ane_trainer.ane.dynamo.options import read_options
+from ane_trainer.ane.errors import UnsupportedModel
 
 SIM = {"device": "sim"}
 
@@ -182,5 +183,5 @@ def test_a_backward_that_is_refused_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     layer = nn.Linear(8, 4)
     result = torch.compile(layer, backend="ane", options=SIM)(torch.randn(16, 8))
     monkeypatch.delitem(RULES, "aten.mm.default")
-    with pytest.raises(at.UnsupportedModel, match="no lowering rule"):
+    with pytest.raises(UnsupportedModel, match="no lowering rule"):
         result.sum().backward()
