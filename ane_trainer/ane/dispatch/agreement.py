@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ane_trainer.ane.capture import get_loss
+from ane_trainer.ane.capture.batches import program_form
 from ane_trainer.ane.capture.calibrate import call_aside, call_loss, module_mode
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
@@ -38,6 +39,7 @@ _NOISE, _LARGEST_NOISE, _ALIKE = 2.0**-9, 0.01, 0.1
 _LEAST_GRADIENT = 1e-4
 #: What an entry with next to no gradient counts, against one of at least the mean size.
 _LEAST_WEIGHT = 0.05
+_HALVES = (torch.bfloat16, torch.float16)
 #: What running a user's model, loss and optimizer on copies may raise: then there is nothing to compare with.
 _CANNOT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -115,6 +117,9 @@ def reference(
     try:
         model, loss, optimizer = copied(subject, of_model=not in_place)
         as_it_is = model.training or subject.as_it_is
+        if not in_place and any(p.dtype in _HALVES for p in model.parameters()):
+            model.float()  # whose updates are of eight bits in PyTorch, and of more here
+            parts = [(program_form(x), program_form(y)) for x, y in parts]
         with (
             _put_back(model) if in_place else contextlib.nullcontext(),
             contextlib.nullcontext() if as_it_is else module_mode(model, training=True),

@@ -13,7 +13,7 @@ from ane_trainer.ane.capture.trace.sources import FAULTS
 from ane_trainer.ane.dynamo import torch_private
 from ane_trainer.ane.dynamo.graphs import graph_fault
 from ane_trainer.ane.dynamo.report import GraphBreakWarning, report
-from ane_trainer.ane.errors import AneTrainerError, Finding, UnsupportedModel
+from ane_trainer.ane.errors import AneTrainerError, Finding, UnsupportedModel, UsageError
 
 _ALLOW_RNN = "torch._dynamo.config.allow_rnn = True makes Dynamo take recurrent layers. "
 
@@ -56,6 +56,13 @@ def watch(backend: object) -> None:
     def limit(setting: str, function: str, reason: str) -> bool:
         if torch_private.compiles_for(backend):
             cause = reason.partition(":")[2].partition("#")[0].strip() or reason
+            if torch_private.wants_one_graph():
+                raise UsageError(
+                    f"torch.compile: needs fewer programs of {function} (torch._dynamo.config.{setting}, which "
+                    f"fullgraph=True makes an error); got another one, for {cause}. Feed what changes as a tensor, or "
+                    "raise the limit.",
+                    code="ANE114",
+                )
             again = f"compiled anew too often (torch._dynamo.config.{setting}, torch._dynamo.reset() begins again)"
             tell_of_cpu(f"{function}: {again}, last for {cause}", "")
         return torch_private.compiles_for(backend)

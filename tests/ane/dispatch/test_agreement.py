@@ -258,3 +258,17 @@ def test_a_mean_over_labels_that_are_all_left_out_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(x, left_out)
+
+
+def test_a_model_in_bfloat16_is_compared_with_fp32() -> None:
+    """PyTorch's own update of such weights is rounded to eight bits, the engine's is not."""
+    model, (x, y) = net().bfloat16(), batch()
+    model[2].p = 0.0
+    step = at.compile_step(
+        model, lambda out, target: nn.functional.cross_entropy(out.float(), target),
+        torch.optim.SGD(model.parameters(), lr=0.1), (x.bfloat16(), y),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", at.NumericsWarning)
+        step(x.bfloat16(), y)
+    assert step.agreement.agrees

@@ -15,7 +15,7 @@ import ane_trainer as at
 from ane_trainer.ane.compiler.lower.registry import RULES
 from ane_trainer.ane.dynamo.gradient import Backward
 from ane_trainer.ane.dynamo.options import read_options
-from ane_trainer.ane.errors import UnsupportedModel
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
 
 SIM = {"device": "sim"}
 
@@ -185,3 +185,25 @@ def test_a_backward_that_is_refused_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delitem(RULES, "aten.mm.default")
     with pytest.raises(UnsupportedModel, match="no lowering rule"):
         result.sum().backward()
+
+
+class Worded(nn.Module):
+    """A number of a program's own that is read from a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.word = nn.Linear(8, 4), ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * len(self.word)
+
+
+def test_too_many_programs_of_one_graph_are_refused_in_words() -> None:
+    model = Worded()
+    call = torch.compile(model, backend="ane", options=SIM, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for model.word in ("a", "bb"):
+            call(torch.randn(2, 8))
+        model.word = "ccc"
+        with pytest.raises(UsageError, match="needs fewer programs of 'forward'"):
+            call(torch.randn(2, 8))
