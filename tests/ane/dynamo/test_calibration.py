@@ -156,9 +156,8 @@ def test_integers_that_come_out_rounded_are_told(first: int) -> None:
         warnings.simplefilter("always")
         found = [at.compile_forward(model, x)(x), torch.compile(model, backend="ane")(x)]
     told = [w for w in caught if "integers below 2048" in str(w.message)]
-    assert len(told) == (2 if first > 2048 else 0)
-    if not told:
-        assert all(torch.equal(got.long(), model(x)) for got in found)
+    assert len(told) == (1 if first > 2048 else 0)  # torch.compile's leave in two numbers
+    assert all(torch.equal(got.long(), model(x)) for got in found[len(told) :])
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,11 @@ def calibration_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Magnitude]:
 
 #: Numbers from here down stand for minus infinity where no other entry comes near them (masks of attention).
 _MASK, _GAP = -1e4, 16.0
-#: From here down they do whatever else there is (torch.finfo(...).min, -1e9); from here up in magnitude where no other
-#: entry is beyond the second.
+#: From here down they do whatever else there is (torch.finfo(...).min, -1e9); from here up where it is one number, and
+#: no other is beyond the second.
 _INFINITE, _ORDINARY = -1e8, 1e4
+#: Sums of a fill and ordinary numbers are this close to each other.
+_ALIKE = 1.0 - 1e-4
 
 
 def measure(tensor: torch.Tensor) -> Magnitude:
@@ -115,9 +117,10 @@ def measure(tensor: torch.Tensor) -> Magnitude:
     if not count:
         return Magnitude(0.0, 0.0, 0.0, finite)
     peak = max(-low, high) if finite else float(values.abs().amax())
-    if peak >= -_INFINITE:  # a mask from above, as for a minimum
-        ordinary = values[values.abs() < -_INFINITE]
-        if ordinary.numel() and float(ordinary.abs().amax()) <= _ORDINARY:
+    if peak >= -_INFINITE:  # a mask from above, as for a minimum: one number in several places
+        ordinary, filled = values[values.abs() < -_INFINITE], values[values.abs() >= -_INFINITE]
+        one = filled.numel() > 1 and float(filled.amin()) >= _ALIKE * peak
+        if one and ordinary.numel() and float(ordinary.abs().amax()) <= _ORDINARY:
             return dataclasses.replace(measure(ordinary), masked=True)
     flat = values.reshape(-1).contiguous()
     if values.numel() >= 4096 and _SQUARABLE < peak < 1 / _SQUARABLE:

@@ -71,8 +71,7 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
         "whole numbers that two of fp16's hold; got {} inputs of others.",
     )
     inputs, quotients = _declare_inputs(ctx, captured, integers)
-    findings: list[Finding] = []
-    results: Sequence[object] = ()
+    findings, results = list[Finding](), list[object]()
     for node in captured.graph.graph.nodes:
         if node.op == "output":
             results = _flat(node.args[0])
@@ -89,8 +88,8 @@ def lower(captured: Captured, *, dtype: str = "fp16") -> Lowered:
         _exposed(captured, EXACT_INTEGERS, math.inf) if dtype == "fp16" else [],
         "numbers that fp16 holds closely enough; got {} ops on others.",
     )
-    operands = [ctx.operands[r] if isinstance(r, Node) else r for r in results]
-    ports, operands = in_two_numbers(captured.outputs, operands)
+    given = [ctx.operands[r] if isinstance(r, Node) else r for r in results]
+    ports, operands = in_two_numbers(captured.outputs, given)
     names = _output_names(inputs, ports)
     values = tuple(_as_output(ctx, operand) for operand in operands)
     function = run_passes(ctx.builder.finish(values))
