@@ -167,7 +167,7 @@ def _intervals(left: dict[str, list[Left]]) -> str:
         " those of the\nkinds that the same unit bounds and of all programs of the path, and stretched in logs by one over the number of workloads and one). Of chips left out whole, and fewer than five of them, the interval is as wide on both sides:"
         "\nwhether the next chip is above the trend or below is chance. *held*: share of values inside an interval made of the"
         " other programs alone,\nfor *carried over* of the other chips alone. A chip with fewer than eight published programs on a path gets the intervals of chips left"
-        " out whole.\nFive ways of widening were compared by *held*: where few values are, it is known to no better than one of them.\n"
+        " out whole.\nSeven ways of widening were compared by *held* on the values left out themselves, and their widest kept: where few values are, it is known to no better than one of them.\n"
     )
     head = ("quantity", "chip", "kind", "programs", "published / estimated", "held")
     return "\n".join([text, *_table(head, lines), ""])
