@@ -387,6 +387,8 @@ def _gated_scalars(plan: _Plan, named: Tensors, ok: torch.Tensor) -> dict[str, T
     members = [[p.name for p in plan.parameters if p.group == number] for number in range(len(groups))]
     result: dict[str, Tensors] = {name: {} for own in members for name in own}
     for number, (group, own) in enumerate(zip(groups, members, strict=True)):
+        if not own:  # all of it is frozen: there are no ports
+            continue
         shared = plan.rule.scalars(plain(group), 1)
         for name in (*shared, *plan.rule.unit_scalars(plain(group), 1, 1.0)):
             value = named[port_name(name, number, len(groups))]

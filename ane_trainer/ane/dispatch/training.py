@@ -22,6 +22,7 @@ from ane_trainer.ane.dispatch.agreement import (
     Agreement,
     Reference,
     compare,
+    error_at_random,
     explained,
     nan_in_pytorch,
     reference,
@@ -204,8 +205,10 @@ class TrainingStep(StepFacts):
             changes[name] -= value
         self.agreement = compare(self.steps, loss, changes, found)
         if not self.agreement.agrees and not math.isnan(found.loss):
-            run = rounded_run(self._loaded, *self.options.parts(x, y)[0])
-            self.agreement = explained(self.agreement, changes, found, loss, run)
+            part = self.options.parts(x, y)[0]
+            more = lambda: error_at_random(self._loaded, part, before)  # noqa: E731
+            run = rounded_run(self._loaded, part, before)
+            self.agreement = explained(self.agreement, changes, found, loss, run, more)
 
     def _follow(self) -> None:
         """What was changed from outside since the last step: weights, optimizer state, Python values."""

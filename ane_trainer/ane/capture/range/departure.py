@@ -52,9 +52,13 @@ def run_rounded(captured: Captured, values: Mapping[str, torch.Tensor]) -> Round
     """Run the graph on the values of its ports: exactly, with results of eleven bits, and with fp16 results."""
     inputs = [values[p.name] for p in captured.inputs]
     runs = (Exactly(captured.graph), Eleven(captured.graph), Half(captured.graph))
-    return run_all(
-        runs, [n for n in captured.graph.graph.nodes if any(in_update(u) for u in n.users)], inputs
-    )
+    return run_all(runs, _gradients(captured), inputs)
+
+
+def _gradients(captured: Captured) -> list[Node]:
+    """What the update reads of the graph in front of it."""
+    nodes = captured.graph.graph.nodes
+    return [n for n in nodes if n.op != "placeholder" and any(in_update(u) for u in n.users)]
 
 
 def run_all(
@@ -78,6 +82,28 @@ def run_all(
     first = next(departing, None)
     worst = max((item.eleven.relative(least) for n, item in found.items() if n in ends), default=0.0)
     return Rounded(worst, None if first is None else _described(first, found[first]))
+
+
+def rounding_error(captured: Captured, values: Mapping[str, torch.Tensor], seeds: Sequence[int]) -> float:
+    """The largest error of the gradients where each result is rounded to eleven bits, up or down at random.
+
+    Which of two near entries a max pool takes, or whether a ReLU is open, is decided by the rounding.
+    """
+    inputs = [values[p.name] for p in captured.inputs]
+    runs = (Exactly(captured.graph), *(Eleven(captured.graph, seed) for seed in seeds))
+    ends = set(_gradients(captured))
+    found: dict[Node, list[_Error]] = {}
+    with torch.no_grad():
+        for node, (exact, *rounded) in in_step(runs, inputs):
+            if (
+                node in ends
+                and isinstance(exact, torch.Tensor)
+                and exact.is_floating_point()
+                and exact.numel()
+            ):
+                found[node] = [_error(r, exact) for r in rounded if isinstance(r, torch.Tensor)]
+    least = _LEAST * max((e.size for errors in found.values() for e in errors), default=0.0)
+    return max((e.relative(least) for errors in found.values() for e in errors), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -171,14 +197,21 @@ class Exactly(InOrder):
 
 
 class Eleven(Exactly):
-    """Rounds each result to eleven significant bits, of any exponent."""
+    """Rounds each result to eleven significant bits, of any exponent; with a seed up or down at random."""
+
+    def __init__(self, module: torch.fx.GraphModule, seed: int | None = None) -> None:
+        super().__init__(module)
+        self._draws = None if seed is None else torch.Generator().manual_seed(seed)
 
     def changed(self, n: Node, result: object) -> object:
         """The rounded result."""
         if in_update(n) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
             return result
         significand, exponent = torch.frexp(result)
-        return torch.ldexp(torch.round(significand * 2048.0) / 2048.0, exponent)
+        if self._draws is None:
+            return torch.ldexp(torch.round(significand * 2048.0) / 2048.0, exponent)
+        up = torch.rand(result.shape, generator=self._draws, dtype=result.dtype)
+        return torch.ldexp(torch.floor(significand * 2048.0 + up) / 2048.0, exponent)
 
 
 class Half(Exactly):
