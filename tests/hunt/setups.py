@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ class Space:
 
 
 def draw(number: int) -> Setup:
-    """The set-up with this number; from WIDE on of the wider space, from WIDEST on of the widest."""
-    space = NARROW if number < WIDE else BROAD if number < WIDEST else FURTHER
+    """The set-up with this number; from WIDE on of the wider space, from WIDEST on of the widest, from SMALL on of it what
+    compiles quickly."""
+    space = next(space for first, space in SPACES.items() if number >= first)
     rng = random.Random(f"hunt {number}")
     torch.manual_seed(number)
     wild = rng.random() < 0.35
@@ -144,7 +146,7 @@ def _target(kind: int, output: torch.Tensor, size: float) -> torch.Tensor:
 #: Models drawn for a set-up before the generator counts as broken.
 TRIES = 20
 #: Numbers from here on draw of the wider space; those before it of the first one, so that they stay what they were.
-WIDE, WIDEST = 100_000, 200_000
+WIDE, WIDEST, SMALL = 100_000, 200_000, 300_000
 NARROW = Space(
     models.FAMILIES, models.SHARES, (surroundings.NUMBERS, surroundings.SHARES, surroundings.CLASSES),
     list(surroundings.OPTIMIZERS), list(surroundings.CHANGES),
@@ -157,3 +159,13 @@ FURTHER = Space(
     further.FAMILIES, further.SHARES, (more.NUMBERS, more.SHARES, more.CLASSES), list(further.OPTIMIZERS),
     list(further.CHANGES), 0.25, 0.3,
 )  # fmt: skip
+_QUICK = {"table": 25, "written": 30, "parametrized": 4, "signal": 8, "bags": 5, "integers": 4, "codes": 5, "masked": 22,
+          "stateful": 8}  # fmt: skip
+QUICK = dataclasses.replace(
+    FURTHER,
+    families={name: further.FAMILIES[name] for name in _QUICK},
+    shares=tuple(_QUICK.values()),
+    compiled=0.1,
+)
+#: By first number, the last first.
+SPACES: Mapping[int, Space] = {SMALL: QUICK, WIDEST: FURTHER, WIDE: BROAD, 0: NARROW}

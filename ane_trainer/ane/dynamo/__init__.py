@@ -42,7 +42,12 @@ def _ane(
     """
     from ane_trainer.ane.dynamo.shapes import Specializer  # imports Dynamo, which takes seconds
 
+    from ane_trainer.ane.capture.rewrites.composites import cdist
+
     settings = read_options(options)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.cdist):
+        node.target = cdist
+    graph.recompile()
     return Specializer(graph, settings, begin_graph(graph))
 
 

@@ -246,8 +246,33 @@ def recurrent(
 
 
 #: Written in Python over other torch functions, of which a mode sees only the outermost call: the same, seen inside.
+#: torch's numbers for ways to compute distances.
+_MODES = {"use_mm_for_euclid_dist": 1, "donot_use_mm_for_euclid_dist": 2}
+#: Up to this many differences of coordinates distances are made of them.
+_MOST_DIFFERENCES = 1 << 21
+
+
+def cdist(
+    x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0,
+    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
+) -> torch.Tensor:  # fmt: skip
+    """`torch.cdist`; Euclidean distances of many rows are norms of differences, too, or of what is near 0.
+
+    torch takes `a^2 + b^2 - 2ab` there, of which eleven bits leave nothing where rows are nearer than they are long.
+    """
+    rows = math.prod(x1.shape[:-1]) * x2.shape[-2]
+    if p == 2.0 and rows * x1.shape[-1] <= _MOST_DIFFERENCES:
+        compute_mode = "donot_use_mm_for_euclid_dist"
+    elif p == 2.0 and x2.numel():
+        middle = x2.detach().mean(-2, keepdim=True)
+        x1, x2 = x1 - middle, x2 - middle
+    result: torch.Tensor = torch.ops.aten.cdist.default(x1, x2, p, _MODES.get(compute_mode))
+    return result
+
+
 COMPOSITES: dict[Callable[..., object], Callable[..., object]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.gumbel_softmax: gumbel_softmax,
     F.scaled_dot_product_attention: attention,
+    torch.cdist: cdist,
 }
