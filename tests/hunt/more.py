@@ -106,7 +106,7 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
 def _setting(name: str, value: object) -> Change:
     def change(model: nn.Module, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
-            if name in group:
+            if isinstance(group.get(name), tuple) == isinstance(value, tuple) and name in group:
                 group[name] = value
 
     return change

@@ -61,8 +61,7 @@ class Space:
 
 
 def draw(number: int) -> Setup:
-    """The set-up with this number; from WIDE on of the wider space, from WIDEST on of the widest, from SMALL on of it what
-    compiles quickly."""
+    """The set-up with this number, of the space that it begins in (`SPACES`)."""
     space = next(space for first, space in SPACES.items() if number >= first)
     rng = random.Random(f"hunt {number}")
     torch.manual_seed(number)
@@ -159,8 +158,11 @@ FURTHER = Space(
     further.FAMILIES, further.SHARES, (more.NUMBERS, more.SHARES, more.CLASSES), list(further.OPTIMIZERS),
     list(further.CHANGES), 0.25, 0.3,
 )  # fmt: skip
-_QUICK = {"table": 25, "written": 30, "parametrized": 4, "signal": 8, "bags": 5, "integers": 4, "codes": 5, "masked": 22,
-          "stateful": 8}  # fmt: skip
+#: Families whose models compile in about half a second.
+_QUICK = {
+    "table": 25, "written": 30, "parametrized": 4, "signal": 8, "bags": 5, "integers": 4, "codes": 5, "masked": 22,
+    "stateful": 8,
+}  # fmt: skip
 QUICK = dataclasses.replace(
     FURTHER,
     families={name: further.FAMILIES[name] for name in _QUICK},

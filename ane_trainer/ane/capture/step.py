@@ -441,6 +441,11 @@ def process_gradients(
         ports = (named[name] for name in ("clip_common", "clip_norm", "clip_shift"))
         gradients, factor = clip_norm(gradients, *ports)
         health.append(factor.reshape(1))
+        if (
+            options.accumulate == 1
+        ):  # the norm may have fallen: then less is clipped than the unit after it expects
+            grown = own * factor.reshape(1) < named[LIMITS]
+            batch = fits = fits * grown.to(torch.float32).amin().reshape(1)
     return gradients, changes, _Checks(ok, batch, fits, torch.cat(health), of_batch, own)
 
 

@@ -213,15 +213,16 @@ class GradientUnits:
             return Watched([], False, self._unscaled(largest))
         wanted, up = [1.0] * count, number in UP_FIRST or number % UP_EVERY == 0
         overflow, below = "", []
+        clipped = len(health) > count + 1
+        factor = max(health[count + 1], 1.0) if clipped else 1.0
         for i, (peak, floor, limit) in enumerate(zip(health[:count], *bounds, strict=True)):
-            if not peak < limit:
-                overflow = overflow or self._overflow(i, peak, limit)
+            if not peak * factor < limit:
+                overflow = overflow or self._overflow(i, peak * factor, limit)
                 self._count(i, number)
             if peak < floor:
                 below.append(i)
                 self.levels[i] = peak
             wanted[i] = self._wanted(i, peak, limit, up or peak < floor)
-        clipped = len(health) > count + 1
         shift = self._wanted_shift(health[count + 1], up) if clipped else 1.0
         if shift > 1.0:
             shift = min(shift, *(room(p.name) for p in self.parameters))

@@ -40,9 +40,8 @@ def _ane(
     The callable raises UnsupportedModel with every refused op, UsageError ANE114 beyond recompile_limit.
     Raises: UsageError for unknown options, EnvironmentFault for a device that is not here.
     """
-    from ane_trainer.ane.dynamo.shapes import Specializer  # imports Dynamo, which takes seconds
-
     from ane_trainer.ane.capture.rewrites.composites import cdist
+    from ane_trainer.ane.dynamo.shapes import Specializer  # imports Dynamo, which takes seconds
 
     settings = read_options(options)
     for node in graph.graph.find_nodes(op="call_function", target=torch.cdist):

@@ -262,3 +262,40 @@ def test_frozen_parameters_keep_their_bits() -> None:
     step = compile_step(model, "cross_entropy", sgd(model.parameters()), data[0], fidelity="fast")
     step(*data[0])
     assert torch.equal(model[0].weight, before)
+
+
+class Weighed(nn.Module):
+    """a * x + b"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.a * x[:4]).sum() + (self.b * x[4:]).sum()
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "RMSprop", "Adam"])
+def test_a_norm_that_falls_a_thousandfold_clips_less(name: str) -> None:
+    """The small gradient is the same, and what is left of it 1,000 times larger: its square left fp16, and Adagrad went
+    ten times too far.
+    """
+    small = torch.tensor([0.1, -0.2, 0.3])
+    batches = [torch.cat((torch.linspace(400.0, 1000.0, 4) * size, small)) for size in (1.0, 1.0, 1e-3)]
+    model = Weighed()
+    plain = copy.deepcopy(model)
+    make = getattr(torch.optim, name)
+    optimizer, reference = make(model.parameters(), lr=1e-2), make(plain.parameters(), lr=1e-2)
+    loss = lambda o, y: (o * y).sum()  # noqa: E731
+    one = torch.ones(())
+    step = compile_step(model, loss, optimizer, (batches[0], one), clip_grad_norm=0.06)
+    for x in batches:
+        step(x, one)
+        reference.zero_grad()
+        loss(plain(x), one).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.06)
+        reference.step()
+    step.sync()
+    assert step.skipped_steps == 0
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        assert float((got - want).detach().norm()) < 0.02 * float(want.detach().norm())
