@@ -154,11 +154,11 @@ class StepOptions:
                 code="ANE104",
             )
 
-    def verifies(self, step: int) -> bool:
-        """Whether step number `step`, from 0, is compared with fp32."""
+    def verifies(self, step: int, unlike: bool = False) -> bool:
+        """Whether step number `step`, from 0, is compared with fp32; `unlike`: its numbers are of another size."""
         if self.verify == "off":
             return False
-        return step == 0 or (isinstance(self.verify, int) and step % self.verify == 0)
+        return step == 0 or unlike or (isinstance(self.verify, int) and step % self.verify == 0)
 
     @property
     def shards(self) -> int:

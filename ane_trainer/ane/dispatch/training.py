@@ -32,6 +32,7 @@ from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
+from ane_trainer.ane.dispatch.sizes import Sizes
 from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.step_facts import StepFacts
@@ -99,7 +100,7 @@ class TrainingStep(StepFacts):
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
         self._units = self._fresh_units()
-        self._variants = Variants(subject, target, options, loaded)
+        self._variants, self._sizes = Variants(subject, target, options, loaded), Sizes()
         self.load()
 
     def __call__(self, x: object, y: object) -> torch.Tensor:
@@ -113,11 +114,12 @@ class TrainingStep(StepFacts):
         """
         optimizer = self._subject.optimizer
         check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
-        self._follow()
+        changed = self._follow() or not self.steps
         before = self._draws.get_state()
         draws = torch.Generator().set_state(before)
         feeds = self.feeds(x, y)
-        expected = self._expected(x, y, draws) if self.options.verifies(self.steps) else None
+        unlike = self._sizes.unlike(self._subject.model if changed else None, (x, y))
+        expected = self._expected(x, y, draws) if self.options.verifies(self.steps, unlike) else None
         results = self._run(feeds, before)
         self.steps += 1
         self._unsynced += 1
@@ -210,11 +212,11 @@ class TrainingStep(StepFacts):
             run = rounded_run(self._loaded, part, before)
             self.agreement = explained(self.agreement, changes, found, loss, run, more)
 
-    def _follow(self) -> None:
-        """What was changed from outside since the last step: weights, optimizer state, Python values."""
+    def _follow(self) -> bool:
+        """What was changed from outside since the last step: weights (True), optimizer state, Python values."""
         mirror = self._loaded.mirror
         mirror.follow_settings(self.applied_steps)
-        if mirror.changed():
+        if changed := mirror.changed():
             mirror.push_weights(changed_only=True)
             self._units.fresh = True
         if mirror.moments_changed():
@@ -235,6 +237,7 @@ class TrainingStep(StepFacts):
                     self._units.lower(name, factor)
                 if self._host is not None:
                     self._host = HostOptimizer(self._subject.model, self._subject.optimizer)
+        return changed
 
     def _uneven(self) -> bool:
         """Whether parameters need numbers of their own, since some are behind, and the program has them by group."""
