@@ -1,4 +1,4 @@
-"""How large weights and batches were in the steps that were compared with fp32: one of another size is compared, too."""
+"""How large weights and batches were in the steps that were compared with fp32; others are compared, too."""
 
 from __future__ import annotations
 

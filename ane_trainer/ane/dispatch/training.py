@@ -32,8 +32,8 @@ from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
-from ane_trainer.ane.dispatch.sizes import Sizes
 from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
+from ane_trainer.ane.dispatch.sizes import Sizes
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.step_facts import StepFacts
 from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
