@@ -66,7 +66,7 @@ def scale_found(
         change = f"carried times 2^{-shift.exponent}"
         note(POWERS, shift.source, kinds.get(shift.node, shift.node), change, shift.reason)
     tell_of_near_numbers(exponents, captured, exact=bool(scale_names))
-    guarded = guard(exponents, captured, [n for n in placeholders if n.name in scale_names])
+    guarded = guard(exponents, captured, [n for n in placeholders if n.name in scale_names], buffers)
     peaks = watch(exponents, captured) if watched else []
     if not exponents.changed and not peaks:
         return captured

@@ -29,14 +29,22 @@ from ane_trainer.ane.stages import Captured
 #: From this magnitude on, as stored in the example, a value is watched (of the backward pass of a step: from the second
 #: on); one of the backward pass if no gradient that is made of it is as large as the third share of it.
 WATCHED, WATCHED_IN_STEPS, SHOWN = 2.0**8, 2.0**9, 0.5
+#: What goes into a buffer is watched from this magnitude on, through operations that begin with these.
+WATCHED_IN_BUFFERS = 2.0**4
+_JOINS = tuple(f"aten.{name}." for name in ("where", "add", "sub", "mul", "div", "maximum", "minimum"))
 #: The most values of the backward pass that are watched, the largest of each place.
 MOST_WATCHED = 8
 #: Numbers from here down stand for minus infinity.
 _MASK = -1e4
 
 
-def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> tuple[str, ...]:
-    """Add the guards to the graph, in place; returns the places of the forward pass that the health result tells of."""
+def guard(
+    exponents: Exponents, captured: Captured, scales: Sequence[Node], buffers: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Add the guards to the graph, in place; returns the places of the forward pass that the health result tells of.
+
+    `buffers`: targets of the state that the forward pass writes.
+    """
     backward = set(scales)
     checks = []
     for node in exponents.graph.nodes:
@@ -49,6 +57,8 @@ def guard(exponents: Exponents, captured: Captured, scales: Sequence[Node]) -> t
     stored = [v for v in exponents.stored_larger() if v in backward and is_float(v) and not in_update(v)]
     stored = list(dict.fromkeys((*stored, *_vanishing(exponents, backward, WATCHED_IN_STEPS))))
     forward = list(_forward(exponents, captured, backward))
+    chosen = {node for _, node in forward}
+    forward += [pair for pair in _into_buffers(exponents, captured, buffers) if pair[1] not in chosen]
     if not stored and not forward:
         return ()
     exponents.here = checks[0]
@@ -161,6 +171,30 @@ def _forward(
         if stored >= WATCHED and stored > best.get(place, (0.0, node))[0]:
             best[place] = stored, node
     yield from ((place, node) for place, (_, node) in best.items())
+
+
+def _into_buffers(
+    exponents: Exponents, captured: Captured, buffers: Collection[str]
+) -> Iterator[tuple[str, Node]]:
+    """By place, of what each new buffer is made of, the value nearest to its limit: a variance is a square."""
+    results = cast("Sequence[Node]", captured.graph.graph.output_node().args[0])
+    for port, new in zip(captured.outputs, results, strict=True):
+        if port.role != "state" or port.target not in buffers or not isinstance(new, Node):
+            continue
+        best, found, pending = WATCHED_IN_BUFFERS, None, [new]
+        seen = {new}
+        while pending:
+            node = pending.pop(0)  # what is nearest to the buffer first: the last of several factors
+            size = exponents.found.get(node.name)
+            stored = 0.0 if size is None else size.peak * 2.0 ** -exponents.of.get(node, 0)
+            if stored > best and _makes(node) and size is not None and size.finite and not size.part:
+                best, found = stored, node
+            if str(node.target).startswith(_JOINS):
+                others = [n for n in node.all_input_nodes if n not in seen and shape_of(n) == port.shape]
+                seen.update(others)
+                pending += others
+        if found is not None:
+            yield str(found.meta.get(META_KEY, found.name)), found
 
 
 def _makes(node: Node) -> bool:

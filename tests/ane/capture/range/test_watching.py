@@ -130,3 +130,17 @@ def test_a_gradient_that_saturates_in_front_of_a_norm(door: str) -> None:
         got = model[0].weight.grad  # type: ignore[union-attr]
     want = plain[0].weight.grad  # type: ignore[union-attr]
     assert float((got - want).norm()) < 0.02 * float(want.norm())
+
+
+def test_a_variance_beyond_fp16_does_not_get_into_the_running_one() -> None:
+    """The norm itself carries it; the buffer took 65,504 for 300,000 without a word."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = at.compile_step(model, F.cross_entropy, optimizer, (30 * X, Y), device="sim", fidelity="fast")
+    step(30 * X, Y)
+    step.sync()
+    variance = model[1].running_var.clone()  # type: ignore[union-attr, operator]
+    with pytest.warns(at.NumericsWarning, match="^1.*left fp16"):
+        step(1500 * X, Y)
+    step.sync()
+    assert torch.equal(model[1].running_var, variance)  # type: ignore[union-attr, arg-type]
