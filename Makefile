@@ -65,7 +65,7 @@ fuzz: $(DEV_STAMP) ## A million mutated MIL texts, then the property tests with 
 	$(BIN)/python -m tests.ane.mil.text.fuzz_parser --inputs 1000000
 	$(BIN)/python -m pytest -n $(JOBS) -m "hypothesis and not mac" --hypothesis-profile=fuzz $(ARGS)
 
-hunt: $(DEV_STAMP) ## 5,000 random models, one step each against fp64: none may be wrong without a word (ARGS="--count 100")
+hunt: $(DEV_STAMP) ## 5,000 random models against fp64: none may be wrong without a word (ARGS="--first 200000 --count 100")
 	$(BIN)/python -m tests.hunt $(ARGS)
 
 test-mac: $(DEV_STAMP) ## The tests that need the engine of an Apple silicon Mac

@@ -162,6 +162,13 @@ def reference(
     return found if finite and math.isfinite(found.loss) else None
 
 
+#: What is to be said of a loss of 0 that is nan in PyTorch.
+NAN_LOSS = (
+    "the loss of this batch is nan in plain PyTorch (0 / 0: a mean over labels that are all left out, say); the engine "
+    "has no nan and gives 0. Leave such batches out, or divide by the count clamped to 1."
+)
+
+
 def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
     """Whether the model's weights, as they are now, have a loss on this batch that is nan in plain PyTorch.
 

@@ -19,6 +19,7 @@ from ane_trainer.ane.capture.step import CEILING, GRADIENT
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
 from ane_trainer.ane.dispatch.adapting import Variants
 from ane_trainer.ane.dispatch.agreement import (
+    NAN_LOSS,
     Agreement,
     Reference,
     compare,
@@ -143,13 +144,7 @@ class TrainingStep(StepFacts):
         self._zeros += 1
         if nan_in_pytorch(self._variants.subject, x, y):
             self._zeros = _ZEROS
-            warnings.warn(
-                f"step {self.steps}: the loss of this batch is nan in plain PyTorch (0 / 0: a mean over labels that "
-                "are all left out, say); the engine has no nan and gives 0. Leave such batches out, or divide by the "
-                "count clamped to 1.",
-                NumericsWarning,
-                stacklevel=3,
-            )
+            warnings.warn(f"step {self.steps}: {NAN_LOSS}", NumericsWarning, stacklevel=3)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Raises: UsageError, for copies and pickles: the step's state is in a device's memory."""

@@ -157,7 +157,7 @@ def _forward(
         )
 
     for value, copy in exponents.raised():
-        if copy.users and counts(value):
+        if copy.users and counts(value) and not in_update(copy):
             yield str(copy.meta.get(META_KEY, copy.name)), copy
     best: dict[str, tuple[float, Node]] = {}
     for node in captured.graph.graph.nodes:

@@ -156,7 +156,7 @@ class _Assignment:
             key = max(latest, (AFTER, crossing[1] + 1, 0, self.numbers.get(block, len(self.numbers))))
             return Place(key, block), _Known(key, blocks)
         if not blocks and crossing is None:
-            return Place(_FIRST, REST), _Known(_FIRST)
+            return Place(latest, REST), _Known(latest)
         key = max(latest, (AFTER, 0, 1, 0))
         key = (AFTER, key[1], 1, 0)
         return Place(key, REST), _Known(key, crossing=True)
