@@ -1,7 +1,7 @@
 """A hunt for silent errors: models drawn at random, a few steps each against PyTorch in fp64.
 
-`python -m tests.hunt --first 0 --count 5000`; what is drawn widens at 100,000 and 200,000, and from 300,000 on it is what
-compiles quickly (`setups.SPACES`). Each draw is right, announced (an error of this package, a
+`python -m tests.hunt --first 0 --count 5000`; what is drawn widens at 100,000 and 200,000, and from 300,000 on it is
+what compiles quickly (`setups.SPACES`). Each draw is right, announced (an error of this package, a
 NumericsWarning, a skipped step), silent, or a raw exception (`judging`). Exit code 1 if one is silent or raw.
 """
 
