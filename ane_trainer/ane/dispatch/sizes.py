@@ -21,7 +21,7 @@ class Sizes:
     def unlike(self, model: torch.nn.Module | None, batch: object) -> bool:
         """Whether a tensor of the batch, or a parameter if the model is given, has another size; it then counts.
 
-        batch: tensors of any shape, in whatever holds them; whole numbers and what is 0 or not finite are left out.
+        batch: tensors of any shape, in whatever holds them; whole numbers, sparse ones, and what is 0 or not finite are left out.
         """
         leaves = {str(number): leaf for number, leaf in enumerate(pytree.tree_leaves(batch))}
         named = leaves | (dict(model.named_parameters()) if model is not None else {})
@@ -29,7 +29,9 @@ class Sizes:
         return any(found)
 
     def _is_far(self, name: str, value: object) -> bool:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or not value.numel():
+            return False
+        if not value.is_floating_point():
             return False
         size = float(value.detach().abs().amax())
         if not 0.0 < size < math.inf:
