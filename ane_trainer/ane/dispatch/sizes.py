@@ -21,7 +21,7 @@ class Sizes:
     def unlike(self, model: torch.nn.Module | None, batch: object) -> bool:
         """Whether a tensor of the batch, or a parameter if the model is given, has another size; it then counts.
 
-        batch: tensors of any shape, in whatever holds them; whole numbers, sparse ones, and what is 0 or not finite are left out.
+        batch: tensors in whatever holds them; whole numbers, sparse ones, and what is 0 or not finite are left out.
         """
         leaves = {str(number): leaf for number, leaf in enumerate(pytree.tree_leaves(batch))}
         named = leaves | (dict(model.named_parameters()) if model is not None else {})
