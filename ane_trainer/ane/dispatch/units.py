@@ -78,7 +78,8 @@ class GradientUnits:
     `overflows` counts by parameter the batches in which its gradient was the one that did not fit. `fresh`: before the
     first step, and after changes from outside. `read_in`: the units after clipping of the results of the last run.
     `lags`: how many updates parameters are behind, as the mirror counts them. `guarded`: places of the forward pass
-    that are watched; `saturations` counts the batches by place.
+    that are watched; `saturations` counts the batches by place. `of_one_batch`: an update is of one batch's gradients,
+    and the program looks at what clipping leaves of them.
     """
 
     parameters: tuple[Parameter, ...]
@@ -93,6 +94,7 @@ class GradientUnits:
     read_in: Mapping[str, float] = field(default_factory=dict)
     lags: dict[str, int] = field(default_factory=dict)
     guarded: tuple[str, ...] = ()
+    of_one_batch: bool = True
     saturations: dict[str, int] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
     _warned: bool = False
@@ -142,6 +144,7 @@ class GradientUnits:
             [self.lags.get(p.name, 0) for p in self.parameters if p.group == i] for i in range(len(groups))
         ]
         found = scalar_values(self.optimizer, self.rule, step, units, lags)
+        self.of_one_batch = options.accumulate == 1
         if self.values:
             found |= gradient_scalars(options, self.values, self.shift, last=last)
             found[LIMITS] = self._limits(step, own)
@@ -214,7 +217,7 @@ class GradientUnits:
         wanted, up = [1.0] * count, number in UP_FIRST or number % UP_EVERY == 0
         overflow, below = "", []
         clipped = len(health) > count + 1
-        factor = max(health[count + 1], 1.0) if clipped else 1.0
+        factor = max(health[count + 1], 1.0) if clipped and self.of_one_batch else 1.0
         for i, (peak, floor, limit) in enumerate(zip(health[:count], *bounds, strict=True)):
             if not peak * factor < limit:
                 overflow = overflow or self._overflow(i, peak * factor, limit)
