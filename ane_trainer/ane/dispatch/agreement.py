@@ -19,13 +19,12 @@ from ane_trainer.ane.capture.batches import program_form
 from ane_trainer.ane.capture.calibrate import call_aside, call_loss, module_mode
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
-from ane_trainer.ane.capture.range.departure import Departure, Rounded, rounding_error, run_rounded
+from ane_trainer.ane.capture.range.departure import Departure, Rounded
 from ane_trainer.ane.capture.rewrites.keras_variables import copy_of, has_layers, keras_state
 from ane_trainer.ane.capture.stand_ins import StandIns
 from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo, step_without_dynamo
-from ane_trainer.ane.dispatch.loading import LoadedStep, Subject
+from ane_trainer.ane.dispatch.loading import Subject
 from ane_trainer.ane.errors import NumericsWarning
-from ane_trainer.ane.stages import Captured
 
 #: Relative differences up to which a step agrees without question; beyond, fp16's own error is asked for.
 LOSS_TOLERANCE, UPDATE_TOLERANCE = 0.01, 0.02
@@ -36,8 +35,6 @@ _OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
 #: Share of a gradient's mean size by which its entries may be off, at first and where a step seems to depart (the
 #: engine's tables), and how much an update may change by that.
 _NOISE, _LARGEST_NOISE, _ALIKE = 2.0**-9, 0.01, 0.1
-#: Runs that are rounded at random where no operation departs, and how many are made together.
-_ROUNDINGS, _AT_ONCE = 12, 3
 #: Below this share of the largest gradient's size one counts as what cancellation left.
 _LEAST_GRADIENT = 1e-4
 #: What an entry with next to no gradient counts, against one of at least the mean size.
@@ -377,29 +374,3 @@ def judged(
         return found
     again = compare(step, loss, changes, expected, max(_LARGEST_NOISE, 2.0 * fp16))
     return dataclasses.replace(again, fp16=fp16)
-
-
-def rounded_run(
-    loaded: LoadedStep, batch: tuple[object, object], before: Mapping[str, torch.Tensor]
-) -> Rounded:
-    """The captured step on this batch in rounded arithmetic, with the parameters as they were `before` it."""
-    return run_rounded(*_step_and_values(loaded, batch, before))
-
-
-def error_at_random(
-    loaded: LoadedStep, batch: tuple[object, object], before: Mapping[str, torch.Tensor]
-) -> float:
-    """The error of the same step's gradients where numbers are rounded up or down at random."""
-    captured, values = _step_and_values(loaded, batch, before)
-    few = range(0, _ROUNDINGS, _AT_ONCE)  # each holds the step's values
-    return max(rounding_error(captured, values, range(i, i + _AT_ONCE)) for i in few)
-
-
-def _step_and_values(
-    loaded: LoadedStep, batch: tuple[object, object], before: Mapping[str, torch.Tensor]
-) -> tuple[Captured, dict[str, torch.Tensor]]:
-    captured = loaded.capture.captured
-    values = dict(loaded.capture.values(batch))
-    values |= {p.name: before[p.target].reshape(p.shape) for p in captured.inputs if p.target in before}
-    scaled = [p for p in captured.inputs if p.role == "batch" and p.scale != 1.0]
-    return captured, {**values, **{p.name: values[p.name] * p.scale for p in scaled}}

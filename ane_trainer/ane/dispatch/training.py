@@ -23,17 +23,16 @@ from ane_trainer.ane.dispatch.agreement import (
     Agreement,
     Reference,
     compare,
-    error_at_random,
     explained,
     nan_in_pytorch,
     reference,
-    rounded_run,
 )
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import check_mean, repeated_draws
+from ane_trainer.ane.dispatch.rounding import error_at_random, rounded_run
 from ane_trainer.ane.dispatch.sizes import Sizes
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.step_facts import StepFacts

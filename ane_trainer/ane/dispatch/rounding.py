@@ -1,0 +1,40 @@
+"""What rounding costs a captured step on a batch: the same step in arithmetic of eleven bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ane_trainer.ane.capture.range.departure import Rounded, rounding_error, run_rounded
+from ane_trainer.ane.dispatch.loading import LoadedStep
+from ane_trainer.ane.stages import Captured
+
+#: Runs that are rounded at random where no operation departs, and how many are made together.
+_ROUNDINGS, _AT_ONCE = 12, 3
+
+
+def rounded_run(
+    loaded: LoadedStep, batch: tuple[object, object], before: Mapping[str, torch.Tensor]
+) -> Rounded:
+    """The captured step on this batch in rounded arithmetic, with the parameters as they were `before` it."""
+    return run_rounded(*_step_and_values(loaded, batch, before))
+
+
+def error_at_random(
+    loaded: LoadedStep, batch: tuple[object, object], before: Mapping[str, torch.Tensor]
+) -> float:
+    """The error of the same step's gradients where numbers are rounded up or down at random."""
+    captured, values = _step_and_values(loaded, batch, before)
+    few = range(0, _ROUNDINGS, _AT_ONCE)  # each holds the step's values
+    return max(rounding_error(captured, values, range(i, i + _AT_ONCE)) for i in few)
+
+
+def _step_and_values(
+    loaded: LoadedStep, batch: tuple[object, object], before: Mapping[str, torch.Tensor]
+) -> tuple[Captured, dict[str, torch.Tensor]]:
+    captured = loaded.capture.captured
+    values = dict(loaded.capture.values(batch))
+    values |= {p.name: before[p.target].reshape(p.shape) for p in captured.inputs if p.target in before}
+    scaled = [p for p in captured.inputs if p.role == "batch" and p.scale != 1.0]
+    return captured, {**values, **{p.name: values[p.name] * p.scale for p in scaled}}
