@@ -26,11 +26,9 @@ Function = Callable[..., Any]
 #: torch's functions, for arguments of any kind.
 _EXP: Function = torch.exp
 _SUM: Function = torch.sum
-_ADD: Function = torch.add
 _MUL: Function = torch.mul
 _DIV: Function = torch.div
 _INVERSE: Function = torch.reciprocal
-_LOG1P: Function = torch.log1p
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Exponentials(Origins):
         return self._note("sum", result, made.scores, tuple(own))
 
     def _total(self, x: object, y: object, *args: object, **kwargs: object) -> torch.Tensor:
-        result: torch.Tensor = _ADD(x, y, *args, **kwargs)
+        result = super()._total(x, y, *args, **kwargs)
         for each, other in ((x, y), (y, x)):
             made = self._of(each, "exp")
             if made is not None and type(other) in (int, float) and other == 1 and not args and not kwargs:
@@ -116,7 +114,7 @@ class Exponentials(Origins):
 
     def _log1p(self, x: torch.Tensor, *args: object, **kwargs: object) -> object:
         made = self._of(x, "exp")
-        return _LOG1P(x, *args, **kwargs) if made is None or kwargs else F.softplus(made.scores)
+        return super()._log1p(x, *args, **kwargs) if made is None or kwargs else F.softplus(made.scores)
 
     def _logarithm(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """`torch.log`: of a sum of exponentials `logsumexp`, of one and an exponential `softplus`."""
@@ -132,8 +130,8 @@ class Exponentials(Origins):
         return self._pass_on(x, super()._moved(function, x, *args, **kwargs))
 
     def _item(self, item: Function, x: object, index: object) -> object:
-        """`x[:, None]`: a new axis."""
-        result = item(x, index)
+        """`x[:, None]`: a new axis; of probabilities any choice of entries."""
+        result = self._carry(x, item(x, index), lambda tensor: item(tensor, index))
         parts = index if isinstance(index, tuple) else (index,)
         whole = all(p is None or p is Ellipsis or (isinstance(p, slice) and p == slice(None)) for p in parts)
         return self._pass_on(x, result) if whole else result
