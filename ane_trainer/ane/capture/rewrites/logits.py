@@ -23,7 +23,7 @@ from ane_trainer.ane.capture.trace.torch_private import SideTable, version
 
 Function = Callable[..., Any]
 
-#: torch's functions, for arguments of any kind.
+#: torch's functions, for arguments of any kind, and what they return.
 _ADD: Function = torch.add
 _SUB: Function = torch.sub
 _RSUB: Function = torch.rsub
@@ -115,15 +115,16 @@ class Origins:
         each = each if weight is None else each * weight
         return each.mean() if reduction == "mean" else each.sum() if reduction == "sum" else each
 
-    def _taken_from(self, x: object, other: object, *args: object, **kwargs: object) -> Any:
+    def _taken_from(self, x: object, other: object, *args: object, **kwargs: object) -> object:
         """`1 - x`, as Python calls it for a number: of a sigmoid the sigmoid of -scores."""
         return _RSUB(x, other, *args, **kwargs) if args or kwargs else self._difference(other, x)
 
-    def _difference(self, x: object, y: object, *args: object, **kwargs: object) -> Any:
+    def _difference(self, x: object, y: object, *args: object, **kwargs: object) -> torch.Tensor:
         origin = self._origin(y)
         whole = type(x) in (int, float) and x == 1 and not args and not kwargs
         if origin is None or not whole or (origin.logarithm is not F.logsigmoid and origin.ends is None):
-            return _SUB(x, y, *args, **kwargs)
+            found: torch.Tensor = _SUB(x, y, *args, **kwargs)
+            return found
         flipped = torch.sigmoid(-origin.scores).clone()  # which may be written to, as the difference may
         self._remember(flipped, -origin.scores, F.logsigmoid)
         if origin.ends is None:
@@ -160,11 +161,11 @@ class Origins:
     def _clamp_min(self, x: torch.Tensor, min: object) -> torch.Tensor:
         return self._clamp(x, min)
 
-    def _moved(self, function: Function, x: object, *args: object, **kwargs: object) -> Any:
+    def _moved(self, function: Function, x: object, *args: object, **kwargs: object) -> object:
         """A view or a choice of entries, whose logarithm is the same view or choice of the logarithms."""
         return self._carry(x, function(x, *args, **kwargs), lambda tensor: function(tensor, *args, **kwargs))
 
-    def _carry(self, x: object, result: Any, move: Function) -> Any:
+    def _carry(self, x: object, result: object, move: Function) -> object:
         origin = self._origin(x)
         if origin is None or not isinstance(result, torch.Tensor):
             return result
@@ -173,7 +174,7 @@ class Origins:
             return self._remember(result, move(origin.scores), logarithm, origin.ends)
         return self._remember(result, origin.scores, lambda scores: move(logarithm(scores)))
 
-    def _either(self, condition: object, x: object = None, y: object = None, **kwargs: object) -> Any:
+    def _either(self, condition: object, x: object = None, y: object = None, **kwargs: object) -> object:
         """`where(c, p, q)` of probabilities."""
         if x is None or kwargs:
             return _WHERE(condition, *(part for part in (x, y) if part is not None), **kwargs)
@@ -195,7 +196,7 @@ class Origins:
             self._negatives[result] = (x, version(x), version(result))
         return result
 
-    def _log1p(self, x: torch.Tensor, *args: object, **kwargs: object) -> Any:
+    def _log1p(self, x: torch.Tensor, *args: object, **kwargs: object) -> object:
         held = self._negatives.get(x)
         if held is None or args or kwargs or held[1:] != (version(held[0]), version(x)):
             return _LOG1P(x, *args, **kwargs)
