@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -322,13 +323,13 @@ class Stop:
     """Whether training is to stop: after the step that runs, or, while nothing would be lost, at once.
 
     `signal` is the number of the signal that asked for it. Until `begun` is set a signal raises KeyboardInterrupt
-    where it comes; afterwards the first one is noted, and a second Ctrl-C while the checkpoint is being written
-    is ignored.
+    where it comes, but for imports, whose code drops it or makes another error of it; afterwards the first one is
+    noted, and a second Ctrl-C while the checkpoint is being written is ignored.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.begun = False
+        self.begun = self._raised = False
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -338,11 +339,19 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt(self.signal)
 
-    def note(self, number: int, _frame: object) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
-        first, self.signal = self.signal is None, self.signal or number
-        if first and not self.begun:
+        self.signal = self.signal or number
+        if not self.begun and not self._raised and not _imports(frame):
+            self._raised = True
             raise KeyboardInterrupt(number)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in this frame or one that called it."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextlib.contextmanager

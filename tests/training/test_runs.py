@@ -354,7 +354,7 @@ def test_an_end_at_any_moment_costs_no_bit(how: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGHUP", "full"])
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "augmented"])
 def test_fifty_ends_cost_no_bit(kind: str, how: str, tmp_path: Path) -> None:
-    options = options_of(kind, tmp_path, epochs=40)
+    options = options_of(kind, tmp_path, epochs=400)
     run_training(make_config(options), out=tmp_path / "whole", report=Reporter())
     assert ended_and_resumed(options, tmp_path / "ended", 50, 11, how) == 50
     assert same(weights(tmp_path / "ended"), weights(tmp_path / "whole"))

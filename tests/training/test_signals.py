@@ -52,3 +52,22 @@ def test_ctrl_c_at_any_moment_of_the_start_says_so_in_one_line(tmp_path: Path) -
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=100)
         assert (process.returncode, told.count("\n"), told[:7]) == (130, 1, "ANE130 "), (moment, told)
+
+
+def test_a_signal_within_an_import_stops_training_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class body makes a RuntimeError of what is raised in it; the signal is kept for the next step."""
+    from ane_trainer.training.loop import interruptible
+
+    (tmp_path / "slow_module.py").write_text(
+        f"import os\nos.kill(os.getpid(), {int(signal.SIGTERM)})\nvalue = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with interruptible() as stop:
+        import slow_module  # type: ignore[import-not-found]
+
+        assert slow_module.value == 3
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
