@@ -328,10 +328,12 @@ class Trainer(Training):
 
     def _train_epoch(self, train: Iterable[Batch], last: int, stop: loop.Stop) -> None:
         progress, state, begun = self.progress, self._data_state, False
-        if progress.passed:
-            return
         where = f"train: epoch {progress.epoch + 1}, batch"
         started, length = time.perf_counter(), loop.length_of(train)
+        if progress.batch and progress.batch == length:  # it was saved after the last batch, and ended there
+            progress.passed, self._data_state = 1, None
+        if progress.passed:
+            return
         with seeded(self.seed + progress.epoch):
             for batch in loop.open_pass(train, progress.epoch, progress.batch, state):
                 x, y = loop.unpack(batch, f"{where} {progress.batch + 1}")

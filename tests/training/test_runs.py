@@ -340,6 +340,29 @@ def options_of(kind: str, folder: Path, **options: Any) -> dict[str, Any]:
     return config(save_every="1", **options).model_dump() | model | more
 
 
+@pytest.mark.parametrize("written", range(2, 11))
+def test_an_end_after_any_checkpoint_costs_no_bit(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the one that follows an epoch's last batch: the epoch is not trained twice."""
+    options = {"device": "cpu", "save_every": "1"}
+    run_training(config(**options), out=tmp_path / "whole", report=Reporter())
+    write, left = RunFolder.write_checkpoint, [written]
+
+    def ends(self: RunFolder, *arguments: Any, **named: Any) -> None:
+        write(self, *arguments, **named)
+        left[0] -= 1
+        if not left[0]:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write_checkpoint", ends)
+        with pytest.raises(ZeroDivisionError):
+            run_training(config(**options), out=tmp_path / "run", report=Reporter())
+    assert resume_training(tmp_path / "run", report=Reporter()).steps == 8
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "full"])
 def test_an_end_at_any_moment_costs_no_bit(how: str, tmp_path: Path) -> None:
     options = options_of("cnn", tmp_path, epochs=3)
