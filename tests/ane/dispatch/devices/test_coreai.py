@@ -20,7 +20,7 @@ from ane_trainer import compile_forward, compile_step
 from ane_trainer.ane.compiler.coreai import open_asset, save_asset
 from ane_trainer.ane.dispatch import units
 from ane_trainer.ane.dispatch.devices import get_device
-from ane_trainer.ane.errors import SimulationError, UsageError
+from ane_trainer.ane.errors import NumericsWarning, SimulationError, UsageError
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -178,7 +178,8 @@ def test_a_skipped_step_changes_only_the_loss_scale(monkeypatch: pytest.MonkeyPa
         loss_scale=32768,
     )  # fmt: skip
     before = step.state_dict()
-    step(x * 5e3, y)
+    with pytest.warns(NumericsWarning, match="The update was skipped"):
+        step(x * 5e3, y)
     assert (step.steps, step.applied_steps, step.skipped_steps) == (1, 0, 1)
     assert step.loss_scale == 16384
     after = step.state_dict()
