@@ -280,3 +280,13 @@ def test_metrics_csv_has_the_epochs_of_metrics_jsonl(folder: Path) -> None:
         ("2", "0.75", ""),
     ]
     assert as_csv([]) == "\n"
+
+
+def test_metrics_csv_that_cannot_be_written_is_an_environment_fault(tmp_path: Path) -> None:
+    from ane_trainer.ane.errors import EnvironmentFault
+    from ane_trainer.training.folder.results import Epoch
+    from ane_trainer.training.reporting.watching import CsvReporter
+
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentFault, match=r"metrics\.csv: needs a place that can be written"):
+        CsvReporter(tmp_path / "file").end_epoch(Epoch(1, 4, 1.0, None, None, 1.0, 0, 0.1))

@@ -12,7 +12,7 @@ import torch
 from ane_trainer.ane.chips.timeline import timeline
 from ane_trainer.ane.dispatch import TrainingStep
 from ane_trainer.training.datasets.description import DataDescription
-from ane_trainer.training.folder.records import as_csv, read_history, read_record
+from ane_trainer.training.folder.records import as_csv, read_history, read_record, unwritable
 from ane_trainer.training.folder.results import Epoch
 from ane_trainer.training.reporting.analysis import Analysis, Seen
 from ane_trainer.training.reporting.loggers import make_loggers
@@ -36,7 +36,11 @@ class CsvReporter(Reporter):
 
     def end_epoch(self, record: Epoch) -> None:
         before = [row for row in read_history(self.folder)[0] if row["epoch"] < record.epoch]
-        atomic_write(self.folder / "metrics.csv", as_csv([*before, finite(record.to_json())]))
+        path = self.folder / "metrics.csv"
+        try:
+            atomic_write(path, as_csv([*before, finite(record.to_json())]))
+        except OSError as error:
+            raise unwritable(path, error) from None
 
 
 def watchers(
