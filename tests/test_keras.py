@@ -225,6 +225,7 @@ def test_keras_own_convnet_with_one_line_changed() -> None:
 
 #: `fit` and `fit_keras` from the same start, in the same order: losses of validation and weights, side by side.
 FITTED = """
+import contextlib, io
 import numpy as np, torch, keras
 from keras import layers
 from sklearn.datasets import load_digits
@@ -298,6 +299,13 @@ for name, (make, given, data, more) in cases.items():
         assert np.allclose(ours[key], theirs[key], rtol=off), (name, key, ours[key], theirs[key])
     apart = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert apart < 0.02, (name, apart)
+
+told = io.StringIO()
+with contextlib.redirect_stdout(told):
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(8), layers.BatchNormalization(), layers.Dense(10)])
+    model.compile("sgd", logits)
+    at.fit_keras(model, x, labels, 64, device="sim")  # copies would count in its statistics
+assert "fewer than 64 examples, is left out" in told.getvalue(), told.getvalue()
 
 refused = (({"optimizer": "lion"}, "Lion"), ({"optimizer": keras.optimizers.SGD(0.1, clipnorm=1.0)}, "clipnorm"))
 for broken, word in refused:

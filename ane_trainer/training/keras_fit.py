@@ -86,9 +86,9 @@ def fit_keras(
 
 def _stands_copies(model: KerasModel) -> bool:
     """Whether examples without weight in a batch change nothing: no batch norm, no penalty on activations."""
-    kinds = {type(layer).__name__ for layer in model.modules()}
+    statistics = any(v.value.is_floating_point() for v in model.non_trainable_variables)
     penalties = sum(getattr(v, "regularizer", None) is not None for v in model.trainable_variables)
-    return "BatchNormalization" not in kinds and len(model.losses) <= penalties
+    return not statistics and len(model.losses) <= penalties
 
 
 def _divided(more: dict[str, Any]) -> tuple[_More, dict[str, Any]]:

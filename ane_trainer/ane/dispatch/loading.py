@@ -167,7 +167,7 @@ def compile_step_of(
     found = memory.recalled() if memory is not None else None
     if found is not None:
         return found
-    with none_kept(subject.model, subject.loss, subject.example), _mode(subject):
+    with _mode(subject), none_kept(subject.model, subject.loss, subject.example):
         capture = _capture(subject, settings)
     return_memory()  # of calibration and trace, several times the model
     compiled = _prepared(subject, target, options, capture.captured, capture.parameters)
