@@ -348,7 +348,7 @@ class Stop:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported in this frame or one that called it."""
+    """As `__main__` asks it, which has its own so as to listen before it imports anything."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
