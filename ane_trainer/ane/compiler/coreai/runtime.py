@@ -9,10 +9,13 @@ developer forum thread 831967). That branch is unverified on hardware.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import gc
 import importlib.util
 import os
 import threading
+import time
 import weakref
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -78,10 +81,49 @@ class _Loop:
                 self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="coreai", daemon=True)
                 self._thread.start()
+                atexit.register(self.stop)
             return self._loop
 
+    def stop(self) -> None:
+        """Release what is open, end the thread and let the runtime's threads come to rest, at the end of a process.
 
+        A thread of the runtime that asks for the interpreter while that ends is unwound by it, which Swift answers
+        with abort(): so ended 34 of 597 processes, their work done, with two cores busy with four of them.
+        """
+        for asset in list(_OPEN):
+            asset.close()
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            if loop is None or thread is None or self._pid != os.getpid():
+                return
+            self._loop = self._thread = None
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        gc.collect()
+        _rest()
+
+
+def _rest(at_most: float = 1.0) -> None:
+    """Wait until the process's other threads have been asleep twice, 2 ms apart; where no /proc tells, 50 ms."""
+    own, asleep, end = threading.get_native_id(), 0, time.monotonic() + at_most
+    while asleep < 2 and time.monotonic() < end:
+        time.sleep(0.002 if _TASKS.is_dir() else 0.025)
+        asleep = 0 if _running_threads(own) else asleep + 1
+
+
+def _running_threads(own: int) -> bool:
+    """Whether a thread of this process but `own` runs or is ready to (Linux: proc_pid_stat(5), field 3)."""
+    for task in _TASKS.glob("[0-9]*") if _TASKS.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if int(task.name) != own and (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+                return True
+    return False
+
+
+_TASKS = Path("/proc/self/task")
 _LOOP = _Loop()
+_OPEN: weakref.WeakSet[LoadedAsset] = weakref.WeakSet()
 
 
 class LoadedAsset:
@@ -93,6 +135,7 @@ class LoadedAsset:
         self._functions: dict[str, object] = {}
         self._model: object = _LOOP.run(self._open(path))
         self._release = weakref.finalize(self, _LOOP.finish, self._stack)
+        _OPEN.add(self)
 
     async def _open(self, path: Path) -> Any:
         from coreai.authoring import AIModelAsset

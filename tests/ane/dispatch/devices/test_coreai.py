@@ -165,6 +165,25 @@ def test_a_saved_asset_goes_on_in_a_new_process(tmp_path: Path) -> None:
     asset.close()
 
 
+@pytest.mark.slow
+def test_a_process_that_never_closed_its_asset_ends_well(tmp_path: Path) -> None:
+    """Threads of the runtime must not meet an interpreter that ends: 6 % of such processes aborted, four at a time."""
+    torch.manual_seed(0)
+    model, (x, y) = mlp().train(), batches("mlp")[0]
+    step = compile_step(model, "cross_entropy", adam(model), (x, y), device="coreai", sync="lazy")
+    zeros = {port.name: np.zeros(port.shape, np.float32) for port in step.compiled.inputs}
+    state = {port.name: zeros.pop(port.name) for port in step.compiled.inputs if port.role == "state"}
+    path = save_asset(tmp_path / "step.aimodel", step.compiled.legalized.lowered, state)
+    np.savez(tmp_path / "feeds.npz", **{f"{i}/{name}": zeros[name] for i in range(5) for name in zeros})
+    command = [sys.executable, "-c", _CONTINUE, str(path), str(tmp_path / "feeds.npz")]
+    for _ in range(20):
+        ends = [
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(4)
+        ]
+        errors = [process.communicate()[1] for process in ends]
+        assert [process.returncode for process in ends] == [0] * 4, errors
+
+
 def test_a_skipped_step_changes_only_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime has infinities and NaN, so the program guards what the engine's arithmetic leaves alone.
 
