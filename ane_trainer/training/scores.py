@@ -31,7 +31,7 @@ class Metric(Protocol):
         """The value over all batches since `reset`."""
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset."""
 
 
 class Scores:

@@ -1,4 +1,4 @@
-"""What a forward changes besides giving its result: buffers in place or by assignment, counters, cumulative averages.
+"""Side effects of a forward: buffers written in place or reassigned, counters, cumulative averages.
 
 Float buffers are state of the engine. Integers are not: fp16 counts to 2048 only. So the host counts, and sends a
 counter's value as a scalar where the step reads it. Batch norms with `momentum=None` average over all batches: the
@@ -184,7 +184,7 @@ def tell_of_stalls(
 ) -> None:
     """A NumericsWarning names float buffers that change by less than fp16 resolves at their size, but for `carried`.
 
-    Not those that each `forward` makes anew, as a power iteration its vectors: what is rounded there does not add up.
+    Not those that each `forward` recreates, as a power iteration its vectors: what is rounded there does not add up.
     """
     kept = float_buffers(model)
     for name, buffer in model.named_buffers():

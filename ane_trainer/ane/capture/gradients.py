@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward pass and the optimizer: accumulation and clipping.
+"""Gradient processing between the backward pass and the optimizer: accumulation and clipping.
 
 Gradients are in their parameters' units (powers of two). All numbers that a user may change come as scalar
 ports; whether they are there at all is compiled in.

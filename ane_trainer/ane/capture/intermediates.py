@@ -1,4 +1,4 @@
-"""How large the numbers of a backward pass get: a loss scale must fit all of them, not only the parameters' gradients.
+"""Magnitudes inside the backward pass: the loss scale must fit all of them, not only the parameters' gradients.
 
 What leaves fp16 on the engine is not noticed there (65536 is an ordinary number, and later products make it small
 again), so the scale is chosen from all that the calibration's backward pass computes and the scale will multiply:

@@ -1,4 +1,4 @@
-"""What a forward does outside its tensors: draws from Python's and NumPy's generators, and counts in Python numbers.
+"""Effects of a forward outside its tensors: draws from Python's and NumPy's generators, and counters in Python numbers.
 
 A program runs no Python, so that both would stay what they were when it was captured. The calibration's forward is
 watched: what it draws or counts, and what its numbers depend on, is refused by module and name.

@@ -1,4 +1,4 @@
-"""From a traced step to what is lowered: whole, or divided at its gradients into a backward and an update part.
+"""Split a traced step for lowering: whole, or at its gradients into a backward and an update part.
 
 The update part takes what the backward part returns, so that a sum over several backward passes can stand between
 them. What goes across, each in a port called a partial result:

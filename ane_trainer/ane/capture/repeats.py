@@ -1,4 +1,4 @@
-"""Where modules repeat in a model: the blocks that one program can serve."""
+"""Find repeated modules of a model: the blocks that one program can serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float buffers that a step changes by less than fp16 resolves, in two terms as weights are; and where buffers get to.
+"""Float buffers that a step changes by less than fp16 resolves, in two terms as weights are; and their ports.
 
     before: `mean' = mean * 0.999 + x.mean(0) * 0.001`
     after:  `change = (x.mean(0) - mean) * 0.001`, added to `mean + residual / 2^k` by `two_term_add`

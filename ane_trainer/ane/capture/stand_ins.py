@@ -1,4 +1,4 @@
-"""Tensors of a model that code reaches past its modules, as other values of them.
+"""Substitute a model's parameters and buffers where code holds the tensors themselves, not its modules.
 
 A call of a model on other tensors puts these where its modules keep them. A loss that adds
 `model.fc.weight.square().sum()`, or a forward that goes through a list of parameters, holds the tensors themselves:

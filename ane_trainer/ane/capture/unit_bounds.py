@@ -1,4 +1,4 @@
-"""How large the unit of a gradient, and the power of two behind clipping, may be."""
+"""Bounds of a gradient's unit and of the power of two behind clipping."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class OpCost:
     """One op. `bytes` counts operands and results once, `weight_bytes` the constants among them as stored.
 
     `compute_us` is the MAC array's or the elementwise passes' time, `overhead_us` that of starting the task and
-    of laying out operands anew. `bound_by` names the longest part: mac, elementwise, weights, activations,
+    of laying out operands again. `bound_by` names the longest part: mac, elementwise, weights, activations,
     host, or free and fused (no time). `source` is the user's module and line.
     """
 

@@ -1,4 +1,4 @@
-"""What each chip can do: legality and rates as data, with unit, evidence and source; unknown is None.
+"""Chip lookup: legality and rates as data, with unit, evidence and source; unknown is None.
 
 The tables are in `chip_data.py` (chips, limits) and `data/op_support.csv` (ops); this file holds the
 value types and the look-ups. Sources disagree and the tables keep every row: of the rows that apply,

@@ -1,4 +1,4 @@
-"""A program's dispatch laid out in time by the cost model: what each lane does when, and what memory holds.
+"""Timeline of a program's dispatch by the cost model: what each lane does when, and what memory holds.
 
 MAC array, elementwise unit and transfers take turns (`cost.py`); only constants stream while the array computes. So an
 op reads what the host sent, computes, and writes what the host reads back; the next op begins where it ends, and the

@@ -1,4 +1,4 @@
-"""What each op of a program gives the engine to do: multiply-accumulates and streams of bytes.
+"""Work of each op of a program: multiply-accumulates and streams of bytes.
 
 Independent of any chip's rates: `cost.py` prices it, and `docs/_generate/cost/` fits the rates on it. Every
 stream is named by the rate that it runs at:

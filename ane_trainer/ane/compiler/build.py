@@ -1,4 +1,4 @@
-"""From a captured graph to what a device loads: MIL text and weight blob, with a fingerprint and a cache on disk."""
+"""Build what a device loads from a captured graph: MIL text and weight blob, with a fingerprint and a cache on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that a program holds itself: input ports become constants, which an op decodes.
+"""Weights held by a program itself: input ports become constants, which an op decodes.
 
 before: main(w, x): y = matmul(x, w)
 after:  main(x): w = constexpr_affine_dequantize(quantized_data=<int8>, scale=<fp16>); y = matmul(x, w)

@@ -1,4 +1,4 @@
-"""A training step that follows its Python state: another program where a flag or number changed, with the state kept.
+"""A training step that follows its Python state: a changed flag or number selects another program; state is kept.
 
 Programs are known by the state they were compiled for, so that going back to one compiles nothing. A change that gives
 the same program is left alone once it did so a few times (what a forward stores for others to look at).

@@ -1,4 +1,4 @@
-"""Batches on their way to the engine: checked, and converted to the program's precision."""
+"""Prepare batches for the engine: checks, and conversion to the program's precision."""
 
 from __future__ import annotations
 

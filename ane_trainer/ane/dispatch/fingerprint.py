@@ -1,4 +1,4 @@
-"""Notice that tensors were written to, also through `.data`, which leaves their version counters as they are.
+"""Detect writes to tensors, also through `.data`, which leaves their version counters as they are.
 
 A fingerprint is read from memory by one compiled loop over all tensors: 32 running products a tensor, each of every
 32nd number, so that any single change shows. Memory is read once, at the speed of memory.

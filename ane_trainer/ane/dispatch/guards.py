@@ -1,4 +1,4 @@
-"""What a compiled step read of Python: flags, numbers and which tensors are where, compared before each step.
+"""Guards: what a compiled step read of Python (flags, numbers, tensor identities), compared before each step.
 
 A program has the values that a forward and a loss saw when they were captured: modules' attributes, `training`,
 `requires_grad`, numbers in lists, closures and globals of the user's functions, tensors that are no state. `Guards`
@@ -32,7 +32,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _CONTAINERS = (list, tuple, dict, set, deque)
 #: torch's own entries of a module's `__dict__`: tensors and children, which are compared by themselves, and hooks.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
-#: Lists of its parameters that a recurrent layer makes anew when it runs on others, as a capture and the proof do.
+#: Lists of its parameters that a recurrent layer recreates when it runs on others, as a capture and the proof do.
 _FLAT = frozenset(("_flat_weights", "_flat_weight_refs"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEEPEST = 6

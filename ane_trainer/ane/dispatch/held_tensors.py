@@ -1,4 +1,4 @@
-"""Tensors that a forward or a loss keeps from call to call beside the model's buffers: no program carries them on.
+"""Refuse tensors that a forward or a loss holds from call to call beside the model's buffers: no program updates them.
 
 A loss with a running centre, a list with the last batch's features, `self.average = 0.9 * self.average + ...` of a
 plain attribute: a program has the value of the capture for good. Refused by name where the loss depends on it.

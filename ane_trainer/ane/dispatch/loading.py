@@ -1,4 +1,4 @@
-"""The stations of a training step: capture, compile, load. What comes out is ready to run."""
+"""The stages of a training step (capture, compile, load) from module to a step that is ready to run."""
 
 from __future__ import annotations
 

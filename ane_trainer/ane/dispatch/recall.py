@@ -1,4 +1,4 @@
-"""A step that was compiled before, from the disk: without capture, lowering, passes and division.
+"""Recall a step compiled before from the disk cache: no capture, lowering, passes or division.
 
 A step is known by what its program is made of: the model's structure, code, Python values, weights and buffers, the
 loss, the optimizer's settings, the example, options, versions. Entries are files named by the SHA-256 of all that. One

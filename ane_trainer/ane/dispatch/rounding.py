@@ -1,4 +1,4 @@
-"""What rounding costs a captured step on a batch: the same step in arithmetic of eleven bits."""
+"""What rounding alone costs a captured step on a batch: the same step in arithmetic of eleven bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large weights and batches were in the steps that were compared with fp32; others are compared, too."""
+"""Magnitudes of weights and batches in the steps compared with fp32; a step outside them is compared as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of training as tensors by name: one format, its version, and the check of what is read.
+"""Training state as tensors by name: one format, its version, and its validation.
 
 A step's state (`step/...` in a checkpoint), version 2:
 

@@ -1,4 +1,4 @@
-"""What a compiled training step is: its programs and dispatches, where they run, what they cost and move."""
+"""Facts of a compiled training step: its programs and dispatches, where they run, their cost and transfers."""
 
 from __future__ import annotations
 

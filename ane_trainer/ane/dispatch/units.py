@@ -1,4 +1,4 @@
-"""The units of gradients while training: chosen from an example, watched after each step, moved by powers of two.
+"""Units of gradients during training: chosen from an example, watched after each step, moved by powers of two.
 
 A program takes each gradient times its unit, a power of two that the host feeds, and returns the largest magnitude of
 each in that unit. One beyond what the update takes, or far below, makes the program skip the update; then, and when

@@ -51,7 +51,7 @@ def _ane(
 
 
 def _reset() -> None:
-    """Dynamo was reset: the watch begins anew when the backend is next asked for, and shapes are counted from zero."""
+    """Dynamo was reset: the watch restarts when the backend is next asked for, and shapes are counted from zero."""
     from ane_trainer.ane.dynamo.shapes import forget_shapes
     from ane_trainer.ane.dynamo.torch_private import forget_backend
 

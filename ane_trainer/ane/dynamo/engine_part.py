@@ -1,4 +1,4 @@
-"""One program of a graph of AOTAutograd on a device: takes and gives tensors, compiled anew for other magnitudes."""
+"""One program of an AOTAutograd graph on a device: tensors in and out, recompiled for other magnitudes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EnginePart:
         self._load(as_captured(module))
 
     def calibrate(self, found: Mapping[str, Magnitude]) -> bool:
-        """Compile anew with powers of two beside values that leave the range; False if none does."""
+        """Recompile with powers of two beside values that leave the range; False if none does."""
         graph, copies = torch.fx.Graph(), dict[Node, Node]()
         graph.output(graph.graph_copy(self._module.graph, copies))
         for old, new in copies.items():
@@ -63,7 +63,7 @@ class EnginePart:
         return True
 
     def widen(self, values: Mapping[str, torch.Tensor], found: Mapping[str, Magnitude]) -> bool:
-        """Compile anew for whole numbers that are larger than those so far; False if there are none."""
+        """Recompile for whole numbers that are larger than those so far; False if there are none."""
         before = dict(self._ends)
         for slot in self._inputs:
             value = values.get(slot.place)

@@ -1,4 +1,4 @@
-"""Whether Dynamo's graph of symbolic sizes is an earlier graph of fixed sizes over again.
+"""Match Dynamo's graph of symbolic sizes to an earlier graph of fixed sizes.
 
 After a second batch size Dynamo traces a function anew with symbolic sizes, and from then on prefers that
 graph, also for the first size. What was compiled for the first size is used again if the graphs agree.

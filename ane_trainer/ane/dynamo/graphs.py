@@ -1,4 +1,4 @@
-"""AOTAutograd's graphs, made ready for lowering: what the host keeps for itself is taken out.
+"""Prepare AOTAutograd's graphs for lowering: host-side bookkeeping is taken out.
 
 Taken out are random numbers (drawn on the host from PyTorch's generator, fed as inputs), integer counters
 such as batch norm's (fp16 would stick at 2048), and results that are inputs.

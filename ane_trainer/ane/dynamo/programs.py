@@ -1,4 +1,4 @@
-"""A graph of AOTAutograd as a function that runs programs on a device.
+"""An AOTAutograd graph as a function that runs programs on a device.
 
 The values of the first call, in full precision, say which values need a power of two (`capture.range`); a later call
 whose results leave the range adds to them and is run again.
@@ -29,7 +29,7 @@ from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func, one_at_a_time
 from ane_trainer.ane.errors import DataError, NumericsWarning
 
-#: How often a graph's powers of two are chosen anew, since a call's values left the range.
+#: How often a graph's powers of two are chosen again, since a call's values left the range.
 MOST_CALIBRATIONS = 16
 #: A stored result of this magnitude or more is out of range.
 _FULL = 65400.0
@@ -113,7 +113,7 @@ class GraphFunction:
             return None
 
     def widen(self, values: Values) -> bool:
-        """Compile anew for whole numbers of this call that are larger than those so far; whether there are any."""
+        """Recompile for whole numbers of this call that are larger than those so far; whether there are any."""
         names = {n.name: v for n, v in zip(self._placeholders(), values, strict=True)}
         parts = [part for part in self._parts if part is not None]
         with without_modes():
@@ -122,7 +122,7 @@ class GraphFunction:
 
     @property
     def can_calibrate(self) -> bool:
-        """Whether powers of two may still be chosen anew."""
+        """Whether powers of two may still be chosen again."""
         return self._options.target.precision == "fp16" and self.calibrations < MOST_CALIBRATIONS
 
     def values(self, inputs: Sequence[Any]) -> tuple[Values, dict[str, Sequence[Any]]]:

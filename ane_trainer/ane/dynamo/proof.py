@@ -1,4 +1,4 @@
-"""The proof of a call of torch.compile's: its results against those of its graph in full precision."""
+"""Compare a call of torch.compile's programs with the same graph in full precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One graph of Dynamo, compiled once for each set of input shapes, within a stated budget.
+"""One Dynamo graph, compiled once for each set of input shapes, within a stated budget.
 
 The engine's programs have fixed shapes. Dynamo hands over a graph of symbolic sizes as soon as it has seen
 two batch sizes; it is specialized here for each size that comes.

@@ -1,4 +1,4 @@
-"""Tell of code under torch.compile of which Dynamo makes no graph, so that PyTorch runs it on the CPU without a word.
+"""Report code under torch.compile of which Dynamo makes no graph, and which PyTorch therefore runs on the CPU.
 
 Dynamo calls a backend with graphs only: of a frame that it gives up (recurrent layers, sparse tensors, a break within a
 loop) the backend never hears. So the end of each frame's compilation is watched, from the first time on that
@@ -63,7 +63,9 @@ def watch(backend: object) -> None:
                     "raise the limit.",
                     code="ANE114",
                 )
-            again = f"compiled anew too often (torch._dynamo.config.{setting}, torch._dynamo.reset() begins again)"
+            again = (
+                f"recompiled too often (torch._dynamo.config.{setting}, torch._dynamo.reset() begins again)"
+            )
             tell_of_cpu(f"{function}: {again}, last for {cause}", "")
         return torch_private.compiles_for(backend)
 

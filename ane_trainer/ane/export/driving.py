@@ -1,4 +1,4 @@
-"""What a driver of an exported step computes on the host: each scalar as a formula, and when units move.
+"""The host's side of an exported step: each scalar as a formula, and when units move.
 
 The manifest's `scalars` say for every port how its values follow from `settings` (by parameter group), the number `t`
 of the update and each parameter's `unit`; `policy` has the numbers of `dispatch.units`, which moves a unit when a

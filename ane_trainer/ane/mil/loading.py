@@ -146,7 +146,7 @@ def _load_package(package: Path) -> Program:
 def _check_seal(package: Path, seal: str, model: Path) -> None:
     """ProgramError if a package that `seal_package` sealed has other bytes now.
 
-    A package of another size was written anew by another tool, which kept the metadata; it is read as it is.
+    A package of another size was rewritten by another tool, which kept the metadata; it is read as it is.
     """
     digest, _, size = seal.partition(" ")
     if not size.isdecimal():

@@ -78,7 +78,7 @@ def _spaced(count: int, most: int = LOOKED_AT) -> NDArray[np.int64]:
 
 
 def all_alike(examples: Examples) -> bool:
-    """Whether two or more examples have the same x, as far as looked at; those that are drawn anew have not."""
+    """Whether two or more examples have the same x, as far as looked at; those that are drawn each time have not."""
     if examples.draws or len(examples) < 2:
         return False
     first, _ = examples.take(np.array([0]))

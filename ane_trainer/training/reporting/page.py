@@ -281,11 +281,11 @@ def _ops(ops: Sequence[Mapping[str, Any]]) -> str:
     if not ops:
         return ""
     whole = sum(op["latency_us"] for op in ops) or 1.0
-    dearest = sorted(ops, key=lambda op: -op["latency_us"])[:OP_ROWS]
+    most_expensive = sorted(ops, key=lambda op: -op["latency_us"])[:OP_ROWS]
     rows = [
         (op["name"], op["op"], f"{op['latency_us']:.2f}", f"{op['latency_us'] / whole:.1%}",
          format_count(op["flops"]), f"{op['bytes']:,}", op["bound_by"])
-        for op in dearest
+        for op in most_expensive
     ]  # fmt: skip
     head = ("op", "kind", "us", "share", "FLOPs", "bytes", "bound by")
     note = f"{len(ops)} ops in all. Times on the engine by the cost model; not measured."

@@ -1,4 +1,4 @@
-"""What an optimizer's rule is (`Rule`), and the arithmetic that rules share.
+"""`Rule`, the form of an optimizer's rule, and the arithmetic that rules share.
 
 Units. A gradient arrives as `unit * gradient`, `unit` a power of two of each parameter that the host chooses so
 that the largest entry is near 16. First moments are kept in that unit, second moments in its square times

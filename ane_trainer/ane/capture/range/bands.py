@@ -1,4 +1,4 @@
-"""Which values of a graph are in range, and how far rounding moves them: the judgement behind the exponents."""
+"""Which values of a graph are in range, and how far rounding moves them: the cost function behind the exponents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that are 0 whatever the data, but for rounding: those of biases which a norm or a softmax takes out again.
+"""Gradients that are 0 by algebra whatever the data: those of biases that a norm or a softmax cancels.
 
     before: `b_gradient = x_gradient.sum([0, 2, 3])`, x in front of a batch norm        after: `zeros([channels])`
 

@@ -1,4 +1,4 @@
-"""Values that exist with factors by row, and the operations that keep the factors as they are or by themselves.
+"""Values that carry a factor per row, and the operations that preserve or transform the factors.
 
 `rows.py` makes such values where a norm starts and joins their factors in sums and products.
 """

@@ -1,4 +1,4 @@
-"""What a graph adds to a value, as a node: `new = old + change`, without the rounding that `new - old` would have.
+"""Find the increment of an update as a node: `new = old + change`, without the rounding of `new - old`.
 
     `new = old * 0.999 + x * 0.001`   ->   `change = x * 0.001 - old * 0.001`
     `new = old + (x - old) / n`       ->   `change = (x - old) / n`

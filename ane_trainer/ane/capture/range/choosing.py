@@ -1,4 +1,4 @@
-"""Values of which a `where` takes a part: only that part counts in their magnitudes.
+"""Values selected by a `where`: only the selected part counts in their magnitudes.
 
     where(x > 0, x, exp(x) - 1): exp(100) stands in the graph, and nothing reads it; its gradient is multiplied by 0
 

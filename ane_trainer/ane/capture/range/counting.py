@@ -1,4 +1,4 @@
-"""Large sums of integers that only floats read, as sums of floats, which the range pass carries with a power of two.
+"""Large integer sums that only floats read, as float sums, which the range pass scales by a power of two.
 
     before: `p.sum() + (y > 0).sum()`           after: `p.sum() + (y > 0).float().sum()`
 

@@ -1,4 +1,4 @@
-"""What the passes over a captured graph share: new nodes with shape and source, and questions about a node."""
+"""Graph editing shared by the passes over a captured graph: new nodes with shape and source, and queries on a node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watches values of the step that a later batch may bring out of fp16, so that no such number reaches the weights.
+"""Guard values of the step that a later batch may push out of fp16, so that no such number reaches the weights.
 
 Backward: what is stored larger than it is, or becomes smaller on its way, comes back as an ordinary number if it
 leaves fp16, which no gradient shows. Forward: of each module the largest value, where the example brings it near the

@@ -1,4 +1,4 @@
-"""Tells of inputs from which the graph takes numbers near them: fp16's rounding of the input is most of what is left.
+"""Warn of inputs from which the graph subtracts numbers near them: what is left is mostly fp16's rounding of the input.
 
 `(x - 1.6e9).float()`, x in seconds; `x - x.mean(0)`, x near 100,000 with a deviation of 50
 """

@@ -1,4 +1,4 @@
-"""Finds the norms of a graph: squares that are summed and whose root is taken, and the epsilon under it."""
+"""Find the norms of a graph: sums of squares under a root, and the epsilon under it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms that cannot leave fp16: each row is brought near 1 by a power of two before it is squared.
+"""Norms that cannot leave fp16: each row is scaled near 1 by a power of two before it is squared.
 
     before: `r = rsqrt(mean(c * c) + eps); y = c * r`
     after:  `d = c * s; r = rsqrt(mean(d * d) + eps * s * s); y = d * r`, s = 2^-10, 2^-4, 1 or 2^9 by the row's max |c|

@@ -1,4 +1,4 @@
-"""Runs captured graphs on example values, node by node, without the update of the weights, and lets values go early."""
+"""Run captured graphs on example values node by node, without the weight update, freeing values early."""
 
 from __future__ import annotations
 

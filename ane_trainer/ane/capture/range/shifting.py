@@ -1,4 +1,4 @@
-"""Nodes stored with a power of two, arguments brought to another, and how far the factors of a product may move.
+"""Nodes stored with a power of two, arguments rescaled to another, and how far the factors of a product may move.
 
 `of[node]` is the exponent e of a node that holds its value times 2^-e. The rules that choose exponents are in
 `exponents.py`.

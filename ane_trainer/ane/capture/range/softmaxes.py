@@ -1,4 +1,4 @@
-"""The gradient of a softmax in a graph: written as one operation or out, with rows set to 0, behind a mask."""
+"""Find the gradient of a softmax in a graph: as one operation or written out, with rows zeroed, behind a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rewrites of the range pass are made, and where: for those who look for what each one heals.
+"""Enable rewrites of the range pass one by one: for the debugger, which measures what each one mends.
 
 All are made unless a block says otherwise:
 

@@ -1,4 +1,4 @@
-"""Logarithms, exponentials, powers and norms of values that are carried with a power of two.
+"""Logarithms, exponentials, powers and norms of values that carry a power of two.
 
     before: `log(x)`, x = v * 2^e              after: `log(v) + e * ln 2`
     before: `log1p(x)`, x near 1e6             after: `log(v) + e * ln 2` where x is large, else `log1p(v * 2^e)`

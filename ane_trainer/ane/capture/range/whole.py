@@ -1,4 +1,4 @@
-"""Whole numbers of the batch beyond fp16 that only floats read, as floats, which the range pass gives a power of two.
+"""Integers of the batch beyond fp16 that only floats read, as floats, which the range pass scales by a power of two.
 
     before: `x.float() / 1e6`, x int64 up to 2,000,000        after: x is fed as x * 2^-6
 

@@ -1,4 +1,4 @@
-"""Complex numbers as pairs of real ones: every complex tensor of a step stands for a real tensor [..., 2].
+"""Complex numbers as pairs of real ones: every complex tensor of a step becomes a real tensor [..., 2].
 
 A rule computes the pair of its result from the pairs of its arguments, with real operations that are recorded; the
 complex tensor itself is kept beside it, for autograd. Fourier transforms become products with matrices of cosines

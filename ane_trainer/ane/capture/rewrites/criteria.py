@@ -1,4 +1,4 @@
-"""Losses, and functions of losses, whose ATen operations read values or have no pure backward: in plain terms.
+"""Losses, and functions of losses, whose ATen operations read values or have no pure backward, in plain operations.
 
 Connectionist temporal classification is the forward recursion over time, normalized: the score of being at place s
 of the label sequence with blanks after step t is relative to the sum over all places, so that it stays near 0 and

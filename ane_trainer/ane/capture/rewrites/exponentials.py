@@ -1,4 +1,4 @@
-"""Exponentials that are divided by their sum, or taken the logarithm of, as softmax, logsumexp and their like.
+"""Handwritten exponentials over their sum, and logarithms of such sums, as softmax, logsumexp and their like.
 
     exp(x) / exp(x).sum(1, keepdim=True) -> softmax(x, 1)      log(exp(x).sum(1)) -> logsumexp(x, 1)
     1 / (1 + exp(-x)) -> sigmoid(x)                             log1p(exp(x)), log(1 + exp(x)) -> softplus(x)

@@ -1,4 +1,4 @@
-"""Keras 3 layers on the torch backend inside a model: their variables, and calls on other values of them.
+"""Keras 3 layers on the torch backend inside a model: their variables, and calls with other values for them.
 
 Keras layers do not read the parameters that PyTorch sees in them but variables of their own, so calling one
 on other tensors takes Keras' stateless scope. Variables that are not trained (batch norm's statistics, seeds)

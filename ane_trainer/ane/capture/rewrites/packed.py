@@ -1,4 +1,4 @@
-"""Packed sequences as what they were made of: all steps of all rows, and the lengths.
+"""Packed sequences in padded form: all steps of all rows, and the lengths.
 
 PyTorch packs a batch into as many rows as there are true steps, which a program of fixed shapes cannot. Here
 `pack_padded_sequence` gives time-major rows [T B, ...] with padding; the tensor of batch sizes (B, T times) carries

@@ -1,4 +1,4 @@
-"""Fake quantization (training that is aware of it) in terms of a rounding and a clamp: `torch.fake_quantize_*`."""
+"""Fake quantization (quantization-aware training) as rounding and clamp: `torch.fake_quantize_*`."""
 
 from __future__ import annotations
 

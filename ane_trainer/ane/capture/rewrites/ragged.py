@@ -1,4 +1,4 @@
-"""Bags of embeddings and mixtures of experts, whose runs of rows depend on data, in fixed shapes.
+"""Embedding bags and mixtures of experts, whose row counts depend on data, in fixed shapes.
 
 `embedding_bag` becomes a look-up and a sum over each bag: a constant shape of bags, or one that offsets give.
 Experts, as `transformers` computes them, get rows sorted by expert; here every expert's matrix is multiplied with all

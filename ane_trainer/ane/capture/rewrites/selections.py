@@ -1,4 +1,4 @@
-"""`x[mask]` with a mask that the step computes, where what follows needs no shape that depends on data.
+"""`x[mask]` with a mask that the step computes, where no later shape depends on the data.
 
 The selected rows stay where they are, in the full tensor beside the mask (`Selected`): elementwise functions and layers
 on the other axes act on all, sums and means and losses count the selected, and `y[mask] = f(x[mask])` is a choice. Rows

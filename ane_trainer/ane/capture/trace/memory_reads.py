@@ -1,4 +1,4 @@
-"""Notices tensors whose numbers leave PyTorch while a step is traced: what comes back is a constant to the program.
+"""Detect tensors whose values leave PyTorch during a trace: what comes back is a constant of the program.
 
 `x.numpy()`, `np.asarray(x)` and `x.tolist()` copy memory without an operation, so that no recorder sees them; a step
 would go on with the first batch's numbers.

@@ -1,4 +1,4 @@
-"""What ATen operations do to tensors: writes, views and their inverses, and reads of values that no program can do.
+"""Effects of ATen operations on tensors: writes, views and their inverses, and reads of values that no program can do.
 
 A view's inverse is its base tensor's new value after the view was written to:
 

@@ -1,4 +1,4 @@
-"""Tidying a traced graph: identities, repeated values and dead nodes go, so that lowering sees only work.
+"""Simplify a traced graph: remove identities, repeated values and dead nodes before lowering.
 
 before: `t = permute(x, [1, 0]); u = permute(t, [1, 0]); v = view(u, same shape)`   after: `x`
 """

@@ -1,4 +1,4 @@
-"""Where an operation comes from: the user's module path and source line, forward and backward.
+"""Source of an operation: the user's module path and line, forward and backward.
 
 Every torch function the model calls is annotated with `module.path (file.py:line)` while it runs, and the
 autograd nodes it made carry the same text, so that backward operations point at the line whose gradient

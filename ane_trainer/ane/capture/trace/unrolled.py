@@ -1,4 +1,4 @@
-"""Recurrent steps written out: reads of what was just written, and sums over steps of products with one weight.
+"""Unrolled recurrent steps: reads of what was just written, and sums over steps of products with one weight.
 
 before: `y = slice_scatter(x, v, 1, 0, 8); split(y, [8, 8], 1)[0]`        after: `v`
 before: `mm(a0.T, b0) + mm(a1.T, b1) + ...; sum(a0, 0) + sum(a1, 0) + ...`

@@ -1,4 +1,4 @@
-"""Parts that are alike become one program: the same operations on the same shapes, whatever their inputs are called.
+"""Merge equal parts into one program: the same operations on the same shapes, whatever their inputs are called.
 
 Numbers that differ between them (a layer's own power of two) become inputs, where an operation takes them as one.
 """

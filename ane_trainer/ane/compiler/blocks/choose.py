@@ -1,4 +1,4 @@
-"""Whether a step is divided into programs of blocks, and how many blocks are one program: decided here."""
+"""Decide whether a step is divided into programs of blocks, and how many blocks are one program."""
 
 from __future__ import annotations
 

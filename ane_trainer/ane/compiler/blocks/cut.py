@@ -1,4 +1,4 @@
-"""A step's function in parts, each with what it takes from those before it and gives to those after it.
+"""Cut a step's function into parts, each with its inputs from earlier parts and outputs to later ones.
 
 Only floats go from part to part: booleans and integers, and what is made of constants alone, are made again where they
 are read, so that every port is one that an engine has.

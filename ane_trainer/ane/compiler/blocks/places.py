@@ -1,4 +1,4 @@
-"""Which program of a divided step each operation belongs to.
+"""Assign each operation of a divided step to its program.
 
     forward   R0  F1 R1  F2 R2  ..  Fn Rn      F: a block; R: what lies between blocks (embedding, head, loss)
     backward  R0' Bn ..  B2 B1  R'

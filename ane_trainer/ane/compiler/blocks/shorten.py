@@ -1,4 +1,4 @@
-"""Parts that are longer than a chip is known to compile, in pieces: cut where little is handed on."""
+"""Split parts longer than a chip is known to compile, where few values cross the cut."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ _RANDOM = (
 _DATA_SHAPED = ("masked_select", "nonzero", "unique", "bincount")
 _VIEWS = tuple(f"aten.{name}" for name in ("view.default", "_unsafe_view.default", "unsqueeze.default",
     "squeeze.default", "squeeze.dim", "squeeze.dims"))  # fmt: skip
-#: An operation's name, which torch puts together anew each time.
+#: An operation's name, which torch assembles each time each time.
 _name = functools.cache(str)
 _RULE_ON_CONSTANTS = ("aten.view.default", "aten._unsafe_view.default")
 

@@ -1,4 +1,4 @@
-"""Operands of lowering rules, and how those known at compile time become MIL literals.
+"""Operands of lowering rules; those known at compile time become MIL literals.
 
 An *operand* is a MIL value, a torch tensor that is known at compile time, a Python number, or integers in another
 encoding (`Encoded`). Shapes are MIL shapes: rank 0 is `[1]`.

@@ -1,4 +1,4 @@
-"""A chain as one function: the dispatched programs one after the other, on values that have the step's names.
+"""A chain of dispatched programs as one function on values with the step's names.
 
 For the simulator, which has no limit on a program's length: what one program hands to the next needs no copy then, and
 what is a view of memory (windows of an image, a transposed matrix) remains one.

@@ -1,4 +1,4 @@
-"""What machine this is: system, build, chip, and the versions that matter for what an engine computes."""
+"""Identify this machine: system, build, chip, and the versions that matter for what an engine computes."""
 
 from __future__ import annotations
 

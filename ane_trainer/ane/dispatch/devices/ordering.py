@@ -1,4 +1,4 @@
-"""Which state outputs may share memory with their inputs: nobody can read the old value once the new is written.
+"""Which state outputs may share memory with their inputs: those whose old value has no later reader.
 
 An engine's compiler orders operations as it likes within their dependencies. So an output is safe on its
 input's memory only if every operation that reads the input (or a view of it) has to come before the

@@ -1,4 +1,4 @@
-"""What a device is: it loads compiled programs into sessions, which hold state and run."""
+"""The device protocol: a device loads compiled programs into sessions, which hold state and run."""
 
 from __future__ import annotations
 

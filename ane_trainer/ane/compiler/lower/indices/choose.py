@@ -1,4 +1,4 @@
-"""The pass that chooses how integers travel: as they are, as codes, or in two numbers.
+"""Choose the encoding of each integer: plain, coded, or split in two numbers.
 
 fp16 holds integers up to 2048. Batch integers that look up a longer table are sent as codes (`codes.py`) where
 nothing but look-ups and equality reads them; integers that are computed with and leave that range, those of the batch

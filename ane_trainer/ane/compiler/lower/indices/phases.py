@@ -1,4 +1,4 @@
-"""Inputs whose rounding to fp16 shows in full: large times and positions under a sine, or cut to whole numbers.
+"""Find inputs whose rounding to fp16 matters in full: large times and positions under a sine, or truncated to integers.
 
 fp16 has 11 bits. A number of the batch above 2048 is rounded by up to half a unit and more; a loss or a layer bears
 that as every rounding, an angle in radians or a remainder does not. Nor does a small number that is multiplied before

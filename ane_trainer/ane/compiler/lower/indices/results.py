@@ -1,4 +1,4 @@
-"""Results of integers that leave in two numbers, where a caller takes them so (`Port.index_encoding` is "split")."""
+"""Integer results that leave as two numbers, where the caller accepts that (`Port.index_encoding` is "split")."""
 
 from __future__ import annotations
 

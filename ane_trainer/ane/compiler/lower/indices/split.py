@@ -1,4 +1,4 @@
-"""Nodes of integers: what is moved, computed with or looked up in two numbers, and joined where one number is enough.
+"""Integer nodes in split form: moved, computed or looked up as two numbers, and joined where one number is enough.
 
 Integers in two numbers are what is left of a division by 1024, and the quotient (rounded down, so -100 is -1 and 924).
 Both are fp16 integers, and so are their sums, for integers and tables of up to 2 million.

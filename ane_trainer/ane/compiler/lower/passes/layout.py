@@ -1,4 +1,4 @@
-"""Move transposes towards the results, past ops that do not care about axes, so that they meet and cancel.
+"""Move transposes towards the results, past ops indifferent to axis order, so that they meet and cancel.
 
 Channels-last convolutions and poolings (`windows.py`) leave a pair of transposes around every elementwise op
 between them; after this pass and `passes.transposes` they remain only where an op needs channels first.

@@ -1,4 +1,4 @@
-"""The walk that program passes are made with: each op is appended, rewritten, or its uses replaced."""
+"""The traversal of program passes: each op is appended, rewritten, or its uses replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Factor an axis that is longer than the engine takes, such as a flattened image, where ops treat its elements alike.
+"""Factor an axis longer than the engine takes, such as a flattened image, where ops treat its elements alike.
 
 before: `y = reshape(x [2,1,384,384], [2,147456]); s = reduce_mean(mul(y, y), axes=[1])`
 after:  `y = reshape(x, [2,384,384]); s = reduce_mean(mul(y, y), axes=[1,2])`

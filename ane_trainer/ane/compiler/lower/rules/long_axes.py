@@ -1,4 +1,4 @@
-"""Order, extrema and their places along axes longer than fp16's integers: counts and places in two numbers.
+"""Sorting, extrema and their indices along axes beyond fp16's integers: counts and indices in two numbers.
 
 An axis is taken in blocks of 1,024, so that no count within one is rounded.
 """

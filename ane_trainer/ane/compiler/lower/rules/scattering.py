@@ -1,4 +1,4 @@
-"""Picks and writes by index tensors, and reductions over groups that an index names: one-hot products.
+"""Gathers and scatters by index tensors, and reductions over groups that an index names: one-hot products.
 
 The engine has neither gather nor scatter. Additions add; of several writes to one place the last wins, as torch's
 CPU kernels do. Sums over groups are one-hot products; for the other reductions each group sees all writes, those of
