@@ -110,9 +110,9 @@ def test_import_alone_does_not_import_torch() -> None:
 
 def test_importing_all_of_it_takes_less_than_twice_torch() -> None:
     code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
+        "import time; a = time.process_time(); import torch; b = time.process_time(); "
         "import ane_trainer as at; at.Trainer; "
-        "print((time.perf_counter() - a) / (b - a))"
+        "print((time.process_time() - a) / (b - a))"
     )
     runs = [
         subprocess.run(
