@@ -99,6 +99,12 @@ def _fit_classes(shape: tuple[int, ...], y: torch.Tensor, ignored: int | None) -
             )
         y = y.long()
     y = y.long() if y.dtype == torch.bool else y
+    if y.shape == shape:
+        raise DataError(
+            f"y needs class numbers of shape {[shape[0], *shape[2:]]}, or a probability for each class as floats; "
+            f"got whole numbers of shape {list(y.shape)}. Pass y.argmax(1) of one-hot rows, or y.float().",
+            code="DATA105",
+        )
     if y.shape != (shape[0], *shape[2:]):
         raise DataError(
             f"y needs class numbers of shape {[shape[0], *shape[2:]]} for outputs {list(shape)}; "

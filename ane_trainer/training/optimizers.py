@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo
+from ane_trainer.ane.dispatch.parameters import check_placed
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.config import TrainConfig
 from ane_trainer.utils import did_you_mean
@@ -23,12 +23,9 @@ _CLASSES: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 
 def check_trainable(model: nn.Module, where: str = "model") -> None:
     """UsageError ANE103 for a model without parameters to train, or whose parameters hold no numbers yet."""
+    check_placed(model, where)
     named = dict(model.named_parameters())
-    empty = [name for name, p in named.items() if isinstance(p, UninitializedParameter) or p.is_meta]
-    if empty:
-        got = f"{', '.join(empty[:3])} without (lazy modules, device 'meta')"
-        fix = "Run the model once on an example, or build it on the CPU."
-    elif not named:
+    if not named:
         got, fix = "a model without any", "Register layers as attributes (self.layer = ...)."
     elif not any(p.requires_grad for p in named.values()):
         got, fix = "all frozen", "Set requires_grad of those that are to learn."

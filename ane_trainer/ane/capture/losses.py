@@ -47,6 +47,11 @@ def get_loss(loss: str | Loss) -> Loss:
 
     Raises: UsageError for an unknown name.
     """
+    given: object = loss
+    if isinstance(given, type) and issubclass(given, torch.nn.Module):
+        raise UsageError(
+            f"loss: needs an object of the class; got the class {given.__name__}. Write {given.__name__}()."
+        )
     if callable(loss):
         return loss
     if loss in LOSSES:

@@ -21,8 +21,9 @@ from ane_trainer.ane.chips.cost import Cost
 from ane_trainer.ane.compiler.blocks import Division, check_blocks
 from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, tell_of_rounded_integers
-from ane_trainer.ane.dispatch.loading import check_parameters, cost_of
+from ane_trainer.ane.dispatch.loading import cost_of
 from ane_trainer.ane.dispatch.options import Target, resolve_target
+from ane_trainer.ane.dispatch.parameters import check_parameters
 from ane_trainer.ane.errors import NumericsWarning
 from ane_trainer.ane.mil.program import Program
 

@@ -28,15 +28,16 @@ from ane_trainer.ane.chips.cost import Cost, estimate, in_turn
 from ane_trainer.ane.compiler.blocks import Division
 from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.devices import Session
-from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, Range
+from ane_trainer.ane.dispatch.feeds import RANGES, Feeds
 from ane_trainer.ane.dispatch.frozen import frozen_constants
 from ane_trainer.ane.dispatch.held_tensors import none_kept
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
 from ane_trainer.ane.dispatch.parallel import DividedSession, joined_ports
+from ane_trainer.ane.dispatch.parameters import check_parameters
 from ane_trainer.ane.dispatch.recall import Entry, Memory, Question, memory_of
 from ane_trainer.ane.dispatch.state import StepState
-from ane_trainer.ane.errors import DataError, NumericsWarning
+from ane_trainer.ane.errors import NumericsWarning
 from ane_trainer.ane.stages import Captured, Compiled, Port
 from ane_trainer.utils import return_memory, without_collection
 
@@ -251,28 +252,6 @@ def cost_of(dispatched: Sequence[Compiled], path: str) -> Cost:
     """Estimated time and energy of programs that run one after the other."""
     known = {each.fingerprint: estimate(each.program, each.chip, path) for each in dispatched}
     return in_turn([known[each.fingerprint] for each in dispatched])
-
-
-def check_parameters(model: torch.nn.Module, limits: Range) -> None:
-    """DataError for parameters that are nan or inf, or that the precision does not hold."""
-    wrong = [
-        f"{name} up to {float(peak):g}"
-        for name, p in model.named_parameters()
-        if p.numel() and p.is_floating_point()
-        if not (peak := _peak(p.detach())) <= limits.largest
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise DataError(
-            f"model: needs parameters that are finite and at most {limits.largest:g} ({limits.name}); got "
-            f"{', '.join(wrong[:3])}{more}. Reinitialise the model, or load weights that are whole.",
-            code="DATA106",
-        )
-
-
-def _peak(tensor: torch.Tensor) -> torch.Tensor:
-    low, high = torch.aminmax(tensor)
-    return torch.maximum(-low, high)
 
 
 def _capture(subject: Subject, options: CaptureOptions) -> StepCapture:

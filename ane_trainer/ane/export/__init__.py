@@ -16,7 +16,7 @@ from torch import nn
 from ane_trainer.ane.capture.calibrate import module_mode
 from ane_trainer.ane.dispatch.devices import get_device
 from ane_trainer.ane.dispatch.feeds import RANGES
-from ane_trainer.ane.dispatch.loading import check_parameters
+from ane_trainer.ane.dispatch.parameters import check_parameters
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.export import inference, onnx_step, stablehlo_step, step
 from ane_trainer.ane.export.freeze import Deployed, Signature, to_input
