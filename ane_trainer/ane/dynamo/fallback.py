@@ -19,8 +19,8 @@ from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.legalize import legalize
 from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.dispatch import Target
-from ane_trainer.ane.dynamo.graphs import reshape_views
 from ane_trainer.ane.dynamo.options import Options
+from ane_trainer.ane.dynamo.parts import reshape_views
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.ane.stages import Captured, Port
 

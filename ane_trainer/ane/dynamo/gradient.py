@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ane_trainer.ane.dynamo.ends import split_backward
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
 from ane_trainer.ane.dynamo.torch_private import (
@@ -56,6 +57,7 @@ class Backward:
     """A backward graph as a function; `power` is that of two to which the largest incoming one is brought."""
 
     def __init__(self, module: GraphModule, options: Options) -> None:
+        self._start = split_backward(module)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._tangents = [i for i, node in enumerate(placeholders) if node.name.startswith("tangents")]
         self._function = GraphFunction(module, options, "backward")
@@ -65,6 +67,7 @@ class Backward:
     def __call__(self, *inputs: object) -> list[object]:
         """The gradients in fp32; nan everywhere if one that comes in is not finite, as PyTorch would spread it."""
         with self._function.lock:
+            inputs = inputs if self._start is None else tuple(self._start.inputs(inputs))
             try:
                 return self._gradients(*inputs)
             except DataError as error:

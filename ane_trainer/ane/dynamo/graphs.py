@@ -6,9 +6,9 @@ such as batch norm's (fp16 would stick at 2048), and results that are inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -23,7 +23,9 @@ from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.compiler.lower.indices.codes import MOVES
 from ane_trainer.ane.compiler.lower.indices.ranges import packet_name
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
-from ane_trainer.ane.dynamo.torch_private import default_partition, with_effects
+from ane_trainer.ane.dynamo.ends import mark_ends
+from ane_trainer.ane.dynamo.parts import ancestors, part_of
+from ane_trainer.ane.dynamo.torch_private import changed_inputs, default_partition, with_effects
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 aten = torch.ops.aten
@@ -83,6 +85,9 @@ def partition(
     drop_cancelled(joint.graph)
     count_in_floats(joint.graph)
     scale_rows(joint.graph)
+    results = cast("Sequence[object]", joint.graph.output_node().args[0])
+    changed = changed_inputs()
+    mark_ends(joint.graph, results[changed:num_fwd_outputs], kept=results[:changed])
     forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
     forward.meta[USER_RESULTS] = num_fwd_outputs
     return forward, backward
@@ -294,7 +299,7 @@ def _is_random(node: Node) -> bool:
         node.target, "tags", ()
     ):
         return False
-    return node.target in _RANDOM or not any(n.op == "placeholder" for n in _ancestors([node]))
+    return node.target in _RANDOM or not any(n.op == "placeholder" for n in ancestors([node]))
 
 
 def _running(module: GraphModule, node: Node) -> Callable[[], torch.Tensor]:
@@ -352,36 +357,10 @@ def _is_moved_input(node: Node) -> bool:
     return node.op == "placeholder"
 
 
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """The nodes and all that they follow from."""
-    wanted: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in wanted:
-            wanted.add(node)
-            pending.extend(node.all_input_nodes)
-    return wanted
-
-
-#: Views of tensors in order, which the programs have and PyTorch may not.
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-
-
-def reshape_views(node: Node) -> None:
-    """Let a view that PyTorch is to run take a tensor in any order: what made its own contiguous may be gone."""
-    if node.target in _VIEWS:
-        node.target = torch.ops.aten.reshape.default
-
-
 def _host_module(module: GraphModule, inputs: list[Node], results: Iterable[Node]) -> GraphModule:
     """The ancestors of `results` as a module over all inputs."""
-    graph = Graph()
-    new: dict[Node, Node] = {node: graph.placeholder(node.name) for node in inputs}
-    wanted = _ancestors(results)
-    for node in module.graph.nodes:
-        if node in wanted and node not in new:
-            new[node] = graph.node_copy(node, lambda n: new[n])
-            reshape_views(new[node])
-    graph.output(tuple(new[node] for node in results))
-    return GraphModule(module, graph)
+    results = tuple(results)
+    wanted = ancestors(results)
+    return part_of(
+        module, inputs, [n for n in module.graph.nodes if n in wanted and n not in inputs], results
+    )

@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -20,6 +20,7 @@ from ane_trainer.ane.capture.scaling import OVERFLOW
 from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
+from ane_trainer.ane.dynamo.ends import mark_ends, split_forward
 from ane_trainer.ane.dynamo.engine_part import EnginePart
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, prepare_graph
@@ -46,10 +47,17 @@ def forward_function(
     """The compiler that AOTAutograd calls for forward (and inference) graphs."""
     del example_inputs
     users = int(module.meta.get(USER_RESULTS, 1 << 30))
+    if role == "inference":
+        results = cast("Sequence[object]", module.graph.output_node().args[0])
+        changed = changed_inputs()
+        mark_ends(module.graph, results[changed:], kept=results[:changed])
+    end = split_forward(module, users)
     function = GraphFunction(module, options, role)
+    if end is not None:
+        function.record.host += ("last activation computed",)
 
     def run(*inputs: object) -> list[object]:
-        return function(inputs, users)
+        return function(inputs, users) if end is None else end.whole(function(inputs, end.users))
 
     return make_boxed_func(run)
 
