@@ -167,19 +167,21 @@ def fill_up(
     return x, y[source], share * (share.numel() / total)
 
 
-def has_smaller_batch(data: Iterable[object]) -> bool:
-    """Whether the data is known to end with a batch of fewer examples than the others."""
+def has_smaller_batch(data: Iterable[object]) -> bool | None:
+    """Whether the data has a batch of fewer examples than the first one; None where only a pass over it tells."""
     if isinstance(data, Batches):
         return len(data) > 1 and not data.drop_last and data.num_examples % data.batch_size != 0
     if isinstance(data, torch.utils.data.DataLoader):
         size, dataset = data.batch_size, data.dataset
-        if size is None or data.drop_last or isinstance(dataset, torch.utils.data.IterableDataset):
+        if size is None or isinstance(dataset, torch.utils.data.IterableDataset):
+            return None
+        if data.drop_last:
             return False
         count = len(cast(Sized, data.sampler))
         return count > size and count % size != 0
-    if isinstance(data, (list, tuple)) and len(data) > 1:
-        return _rows_of(data[-1]) < _rows_of(data[0])
-    return False
+    if isinstance(data, (list, tuple)):
+        return any(_rows_of(batch) < _rows_of(data[0]) for batch in data)
+    return None
 
 
 def _rows_of(batch: object) -> int:
@@ -220,14 +222,14 @@ class Intake:
     loss      what the step is to be compiled with: the given one, or one that takes weights.
     example   the first batch, without weights.
     notes     a sentence each about what was decided or is left out.
-    left_out  examples of batches that were left out so far.
     """
 
     def __init__(self, model: nn.Module, loss: str | Loss) -> None:
         self.loss = loss
         self.example: tuple[Any, Any] | None = None
         self.notes: list[str] = []
-        self.left_out = 0
+        self._obstacle: str | None = None  # why a smaller batch is left out
+        self._announced = False
         self._model, self._function = model, get_loss(loss)
         self._tail: tuple[int, ...] | None = None  # of the output's shape, without the examples
         self._ignored = (
@@ -243,7 +245,7 @@ class Intake:
         """Settle the form on the first batch of `data`; the batch in that form. DataError if it cannot be."""
         check_target(y)
         smaller = has_smaller_batch(data)
-        if self._needs_output(x, y) or smaller:
+        if self._needs_output(x, y) or smaller is not False:
             self._tail = self._try(x)
         self.example = (x, self._fitted(x, y))
         rows = loop.batch_size_of(x)
@@ -252,12 +254,12 @@ class Intake:
                 f"{data.left_out:,} of {data.num_examples:,} examples are left out of each epoch, not always the "
                 f"same ones: batches are of {rows}"
             )
-        elif smaller and (reason := self._cannot_weigh(x)) is not None:
-            self.notes.append(
-                f"the last batch of an epoch, of fewer than {rows} examples, is left out: {reason}"
-            )
-        elif smaller:
-            self.loss = WeightedLoss(self._function)
+        elif smaller is not False:
+            self._obstacle = self._cannot_weigh(x)
+            if self._obstacle is None:
+                self.loss = WeightedLoss(self._function)
+            elif smaller:
+                self._announce_left_out(rows)
         fitted = self.example[1]
         if isinstance(y, torch.Tensor) and fitted.dim() > y.dim() and fitted.shape[-1] > 1:
             self.notes.append(
@@ -266,15 +268,45 @@ class Intake:
         return self._weighed(x, self.example[1], rows)
 
     def __call__(self, x: object, y: object, where: str) -> tuple[object, object] | None:
-        """The batch in the form of the step; None for a smaller one that is left out (and counted)."""
+        """The batch in the form of the step; None for a smaller one that is left out, with a note."""
         assert self.example is not None
         with loop.located(where):
             check_target(y)
             y = self._fitted(x, y)
         if not loop.fits_step(x, y, self.example, where) and not self.weighted:
-            self.left_out += loop.batch_size_of(x)
+            self._announce_left_out(loop.batch_size_of(self.example[0]))
             return None
         return self._weighed(x, y, loop.batch_size_of(self.example[0]))
+
+    def suits(self, data: Iterable[object], x: object, y: object) -> bool:
+        """Whether the form that was settled on other data is that of this data, too, whose first batch is (x, y)."""
+        settled = self.weighted or self._obstacle is not None
+        return (settled or has_smaller_batch(data) is False) and self._has_shapes(x, y)
+
+    def _has_shapes(self, x: object, y: object) -> bool:
+        try:
+            return self.example is None or loop.fits_step(x, self._fitted(x, y), self.example, "")
+        except DataError:  # which `begin` reports
+            return False
+
+    def take_notes(self) -> list[str]:
+        """The notes since the last call."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    def nothing_taken(self, where: str) -> DataError:
+        """The error for an epoch of which every batch was left out."""
+        return DataError(
+            f"{where}: needs a batch as large as the step's; got smaller ones alone, and {self._obstacle}. "
+            "Use batches of one size.",
+            code="DATA105",
+        )
+
+    def _announce_left_out(self, rows: int) -> None:
+        if not self._announced:
+            why = self._obstacle or "the batches before had as many"
+            self.notes.append(f"a batch of fewer than {rows} examples is left out: {why}")
+        self._announced = True
 
     def counts(self, x: object, y: object) -> bool:
         """Whether anything of this batch, in the form of the step, counts: a class number that is not left out."""

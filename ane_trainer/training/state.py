@@ -64,6 +64,7 @@ class Training:
         self._intake = make_intake(model, loss)
         self._last: Batch | None = None  # as the step took it
         self._train: Iterable[Batch] = ()  # what `fit` trains on
+        self._unseen = False  # none of its batches was looked at yet
         self._pass: Iterable[Batch] | None = None  # the same while a pass over it is under way
         self._data_state: dict[str, object] | None = None
         self._restored: Checkpoint | None = None
@@ -265,6 +266,14 @@ class Training:
         known = {key: value for key, value in details.items() if key in names}
         extra = {key: value for key, value in details.items() if key not in names}
         return Result(**{**facts, **known}, details=extra)
+
+    def release_step(self) -> None:
+        """Let go of the compiled step, whose state goes on in the next one, of batches of another form."""
+        if self.step is not None:
+            saved = self.checkpoint()
+            self._restored = Checkpoint(saved.tensors, saved.scalars | {"program": None})
+            self.progress.skipped_steps, self.step = self._skipped(), None
+        self._intake = make_intake(self.model, self.loss)
 
     def sync(self) -> None:
         """Bring the model's parameters and the optimizer's state up to date with the engine's."""

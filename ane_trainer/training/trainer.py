@@ -137,7 +137,7 @@ class Trainer(Training):
         loop.check_epochs(epochs)
         train = batches_of(train, "train", self.seed)
         val = batches_of(val, "val", self.seed) if val is not None else None
-        self._train = train
+        self._train, self._unseen = train, True
         loop.check_repeatable(train, "train", epochs)
         self.callbacks, self.should_stop, self.stop_now = Callbacks(callbacks), False, False
         if self._restored is not None:
@@ -337,10 +337,14 @@ class Trainer(Training):
         with seeded(self.seed + progress.epoch):
             for batch in loop.open_pass(train, progress.epoch, progress.batch, state):
                 x, y = loop.unpack(batch, f"{where} {progress.batch + 1}")
+                if self._unseen and not progress.batch and not self._intake.suits(train, x, y):
+                    self.release_step()
+                self._unseen = False
                 if self.step is None:
                     self.compiled(x, y)
                     started += self.seconds_compile
-                    self._begin(stop)
+                    if not stop.begun:
+                        self._begin(stop)
                 if not begun:
                     self.report.begin_epoch(progress.epoch + 1, last, length, progress.batch)
                     for callback in self.callbacks:
@@ -362,10 +366,14 @@ class Trainer(Training):
         progress.seconds_steps += time.perf_counter() - started
         if not progress.batch:
             raise loop.empty("train")
+        if progress.steps == progress.steps_before_epoch:
+            raise self._intake.nothing_taken(f"{where} {progress.batch}")
         progress.passed, self._pass, self._data_state = 1, None, None
 
     def _train_batch(self, x: object, y: object, where: str) -> None:
         step, ready = self.compiled(x, y), self._intake(x, y, where)
+        for text in self._intake.take_notes():
+            self.report.note("data", f"{where}: {text}")
         if ready is None:
             return
         x, y = ready
@@ -462,7 +470,7 @@ class Trainer(Training):
             self._restored = None
         self.step = step
         self._inference.example = x
-        for text in self._intake.notes:
+        for text in self._intake.take_notes():
             self.report.note("data", text)
         self.seconds_compile = time.perf_counter() - started
         self.report.compiled(engine.program_facts(step, self.optimizer), self.seconds_compile)

@@ -187,7 +187,8 @@ def test_data_that_ends_with_a_smaller_batch_is_known():
         assert has_smaller_batch(loader) is wanted
     assert has_smaller_batch([(x, y), (x[:3], y[:3])])
     assert not has_smaller_batch([(x, y), (x, y)])
-    assert not has_smaller_batch(iter([(x, y)]))
+    assert has_smaller_batch([(x, y), (x[:3], y[:3]), (x, y)])
+    assert has_smaller_batch(iter([(x, y)])) is None
     assert has_smaller_batch(batches_of((x, y), "train", 0, batch_size=3))
 
 
@@ -207,4 +208,5 @@ def test_what_is_left_out_is_said():
         assert not intake.weighted
         assert text in intake.notes[0]
         assert intake(x[:1], y[:1], "here") is None
-        assert intake.left_out == 1
+        assert len(intake.take_notes()) == 1
+        assert intake.take_notes() == []

@@ -99,6 +99,65 @@ def test_what_cannot_be_weighed_is_left_out_and_said_once(net, loss, text):
     assert text in report.texts[0]
 
 
+class Passes:
+    """An iterable that only a pass over it tells of: each pass yields the next of these lists, the last one again."""
+
+    def __init__(self, *passes: list) -> None:
+        self.passes, self.done = passes, 0
+
+    def __iter__(self):  # a generator: only a pass that is begun counts
+        self.done += 1
+        yield from self.passes[min(self.done, len(self.passes)) - 1]
+
+
+def test_smaller_batches_of_an_iterable_train_as_in_pytorch():
+    """None but a pass tells that there are any: they were left out without a word."""
+    x, y = examples(19)
+    batches = [(x[:8], y[:8]), (x[8:11], y[8:11]), (x[11:19], y[11:19])]
+    expected = by_pytorch(model(), batches, F.cross_entropy, 2)
+    net = model()
+    trainer, report = trained(net, Passes(batches), device="cpu", epochs=2)
+    assert (trainer.result().steps, report.compilations, report.texts) == (6, 1, [])
+    for got, wanted in zip(net.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+def test_a_smaller_batch_that_cannot_be_weighed_is_said_when_it_comes():
+    x, y = examples(16)
+    whole, part = (x[:8], y[:8]), (x[8:11], y[8:11])
+    trainer, report = trained(model(norm=True), Passes([whole, part, part, whole]), device="cpu", epochs=2)
+    assert trainer.result().steps == 4
+    (text,) = report.texts
+    assert "batch 2" in text and "batch norm" in text
+
+
+def test_an_epoch_that_trains_on_nothing_is_an_error():
+    x, y = examples(16)
+    with pytest.raises(DataError, match=r"DATA105 train: epoch 2, batch 2: .*batch norm.*one size"):
+        trained(model(norm=True), Passes([(x[:8], y[:8])], [(x[:4], y[:4])] * 2), device="cpu", epochs=2)
+
+
+@pytest.mark.parametrize(("device", "tolerance"), [("cpu", 1e-6), ("sim", 3e-3)])
+@pytest.mark.parametrize("size", [4, 11])
+def test_another_fit_of_other_batches_goes_on_with_the_state(device, tolerance, size):
+    """Of smaller ones it trained on none, and reported a loss of 0; larger ones were refused."""
+    x, y = examples(22)
+    expected, net = model(), model()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (expected, net)]
+    report = Notes()
+    trainer = Trainer(net, "cross_entropy", optimizers[1], report=report, device=device)
+    for batches in ([(x[:8], y[:8]), (x[8:16], y[8:16])], [(x[:size], y[:size]), (x[size:], y[size:])]):
+        batches = [(a[: len(batches[0][0])], b[: len(batches[0][0])]) for a, b in batches]
+        for a, b in batches:
+            optimizers[0].zero_grad()
+            F.cross_entropy(expected(a), b).backward()
+            optimizers[0].step()
+        trainer.fit(batches)
+    assert (trainer.result().steps, report.compilations) == (4, 2)
+    for got, wanted in zip(net.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(got, wanted, atol=tolerance)
+
+
 def test_numbers_as_numpy_users_have_them():
     x, y = examples(16)
     wanted = model()

@@ -111,21 +111,26 @@ class OwnLossIntake(Intake):
         """The first batch in the step's form."""
         whole = joined(self._model, x, y)
         self.example = (whole, ())
+        self._obstacle = f"labels of {IGNORED} change the model's loss"
         if has_smaller_batch(data) and not self._can_fill():
-            self.notes.append(
-                f"the last batch of an epoch, of fewer than {loop.batch_size_of(whole)} examples, is left out: "
-                f"labels of {IGNORED} change the model's loss"
-            )
+            self._announce_left_out(loop.batch_size_of(whole))
         return self.example
 
     def __call__(self, x: object, y: object, where: str) -> Batch | None:
-        """The batch in the step's form; None for a smaller one that is left out (and counted)."""
+        """The batch in the step's form; None for a smaller one that is left out, with a note."""
         assert self.example is not None
         whole = self.fitted(joined(self._model, x, y))
         if loop.fits_step(whole, (), self.example, where):
             return whole, ()
-        self.left_out += loop.batch_size_of(whole)
+        self._announce_left_out(loop.batch_size_of(self.example[0]))
         return None
+
+    def _has_shapes(self, x: object, y: object) -> bool:
+        try:
+            whole = self.fitted(joined(self._model, x, y)) if self.example is not None else None
+            return self.example is None or loop.fits_step(whole, (), self.example, "")
+        except DataError:
+            return False
 
     def counts(self, x: object, y: object) -> bool:
         """Whether a label of this batch counts."""
