@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.datasets.batches import Batches
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.known import DATASETS, DatasetInfo, default_root, find_dataset
 from ane_trainer.training.datasets.known import find as find_known
 from ane_trainer.training.datasets.opening import open_data
 from ane_trainer.training.datasets.splits import DataOptions, Splits
+from ane_trainer.utils import did_you_mean
 
 __all__ = [
     "DATASETS", "Batches", "DataDescription", "DataOptions", "DatasetInfo", "Splits", "default_root",
@@ -50,6 +53,12 @@ def load_dataset(
     changes = (augment,) if isinstance(augment, str) else tuple(augment)
     if isinstance(target := options.get("target"), str):
         options["target"] = tuple(target.split(","))
+    known = [each.name for each in fields(DataOptions)]
+    for other in options.keys() - set(known):
+        raise UsageError(
+            f"load_dataset: needs a known argument; got {other!r}. {did_you_mean(other, known)}",
+            code="ANE104",
+        )
     splits = open_data(
         name,
         DataOptions(

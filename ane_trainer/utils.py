@@ -164,11 +164,11 @@ def _scaled(value: float, units: tuple[str, ...], *, separator: str) -> str:
     return f"{value:.{digits}f}{separator}{units[index]}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """A sentence that helps after a mistyped name: `Did you mean 'mnist'? Known: digits, mnist.`"""
     names = sorted(known)
     lowered = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0.5)
     hint = f"Did you mean {lowered[close[0]]!r}? " if close else ""
     return f"{hint}Known: {', '.join(names)}."
 

@@ -259,6 +259,14 @@ def rebuild_optimizer(description: Mapping[str, Any], model: nn.Module) -> torch
             code="CKPT105",
         )
     parameters = dict(model.named_parameters())
+    held = [name for described in description["groups"] for name in described["params"]]
+    if missing := [name for name in held if name not in parameters]:
+        raise CheckpointError(
+            f"checkpoint: needs a model with the parameters that it trained; {', '.join(missing[:3])} "
+            f"{'is' if len(missing) == 1 else 'are'} not in {type(model).__name__}. "
+            "Build the model as for the first run.",
+            code="CKPT106",
+        )
     groups = []
     for described in description["groups"]:
         group = {key: _untupled(value) for key, value in described.items()}

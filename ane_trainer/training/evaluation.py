@@ -99,7 +99,14 @@ class Inference:
 
     def predict(self, x: ArrayLike | torch.Tensor | tuple[object, ...] | dict[str, Any]) -> Any:
         """The model's output for examples x [N, ...], as float32."""
-        examples = loop.as_tensors(x if isinstance(x, (torch.Tensor, tuple, dict)) else np.asarray(x))
+        try:
+            examples = loop.as_tensors(x if isinstance(x, (torch.Tensor, tuple, dict)) else np.asarray(x))
+        except ValueError:
+            raise DataError(
+                f"predict: needs examples x [N, ...] as one array; got a {type(x).__name__} that makes none. "
+                "Pass x alone, without targets; `evaluate` takes batches.",
+                code="DATA105",
+            ) from None
         count = loop.batch_size_of(examples)
         if not count:
             raise loop.empty("predict")

@@ -44,6 +44,13 @@ class Scores:
         self, metrics: Mapping[str, Metric], scale: tuple[Sequence[float], Sequence[float]] | None = None
     ) -> None:
         self._metrics = dict(metrics)
+        for name, metric in self._metrics.items():
+            if not all(callable(getattr(metric, each, None)) for each in ("update", "compute", "reset")):
+                raise UsageError(
+                    f"metrics: {name}: needs update, compute and reset, as torchmetrics' have; got {metric!r}. "
+                    "Pass e.g. torchmetrics.F1Score(...).",
+                    code="ANE104",
+                )
         self._scale = None if scale is None else tuple(torch.tensor(part) for part in scale)
 
     def begin(self) -> None:

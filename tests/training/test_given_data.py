@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ane_trainer import Reporter, Trainer
-from ane_trainer.ane.errors import DataError, UsageError
+from ane_trainer import Reporter, Trainer, load_dataset
+from ane_trainer.ane.errors import AneTrainerError, DataError, UsageError
 
 X, Y = torch.rand(32, 5), torch.arange(32) % 3
 
@@ -108,3 +109,41 @@ def test_what_is_no_model_or_optimizer_is_refused() -> None:
         Trainer(None)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"got 'adam'. Pass e.g. torch.optim.Adam"):
         Trainer(nn.Linear(5, 3), "cross_entropy", "adam")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"batch_size": "64"}, r"DATA102 digits: needs batch_size as a whole number; got '64'"),
+    ({"limit": "3"}, r"DATA102 digits: needs limit\[0\] as a whole number"),
+    ({"batchsize": 64}, r"ANE104 load_dataset: .*'batchsize'.*Did you mean 'batch_size'"),
+])  # fmt: skip
+def test_arguments_of_other_types_and_names_are_named(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(AneTrainerError, match=text):
+        load_dataset("digits", **options)
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"seed": "a"}, "ANE104 seed"),
+    ({"threads": -1}, "ANE104 threads"),
+    ({"chip": 4}, "ANE100 chip"),
+    ({"fidelity": 3}, "ANE104 fidelity"),
+    ({"metrics": {"f1": 3}}, "ANE104 metrics: f1"),
+])  # fmt: skip
+def test_options_of_other_types_are_named(options: dict[str, Any], text: str) -> None:
+    net = nn.Linear(3, 2)
+    with pytest.raises(AneTrainerError, match=text):
+        Trainer(net, "mse", torch.optim.SGD(net.parameters(), lr=0.1), **options)
+
+
+def test_what_makes_no_array_is_not_predicted() -> None:
+    net = nn.Linear(3, 2)
+    trainer = Trainer(net, "mse", torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(AneTrainerError, match=r"DATA105 predict: .*`evaluate` takes batches"):
+        trainer.predict([(torch.zeros(4, 3), torch.zeros(4))])
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_names(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    trainer = Trainer(net, "mse", torch.optim.SGD(net.parameters(), lr=0.1))
+    trainer.save(tmp_path / "saved")
+    with pytest.raises(AneTrainerError, match=r"CKPT106 .*0\.weight, 0\.bias are not in Linear"):
+        Trainer.resume(tmp_path / "saved", model=nn.Linear(3, 2))

@@ -128,7 +128,8 @@ def test_a_smaller_batch_that_cannot_be_weighed_is_said_when_it_comes():
     trainer, report = trained(model(norm=True), Passes([whole, part, part, whole]), device="cpu", epochs=2)
     assert trainer.result().steps == 4
     (text,) = report.texts
-    assert "batch 2" in text and "batch norm" in text
+    assert "batch 2" in text
+    assert "batch norm" in text
 
 
 def test_an_epoch_that_trains_on_nothing_is_an_error():

@@ -123,7 +123,7 @@ def get_chip(name: str) -> Chip:
 
     Raises: UsageError with the nearest name when there is no such chip.
     """
-    key = re.sub(r"[\s_-]+", "-", name.strip().lower())
+    key = re.sub(r"[\s_-]+", "-", str(name).strip().lower())
     key = re.sub(r"^apple-", "", key)
     key = re.sub(r"^(m\d+)-?(pro|max)$", r"\1-\2", key)
     table = _by_name()

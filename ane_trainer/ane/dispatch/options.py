@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
@@ -91,6 +92,11 @@ def resolve_target(
     that this machine does not have.
     """
     found = get_chip(chip)
+    if threads is not None and not _is_whole(threads, 1):
+        raise UsageError(
+            f"threads: needs a whole number from 1 on; got {threads!r}. Leave it out for all cores.",
+            code="ANE104",
+        )
     if fidelity not in FIDELITIES:
         hint = did_you_mean(fidelity, FIDELITIES)
         raise UsageError(f"fidelity: needs a known name; got {fidelity!r}. {hint}", code="ANE104")
@@ -103,6 +109,10 @@ def resolve_target(
     return Target(
         name, found.name, fidelity, choose_precision(choice.device, precision), threads, reason, path
     )
+
+
+def _is_whole(value: object, lowest: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,11 @@ class StepOptions:
                 )
         _check_scale(self.loss_scale)
         check_blocks(self.blocks)
-        whole = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify >= 1
-        if self.verify not in ("first", "off") and not whole:
+        if self.seed is not None and not _is_whole(self.seed, 0):
+            raise UsageError(
+                f"seed: needs a whole number from 0 on; got {self.seed!r}. Choose one.", code="ANE104"
+            )
+        if self.verify not in ("first", "off") and not _is_whole(self.verify, 1):
             raise UsageError(
                 f'verify: needs "first", "off" or a number of steps; got {self.verify!r}. Choose one of them.',
                 code="ANE104",

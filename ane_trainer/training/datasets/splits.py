@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ class DataOptions:
 
     def check(self, where: str) -> None:
         """DataError DATA102 that lists all values out of range."""
+        self._check_types(where)
         at_least_one = {"batch_size": self.batch_size, "size": self.size, "context": self.context}
         problems = [f"{k} >= 1; got {v}" for k, v in at_least_one.items() if v is not None and v < 1]
         problems += [f"limit >= 1; got {limit}" for limit in self.limit if limit is not None and limit < 1]
@@ -74,6 +76,19 @@ class DataOptions:
         if problems:
             raise DataError(f"{where}: needs {'; needs '.join(problems)}.", code="DATA102")
         check_task(self.task)
+
+    def _check_types(self, where: str) -> None:
+        whole = {name: getattr(self, name) for name in ("batch_size", "seed", "size", "channels", "context")}
+        whole |= {f"limit[{part}]": limit for part, limit in enumerate(self.limit)}
+        real = {name: getattr(self, name) for name in ("mean", "std", "val_split", "test_split")}
+        wrong = [
+            f"{n} as a whole number; got {v!r}"
+            for n, v in whole.items()
+            if not isinstance(v, Integral | None)
+        ]
+        wrong += [f"{n} as a number; got {v!r}" for n, v in real.items() if not isinstance(v, Real | None)]
+        if wrong:
+            raise DataError(f"{where}: needs {'; needs '.join(wrong)}.", code="DATA102")
 
     def check_memory(self, shape: Sequence[int], where: str) -> None:
         """DataError DATA102 if a batch of examples of this shape could not be held in this machine's memory."""
