@@ -78,7 +78,7 @@ UNVERIFIED = {
     "step-aimodel": "the Neural Engine, on macOS 27",
     "step-onnx": "",
     "step-stablehlo": "",
-    "app": "a Swift compiler, Core ML and the Neural Engine",
+    "app": "Apple's Swift compiler, Core ML and the Neural Engine",
 }
 
 

@@ -236,7 +236,9 @@ def _function(name: str, formula: str, fields: Iterable[str]) -> str:
 
 def _entry(row: Mapping[str, object], names: list[str], index: Mapping[str, int], manifest: Manifest) -> str:
     def call(name: str, group: int, unit: str) -> str:
-        return f"{name}(settings[{group}], {_ARGUMENTS.format(unit=unit)})"
+        return (
+            f"Self.{name}(settings[{group}], {_ARGUMENTS.format(unit=unit)})"  # `units` is an argument, too
+        )
 
     if row["each"] == "step":
         return f"[{call(names[0], int(str(row['group'])), '1')}]"

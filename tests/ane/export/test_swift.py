@@ -99,6 +99,7 @@ def test_every_source_parses_and_uses_apples_frameworks_only(app: Path) -> None:
     }
     known = {
         "Foundation",
+        "AppKit",
         "CoreML",
         "SwiftUI",
         "Charts",
@@ -246,7 +247,11 @@ def bodies(source: str) -> dict[str, str]:
 
 
 def test_the_scalars_in_swift_are_those_of_the_trainer(app: Path, trained: Trainer) -> None:
-    functions = bodies((app / "Sources/TrainingStep/Scalars.swift").read_text())
+    source = (app / "Sources/TrainingStep/Scalars.swift").read_text()
+    assert re.search(r"\bSelf\.units\(", source), (
+        "a bare name is the argument `units`, which cannot be called"
+    )
+    functions = bodies(source)
     manifest = read_manifest(app / RESOURCES / "step.mlpackage")
     step = trained.step
     assert step is not None

@@ -25,6 +25,9 @@ final class DigitTrainer {
             guard let shape = step.manifest.inputs.first(where: { $0.name == "x" })?.shape else {
                 throw TrainingError.missingOutput("x")
             }
+            guard shape.dropFirst().reduce(1, *) == Drawing.side * Drawing.side else {
+                throw TrainingError.wrongShape("x", expected: [1, Drawing.side, Drawing.side], got: Array(shape.dropFirst()))
+            }
             batches = Batches(size: shape[0], shape: Array(shape.dropFirst()))
             classifier = try await Classifier.bundled()
             self.step = step
@@ -37,7 +40,7 @@ final class DigitTrainer {
     }
 
     func train(epochs: Int = 10) async {
-        guard let step, var batches else { return }
+        guard let step, let batches else { return }
         isTraining = true
         defer { isTraining = false }
         await attempt {
@@ -67,7 +70,7 @@ final class DigitTrainer {
         guard let step else { return }
         await attempt {
             let theirs = try Safetensors.read(from: other)
-            try await step.setWeights(average([(await step.weights(), max(examples, 1)), (theirs, count)]))
+            try await step.setWeights(Federated.average([(await step.weights(), max(examples, 1)), (theirs, count)]))
         }
     }
 

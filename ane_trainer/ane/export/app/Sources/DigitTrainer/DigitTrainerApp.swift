@@ -1,8 +1,20 @@
 import SwiftUI
 
+#if os(macOS)
+import AppKit
+#endif
+
 @main
 struct DigitTrainerApp: App {
     @State private var trainer = DigitTrainer()
+
+    #if os(macOS)
+    /// `swift run` starts the app without a bundle: it asks for its place in the Dock itself.
+    init() {
+        NSApplication.shared.setActivationPolicy(.regular)
+        NSApplication.shared.activate(ignoringOtherApps: true)
+    }
+    #endif
 
     var body: some Scene {
         WindowGroup {

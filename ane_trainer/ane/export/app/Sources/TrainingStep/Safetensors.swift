@@ -11,24 +11,42 @@ public enum Safetensors {
             case dtype, shape
             case offsets = "data_offsets"
         }
+
+        /// The tensor's bytes in a body of this size; nil where they lie outside of it. Files may come from others.
+        func range(within size: Int) -> Range<Int>? {
+            guard offsets.count == 2, offsets[0] >= 0, offsets[0] <= offsets[1], offsets[1] <= size else { return nil }
+            return offsets[0]..<offsets[1]
+        }
+
+        /// The number of values of the shape; nil where no file holds as many.
+        var count: Int? {
+            shape.reduce(1) { product, side in
+                guard let product, side >= 0 else { return nil }
+                let (result, overflow) = product.multipliedReportingOverflow(by: side)
+                return overflow ? nil : result
+            }
+        }
     }
 
     public static func read(from url: URL) throws -> [String: Tensor] {
         let data = try Data(contentsOf: url)
         guard data.count >= 8 else { throw TrainingError.notSafetensors(url) }
-        let length = data.prefix(8).enumerated().reduce(0) { $0 | Int($1.element) << (8 * $1.offset) }
-        guard length > 1, data.count >= 8 + length else { throw TrainingError.notSafetensors(url) }
+        let stated = data.prefix(8).enumerated().reduce(UInt64(0)) { $0 | UInt64($1.element) << (8 * $1.offset) }
+        guard stated > 1, stated <= UInt64(data.count - 8) else { throw TrainingError.notSafetensors(url) }
+        let length = Int(stated)
         let header = data.subdata(in: 8..<8 + length)
-        guard var entries = try JSONSerialization.jsonObject(with: header) as? [String: Any] else {
+        guard var entries = try? JSONSerialization.jsonObject(with: header) as? [String: Any] else {
             throw TrainingError.notSafetensors(url)
         }
         entries.removeValue(forKey: "__metadata__")
         return try entries.mapValues { value in
             let described = try JSONSerialization.data(withJSONObject: value)
             let entry = try JSONDecoder().decode(Entry.self, from: described)
-            let range = 8 + length + entry.offsets[0]..<8 + length + entry.offsets[1]
-            guard range.upperBound <= data.count else { throw TrainingError.notSafetensors(url) }
-            return Tensor(shape: entry.shape, values: try numbers(data.subdata(in: range), dtype: entry.dtype))
+            guard let range = entry.range(within: data.count - 8 - length) else { throw TrainingError.notSafetensors(url) }
+            let body = data.subdata(in: 8 + length + range.lowerBound..<8 + length + range.upperBound)
+            let values = try numbers(body, dtype: entry.dtype)
+            guard entry.count == values.count else { throw TrainingError.notSafetensors(url) }
+            return Tensor(shape: entry.shape, values: values)
         }
     }
 
@@ -64,8 +82,8 @@ public enum Safetensors {
 
     private static func words<Word>(_ data: Data, of type: Word.Type) -> [Word] {
         data.withUnsafeBytes { bytes in
-            stride(from: 0, to: bytes.count, by: MemoryLayout<Word>.size).map {
-                bytes.loadUnaligned(fromByteOffset: $0, as: Word.self)
+            (0..<bytes.count / MemoryLayout<Word>.size).map {
+                bytes.loadUnaligned(fromByteOffset: $0 * MemoryLayout<Word>.size, as: Word.self)
             }
         }
     }

@@ -28,21 +28,26 @@ public struct Tensor: Equatable, Sendable {
 }
 
 /// Federated averaging: the mean of several devices' weights, each counted as often as it has examples.
-public func average(_ models: [(weights: [String: Tensor], examples: Int)]) throws -> [String: Tensor] {
-    guard let first = models.first else { throw TrainingError.nothingToAverage }
-    let total = Double(models.reduce(0) { $0 + $1.examples })
-    return try first.weights.mapValues { $0 }.reduce(into: [:]) { result, entry in
-        let (name, tensor) = entry
-        var sums = [Double](repeating: 0, count: tensor.values.count)
-        for model in models {
-            guard let other = model.weights[name], other.shape == tensor.shape else {
-                throw TrainingError.differentTensors(name)
-            }
-            let share = Double(model.examples) / total
-            for (i, value) in other.values.enumerated() {
-                sums[i] += share * Double(value)
-            }
+public enum Federated {
+    public static func average(_ models: [(weights: [String: Tensor], examples: Int)]) throws -> [String: Tensor] {
+        let total = models.reduce(0.0) { $0 + Double($1.examples) }
+        guard let first = models.first, total > 0, models.allSatisfy({ $0.examples >= 0 }) else {
+            throw TrainingError.nothingToAverage
         }
-        result[name] = Tensor(shape: tensor.shape, values: sums.map(Float.init))
+        var means: [String: Tensor] = [:]
+        for (name, tensor) in first.weights {
+            var sums = [Double](repeating: 0, count: tensor.values.count)
+            for model in models {
+                guard let other = model.weights[name], other.shape == tensor.shape else {
+                    throw TrainingError.differentTensors(name)
+                }
+                let share = Double(model.examples) / total
+                for (i, value) in other.values.enumerated() {
+                    sums[i] += share * Double(value)
+                }
+            }
+            means[name] = Tensor(shape: tensor.shape, values: sums.map(Float.init))
+        }
+        return means
     }
 }

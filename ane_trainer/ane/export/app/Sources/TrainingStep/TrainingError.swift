@@ -15,7 +15,7 @@ public enum TrainingError: LocalizedError {
         case .missingResource(let name): "The package holds no \(name)."
         case .wrongShape(let name, let expected, let got): "\(name) needs the shape \(expected); got \(got)."
         case .differentTensors(let name): "The tensor \(name) is not the same in all models."
-        case .nothingToAverage: "Averaging needs at least one model."
+        case .nothingToAverage: "Averaging needs a model, and examples that count it."
         case .notSafetensors(let url): "\(url.lastPathComponent) is not a safetensors file."
         case .unknownNumbers(let type): "Numbers of the type \(type) cannot be read."
         }

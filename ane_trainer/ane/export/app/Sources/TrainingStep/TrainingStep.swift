@@ -7,7 +7,7 @@ import Foundation
 ///     for (images, labels) in batches {
 ///         let loss = try await step.train(["x": images, "y": labels])
 ///     }
-///     try Safetensors.write(step.weights(), to: url)
+///     try Safetensors.write(await step.weights(), to: url)
 public actor TrainingStep {
     public nonisolated let manifest: Manifest
 
@@ -16,8 +16,8 @@ public actor TrainingStep {
     public private(set) var batches: Int
     public private(set) var skipped = 0
 
-    /// The optimizer's settings by parameter group. Change `lr` for a learning-rate schedule.
-    public var settings = Scalars.settings
+    /// The optimizer's settings by parameter group.
+    public private(set) var settings = Scalars.settings
 
     private let model: MLModel
     private var state: [String: MLShapedArray<Float16>]
@@ -95,17 +95,31 @@ public actor TrainingStep {
         }
     }
 
-    /// Takes over other weights, for example the average of several devices.
+    /// Changes the optimizer's settings from the next update on, for example for a learning-rate schedule:
+    ///
+    ///     await step.adjust { settings in settings[0].lr *= 0.5 }
+    public func adjust(_ change: @Sendable (inout [Scalars.Settings]) -> Void) {
+        change(&settings)
+    }
+
+    /// Takes over other weights, for example the average of several devices; those of all names, or none.
     public func setWeights(_ weights: [String: Tensor]) throws {
+        var next = state
         for (name, tensor) in weights {
-            guard let terms = manifest.weights[name], terms.count == 2, let old = state[terms[0].port] else { continue }
+            guard let terms = manifest.weights[name], let high = terms.first, let old = state[high.port] else {
+                throw TrainingError.differentTensors(name)
+            }
             guard tensor.values.count == old.scalarCount else {
                 throw TrainingError.wrongShape(name, expected: old.shape, got: tensor.shape)
             }
-            let pairs = tensor.values.map { Tensor.split($0, residualFactor: terms[1].factor) }
-            state[terms[0].port] = MLShapedArray(scalars: pairs.map(\.high), shape: old.shape)
-            state[terms[1].port] = MLShapedArray(scalars: pairs.map(\.residual), shape: old.shape)
+            let residual = terms.count > 1 ? terms[1] : nil
+            let pairs = tensor.values.map { Tensor.split($0, residualFactor: residual?.factor ?? 1) }
+            next[high.port] = MLShapedArray(scalars: pairs.map(\.high), shape: old.shape)
+            if let residual {
+                next[residual.port] = MLShapedArray(scalars: pairs.map(\.residual), shape: old.shape)
+            }
         }
+        state = next
     }
 
     /// The ports of the loss scale, its inverse and the count of good steps.

@@ -35,7 +35,7 @@ final class ArithmeticTests: XCTestCase {
             let models = zip(vector.models, vector.examples).map { values, count in
                 (weights: ["w": Tensor(shape: [values.count], values: values)], examples: count)
             }
-            XCTAssertEqual(try average(models)["w"]?.values, vector.mean)
+            XCTAssertEqual(try Federated.average(models)["w"]?.values, vector.mean)
         }
     }
 
@@ -44,5 +44,29 @@ final class ArithmeticTests: XCTestCase {
         let tensors = ["a": Tensor(shape: [2, 2], values: [1, -2.5, 0, 3e-8]), "b": Tensor(shape: [1], values: [7])]
         try Safetensors.write(tensors, to: file)
         XCTAssertEqual(try Safetensors.read(from: file), tensors)
+    }
+
+    func testDamagedFilesAreRefused() throws {
+        let file = FileManager.default.temporaryDirectory.appending(path: "damaged.safetensors")
+        try Safetensors.write(["a": Tensor(shape: [4], values: [1, 2, 3, 4])], to: file)
+        let whole = try Data(contentsOf: file)
+        let header = String(decoding: whole, as: UTF8.self)
+        var damaged = [Data(), Data([255, 255, 255, 255, 255, 255, 255, 127]), whole.dropLast()]
+        for (old, new) in [("[0,16]", "[0,99]"), ("[0,16]", "[9,-1]"), ("[4]", "[5]"), ("[0,16]", "[0,15]")] {
+            let text = header.replacingOccurrences(of: old, with: new)
+            XCTAssertNotEqual(text, header)
+            damaged.append(whole.prefix(8) + Data(text.utf8.dropFirst(8)))
+        }
+        for data in damaged {
+            try data.write(to: file)
+            XCTAssertThrowsError(try Safetensors.read(from: file))
+        }
+    }
+
+    func testAveragingNeedsTheSameTensors() {
+        let one = ["w": Tensor(shape: [1], values: [1])], other = ["v": Tensor(shape: [1], values: [1])]
+        XCTAssertThrowsError(try Federated.average([]))
+        XCTAssertThrowsError(try Federated.average([(one, 0)]))
+        XCTAssertThrowsError(try Federated.average([(one, 1), (other, 1)]))
     }
 }
