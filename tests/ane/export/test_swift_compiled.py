@@ -1,7 +1,7 @@
 """The Swift package of an export compiled and run by Swift itself, its Core ML answered by the simulator.
 
-Skipped where there is no `swift` (Debian 13: `apt install swiftlang`). `swift_stand_in/CoreML.swift` has Core ML's types
-as far as the package uses them; its model hands each prediction to this process.
+Skipped where there is no `swift` (Debian 13: `apt install swiftlang`). `swift_stand_in/CoreML.swift` has those types
+of Core ML that the package uses; its model hands each prediction to this process.
 """
 
 from __future__ import annotations
