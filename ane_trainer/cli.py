@@ -132,7 +132,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except AneTrainerError as error:
         return _fail(error, words)
     except _CommandLineError as error:
-        text = str(error.format_message() if hasattr(error, "format_message") else error).rstrip(".") + "."
+        text = str(error.format_message() if hasattr(error, "format_message") else error).rstrip(".")
+        text += "" if text.endswith("?") else "."
         return _fail(UsageError(f"command line: {text} See: {_help(words)}"), words)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(Interrupted("stopped before there was anything to save."), words)
@@ -264,7 +265,7 @@ def _help(words: Sequence[str]) -> str:
 
 
 def _fail(error: AneTrainerError, words: Sequence[str]) -> int:
-    print(error, file=sys.stderr)
+    print(_shown(str(error), sys.stderr), file=sys.stderr)
     if "--json" in words:
         print(json.dumps(finite(error_json(error))), flush=True)
     return error.exit_code

@@ -59,7 +59,7 @@ def evaluate(
 def _table(scores: Mapping[str, Any]) -> Sequence[str]:
     """Scores by class, or by predicted number, as lines."""
     if "classes" in scores:
-        width = min(max(len("class"), *(len(row["name"]) for row in scores["classes"])), 32)
+        width = min(max(len("class"), *(len(printable(row["name"])) for row in scores["classes"])), 32)
         head = f"{'class':<{width}}  precision   recall      F1  examples"
         rows = [
             f"{printable(row['name'])[:width]:<{width}}  {row['precision']:9.2%} {row['recall']:8.2%} {row['f1']:7.4f}"

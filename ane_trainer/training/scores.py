@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -10,7 +11,6 @@ import torch
 
 from ane_trainer.ane.errors import MissingDependency, UsageError
 from ane_trainer.training.datasets.description import DataDescription
-from ane_trainer.utils import did_you_mean
 
 #: A task -> the module of torchmetrics, the prefix of its classes, and the argument that takes the outputs' number.
 _KINDS = {
@@ -123,8 +123,14 @@ def make_scores(names: Iterable[str], description: DataDescription) -> Scores | 
         plain = _plain(name)
         made = known.get(_SHORT.get(plain, plain))
         if made is None:
-            hint = did_you_mean(_plain(name), known)
-            raise UsageError(f"metrics: needs a metric of torchmetrics; got {name!r}. {hint}", code="ANE104")
+            near = difflib.get_close_matches(plain, known, n=4, cutoff=0.4)
+            hint = (
+                f"Did you mean {', '.join(near)}?" if near else "For example auroc, f1; of numbers r2, mae."
+            )
+            text = (
+                f"metrics: needs a metric of torchmetrics for {description.task} data; got {name!r}. {hint}"
+            )
+            raise UsageError(text, code="ANE104")
         found[name] = made(**outputs)
     scale = description.target_mean, description.target_std
     return Scores(found, scale if description.task == "regress" and scale[0] and scale[1] else None)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ane_trainer.ane.errors import DataError
 from ane_trainer.ane.mil.weights import Array
+from ane_trainer.training.datasets.kinds import other_kind
 
 #: Names that arrays have in files: (inputs, targets) for each split.
 _KEYS = {
@@ -23,6 +24,8 @@ _KEYS = {
 def read_npz(path: Path) -> dict[str, tuple[Array, Array]]:
     """(x, y) by split out of a .npz file; DataError DATA115 if it is none or its names are not known."""
     try:
+        if (other := other_kind(path, b"PK\x03\x04", b"\x93NUMPY")) is not None:
+            raise ValueError(f"it is {other[0]}")
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             raise ValueError("it holds one array, as a .npy file does")

@@ -58,6 +58,10 @@ def _check_arrays(x: Array, y: Array, where: str) -> None:
         raise DataError(f"{where}: needs numbers as x; got dtype {x.dtype}. Convert it.", code="DATA105")
     if not x.size:
         raise DataError(f"{where}: needs numbers in x; got {list(x.shape)}. Add columns.", code="DATA105")
+    if y.dtype.kind not in "uifbUSO":
+        raise DataError(
+            f"{where}: needs numbers or texts as y; got dtype {y.dtype}. Convert it.", code="DATA105"
+        )
     for name, part in (("x", x), ("y", y)):
         check_finite(part, f"{where}: {name}")
 

@@ -26,7 +26,7 @@ def typed_column(cells: Sequence[object]) -> Array:
 
     Whole numbers that differ and would become one in float64 (from 2^53 on, such as account numbers) stay text.
     """
-    plain = [None if is_missing(cell) else cell for cell in cells]
+    plain = [None if is_missing(cell) else _decoded(cell) for cell in cells]
     numbers = [math.nan if cell is None else number_of(cell) for cell in plain]
     if None not in numbers and any(cell is not None for cell in plain):
         found = np.array(numbers, np.float64)
@@ -37,6 +37,11 @@ def typed_column(cells: Sequence[object]) -> Array:
         if len(whole) == len({float(text) for text in whole}):
             return found
     return np.array(["" if cell is None else str(cell).strip() for cell in plain], dtype=object)
+
+
+def _decoded(cell: object) -> object:
+    """Bytes as the text that they are."""
+    return cell.decode(errors="backslashreplace") if isinstance(cell, bytes) else cell
 
 
 def is_missing(cell: object) -> bool:

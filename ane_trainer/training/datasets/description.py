@@ -142,7 +142,8 @@ class DataDescription:
         else:
             width = len(self.columns) or math.prod(self.in_shape)
             shape = f"{width:,} column{'s' * (width != 1)}"
-        count, names = len(self.class_names), ", ".join(self.class_names[:4])
+        count = len(self.class_names)
+        names = ", ".join(n if len(n) <= 40 else f"{n[:37]}..." for n in self.class_names[:4])
         more = ", ..." if count > 4 else ""
         return {
             "classify": f"{shape}, {count} classes ({names}{more})",

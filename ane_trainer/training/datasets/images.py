@@ -7,6 +7,7 @@ root/train/cat/1.png, root/val/cat/2.png, ...     (or valid, validation, test) a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
 from collections import Counter
@@ -23,6 +24,7 @@ from ane_trainer.ane.errors import DataError, MissingDependency
 from ane_trainer.training.datasets.batches import Examples, Subset
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.digests import digest_of
+from ane_trainer.training.datasets.kinds import other_kind
 from ane_trainer.training.datasets.splits import DataOptions, Parts, divide_rows
 from ane_trainer.utils import as_text
 
@@ -135,6 +137,15 @@ def _others(count: int) -> str:
     return f"{count} {what} left out"
 
 
+def _contents(root: Path) -> str:
+    """What files there are instead, the most common endings."""
+    found = (Path(name).suffix.lower() for _, _, names in os.walk(root) for name in names)
+    common = Counter(itertools.islice(filter(None, found), 10_000)).most_common(3)
+    return (
+        f" among its files ({', '.join(f'{count} {suffix}' for suffix, count in common)})" if common else ""
+    )
+
+
 def _check_classes(root: Path, names: Sequence[str], by_split: dict[str, set[str]]) -> None:
     if len(names) < 2:
         loose = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
@@ -143,11 +154,14 @@ def _check_classes(root: Path, names: Sequence[str], by_split: dict[str, set[str
             if names
             else f"{loose:,} images that are in no class"
             if loose
-            else "no image"
+            else "no image" + _contents(root)
+        )
+        tables = sorted(
+            path for path in root.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".parquet")
         )
         raise DataError(
             f"{root}: needs a folder for each of two or more classes, with images in it; got {got}. "
-            "Lay it out as folder/class/image.png.",
+            + (f"Of tables name one: {tables[0]}." if tables else "Lay it out as folder/class/image.png."),
             code="DATA117",
         )
     for split, found in by_split.items():
@@ -242,6 +256,8 @@ def pixels_of(image: Any, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     pil, operations = _pillow()
     channels, height, width = shape
     image = operations.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("pixels in floating point, whose black and white are not known; save 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
         values = np.asarray(image)
         image = pil.fromarray((values >> (8 if values.max() > 255 else 0)).astype(np.uint8))
@@ -266,10 +282,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
-    return DataError(
-        f"{path}: needs an image that can be read; {error or type(error).__name__}. Take it out or mend it.",
-        code="DATA115",
-    )
+    what, fix = str(error or type(error).__name__).rstrip("."), "Take it out or mend it."
+    with contextlib.suppress(OSError):
+        what, fix = other_kind(path, b"\x89PNG", b"\xff\xd8\xff") or (what, fix)
+    return DataError(f"{path}: needs an image that can be read; got {what}. {fix}", code="DATA115")
 
 
 def _pillow() -> tuple[ModuleType, ModuleType]:

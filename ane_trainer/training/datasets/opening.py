@@ -39,6 +39,7 @@ from ane_trainer.training.datasets.batches import (
     in_background,
 )
 from ane_trainer.training.datasets.content import all_alike, fingerprint
+from ane_trainer.training.datasets.kinds import other_kind
 from ane_trainer.training.datasets.splits import DataOptions, Parts, Splits, divide_rows, limited
 from ane_trainer.training.networks.user import load_model_class
 from ane_trainer.utils import did_you_mean
@@ -79,10 +80,17 @@ def _open(data: object, options: DataOptions) -> Parts:
         return _open_folder(path, options)
     if path.is_file():
         return _open_file(path, options)
+    known_names = did_you_mean(spec, known.NAMES)
+    if path.exists():
+        got, help = ", which is neither a file nor a folder", f"Known: {known_names.partition('Known: ')[2]}"
+    elif "://" in spec:
+        got, help = ", an address", "Download it, and give the file."
+    elif any(sign in spec for sign in "*?["):
+        got, help = ", a pattern", "Give one file or folder."
+    else:
+        got, help = ", which does not exist", known_names
     raise DataError(
-        f"dataset: needs a known name, a file or a folder; got {spec!r}, which does not exist. "
-        f"{did_you_mean(spec, known.NAMES)}",
-        code="DATA101",
+        f"dataset: needs a known name, a file or a folder; got {spec!r}{got}. {help}", code="DATA101"
     )
 
 
@@ -100,9 +108,10 @@ def _open_file(path: Path, options: DataOptions) -> Parts:
             f"Give {path}:FUNCTION.",
             code="DATA115",
         )
+    got, help = other_kind(path) or (repr(suffix or "no ending"), "Rename or convert it.")
     raise DataError(
         f"{path}: needs a folder of images, or a file that ends in {', '.join(tables.SUFFIXES)}, .npz or "
-        f"{', '.join(text.SUFFIXES)}; got {suffix or 'no ending'!r}. Rename or convert it.",
+        f"{', '.join(text.SUFFIXES)}; got {got}. {help}",
         code="DATA115",
     )
 
@@ -257,6 +266,19 @@ def _assemble(parts: Parts, options: DataOptions, where: str) -> Splits:
         notes = (*description.notes, *alike)
         description = replace(description, content=fingerprint(parts.examples), notes=notes)
     augment = parse_augmentations(options.augment)
+    if (
+        augment
+        and description.kind == "image"
+        and any(
+            change.name == "shift" and change.amount >= min(description.in_shape[1:]) for change in augment
+        )
+    ):
+        size = "x".join(map(str, description.in_shape[1:]))
+        raise DataError(
+            f"{where}: needs shifts that leave something of images of {size}; got {', '.join(map(str, augment))}. "
+            "Write e.g. shift=2.",
+            code="DATA102",
+        )
     if augment and description.kind != "image":
         raise DataError(
             f"{where}: augment needs images; got {description.kind} data. Leave it out.", code="DATA102"

@@ -40,6 +40,10 @@ __all__ = ["SUFFIXES", "Table", "open_tables", "read_table"]
 MOST_CATEGORIES = 64
 #: Whole numbers with at most so many different values are classes if they are the target.
 MOST_CLASSES = 32
+#: Names that columns of row numbers have: id, customer_id, userId, index, row, no, Nr., #.
+_NUMBER = re.compile(
+    r"(?:^|[ _-])(?i:ids?|index|idx|rows?|row_?num(ber)?|no|nr|num|number)[.]?$|[a-z](Id|ID)$|^#$"
+)
 _SAME = "the same value in all training rows"
 #: The column that is predicted if none is named.
 USUAL_TARGETS = ("target", "label", "class", "y")
@@ -128,7 +132,7 @@ def learn_columns(table: Table, rows: NDArray[np.int64]) -> tuple[tuple[Column, 
     """How each column is turned into inputs, from the training rows; and which are left out, and why."""
     columns, reasons, notes = [], dict[str, list[str]](), []
     for name, cells in table.items():
-        column = _learn_column(name, cells[rows])
+        column = "row numbers" if counts_rows(name, cells) else _learn_column(name, cells[rows])
         if not isinstance(column, Column):
             reasons.setdefault(column, []).append(repr(name))
             continue
@@ -142,10 +146,19 @@ def learn_columns(table: Table, rows: NDArray[np.int64]) -> tuple[tuple[Column, 
     return tuple(columns), tuple(notes)
 
 
+def counts_rows(name: str, cells: Array) -> bool:
+    """Whether a column numbers the rows of a file: by its name, and by one more in each row."""
+    if not _NUMBER.search(name) or cells.dtype != np.float64 or len(cells) < 3:
+        return False
+    return bool((np.diff(cells) == 1.0).all())
+
+
 def _learn_column(name: str, cells: Array) -> Column | str:
     """The column's rule, or the reason to leave it out."""
-    if name in ("", "Unnamed: 0", "__index_level_0__"):
+    if name in ("Unnamed: 0", "__index_level_0__"):
         return "row numbers"
+    if not name:
+        return "no name"
     if cells.dtype == np.float64:
         return _learn_numbers(name, "number", cells)
     present = [cell for cell in cells if cell]
@@ -255,6 +268,8 @@ def learn_target(
             )
     if task == "auto":
         task = find_task(columns) if numeric else "classify"
+        for name, column in zip(names, columns, strict=True):
+            _refuse_no_classes(column, f"{where}: column {name!r}")
     if task == "classify":
         if len(names) > 1:
             raise DataError(
@@ -269,6 +284,26 @@ def learn_target(
         raise DataError(f"{where}: needs 0 and 1 in each column of labels. Mend them.", code="DATA116")
     y_NK = np.stack(columns, axis=1).astype(np.float32 if task == "multilabel" else np.float64)
     return ("multilabel" if task == "multilabel" else "regress"), tuple(names), y_NK
+
+
+def _refuse_no_classes(column: Array, where: str) -> None:
+    """DataError DATA116 for texts that are no classes: numbers and dates in another form, lists, one for each row."""
+    if column.dtype == np.float64:
+        return
+    texts = [cell_text(cell) for cell in column]
+    counts = Counter(texts)
+    help = "Or say that these are classes: --task classify."
+    if is_nested(texts[0]):
+        got, help = f"lists or records, such as {texts[0][:40]}", "Give each of their values a column."
+    elif sum(map(like_a_number, texts)) > len(texts) / 2:
+        got = f"texts such as {texts[0]!r}. Write numbers as 1234.5, without signs"
+    elif len(counts) > 2 and all(math.isfinite(_days(text)) for text in counts):
+        got = f"dates such as {texts[0]!r}. Write them as a number, such as days since the first"
+    elif len(counts) > max(10, 0.5 * len(texts)):
+        got = f"{len(counts)} different texts in {len(texts)} rows, such as {texts[0][:40]!r}"
+    else:
+        return
+    raise DataError(f"{where}: needs numbers or classes as target; got {got}. {help}", code="DATA116")
 
 
 def find_task(columns: Sequence[NDArray[np.float64]]) -> str:

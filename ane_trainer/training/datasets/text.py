@@ -14,6 +14,7 @@ from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.datasets.batches import Examples
 from ane_trainer.training.datasets.description import DataDescription
 from ane_trainer.training.datasets.encodings import read_any_text
+from ane_trainer.training.datasets.kinds import other_kind
 from ane_trainer.training.datasets.splits import VAL_SPLIT, DataOptions, Parts
 
 SUFFIXES = (".txt", ".md", ".text")
@@ -90,6 +91,9 @@ def open_text(path: Path, options: DataOptions) -> Parts:
 def read_text(path: Path) -> str:
     """A text file; DataError DATA115 if it is none."""
     try:
+        other = other_kind(path, b"<")
+        if other is not None:
+            raise DataError(f"{path}: needs text; got {other[0]}. {other[1]}", code="DATA115")
         return read_any_text(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: needs text; got {error}. Save it as UTF-8.", code="DATA115") from None

@@ -171,10 +171,11 @@ def restore_run(
             code="ANE107",
         )
     trainer.restore(checkpoint)
-    done = trainer.progress.epoch
-    if done > config.epochs or (done == config.epochs and run.has_result()):
+    done, begun = trainer.progress.epoch, trainer.progress.batch > 0
+    if done + begun > config.epochs or (done == config.epochs and run.has_result()):
+        state = f"all {done} are done" if not begun else f"it is in epoch {done + 1}"
         raise UsageError(
-            f"{run.path}: needs epochs left to train; all {done} are done. "
+            f"{run.path}: needs epochs left to train; {state}. "
             f"Add more: --resume {run.path} --epochs {done + 5}",
             code="ANE107",
         )
@@ -333,6 +334,20 @@ def check_loss(config: TrainConfig, description: DataDescription) -> None:
         )
         raise UsageError(
             f"loss: needs one for {what}; got {config.loss!r}. Do: --loss {description.default_loss}.",
+            code="ANE104",
+        )
+    made_of = {"cnn": "images", "transformer": "images", "gpt": "text"}.get(ready)
+    kind = {"image": "images", "text": "text", "table": "a table"}.get(description.kind, "numbers")
+    if (made_of and made_of != kind) or (ready == "mlp" and kind == "text"):
+        raise UsageError(
+            f"model: needs one for {kind}; got {ready!r}, which is for {made_of or 'numbers and images'}. "
+            f"Do: --model {description.default_model}.",
+            code="ANE104",
+        )
+    if config.monitor == "val_accuracy" and task in ("regress",):
+        raise UsageError(
+            "monitor: needs a number that this training has; got 'val_accuracy', and numbers are predicted. "
+            "Do: --monitor val_loss.",
             code="ANE104",
         )
 

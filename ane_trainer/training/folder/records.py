@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import errno
 import io
 import json
 import os
@@ -259,8 +260,11 @@ def _try_lock(handle: int) -> bool:
 
 def unwritable(path: Path, error: OSError) -> EnvironmentFault:
     """The error for a folder or file that cannot be written."""
+    help = "Make room there, or begin in another (--out DIR)."
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
+        help = "Something else lies there: move it away, or begin in another folder (--out DIR)."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        help = "Allow it to be written, or begin in another (--out DIR)."
     return EnvironmentFault(
-        f"{path}: needs a place that can be written; {error.strerror or error}. "
-        "Make room there, or choose another (--out DIR).",
-        code="ANE204",
+        f"{path}: needs a place that can be written; {error.strerror or error}. {help}", code="ANE204"
     )

@@ -75,7 +75,7 @@ def test_texts_that_are_meant_as_numbers_or_dates_are_told(tmp_path: Path) -> No
         f'{k},$1.{k % 3},{1 + k % 12}/{1 + k % 28}/2024,"{k},000",{k % 9},1,2,3,4,5,6,{k % 4}.5'
         for k in range(60)
     )
-    (tmp_path / "t.csv").write_text(f"id,price,day,many,a,c,d,e,f,g,h,y\n{lines}\n")
+    (tmp_path / "t.csv").write_text(f"key,price,day,many,a,c,d,e,f,g,h,y\n{lines}\n")
     notes = open_data(tmp_path / "t.csv", DataOptions(target=("y",))).description.notes
     assert notes[0] == "column 'price' holds texts such as '$1.0': each is a category, not a number"
     assert "'day' is left out: 5" in notes[1]
