@@ -138,11 +138,13 @@ def move_state(old: LoadedStep, new: LoadedStep, applied: int) -> dict[str, floa
     trained = {target.removesuffix(f"/{RESIDUAL}") for target in kept if target.endswith(f"/{RESIDUAL}")}
     ports = {port.target for port in new.inputs}
     for target in list(kept):
-        name = target.removesuffix(f"/{RESIDUAL}")
+        name, tensor = target.removesuffix(f"/{RESIDUAL}"), target.partition("/")[0]
         frozen = (
             f"{name}/{RESIDUAL}" in ports and name not in trained
         )  # fp16 there; the module has all its digits
-        if frozen or not new.mirror.shares(old.mirror, name):
+        if frozen or not new.mirror.shares(
+            old.mirror, tensor
+        ):  # moments of another tensor are none of its own
             del kept[target]
     new.mirror.set_state(kept)
     new.mirror.set_scaling(scale)
