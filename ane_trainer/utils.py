@@ -116,9 +116,9 @@ class RunningMean:
 
     def __init__(self) -> None:
         self.total = 0.0
-        self.count = 0
+        self.count = 0.0
 
-    def update(self, value: float, count: int = 1) -> None:
+    def update(self, value: float, count: float = 1) -> None:
         """Add `value`, the mean of `count` examples."""
         self.total += float(value) * count
         self.count += count

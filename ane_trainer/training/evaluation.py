@@ -17,7 +17,7 @@ from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.errors import DataError
 from ane_trainer.training import engine, loop
 from ane_trainer.training.folder.results import Metrics
-from ane_trainer.training.intake import check_target, fit_target
+from ane_trainer.training.intake import check_target, fit_target, labels_counted, share_of
 from ane_trainer.training.language.own_loss import LossOnly, OwnLossIntake, joined, labels_that_count
 from ane_trainer.training.loop import Batch
 from ane_trainer.training.scores import Scores
@@ -48,7 +48,7 @@ class Inference:
         """
         if self._loss is model_loss:
             return self._evaluate_own(data, stop)
-        loss, correct, counted = RunningMean(), 0, False
+        loss, examples, correct, counted = RunningMean(), 0, 0, 0
         self.scores.begin()
         for number, batch in enumerate(data, 1):
             x, y = loop.unpack(batch, f"evaluate: batch {number}")
@@ -56,19 +56,24 @@ class Inference:
                 check_target(y)
                 output = self._forward(x)
                 target = fit_target(self._loss, output.shape, y) if isinstance(output, torch.Tensor) else y
-            loss.update(float(self._loss(output, target)), loop.batch_size_of(x))
+            rows = loop.batch_size_of(x)
+            if share := share_of(self._loss, target, rows):  # else the loss is the mean of nothing
+                loss.update(float(self._loss(output, target)), share)
+            examples += rows
             labels = target if _has_classes(output, target) else y
             if _has_classes(output, labels):
-                correct, counted, target = correct + count_correct(output, labels), True, labels
+                right = labels_counted(self._loss, labels)
+                correct, target = correct + count_correct(output[right], labels[right]), labels
+                counted += int(right.sum())
             self.scores.add(output, target)
             if see is not None:
                 see(x, output, target)
             if stop is not None:
                 stop.check()
-        if not loss.count:
+        if not examples:
             raise loop.empty("evaluate")
-        accuracy = correct / loss.count if counted else None
-        return Metrics(loss.mean, accuracy, loss.count, self.scores.found())
+        accuracy = correct / counted if counted else None
+        return Metrics(loss.mean, accuracy, examples, self.scores.found())
 
     def _evaluate_own(self, data: Iterable[Batch], stop: loop.Stop | None) -> Metrics:
         """The mean of the losses that the model returns itself, by the labels that count in each batch."""

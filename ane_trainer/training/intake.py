@@ -44,9 +44,35 @@ def takes_classes(loss: Loss) -> bool:
     return loss in CLASS_LOSSES or isinstance(loss, _CLASS_MODULES)
 
 
+def ignored_class(loss: Loss) -> int | None:
+    """The class number that the loss leaves out; None if it has none."""
+    return getattr(loss, "ignore_index", -100 if loss in CLASS_LOSSES else None)
+
+
+def labels_counted(loss: Loss, labels: torch.Tensor) -> torch.Tensor:
+    """Which class numbers count for the loss, as a mask of their shape."""
+    ignored = ignored_class(loss)
+    return torch.ones_like(labels, dtype=torch.bool) if ignored is None else labels != ignored
+
+
 def compares_numbers(loss: Loss) -> bool:
     """Whether the loss compares the output number by number with a target of the same shape."""
     return loss in _PLAIN or isinstance(loss, _PLAIN_MODULES)
+
+
+def share_of(loss: Loss, target: object, rows: int) -> float:
+    """How much the loss of a batch of `rows` counts in a mean over batches.
+
+    Of class numbers those count that are not left out (`ignore_index`), each with the weight of its class.
+    """
+    classes = takes_classes(loss) and isinstance(target, torch.Tensor) and not target.is_floating_point()
+    if not classes or getattr(loss, "reduction", "mean") != "mean":
+        return rows
+    counted = cast(torch.Tensor, target)
+    counted = counted[labels_counted(loss, counted)]
+    weight = getattr(loss, "weight", None)
+    each = counted.numel() if weight is None else float(weight[counted].sum())
+    return each * rows / max(cast(torch.Tensor, target).numel(), 1)
 
 
 # One batch ---------------------------------------------------------------------------------------------------
@@ -72,7 +98,7 @@ def fit_target(loss: Loss, output_shape: Sequence[int], y: object) -> Any:
         return y
     shape = tuple(output_shape)
     if takes_classes(loss):
-        return _fit_classes(shape, y, getattr(loss, "ignore_index", None))
+        return _fit_classes(shape, y, ignored_class(loss))
     if y.shape == shape:
         return y.float()
     if (y.numel() == int(np.prod(shape)) and (*y.shape, 1) == shape) or y.shape == (*shape, 1):
@@ -232,9 +258,7 @@ class Intake:
         self._announced = False
         self._model, self._function = model, get_loss(loss)
         self._tail: tuple[int, ...] | None = None  # of the output's shape, without the examples
-        self._ignored = (
-            getattr(self._function, "ignore_index", -100) if takes_classes(self._function) else None
-        )
+        self._ignored = ignored_class(self._function)
 
     @property
     def weighted(self) -> bool:
