@@ -51,6 +51,7 @@ from ane_trainer.ane.capture.ports import (
 )
 from ane_trainer.ane.capture.randomness import HostRandomMode, bounds, draw
 from ane_trainer.ane.capture.range.calibration import Magnitudes
+from ane_trainer.ane.capture.range.degrees import undo_loss_scale
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.scaling import (
     HEALTH,
@@ -191,6 +192,7 @@ def capture_training(
     place = Place()
     function = _function(plan, place, outputs)
     graph = trace(function, _example_inputs(plan, example), decomposition_table(), place, own=True)
+    undo_loss_scale(graph.graph, plan.inputs)
     check_counters(model, changes, example, functools.partial(loss_of, model, get_loss(loss)))
     shift = units.get(
         SHIFT, clipping_shift(options.gradients, calibration, largest_shift(rule, optimizer, parameters, {}))

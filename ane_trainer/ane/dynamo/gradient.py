@@ -3,7 +3,9 @@
 A backward graph is linear in the gradients that come in, so they are multiplied by a power of two, the
 program runs, and what comes out is divided by it in fp32. The first call, in full precision, says which power brings
 the largest gradient out to WANTED and none on the way beyond FLOW_BOUND; what is small beside it gets a power of
-its own (`capture.range`). From then on the power follows the gradients that come out.
+its own (`capture.range`). From then on the power follows the gradients that come out. A graph with a function of
+gradients that is not linear (a hook, an `autograd.Function` of the user's) takes them as they are, and each value of it
+has a power of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ane_trainer.ane.capture.range.degrees import is_linear
 from ane_trainer.ane.dynamo.ends import split_backward
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
@@ -60,7 +63,9 @@ class Backward:
         self._start = split_backward(module)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._tangents = [i for i, node in enumerate(placeholders) if node.name.startswith("tangents")]
+        self._linear = is_linear(module)  # if not, gradients stay in their own unit
         self._function = GraphFunction(module, options, "backward")
+        self._function.follows_gradients = not self._linear
         self.power = 6
         self._wanted = WANTED
 
@@ -87,7 +92,7 @@ class Backward:
             self._calibrate(given, peak)
         for attempt in range(_ATTEMPTS):
             last = attempt + 1 == _ATTEMPTS
-            scale = 2.0 ** (self.power - math.frexp(peak)[1]) if peak else 1.0
+            scale = 2.0 ** (self.power - math.frexp(peak)[1]) if peak and self._linear else 1.0
             values, known = self._function.values(self._scaled(given, scale))
             engine = self._function.run_or_none(values)
             if engine is None or self._function.left_range(OVERFLOW):
@@ -97,7 +102,7 @@ class Backward:
                     self._function.tell_of_sizes()
             if engine is None:
                 engine = self._function.run_engine(values)
-            if self._function.beyond(OVERFLOW) and not last:
+            if self._function.beyond(OVERFLOW) and self._linear and not last:
                 self.power -= 4
                 continue
             results = self._function.results(known | {"engine": engine}, 1 << 30)
@@ -107,7 +112,7 @@ class Backward:
                 break
             if largest > self._wanted * TOLERATED or 0.0 < largest < self._wanted / TOLERATED:
                 self.power += math.floor(math.log2(self._wanted / largest))
-            if largest == 0.0 or largest > EMPTY * self._wanted:
+            if largest == 0.0 or largest > EMPTY * self._wanted or not self._linear:
                 break
         if self._function.expects and engine is not None:
             self._function.prove(self._function.values(given)[0], engine, scale=scale)
@@ -135,7 +140,7 @@ class Backward:
         flow = max((found[n].peak for n in dependent if n in found), default=0.0)
         if not math.isfinite(flow):
             return False
-        if largest == 0.0:
+        if largest == 0.0 or not self._linear:
             return function.calibrate(found)
         wanted = math.floor(math.log2(WANTED / largest))
         exponent = max(min(wanted, math.floor(math.log2(FLOW_BOUND / flow))), wanted - LARGEST_CONCESSION)

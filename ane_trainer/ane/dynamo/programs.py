@@ -82,6 +82,7 @@ class GraphFunction:
         #: What the calls so far showed of each value, while the program's precision needs to know.
         self.found: dict[str, Magnitude] = {}
         self.calibrations = 0
+        self.follows_gradients = False  # whether the sizes of incoming gradients count: they have no power
         self._options, self._told = options, False
         nodes = self.engine_results()
         self._added = {nodes[s.change].name for s in self._prepared.results if s.kind == "sum"}
@@ -229,7 +230,9 @@ class GraphFunction:
         What is added to buffers becomes smaller as averages settle, and then counts for less.
         """
         known = self.found.get(name)
-        unlike = name.startswith("tangents") or name in self._added  # of any size
+        unlike = (
+            name.startswith("tangents") and not self.follows_gradients
+        ) or name in self._added  # any size
         if known is None or not _is_ordinary(known) or not 0.0 < peak < math.inf or unlike:
             return False
         return known.peak == 0.0 or peak < _EMPTY * known.rms or peak > larger * known.peak

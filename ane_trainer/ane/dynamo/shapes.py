@@ -200,15 +200,18 @@ def _without_reads(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """Numbers that change from call to call, which Dynamo hands over as tensors to be read, stay tensors.
 
     before: `tau = L_tau_.item(); y = x / tau`      after: `tau = L_tau_.to(torch.float32); y = x / tau`
+
+    Also in the graphs of an `autograd.Function`'s forward and backward.
     """
-    for node in list(module.graph.nodes):
-        if node.op == "call_method" and node.target == "item" and _is_float_input(node.args[0]):
-            with module.graph.inserting_before(node):
-                kept = module.graph.call_method("to", (node.args[0], torch.float32))
-            kept.meta = {**node.args[0].meta, _READ: True}
-            node.replace_all_uses_with(kept)
-            module.graph.erase_node(node)
-    module.recompile()
+    for part in [m for m in module.modules() if isinstance(m, torch.fx.GraphModule)]:
+        for node in list(part.graph.nodes):
+            if node.op == "call_method" and node.target == "item" and _is_float_input(node.args[0]):
+                with part.graph.inserting_before(node):
+                    kept = part.graph.call_method("to", (node.args[0], torch.float32))
+                kept.meta = {**node.args[0].meta, _READ: True}
+                node.replace_all_uses_with(kept)
+                part.graph.erase_node(node)
+        part.recompile()
     return module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +55,41 @@ def test_numbers_that_operations_take_as_they_are_compiled(kind: str) -> None:
         torch.testing.assert_close(found, twin(x), rtol=1e-2, atol=4e-3)
     if kind == "norm":
         torch.testing.assert_close(model[0].running_var, twin[0].running_var, rtol=1e-3, atol=1e-4)
+
+
+class Reversed(torch.autograd.Function):
+    """The gradient reversal of domain adaptation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return -ctx.share * gradients[0], None
+
+
+class Adversary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.share = nn.Linear(8, 8), nn.Linear(8, 3), 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Reversed.apply(self.body(x), self.share))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_numbers_that_a_backward_of_the_user_s_takes_are_fed() -> None:
+    model, x = Adversary(), torch.randn(4, 8)
+    twin = copy.deepcopy(model)
+    fast = torch.compile(model, backend="ane", options={"device": "sim"})
+    for share in (0.1, 0.5, 0.8, 1.0):
+        model.share = twin.share = share
+        for net, call in ((model, fast), (twin, twin)):
+            net.zero_grad()
+            call(x).pow(2).sum().backward()
+        assert model.body.weight.grad is not None
+        assert twin.body.weight.grad is not None
+        torch.testing.assert_close(model.body.weight.grad, twin.body.weight.grad, rtol=1e-2, atol=5e-3)

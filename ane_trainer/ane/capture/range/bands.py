@@ -58,6 +58,9 @@ CONTRACTIONS: dict[str, tuple[int | None, int, int]] = {
 TOTALS = ("aten.sum.default", "aten.sum.dim_IntList", "aten.mean.default", "aten.mean.dim")
 POWERS = ("aten.pow.Tensor_Scalar", "aten.sqrt.default", "aten.rsqrt.default", "aten.reciprocal.default")
 PRODUCTS = ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar")
+#: Sums of entries by their place.
+PLACED = frozenset(("aten.index_put.default", "aten.scatter_add.default", "aten.index_add.default",
+                    "aten.scatter_reduce.two"))  # fmt: skip
 #: Functions of magnitude 1 at most: saturated ones are next to 0 in one batch, and near 1 in another.
 BOUNDED = frozenset(f"aten.{n}.default" for n in ("sigmoid", "tanh", "_softmax", "sin", "cos", "erf"))
 #: Operations that are linear in their first argument.
@@ -194,7 +197,7 @@ class Bands(Editor):
         if name in TOTALS:
             count = math.prod(shape_of(nodes[0])[a] for a in dims_of(node) or ()) or 1
             self.noise[node] = noises[0] * (math.sqrt(count) if "sum" in name else 1.0 / math.sqrt(count))
-        elif name in ALIGNED:
+        elif name in ALIGNED or name in PLACED:
             self.noise[node] = max(noises)
         elif name in LINEAR:
             self.noise[node] = noises[0]
