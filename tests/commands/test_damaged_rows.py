@@ -152,6 +152,9 @@ TRIALS: dict[str, tuple[ModuleType, str]] = {
     "checkpoints within an epoch": (runs, "test_checkpoints_come_by_steps_and_some_are_kept"),
     "memory over 5,000 steps": (memory, "test_memory_stays_over_5_000_steps"),
     "damaged caches of datasets": (fetch, CACHE),
+    "two fetches of one dataset at once": (fetch, "test_two_fetches_at_once_leave_whole_files"),
+    "kill -9 in a fetch": (fetch, "test_a_fetch_that_is_killed_leaves_nothing_half_written"),
+    "one empty cache of programs for two processes": (caches, "test_two_processes_may_begin_with_one_empty_cache"),
     "damaged caches of programs": (caches, "test_every_cached_file_may_be_damaged"),
 }  # fmt: skip
 

@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
+import ane_trainer as at
+from ane_trainer.ane.chips.timeline import timeline
 from ane_trainer.training.reporting.analysis import ClassAnalysis, NumberAnalysis, analyse
 from ane_trainer.training.reporting.charts import line_chart, png, ticks
 from ane_trainer.training.reporting.option_charts import dot_chart
+from ane_trainer.training.reporting.step_charts import step_charts
 
 RNG = np.random.default_rng(3)
 
@@ -106,6 +109,36 @@ def test_a_chart_is_svg_with_every_value_in_it() -> None:
     assert x0 < x1
     assert y0 < y1  # a smaller loss is lower down
     assert line_chart({"a": []}, "empty") == ""
+
+
+def test_a_chart_has_a_grid_both_ways_axes_and_the_line_of_equals() -> None:
+    curve = {"price": [(100.0, 120.0), (300.0, 280.0)]}
+    plain, equals = (line_chart(curve, "said over true", identity=identity) for identity in (False, True))
+    grid = re.findall(r'<path d="(M[^"]*)"', plain)[0]
+    assert grid.count("H") >= 4
+    assert grid.count("V") >= 4
+    assert plain.count("stroke-dasharray") == 0
+    (line,) = re.findall(r'<path d="M([\d. ]+)L([\d. ]+)" stroke="currentColor" stroke-dasharray', equals)
+    (a, b), (c, d) = (map(float, point.split()) for point in line)
+    assert a < c
+    assert b > d
+
+
+def test_a_step_of_several_programs_is_one_roofline_and_one_memory() -> None:
+    """They were as many of both as there are programs, all of one name."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    batch = torch.rand(8, 6), torch.arange(8) % 3
+    step = at.compile_step(model, "cross_entropy", torch.optim.SGD(model.parameters(), lr=0.1), batch)
+    one = timeline(step.program, "m4")
+    for count in (1, 2):
+        charts = step_charts([one] * count)
+        assert len(charts) == 2
+        for chart in charts:
+            assert ("2 programs in turn" in chart) == (count == 2)
+            ET.fromstring(chart)
+        assert charts[1].count("the engine begins") == count
+        assert charts[0].count("<circle") == count * step_charts([one])[0].count("<circle")
+    assert step_charts([]) == []
 
 
 @pytest.mark.parametrize("channels", [1, 3])

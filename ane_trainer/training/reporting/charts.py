@@ -16,17 +16,20 @@ from numpy.typing import NDArray
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 36
+#: How strong lines of the grid and the two axes are.
+GRID, AXIS = ".22", ".7"
 
 Points = Sequence[tuple[float, float | None]]
 
 
 def line_chart(
     series: Mapping[str, Points], title: str, *, x_label: str = "epoch", size: tuple[int, int] = (520, 260),
-    diagonal: bool = False, most: float | None = None,
+    diagonal: bool = False, identity: bool = False, most: float | None = None,
 ) -> str:  # fmt: skip
     """An SVG of one line a series, with axes, ticks, a legend, and each value as a tooltip.
 
-    Values that are None or not finite leave a gap. `diagonal` draws y = x, dashed, over a square of 0 to 1.
+    Values that are None or not finite leave a gap. `diagonal` draws y = x, dashed, over a square of 0 to 1,
+    `identity` where it lies within the axes.
     `most` is the largest value that there can be, such as 1 for a share.
     """
     width, height = size
@@ -54,18 +57,17 @@ def line_chart(
         'xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="11">',
         f'<text x="{_LEFT}" y="16" font-size="13" font-weight="600" fill="currentColor">{escape(title)}</text>',
     ]
+    parts += grid([place(x, 0)[0] for x in x_ticks], [place(0, y)[1] for y in y_ticks])
     for y in y_ticks:
         left, level = place(x_ticks[0], y)
-        parts.append(
-            f'<path d="M{left:.1f} {level:.1f}h{inner[0]}" stroke="currentColor" stroke-opacity=".15"/>'
-        )
         parts.append(_text(left - 6, level + 4, _short(y), "end"))
     for x in x_ticks:
         across, bottom = place(x, y_ticks[0])
         parts.append(_text(across, bottom + 15, _short(x), "middle"))
     parts.append(_text(_LEFT + inner[0] / 2, height - 4, x_label, "middle"))
-    if diagonal:
-        (a, b), (c, d) = place(0, 0), place(1, 1)
+    if diagonal or identity:
+        low, high = max(x_ticks[0], y_ticks[0]), min(x_ticks[-1], y_ticks[-1])
+        (a, b), (c, d) = place(low, low), place(max(low, high), max(low, high))
         parts.append(
             f'<path d="M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" stroke="currentColor" stroke-dasharray="4 3"/>'
         )
@@ -75,6 +77,19 @@ def line_chart(
         )
         parts += _legend(name, number, width) if len(known) > 1 else []
     return "".join([*parts, "</svg>"])
+
+
+def grid(across: Sequence[float], down: Sequence[float]) -> list[str]:
+    """Lines at these places, left to right and bottom to top; the first of each is an axis and stronger."""
+    left, right, bottom, top = min(across), max(across), max(down), min(down)
+    lines = [f"M{left:.1f} {y:.1f}H{right:.1f}" for y in down] + [
+        f"M{x:.1f} {bottom:.1f}V{top:.1f}" for x in across
+    ]
+    axes = f"M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}"
+    return [
+        f'<path d="{"".join(lines)}" fill="none" stroke="currentColor" stroke-opacity="{GRID}"/>',
+        f'<path d="{axes}" fill="none" stroke="currentColor" stroke-opacity="{AXIS}"/>',
+    ]
 
 
 def _line(

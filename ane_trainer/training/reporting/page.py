@@ -221,7 +221,7 @@ def _numbers(analysis: Analysis | None) -> str:
 def _scatter(pairs: Sequence[Sequence[float]], name: str) -> str:
     """Predictions over truths as dots: a line chart's axes, its line taken out."""
     ordered = sorted((truth, said) for truth, said in pairs)
-    chart = line_chart({name: ordered}, f"{name}: predicted over true", x_label="true")
+    chart = line_chart({name: ordered}, f"{name}: predicted over true", x_label="true", identity=True)
     start = chart.find("<polyline")
     whole = chart[:start] + chart[chart.find("/>", start) + 2 :] if start >= 0 else chart
     return whole.replace('r="4" fill-opacity="0"', 'r="2" fill-opacity=".5"')
@@ -283,11 +283,11 @@ def _ops(ops: Sequence[Mapping[str, Any]]) -> str:
     whole = sum(op["latency_us"] for op in ops) or 1.0
     most_expensive = sorted(ops, key=lambda op: -op["latency_us"])[:OP_ROWS]
     rows = [
-        (op["name"], op["op"], f"{op['latency_us']:.2f}", f"{op['latency_us'] / whole:.1%}",
+        (op["op"], op.get("source") or op["name"], f"{op['latency_us']:.2f}", f"{op['latency_us'] / whole:.1%}",
          format_count(op["flops"]), f"{op['bytes']:,}", op["bound_by"])
         for op in most_expensive
     ]  # fmt: skip
-    head = ("op", "kind", "us", "share", "FLOPs", "bytes", "bound by")
+    head = ("op", "where", "us", "share", "FLOPs", "bytes", "bound by")
     note = f"{len(ops)} ops in all. Times on the engine by the cost model; not measured."
     return _table(head, rows) + f"<p class='note'>{note}</p>"
 

@@ -25,13 +25,22 @@ print([p.double().sum().item() for p in net.parameters()])
 """
 
 
-def trained(cache: Path) -> str:
+def started(cache: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "-c", STEP], capture_output=True, text=True, env=environment, check=False
+    command = [sys.executable, "-c", STEP]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    told, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return told
+
+
+def trained(cache: Path) -> str:
+    return said(started(cache))
 
 
 @pytest.mark.slow
@@ -44,6 +53,14 @@ def test_every_cached_file_may_be_damaged(tmp_path: Path) -> None:
         for path in files:
             path.write_bytes(damage)
         assert trained(tmp_path) == first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="caches are found by XDG_CACHE_HOME")
+def test_two_processes_may_begin_with_one_empty_cache(tmp_path: Path) -> None:
+    both = [started(tmp_path), started(tmp_path)]
+    first, second = map(said, both)
+    assert first == second == trained(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"\xff\x9f", b"", b"x", b"9" * 5000, b"-1"])

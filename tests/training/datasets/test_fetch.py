@@ -5,10 +5,13 @@ import hashlib
 import http.server
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -71,7 +74,13 @@ class Server:
                 self.send_response(404 if body is None else 200)
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.end_headers()
-                self.wfile.write(body or b"")
+                if isinstance(body, _Stalls):
+                    self.wfile.write(body[: len(body) // 2])
+                    self.wfile.flush()
+                    body.reached.set()
+                    time.sleep(3)
+                else:
+                    self.wfile.write(body or b"")
 
             def log_message(self, *arguments):
                 pass
@@ -180,6 +189,44 @@ def test_keras_mnist_npz_is_found_and_a_damaged_one_is_not_used(home, caplog):
     assert "mnist.npz" in caplog.text
     path.write_bytes(whole)
     assert fetch_files(info, sources=source).raw == CONTENT
+
+
+def test_two_fetches_at_once_leave_whole_files(home, serve, tmp_path):
+    info = tiny_info(serve(GOOD).url)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: fetch_files(info, tmp_path / "root"), range(2)))
+    assert [one.raw for one in found] == [CONTENT] * 2
+    assert sorted(path.name for path in found[0].folder.iterdir()) == sorted(NAMES)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_a_fetch_that_is_killed_leaves_nothing_half_written(home, serve, tmp_path):
+    """The mirror stops in the middle of the third file; the next fetch takes what is whole, and gets the rest."""
+    server, reached = serve(GOOD), threading.Event()
+    whole = list(GOOD)[:2]
+    slow = serve({name: body if name in whole else _Stalls(body, reached) for name, body in GOOD.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of threads
+        child = os.fork()
+    if child == 0:
+        fetch_files(tiny_info(slow.url), tmp_path)
+        os._exit(1)
+    assert reached.wait(30)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    got = fetch_files(tiny_info(server.url), tmp_path)
+    assert got.raw == CONTENT
+    assert {name.lstrip("/") for name in server.requests} <= {f"{name}.gz" for name in NAMES}
+    assert sorted(path.name for path in got.folder.iterdir()) == sorted(NAMES)
+
+
+class _Stalls(bytes):
+    """A body whose second half never comes."""
+
+    def __new__(cls, body, reached):
+        made = super().__new__(cls, body)
+        made.reached = reached
+        return made
 
 
 def test_a_source_that_lies_is_not_believed(home, tmp_path):
