@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ _OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
 _NOISE, _LARGEST_NOISE, _ALIKE = 2.0**-9, 0.01, 0.1
 #: Below this share of the largest gradient's size one counts as what cancellation left.
 _LEAST_GRADIENT = 1e-4
+#: And below this one of which rounding leaves nothing.
+_CANCELLED = 1e-3
 #: What an entry with next to no gradient counts, against one of at least the mean size.
 _LEAST_WEIGHT = 0.05
 _HALVES = (torch.bfloat16, torch.float16)
@@ -88,12 +90,15 @@ class Agreement:
 @dataclass(frozen=True)
 class Reference:
     """What PyTorch makes of a batch: the loss, each parameter's change (None while batches accumulate, or if the
-    optimizer draws random numbers), and for a relative error of gradients what each entry of the change counts.
+    optimizer draws random numbers), and what each entry of the change counts, for a relative error of gradients and the
+    parameters of which rounding leaves no gradient.
     """
 
     loss: float
     changes: Mapping[str, torch.Tensor] | None
-    weights: Callable[[float], Mapping[str, torch.Tensor]] = field(default=lambda noise: {}, repr=False)
+    weights: Callable[[float, Collection[str]], Mapping[str, torch.Tensor]] = field(
+        default=lambda noise, lost: {}, repr=False
+    )
     before: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def without_update(self) -> Reference:
@@ -219,13 +224,15 @@ def _stepped(
     return Reference(loss, whole, weights, before)
 
 
-def _weights_in_place(model: torch.nn.Module, found: Reference, noise: float) -> Mapping[str, torch.Tensor]:
-    """`found.weights(noise)`, for which the model has its parameters of then, and is put back."""
+def _weights_in_place(
+    model: torch.nn.Module, found: Reference, noise: float, lost: Collection[str]
+) -> Mapping[str, torch.Tensor]:
+    """`found.weights(noise, lost)`, for which the model has its parameters of then, and is put back."""
     with _put_back(model), torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in found.before:
                 parameter.copy_(found.before[name])
-        return found.weights(noise)
+        return found.weights(noise, lost)
 
 
 @contextlib.contextmanager
@@ -284,8 +291,9 @@ def _weights(
     gradients: Mapping[str, torch.Tensor],
     changes: Mapping[str, torch.Tensor],
     noise: float,
+    lost: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    """What each entry counts: nothing if it moves otherwise once its gradient changes by `noise` of the mean size,
+    """What each entry counts: nothing of a small gradient that is `lost` in rounding, nothing if it moves otherwise once its gradient changes by `noise` of the mean size,
     up or down; then as its gradient's share of that size, 1 at most.
 
     Adam's first step is the gradient's sign: of the smallest no arithmetic of eleven bits can tell it, and a ReLU
@@ -302,17 +310,24 @@ def _weights(
         for name, moved in _changes(model, optimizer, before).items():
             sure[name] &= (moved - changes[name]).abs() <= max(_ALIKE, 2 * noise) * changes[name].abs()
     return {
-        name: alike * (gradients[name].abs() / max(sizes[name], 1e-38)).clamp(_LEAST_WEIGHT, 1.0)
+        name: torch.zeros_like(changes[name])
+        if name in lost and sizes[name] < _CANCELLED * max(sizes.values())
+        else alike * (gradients[name].abs() / max(sizes[name], 1e-38)).clamp(_LEAST_WEIGHT, 1.0)
         for name, alike in sure.items()
     }
 
 
 def compare(
-    step: int, loss: float, changes: Mapping[str, torch.Tensor], expected: Reference, noise: float = _NOISE
+    step: int,
+    loss: float,
+    changes: Mapping[str, torch.Tensor],
+    expected: Reference,
+    noise: float = _NOISE,
+    lost: Collection[str] = (),
 ) -> Agreement:
     """The relative differences between what a step did and what it should have done."""
     updates, errors, sizes, unresolved = {}, 0.0, 0.0, 0.0
-    weights = expected.weights(noise)
+    weights = expected.weights(noise, lost)
     for name, want in (expected.changes or {}).items():
         weight = weights[name]
         apart = ((changes[name] - want) * weight).abs()
@@ -342,7 +357,7 @@ def explained(
     """
     result = _explained(agreement, changes, expected, loss, run)
     if not result.agrees and run.first is None:
-        run = Rounded(max(run.gradient_error, at_random()), None)
+        run = Rounded(max(run.gradient_error, at_random()), None, run.lost)
         result = _explained(agreement, changes, expected, loss, run)
     if not result.agrees:
         worst = max(result.updates, key=lambda n: result.updates[n], default="none")
@@ -361,7 +376,7 @@ def _explained(
     agreement: Agreement, changes: Mapping[str, torch.Tensor], expected: Reference, loss: float, run: Rounded
 ) -> Agreement:
     noise = max(_LARGEST_NOISE, 2.0 * run.gradient_error)
-    again = compare(agreement.step, loss, changes, expected, noise)
+    again = compare(agreement.step, loss, changes, expected, noise, run.lost)
     return dataclasses.replace(again, fp16=run.gradient_error, first=run.first)
 
 

@@ -22,6 +22,8 @@ _STEP = 0.02
 _MASK = 1e8
 #: Below this share of the largest gradient one counts as what cancellation left: a bias before a batch norm has 1e-9.
 _LEAST = 1e-3
+#: Above this error nothing is left of a gradient; operations at most between it and the update that reads it.
+_LOST, _BETWEEN = 0.3, 6
 #: Error of one product in the accumulator.
 _PRODUCT = 2.0**-16 / math.sqrt(12.0)
 
@@ -40,12 +42,13 @@ class Departure:
 
 @dataclass(frozen=True)
 class Rounded:
-    """What runs in rounded arithmetic show: the error of the gradients that eleven bits of any exponent cost, and the
-    first operation that departs in fp16, with its range.
+    """What runs in rounded arithmetic show: the error of the gradients that eleven bits of any exponent cost, the
+    first operation that departs in fp16, with its range, and the parameters of whose gradients rounding leaves nothing.
     """
 
     gradient_error: float
     first: Departure | None
+    lost: frozenset[str] = frozenset()
 
 
 def run_rounded(captured: Captured, values: Mapping[str, torch.Tensor]) -> Rounded:
@@ -81,7 +84,26 @@ def run_all(
     departing = (n for n in found if n.op == "call_function" and _departs(n, errors))
     first = next(departing, None)
     worst = max((item.eleven.relative(least) for n, item in found.items() if n in ends), default=0.0)
-    return Rounded(worst, None if first is None else _described(first, found[first]))
+    lost = {n for n, item in found.items() if n in ends and item.eleven.relative(0.0, empty=math.inf) > _LOST}
+    names = frozenset(name for n in lost for name in _updated_by(n))
+    return Rounded(worst, None if first is None else _described(first, found[first]), names)
+
+
+def _updated_by(gradient: Node) -> set[str]:
+    """Parameters whose update reads this gradient, scaled and clipped in between."""
+    names, near = set(), {gradient}
+    for _ in range(_BETWEEN):
+        near = {u for n in near for u in n.users if in_update(u) and _shape(u) == _shape(gradient)}
+        sources = [str(n.meta.get(META_KEY)) for n in near]
+        names |= {
+            s.rpartition(" (")[2][:-1] for s in sources if s.startswith("optimizer ") and s.endswith(")")
+        }
+        near = {n for n in near if not str(n.meta.get(META_KEY)).startswith("optimizer ")}
+    return names
+
+
+def _shape(node: Node) -> object:
+    return getattr(node.meta.get("val"), "shape", None)
 
 
 def rounding_error(captured: Captured, values: Mapping[str, torch.Tensor], seeds: Sequence[int]) -> float:
@@ -113,9 +135,9 @@ class _Error:
     error: float
     size: float
 
-    def relative(self, least: float) -> float:
-        """The error relative to the size, or to `least` if that is larger; 0 where there is no size."""
-        return self.error / max(self.size, least) if self.size else 0.0
+    def relative(self, least: float, empty: float = 0.0) -> float:
+        """The error relative to the size, or to `least` if that is larger; `empty` where there is no size."""
+        return self.error / max(self.size, least) if self.size else empty
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class Editor:
         with self.graph.inserting_before(self.here):
             node = self.graph.call_function(target, args)
         node.meta = {k: v for k, v in self.here.meta.items() if k not in ("val", TINY)} | self.marks
-        node.meta["val"] = _without_data(target(*map_arg(args, lambda n: _without_data(n.meta["val"]))))
+        of = aten.reshape.default if target is aten.view.default else target  # a program has no strides
+        node.meta["val"] = _without_data(of(*map_arg(args, lambda n: _without_data(n.meta["val"]))))
         return node
 
     def view(self, node: Node, shape: Shape) -> Node:

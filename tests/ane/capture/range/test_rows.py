@@ -148,3 +148,24 @@ def test_update_follows_fp64(name: str, scale: float) -> None:
 @pytest.mark.parametrize("name", ["group", "batch", "written rms"])
 def test_gradients_of_a_compiled_model_follow_fp64(name: str) -> None:
     assert update_error(name, 1000.0, compiled=True) < 0.02
+
+
+class Normed(nn.Module):
+    """Attention of queries and keys of length 1 (ViT-22B), in a layout that no view can flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(8, 16), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.both(x).view(*x.shape[:2], 2, 2, 4).permute(2, 0, 3, 1, 4)
+        q, k = 10 * F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return self.out(((q @ k.mT).softmax(-1) @ k).transpose(1, 2).reshape(x.shape))
+
+
+def test_rows_of_transposed_heads() -> None:
+    torch.manual_seed(0)
+    model, x, y = Normed(), torch.randn(2, 6, 8), torch.randn(2, 6, 2)
+    step = at.compile_step(model, "mse", torch.optim.SGD(model.parameters(), lr=0.1), (x, y), device="sim")
+    step(x, y)
+    assert step.agreement.agrees

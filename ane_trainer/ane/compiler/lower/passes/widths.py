@@ -105,7 +105,7 @@ def _visit(rewriter: Rewriter, op: Op, narrow: dict[Value, Value]) -> bool:
 
 def _repeats(op: Op, wide: tuple[int, int, int]) -> Shape:
     source = op.arg("x")
-    assert isinstance(source, Value)
+    assert isinstance(source, Value | Literal)
     return wide[1:] if source.type.shape[wide[0]] == 1 else (1, 1)
 
 

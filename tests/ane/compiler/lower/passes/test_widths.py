@@ -43,3 +43,16 @@ def test_a_group_norm_over_a_channel_of_65792_elements_compiles_and_an_odd_axis_
             (prime, torch.zeros(1, 1)),
             fidelity="fast",
         )
+
+
+def test_the_largest_of_a_long_axis_is_refused_in_words() -> None:
+    x = torch.randn(4, 90_300)
+    line = nn.Linear(1, 1)
+    with pytest.raises(UnsupportedModel, match="needs"):
+        at.compile_step(
+            line,
+            lambda o, t: (o[:, :1] * x - t).square().flatten().topk(3).values.mean(),
+            torch.optim.SGD(line.parameters(), lr=0.1),
+            (torch.randn(4, 1), x),
+            fidelity="fast",
+        )
