@@ -293,8 +293,8 @@ def _weights(
     noise: float,
     lost: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    """What each entry counts: nothing of a small gradient that is `lost` in rounding, nothing if it moves otherwise once its gradient changes by `noise` of the mean size,
-    up or down; then as its gradient's share of that size, 1 at most.
+    """What each entry counts: nothing of a small gradient `lost` in rounding, nothing if it moves otherwise once
+    its gradient changes by `noise` of the mean size, up or down; then as its gradient's share of that size, 1 at most.
 
     Adam's first step is the gradient's sign: of the smallest no arithmetic of eleven bits can tell it, and a ReLU
     that opens for one sample more turns small ones, which hardly matter, as far as the largest.

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.ports import identifier, tensor_bounds, unique
 from ane_trainer.ane.capture.range import GUARD, read_as_floats, scale_found
-from ane_trainer.ane.capture.range.calibration import Magnitude
+from ane_trainer.ane.capture.range.calibration import INTEGERS, Magnitude
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.build import prepare
 from ane_trainer.ane.dispatch.feeds import RANGES, Slot, slot_of, tell_of_rounded_integers, to_float, to_pair
@@ -47,7 +47,12 @@ class EnginePart:
         graph.output(graph.graph_copy(self._module.graph, copies))
         for old, new in copies.items():
             new.meta = dict(old.meta)
-        names = {copies[node].name: found[node.name] for node in copies if node.name in found}
+        names = {
+            kind + copies[node].name: found[kind + node.name]
+            for node in copies
+            for kind in ("", INTEGERS)
+            if kind + node.name in found
+        }
         if read_as_floats(graph, self._ends):
             names |= {
                 n: Magnitude(max(-low, high), max(-low, high), 1.0) for n, (low, high) in self._ends.items()

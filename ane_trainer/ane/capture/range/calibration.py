@@ -139,8 +139,14 @@ _MOVES = frozenset((*VIEWS[:2], aten.t.default, aten.transpose.int, aten.permute
                     aten.unsqueeze.default, aten.detach.default, aten.alias.default))  # fmt: skip
 
 
+#: Types of which nothing is large.
+_SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)
+#: Prefix of the names of integers that are noted: those beyond the second.
+INTEGERS, LARGEST_INTEGER = "integers/", 2.0**15
+
+
 class Measured(InOrder):
-    """Runs a graph and notes the magnitude of each float value in front of the update."""
+    """Runs a graph and notes the magnitude of each float value in front of the update, and of large integers."""
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
@@ -161,5 +167,9 @@ class Measured(InOrder):
             source = n.args[0] if n.target in _MOVES else None
             known = self.found.get(source.name) if isinstance(source, Node) else None
             self.found[n.name] = known or measure(result)
+        elif isinstance(result, torch.Tensor) and not result.is_complex() and result.numel():
+            largest = 0 if result.dtype in _SMALL else float(result.double().abs().amax())
+            if largest > LARGEST_INTEGER:
+                self.found[INTEGERS + n.name] = Magnitude(largest, largest, 1.0)
         self.choices.see(n, self.env, result)
         return result

@@ -32,8 +32,9 @@ from ane_trainer.ane.capture.range.bands import (
     PRODUCTS,
     SMALLEST,
     TOTALS,
+    WANTED,
 )
-from ane_trainer.ane.capture.range.calibration import Magnitude
+from ane_trainer.ane.capture.range.calibration import INTEGERS, Magnitude
 from ane_trainer.ane.capture.range.editing import (
     aten,
     dims_of,
@@ -45,6 +46,7 @@ from ane_trainer.ane.capture.range.editing import (
 )
 from ane_trainer.ane.capture.range.rows import DONE
 from ane_trainer.ane.capture.range.shifting import LARGEST_SUM, Shifting
+from ane_trainer.ane.stages import PAIR
 
 #: Factors that are left as they are.
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-14, 2.0**15
@@ -79,6 +81,7 @@ class Exponents(Shifting):
     ) -> None:
         super().__init__(graph, found)
         self.fixed, self.held = fixed, held
+        self._as_floats: dict[Node, Node] = {}
 
     def visit(self, node: Node) -> None:
         """Bring one node into range."""
@@ -93,6 +96,8 @@ class Exponents(Shifting):
                 self.note(node, self.wanted(node, 0))
         elif node.op == "call_function":
             rule = _RULES.get(str(node.target))
+            if rule is not None and is_float(node):
+                self._floats(node, rule)
             if node.target is operator.getitem:
                 self.item(node)
             elif rule is not None and ((rule in _ALWAYS and not in_update(node)) or self._concerns(node)):
@@ -129,6 +134,29 @@ class Exponents(Shifting):
             if str(node.target).startswith("aten.nll_loss"):  # the second is a count
                 self.parts[node][1] = 0
         return None
+
+    def _floats(self, node: Node, rule: Callable[[Exponents, Node], None]) -> None:
+        """Give an operation on floats its large integers as floats that carry an exponent.
+
+        `f = i * y` -> `f = ((i // 1024) * (1024 * 2^-e) + (i % 1024) * 2^-e) * y`
+        """
+        for source in node.all_input_nodes:
+            size = self.found.get(INTEGERS + source.name)
+            place = rule is Exponents.linear and source is not node.args[0]
+            if size is None or place or in_update(node):
+                continue
+            if source not in self._as_floats:
+                exponent = math.ceil(math.log2(size.peak / WANTED))
+                high = self.emit(aten.bitwise_right_shift.Tensor_Scalar, source, PAIR.bit_length() - 1)
+                parts = (high, float(PAIR)), (self.emit(aten.remainder.Scalar, source, PAIR), 1.0)
+                products = (self.emit(aten.mul.Tensor, p, math.ldexp(f, -exponent)) for p, f in parts)
+                joined = self.emit(aten.add.Tensor, *products)
+                self.found[joined.name] = size
+                self.note(joined, exponent)
+                self._as_floats[source] = joined
+            node.replace_input_with(source, self._as_floats[source])
+        if node.target is aten._to_copy.default and node.args[0] in self._as_floats.values():
+            node.target, node.kwargs = aten.alias.default, {}
 
     def aligned(self, node: Node) -> None:
         """add, sub, where, cat, maximum and the like: all operands with one exponent."""
