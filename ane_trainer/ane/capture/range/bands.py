@@ -77,6 +77,14 @@ _KEEP_MASKS = (frozenset(ALIGNED) | LINEAR | frozenset(PRODUCTS)) - frozenset(
 )  # fmt: skip
 
 
+def reads_number(node: Node, source: Node) -> bool:
+    """Whether an operation with floats as its result reads integers as numbers, not as places."""
+    name = str(node.target)
+    if name in LINEAR:
+        return source is node.args[0]
+    return any(name in kind for kind in (ALIGNED, PRODUCTS, POWERS, TOTALS)) or name.startswith("aten.log")
+
+
 class Bands(Editor):
     """Magnitudes of a graph's values, with the noise that rounding leaves in them."""
 

@@ -141,8 +141,8 @@ _MOVES = frozenset((*VIEWS[:2], aten.t.default, aten.transpose.int, aten.permute
 
 #: Types of which nothing is large.
 _SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)
-#: Prefix of the names of integers that are noted: those beyond the second.
-INTEGERS, LARGEST_INTEGER = "integers/", 2.0**15
+#: Prefix of the names of integers that are noted: those from the second on.
+INTEGERS, LEAST_INTEGER = "integers/", 2.0**8
 
 
 class Measured(InOrder):
@@ -169,7 +169,7 @@ class Measured(InOrder):
             self.found[n.name] = known or measure(result)
         elif isinstance(result, torch.Tensor) and not result.is_complex() and result.numel():
             largest = 0 if result.dtype in _SMALL else float(result.double().abs().amax())
-            if largest > LARGEST_INTEGER:
+            if largest >= LEAST_INTEGER:
                 self.found[INTEGERS + n.name] = Magnitude(largest, largest, 1.0)
         self.choices.see(n, self.env, result)
         return result

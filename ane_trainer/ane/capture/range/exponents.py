@@ -33,6 +33,7 @@ from ane_trainer.ane.capture.range.bands import (
     SMALLEST,
     TOTALS,
     WANTED,
+    reads_number,
 )
 from ane_trainer.ane.capture.range.calibration import INTEGERS, Magnitude
 from ane_trainer.ane.capture.range.editing import (
@@ -97,7 +98,7 @@ class Exponents(Shifting):
         elif node.op == "call_function":
             rule = _RULES.get(str(node.target))
             if rule is not None and is_float(node):
-                self._floats(node, rule)
+                self._floats(node)
             if node.target is operator.getitem:
                 self.item(node)
             elif rule is not None and ((rule in _ALWAYS and not in_update(node)) or self._concerns(node)):
@@ -135,15 +136,14 @@ class Exponents(Shifting):
                 self.parts[node][1] = 0
         return None
 
-    def _floats(self, node: Node, rule: Callable[[Exponents, Node], None]) -> None:
+    def _floats(self, node: Node) -> None:
         """Give an operation on floats its large integers as floats that carry an exponent.
 
         `f = i * y` -> `f = ((i // 1024) * (1024 * 2^-e) + (i % 1024) * 2^-e) * y`
         """
         for source in node.all_input_nodes:
             size = self.found.get(INTEGERS + source.name)
-            place = rule is Exponents.linear and source is not node.args[0]
-            if size is None or place or in_update(node):
+            if size is None or size.peak <= LARGEST or in_update(node) or not reads_number(node, source):
                 continue
             if source not in self._as_floats:
                 exponent = math.ceil(math.log2(size.peak / WANTED))

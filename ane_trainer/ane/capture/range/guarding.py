@@ -19,7 +19,8 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from ane_trainer.ane.capture.range.bands import ALIGNED, CONTRACTIONS, LINEAR, PRODUCTS
+from ane_trainer.ane.capture.range.bands import ALIGNED, CONTRACTIONS, LINEAR, PRODUCTS, reads_number
+from ane_trainer.ane.capture.range.calibration import INTEGERS
 from ane_trainer.ane.capture.range.editing import aten, in_update, is_float, number, shape_of
 from ane_trainer.ane.capture.range.exponents import Exponents
 from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW
@@ -131,6 +132,7 @@ def _health(captured: Captured) -> Node | None:
 
 def _peak(exponents: Exponents, node: Node) -> Node:
     """[1]: the largest magnitude; half of it where fp16 is the limit, since the accumulator ends at half of fp16."""
+    node = node if is_float(node) else exponents.emit(aten.mul.Tensor, node, 1.0)
     largest = exponents.emit(aten.amax.default, exponents.emit(aten.abs.default, node))
     peak = exponents.emit(aten.view.default, largest, [1])
     summed = str(node.target) in CONTRACTIONS
@@ -159,6 +161,7 @@ def _forward(
     for value, copy in exponents.raised():
         if copy.users and counts(value) and not in_update(copy):
             yield str(copy.meta.get(META_KEY, copy.name)), copy
+    yield from _integers(exponents)
     best: dict[str, tuple[float, Node]] = {}
     for node in captured.graph.graph.nodes:
         if node.op != "call_function" or not counts(node) or not shape_of(node) or not _makes(node):
@@ -171,6 +174,19 @@ def _forward(
         if stored >= WATCHED and stored > best.get(place, (0.0, node))[0]:
             best[place] = stored, node
     yield from ((place, node) for place, (_, node) in best.items())
+
+
+def _integers(exponents: Exponents) -> Iterator[tuple[str, Node]]:
+    """By place, integers that are computed and read as floats."""
+    for node in exponents.graph.nodes:
+        size = exponents.found.get(INTEGERS + node.name)
+        if node.op != "call_function" or size is None or size.peak < WATCHED:
+            continue
+        scaled = (
+            str(node.target).startswith("aten.sum.") and len(node.users) == 1
+        )  # with its factor one op of 32 bits
+        if not scaled and any(is_float(user) and reads_number(user, node) for user in node.users):
+            yield str(node.meta.get(META_KEY, node.name)), node
 
 
 def _into_buffers(

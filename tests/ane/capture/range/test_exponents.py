@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -225,3 +226,50 @@ def test_a_factor_that_the_power_of_a_sum_takes_up_stays_out_of_its_other_uses()
     step(x, y)
     assert step.agreement is not None
     assert step.agreement.update < 0.01
+
+
+#: Integers above 32,768 that floats are made of.
+LARGE_INTEGERS = {
+    "converted": lambda i: (3 * i + i.roll(1, 1)).float() / 5000,
+    "multiplied": lambda i: i.cumsum(1) * 2e-4,
+    "joined": lambda i: torch.cat((i * 7, torch.ones(8, 1)), 1) * 1e-4,
+    "logarithm": lambda i: (i * 7 + 1).log(),
+}
+
+
+class OfIntegers(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.weight = name, nn.Parameter(torch.ones(1))
+
+    def forward(self, i: torch.Tensor) -> torch.Tensor:
+        return LARGE_INTEGERS[self.name](i) * self.weight
+
+
+@pytest.mark.parametrize("name", LARGE_INTEGERS)
+def test_large_integers_become_floats_in_both_front_doors(name: str) -> None:
+    torch.manual_seed(0)
+    model, i, target = OfIntegers(name), torch.randint(0, 30_000, (8, 8)), torch.zeros(1)
+    want = model(i).detach()
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", at.NumericsWarning)
+        compiled = torch.compile(model, backend="ane", options={"device": "sim"})
+        torch.testing.assert_close(compiled(i).detach(), want, rtol=2e-3, atol=1e-3)
+        step = at.compile_step(
+            model, lambda o, _: o.mean(), torch.optim.SGD(model.parameters(), 0.1), (i, target), device="sim"
+        )
+        assert float(step(i, target)) == pytest.approx(float(want.mean()), rel=2e-3)
+
+
+def test_later_integers_that_leave_fp16_are_told() -> None:
+    torch.manual_seed(0)
+    model, target = OfIntegers("multiplied"), torch.zeros(1)
+    small, large = torch.randint(0, 900, (8, 8)), torch.randint(20_000, 30_000, (8, 8))
+    step = at.compile_step(
+        model, lambda o, _: o.mean(), torch.optim.SGD(model.parameters(), 0.1), (small, target), device="sim"
+    )
+    step(small, target)
+    with pytest.warns(at.NumericsWarning):
+        step(large, target)
+    assert step.skipped_steps == 1
