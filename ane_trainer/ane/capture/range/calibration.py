@@ -139,10 +139,24 @@ _MOVES = frozenset((*VIEWS[:2], aten.t.default, aten.transpose.int, aten.permute
                     aten.unsqueeze.default, aten.detach.default, aten.alias.default))  # fmt: skip
 
 
+_PARTS = _MOVES | {
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
 #: Types of which nothing is large.
 _SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)
-#: Prefix of the names of integers that are noted: those from the second on.
+#: Prefix of the names of computed integers that are noted: those from the second on.
 INTEGERS, LEAST_INTEGER = "integers/", 2.0**8
+
+
+def _fed(node: Node) -> bool:
+    """Whether a node is an input, or a part of one in another shape: those are held to the range of their port."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1 and node.target in _PARTS:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
 
 
 class Measured(InOrder):
@@ -167,7 +181,7 @@ class Measured(InOrder):
             source = n.args[0] if n.target in _MOVES else None
             known = self.found.get(source.name) if isinstance(source, Node) else None
             self.found[n.name] = known or measure(result)
-        elif isinstance(result, torch.Tensor) and not result.is_complex() and result.numel():
+        elif isinstance(result, torch.Tensor) and not result.is_complex() and result.numel() and not _fed(n):
             largest = 0 if result.dtype in _SMALL else float(result.double().abs().amax())
             if largest >= LEAST_INTEGER:
                 self.found[INTEGERS + n.name] = Magnitude(largest, largest, 1.0)

@@ -119,6 +119,8 @@ class Exponents(Shifting):
         value = node.meta.get("val")
         if source is None or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
             return self.settle(node)
+        if not is_float(source):
+            return None
         if in_update(node) and node.target is aten.amax.default and self.of.get(source, 0) < 0:
             self._peaks.add(node)
         natural = self.of.get(source, 0)

@@ -180,7 +180,7 @@ def _integers(exponents: Exponents) -> Iterator[tuple[str, Node]]:
     """By place, integers that are computed and read as floats."""
     for node in exponents.graph.nodes:
         size = exponents.found.get(INTEGERS + node.name)
-        if node.op != "call_function" or size is None or size.peak < WATCHED:
+        if size is None or size.peak < WATCHED:
             continue
         scaled = (
             str(node.target).startswith("aten.sum.") and len(node.users) == 1

@@ -16,8 +16,8 @@ def test_no_draw_is_silent_or_raw() -> None:
 
 #: Draws that were silent once, or told of without need. 31025: a product in a norm's backward that is stored 2^11 times
 #: larger than it is left fp16 when the loss had grown, and came back as 32. 200138: which of two near entries a max
-#: pool takes, rounding decides; the proof asked that of the weights after the step. 200147: a group that is all frozen. 210002:
-#: a bias in front of a batch norm, whose gradient is 0 by algebra and 1e-6 of the largest in fp32.
+#: pool takes, rounding decides; the proof asked that of the weights after the step. 200147: a group that is all frozen.
+#: 210002: a bias in front of a batch norm, whose gradient is 0 by algebra and 1e-6 of the largest in fp32.
 MENDED = (31_025, 200_138, 200_147, 210_002)
 
 

@@ -202,6 +202,15 @@ def divmod_by(ctx: Context, x: Operand, divisor: Operand, least: float) -> tuple
     return (subtract(ctx, quotient, raised) if lifted else quotient), rest
 
 
+def truncated_divmod(ctx: Context, x: Operand, divisor: Operand) -> tuple[Encoded, Encoded]:
+    """(x / c towards 0, the remainder with the sign of x) by positive constants c: those of |x|"""
+    size, below = magnitude(ctx, x)
+    quotient, rest = divmod_by(ctx, size, divisor, 0.0)
+    return chosen(ctx, below, negative(ctx, quotient), quotient), chosen(
+        ctx, below, negative(ctx, rest), rest
+    )
+
+
 def _by_power(ctx: Context, x: Encoded, power: int) -> tuple[Encoded, Encoded]:
     """Quotient and remainder by 2^power: the bits of both numbers move apart."""
     low, high = x.parts

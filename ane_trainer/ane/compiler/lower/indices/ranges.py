@@ -28,7 +28,7 @@ DIVISIONS = frozenset(
 )
 #: Ops that order integers, or multiply them with each other: none of two that round to one.
 _ORDERING = frozenset(
-    "sort topk amax amin aminmax cummax cummin max min mode kthvalue median prod pow".split()
+    "sort topk amax amin aminmax cummax cummin max min argmax argmin mode kthvalue median prod pow".split()
 )
 _LINEAR = frozenset(
     "add sub rsub mul neg abs sum cumsum clamp clamp_min clamp_max minimum maximum where".split()
@@ -301,7 +301,7 @@ def _item(node: Node, of: _Of) -> Bounds:
     place = PLACING.get(packet_name(source))
     if place is None or node.args[1] != 1:
         found = [of(a) for a in source.all_input_nodes if integral(a.meta.get("val"))]
-        if packet_name(source) not in MOVES or not found:
+        if (place is None and packet_name(source) not in MOVES) or not found:
             raise KeyError(source)
         return (min(b[0] for b in found), max(b[1] for b in found))
     given = source.args[place[0]] if len(source.args) > place[0] else source.kwargs.get("dim", place[1])
@@ -354,7 +354,8 @@ _RULES: dict[str, Callable[[Node, _Of], Bounds]] = {
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "minimum": _union(0, 1), "maximum": _union(0, 1),
     "abs": _magnitude, "neg": _negative, "sum": _sum, "cumsum": _cumsum, "where": _union(1, 2),
     "masked_fill": _union(0, 2), "cat": _joined, "stack": _joined, "constant_pad_nd": _padded, "_to_copy": _copied,
-    "gather": _copied, "index": _copied, "index_select": _copied, "amax": _copied, "amin": _copied,
+    "gather": _copied, "index": _copied, "index_select": _copied,
+    **dict.fromkeys("amax amin max min".split(), _copied),
     "argmax": _places, "argmin": _places, "getitem": _item, "full_like": lambda node, of: of(node.args[1]),
     "zeros_like": lambda node, of: (0.0, 0.0), "ones_like": lambda node, of: (1.0, 1.0),
     "one_hot": lambda node, of: (0.0, 1.0),

@@ -13,6 +13,7 @@ import torch
 
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
+from ane_trainer.ane.compiler.lower.indices import ordering
 from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, float_source
 from ane_trainer.ane.compiler.lower.indices.codes import MOVES, coded
 from ane_trainer.ane.compiler.lower.indices.ranges import (
@@ -72,6 +73,8 @@ def lower(
         raise ctx.refuse(f"needs integers below {MOST_ROWS}; these can reach {bounds[1]:.0f}.", _NARROW)
     own = _RULES.get(name)
     result = own(ctx, integers, *args, **keywords) if own is not None else None
+    if isinstance(result, tuple):  # values in order, and their places
+        return result
     if result is None:
         if encoded or node in integers.split:
             raise ctx.refuse("needs integers up to 2048, which fp16 holds; these can be larger.", _NARROW)
@@ -231,6 +234,8 @@ def _division(part: int, mode: str = "floor") -> Callable[..., Operand | None]:
             if small and known and not too_large(known):
                 return exact.small_divmod(ctx, x, as_tensor(y))[part]
             return exact.divmod_by(ctx, x, y, least)[part]
+        if constant:
+            return exact.truncated_divmod(ctx, x, y)[part]
         if isinstance(x, Encoded) or isinstance(y, Encoded):
             return None
         return exact.signed_divmod(ctx, x, y, truncated=rounding_mode == "trunc")[part]
@@ -311,7 +316,10 @@ _RULES: dict[str, Callable[..., object]] = {
     "__and__": _bitwise("and"), "__or__": _bitwise("or"), "__xor__": _bitwise("xor"),
     "bitwise_not": lambda ctx, integers, x: exact.subtract(ctx, -1.0, x),
     "bitwise_left_shift": _shift, "bitwise_right_shift": _shift, "__lshift__": _shift, "__rshift__": _shift,
-    "argmax": _found("aten.argmax.default"), "argmin": _found("aten.argmin.default"),
+    "argmax": ordering.place_of_extremum("max"), "argmin": ordering.place_of_extremum("min"),
+    **dict.fromkeys(("amax", "max"), ordering.extremum("max")),
+    **dict.fromkeys(("amin", "min"), ordering.extremum("min")),
+    **dict.fromkeys(("sort", "topk", "kthvalue", "median", "cummax", "cummin"), ordering.in_order),
     "bucketize": _found("aten.bucketize.Tensor"), "searchsorted": _found("aten.searchsorted.Tensor"),
     "full_like": lambda ctx, integers, x, value, **_: exact.as_pair(ctx, torch.full(ctx.shape, float(value))),
 }  # fmt: skip

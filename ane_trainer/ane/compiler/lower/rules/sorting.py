@@ -9,6 +9,7 @@ capabilities).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ from ane_trainer.ane.compiler.lower.operands import Encoded, Operand, as_tensor,
 from ane_trainer.ane.compiler.lower.registry import lowering
 from ane_trainer.ane.compiler.lower.rules import long_axes
 from ane_trainer.ane.compiler.lower.rules.indexing import move_axis_back
-from ane_trainer.ane.mil.program import MAX_FP16
+from ane_trainer.ane.mil.program import MAX_FP16, Value
 
 _Pair = tuple[Operand, Operand]
 
@@ -34,6 +35,8 @@ def _ordered(
     """
     shape = shape_of(x)
     n, dim = shape[dim], dim % len(shape)
+    if n > EXACT_INTEGERS and isinstance(x, Encoded):
+        raise ctx.refuse("orders more than 2048 integers of which some are above 2048.", "Order fewer.")
     if n > EXACT_INTEGERS:
         return long_axes.ordered(ctx, x, dim, descending=descending, take=take or (0, n))
     order = [a for a in range(len(shape)) if a != dim] + [dim]
@@ -43,17 +46,28 @@ def _ordered(
     for extent in lead:
         rows *= extent
     own, other = ctx.reshape(moved, (rows, n, 1)), ctx.reshape(moved, (rows, 1, n))
-    before = ctx.number(ctx.binary("greater" if descending else "less", other, own))
-    tied = ctx.mul(ctx.number(ctx.binary("equal", other, own)), torch.ones(n, n).tril(-1))
+    if isinstance(other, Encoded):
+        compared: _Pair = exact.order(ctx, other, own), torch.zeros(1)
+    else:
+        compared = other, own
+    before = ctx.number(ctx.binary("greater" if descending else "less", *compared))
+    tied = ctx.mul(ctx.number(ctx.binary("equal", *compared)), torch.ones(n, n).tril(-1))
     rank = ctx.sum(ctx.add(before, tied), [-1])  # [rows, n]
     start, stop = take or (0, n)
     places = torch.arange(start, stop, dtype=torch.float64).reshape(1, -1, 1)
     hit = ctx.binary("equal", ctx.reshape(rank, (rows, 1, n)), places)  # [rows, places, n]
     results = []
     for source in (other, torch.arange(n, dtype=torch.float64).reshape(1, 1, n)):
-        chosen = ctx.sum(ctx.where(hit, source, 0.0), [-1])
-        results.append(move_axis_back(ctx, ctx.reshape(chosen, (*lead, stop - start)), dim))
+        results.append(_each(source, functools.partial(_picked, ctx, hit, (*lead, stop - start), dim)))
     return results[0], results[1]
+
+
+def _picked(
+    ctx: Context, hit: Operand, shape: tuple[int, ...], dim: int, source: Value | torch.Tensor
+) -> Operand:
+    """The elements [rows, 1, n] at the places [rows, places, n] that are hit."""
+    chosen = ctx.sum(ctx.where(hit, source, 0.0), [-1])
+    return move_axis_back(ctx, ctx.reshape(chosen, shape), dim)
 
 
 @lowering("sort.default")
@@ -99,7 +113,9 @@ def median(ctx: Context, x: Operand, dim: int = -1, keepdim: bool = False) -> _P
 def _one(ctx: Context, x: Operand, dim: int, place: int) -> _Pair:
     values, indices = _ordered(ctx, x, dim, descending=False, take=(place, place + 1))
     shape = tuple(ctx.meta[0].shape) or (1,)
-    return ctx.reshape(values, shape), _each(indices, lambda part: ctx.reshape(part, shape))
+    return _each(values, lambda part: ctx.reshape(part, shape)), _each(
+        indices, lambda part: ctx.reshape(part, shape)
+    )
 
 
 @lowering("median.default")
@@ -162,11 +178,29 @@ def _running_extremum(ctx: Context, x: Operand, dim: int, kind: str, beats: str,
         place = Encoded((as_tensor(exact.joined(ctx, place)),), "coded")  # in one number
     shift = 1
     while shift < n:
-        behind = ctx.pad_axis(ctx.slice(x, axis, 0, n - shift), axis, shift, 0, lowest)
+        behind = _behind(ctx, x, axis, shift, lowest)
+        if isinstance(x, Encoded):
+            test = ctx.binary(beats, exact.order(ctx, behind, x), 0.0)
+        else:
+            test = ctx.binary(beats, behind, x) if ctx.used(1) else False
         if ctx.used(1):
-            place = place.each(functools.partial(_taken_from, ctx, ctx.binary(beats, behind, x), axis, shift))
-        x, shift = ctx.binary(kind, x, behind), 2 * shift
+            place = place.each(functools.partial(_taken_from, ctx, test, axis, shift))
+        x = exact.chosen(ctx, test, behind, x) if isinstance(x, Encoded) else ctx.binary(kind, x, behind)
+        shift *= 2
     return x, place.parts[0] if n <= EXACT_INTEGERS else place
+
+
+def _behind(ctx: Context, x: Operand, axis: int, shift: int, lowest: float) -> Operand:
+    """Each element's neighbour `shift` before it; before the first is `lowest`, which nothing is beyond."""
+    kept = shape_of(x)[axis] - shift
+    if not isinstance(x, Encoded):
+        return ctx.pad_axis(ctx.slice(x, axis, 0, kept), axis, shift, 0, lowest)
+    ends = 0.0, math.copysign(EXACT_INTEGERS, lowest)
+    parts = (
+        ctx.pad_axis(ctx.slice(p, axis, 0, kept), axis, shift, 0, e)
+        for p, e in zip(x.parts, ends, strict=True)
+    )
+    return exact.pair(*parts)
 
 
 def _taken_from(ctx: Context, test: Operand, axis: int, shift: int, place: Operand) -> Operand:

@@ -45,7 +45,31 @@ def hits(t: Tensor, modulus: int = 64) -> Tensor:
     return (t.unsqueeze(-1) % modulus == CODES).float()
 
 
+def near(t: Tensor) -> Tensor:
+    """Integers of which fp16 rounds several to one, of both signs."""
+    return torch.cat((t, t[:, 1:3] - 1, 4096 - t), 1)
+
+
 CASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sort": lambda t: hits(near(t).sort(1).values),
+    "sort descending": lambda t: hits(near(t).sort(0, descending=True).values),
+    "argsort": lambda t: near(t).argsort(dim=1, stable=True).float(),
+    "topk": lambda t: hits(near(t).topk(3, 1).values) + near(t).topk(3, 1).indices.unsqueeze(-1),
+    "least": lambda t: hits(near(t).topk(2, 1, largest=False).values),
+    "kthvalue": lambda t: hits(near(t).kthvalue(3, 1).values),
+    "median": lambda t: hits(near(t).median(1).values),
+    "amax": lambda t: hits(near(t).amax((0, 1)) - t),
+    "amin": lambda t: hits(near(t).amin(1, keepdim=True) + t),
+    "max of all": lambda t: hits(near(t).max() - t),
+    "min of all": lambda t: hits(near(t).min() - t),
+    "max": lambda t: hits(near(t).max(1).values) + near(t).max(1).indices.unsqueeze(-1),
+    "min": lambda t: hits(near(t).min(0).values) + near(t).min(0).indices.unsqueeze(-1),
+    "argmax": lambda t: near(t).argmax(1).float(),
+    "argmin of all": lambda t: near(t).argmin().float(),
+    "cummax": lambda t: hits(near(t).cummax(1).values) + near(t).cummax(1).indices.unsqueeze(-1),
+    "cummin": lambda t: hits(near(t).cummin(0).values),
+    "fmod": lambda t: hits(torch.fmod(4096 - t, 53) + 53),
+    "truncated": lambda t: hits(torch.div(4096 - t, 31, rounding_mode="trunc") + 200),
     "add": lambda t: hits((t + 1000) % 997, 997),
     "add tensors": lambda t: hits(t + t),
     "sub": lambda t: hits(t - 3000),
