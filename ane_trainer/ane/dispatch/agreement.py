@@ -75,7 +75,12 @@ class Agreement:
             return "the loss of this batch is nan in fp32"
         verb = "agrees with" if self.agrees else "departs from"
         update = f"{100 * self.update:.1f} %" if self.update < 10.0 else "10 times too far or more"
-        return f"{verb} fp32: loss {self.loss:.0e}, updates {update}".replace("e-0", "e-")
+        text = f"{verb} fp32: loss {self.loss:.0e}, updates {update}".replace("e-0", "e-")
+        if not self.agrees or self.update <= UPDATE_TOLERANCE:
+            return text
+        if self.resolved <= UPDATE_TOLERANCE:
+            return f"{text}, less than its weights resolve"
+        return f"{text} (rounding alone costs {100 * (self.fp16 or 0.0):.1f} %)"
 
     def to_json(self) -> dict[str, object]:
         """As it stands in result.json."""

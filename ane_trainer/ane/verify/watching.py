@@ -75,9 +75,10 @@ def watch(
     hidden = _hidden(function, context)
     for number, ops in enumerate(parts):
         values.update(_run(ops, values, hidden, {n for n, at in last.items() if at > number}, context))
+        reading = _Reading(values, ops)
         for op in ops:
             if all(v.name in values for v in op.results):
-                seen(op, _Reading(values, ops))
+                seen(op, reading)
         gone = {v.name for op in ops for v in (*op.results, *op.operands()) if last.get(v.name, 0) <= number}
         for name in gone:
             values.pop(name, None)

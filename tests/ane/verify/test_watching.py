@@ -76,3 +76,15 @@ def test_products_that_vanish_are_counted_on_some_rows() -> None:
     feeds["y"][:] = 0
     (found,) = extremes(program, feeds, chip="m4")
     assert found.vanished == 0.0
+
+
+def test_the_ops_of_a_part_are_read_from_one_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view for each op made a run of 6,000 ops quadratic: 44 s of 92."""
+    builder = Builder()
+    value = builder.input("x", TensorType("fp16", (4,)))
+    for _ in range(40):
+        value = builder.op("add", x=value, y=value)
+    views = set()
+    program = Program((builder.finish((value,)),))
+    watch(program, {"x": np.ones(4, np.float16)}, lambda op, values: views.add(id(values)), chip="m4")
+    assert len(views) == 1

@@ -52,7 +52,11 @@ class Editor:
         if len(parts) > 1:
             place = str(self.here.meta.get(META_KEY, self.here.name))
             note(
-                CONSTANTS, place, "mul", f"a factor of {factor:.3g} as {len(parts)}", "fp16 does not hold it"
+                CONSTANTS,
+                place,
+                "mul",
+                f"times {factor:.3g} as {len(parts)} factors",
+                "fp16 does not hold it",
             )
         for part in parts:
             node = self.emit(aten.mul.Tensor, node, part)
