@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from ane_trainer.__version__ import __version__
 from ane_trainer.commands.options import table
@@ -224,10 +225,11 @@ def _result(problem: Problem, chip: ChipVerdict, paths: Mapping[str, Path]) -> d
         "message": {"text": f"{chip.title}: {problem.op}: {problem.reason} {problem.fix}".rstrip()},
     }
     match = _PLACE.search(problem.where)
-    name = Path(match[1]).name if match else next(iter(paths), None)
-    if name is not None:
-        path = paths.get(name, Path(name))
-        location: dict[str, object] = {"artifactLocation": {"uri": path.as_posix()}}
+    shown = Path(match[1]) if match else next(iter(paths.values()), None)
+    if shown is not None:
+        path = paths.get(shown.name, shown)
+        uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
+        location: dict[str, object] = {"artifactLocation": {"uri": uri}}
         location["region"] = {"startLine": int(match[2]) if match else 1}
         found["locations"] = [{"physicalLocation": location}]
     return found

@@ -15,6 +15,7 @@ from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Literal, Program, TensorType, literal
 from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.cli import run_command
+from ane_trainer.commands.verdicts import ChipVerdict, Problem, Verdict
 from ane_trainer.testing import assert_trains
 
 NETS = """
@@ -436,3 +437,19 @@ def test_an_op_that_a_chip_lacks_names_the_first_that_runs_it(
     refused, healed = found["chips"]
     assert (code, refused["verdict"], healed["verdict"]) == (3, "does not train", "trains")
     assert all("M3 runs it; for M1" in problem["fix"] for problem in refused["refused"])
+
+
+def test_sarif_places_are_addresses_of_files() -> None:
+    """A path below the working folder stays one, an absolute one is a file's address, blanks are quoted."""
+
+    def place(where: str, *sources: Path) -> tuple[str, int]:
+        found = Verdict(
+            "m", (ChipVerdict("m4", "M4", (Problem("refused", "error", where, "conv", "wide"),)),)
+        )
+        document: Any = found.to_sarif(sources)
+        physical = document["runs"][0]["results"][0]["locations"][0]["physicalLocation"]
+        return physical["artifactLocation"]["uri"], physical["region"]["startLine"]
+
+    assert place("f (pkg/net.py:7)") == ("pkg/net.py", 7)
+    assert place("f (/opt/lib/net.py:9)") == ("file:///opt/lib/net.py", 9)
+    assert place("f (net.py:7)", Path("my nets/net.py")) == ("my%20nets/net.py", 7)
