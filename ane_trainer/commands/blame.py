@@ -79,7 +79,10 @@ def _message(error: BaseException, frames: list[traceback.FrameSummary]) -> str:
 
 def _said(error: BaseException) -> str:
     """The exception's kind and the first line of what it says."""
-    text = str(error).strip().splitlines()
+    held = traceback.TracebackException(
+        type(error), error, None
+    )  # whose text is safe from the user's own __str__
+    text = str(held).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 

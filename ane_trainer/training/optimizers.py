@@ -40,6 +40,11 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UsageError(
+            f"{type(model).__name__}.parameters(): needs parameters to train; got none. Leave it to nn.Module.",
+            code="ANE103",
+        )
     with optimizers_without_dynamo():
         return _CLASSES[config.optimizer](trained, **options)
 

@@ -30,6 +30,11 @@ FILES = {
         "line 8, in __init__: KeyError: 'a'",
     ),
     "forward": (NET + FORWARD + "lair(x)\n", "line 9, in forward: AttributeError: 'Net'"),
+    "a text that fails": (
+        NET + "    class Odd(Exception):\n        def __str__(self):\n            raise OSError\n"
+        "    def forward(self, x):\n        raise Net.Odd\n",
+        "line 12, in forward: Odd: <exception str() failed>",
+    ),
     "shape": (NET + FORWARD + "layer(x)\n", "mat1 and mat2 shapes cannot be multiplied"),
 }
 #: What `check` feeds is the user's to say: it names the line, and the option.

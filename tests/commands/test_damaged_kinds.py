@@ -191,3 +191,18 @@ def test_something_else_in_a_file_s_place_is_told_apart_from_a_full_disk(
     assert "Something else lies there: move it away" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "cut" / "weights.safetensors")
     assert run_command(("train", "--resume", str(tmp_path / "cut"))) == 0
+
+
+def test_a_model_that_hides_its_parameters_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended in torch's own exception for an optimizer without parameters."""
+    (folder / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(64, 10)\n"
+        "    def parameters(self, recurse=True):\n        return iter(())\n"
+    )
+    refused(
+        capsys,
+        ("train", "digits", "--model", "net.py:Net", *TRAIN),
+        "Net.parameters(): needs parameters to train",
+    )

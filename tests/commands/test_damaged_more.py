@@ -127,6 +127,7 @@ SOURCES = {
     "nothing as x": (f"{ITEMS} None, i % 3", "got NoneType"), "text as x": (f"{ITEMS} 'hello', i % 3", "got text"),
     "targets of unlike lengths": (f"{ITEMS} torch.rand(4), torch.rand(1 + i % 2)", "needs targets of one shape"),
     "one class": ("def f(): return torch.rand(60, 4), torch.zeros(60, dtype=torch.int64)", "all targets are 0"),
+    "a length of 10^12": (f"{ITEMS} [1.], 0".replace("40", "10**12"), "its __len__ is 1,000,000,000,000"),
 }  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from ane_trainer.training.datasets.splits import (
 )
 
 Arrays = tuple[Array, Array]
+#: Items of a dataset whose targets are read one by one.
+MOST_ITEMS = 500_000_000
 
 
 def open_arrays(found: Mapping[str, Arrays], where: str, options: DataOptions) -> Parts:
@@ -314,6 +316,12 @@ def open_items(dataset: Any, shape: tuple[int, ...] | None = None) -> DatasetExa
                 f"dataset: needs a length; got {type(error).__name__}: {error}. Mend its __len__.",
                 code="DATA105",
             ) from None
+        if count > MOST_ITEMS:
+            raise DataError(
+                f"dataset: needs at most {MOST_ITEMS:,} items, whose targets are held in memory; its __len__ is "
+                f"{count:,}. Mend its __len__, or give batches, such as a DataLoader's, to Trainer.fit.",
+                code="DATA105",
+            )
         first = dataset[0] if count else None
         if not isinstance(first, (tuple, list)) or len(first) != 2:
             raise DataError(
