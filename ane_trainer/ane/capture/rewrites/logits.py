@@ -40,13 +40,25 @@ _LARGEST_EPSILON = 1e-3
 class _Origin:
     """What a tensor of probabilities was made of: `logarithm(scores)` is its logarithm.
 
-    `ends`: what a sigmoid was clamped to.
+    `ends`: what a sigmoid was clamped to. `read`: what else the logarithm reads, with its version. `written`: whether
+    it is no probability, but a sum of exponentials (`weighted`).
     """
 
     scores: torch.Tensor
     logarithm: Function
     version: int
     ends: tuple[float | None, float | None] | None = None
+    read: tuple[tuple[torch.Tensor, int], ...] = ()
+    written: bool = False
+
+    def log(self) -> torch.Tensor:
+        """The logarithm."""
+        found: torch.Tensor = self.logarithm(self.scores)
+        return found
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the logarithm reads."""
+        return (self.scores, *(tensor for tensor, _ in self.read))
 
 
 class Origins:
@@ -86,8 +98,7 @@ class Origins:
         origin = self._origin(x)
         if origin is None or args or kwargs:
             return torch.log(x, *args, **kwargs)
-        result: torch.Tensor = origin.logarithm(origin.scores)
-        return result
+        return origin.log()
 
     def _binary_cross_entropy(
         self,
@@ -144,7 +155,8 @@ class Origins:
             elif origin.ends is not None:
                 continue
             elif isinstance(other, float) and 0 < other <= _LARGEST_EPSILON:
-                self._remember(result, origin.scores, functools.partial(_log_of_sum, origin.logarithm, other))
+                logarithm = functools.partial(_log_of_sum, origin.logarithm, other)
+                self._remember(result, origin.scores, logarithm, like=origin)
         return result
 
     def _clamp(self, x: torch.Tensor, min: Any = None, max: Any = None, **kwargs: object) -> torch.Tensor:
@@ -156,7 +168,7 @@ class Origins:
         low, high = (None if end is None else float(end) for end in (min, max))
         logarithm = functools.partial(_log_of_clamped, origin.logarithm, low, high)
         ends = (low, high) if origin.logarithm is F.logsigmoid else None
-        return self._remember(result, origin.scores, logarithm, ends)
+        return self._remember(result, origin.scores, logarithm, ends, origin)
 
     def _clamp_min(self, x: torch.Tensor, min: object) -> torch.Tensor:
         return self._clamp(x, min)
@@ -172,7 +184,7 @@ class Origins:
         logarithm = origin.logarithm
         if logarithm is F.logsigmoid or origin.ends is not None:
             return self._remember(result, move(origin.scores), logarithm, origin.ends)
-        return self._remember(result, origin.scores, lambda scores: move(logarithm(scores)))
+        return self._remember(result, origin.scores, lambda scores: move(logarithm(scores)), like=origin)
 
     def _either(self, condition: object, x: object = None, y: object = None, **kwargs: object) -> object:
         """`where(c, p, q)` of probabilities."""
@@ -180,6 +192,8 @@ class Origins:
             return _WHERE(condition, *(part for part in (x, y) if part is not None), **kwargs)
         result, first, second = _WHERE(condition, x, y), self._origin(x), self._origin(y)
         if first is None or second is None:
+            return result
+        if first.written or second.written:
             return result
         others = second.logarithm, second.scores
         return self._remember(
@@ -208,13 +222,25 @@ class Origins:
         scores: torch.Tensor,
         logarithm: Function,
         ends: tuple[float | None, float | None] | None = None,
+        like: _Origin | None = None,
     ) -> torch.Tensor:
-        self._origins[result] = _Origin(scores, logarithm, version(result), ends)
+        read, written = ((), False) if like is None else (like.read, like.written)
+        self._origins[result] = _Origin(scores, logarithm, version(result), ends, read, written)
         return result
+
+    def _remember_written(
+        self, result: torch.Tensor, logarithm: Callable[[], torch.Tensor], *read: torch.Tensor
+    ) -> None:
+        """Remember a logarithm, as long as what it is computed from is not written to."""
+        versions = tuple((tensor, version(tensor)) for tensor in read)
+        found = _Origin(read[0], lambda _scores: logarithm(), version(result), None, versions, True)
+        self._origins[result] = found
 
     def _origin(self, x: Any) -> _Origin | None:
         origin = self._origins.get(x)
-        return origin if origin is not None and origin.version == version(x) else None
+        if origin is None or origin.version != version(x):
+            return None
+        return origin if all(version(tensor) == number for tensor, number in origin.read) else None
 
 
 def _is_share(end: object) -> bool:

@@ -24,10 +24,10 @@ from ane_trainer.ane.capture.rewrites.criteria import (
     multi_margin,
     one_hot,
 )
-from ane_trainer.ane.capture.rewrites.divergences import Divergences
 from ane_trainer.ane.capture.rewrites.packed import PackedSequences, as_rows, check_use, lengths_of
 from ane_trainer.ane.capture.rewrites.ragged import embedding_bag, histc
 from ane_trainer.ane.capture.rewrites.selections import Masks, Selected
+from ane_trainer.ane.capture.rewrites.weighted import WeightedSums
 from ane_trainer.ane.capture.trace.torch_private import (
     causal_masks_as_given,
     checkpoints_run_once,
@@ -46,7 +46,7 @@ class RewriteMode(TorchFunctionMode):
         self._masks = Masks(knows) if knows is not None else None
         self._packed = PackedSequences(values_known)
         self._table: dict[Function, Function] = {
-            **REWRITES, **Divergences(_getitem).rewrites, lengths_of: self._packed.lengths,
+            **REWRITES, **WeightedSums(_getitem).rewrites, lengths_of: self._packed.lengths,
             as_rows: self._packed.mark_rows,
         }  # fmt: skip
         #: By name: these have no function object of their own in Python.
