@@ -286,7 +286,9 @@ for name, (make, given, data, more) in cases.items():
         model = make()
         model({k: v[:2] for k, v in halves.items()} if name == "several" else x[:2])
         start = [v.numpy().copy() for v in model.weights]
-        model.compile(**given)
+        rule = given["optimizer"]  # one for each: it counts its steps
+        rule = rule if isinstance(rule, str) else type(rule).from_config(rule.get_config())
+        model.compile(**given | {"optimizer": rule})
         rows = {} if name == "batches" else {"batch_size": 64}
         more = {"epochs": 2, "shuffle": False, "verbose": 0, **rows, **more}
         history = at.fit_keras(model, *data, device="sim", **more) if ours else model.fit(*data, **more)
@@ -295,7 +297,7 @@ for name, (make, given, data, more) in cases.items():
     (theirs, want), (ours, got) = found
     assert set(ours) <= set(theirs) | {"val_accuracy"}, (name, set(ours), set(theirs))
     for key in ours.keys() & theirs.keys():
-        off = 0.06 if key == "loss" else 5e-3  # that of training counts the last, smaller batch as a whole one
+        off = 0.02 if key == "loss" and "sample_weight" in more else 5e-3  # an example without weight is counted there
         assert np.allclose(ours[key], theirs[key], rtol=off), (name, key, ours[key], theirs[key])
     apart = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert apart < 0.02, (name, apart)
@@ -305,7 +307,7 @@ with contextlib.redirect_stdout(told):
     model = keras.Sequential([keras.Input((64,)), layers.Dense(8), layers.BatchNormalization(), layers.Dense(10)])
     model.compile("sgd", logits)
     at.fit_keras(model, x, labels, 64, device="sim")  # copies would count in its statistics
-assert "fewer than 64 examples, is left out" in told.getvalue(), told.getvalue()
+assert "fewer than 64 examples is left out" in told.getvalue(), told.getvalue()
 
 refused = (({"optimizer": "lion"}, "Lion"), ({"optimizer": keras.optimizers.SGD(0.1, clipnorm=1.0)}, "clipnorm"))
 for broken, word in refused:
@@ -324,3 +326,68 @@ print("done")
 def test_fit_keras_does_what_fit_does() -> None:
     """Optimizers, weights, penalties, outputs, schedules and batches of Keras' own kind, 300 digits, two epochs."""
     assert python(FITTED, "torch").strip().endswith("done")
+
+
+#: What users do between two calls of `fit`, and callbacks within one, beside Keras' own: weights, losses, rates.
+FLOWS = """
+import numpy as np, torch, keras
+from keras import layers
+import ane_trainer as at
+
+torch.set_num_threads(1)
+x = np.random.default_rng(0).normal(size=(70, 8)).astype("float32")
+y = x[:, :3].argmax(1)
+logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+falling = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.1 / (epoch + 1))
+stuck = keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=0, factor=0.1, min_delta=10)
+
+class ByBatch(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.optimizer.learning_rate.assign(0.1 / (batch + 1))
+
+def twice(change):
+    def flow(model, fit):
+        fit(model, epochs=1)
+        change(model)
+        return fit(model, epochs=1)
+    return flow
+
+def slower(model):
+    model.optimizer.learning_rate = 0.01
+
+def frozen(model):
+    model.layers[0].trainable = False
+    model.compile(keras.optimizers.SGD(0.1), logits)
+
+flows = {
+    "two fits": twice(lambda model: None),
+    "a rate set between": twice(slower),
+    "weights set between": twice(lambda model: model.set_weights([w * 0.5 for w in model.get_weights()])),
+    "a frozen layer": twice(frozen),
+    "another loss": twice(lambda model: model.compile(model.optimizer, logits)),
+    "a schedule by epoch": lambda model, fit: fit(model, epochs=3, callbacks=[falling]),
+    "a plateau": lambda model, fit: fit(model, epochs=3, callbacks=[stuck]),
+    "a rate by batch": lambda model, fit: fit(model, epochs=2, callbacks=[ByBatch()]),
+}
+for name, flow in flows.items():
+    found = []
+    for fit in (at.fit_keras, keras.Model.fit):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((8,)), layers.Dense(16, activation="tanh"), layers.Dense(3)])
+        start = np.concatenate([w.ravel() for w in model.get_weights()])
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), logits)
+        history = flow(model, lambda m, **more: fit(m, x, y, batch_size=16, shuffle=False, verbose=0, **more))
+        moved = np.concatenate([w.ravel() for w in model.get_weights()]) - start
+        found.append((moved, history.history, float(model.optimizer.learning_rate), int(model.optimizer.iterations)))
+    (got, ours, *state), (want, theirs, *wanted) = found
+    assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want), name
+    assert ours.keys() == theirs.keys(), (name, ours, theirs)
+    assert all(np.allclose(ours[key], theirs[key], rtol=5e-3) for key in ours), (name, ours, theirs)
+    assert np.allclose(state, wanted), (name, state, wanted)
+print("done")
+"""
+
+
+def test_rates_state_and_freezing_are_those_of_keras() -> None:
+    """Momentum was lost between two fits, rates set by callbacks counted for half: updates 40 to 60 % off."""
+    assert python(FLOWS, "torch").strip().endswith("done")

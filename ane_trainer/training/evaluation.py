@@ -58,7 +58,8 @@ class Inference:
                 target = fit_target(self._loss, output.shape, y) if isinstance(output, torch.Tensor) else y
             rows = loop.batch_size_of(x)
             if share := share_of(self._loss, target, rows):  # else the loss is the mean of nothing
-                loss.update(float(self._loss(output, target)), share)
+                with torch.no_grad():
+                    loss.update(float(self._loss(output, target)), share)
             examples += rows
             labels = target if _has_classes(output, target) else y
             if _has_classes(output, labels):

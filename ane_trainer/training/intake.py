@@ -302,6 +302,11 @@ class Intake:
             return None
         return self._weighed(x, y, loop.batch_size_of(self.example[0]))
 
+    def examples(self, x: object, y: object) -> int:
+        """Of how many examples the loss of a batch is the mean; a loss that weighs copies by 0 says so itself."""
+        own = getattr(self._function, "examples", None)
+        return loop.batch_size_of(x) if own is None else int(own(y))
+
     def suits(self, data: Iterable[object], x: object, y: object) -> bool:
         """Whether the form that was settled on other data is that of this data, too, whose first batch is (x, y)."""
         settled = self.weighted or self._obstacle is not None

@@ -19,11 +19,11 @@ class KerasCallbacks(Callback):
     They see as `model` what they commonly use of one: `stop_training`, `optimizer.learning_rate`, `get_weights`,
     `set_weights`, and for Keras models `save` and `save_weights`; anything else raises AttributeError. `logs` holds
     `loss`, and after an epoch `val_loss`, `val_accuracy` and the trainer's metrics. Their own state is not in
-    checkpoints.
+    checkpoints. `optimizer`: one of Keras that they are to see, whose learning rate someone else hands on.
     """
 
-    def __init__(self, *callbacks: Any) -> None:
-        self._callbacks = callbacks
+    def __init__(self, *callbacks: Any, optimizer: object = None) -> None:
+        self._callbacks, self._optimizer = callbacks, optimizer
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Tell them the model, and that training begins."""
@@ -31,7 +31,7 @@ class KerasCallbacks(Callback):
             callback.set_params(
                 {"epochs": trainer.max_epochs, "steps": trainer.steps_per_epoch, "verbose": 0}
             )
-            callback.set_model(_KerasView(trainer))
+            callback.set_model(_KerasView(trainer, self._optimizer))
             callback.on_train_begin({})
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
@@ -53,8 +53,9 @@ class KerasCallbacks(Callback):
         """`on_epoch_end` with the epoch's results."""
         known = {"loss": record.train_loss, "val_loss": record.val_loss, "val_accuracy": record.val_accuracy}
         known |= {f"val_{name}": value for name, value in record.scores}
-        for callback in self._callbacks:
-            callback.on_epoch_end(record.epoch - 1, {k: v for k, v in known.items() if v is not None})
+        logs = {k: v for k, v in known.items() if v is not None}
+        for callback in self._callbacks:  # what one adds, as ReduceLROnPlateau does, those behind it see
+            callback.on_epoch_end(record.epoch - 1, logs)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """`on_train_end`."""
@@ -65,14 +66,14 @@ class KerasCallbacks(Callback):
 class _KerasView:
     """What Keras callbacks use of a model, of a trainer's."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, optimizer: object = None) -> None:
+        self._trainer, self._optimizer = trainer, optimizer
         self.metrics: list[object] = list(getattr(trainer.model, "metrics", ()))
 
     @property
-    def optimizer(self) -> _KerasView:
+    def optimizer(self) -> object:
         """Where `learning_rate` is."""
-        return self
+        return self if self._optimizer is None else self._optimizer
 
     @property
     def learning_rate(self) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.training.callbacks import Callback
 from ane_trainer.training.scores import Scores
@@ -44,6 +46,11 @@ class CompiledLoss:
     def __call__(self, output: Tree, target: Tree) -> Tree:
         y, weights = self._weighted.parts(target)
         return self._model.compute_loss(None, y, output, sample_weight=weights)
+
+    def examples(self, target: Tree) -> int:
+        """Examples of a batch with this target, without copies that fill it up, which have no weight."""
+        y, weights = self._weighted.parts(target)
+        return len(pytree.tree_leaves(y)[0]) if weights is None else int((weights != 0).sum())
 
 
 class CompiledMetrics(Scores):
@@ -120,30 +127,50 @@ class KerasSGD(_OnHost):
         return torch.as_tensor(group["momentum"] * moved + move if group["nesterov"] else moved)
 
 
-class _KerasRate(Callback):
-    """A learning rate that Keras computes of the number of the step."""
+class KerasRate(Callback):
+    """Hands on the learning rate of a Keras optimizer, as a schedule or a callback sets it, and counts its steps.
 
-    def __init__(self, schedule: Callable[[int], float]) -> None:
-        self._schedule = schedule
+    Keras keeps m = momentum m + lr g, PyTorch's SGD b = momentum b + g and takes lr b: where the rate changes, b is
+    scaled so that lr b stays m.
+    """
+
+    def __init__(self, own: KerasModel, optimizer: torch.optim.Optimizer) -> None:
+        self._own, self._optimizer = own, optimizer
 
     def on_train_batch_start(self, trainer: Trainer) -> None:
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = float(self._schedule(trainer.progress.steps))
+        rate, groups = float(self._own.learning_rate), self._optimizer.param_groups
+        before = groups[0]["lr"]
+        if rate == before:
+            return
+        if isinstance(self._optimizer, torch.optim.SGD) and groups[0]["momentum"]:
+            trainer.sync()
+            for state in self._optimizer.state.values():
+                if state.get("momentum_buffer") is not None:
+                    state["momentum_buffer"].mul_(before / rate if rate else 1.0)
+        for group in groups:
+            group["lr"] = rate
+
+    def on_train_batch_end(self, trainer: Trainer, loss: float) -> None:
+        self._own.iterations.assign_add(1)
 
 
 @dataclass(frozen=True)
 class CompiledOptimizer:
-    """A Keras optimizer as PyTorch's, the trainer's options that belong to it, and the schedule of its rate."""
+    """A Keras optimizer as PyTorch's, and the trainer's options that belong to it."""
 
+    own: KerasModel
     optimizer: torch.optim.Optimizer
     options: Mapping[str, object]
-    callbacks: tuple[Callback, ...]
+
+
+#: PyTorch's optimizer for each of Keras' that was trained with, and the settings that it was made of.
+_MADE: weakref.WeakKeyDictionary[KerasModel, tuple[torch.optim.Optimizer, Settings]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def optimizer_of_keras(model: KerasModel) -> CompiledOptimizer:
     """Of a compiled Keras model. UsageError ANE104 for optimizers and settings without a counterpart."""
-    import keras
-
     own = getattr(model, "optimizer", None)
     if own is None:
         raise UsageError(
@@ -162,20 +189,20 @@ def optimizer_of_keras(model: KerasModel) -> CompiledOptimizer:
             f"{' with ' + ', '.join(odd) if odd else ''}. Use one of these, or Trainer(model, loss, optimizer).",
             code="ANE104",
         )
-    rate, schedule = settings["learning_rate"], None
-    if isinstance(rate, dict):
-        schedule = keras.saving.deserialize_keras_object(rate)
-        rate = float(schedule(0))
     known = {
         "clip_grad_norm": settings.get("global_clipnorm"),
         "clip_grad_value": settings.get("clipvalue"),
         "accumulate": settings.get("gradient_accumulation_steps"),
     }
-    return CompiledOptimizer(
-        made([v.value for v in model.trainable_variables], rate, settings),
-        {name: value for name, value in known.items() if value is not None},
-        () if schedule is None else (_KerasRate(schedule),),
-    )
+    options = {name: value for name, value in known.items() if value is not None}
+    parameters = [v.value for v in model.trainable_variables]
+    fixed = {name: value for name, value in settings.items() if name != "learning_rate"}
+    optimizer, before = _MADE.get(own, (None, {}))
+    held = [] if optimizer is None else optimizer.param_groups[0]["params"]
+    if optimizer is None or before != fixed or list(map(id, held)) != list(map(id, parameters)):
+        optimizer = made(parameters, float(own.learning_rate), settings)
+        _MADE[own] = optimizer, fixed
+    return CompiledOptimizer(own, optimizer, options)
 
 
 def _adam(parameters: Iterable[torch.Tensor], rate: float, of: Settings) -> torch.optim.Optimizer:

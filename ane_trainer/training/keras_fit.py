@@ -18,6 +18,7 @@ from ane_trainer.training.keras_compiled import (
     CompiledLoss,
     CompiledMetrics,
     KerasModel,
+    KerasRate,
     Tree,
     Weighted,
     optimizer_of_keras,
@@ -52,7 +53,7 @@ def fit_keras(
     Arguments are those of Keras: arrays, or structures of them, or batches (x, y) that can be run through again;
     `batch_size` (32), `epochs`, `validation_split` and `validation_data`, `shuffle`, `class_weight`, `sample_weight`,
     `callbacks`, `verbose` (0: silent). What is left goes to `Trainer`: device, chip, fidelity, seed, ... Loss, metrics
-    and optimizer are those of `compile`; the optimizer's own state stays with the trainer.
+    and optimizer are those of `compile`; the state of the optimizer goes on in the next `fit_keras` of the same one.
 
     Returns Keras' `History`: loss, val_loss, and the metrics as val_NAME. On the training data metrics are not
     computed: the program has the loss alone.
@@ -78,7 +79,7 @@ def fit_keras(
     history = keras.callbacks.History()
     history.set_model(model)
     given = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or ())
-    watching = [*own.callbacks, KerasCallbacks(*given, history)]
+    watching = [KerasCallbacks(*given, history, optimizer=own.own), KerasRate(own.own, own.optimizer)]
     trainer.fit(train, epochs, val, callbacks=watching)
     trainer.sync()
     return history
@@ -86,7 +87,12 @@ def fit_keras(
 
 def _stands_copies(model: KerasModel) -> bool:
     """Whether examples without weight in a batch change nothing: no batch norm, no penalty on activations."""
-    statistics = any(v.value.is_floating_point() for v in model.non_trainable_variables)
+    statistics = any(
+        v.value.is_floating_point()
+        for layer in model._flatten_layers()
+        if layer.trainable  # what is frozen is no statistic; batch norm then keeps its own
+        for v in layer._non_trainable_variables
+    )
     penalties = sum(getattr(v, "regularizer", None) is not None for v in model.trainable_variables)
     return not statistics and len(model.losses) <= penalties
 

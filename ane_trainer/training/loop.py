@@ -53,12 +53,12 @@ class Progress:
     passed: int = 0
     first_loss: float | None = None
 
-    def count(self, loss: float, *, skipped: bool) -> None:
-        """One step with this loss is done."""
+    def count(self, loss: float, examples: int, *, skipped: bool) -> None:
+        """One step with this loss, the mean over so many examples, is done."""
         self.steps += 1
         if math.isfinite(loss):
-            self.loss_sum += loss
-            self.loss_count += 1
+            self.loss_sum += loss * examples
+            self.loss_count += examples
             self.first_loss = loss if self.first_loss is None else self.first_loss
         self.bad_in_a_row = self.bad_in_a_row + 1 if skipped or not math.isfinite(loss) else 0
 

@@ -376,6 +376,7 @@ class Trainer(Training):
             self.report.note("data", f"{where}: {text}")
         if ready is None:
             return
+        examples = self._intake.examples(x, y)
         x, y = ready
         skipped = step.skipped_steps
         for callback in self.callbacks:
@@ -389,7 +390,7 @@ class Trainer(Training):
                 self.report.note("numerics", str(agreement))
                 self._compared = True
         self._last = ready
-        self.progress.count(loss, skipped=step.skipped_steps > skipped)
+        self.progress.count(loss, examples, skipped=step.skipped_steps > skipped)
         self.report.step(loss, step.loss_scale, self._skipped())
         for callback in self.callbacks:
             callback.on_train_batch_end(self, loss)
