@@ -183,11 +183,34 @@ def prod(
 
 @lowering("cumsum.default")
 def cumsum(ctx: Context, x: Operand, dim: int, *, dtype: object = None) -> Operand:
-    """`cumsum(x, d) -> matmul` with a constant triangle of ones (no `cumsum` on the engine)"""
+    """`cumsum(x, d) -> matmul` with a constant triangle of ones (no `cumsum` on the engine), of long axes in blocks"""
     if ctx.node is not None and not ctx.node.args[0].meta["val"].shape:  # type: ignore[union-attr]
         return x
-    n = shape_of(x)[dim]
-    return along(ctx, x, dim, torch.ones(n, n, dtype=torch.float64).tril())
+    return _running_sum(ctx, x, dim % len(shape_of(x)))
+
+
+#: Above the first, axes are summed in blocks of about the second.
+_LONGEST_TRIANGLE, _BLOCK = 2048, 256
+
+
+def _running_sum(ctx: Context, x: Operand, dim: int) -> Operand:
+    """Sums within blocks, to which the running sum of the blocks before is added."""
+    shape = shape_of(x)
+    n, rank = shape[dim], len(shape)
+    if n <= _LONGEST_TRIANGLE:
+        return along(ctx, x, dim, torch.ones(n, n, dtype=torch.float64).tril())
+    blocks = -(-n // _BLOCK)
+    order = [*(a for a in range(rank) if a != dim), dim]
+    lines = math.prod(shape) // n
+    flat = ctx.reshape(ctx.transpose(x, order), (lines, n))
+    rows = ctx.reshape(ctx.pad_axis(flat, 1, 0, blocks * _BLOCK - n), (lines, blocks, _BLOCK))
+    within = along(ctx, rows, 2, torch.ones(_BLOCK, _BLOCK, dtype=torch.float64).tril())
+    ends = ctx.reshape(ctx.slice(within, 2, _BLOCK - 1, _BLOCK), (lines, blocks))
+    before = ctx.pad_axis(ctx.slice(_running_sum(ctx, ends, 1), 1, 0, blocks - 1), 1, 1, 0)
+    whole = ctx.add(within, ctx.reshape(before, (lines, blocks, 1)))
+    flat = ctx.slice(ctx.reshape(whole, (lines, blocks * _BLOCK)), 1, 0, n)
+    back = ctx.reshape(flat, tuple(shape[a] for a in order))
+    return ctx.transpose(back, [order.index(a) for a in range(rank)])
 
 
 @lowering("cumprod.default")

@@ -144,9 +144,27 @@ def flip(ctx: Context, x: Operand, dims: Sequence[int]) -> Operand:
     permutation
     """
     for dim in dims:
-        order = torch.arange(shape_of(x)[dim] - 1, -1, -1)
-        x = take(ctx, x, dim, order)
+        x = _reversed(ctx, x, dim % len(shape_of(x)))
     return x
+
+
+#: Axes longer than the first are reversed in blocks of the second; constants of more elements are refused.
+_LONGEST_REVERSED, _BLOCK, _MOST_ELEMENTS = 2048, 256, 2**26
+
+
+def _reversed(ctx: Context, x: Operand, dim: int) -> Operand:
+    shape = shape_of(x)
+    n, rank = shape[dim], len(shape)
+    if n <= _LONGEST_REVERSED or not isinstance(x, Value):
+        return take(ctx, x, dim, torch.arange(n - 1, -1, -1))
+    blocks, lines = -(-n // _BLOCK), math.prod(shape) // n
+    order = [*(a for a in range(rank) if a != dim), dim]
+    flat = ctx.reshape(ctx.transpose(x, order), (lines, n))
+    rows = ctx.reshape(ctx.pad_axis(flat, 1, blocks * _BLOCK - n, 0), (lines, blocks, _BLOCK))
+    turned = _reversed(ctx, _reversed(ctx, rows, 2), 1)
+    flat = ctx.slice(ctx.reshape(turned, (lines, blocks * _BLOCK)), 1, 0, n)
+    back = ctx.reshape(flat, tuple(shape[a] for a in order))
+    return ctx.transpose(back, [order.index(a) for a in range(rank)])
 
 
 @lowering("roll.default")
@@ -182,6 +200,11 @@ def take(ctx: Context, x: Operand, dim: int, index: torch.Tensor) -> Operand:
     runs = _runs(wanted)
     if len(runs) <= SLICED_RUNS:
         return ctx.concat([ctx.slice(x, dim, a, b) for a, b in runs], dim)
+    if len(wanted) * shape[dim] > _MOST_ELEMENTS:
+        raise ctx.refuse(
+            f"picks {len(wanted)} of {shape[dim]} elements in an order of which the program would hold "
+            f"{len(wanted)} x {shape[dim]} numbers.", "Pick fewer, or order them on the host.",
+        )  # fmt: skip
     chosen = torch.nn.functional.one_hot(torch.tensor(wanted), shape[dim]).double()
     return along(ctx, x, dim, chosen)
 
