@@ -23,6 +23,7 @@ from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.compiler.lower.indices.codes import MOVES
 from ane_trainer.ane.compiler.lower.indices.ranges import packet_name
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
+from ane_trainer.ane.dynamo.codes import take_out_codes
 from ane_trainer.ane.dynamo.ends import mark_ends
 from ane_trainer.ane.dynamo.parts import ancestors, part_of
 from ane_trainer.ane.dynamo.torch_private import changed_inputs, default_partition, with_effects
@@ -44,7 +45,7 @@ _RANDOM = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a result comes from: "input" number, "draw" number, "host" number, "engine" number, "value".
+    """Where a result comes from: "input" number, "draw" number, "code" number, "host" number, "engine" number, "value".
 
     "copy": an input's number, where the result is a tensor of its own with the input's values. "sum": an input's
     number, to which the host adds the engine's result number `change`: a buffer keeps fp32's digits.
@@ -59,8 +60,9 @@ class Source:
 class Prepared:
     """A graph of engine work with what the host does around it.
 
-    `graph` takes the inputs numbered `inputs`, then the draws numbered `draws`; `host` (None: no work) takes
-    all inputs and all draws. `results` are those of the whole graph in order.
+    `graph` takes the inputs numbered `inputs`, then the draws numbered `draws`, then of what `codes` gives those
+    numbered `used_codes`; `host` and `codes` (None: no work) take all inputs and all draws. `results` are those of
+    the whole graph in order.
     """
 
     graph: GraphModule
@@ -70,6 +72,8 @@ class Prepared:
     host: GraphModule | None
     results: tuple[Source, ...]
     notes: tuple[str, ...]
+    codes: GraphModule | None = None
+    used_codes: tuple[int, ...] = ()
 
 
 def partition(
@@ -152,8 +156,9 @@ def _is_complex(node: Node) -> bool:
     )
 
 
-def prepare_graph(module: GraphModule, changed: int = 0) -> Prepared:
-    """Split `module` (changed in place) into the engine's part and the host's.
+def prepare_graph(module: GraphModule, changed: int = 0, integers: bool = False) -> Prepared:
+    """Split `module` (changed in place) into the engine's part and the host's; with `integers` those that are
+    computed from inputs of integers alone are the host's, too.
 
     The first `changed` results are new values of inputs: of those the engine gives what is added, where the graph
     shows it (`capture.range.changes`).
@@ -171,6 +176,8 @@ def prepare_graph(module: GraphModule, changed: int = 0) -> Prepared:
     scale_rows(graph)
     places = {node: Source("input", number) for number, node in enumerate(inputs)}
     places |= {node: Source("draw", number) for number, (node, _) in enumerate(draws)}
+    codes, code_module = take_out_codes(module, list(places)) if integers else ([], None)
+    places |= {node: Source("code", number) for number, node in enumerate(codes)}
     results: list[Source] = []
     engine: list[Node] = []
     host: list[Node] = []
@@ -198,14 +205,17 @@ def prepare_graph(module: GraphModule, changed: int = 0) -> Prepared:
             graph.erase_node(node)
     module.recompile()
     numbers = {
-        kind: tuple(places[n].value for n in used if places[n].kind == kind) for kind in ("input", "draw")
+        kind: tuple(places[n].value for n in used if places[n].kind == kind)
+        for kind in ("input", "draw", "code")
     }
     notes = [f"{len(draws)} random tensors drawn"] if draws else []
     notes += [f"{len(host)} integer results computed"] if host else []
+    notes += [f"{len(codes)} tensors of integers computed from those of the batch"] if codes else []
     functions = tuple(function for _, function in draws)
     return Prepared(
-        module, numbers["input"], functions, numbers["draw"], host_module, tuple(results), tuple(notes)
-    )
+        module, numbers["input"], functions, numbers["draw"], host_module, tuple(results), tuple(notes),
+        code_module, numbers["code"],
+    )  # fmt: skip
 
 
 def _note_sources(graph: Graph) -> None:

@@ -20,6 +20,7 @@ from ane_trainer.ane.capture.scaling import OVERFLOW
 from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 from ane_trainer.ane.chips.counting import flops
+from ane_trainer.ane.dynamo.codes import copy_of
 from ane_trainer.ane.dynamo.ends import mark_ends, split_forward
 from ane_trainer.ane.dynamo.engine_part import EnginePart
 from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
@@ -28,7 +29,7 @@ from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.proof import MeasuredGraph, departures, in_words
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func, one_at_a_time
-from ane_trainer.ane.errors import DataError, NumericsWarning
+from ane_trainer.ane.errors import DataError, NumericsWarning, UnsupportedModel
 
 #: How often a graph's powers of two are chosen again, since a call's values left the range.
 MOST_CALIBRATIONS = 16
@@ -69,12 +70,15 @@ class GraphFunction:
         self._dtypes = [_dtype(node) for node in module.graph.output_node().args[0]]  # type: ignore[union-attr]
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         shapes = tuple(tuple(node.meta["val"].shape) for node in placeholders if _tensor(node))
+        changed = 0 if role == "backward" else changed_inputs()
         with without_modes():  # constants are to be real tensors
-            self._prepared: Prepared = prepare_graph(module, 0 if role == "backward" else changed_inputs())
-            self._segments = split(self._prepared.graph, options)
-            self._parts = [
-                None if part.on_cpu else EnginePart(part.graph, options) for part in self._segments
-            ]
+            spare = copy_of(module)
+            try:
+                self._prepared, self._segments, self._parts = _made(module, options, changed)
+            except UnsupportedModel:
+                if spare is None:
+                    raise
+                self._prepared, self._segments, self._parts = _made(spare, options, changed, integers=True)
         self.record = _record(role, shapes, options, self._segments, self._parts, self._prepared.notes)
         report().programs.append(self.record)
         #: Models of one class share a function, in several threads, too.
@@ -139,8 +143,10 @@ class GraphFunction:
         prepared = self._prepared
         draws = [draw() for draw in prepared.draws]
         host = prepared.host(*inputs, *draws) if prepared.host is not None else ()
+        codes = prepared.codes(*inputs, *draws) if prepared.codes is not None else ()
         values = [inputs[i] for i in prepared.inputs] + [draws[i] for i in prepared.used_draws]
-        return values, {"input": inputs, "copy": inputs, "draw": draws, "host": host}
+        values += [codes[i] for i in prepared.used_codes]
+        return values, {"input": inputs, "copy": inputs, "draw": draws, "code": codes, "host": host}
 
     def results(self, sources: Mapping[str, Sequence[Any]], users: int) -> list[Any]:
         """The whole graph's results in order, those before number `users` in PyTorch's types."""
@@ -342,6 +348,15 @@ def _is_ordinary(size: Magnitude) -> bool:
 
 def _tensor(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _made(
+    module: GraphModule, options: Options, changed: int, *, integers: bool = False
+) -> tuple[Prepared, list[Segment], list[EnginePart | None]]:
+    """A graph made ready, its segments, and their programs; `integers`: those of the batch's are the host's."""
+    prepared = prepare_graph(module, changed, integers)
+    segments = split(prepared.graph, options)
+    return prepared, segments, [None if s.on_cpu else EnginePart(s.graph, options) for s in segments]
 
 
 def _dtype(node: object) -> torch.dtype | None:
