@@ -1,4 +1,4 @@
-"""Integers that only the host can compute: torch.compile takes what follows from a batch's integers out of the graph."""
+"""Integers that only the host can compute: torch.compile takes what follows from a batch's integers out of it."""
 
 from __future__ import annotations
 

@@ -80,6 +80,9 @@ class Carried(Editor):
         value = self.values.get(source)
         if value is None or exponent is None or exponent != int(exponent):
             return None
+        count = math.prod(shape_of(value.node))
+        if exponent == 2.0 and any(p > 0 and math.prod(shape) < count for p, shape in value.powers.values()):
+            return None  # a quotient by a scaled root, whose square would be subnormal
         result = self.emit(cast("Callable[..., object]", node.target), value.node, *node.args[1:])
         return Scaled(result, times(value.powers, int(exponent)), value.gain**exponent)
 

@@ -6,7 +6,15 @@ from typing import cast
 
 from torch.fx import Graph, Node
 
-from ane_trainer.ane.capture.range.editing import aten, dims_of, in_update, is_float, number, shape_of
+from ane_trainer.ane.capture.range.editing import (
+    aten,
+    dims_of,
+    in_update,
+    is_float,
+    keeps_dims,
+    number,
+    shape_of,
+)
 
 _ROOTS = (aten.sqrt.default, aten.rsqrt.default)
 REDUCTIONS = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
@@ -29,11 +37,36 @@ def share_centred(graph: Graph) -> None:
             node.replace_all_uses_with(cast("Node", node.args[0]))
         if node.target is aten.view.default:
             _collapse(node)
+        if node.target is aten.sub.Tensor:
+            _keep_axes(node, seen)
         if node.target in _SHARED:
             first = seen.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
+
+
+def _keep_axes(node: Node, seen: dict[str, Node]) -> None:
+    """`x - mean(x, [0])` as `x - mean(x, [0], True)`, which the variance over these axes has."""
+    x, mean = node.args[:2]
+    axes = dims_of(mean) if isinstance(mean, Node) and mean.target in REDUCTIONS[2:] else None
+    if (
+        not isinstance(mean, Node)
+        or not axes
+        or mean.args[0] is not x
+        or keeps_dims(mean)
+        or len(node.args) > 2
+    ):
+        return
+    if sorted(axes) != list(range(len(axes))) or mean.kwargs:
+        return
+    key = f"{aten.mean.dim}{(x, axes, True)}{{}}"
+    if key not in seen:
+        with node.graph.inserting_before(node):
+            seen[key] = node.graph.call_function(aten.mean.dim, (x, axes, True))
+        seen[key].meta = dict(mean.meta)
+        seen[key].meta["val"] = mean.meta["val"].reshape([1] * len(axes) + list(mean.meta["val"].shape))
+    node.args = (x, seen[key])
 
 
 def _collapse(node: Node) -> None:

@@ -169,3 +169,32 @@ def test_rows_of_transposed_heads() -> None:
     step = at.compile_step(model, "mse", torch.optim.SGD(model.parameters(), lr=0.1), (x, y), device="sim")
     step(x, y)
     assert step.agreement.agrees
+
+
+class Numbers(nn.Module):
+    """Four rows whose columns deviate by 0.04 and 0.08."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(
+            torch.tensor([[-0.370, -0.175], [-0.351, -0.324], [-0.294, -0.156], [-0.306, -0.204]])
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rows * x
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 0.1])
+def test_columns_by_their_deviation_that_are_squared_again(epsilon: float) -> None:
+    """The gradient is what cancellation leaves of two terms: a quotient that is stored 2^9 too small lost it."""
+
+    def decorrelated(o: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        z = (o - o.mean(0)) / (o.std(0) + epsilon)
+        return (z.square().mean(0) - 1).square().sum()
+
+    model, x = Numbers(), torch.ones(4, 2)
+    step = at.compile_step(
+        model, decorrelated, torch.optim.SGD(model.parameters(), lr=1.0), (x, x), device="sim"
+    )
+    step(x, x)
+    assert step.agreement.update < 0.05
