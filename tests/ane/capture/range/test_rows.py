@@ -184,8 +184,8 @@ class Numbers(nn.Module):
         return self.rows * x
 
 
-@pytest.mark.parametrize("epsilon", [1e-3, 0.1])
-def test_columns_by_their_deviation_that_are_squared_again(epsilon: float) -> None:
+@pytest.mark.parametrize(("epsilon", "most"), [(1e-3, 0.2), (0.1, 0.02)])
+def test_columns_by_their_deviation_that_are_squared_again(epsilon: float, most: float) -> None:
     """The gradient is what cancellation leaves of two terms: a quotient that is stored 2^9 too small lost it."""
 
     def decorrelated(o: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -197,4 +197,4 @@ def test_columns_by_their_deviation_that_are_squared_again(epsilon: float) -> No
         model, decorrelated, torch.optim.SGD(model.parameters(), lr=1.0), (x, x), device="sim"
     )
     step(x, x)
-    assert step.agreement.update < 0.05
+    assert step.agreement.update < most
