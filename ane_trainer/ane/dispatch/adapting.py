@@ -10,7 +10,7 @@ import dataclasses
 
 from ane_trainer.ane.capture import StepCapture
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
-from ane_trainer.ane.capture.optimizers.table import rule_for, uneven_groups
+from ane_trainer.ane.capture.optimizers.table import rule_for, structure, uneven_groups
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.dispatch.guards import Guards
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, compile_step_of, load_compiled
@@ -42,9 +42,14 @@ class Variants:
         self._known = {self._key(self._guards): (self._guards, loaded.capture, loaded.compiled)}
 
     def _key(self, guards: Guards) -> tuple[object, ...]:
-        """Python state, and which groups have parameters that are behind others."""
-        rule = rule_for(self._subject.optimizer, self._options.gradients.on_host)
-        return (*guards.key(), uneven_groups(self._subject.optimizer, rule))
+        """Python state, settings of the optimizer, and which groups have parameters that are behind others."""
+        optimizer = self._subject.optimizer
+        rule = rule_for(optimizer, self._options.gradients.on_host)
+        return (*guards.key(), uneven_groups(optimizer, rule), structure(optimizer, rule))
+
+    def settings_changed(self, loaded: LoadedStep) -> bool:
+        """Whether the optimizer has settings, groups or parameters that a program does not have."""
+        return structure(self._subject.optimizer, loaded.capture.rule) != loaded.structure
 
     def restart(self, loaded: LoadedStep) -> None:
         """Forget all programs but this one."""
@@ -67,6 +72,8 @@ class Variants:
         Raises: UsageError ANE131 beyond MOST_PROGRAMS; UnsupportedModel for what the new state leads to.
         """
         differences, fresh = self._guards.differences(), self._fresh()
+        if self.settings_changed(loaded):
+            differences.append("the optimizer's settings: others")
         self._as_it_is |= self._subject.model.training
         key = self._key(fresh)
         known = self._known.get(key)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ane_trainer.ane.capture import Loss, StepCapture
-from ane_trainer.ane.capture.optimizers.table import check_structure
+from ane_trainer.ane.capture.optimizers.table import check_hooks
 from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.range.calibration import calibration_of, calibration_tensors
 from ane_trainer.ane.capture.step import CEILING, GRADIENT
@@ -90,8 +90,8 @@ class TrainingStep(StepFacts):
         host = HostOptimizer(subject.model, subject.optimizer) if options.gradients.on_host else None
         super().__init__(subject, target, options, loaded, host, host_reason)
         self.compiles, self.steps, self.applied_steps, self.skipped_steps = 1, 0, 0, 0
-        own = options.seed is not None
-        self._draws = torch.Generator().manual_seed(options.seed or 0) if own else torch.default_generator
+        seed = options.seed
+        self._draws = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
         #: How the last step that was compared agrees with fp32; None before, or if it could not be compared.
         self.agreement: Agreement | None = None
         self._skipped_before = 0
@@ -109,11 +109,9 @@ class TrainingStep(StepFacts):
         What the loop changed since the last step is followed: weights and buffers (also through `.data`), the
         optimizer's state and scalars; flags and Python numbers of the model and loss by another program, 8 at most.
 
-        Raises: DataError for a batch of another shape or with values that the precision does not hold;
-        UsageError if a setting of the optimizer that is compiled in was changed, or Python values too often.
+        Raises: DataError for a batch that does not fit; UsageError if what is compiled in changed too often.
         """
-        optimizer = self._subject.optimizer
-        check_structure(optimizer, self._loaded.capture.rule, self._loaded.structure)
+        check_hooks(self._subject.optimizer, self._loaded.capture.rule)
         changed = self._follow() or not self.steps
         before = self._draws.get_state()
         draws = torch.Generator().set_state(before)
@@ -123,7 +121,7 @@ class TrainingStep(StepFacts):
         results = self._run(feeds, before)
         self.steps += 1
         self._unsynced += 1
-        mark_stepped(optimizer)
+        mark_stepped(self._subject.optimizer)
         self._pending = (self._pending + 1) % self.gradient_options.accumulate
         if self._pending == 0:
             self._count_update(bool(results["applied"][0]), results)
@@ -197,18 +195,18 @@ class TrainingStep(StepFacts):
         found, before = expected
         if self.skipped_steps > self._skipped_before:
             found, before = found.without_update(), {}
-        changes = self._parameters(before)
-        for name, value in before.items():
-            changes[name] -= value
+        changes = {name: value - before[name] for name, value in self._parameters(before).items()}
         self.agreement = compare(self.steps, loss, changes, found)
         if not self.agreement.agrees and not math.isnan(found.loss):
             part = self.options.parts(x, y)[0]
             more = lambda: error_at_random(self._loaded, part, before)  # noqa: E731
-            run = rounded_run(self._loaded, part, before)
-            self.agreement = explained(self.agreement, changes, found, loss, run, more)
+            self.agreement = explained(
+                self.agreement, changes, found, loss, rounded_run(self._loaded, part, before), more)  # fmt: skip
 
     def _follow(self) -> bool:
         """What was changed from outside since the last step: weights (True), optimizer state, Python values."""
+        if self._variants.settings_changed(self._loaded):
+            self._adapt()
         mirror = self._loaded.mirror
         mirror.follow_settings(self.applied_steps)
         if changed := mirror.changed():
@@ -223,16 +221,20 @@ class TrainingStep(StepFacts):
             self.applied_steps = self.applied_steps if count is None else count
             mirror.show_moments(self._pull_moments)
         if self._variants.changed() or self._uneven():
-            self.sync()
-            before, self._loaded = self._loaded, self._variants.adapted(self._loaded, self.applied_steps)
-            if self._loaded is not before:
-                self.compiles += 1
-                self._units = self._fresh_units()
-                for name, factor in self._variants.lowered.items():
-                    self._units.lower(name, factor)
-                if self._host is not None:
-                    self._host = HostOptimizer(self._subject.model, self._subject.optimizer)
+            self._adapt()
         return changed
+
+    def _adapt(self) -> None:
+        """Go on with the program for the present Python state and settings of the optimizer."""
+        self.sync()
+        before, self._loaded = self._loaded, self._variants.adapted(self._loaded, self.applied_steps)
+        if self._loaded is not before:
+            self.compiles += 1
+            self._units = self._fresh_units()
+            for name, factor in self._variants.lowered.items():
+                self._units.lower(name, factor)
+            if self._host is not None:
+                self._host = HostOptimizer(self._subject.model, self._subject.optimizer)
 
     def _uneven(self) -> bool:
         """Whether parameters need numbers of their own, since some are behind, and the program has them by group."""

@@ -189,7 +189,7 @@ def test_torch_checkpoints_of_the_optimizer_can_be_loaded() -> None:
         assert (own - other).detach().abs().max() <= 2e-3  # a fifth of lr
 
 
-def test_schedulers_act_and_compiled_in_settings_do_not() -> None:
+def test_schedulers_act_without_another_program() -> None:
     model = mlp()
     optimizer = sgd(model)
     x, y = batch()
@@ -199,9 +199,6 @@ def test_schedulers_act_and_compiled_in_settings_do_not() -> None:
     step(x, y)
     torch.testing.assert_close(model[0].weight.detach(), before, rtol=TWO_TERMS, atol=1e-9)
     assert step.compiles == 1
-    optimizer.param_groups[0]["weight_decay"] = 0.1
-    with pytest.raises(UsageError, match="Compile a new step"):
-        step(x, y)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 7e4])

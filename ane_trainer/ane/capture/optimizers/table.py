@@ -240,15 +240,10 @@ def structure(optimizer: torch.optim.Optimizer, rule: Rule) -> tuple[object, ...
     return tuple((rule.compiled(group), len(group["params"])) for group in optimizer.param_groups)
 
 
-def check_structure(optimizer: torch.optim.Optimizer, rule: Rule, compiled: tuple[object, ...]) -> None:
-    """Raises: UsageError if a compiled-in setting was changed since capture; UnsupportedModel if it has hooks now."""
+def check_hooks(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
+    """Raises: UnsupportedModel if the optimizer has hooks now."""
     if rule is not HOST and _step_hooks(optimizer):
         rule_for(optimizer)
-    if structure(optimizer, rule) != compiled:
-        raise UsageError(
-            "optimizer: needs the settings it was compiled with (which of momentum, nesterov, weight decay, "
-            "amsgrad, maximize are on; the number of groups and parameters); got others. Compile a new step."
-        )
 
 
 def plain(group: Mapping[str, object]) -> Group:

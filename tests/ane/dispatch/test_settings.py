@@ -1,0 +1,62 @@
+"""Settings of the optimizer that change a program's operations between two steps: another program goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ane_trainer as at
+
+Optimizer = torch.optim.Optimizer
+
+
+def _set(**settings: object) -> Callable[[nn.Module, Optimizer], None]:
+    def change(model: nn.Module, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group.update(settings)
+
+    return change
+
+
+def _all_trained(model: nn.Module, optimizer: Optimizer) -> None:
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer.add_param_group({"params": [p for p in model.parameters() if id(p) not in known], "lr": 1e-2})
+
+
+CASES: dict[str, tuple[Callable[[nn.Module], Optimizer], Callable[[nn.Module, Optimizer], None]]] = {
+    "weight decay": (lambda m: torch.optim.Adam(m.parameters(), 1e-2), _set(weight_decay=0.1)),
+    "momentum": (lambda m: torch.optim.SGD(m.parameters(), 0.1), _set(momentum=0.9)),
+    "no momentum": (lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9), _set(momentum=0.0)),
+    "maximize": (lambda m: torch.optim.Adam(m.parameters(), 1e-2), _set(maximize=True)),
+    "a group": (lambda m: torch.optim.Adam(list(m.parameters())[2:], 1e-2), _all_trained),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_next_steps_are_pytorchs(name: str) -> None:
+    make, change = CASES[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    twin = copy.deepcopy(model)
+    optimizer, other = make(model), make(twin)
+    batches = [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(4)]
+    step = at.compile_step(model, "cross_entropy", optimizer, batches[0], device="sim", fidelity="fast")
+    for number, (x, y) in enumerate(batches):
+        if number == 2:
+            step.sync()
+            change(model, optimizer)
+            change(twin, other)
+            before = [p.detach().clone() for p in twin.parameters()]
+        step(x, y)
+        other.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        other.step()
+    step.sync()
+    assert step.compiles == 2
+    for got, want, start in zip(model.parameters(), twin.parameters(), before, strict=True):
+        assert float((got - want).detach().norm()) < 0.02 * float((want - start).detach().norm())
