@@ -183,7 +183,7 @@ def prod(
 
 @lowering("cumsum.default")
 def cumsum(ctx: Context, x: Operand, dim: int, *, dtype: object = None) -> Operand:
-    """`cumsum(x, d) -> matmul` with a constant triangle of ones (no `cumsum` on the engine), of long axes in blocks"""
+    """`cumsum(x, d) -> matmul` with a constant triangle of ones (no `cumsum` on the engine)"""
     if ctx.node is not None and not ctx.node.args[0].meta["val"].shape:  # type: ignore[union-attr]
         return x
     return _running_sum(ctx, x, dim % len(shape_of(x)))
