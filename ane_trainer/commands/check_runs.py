@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _RUN_BATCH = 8
 #: What to do about a loss that is nan.
 _UNDEFINED = "Look for logarithms and roots of negative numbers, and for 0 / 0."
+#: Steps on the batch until one changes the weights: a loss scale that starts too high falls meanwhile.
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,17 @@ def _quick(subject: ModelSubject, most: int) -> int:
 
 
 def _agreement(subject: ModelSubject, step: TrainingStep, told: bool) -> tuple[str, list[Problem]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumericsWarning)
-        step(*subject.example)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", NumericsWarning)
+        for _ in range(_TRIES):
+            step(*subject.example)
+            if step.applied_steps:
+                break
     found = step.agreement
+    if not step.applied_steps and (found is None or not math.isnan(found.loss)):
+        return _skipped([str(item.message) for item in warned if item.category is NumericsWarning])
     if found is None:
-        skipped = step.skipped_steps > 0
-        return (
-            "skipped: gradients overflowed, the loss scale falls" if skipped else "fp32 itself cannot run it"
-        ), []
+        return "fp32 itself cannot run it", []
     if found.agrees:
         return str(found), []
     if math.isnan(found.loss):
@@ -145,3 +149,12 @@ def _agreement(subject: ModelSubject, step: TrainingStep, told: bool) -> tuple[s
     return str(found), [
         Problem("agreement", "warning", where, "numbers", reason, fix, "simulated, exact arithmetic")
     ]
+
+
+def _skipped(told: list[str]) -> tuple[str, list[Problem]]:
+    """Every update on the batch was skipped; `told`: what the step warned of."""
+    first = next((text for text in told if "skipped" in text), "gradients overflow")
+    reason = f"{_TRIES} steps on this batch changed no weight: {first}"
+    fix = "Divide the loss by a power of two (plain SGD: multiply its rate by as much), or normalise the targets."
+    problem = Problem("agreement", "warning", "step", "gradients", reason, fix, "simulated, exact arithmetic")
+    return "every update is skipped", [problem]

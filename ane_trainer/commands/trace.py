@@ -75,8 +75,9 @@ def trace(
     """Lay one step out in time, for Perfetto, with a roofline: engine, memory and host, op by op, by the cost model.
 
     Open the file at https://ui.perfetto.dev. Nothing in it is measured: every slice is labelled as modelled, and
-    together they take what `estimate` prints. Counters tell the bytes under way, what memory holds, and the rounding
-    error of each op, from a run of the simulator. Roofline and memory over time are drawn beside it as PNG and SVG.
+    together they take what `estimate --blocks off` prints. Counters tell the bytes under way, what memory holds, and
+    the rounding error of each op, from a run of the simulator. Roofline and memory over time are drawn beside it as
+    PNG and SVG.
     """
     count = classes_of(classes, dataset)
     found = resolve(

@@ -453,3 +453,33 @@ def test_sarif_places_are_addresses_of_files() -> None:
     assert place("f (pkg/net.py:7)") == ("pkg/net.py", 7)
     assert place("f (/opt/lib/net.py:9)") == ("file:///opt/lib/net.py", 9)
     assert place("f (net.py:7)", Path("my nets/net.py")) == ("my%20nets/net.py", 7)
+
+
+SKIPS = """
+import torch
+from torch import nn
+
+class Squares(nn.Linear):
+    def __init__(self):
+        super().__init__(16, 3)
+    def forward(self, x):
+        return (super().forward(x) * 300) ** 2
+
+def smaller(output, target):
+    return ((output - target) ** 2).mean() / 2**18
+"""
+
+
+def test_a_step_whose_updates_are_all_skipped_departs_and_its_fix_heals(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loss agrees with fp32, but its gradients, some 1e9, fit into no unit: it was said to train."""
+    (nets / "skips.py").write_text(SKIPS)
+    code, found = checked(capsys, "skips.py:Squares", "--input", "16", "--batch", "8", "--loss", "mse")
+    assert code == 3
+    (problem,) = [p for p in found["chips"][0]["problems"] if p["rule"] == "agreement"]
+    assert "changed no weight" in problem["reason"]
+    assert "Divide the loss" in problem["fix"]
+    loss = "skips.py:smaller"
+    code, found = checked(capsys, "skips.py:Squares", "--input", "16", "--batch", "8", "--loss", loss)
+    assert (code, found["chips"][0]["verdict"]) == (0, "trains")

@@ -23,6 +23,7 @@ from ane_trainer.training.debugging.report import Fault, OpLine, Place, Remedy, 
 from ane_trainer.training.debugging.scores import OutputCriterion, Score
 from ane_trainer.training.debugging.search import Culprit
 from ane_trainer.training.debugging.seen import Seen, no_options, program_phases
+from ane_trainer.training.debugging.skipped import skipped
 from ane_trainer.training.debugging.trials import NOT_FINITE, Constant, Trial, Way
 from ane_trainer.training.debugging.undefined import undefined
 
@@ -55,7 +56,10 @@ def debug_step(name: str, bench: Bench, way: Way) -> Report:
         report = dataclasses.replace(report, verdict="departs", faults=faults)
     elif not trial.score.agrees:
         faults = seen.faults(lambda culprits: of_options(bench, trial, *_kinds(culprits)))
-        if numbers := _numbers(trial, seen):
+        beyond = () if faults else skipped(bench, trial, seen.search.best)
+        if beyond:
+            faults = beyond
+        elif numbers := _numbers(trial, seen):
             tried = () if faults else tuple(of_options(bench, trial, frozenset(["forward"]), frozenset()))
             faults = (*faults, *(dataclasses.replace(f, remedies=tried) for f in numbers))
         faults = faults or _sensitive(trial, seen)

@@ -19,6 +19,8 @@ from ane_trainer.ane.verify.profiling import distance
 
 #: Relative difference of a program's outputs up to which it agrees with double precision.
 OUTPUT_TOLERANCE = 0.02
+#: The note of a score whose step changed no weight.
+SKIPPED = "the update is skipped"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class StepCriterion:
         found = judged(1, loss, known, expected, fp16)
         update = None if expected.changes is None else found.update
         agrees = found.agrees and not skipped
-        return Score(agrees, found.loss, update, note="the update is skipped" if skipped else "")
+        return Score(agrees, found.loss, update, note=SKIPPED if skipped else "")
 
     def _change(self, name: str, outputs: Mapping[str, Array]) -> torch.Tensor:
         after = self._value(name, outputs, self.outputs)
