@@ -74,6 +74,8 @@ class Agreement:
         if math.isnan(self.loss):
             return "the loss of this batch is nan in fp32"
         verb = "agrees with" if self.agrees else "departs from"
+        if not self.updates:
+            return f"{verb} fp32: loss {self.loss:.0e}, no update to compare".replace("e-0", "e-")
         update = f"{100 * self.update:.1f} %" if self.update < 10.0 else "10 times too far or more"
         text = f"{verb} fp32: loss {self.loss:.0e}, updates {update}".replace("e-0", "e-")
         if not self.agrees or self.update <= UPDATE_TOLERANCE:

@@ -12,7 +12,7 @@ from torch import nn
 import ane_trainer as at
 from ane_trainer.ane.capture import parts
 from ane_trainer.ane.dispatch import training
-from ane_trainer.ane.dispatch.agreement import compare
+from ane_trainer.ane.dispatch.agreement import Agreement, compare
 from tests.ane.dispatch.test_host_optimizer import Drawing
 
 
@@ -272,3 +272,8 @@ def test_a_model_in_bfloat16_is_compared_with_fp32() -> None:
         warnings.simplefilter("error", at.NumericsWarning)
         step(x.bfloat16(), y)
     assert step.agreement.agrees
+
+
+def test_a_step_without_an_update_claims_none() -> None:
+    """Skipped or accumulated: `updates 0.0 %` before."""
+    assert str(Agreement(1, 0.001, 0.0, {})) == "agrees with fp32: loss 1e-3, no update to compare"
