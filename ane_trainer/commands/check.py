@@ -141,7 +141,8 @@ def _by_cause(problems: Iterable[Problem]) -> tuple[Problem, ...]:
         more = len(members) - 1
         others = "is one more input or op" if more == 1 else f"are {more} more inputs and ops"
         reason = f"{first.reason} So {others}." if more else first.reason
-        found.append(replace(first, reason=reason))
+        fixes = dict.fromkeys(problem.fix for problem in (first, *members) if problem.fix)
+        found.append(replace(first, reason=reason, fix=" ".join(list(fixes)[:2])))
     return tuple(found)
 
 
