@@ -41,7 +41,9 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Folder for its runs (default: runs/sweeps/FILE).", metavar="DIR")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Trainings at a time (default: one a core).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trainings at a time (default: one a core).")
+    ] = None,
     trials: Annotated[
         int | None, typer.Option(help="Instead of the file's number; more may be added later.")
     ] = None,
@@ -199,7 +201,9 @@ def _output(study: Study) -> Output:
     if done:
         lines.append(f"best     ane-trainer runs show {rows[0]['run']}")
     return Output(
-        {"trials": rows, "best": rows[0] if done else None, "folder": str(study.folder)}, "\n".join(lines)
+        {"trials": rows, "best": rows[0] if done else None, "folder": str(study.folder)},
+        "\n".join(lines),
+        exit_code=0 if done else 1,
     )
 
 

@@ -110,11 +110,25 @@ def test_on_a_local_ray(tmp_path: Path) -> None:
 
 def test_a_training_that_fails_is_told_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = SWEEP.format(trials=1).replace("limit = 64", 'limit = 64\nmodel = "nowhere.py:Net"')
-    assert run_command(["sweep", str(written(tmp_path, text)), "--out", str(tmp_path / "out")]) == 0
+    assert run_command(["sweep", str(written(tmp_path, text)), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert "trial 0: failed" in said.err
     assert "nowhere.py" in said.err
     assert "0 of 1 trials" in said.out
+
+
+def test_a_sweep_without_a_result_does_not_end_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No trial finished: it ended with 0. `--jobs -1` ended in a traceback."""
+    (tmp_path / "s.toml").write_text(
+        'trials = 1\n[train]\ndataset = "nowhere.csv"\n[search]\nlr = { choices = [0.1, 0.2] }\n'
+    )
+    words = ["sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "out")]
+    assert run_command([*words, "--jobs", "-1"]) == 1
+    assert "'--jobs'" in capsys.readouterr().err
+    assert run_command(words) == 1
+    assert "0 of 1 trials" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

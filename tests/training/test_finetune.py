@@ -180,3 +180,20 @@ def test_a_tiny_model_learns_pairs_and_leaves_an_adapter(
     assert "needs --text or --index" in capsys.readouterr().err
     assert run_command(["finetune", "--resume", "run", "--lr", "1"]) == 1
     assert "--resume keeps the run's options" in capsys.readouterr().err
+
+
+def test_data_and_files_that_are_not_there_are_told_before_the_model_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A minute of tries to reach the hub came first; a damaged GGUF file ended in a traceback."""
+    (tmp_path / "pairs.jsonl").write_text('{"text": "hello"}\n')
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\0\0")
+    for model, data, said in (
+        ("no/such-model", "none.jsonl", "DATA101 "),
+        ("none.gguf", "pairs.jsonl", "DATA119 "),
+        ("cut.gguf", "pairs.jsonl", "DATA119 "),
+    ):
+        place = str(tmp_path / model) if model.endswith(".gguf") else model
+        words = ["finetune", place, "--data", str(tmp_path / data), "--out", str(tmp_path / "run")]
+        assert run_command(words) == 1
+        assert capsys.readouterr().err.startswith(said)

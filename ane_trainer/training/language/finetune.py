@@ -35,6 +35,7 @@ from ane_trainer.training.language.models import (
     Tokenizer,
     answer,
     asked_and_expected,
+    find_records,
     load_language_model,
     open_rows,
 )
@@ -134,6 +135,7 @@ def read_tuning(run: RunFolder) -> TuningOptions:
 def prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> Job:
     """The model with its adapter, the data, and the trainer of both."""
     report.activity("reading the model")
+    find_records(config.dataset)  # before minutes go into the model
     model, tokenizer = load_language_model(config.model)
     report.activity("reading the data")
     rows = RowOptions(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging as plain_logging
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +95,8 @@ def load_language_model(name: str) -> tuple[nn.Module, Tokenizer]:
             f"{name}: needs transformers ({error}). Install it: pip install 'ane_trainer[lm]'."
         ) from None
     path, more = Path(name).expanduser(), dict[str, str]()
+    if path.suffix.lower() == ".gguf" and not path.is_file():
+        raise DataError(f"{name}: needs a GGUF file; there is none. Check the path.", code="DATA119")
     if path.suffix.lower() == ".gguf":
         path, more = path.parent, {"gguf_file": path.name}
     elif path.is_dir() and not (path / "config.json").exists() and len(found := [*path.glob("*.gguf")]) == 1:
@@ -104,10 +108,11 @@ def load_language_model(name: str) -> tuple[nn.Module, Tokenizer]:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **more)
     except ImportError as error:
         raise MissingDependency(f"{name}: {error}. Install it: pip install 'ane_trainer[lm]'.") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, EOFError, struct.error) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
             f"{name}: needs a causal language model: a folder with config.json, a GGUF file, or a name on the hub; "
-            f"{str(error).splitlines()[0]}. Check the path, or the network.",
+            f"{said}. Check the path, or the network.",
             code="DATA119",
         ) from None
     if more:
@@ -130,11 +135,15 @@ def _quiet() -> Iterator[None]:
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub = plain_logging.getLogger("huggingface_hub")  # a line for each of its tries to connect
+    hub_level = hub.level
+    hub.setLevel(plain_logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        hub.setLevel(hub_level)
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
@@ -143,18 +152,24 @@ def _quiet() -> Iterator[None]:
 # Records -----------------------------------------------------------------------------------------------------
 
 
+def find_records(data: str) -> Path:
+    """The file of records. DataError DATA101 if there is none."""
+    path = Path(data).expanduser()
+    if not data.startswith("hf:") and not path.is_file():
+        raise DataError(
+            f"{data}: needs a file of text or JSON lines, or hf:NAME; there is none. Check the path.",
+            code="DATA101",
+        )
+    return path
+
+
 def read_records(data: str) -> list[Record]:
     """The records of FILE.txt, FILE.jsonl or hf:NAME. DataError DATA115, DATA120 for what cannot be read."""
     if data.startswith("hf:"):
         found = read_hub(data.removeprefix("hf:"))
         part = found.get("train", next(iter(found.values())))
         return [record_of(row, f"{data}, row {number}") for number, row in enumerate(part, 1)]
-    path = Path(data).expanduser()
-    if not path.is_file():
-        raise DataError(
-            f"{data}: needs a file of text or JSON lines, or hf:NAME; there is none. Check the path.",
-            code="DATA101",
-        )
+    path = find_records(data)
     text = read_text(path)
     if path.suffix.lower() in SUFFIXES:
         return [Record(text=text)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from ane_trainer.training.reporting.charts import COLOURS, ticks
+from ane_trainer.training.reporting.charts import COLOURS, grid, ticks
 
 _WIDTH, _HEIGHT = 520, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 28, 36
@@ -33,10 +33,10 @@ def dot_chart(dots: Dots, title: str, x_label: str, *, logarithmic: bool = False
         'xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="11">',
         f'<text x="{_LEFT}" y="16" font-size="13" font-weight="600" fill="currentColor">{escape(title)}</text>',
     ]
+    parts += grid(
+        [_LEFT, *(_LEFT + inner[0] * share for share, _ in marks), _LEFT + inner[0]], [*map(down, y_ticks)]
+    )
     for y in y_ticks:
-        parts.append(
-            f'<path d="M{_LEFT} {down(y):.1f}h{inner[0]}" stroke="currentColor" stroke-opacity=".15"/>'
-        )
         parts.append(_text(_LEFT - 6, down(y) + 4, f"{y:.6g}", "end"))
     parts += [
         _text(_LEFT + inner[0] * share, _TOP + inner[1] + 15, label, "middle") for share, label in marks

@@ -34,7 +34,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 p.sub { margin: .2rem 0 1rem; opacity: .75; } p.note { opacity: .75; margin: .3rem 0; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; } .row > .chart { flex: 1 1 460px; max-width: 560px; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; }
+.row > .chart { flex: 1 1 460px; max-width: max(460px, calc(50% - .5rem)); }
 .tile { background: var(--card); border-radius: 8px; padding: .6rem 1rem; min-width: 7rem; }
 .tile b { display: block; font-size: 1.35rem; } .tile span { opacity: .75; font-size: .85rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
