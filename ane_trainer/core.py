@@ -404,6 +404,7 @@ def _make_trainer(
         shards=0 if device == "cpu" else config.shards,
         metrics=make_scores(config.metrics, description),
         blocks=config.blocks,
+        checkpoint=config.recompute,
     )
 
 

@@ -32,7 +32,7 @@ MODEL_DEFAULTS: Mapping[str, dict[str, object]] = {
 
 #: Options that may change when a run goes on: the weights do not depend on them, or they extend the run.
 RESUMABLE = frozenset(
-    "blocks compare_fp32 device epochs keep_every log patience save_every shards threads time_limit".split()
+    "blocks compare_fp32 device epochs keep_every log patience recompute save_every shards threads time_limit".split()
 )
 
 #: Groups of options in the help of `train`; an option that names none is under "Training".
@@ -194,6 +194,10 @@ class TrainConfig(BaseModel):
     blocks: int | Literal["auto", "off"] = Field(
         "auto", json_schema_extra=_WHERE,
         description="Layers that are one program: a number, off (the step is one), auto (as the chip needs it).",
+    )  # fmt: skip
+    recompute: bool = Field(
+        False, json_schema_extra=_WHERE,
+        description="Compute what lies within layers again in the backward pass: less memory, same result.",
     )  # fmt: skip
     optimizer_on: Literal["auto", "engine", "host"] = Field(
         "auto", description="Where weights are updated; the host does it in fp32.", json_schema_extra=_WHERE

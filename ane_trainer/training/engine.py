@@ -35,6 +35,7 @@ def compile_step(
     clip_grad_norm: float | None = None, clip_grad_value: float | None = None, accumulate: int = 1,
     optimizer_on: str = "auto", fallback: str = "none", verify: str | int = "first",
     calibrate_on: Sequence[tuple[object, object]] = (), shards: int | None = None, blocks: str | int = "auto",
+    checkpoint: bool = False,
 ) -> TrainingStep | PartitionedStep:  # fmt: skip
     """Compile forward, loss, backward and optimizer update into one program and load it on a device.
 
@@ -61,6 +62,7 @@ def compile_step(
                 for each process that torchrun started. Every process passes whole batches. 0: this process alone.
     blocks      modules that repeat (layers) in one program, which is dispatched for each; "off": the step is one;
                 "auto": divided where that is longer than what is known to compile (docs/scale.md). Bits are the same.
+    checkpoint  compute what lies within such modules again in the backward pass: less memory, the same bits.
 
     A model in evaluation mode is captured in training mode.
     Raises: UnsupportedModel with every reason at once (ops, limits of the chip, the optimizer), UsageError
@@ -71,8 +73,8 @@ def compile_step(
     if exchange is not None and seed is None:
         seed = exchange.share(int(torch.randint(2**31, ())))
     options = StepOptions(
-        gradients, optimizer_on, fallback, loss_scale, sync, seed, verify, calibrate_on, exchange, blocks
-    )
+        gradients, optimizer_on, fallback, loss_scale, sync, seed, verify, calibrate_on, exchange, blocks, checkpoint
+    )  # fmt: skip
     target = resolve_target(device, chip, fidelity, precision, threads, path)
     try:
         return build_step(model, loss, optimizer, example, target, options, state)

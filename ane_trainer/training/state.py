@@ -185,7 +185,8 @@ class Training:
             "clip_grad_norm": gradients.clip_norm, "clip_grad_value": gradients.clip_value,
             "accumulate": gradients.accumulate, "optimizer_on": self.options.optimizer_on,
             "fallback": self.options.fallback, "shards": self.shards,
-            "blocks": self.options.blocks, "lora": None if self.lora is None else asdict(self.lora),
+            "blocks": self.options.blocks, "checkpoint": self.options.checkpoint,
+            "lora": None if self.lora is None else asdict(self.lora),
         }  # fmt: skip
 
     def restore(self, checkpoint: Checkpoint) -> None:

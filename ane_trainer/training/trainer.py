@@ -68,6 +68,8 @@ class Trainer(Training):
     shards     parts that each batch is divided into, whose gradients are averaged; default: one for each process
                that torchrun started (docs/scale.md). 0: this process alone.
     blocks     how many of the modules that repeat are one program, "off" or "auto", as in `compile_step`.
+    checkpoint
+               compute what lies within such modules again in the backward pass: less memory, the same bits.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Trainer(Training):
         shards: int | None = None,
         metrics: Mapping[str, Metric] | Scores | None = None,
         blocks: str | int = "auto",
+        checkpoint: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             text = f"model: needs an nn.Module; got {model!r}. Pass one, e.g. build_model('mlp', in_shape, classes)."
@@ -100,7 +103,7 @@ class Trainer(Training):
         gradients = GradientOptions(clip_grad_norm, clip_grad_value, accumulate)
         exchange = find_exchange(shards)
         options = StepOptions(
-            gradients, optimizer_on, fallback, "auto", "lazy", seed, verify, (), exchange, blocks
+            gradients, optimizer_on, fallback, "auto", "lazy", seed, verify, (), exchange, blocks, checkpoint
         )
         if lora is not None:
             model = adapted(model, lora, seed)

@@ -89,8 +89,9 @@ def prepare(
     Raises: UnsupportedModel for ops without a rule, and for what the chip refuses (fp16).
     """
     lowered = hold_weights(lower(captured, dtype=precision), held or {})
-    if division is not None and division.wish != "off" and precision != "fp32":
+    if division is not None and (division.wish != "off" or division.checkpoint) and precision != "fp32":
         lowered = rewritten(lowered, chip, path)  # what is divided has the length that it will have
+    lowered = lowered if division is None else division.again(lowered)
     divided = None if division is None else division.of(lowered, chip, path)
     if divided is None:
         return _compiled(lowered, chip, path, precision)

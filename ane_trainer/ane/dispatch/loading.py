@@ -184,8 +184,8 @@ def _memory(
     sizes = sorted(settings.calibration.items())
     units = None if settings.units is None else sorted(settings.units.items())
     others = (
-        settings.gradients, settings.loss_scale, settings.precision, units, sizes, options.blocks, target.chip,
-        target.path, subject.as_it_is, torch.get_num_threads(),
+        settings.gradients, settings.loss_scale, settings.precision, units, sizes, options.blocks, options.checkpoint,
+        target.chip, target.path, subject.as_it_is, torch.get_num_threads(),
     )  # fmt: skip
 
     def again(entry: Entry) -> StepCapture:
@@ -211,7 +211,7 @@ def _prepared(
     """A captured step compiled, whole or in programs of blocks; blocks that hold other weights are other programs."""
     assert target.chip is not None
     held = frozen_constants(parameters) if target.precision == "fp16" else {}
-    division = Division(options.blocks, repeating(subject.model))
+    division = Division(options.blocks, repeating(subject.model), options.checkpoint)
     return prepare(captured, target.chip, target.path, target.precision, division, held)
 
 

@@ -130,6 +130,7 @@ class StepOptions:
     exchange      of a step whose batches are divided into shards (`parallel`); None: one program.
     blocks        how many blocks, modules that repeat, are one program; "off": the whole step is one; "auto": divided
                   where the whole step would be longer than what is known to compile for the chip.
+    checkpoint    compute what lies within blocks again in the backward pass, in the place of keeping it.
 
     Raises: UsageError for values out of range.
     """
@@ -144,6 +145,7 @@ class StepOptions:
     calibrate_on: Sequence[tuple[object, object]] = ()
     exchange: Exchange | None = None
     blocks: str | int = "auto"
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         known = (
@@ -157,6 +159,11 @@ class StepOptions:
                 )
         _check_scale(self.loss_scale)
         check_blocks(self.blocks)
+        if not isinstance(self.checkpoint, bool):
+            raise UsageError(
+                f"checkpoint: needs True or False; got {self.checkpoint!r}. `Trainer.resume` goes on from a file.",
+                code="ANE104",
+            )
         if self.seed is not None and not _is_whole(self.seed, 0):
             raise UsageError(
                 f"seed: needs a whole number from 0 on; got {self.seed!r}. Choose one.", code="ANE104"

@@ -154,6 +154,7 @@ def prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> Job
         fidelity=config.fidelity, precision=config.precision, seed=config.seed, threads=config.threads, report=report,
         clip_grad_norm=config.clip_grad_norm, clip_grad_value=config.clip_grad_value, accumulate=config.accumulate,
         optimizer_on=config.optimizer_on, fallback=config.fallback, blocks=config.blocks,
+        checkpoint=config.recompute,
     )  # fmt: skip
     return Job(trainer, tokenizer, splits, held_out)
 

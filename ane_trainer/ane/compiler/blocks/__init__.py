@@ -1,5 +1,6 @@
 """Programs of blocks: a step's program divided where modules repeat, each distinct part once.
 
+recompute  activations computed again in the backward pass
 places   which part each operation belongs to
 cut      the parts, with what goes from one to the next
 alike    parts that are alike as one program, and the dispatches of each

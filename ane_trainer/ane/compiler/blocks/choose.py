@@ -9,6 +9,7 @@ from ane_trainer.ane.chips.lookup import get_chip, known_layers, limit
 from ane_trainer.ane.compiler.blocks.alike import programs_of
 from ane_trainer.ane.compiler.blocks.cut import cut
 from ane_trainer.ane.compiler.blocks.places import Placement, placement_of
+from ane_trainer.ane.compiler.blocks.recompute import recomputed
 from ane_trainer.ane.compiler.blocks.shorten import shortened
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.stages import Dispatch, Lowered
@@ -42,11 +43,17 @@ class Divided:
 @dataclass(frozen=True)
 class Division:
     """How a step is to be divided: `wish` is "auto", "off" or the blocks that are one program, `repeating` the paths
-    of modules that repeat, side by side (`capture.repeats`).
+    of modules that repeat, side by side (`capture.repeats`), `checkpoint` whether their activations are computed again
+    in the backward pass.
     """
 
     wish: str | int
     repeating: Sequence[Sequence[str]]
+    checkpoint: bool = False
+
+    def again(self, lowered: Lowered) -> Lowered:
+        """The step as it is to be divided: with what `checkpoint` computes again."""
+        return recomputed(lowered, self._blocks(1)) if self.checkpoint else lowered
 
     def of(self, lowered: Lowered, chip: str, path: str) -> Divided | None:
         """The step in programs of blocks; None: it is one program."""

@@ -28,7 +28,8 @@ FORWARD, BACKWARD, AFTER = 0, 1, 2
 #: Phase, place in it, 0 for blocks and 1 for what follows them, order of blocks; then the piece of a long part.
 Key = tuple[int, ...]
 _FIRST: Key = (FORWARD, 0, 1, 0)
-_SUMS = ("reduce_sum", "reduce_mean")
+#: Sums, which the engine merges with a factor behind them.
+SUMS = ("reduce_sum", "reduce_mean")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,22 @@ class Placement:
 def placement_of(lowered: Lowered, blocks: Mapping[str, str]) -> Placement:
     """The place of each operation. `blocks`: module path -> the name of the block that it is in."""
     found = _Assignment(lowered, blocks)
+    found.settle()
     return Placement(found.places, found.pairs)
+
+
+def origins_of(lowered: Lowered, blocks: Mapping[str, str]) -> list[Place]:
+    """The place of the module that each operation is from, before any is moved to where it is read."""
+    return _Assignment(lowered, blocks).places
+
+
+def readers_of(ops: Sequence[Op]) -> dict[str, list[int]]:
+    """For each value that is read the operations that read it, by number, once for each operand."""
+    readers: dict[str, list[int]] = {}
+    for index, op in enumerate(ops):
+        for value in op.operands():
+            readers.setdefault(value.name, []).append(index)
+    return readers
 
 
 class _Assignment:
@@ -110,8 +126,12 @@ class _Assignment:
         self.places: list[Place] = []
         self._backward = False
         self._maker = {value.name: i for i, op in enumerate(self.ops) for value in op.results}
+        self.pairs: dict[int, int] = {}
         for op in self.ops:
             self._assign(op)
+
+    def settle(self) -> None:
+        """Put sums and their factors together, and operations where they are read."""
         self._pair_sums()
         self._move()
 
@@ -163,9 +183,8 @@ class _Assignment:
 
     def _pair_sums(self) -> None:
         """A factor that the engine folds into the sum before it goes with the sum."""
-        readers = self._readers()
-        made = {op.result.name: i for i, op in enumerate(self.ops) if op.kind in _SUMS}
-        self.pairs: dict[int, int] = {}
+        readers = readers_of(self.ops)
+        made = {op.result.name: i for i, op in enumerate(self.ops) if op.kind in SUMS}
         for index, op in enumerate(self.ops):
             numbers = [a for _, a in op.args if isinstance(a, Literal) and a.type.size == 1]
             operand = next(op.operands(), None)
@@ -175,18 +194,11 @@ class _Assignment:
                 self.pairs[made[operand.name]] = index
                 self.places[index] = self.places[made[operand.name]]
 
-    def _readers(self) -> dict[str, list[int]]:
-        readers: dict[str, list[int]] = {}
-        for index, op in enumerate(self.ops):
-            for value in op.operands():
-                readers.setdefault(value.name, []).append(index)
-        return readers
-
     def _move(self) -> None:
         """Values of no block that several programs read go to the first program; work that only a later program
         of the same block reads goes there, where it needs no more memory between them.
         """
-        readers = self._readers()
+        readers = readers_of(self.ops)
         paired = {index: first for first, index in self.pairs.items()}
         for index in reversed(range(len(self.ops))):
             op, place = self.ops[index], self.places[index]
