@@ -1,10 +1,13 @@
 """Whole training steps of twelve models: compile time, exact and fast mode as ratios to PyTorch, memory.
 
     python -m bench.models [NAME ...] [--rounds 5] [--threads 1] [--inductor] [--growth]
+    python -m bench.models [NAME ...] --memory
 
 Each model runs in a process of its own, eager, inductor (where asked for) and both modes in turn; figures are the
 least of the rounds (processor time with one thread, which a busy machine disturbs little, else time on the wall).
-`--growth` repeats each with twice the batch: the ratio of times to the first.
+`--growth` repeats each with twice the batch: the ratio of times to the first. `--memory` prints instead the most memory
+of a process that trains three steps in eager mode, and of one that compiles an exact step and runs it three times, in
+MB; the ratio, and that of what each needs beyond a process that has only built the model.
 """
 
 from __future__ import annotations
@@ -137,22 +140,12 @@ def steps_of(
     model, x, y = built
     function = F.cross_entropy if loss == "cross_entropy" else loss
 
-    def plain(forward: Callable[..., Any], parameters: Any) -> Callable[[], object]:
-        optimizer = torch.optim.Adam(parameters, lr=1e-3)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            function(forward(x), y).backward()
-            optimizer.step()
-
-        return step
-
     runs, seconds = {}, {}
     makers: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
-        "eager": lambda m: plain(m, m.parameters())
+        "eager": lambda m: eager(m, function, x, y)
     }
     if inductor:
-        makers["inductor"] = lambda m: plain(torch.compile(m), m.parameters())
+        makers["inductor"] = lambda m: eager(m, function, x, y, torch.compile(m))
     for fidelity in ("exact", "fast"):
         makers[fidelity] = lambda m, fidelity=fidelity: simulated(m, loss, x, y, fidelity)  # type: ignore[misc]
     for name, make in makers.items():
@@ -163,10 +156,29 @@ def steps_of(
     return runs, seconds
 
 
+def eager(
+    model: nn.Module, function: Any, x: Any, y: Any, forward: Callable[..., Any] | None = None
+) -> Callable[[], object]:
+    """A step in PyTorch; `forward`: the model compiled."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        function((forward or model)(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
 def simulated(model: nn.Module, loss: Any, x: Any, y: Any, fidelity: str) -> Callable[[], object]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     step = at.compile_step(model, loss, optimizer, example=(x, y), chip="m4", device="sim", fidelity=fidelity)
     return lambda: step(x, y)
+
+
+def _peak_megabytes() -> float:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1 << (20 if sys.platform == "darwin" else 10))
 
 
 def measure(name: str, rounds: int, threads: int, inductor: bool, growth: bool) -> None:
@@ -181,9 +193,7 @@ def measure(name: str, rounds: int, threads: int, inductor: bool, growth: bool) 
     built = MODELS[name]()
     runs, seconds = steps_of(built, loss, inductor)
     least = fastest(runs, rounds, clock)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1 << (20 if sys.platform == "darwin" else 10)
-    )
+    peak = _peak_megabytes()
     modes = [m for m in runs if m != "eager"]
     text = f"{name:14}{least['eager'] * 1e3:9.1f}"
     text += "".join(f"{least[m] / least['eager']:10.2f}" for m in modes)
@@ -192,6 +202,37 @@ def measure(name: str, rounds: int, threads: int, inductor: bool, growth: bool) 
         again = fastest(steps_of(doubled(built), loss, inductor)[0], rounds, clock)
         text += "".join(f"{again[m] / least[m]:10.2f}" for m in runs)
     print(text, flush=True)
+
+
+_MEMORY_MODES = ("", "eager", "exact")
+
+
+def memory(name: str, mode: str) -> None:
+    """Print the most memory of this process, in MB: with the model alone, or after three steps in a mode."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    loss = LOSSES.get(name, "cross_entropy")
+    model, x, y = MODELS[name]()
+    run: Callable[[], object] = lambda: None  # noqa: E731
+    if mode == "eager":
+        run = eager(model, F.cross_entropy if loss == "cross_entropy" else loss, x, y)
+    elif mode == "exact":
+        run = simulated(model, loss, x, y, mode)
+    for _ in range(3):
+        run()
+    print(_peak_megabytes())
+
+
+def memory_row(name: str) -> str:
+    """A line of the table of memory, from three processes."""
+    command = [sys.executable, "-m", "bench.models", name, "--here", "--memory"]
+    alone, plain, own = (
+        float(subprocess.run([*command, "--mode", mode], check=True, capture_output=True, text=True).stdout)
+        for mode in _MEMORY_MODES
+    )
+    beyond = (own - alone) / max(plain - alone, 1.0)
+    return f"{name:14}{alone:9.0f}{plain:9.0f}{own:9.0f}{own / plain:8.2f}{beyond:9.1f}"
 
 
 def fastest(
@@ -217,9 +258,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--inductor", action="store_true")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--mode", default="", help=argparse.SUPPRESS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.names or list(MODELS)
+    if options.memory:
+        if options.here:
+            memory(names[0], options.mode)
+            return
+        titles = f"{'alone':>9}{'eager':>9}{'exact':>9}{'ratio':>8}{'beyond':>9}"
+        print(f"{'model':14}{titles}", flush=True)
+        for name in names:
+            print(memory_row(name), flush=True)
+        return
     if options.here:
         measure(names[0], options.rounds, options.threads, options.inductor, options.growth)
         return
