@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.trace.sources import Place
 from ane_trainer.ane.capture.trace.tracer import trace
 from ane_trainer.ane.errors import UnsupportedModel
 
@@ -153,3 +154,22 @@ def test_products_are_multiplied_only_where_their_numbers_decide() -> None:
 
 def _raising(x: torch.Tensor) -> list[torch.Tensor]:
     raise ValueError("of another kind")
+
+
+def test_numbers_of_an_update_share_their_memory_while_it_is_recorded() -> None:
+    """An update makes tens of numbers of its parameter's size, which nothing reads."""
+    places: list[int] = []
+
+    def update(w: Tensor, g: Tensor) -> list[Tensor]:
+        moment = w * 0.9 + g * 0.1
+        change = torch.where(g > 0, moment, -moment) / (moment.abs().sqrt() + 1e-8)
+        places.extend(x.data_ptr() for x in (moment, change))
+        return [w - change, (g * g).mean(1)]
+
+    w, g = torch.rand(2, 64, 128, generator=torch.Generator().manual_seed(0)) - 0.5
+    place = Place()
+    place.text = "optimizer Adam (w)"
+    graph = trace(update, {"w": w, "g": g}, decomposition_table(), place)
+    assert len(set(places)) == 1
+    for own, expected in zip(graph(w, g), update(w, g), strict=True):
+        assert torch.equal(own, expected)
