@@ -66,12 +66,8 @@ class Exponentials(Origins):
     def _sum(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         result: torch.Tensor = _SUM(x, *args, **kwargs)
         made = self._of(x, "exp")
-        if made is None or kwargs.keys() - {"dim", "axis", "keepdim"} or len(args) > 2:
-            return result
-        axes = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
-        listed = range(x.ndim) if axes is None else axes if isinstance(axes, (list, tuple)) else [axes]
-        own = sorted(a % max(x.ndim, 1) for a in cast("Sequence[int]", listed))
-        return self._note("sum", result, made.scores, tuple(own))
+        axes = axes_of_sum(x.ndim, args, kwargs)
+        return result if made is None or axes is None else self._note("sum", result, made.scores, axes)
 
     def _total(self, x: object, y: object, *args: object, **kwargs: object) -> torch.Tensor:
         result = super()._total(x, y, *args, **kwargs)
@@ -158,3 +154,12 @@ class Exponentials(Origins):
         ):
             return None
         return made
+
+
+def axes_of_sum(rank: int, args: Sequence[object], kwargs: dict[str, object]) -> tuple[int, ...] | None:
+    """The axes that `sum` takes with these arguments; None for arguments of another kind."""
+    if kwargs.keys() - {"dim", "axis", "keepdim"} or len(args) > 2:
+        return None
+    axes = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
+    listed = range(rank) if axes is None else axes if isinstance(axes, (list, tuple)) else [axes]
+    return tuple(sorted(a % max(rank, 1) for a in cast("Sequence[int]", listed)))

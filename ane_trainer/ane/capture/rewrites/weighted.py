@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,10 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from ane_trainer.ane.capture.rewrites.divergences import Divergences
-from ane_trainer.ane.capture.rewrites.exponentials import Function
+from ane_trainer.ane.capture.rewrites.exponentials import Function, axes_of_sum
 from ane_trainer.ane.capture.trace.torch_private import SideTable, version
 
-_MUL: Function = torch.mul
 _WHERE: Function = torch.where
 #: What stands for the score of a masked entry, and the least sum whose logarithm is taken: where all are masked.
 _MASKED, _LEAST = -1e4, 2.0**-20
@@ -48,8 +46,6 @@ class WeightedSums(Divergences):
         self._masks: SideTable[tuple[torch.Tensor, int]] = SideTable()  # truths as numbers -> truths
         self._zeros: SideTable[int] = SideTable()
         numbered = (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type)
-        products = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
-        self.rewrites |= dict.fromkeys(products, self._product)
         self.rewrites |= {function: functools.partial(self._numbered, function) for function in numbered}
         self.rewrites |= {torch.zeros_like: self._zeros_like}
 
@@ -81,7 +77,7 @@ class WeightedSums(Divergences):
         return result
 
     def _product(self, x: object, y: object, *args: object, **kwargs: object) -> torch.Tensor:
-        result: torch.Tensor = _MUL(x, y, *args, **kwargs)
+        result = super()._product(x, y, *args, **kwargs)
         for each, other in ((x, y), (y, x)):
             truths = self._truths(other)
             if truths is not None:
@@ -138,7 +134,7 @@ class WeightedSums(Divergences):
                 made.scores,
             )
         elif weighted is not None and weighted.versions == _versions(x, weighted.scores, weighted.mask):
-            axes = _axes(x.ndim, args, kwargs)
+            axes = axes_of_sum(x.ndim, args, kwargs)
             if axes is not None:
                 shape = tuple(x.shape)
                 self._remember_written(
@@ -201,15 +197,6 @@ def _logarithm_of_sum(
 def _added(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """logaddexp"""
     return a + F.softplus(b - a)
-
-
-def _axes(rank: int, args: Sequence[object], kwargs: dict[str, object]) -> tuple[int, ...] | None:
-    """The axes that `sum` takes with these arguments; None for arguments of another kind."""
-    if kwargs.keys() - {"dim", "axis", "keepdim"} or len(args) > 2:
-        return None
-    axes = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
-    listed = range(rank) if axes is None else axes if isinstance(axes, (list, tuple)) else [axes]
-    return tuple(sorted(a % max(rank, 1) for a in cast("Sequence[int]", listed)))
 
 
 def _versions(*tensors: object) -> tuple[int, ...]:

@@ -117,3 +117,56 @@ def test_scores_may_lie_far_apart(name: str) -> None:
     assert abs(float(value) - float(expected.detach())) < 0.01 * abs(float(expected.detach()))
     for p, q, before in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
         assert (p - q).norm() < 0.02 * (q - before).norm()
+
+
+def by_hand(x: torch.Tensor) -> torch.Tensor:
+    """A divergence of two near softmaxes, at a high temperature."""
+    p = torch.softmax(x / 3, 1)
+    return (p * (p.log() - torch.log_softmax(0.8 * x / 3, 1))).sum(1)
+
+
+def clustering(x: torch.Tensor) -> torch.Tensor:
+    """Shares that are no softmaxes: deep embedded clustering."""
+    q = 1 / (1 + 0.1 * x**2)
+    q = q / q.sum(1, keepdim=True)
+    p = q**2 / q.sum(0)
+    return nn.functional.kl_div(q.log(), (p / p.sum(1, keepdim=True)).detach(), reduction="batchmean")
+
+
+OTHER_DIVERGENCES: dict[str, Op] = {
+    "another p": lambda x: (x.softmax(1) * ((2 * x).softmax(1).log() - x.log_softmax(1))).sum(1),
+    "another axis": lambda x: (x.softmax(1) * (x.softmax(1).log() - (2 * x).log_softmax(1))).sum(0),
+    "the other way round": lambda x: (x.softmax(1) * ((2 * x).log_softmax(1) - x.log_softmax(1))).sum(1),
+}
+
+
+@pytest.mark.parametrize("op", [by_hand, clustering, *OTHER_DIVERGENCES.values()])
+def test_divergences_by_hand_are_pytorchs(op: Op) -> None:
+    results = []
+    for rewritten in (False, True):
+        x = normal(6, 5).double().requires_grad_()
+        if rewritten:
+            with rewriting():
+                value = op(x).sum()
+        else:
+            value = op(x).sum()
+        value.backward()
+        assert x.grad is not None
+        results.append((value.detach(), x.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("op", [by_hand, clustering])
+def test_small_divergences_keep_their_value(op: Op) -> None:
+    class Applied(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return op(x).mean()
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 5), Applied()), torch.randn(6, 8) * 2
+    expected, y = float(model(x).detach()), torch.zeros(())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    step = at.compile_step(
+        model, lambda output, _: output, optimizer, example=(x, y), chip="m4", device="sim"
+    )
+    assert abs(float(step(x, y)) - expected) < 0.03 * expected
