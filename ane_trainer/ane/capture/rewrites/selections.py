@@ -156,9 +156,9 @@ class Masks:
 
     def masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
         """`torch.masked_select(x, mask)`"""
-        if self.knows(mask):
-            return torch.masked_select(x, mask)
         shape = torch.broadcast_shapes(x.shape, mask.shape)  # type: ignore[no-untyped-call]
+        if self.knows(mask):
+            return x.expand(shape)[mask.expand(shape)]
         return self.select(x.expand(shape), mask.expand(shape))
 
     def select(self, x: torch.Tensor, index: Any) -> Selected:

@@ -189,3 +189,20 @@ def test_a_transformers_mask_may_be_an_input() -> None:
     for given in (mask, torch.zeros(5, 5)):
         wanted = F.mse_loss(twin(x, given), y)
         torch.testing.assert_close(step((x, given), y), wanted.detach(), rtol=0.02, atol=0)
+
+
+def test_masked_select_by_a_known_mask_keeps_its_shape() -> None:
+    """NT-Xent: all similarities of a row but its own."""
+
+    def loss(z: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        others = (z @ z.T).masked_select(~torch.eye(len(z), dtype=torch.bool))
+        return others.view(len(z), -1).logsumexp(1).mean()
+
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.zeros(1)
+    expected = float(loss(model(x), y).detach())
+    step = at.compile_step(
+        model, loss, torch.optim.SGD(model.parameters(), 0.1), example=(x, y), device="sim"
+    )
+    assert float(step(x, y)) == pytest.approx(expected, rel=5e-3)
+    assert step.agreement.agrees
