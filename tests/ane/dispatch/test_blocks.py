@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import ane_trainer as at
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.chips.cost import estimate
 from ane_trainer.ane.chips.lookup import get_chip, known_layers
@@ -243,6 +244,28 @@ def test_a_state_goes_on_in_the_other_form(first: str | int, second: str | int) 
         assert float(reference(x, y)) == float(resumed(x, y))
     assert_same(reference, resumed)
     assert resumed.compiled.fingerprint == reference.compiled.fingerprint
+
+
+def test_auto_takes_long_pieces_where_blocks_are_short() -> None:
+    """Twelve layers of 40 operations fill three programs; one for each layer and phase took 81 dispatches."""
+    data = torch.randn(8, 16), torch.randint(0, 4, (8,))
+
+    def deep() -> nn.Module:
+        layers = [layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.ReLU())]
+        return nn.Sequential(*layers, nn.Linear(16, 4))
+
+    losses = []
+    for blocks in ("auto", "off", 1):
+        torch.manual_seed(0)
+        model = deep()
+        step = at.compile_step(
+            model, "cross_entropy", torch.optim.Adam(model.parameters()), data, blocks=blocks, verify="off"
+        )
+        losses.append([float(step(*data)) for _ in range(3)])
+        place = step.placement()
+        if blocks == "auto":
+            assert place["dispatches"] == place["programs"] <= 5, place
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_auto_divides_what_is_longer_than_known_to_compile() -> None:

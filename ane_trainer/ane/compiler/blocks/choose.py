@@ -65,6 +65,14 @@ class Division:
         reason = _too_large(lowered, chip, path, most)
         if not reason:
             return None
+        found = self._in_blocks(lowered, most, reason)
+        if len(lowered.program.main.ops) > most * len(found.programs):
+            return found  # fewer programs serve all blocks than pieces would hold the step
+        pieces = _divided(lowered, shortened(lowered.program.main, placement_of(lowered, {}), most), reason)
+        return pieces if len(pieces.programs) <= len(found.programs) and pieces.longest <= most else found
+
+    def _in_blocks(self, lowered: Lowered, most: float, reason: str) -> Divided:
+        """As many blocks in one program as fit, or one in several."""
         places = self._placed(lowered, 1)
         single = _divided(lowered, places, reason)
         if single.longest > most:
