@@ -14,8 +14,8 @@ import torch
 from ane_trainer.ane.compiler.lower.context import Context
 from ane_trainer.ane.compiler.lower.indices import arithmetic as exact
 from ane_trainer.ane.compiler.lower.indices import ordering
-from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, float_source
-from ane_trainer.ane.compiler.lower.indices.codes import MOVES, coded
+from ane_trainer.ane.compiler.lower.indices.choose import MOST_ROWS, Integers, float_source, rows_of
+from ane_trainer.ane.compiler.lower.indices.codes import EXACT_INTEGERS, MOVES, coded
 from ane_trainer.ane.compiler.lower.indices.ranges import (
     COMPARISONS,
     DIVISIONS,
@@ -39,7 +39,19 @@ def concerns(integers: Integers, node: Any, leaves: list[object]) -> bool:
     """Whether a node's integers need more than its rule: they are encoded, leave fp16's integers, or are divided."""
     if any(isinstance(leaf, Encoded) for leaf in leaves) or node in integers.split:
         return True
+    if _small_index(integers, node):
+        return True
     return integral(node.meta.get("val")) and packet_name(node) in DIVISIONS
+
+
+def _small_index(integers: Integers, node: Any) -> bool:
+    """Whether computed integers that fp16 holds look up a table of more rows than it has integers."""
+    name = packet_name(node)
+    index = node.args[1] if name in ("embedding", "embedding_dense_backward") else None
+    known = integers.bounds.get(index) if isinstance(index, torch.fx.Node) else None
+    if known is None or too_large(known) or index.op != "call_function":
+        return False
+    return (rows_of(node, index, name) or 0) > EXACT_INTEGERS + 1
 
 
 def lower(
@@ -58,6 +70,8 @@ def lower(
     source = None if encoded else float_source(node)
     if source is not None and source[0] in ctx.wide:
         return _turned(ctx, node)
+    if _small_index(integers, node) and isinstance(args[1], Value):
+        return rule(ctx, args[0], exact.as_pair(ctx, args[1]), *args[2:], **keywords)
     if name in _PICKS and (node in integers.split or isinstance(args[0], Encoded)):
         first = args[0] if isinstance(args[0], Encoded) else exact.as_pair(ctx, args[0])
         return _moved(ctx, name, rule, [first, *args[1:]], keywords, only_first=True)

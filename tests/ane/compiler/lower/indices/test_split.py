@@ -154,6 +154,27 @@ def test_integers_that_fp16_rounds_are_ordered(order: Callable[[Tensor], Tensor]
     assert float(step(ids, y)) == pytest.approx(loss, rel=2e-3)
 
 
+def test_small_computed_integers_look_up_a_large_table() -> None:
+    """`ids // 64` of ids below 131,072 is below 2,048: a table of more rows than fp16 has integers."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5_000, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embed(ids // 64).mean(1)
+
+    torch.manual_seed(0)
+    model, ids, y = Net(), torch.randint(0, 20_000, (4, 3)), torch.randn(4, 4)
+    step = compile_step(
+        model, "mse", torch.optim.SGD(model.parameters(), 0.1), example=(ids, y), device="sim"
+    )
+    step(ids, y)
+    assert step.agreement is not None
+    assert step.agreement.agrees
+
+
 LONG = 2_100
 PLACED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "max": lambda z: torch.max(z, 1),
