@@ -48,8 +48,10 @@ def _small_index(integers: Integers, node: Any) -> bool:
     """Whether computed integers that fp16 holds look up a table of more rows than it has integers."""
     name = packet_name(node)
     index = node.args[1] if name in ("embedding", "embedding_dense_backward") else None
-    known = integers.bounds.get(index) if isinstance(index, torch.fx.Node) else None
-    if known is None or too_large(known) or index.op != "call_function":
+    if not isinstance(index, torch.fx.Node) or index.op != "call_function":
+        return False
+    known = integers.bounds.get(index)
+    if known is None or too_large(known):
         return False
     return (rows_of(node, index, name) or 0) > EXACT_INTEGERS + 1
 
