@@ -44,7 +44,7 @@ def concerns(integers: Integers, node: Any, leaves: list[object]) -> bool:
     return integral(node.meta.get("val")) and packet_name(node) in DIVISIONS
 
 
-def _small_index(integers: Integers, node: Any) -> bool:
+def _small_index(integers: Integers, node: torch.fx.Node) -> bool:
     """Whether computed integers that fp16 holds look up a table of more rows than it has integers."""
     name = packet_name(node)
     index = node.args[1] if name in ("embedding", "embedding_dense_backward") else None
