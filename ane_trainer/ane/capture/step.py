@@ -32,6 +32,7 @@ from ane_trainer.ane.capture.gradients import (
     entry,
     gradient_scalars,
 )
+from ane_trainer.ane.capture.hidden import calibrate_hidden
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
 from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update, two_term_add
 from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values, uneven_groups
@@ -181,7 +182,8 @@ def capture_training(
         forwarded(model) as final,
         nothing_outside(model, loss, lambda: loss_of(model, get_loss(loss), example)),
     ):
-        calibration = calibrate(model, get_loss(loss), found, example)
+        once = lambda parameters: calibrate(model, get_loss(loss), parameters, example)  # noqa: E731
+        calibration, moved = calibrate_hidden(once, found, optimizer)
     changes = find_changes(model, final)
     clipped = clipping_shift(options.gradients, calibration, LARGEST_SHIFT)
     parameters = tuple(_with_unit(p, rule, optimizer, calibration, units, clipped) for p in found)
@@ -205,7 +207,8 @@ def capture_training(
             carried = carry_slow_buffers(graph, plan.inputs, outputs, values(example), model)
         again = functools.partial(loss_of, model, get_loss(loss), example)
         tell_of_stalls(model, final, carried.targets, again)
-        examples = [carried.values(values(batch)) for batch in (example, *options.calibrate_on)]
+        seen = [values(batch) for batch in (example, *options.calibrate_on)]
+        examples = [carried.values(inputs) for inputs in (*seen, *_moved(plan, seen[0], moved))]
     update, sizes = None, options.calibration
     if options.divided:
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
@@ -311,6 +314,12 @@ def _calibration_inputs(plan: _Plan, scale: float, batch: tuple[object, object])
     }
     generator = torch.Generator().manual_seed(0)
     return inputs | {p.name: draw(p.target, p.shape, generator) for p in plan.draws}
+
+
+def _moved(plan: _Plan, inputs: Tensors, moved: Mapping[str, torch.Tensor]) -> list[Tensors]:
+    """The inputs with parameters as after some updates, where there are any (`hidden`)."""
+    ports = {port.name: moved[port.target] for port in plan.state if port.target in moved}
+    return [inputs | ports] if ports else []
 
 
 def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
