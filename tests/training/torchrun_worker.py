@@ -14,8 +14,8 @@ def die_after(steps: int) -> None:
     """Let the process go without a word once it has counted so many steps."""
     count = Progress.count
 
-    def counting(self: Progress, loss: float, *, skipped: bool) -> None:
-        count(self, loss, skipped=skipped)
+    def counting(self: Progress, loss: float, examples: int, *, skipped: bool) -> None:
+        count(self, loss, examples, skipped=skipped)
         if self.steps == steps:
             os.kill(os.getpid(), signal.SIGKILL)
 

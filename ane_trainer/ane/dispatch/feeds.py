@@ -173,7 +173,8 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> Array:
             most = limits.largest_integer
             _check_integers(slot.place, low, high, slot.bounds or (-most, most))
     array: Array = leaf.to("cpu", limits.dtype).contiguous().numpy()
-    return array.reshape(slot.fed or slot.shape or (1,))
+    shape = slot.shape or (1,)
+    return array.reshape((-1, *slot.fed[1:]) if 0 < len(slot.fed) < len(shape) else shape)
 
 
 def _check_integers(place: str, low: torch.Tensor, high: torch.Tensor, bounds: tuple[float, float]) -> None:

@@ -8,8 +8,9 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,9 @@ def load_model_class(spec: str, where: str = "model") -> Callable[..., Any]:
         )
     path = path.resolve()
     module_name = f"ane_trainer_user_{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module_spec = importlib.util.spec_from_file_location(
+        module_name, path, loader=_AsItStands(module_name, str(path))
+    )
     if module_spec is None or module_spec.loader is None:
         raise UsageError(f"{where}: needs a Python file (.py); got {path_text!r}.", code="ANE102")
     module = importlib.util.module_from_spec(module_spec)
@@ -52,6 +55,14 @@ def load_model_class(spec: str, where: str = "model") -> Callable[..., Any]:
         del sys.modules[module_name]
         raise UsageError(f"{where}: {path_text} cannot be imported: {error}", code="ANE102") from error
     return _attribute(module, path_text, attribute, where)
+
+
+class _AsItStands(SourceFileLoader):
+    """Compiles the file as it stands: a cache goes by size and second, and would miss a quick change of a digit."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
 
 
 def _import(name: str, where: str) -> ModuleType:

@@ -30,8 +30,11 @@ Place = Callable[[float, float], tuple[float, float]]
 
 
 def step_charts(found: Sequence[Timeline]) -> list[str]:
-    """A roofline and memory over the step, whose programs run in turn."""
-    return [chart for chart in (roofline(found), memory_over_step(found)) if chart] if found else []
+    """A roofline and memory over the step for each chip; a step's programs on one chip run in turn."""
+    steps: dict[tuple[str, str], list[Timeline]] = {}
+    for program in found:
+        steps.setdefault((program.chip, program.path), []).append(program)
+    return [chart for own in steps.values() for chart in (roofline(own), memory_over_step(own)) if chart]
 
 
 def roofline(programs: Sequence[Timeline]) -> str:

@@ -86,6 +86,11 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], list[tuple[Tensor, Tensor]]
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_by_line(name: str, door: str) -> None:
     read, given, words = REFUSED[name]
+    if (name, door) == ("bytes that wrap", "torch.compile"):  # the host computes those
+        model = Reading(read)
+        expected = losses("torch", copy.deepcopy(model), given)
+        assert losses(door, model, given) == pytest.approx(expected, rel=0.01)
+        return
     with pytest.raises(Exception, match=words):
         losses(door, Reading(read), given)
 
