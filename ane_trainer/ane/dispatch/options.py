@@ -178,7 +178,7 @@ class StepOptions:
         """Whether step number `step`, from 0, is compared with fp32; `unlike`: its numbers are of another size."""
         if self.verify == "off":
             return False
-        return step == 0 or unlike or (isinstance(self.verify, int) and step % self.verify == 0)
+        return step == 0 or unlike or (not isinstance(self.verify, str) and step % self.verify == 0)
 
     @property
     def shards(self) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import ane_trainer as at
+from ane_trainer.ane.dispatch import StepOptions
 
 X, Y = torch.randn(16, 8), torch.randint(0, 3, (16,))
 
@@ -36,6 +38,11 @@ def test_parameters_without_numbers_are_named(
 ) -> None:
     with pytest.raises(at.AneTrainerError, match=r"ANE103 .*weight.* without .*Run the model once"):
         use(model())
+
+
+def test_numbers_of_numpy_count_as_whole_ones() -> None:
+    options = StepOptions(verify=np.int64(5))  # type: ignore[arg-type]
+    assert [options.verifies(step) for step in (0, 4, 5)] == [True, False, True]
 
 
 def test_a_loss_given_as_a_class_is_told_how_to_write_it() -> None:
