@@ -296,7 +296,7 @@ class Intake:
         assert self.example is not None
         with loop.located(where):
             check_target(y)
-            y = self._fitted(x, y)
+            x, y = self._form(x, y)
         if not loop.fits_step(x, y, self.example, where) and not self.weighted:
             self._announce_left_out(loop.batch_size_of(self.example[0]))
             return None
@@ -309,14 +309,15 @@ class Intake:
 
     def suits(self, data: Iterable[object], x: object, y: object) -> bool:
         """Whether the form that was settled on other data is that of this data, too, whose first batch is (x, y)."""
-        settled = self.weighted or self._obstacle is not None
-        return (settled or has_smaller_batch(data) is False) and self._has_shapes(x, y)
-
-    def _has_shapes(self, x: object, y: object) -> bool:
+        settled = self.weighted or self._obstacle is not None or has_smaller_batch(data) is False
         try:
-            return self.example is None or loop.fits_step(x, self._fitted(x, y), self.example, "")
+            return settled and (self.example is None or loop.fits_step(*self._form(x, y), self.example, ""))
         except DataError:  # which `begin` reports
             return False
+
+    def _form(self, x: object, y: object) -> loop.Batch:
+        """The batch as it is held against the example."""
+        return x, self._fitted(x, y)
 
     def take_notes(self) -> list[str]:
         """The notes since the last call."""

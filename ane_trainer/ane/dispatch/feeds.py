@@ -48,7 +48,7 @@ class Slot:
     `wide`: integers above 2048 are sent as codes. `mask`: numbers below all that a score can be (minus infinity,
     -1e9) are sent as minus infinity. `high`: the port of the integers' quotients, if they travel in two numbers.
     `bounds`: least and largest integer; `chosen`: what they choose by number. Floats are sent times `scale`, a power
-    of two. `fed`: the port's shape, where axes of the tensor are merged in it.
+    of two. `merged`: the port's shape, where it has fewer axes; of a batch in shards the first is longer.
     """
 
     place: str
@@ -60,7 +60,7 @@ class Slot:
     bounds: tuple[float, float] | None = None
     scale: float = 1.0
     chosen: Chosen | None = None
-    fed: tuple[int, ...] = ()
+    merged: tuple[int, ...] = ()
 
 
 def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool) -> Slot:
@@ -68,7 +68,8 @@ def slot_of(place: str, shape: tuple[int, ...], port: Port | None, *, mask: bool
     if port is None:
         return Slot(place, None, shape, mask=mask)
     coded, high = port.index_encoding == "coded", port.quotients or None
-    return Slot(place, port.name, shape, coded, mask, high, port.bounds, port.scale, port.chosen, port.shape)
+    merged = port.shape if len(port.shape) < len(shape) else ()
+    return Slot(place, port.name, shape, coded, mask, high, port.bounds, port.scale, port.chosen, merged)
 
 
 class Feeds:
@@ -173,8 +174,7 @@ def to_float(slot: Slot, leaf: torch.Tensor, limits: Range) -> Array:
             most = limits.largest_integer
             _check_integers(slot.place, low, high, slot.bounds or (-most, most))
     array: Array = leaf.to("cpu", limits.dtype).contiguous().numpy()
-    shape = slot.shape or (1,)
-    return array.reshape((-1, *slot.fed[1:]) if 0 < len(slot.fed) < len(shape) else shape)
+    return array.reshape((-1, *slot.merged[1:]) if slot.merged else slot.shape or (1,))
 
 
 def _check_integers(place: str, low: torch.Tensor, high: torch.Tensor, bounds: tuple[float, float]) -> None:

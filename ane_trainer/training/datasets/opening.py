@@ -80,15 +80,15 @@ def _open(data: object, options: DataOptions) -> Parts:
         return _open_folder(path, options)
     if path.is_file():
         return _open_file(path, options)
-    known_names = did_you_mean(spec, known.NAMES)
     if path.exists():
-        got, help = ", which is neither a file nor a folder", f"Known: {known_names.partition('Known: ')[2]}"
+        names = ", ".join(sorted(known.NAMES))
+        got, help = ", which is neither a file nor a folder", f"Known: {names}."
     elif "://" in spec:
         got, help = ", an address", "Download it, and give the file."
     elif any(sign in spec for sign in "*?["):
         got, help = ", a pattern", "Give one file or folder."
     else:
-        got, help = ", which does not exist", known_names
+        got, help = ", which does not exist", did_you_mean(spec, known.NAMES)
     raise DataError(
         f"dataset: needs a known name, a file or a folder; got {spec!r}{got}. {help}", code="DATA101"
     )

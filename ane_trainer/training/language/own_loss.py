@@ -119,18 +119,14 @@ class OwnLossIntake(Intake):
     def __call__(self, x: object, y: object, where: str) -> Batch | None:
         """The batch in the step's form; None for a smaller one that is left out, with a note."""
         assert self.example is not None
-        whole = self.fitted(joined(self._model, x, y))
-        if loop.fits_step(whole, (), self.example, where):
-            return whole, ()
+        form = self._form(x, y)
+        if loop.fits_step(*form, self.example, where):
+            return form
         self._announce_left_out(loop.batch_size_of(self.example[0]))
         return None
 
-    def _has_shapes(self, x: object, y: object) -> bool:
-        try:
-            whole = self.fitted(joined(self._model, x, y)) if self.example is not None else None
-            return self.example is None or loop.fits_step(whole, (), self.example, "")
-        except DataError:
-            return False
+    def _form(self, x: object, y: object) -> Batch:
+        return self.fitted(joined(self._model, x, y)), ()
 
     def counts(self, x: object, y: object) -> bool:
         """Whether a label of this batch counts."""

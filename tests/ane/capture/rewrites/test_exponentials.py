@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
-from ane_trainer.ane.capture.rewrites.substitutes import rewriting
-from tests.ane.compiler.lower.harness import normal
+from tests.ane.capture.rewrites.derivatives import value_and_gradient
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,16 +59,7 @@ OTHERS: dict[str, Op] = {
 @pytest.mark.parametrize("name", [*WRITTEN, *OTHERS])
 def test_values_and_gradients_are_pytorchs(name: str) -> None:
     op = {**WRITTEN, **OTHERS}[name]
-    results = []
-    for rewritten in (False, True):
-        x = normal(6, 5).double().requires_grad_()
-        if rewritten:
-            with rewriting():
-                value = op(x)
-        else:
-            value = op(x)
-        (value * torch.arange(value.numel()).view_as(value)).sum().backward()
-        results.append((value.detach(), x.grad))
+    results = [value_and_gradient(op, rewritten) for rewritten in (False, True)]
     torch.testing.assert_close(*results)
 
 

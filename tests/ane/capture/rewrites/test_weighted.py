@@ -12,6 +12,7 @@ from torch import nn
 
 import ane_trainer as at
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
+from tests.ane.capture.rewrites.derivatives import value_and_gradient
 from tests.ane.compiler.lower.harness import normal
 
 Op = Callable[[torch.Tensor], torch.Tensor]
@@ -78,18 +79,8 @@ OTHERS: dict[str, Op] = {
 @pytest.mark.parametrize("name", [*WRITTEN, *OTHERS])
 def test_values_and_gradients_are_pytorchs(name: str) -> None:
     op = {**WRITTEN, **OTHERS}[name]
-    results = []
-    for rewritten in (False, True):
-        x = normal(6, 5).double().requires_grad_()
-        if rewritten:
-            with rewriting():
-                value = op(x)
-        else:
-            value = op(x)
-        value = torch.where(value.isfinite(), value, 0.0)
-        (value * torch.arange(value.numel()).view_as(value)).sum().backward()
-        assert x.grad is not None
-        results.append((value.detach(), x.grad))
+    kept = lambda value: torch.where(value.isfinite(), value, 0.0)  # noqa: E731
+    results = [value_and_gradient(op, rewritten, kept) for rewritten in (False, True)]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
