@@ -187,6 +187,12 @@ def test_resumed_loader_without_a_position_is_read_up_to_it(tmp_path: Path) -> N
     assert same(whole.model, rest.model)
 
 
+def test_resuming_on_an_object_is_refused_as_it_would_stay_as_it_is(tmp_path: Path) -> None:
+    trainer = Trainer(nn.Linear(2, 2), "mse", device="cpu", report=Reporter())
+    with pytest.raises(UsageError, match=r"Write trainer = Trainer.resume\(path, ...\)"):
+        trainer.resume(trainer.save(tmp_path))
+
+
 def test_saving_a_resumed_trainer_before_training_loses_nothing(tmp_path: Path) -> None:
     whole = small_trainer()
     whole.fit(digits()[0], epochs=2)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from numpy.typing import ArrayLike
@@ -121,6 +121,7 @@ class Trainer(Training):
         self.lora = lora if isinstance(lora, LoraOptions) else None
         self._inference.scores = metrics if isinstance(metrics, Scores) else Scores(metrics or {})
         self._announced = self._compared = False
+        self.resume = _refuse_object  # type: ignore[method-assign]
 
     def fit(
         self, train: Iterable[Batch], epochs: int = 1, val: Iterable[Batch] | None = None, *,
@@ -484,3 +485,11 @@ class Trainer(Training):
             name = type(self.optimizer).__name__
             self.report.note("optimizer", f"{name} runs on the host, PyTorch fp32{reason}")
         return step
+
+
+def _refuse_object(*_: object, **__: object) -> NoReturn:
+    """`Trainer.resume` called on an object, which would stay as it is."""
+    text = (
+        "resume: needs the class, which makes a new trainer; got a trainer, which would stay as it is. Write "
+    )
+    raise UsageError(text + "trainer = Trainer.resume(path, ...).", code="ANE104")
