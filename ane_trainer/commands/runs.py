@@ -188,7 +188,7 @@ def sparkline(values: Sequence[float], width: int = 32) -> str:
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
-    accuracy, loss = record.accuracy, _result(record, "test_loss") or record.last("train_loss")
+    accuracy, loss = record.accuracy, _result(record, "test_loss") or record.kept("train_loss")
     model, dataset = (Path(str(record.config.get(name, ""))).name for name in ("model", "dataset"))
     return (
         str(record.path), model, dataset,

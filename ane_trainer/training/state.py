@@ -69,6 +69,7 @@ class Training:
         self._data_state: dict[str, object] | None = None
         self._restored: Checkpoint | None = None
         self._metrics: Metrics | None = None
+        self._kept: int | None = None  # the epoch whose weights the model ended with, if not the last
         self._digest: str | None = None
         self._at_first: dict[str, torch.Tensor] = {}  # parameters as the model was built, before `restore`
 
@@ -93,9 +94,16 @@ class Training:
         self.sync()
         self.model.load_state_dict(weights)
         self.evaluate_with(self.model)
-        record = self.history[epoch - 1] if 0 < epoch <= len(self.history) else None
+        self._kept = epoch
+        record = self.kept
         if record is not None and record.val_loss is not None:
             self._metrics = Metrics(record.val_loss, record.val_accuracy, 0)
+
+    @property
+    def kept(self) -> Epoch | None:
+        """The epoch whose weights the model has: the last one, or what a callback ended with."""
+        epoch = len(self.history) if self._kept is None else self._kept
+        return self.history[epoch - 1] if 0 < epoch <= len(self.history) else None
 
     @property
     def stop_training(self) -> bool:
@@ -247,6 +255,7 @@ class Training:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "epochs": progress.epoch,
             "steps": progress.steps,
+            "weights_epoch": None if self.kept is None else self.kept.epoch,
             "train_loss": self.history[-1].train_loss if self.history else None,
             "test_loss": self._metrics.loss if self._metrics else None,
             "test_accuracy": self._metrics.accuracy if self._metrics else None,

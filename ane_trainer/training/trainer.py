@@ -147,7 +147,7 @@ class Trainer(Training):
         if self._restored is not None:
             self.callbacks.load(self._restored.scalars.get("callbacks", {}), self._restored.tensors)
         self.announce()
-        last, started = self.progress.epoch + epochs, time.perf_counter()
+        last, started, self._kept = self.progress.epoch + epochs, time.perf_counter(), None
         self.max_epochs = last
         try:
             with loop.interruptible() as stop, contextlib.closing(self.report):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,9 @@ from ane_trainer.ane.errors import (
 from ane_trainer.core import evaluate_run, resume_training, run_training
 from ane_trainer.training.checkpoint import BEFORE, CHECKPOINT, read_tensors, write_tensors
 from ane_trainer.training.config import TrainConfig, load_config, make_config
+from ane_trainer.training.folder.records import read_record
 from ane_trainer.training.folder.runs import BEST, RunFolder, claim_run, open_run
+from ane_trainer.training.reporting.report import summary
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 MODEL = """
@@ -382,3 +385,30 @@ def test_fifty_ends_cost_no_bit(kind: str, how: str, tmp_path: Path) -> None:
     run_training(make_config(options), out=tmp_path / "whole", report=Reporter())
     assert ended_and_resumed(options, tmp_path / "ended", 50, 11, how) == 50
     assert same(weights(tmp_path / "ended"), weights(tmp_path / "whole"))
+
+
+def test_what_is_said_is_of_the_weights_that_were_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = (
+        rng.standard_normal((96, 4)),
+        rng.integers(0, 2, 96),
+    )  # nothing to learn: the first epochs are the best
+    np.savez(tmp_path / "noise.npz", x=x.astype(np.float32), y=y)
+    options = make_config(
+        {
+            "dataset": str(tmp_path / "noise.npz"),
+            "best": True,
+            "monitor": "val_loss",
+            "epochs": 30,
+            "device": "cpu",
+        }
+    )
+    result = run_training(options, out=tmp_path / "run", report=Reporter())
+    best = min(result.history, key=lambda record: record.val_loss or 0.0)
+    assert best.epoch < len(result.history) == 30
+    assert result.weights_epoch == best.epoch
+    closing = summary(result)
+    assert f"validation loss {best.val_loss:.4f}   train loss {best.train_loss:.4f}" in closing
+    assert f"(weights of epoch {best.epoch})" in closing
+    assert read_record(tmp_path / "run").kept("val_loss") == best.val_loss
+    assert f"{best.val_loss:.4g}" in (tmp_path / "run" / "report.html").read_text()

@@ -122,6 +122,7 @@ def test_early_stopping_and_best_weights() -> None:
     result = trainer.fit(worse, 9, batches(), callbacks=[Note(), EarlyStopping(3, monitor="val_loss"), best])
     assert result.epochs == best.epoch + 3 < 9
     assert result.test_loss == min(record.val_loss for record in result.history)
+    assert result.weights_epoch == best.epoch
     assert all(torch.equal(value, seen[best.epoch][k]) for k, value in trainer.model.state_dict().items())
 
 

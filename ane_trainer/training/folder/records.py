@@ -61,19 +61,21 @@ class RunRecord:
 
     @property
     def accuracy(self) -> float | None:
-        """On the test data, else of the last epoch on what it was evaluated on."""
+        """On the test data, else of the kept weights on what their epoch was evaluated on."""
         if self.result is not None and self.result.get("test_accuracy") is not None:
             return float(self.result["test_accuracy"])
-        return self.last("val_accuracy")
+        return self.kept("val_accuracy")
 
     @property
     def when(self) -> str:
         """The time of the last change."""
         return datetime.datetime.fromtimestamp(self.modified).strftime("%Y-%m-%d %H:%M")
 
-    def last(self, name: str) -> float | None:
-        """The last known value of a number of the epochs."""
-        known = [record[name] for record in self.history if record.get(name) is not None]
+    def kept(self, name: str) -> float | None:
+        """A number of the epoch whose weights the run ended with; of one without a result the last that is known."""
+        epoch = (self.result or {}).get("weights_epoch")
+        records = [record for record in self.history if record.get("epoch") == epoch] or self.history
+        known = [record[name] for record in records if record.get(name) is not None]
         return float(known[-1]) if known else None
 
     def curve(self, name: str) -> list[tuple[float, float | None]]:

@@ -54,7 +54,8 @@ class Result:
     data to the last evaluation, `seconds_per_step` the mean of the loop without compiling. `placement` says
     where the step's ops ran and how that is known. `estimate` is the cost model's figure for one step on the
     chip, `fp32_reference` the test accuracy of plain PyTorch, `health` counts by module the batches of which a gradient
-    left its range, `agreement` compares the first step with fp32. None always means "not known", never zero.
+    left its range, `agreement` compares the first step with fp32, `weights_epoch` is the epoch
+    whose weights were kept (the last, or the best). None always means "not known", never zero.
     """
 
     dataset: str | None
@@ -85,6 +86,12 @@ class Result:
     agreement: Mapping[str, object] | None = None
     history: tuple[Epoch, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    weights_epoch: int | None = None
+
+    @property
+    def kept(self) -> Epoch | None:
+        """The epoch whose weights were kept."""
+        return next((record for record in self.history if record.epoch == self.weights_epoch), None)
 
     def to_json(self) -> dict[str, object]:
         """As result.json; `details` (versions, seeds, batch size, paths) are merged into the top level."""

@@ -231,11 +231,11 @@ def _outcome(job: Job, run: RunFolder, first: _Before, after: list[dict[str, str
         saved = run.path / MODEL
         trainer.model.save_pretrained(str(saved))  # type: ignore[operator]
         job.tokenizer.save_pretrained(str(saved))
-    last = trainer.history[-1].val_loss if trainer.history else None
+    kept = None if trainer.kept is None else trainer.kept.val_loss
     answers = [{**then, "after": now["answer"]} for then, now in zip(first["answers"], after, strict=False)]
     return {
         "run": str(run.path), "saved": str(saved), "answers": answers,
-        "perplexity_before": _perplexity(first["loss"]), "perplexity": _perplexity(last),
+        "perplexity_before": _perplexity(first["loss"]), "perplexity": _perplexity(kept),
         "right_before": _right(first["answers"]), "right": _right(after),
     }  # fmt: skip
 

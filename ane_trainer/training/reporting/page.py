@@ -101,9 +101,9 @@ def _tiles(record: RunRecord, analysis: Analysis | None) -> str:
     shown: list[tuple[str, str | None]] = [
         ("test accuracy", _percent(result.get("test_accuracy"))),
         ("test loss", _number(result.get("test_loss"))),
-        ("validation accuracy", None if tested else _percent(record.last("val_accuracy"))),
-        ("validation loss", None if tested else _number(record.last("val_loss"))),
-        ("train loss", _number(result.get("train_loss", record.last("train_loss")))),
+        ("validation accuracy", None if tested else _percent(record.kept("val_accuracy"))),
+        ("validation loss", None if tested else _number(record.kept("val_loss"))),
+        ("train loss", _number(record.kept("train_loss") or result.get("train_loss"))),
         ("PyTorch fp32, same seed", _percent(result.get("fp32_reference"))),
     ]
     if isinstance(analysis, (ClassAnalysis, LabelAnalysis)):

@@ -361,9 +361,10 @@ def _accuracy_line(result: Result) -> str:
         loss = "not known" if result.train_loss is None else f"{result.train_loss:.4f}"
         if result.test_loss is not None:
             return f"test loss {result.test_loss:.4f}   train loss {loss}"
-        if result.history and (last := result.history[-1]).val_loss is not None:
-            accuracy = "" if last.val_accuracy is None else f"validation accuracy {last.val_accuracy:.2%}   "
-            return f"{accuracy}validation loss {last.val_loss:.4f}   train loss {loss}"
+        if (kept := result.kept) is not None and kept.val_loss is not None:
+            accuracy = "" if kept.val_accuracy is None else f"validation accuracy {kept.val_accuracy:.2%}   "
+            best = f"   (weights of epoch {kept.epoch})" if kept.epoch < len(result.history) else ""
+            return f"{accuracy}validation loss {kept.val_loss:.4f}   train loss {kept.train_loss:.4f}{best}"
         return f"train loss {loss}   (no test data was given)"
     line = f"test accuracy {result.test_accuracy:.2%}   test loss {result.test_loss:.4f}"
     if result.fp32_reference is not None:
