@@ -92,7 +92,7 @@ def calibrate(
 
     Only choices of scale come from it, never values: another example gives the same step up to rounding.
     """
-    values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
+    values = _copied(parameters)
     trained = [values[p.name] for p in parameters if p.trained]
     mode = HostRandomMode()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
@@ -104,11 +104,38 @@ def calibrate(
         drawn = bool(mode.noted) or not torch.equal(before, torch.get_rng_state())
     _check_loss(value, bool(trained))
     gradients, largest = gradients_and_largest_intermediate(value.float(), trained, decomposition_table())
-    names = [p.name for p in parameters if p.trained]
-    peaks = {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
+    peaks = _peaks(parameters, gradients)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
     known = () if drawn else _witness(value, gradients)
     return Calibration(tuple(mode.noted), peaks, largest, norm, known)
+
+
+def gradient_peaks(
+    model: torch.nn.Module, loss: Loss, parameters: Sequence[Parameter], example: tuple[object, object]
+) -> dict[str, float]:
+    """The largest entry of each gradient alone, with the draws of `calibrate`: its runs take half as long again."""
+    values = _copied(parameters)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        rewriting(values_known=True),
+        HostRandomMode(),
+    ):
+        tensors = {**values, **copies(model, with_sparse=True)}
+        value = call_loss(loss, call_aside(model, tensors, example[0]), example[1], model, tensors)
+    trained = [values[p.name] for p in parameters if p.trained]
+    return _peaks(parameters, torch.autograd.grad(value.float(), trained, allow_unused=True))
+
+
+def _copied(parameters: Sequence[Parameter]) -> Tensors:
+    """Copies of the parameters by name, of which those that are trained have gradients."""
+    return {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
+
+
+def _peaks(parameters: Sequence[Parameter], gradients: Sequence[torch.Tensor | None]) -> dict[str, float]:
+    """The largest entry of each gradient, by parameter; `gradients` are those of the trained ones in order."""
+    names = [p.name for p in parameters if p.trained]
+    return {n: float(g.abs().amax()) for n, g in zip(names, gradients, strict=True) if g is not None}
 
 
 def _witness(value: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> tuple[float, ...]:
@@ -146,7 +173,7 @@ def witness(
     """The loss in plain PyTorch and the norm of each trained parameter's gradient: what a program must have been
     captured from. The same draws at each call; nothing of the model's tensors changes.
     """
-    values = {p.name: p.tensor.detach().clone().float().requires_grad_(p.trained) for p in parameters}
+    values = _copied(parameters)
     trained = [values[p.name] for p in parameters if p.trained]
     with (
         torch.random.fork_rng(devices=[]),

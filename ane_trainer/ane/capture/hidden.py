@@ -7,11 +7,12 @@ that are chosen from zeros would lose it, so the range pass looks at a later ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from ane_trainer.ane.capture.calibrate import Calibration
+from ane_trainer.ane.capture.calibrate import Calibration, calibrate, gradient_peaks
+from ane_trainer.ane.capture.losses import Loss
 from ane_trainer.ane.capture.optimizers.table import plain
 from ane_trainer.ane.capture.ports import Parameter
 
@@ -20,17 +21,18 @@ _UPDATES = 8.0
 
 
 def calibrate_hidden(
-    calibrate: Callable[[Sequence[Parameter]], Calibration],
+    model: torch.nn.Module,
+    loss: Loss,
     parameters: Sequence[Parameter],
+    example: tuple[object, object],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[Calibration, dict[str, torch.Tensor]]:
     """The calibration of the parameters, hidden gradients as a later step shows them, and what hid them, moved."""
-    found = calibrate(parameters)
+    found = calibrate(model, loss, parameters, example)
     moved = after_first_updates(parameters, optimizer, found)
     if moved:
-        later = calibrate(
-            [dataclasses.replace(p, tensor=moved.get(p.name, p.tensor)) for p in parameters]
-        ).peaks
+        there = [dataclasses.replace(p, tensor=moved.get(p.name, p.tensor)) for p in parameters]
+        later = gradient_peaks(model, loss, there, example)
         found = dataclasses.replace(found, peaks={n: v or later.get(n, 0.0) for n, v in found.peaks.items()})
     return found, moved
 

@@ -15,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from ane_trainer.ane.capture.trace.torch_private import pytree
 
+#: Arguments that hold no others: most, and to look into them as trees takes longer than the operations themselves.
+_LEAVES = (torch.Tensor, int, float, str, torch.dtype, torch.device, type(None))
+
 
 class StandIns(TorchFunctionMode):
     """Within the block each torch call gets, for a parameter or buffer of `model`, what `tensors` has by its name."""
@@ -35,7 +38,14 @@ class StandIns(TorchFunctionMode):
         args: Any = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        return func(*pytree.tree_map(self._other, args), **pytree.tree_map(self._other, kwargs or {}))
+        return func(
+            *map(self._shown, args), **{key: self._shown(value) for key, value in (kwargs or {}).items()}
+        )
+
+    def _shown(self, argument: object) -> object:
+        return (
+            self._other(argument) if isinstance(argument, _LEAVES) else pytree.tree_map(self._other, argument)
+        )
 
     def _other(self, value: object) -> object:
         return self._known.get(id(value), value)

@@ -19,7 +19,7 @@ from ane_trainer.ane.capture.buffers import (
     newest_statistics,
     tell_of_stalls,
 )
-from ane_trainer.ane.capture.calibrate import Calibration, calibrate, call_loss, call_model, copies, loss_of
+from ane_trainer.ane.capture.calibrate import Calibration, call_loss, call_model, copies, loss_of
 from ane_trainer.ane.capture.gradients import (
     FLOORS,
     LIMITS,
@@ -182,8 +182,7 @@ def capture_training(
         forwarded(model) as final,
         nothing_outside(model, loss, lambda: loss_of(model, get_loss(loss), example)),
     ):
-        once = lambda parameters: calibrate(model, get_loss(loss), parameters, example)  # noqa: E731
-        calibration, moved = calibrate_hidden(once, found, optimizer)
+        calibration, moved = calibrate_hidden(model, get_loss(loss), found, example, optimizer)
     changes = find_changes(model, final)
     clipped = clipping_shift(options.gradients, calibration, LARGEST_SHIFT)
     parameters = tuple(_with_unit(p, rule, optimizer, calibration, units, clipped) for p in found)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ane_trainer as at
-from ane_trainer.ane.capture.calibrate import Calibration
+from ane_trainer.ane.capture.calibrate import Calibration, calibrate, gradient_peaks
 from ane_trainer.ane.capture.hidden import after_first_updates
 from ane_trainer.ane.capture.ports import find_parameters
 
@@ -57,3 +57,11 @@ def test_nothing_is_moved_where_every_gradient_shows() -> None:
     assert after_first_updates(parameters, optimizer, shown) == {}
     hidden = Calibration((), {p.name: 0.0 if p.name == "first.weight" else 0.5 for p in parameters})
     assert set(after_first_updates(parameters, optimizer, hidden)) == {"second.weight"}
+
+
+def test_peaks_alone_are_those_of_the_calibration() -> None:
+    model, example = Adapted(1.0), (torch.randn(8, 32), torch.randint(0, 4, (8,)))
+    parameters = find_parameters(model, torch.optim.Adam(model.parameters(), lr=1e-3))
+    whole = calibrate(model, F.cross_entropy, parameters, example).peaks
+    assert gradient_peaks(model, F.cross_entropy, parameters, example) == pytest.approx(whole, rel=1e-5)
+    assert whole["first.weight"] == 0.0 < whole["second.weight"]

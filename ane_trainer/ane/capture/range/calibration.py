@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from ane_trainer.ane.capture.range.choosing import Choices
+from ane_trainer.ane.capture.range.choosing import Choices, parts_of
 from ane_trainer.ane.capture.range.editing import TINY, aten, in_update
 from ane_trainer.ane.capture.range.running import VIEWS, InOrder, in_step
 
@@ -53,8 +53,9 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
     The update of the weights is left out: its numbers are in units of their own (`optimizers/rules.py`).
     """
     found: dict[str, Magnitude] = {}
+    parts = parts_of(module.graph)
     for example in examples:
-        run = Measured(module)
+        run = Measured(module, parts)
         with torch.no_grad():
             for _ in in_step([run], example):
                 pass
@@ -162,10 +163,10 @@ def _fed(node: Node) -> bool:
 class Measured(InOrder):
     """Runs a graph and notes the magnitude of each float value in front of the update, and of large integers."""
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, parts: frozenset[Node] | None = None) -> None:
         super().__init__(module)
         self.found: dict[str, Magnitude] = {}
-        self.choices = Choices(module.graph)
+        self.choices = Choices(parts_of(module.graph) if parts is None else parts)
 
     def run_node(self, n: Node) -> object:
         result = super().run_node(n)

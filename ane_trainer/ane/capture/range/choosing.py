@@ -20,10 +20,10 @@ _PRODUCTS = ("aten.mul.Tensor",)
 
 
 class Choices:
-    """The values of a graph of which parts are taken, with what a run showed of them."""
+    """The values of a graph of which parts are taken (`parts_of`), with what a run showed of them."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.parts = _parts(graph)
+    def __init__(self, parts: frozenset[Node]) -> None:
+        self.parts = parts
         self._large: dict[Node, torch.Tensor] = {}
         self._taken: dict[Node, torch.Tensor | None] = {}
 
@@ -56,7 +56,7 @@ class Choices:
                 yield node, self._large[node][taken]
 
 
-def _parts(graph: Graph) -> frozenset[Node]:
+def parts_of(graph: Graph) -> frozenset[Node]:
     """Values that only end in a `where` of their shape, or in products; one `where` at least."""
     found: dict[Node, bool] = {}
     for node in reversed(graph.nodes):

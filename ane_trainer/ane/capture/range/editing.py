@@ -30,14 +30,21 @@ class Editor:
         self.graph = graph
         self.here: Node = next(iter(graph.nodes))
         self.marks: dict[str, object] = {}
+        #: What operations give, by what they are given: the same for every layer that repeats.
+        self._results: dict[object, torch.Tensor] = {}
 
     def emit(self, target: Callable[..., object], *args: Argument) -> Node:
         """`target(*args)` as a node."""
         with self.graph.inserting_before(self.here):
             node = self.graph.call_function(target, args)
         node.meta = {k: v for k, v in self.here.meta.items() if k not in ("val", TINY)} | self.marks
-        of = aten.reshape.default if target is aten.view.default else target  # a program has no strides
-        node.meta["val"] = _without_data(of(*map_arg(args, lambda n: _without_data(n.meta["val"]))))
+        kind = (target, _kind(args))
+        found = self._results.get(kind)
+        if found is None:
+            of = aten.reshape.default if target is aten.view.default else target  # a program has no strides
+            found = _without_data(of(*map_arg(args, lambda n: _without_data(n.meta["val"]))))
+            self._results[kind] = found
+        node.meta["val"] = found
         return node
 
     def view(self, node: Node, shape: Shape) -> Node:
@@ -61,6 +68,16 @@ class Editor:
         for part in parts:
             node = self.emit(aten.mul.Tensor, node, part)
         return node
+
+
+def _kind(argument: Argument) -> object:
+    """What of an argument the shape, strides and type of a result depend on."""
+    if isinstance(argument, Node):
+        value = argument.meta["val"]
+        return value.shape, value.stride(), value.dtype
+    if isinstance(argument, (list, tuple)):
+        return type(argument), *map(_kind, argument)
+    return type(argument), argument  # 1, 1.0 and True are equal
 
 
 def _without_data(value: object) -> torch.Tensor:
