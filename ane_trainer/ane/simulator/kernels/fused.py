@@ -235,6 +235,8 @@ class Compiler:
     def __init__(self, context: EngineContext) -> None:
         self.context = context
         self._loops = Loops(context.threads)
+        #: Groups and tables that were worked out, and what gave them: layers that repeat have one between them.
+        self._tabulated: dict[object, tuple[Group, list[Array], Sequence[Array]]] = {}
 
     def add(
         self, ops: Sequence[Op], outputs: Sequence[Value], array_of: Callable[[Arg], Array]
@@ -275,5 +277,14 @@ class Compiler:
             positions[op.result.name] = write(code, self.context, call, sources)
         stores = tuple(positions[value.name] for value in outputs)
         group = Group(tuple(code.instrs), len(code.arrays), len(code.tables), stores)
-        group, tables = tabulate(group, code.tables)
+        group, tables = self._with_tables(group, code.tables)
         return group, code.arrays, tables
+
+    def _with_tables(self, group: Group, tables: Sequence[Array]) -> tuple[Group, list[Array]]:
+        """`tabulate`, once for equal groups."""
+        signs = tuple(math.copysign(1.0, instr.value) for instr in group.code)  # 0 and -0 are equal
+        known = group, signs, tuple(map(id, tables))
+        if known not in self._tabulated:
+            self._tabulated[known] = (*tabulate(group, tables), tables)
+        found, worked_out, _ = self._tabulated[known]
+        return found, worked_out

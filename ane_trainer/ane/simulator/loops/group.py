@@ -9,6 +9,7 @@ float32; `mac_...` are steps of a multiply-accumulate (`lanes.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,15 +86,16 @@ class Code:
         self.instrs: list[Instr] = []
         self.arrays: list[Memory] = []
         self.tables: list[F32] = []
-        self._seen: dict[Instr, int] = {}
+        self._seen: dict[tuple[Instr, float], int] = {}
 
     def add(self, code: str, *sources: int, which: int = -1, value: float = 0.0) -> int:
         """Append an instruction (or find the equal one) and return its position."""
         instr = Instr(code, sources, which, value)
-        if instr not in self._seen:
-            self._seen[instr] = len(self.instrs)
+        known = instr, math.copysign(1.0, value)  # 0 and -0 are equal
+        if known not in self._seen:
+            self._seen[known] = len(self.instrs)
             self.instrs.append(instr)
-        return self._seen[instr]
+        return self._seen[known]
 
     def load(self, array: Memory) -> int:
         """Append a load of an array's elements."""
@@ -115,7 +117,7 @@ class Code:
     def lookup(self, source: int, table: F32) -> int:
         """Append a gather from `table`, float32[65536] indexed by fp16 pattern."""
         for number, known in enumerate(self.tables):
-            if known is table or np.array_equal(known, table):
+            if known is table or np.array_equal(known.view(np.uint32), table.view(np.uint32)):
                 return self.add("lookup", source, which=number)
         self.tables.append(table)
         return self.add("lookup", source, which=len(self.tables) - 1)

@@ -6,6 +6,7 @@ import pytest
 from ane_trainer.ane.mil.opset import Builder, bind
 from ane_trainer.ane.mil.program import TensorType
 from ane_trainer.ane.simulator import KERNELS, make_context, prepare
+from ane_trainer.ane.simulator.kernels.fused import Compiler
 from ane_trainer.ane.simulator.numbers.fp16 import decode, encode, round_half_away
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, 4, -1)
@@ -57,3 +58,33 @@ def test_fast_quotients_are_rounded_once_and_keep_the_limit():
     normal = (np.abs(quotient) > 2.0**-14) & (np.abs(y) > 2.0**-16)
     assert np.abs(found / np.where(normal, quotient, 1) - 1)[normal].max() <= 2.0**-10
     assert np.abs(found / np.where(normal, exact, 1) - 1)[normal].max() < 0.002  # the table's own distance
+
+
+def test_constants_of_0_and_minus_0_are_two():
+    """One constant for both once gave the second product the first's sign."""
+    x = np.array([1.0, -2.0, 3.0], np.float16)
+
+    def run(*factors):
+        b = Builder()
+        value = b.input("x", TensorType("fp16", (3,)))
+        results = tuple(b.op("mul", x=value, y=f) for f in factors)
+        found = prepare(b.finish(results), make_context("m4", threads=1)).run({"x": x})
+        return [found[r.name].view(np.uint16).tolist() for r in results]
+
+    assert run(0.0, -0.0) == run(0.0) + run(-0.0)
+    assert run(0.0) != run(-0.0)
+
+
+def test_equal_chains_share_their_table():
+    b = Builder()
+    inputs = [b.input(name, TensorType("fp16", (64,))) for name in ("x", "y", "z")]
+    compiler, loops = Compiler(make_context("m4", threads=1)), []
+    for value, factor in zip(inputs, (3.0, 3.0, 5.0), strict=True):
+        before = len(b._ops)
+        result = b.op("mul", x=b.op("tanh", x=b.op("sigmoid", x=value)), y=factor)
+        arrays = {each.name: np.zeros(64, np.float32) for each in (value, result)}
+        loops.append(compiler.add(b._ops[before:], [result], lambda argument, a=arrays: a[argument.name]))
+    tables = [[array for array in loop.memory if array.size == 1 << 16] for loop in loops]
+    assert [len(each) for each in tables] == [1, 1, 1]
+    assert tables[0][0] is tables[1][0]
+    assert not np.array_equal(tables[0][0], tables[2][0])
