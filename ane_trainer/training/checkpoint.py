@@ -28,7 +28,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from ane_trainer.ane.dispatch.state import FORMAT, READABLE, STEP, incomplete
-from ane_trainer.ane.errors import CheckpointError
+from ane_trainer.ane.errors import CheckpointError, UsageError
 from ane_trainer.training.folder.results import Epoch
 from ane_trainer.training.loop import Progress
 from ane_trainer.utils import atomic_write
@@ -239,6 +239,13 @@ def _allowed(name: str, path: Path) -> Any:
 def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, object]:
     """Class and hyperparameters as JSON; parameters by their names in the model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    foreign = sum(id(p) not in names for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise UsageError(
+            f"save: needs an optimizer over the model's parameters; got one with {foreign} tensors that are not among "
+            "them (a layer was replaced?). Build it from model.parameters().",
+            code="ANE104",
+        )
     groups = [
         {
             **{key: value for key, value in group.items() if key != "params" and _plain(value)},

@@ -39,7 +39,7 @@ from ane_trainer.training.loop import Batch
 from ane_trainer.training.reporting.report import ConsoleReporter, Reporter
 from ane_trainer.training.scores import Metric, Scores
 from ane_trainer.training.state import MAX_BAD_STEPS, Loss, Training
-from ane_trainer.training.steps import Step
+from ane_trainer.training.steps import Step, put_into_training
 from ane_trainer.training.tuning import RateSweep, find_rate, geometric
 from ane_trainer.utils import seeded
 
@@ -47,7 +47,8 @@ from ane_trainer.utils import seeded
 class Trainer(Training):
     """Trains a PyTorch module by one compiled program a step.
 
-    model      any nn.Module made of supported layers; its parameters follow the engine's after each epoch.
+    model      any nn.Module made of supported layers; its parameters follow the engine's after each epoch. One in eval
+               mode trains in train mode; parts that are in eval mode within one in train mode stay so.
     loss       a name ("cross_entropy", "mse", ...) or a callable(output, target) -> scalar.
                "model": what the model returns as its own loss, as Hugging Face's do for batches with labels.
     optimizer  a torch.optim object over the model's parameters; default Adam, lr 1e-3. Schedulers of it act.
@@ -385,6 +386,7 @@ class Trainer(Training):
         skipped = step.skipped_steps
         for callback in self.callbacks:
             callback.on_train_batch_start(self)
+        put_into_training(self.model)
         with loop.located(where):
             loss = float(step(x, y))
         if (agreement := engine.compared_now(step)) is not None:
@@ -454,7 +456,7 @@ class Trainer(Training):
             return self.step
         self.report.activity("compiling the training step")
         started = time.perf_counter()
-        self.model.train()
+        put_into_training(self.model)
         state = part(self._restored.tensors, STEP) if self._restored is not None else {}
         with loop.located("train: first batch"):
             ready = self._intake.begin(self._train, x, y)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +212,25 @@ def test_callbacks_by_the_names_of_keras_and_lightning(tmp_path):
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
     with pytest.raises(UsageError, match="on_epoch_end"):
         trainer.fit(data, callbacks=[3])
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_a_model_in_eval_mode_trains_in_train_mode_and_parts_stay_as_they_are(device: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2), nn.BatchNorm1d(2))
+    data = [(torch.randn(8, 4), torch.arange(8) % 2)] * 2
+    trainer = Trainer(net, device=device, report=Reporter())
+    trainer.fit(data)
+    net.eval()  # as one's own evaluation leaves it
+    trainer.fit(data)
+    assert int(net[1].num_batches_tracked) == 4
+    net[4].eval()
+    trainer.fit(data)
+    assert [int(net[n].num_batches_tracked) for n in (1, 4)] == [6, 4]
+
+
+def test_an_optimizer_of_a_replaced_layer_is_not_saved(tmp_path: Path) -> None:
+    net = mlp()
+    trainer = Trainer(net, optimizer=torch.optim.SGD(net.parameters(), 0.1), device="cpu", report=Reporter())
+    net[-1] = nn.Linear(net[-1].in_features, net[-1].out_features)
+    with pytest.raises(UsageError, match="2 tensors that are not among them"):
+        trainer.save(tmp_path)

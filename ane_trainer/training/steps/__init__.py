@@ -66,3 +66,9 @@ class Step(Protocol):
 
     def close(self) -> None:
         """Release what the step holds."""
+
+
+def put_into_training(model: torch.nn.Module) -> None:
+    """Train mode for a model in eval mode; parts that are in eval mode within one that trains stay so."""
+    if not model.training:
+        model.train()

@@ -28,6 +28,7 @@ from ane_trainer.ane.dispatch.state import (
     part,
 )
 from ane_trainer.ane.errors import BrokenModel, DataError
+from ane_trainer.training.steps import put_into_training
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -52,7 +53,7 @@ class CpuStep:
             return self._step(x, y)
 
     def _step(self, x: object, y: object) -> torch.Tensor:
-        self._model.train()
+        put_into_training(self._model)
         if self._pending == 0:
             with optimizers_without_dynamo():
                 self._optimizer.zero_grad(set_to_none=True)
