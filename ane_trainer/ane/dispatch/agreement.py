@@ -118,9 +118,8 @@ def reference(
 ) -> Reference | None:
     """One step in fp32 on copies of model, loss and optimizer; None where that cannot run, or is infinite.
 
-    A model with Keras layers, which deep copies do not always keep, runs itself, and is put back.
-
-    Of a loss that is nan there is no more than that.
+    A model with Keras layers, which deep copies do not always keep, runs itself, and is put back. Of a loss that is nan
+    there is no more than that.
 
     The loss is the mean of those of the batch's `parts` (x, y). Dropout and noise come from `draws`; PyTorch's own
     generator is left as it is.
@@ -159,18 +158,21 @@ def reference(
             found = dataclasses.replace(found, weights=functools.partial(_weights_in_place, model, found))
     except _CANNOT:
         return None
-    if math.isnan(found.loss):
-        warnings.warn(
-            "the loss of this batch is nan in plain PyTorch: the engine has no nan, and what it computes instead means "
-            "nothing. Look for logarithms and roots of negative numbers, and for 0 / 0.",
-            NumericsWarning,
-            stacklevel=4,
-        )
-        return found.without_update()
-    finite = all(bool(c.isfinite().all()) for c in (found.changes or {}).values())
-    return found if finite and math.isfinite(found.loss) else None
+    lost = next((n for n, c in (found.changes or {}).items() if not bool(c.isfinite().all())), None)
+    if lost is None and math.isfinite(found.loss):
+        return found
+    nan = math.isnan(found.loss)
+    what = "the loss of this batch" if nan or math.isinf(found.loss) else f"the update of {lost}"
+    fault, advice = ("nan", _NAN) if nan else ("not finite", _INFINITE)
+    warnings.warn(f"{what} is {fault} in plain PyTorch: {advice}", NumericsWarning, stacklevel=4)
+    return found.without_update() if nan else None
 
 
+#: What is to be said of a batch of which PyTorch makes no numbers.
+_NAN = """the engine has no nan, and what it computes instead means nothing. \
+Look for logarithms and roots of negative numbers, and for 0 / 0."""
+_INFINITE = """the engine computes what it can, compared with nothing. Look for \
+logarithms and roots of 0, and exponentials that overflow: add an epsilon, or torch.where before."""
 #: What is to be said of a loss of 0 that is nan in PyTorch.
 NAN_LOSS = (
     "the loss of this batch is nan in plain PyTorch (0 / 0: a mean over labels that are all left out, say); the engine "

@@ -33,7 +33,7 @@ _LOG1P: Function = torch.log1p
 
 
 #: An epsilon is added to probabilities up to here; more is arithmetic of its own.
-_LARGEST_EPSILON = 1e-3
+LARGEST_EPSILON = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class _Origin:
     ends: tuple[float | None, float | None] | None = None
     read: tuple[tuple[torch.Tensor, int], ...] = ()
     written: bool = False
+    signed: bool = False
 
     def log(self) -> torch.Tensor:
         """The logarithm."""
@@ -154,7 +155,7 @@ class Origins:
                 self._remember(result, origin.scores, origin.logarithm, origin.ends)
             elif origin.ends is not None:
                 continue
-            elif isinstance(other, float) and 0 < other <= _LARGEST_EPSILON:
+            elif isinstance(other, float) and 0 < other <= LARGEST_EPSILON:
                 logarithm = functools.partial(_log_of_sum, origin.logarithm, other)
                 self._remember(result, origin.scores, logarithm, like=origin)
         return result
@@ -163,7 +164,7 @@ class Origins:
         result: torch.Tensor = _CLAMP(x, min, max, **kwargs)
         origin = self._origin(x)
         shares = not kwargs and all(_is_share(end) for end in (min, max))
-        if origin is None or origin.ends is not None or not shares:
+        if origin is None or origin.ends is not None or origin.signed or not shares:
             return result
         low, high = (None if end is None else float(end) for end in (min, max))
         logarithm = functools.partial(_log_of_clamped, origin.logarithm, low, high)
@@ -224,16 +225,20 @@ class Origins:
         ends: tuple[float | None, float | None] | None = None,
         like: _Origin | None = None,
     ) -> torch.Tensor:
-        read, written = ((), False) if like is None else (like.read, like.written)
-        self._origins[result] = _Origin(scores, logarithm, version(result), ends, read, written)
+        read, written, signed = ((), False, False) if like is None else (like.read, like.written, like.signed)
+        self._origins[result] = _Origin(scores, logarithm, version(result), ends, read, written, signed)
         return result
 
     def _remember_written(
-        self, result: torch.Tensor, logarithm: Callable[[], torch.Tensor], *read: torch.Tensor
+        self,
+        result: torch.Tensor,
+        logarithm: Callable[[], torch.Tensor],
+        *read: torch.Tensor,
+        signed: bool = False,
     ) -> None:
         """Remember a logarithm, as long as what it is computed from is not written to."""
         versions = tuple((tensor, version(tensor)) for tensor in read)
-        found = _Origin(read[0], lambda _scores: logarithm(), version(result), None, versions, True)
+        found = _Origin(read[0], lambda _scores: logarithm(), version(result), None, versions, True, signed)
         self._origins[result] = found
 
     def _origin(self, x: Any) -> _Origin | None:

@@ -1,17 +1,20 @@
-"""Logarithms of sums of exponentials that are masked, added to others or to a number, and of quotients of such sums.
+"""Logarithms of sums of exponentials that are masked, weighted, added to others or to a number, and of their quotients.
 
     log(1 + (exp(z) * mask).sum(1)) -> softplus(c + log((exp(z - c) * mask).sum(1))), c the largest z that is not masked
+    log((exp(z) * p / s).sum(1)) -> c + log((exp(z + log p - c) / s).sum(1)), p a softmax: a mixture of densities
     log(exp(a) / (exp(a) + exp(b).sum(1))) -> a - logaddexp(a, logsumexp(b, 1))
     log(p / q) -> log(p) - log(q), p and q a softmax each, an epsilon added
 
-Losses of metric learning are written so, with scores times 50: neither their exponentials nor the quotients of such
-stand in fp16. A product with anything but a mask (truths, or truths as numbers) is left alone: its sum may be negative.
+Losses of metric learning are written so, with scores times 50, and mixture densities: neither their exponentials nor
+the quotients of such stand in fp16. A sum with weights that may be negative is positive only where nothing but a small
+epsilon is added before its logarithm is taken: others are left alone.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,20 +23,34 @@ from torch.nn import functional as F
 
 from ane_trainer.ane.capture.rewrites.divergences import Divergences
 from ane_trainer.ane.capture.rewrites.exponentials import Function, axes_of_sum
+from ane_trainer.ane.capture.rewrites.logits import LARGEST_EPSILON
 from ane_trainer.ane.capture.trace.torch_private import SideTable, version
 
-_WHERE: Function = torch.where
+_MEAN: Function = torch.mean
 #: What stands for the score of a masked entry, and the least sum whose logarithm is taken: where all are masked.
 _MASKED, _LEAST = -1e4, 2.0**-20
 
 
 @dataclass(frozen=True)
-class _Masked:
-    """A tensor `exp(scores)` where the mask is true, 0 elsewhere."""
+class _Terms:
+    """A tensor `exp(scores)` where the mask is true, 0 elsewhere, times the factors.
 
-    scores: torch.Tensor
-    mask: torch.Tensor
-    versions: tuple[int, ...]
+    A factor is (value, whether it is a denominator), with its logarithm where that is known. `read` with its versions.
+    """
+
+    scores: tuple[torch.Tensor, ...]
+    mask: torch.Tensor | None
+    factors: tuple[tuple[object, bool, Callable[[], torch.Tensor] | None], ...]
+    read: tuple[tuple[torch.Tensor, int], ...]
+
+    def reread(self, *more: object) -> tuple[tuple[torch.Tensor, int], ...]:
+        """What is read, with more tensors."""
+        return self.read + tuple((t, version(t)) for t in more if isinstance(t, torch.Tensor))
+
+    @property
+    def positive(self) -> bool:
+        """Whether no factor is negative, as far as is known."""
+        return all(log is not None or (_is_number(f) and f > 0) for f, _, log in self.factors)  # type: ignore[operator]
 
 
 class WeightedSums(Divergences):
@@ -42,12 +59,13 @@ class WeightedSums(Divergences):
     def __init__(self, item: Function = torch.Tensor.__getitem__) -> None:
         """`item` is what `x[...]` does otherwise."""
         super().__init__(item)
-        self._weighted: SideTable[_Masked] = SideTable()
+        self._weighted: SideTable[tuple[_Terms, int]] = SideTable()
         self._masks: SideTable[tuple[torch.Tensor, int]] = SideTable()  # truths as numbers -> truths
         self._zeros: SideTable[int] = SideTable()
         numbered = (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type)
         self.rewrites |= {function: functools.partial(self._numbered, function) for function in numbered}
         self.rewrites |= {torch.zeros_like: self._zeros_like}
+        self.rewrites |= dict.fromkeys((torch.mean, torch.Tensor.mean), self._mean)
 
     def _numbered(self, function: Function, x: object, *args: object, **kwargs: object) -> object:
         """`mask.float()`; of probabilities a copy."""
@@ -86,6 +104,9 @@ class WeightedSums(Divergences):
                     self._masks[result] = torch.logical_and(own, truths), version(result)
                 else:
                     self._note_masked(each, truths, result)
+                return result
+        for each, other in ((x, y), (y, x)):
+            if not args and not kwargs and self._note_weighted(each, other, result, below=False):
                 break
         return result
 
@@ -102,14 +123,40 @@ class WeightedSums(Divergences):
         return result
 
     def _note_masked(self, x: object, truths: torch.Tensor, result: torch.Tensor) -> None:
-        made, weighted = self._of(x, "exp"), self._weighted.get(x)
-        if weighted is not None and weighted.versions == _versions(x, weighted.scores, weighted.mask):
-            scores, truths = weighted.scores, torch.logical_and(weighted.mask, truths)
-        elif made is not None:
-            scores = made.scores
+        terms = self._terms(x)
+        if terms is not None:
+            mask = truths if terms.mask is None else torch.logical_and(terms.mask, truths)
+            found = _Terms(terms.scores, mask, terms.factors, terms.reread(mask))
+            self._weighted[result] = found, version(result)
+
+    def _note_weighted(self, x: object, factor: object, result: object, *, below: bool) -> bool:
+        """Note that a result is exponentials times, or divided by, something; whether it is."""
+        terms, others = self._terms(x), self._terms(factor)
+        if (
+            terms is None
+            or not isinstance(result, torch.Tensor)
+            or not (_is_number(factor) or _is_float(factor))
+        ):
+            return False
+        scores, mask, factors, read = terms.scores, terms.mask, terms.factors, terms.reread(factor)
+        if others is not None and not below and (mask is None or others.mask is None):
+            scores, factors = (*scores, *others.scores), (*factors, *others.factors)
+            mask, read = others.mask if mask is None else mask, (*terms.read, *others.read)
         else:
-            return
-        self._weighted[result] = _Masked(scores, truths, _versions(result, scores, truths))
+            origin = self._origin(factor)
+            factors = (*factors, (factor, below, None if origin is None or origin.signed else origin.log))
+            read = read if origin is None else (*read, *((t, version(t)) for t in origin.tensors()))
+        self._weighted[result] = _Terms(scores, mask, factors, read), version(result)
+        return True
+
+    def _terms(self, x: object) -> _Terms | None:
+        """What a tensor of exponentials, masked or weighted, is made of."""
+        if (made := self._of(x, "exp")) is not None:
+            return _Terms((made.scores,), None, (), ((made.scores, version(made.scores)),))
+        held = self._weighted.get(x)
+        if held is None or held[1] != version(cast("torch.Tensor", x)):
+            return None
+        return held[0] if all(version(tensor) == number for tensor, number in held[0].read) else None
 
     def _truths(self, x: object) -> torch.Tensor | None:
         """The truths that a tensor is, or is made of."""
@@ -126,25 +173,33 @@ class WeightedSums(Divergences):
 
     def _sum(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         result = super()._sum(x, *args, **kwargs)
-        made, weighted = self._of(result, "sum"), self._weighted.get(x)
+        made = self._of(result, "sum")
         if made is not None:
             self._remember_written(
                 result,
                 lambda: torch.logsumexp(made.scores, made.axes).reshape(result_shape),
                 made.scores,
             )
-        elif weighted is not None and weighted.versions == _versions(x, weighted.scores, weighted.mask):
-            axes = axes_of_sum(x.ndim, args, kwargs)
-            if axes is not None:
-                shape = tuple(x.shape)
-                self._remember_written(
-                    result,
-                    lambda: _logarithm_of_sum(weighted, shape, axes, result_shape),
-                    weighted.scores,
-                    weighted.mask,
-                )
+        elif self._weighted.get(x) is not None:
+            self._note_sum(x, result, axes_of_sum(x.ndim, args, kwargs))
         result_shape = tuple(result.shape)
         return result
+
+    def _mean(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """A mean of exponentials, whose logarithm is the sum's less that of their number."""
+        result: torch.Tensor = _MEAN(x, *args, **kwargs)
+        if result.numel():
+            self._note_sum(x, result, axes_of_sum(x.ndim, args, kwargs), x.numel() // result.numel())
+        return result
+
+    def _note_sum(
+        self, x: torch.Tensor, result: torch.Tensor, axes: tuple[int, ...] | None, count: int = 1
+    ) -> None:
+        terms, shape, below = self._terms(x), tuple(x.shape), tuple(result.shape)
+        if terms is not None and axes:
+            logarithm = lambda: _logarithm_of_sum(terms, shape, axes, below) - math.log(count)  # noqa: E731
+            read = (tensor for tensor, _ in terms.read)
+            self._remember_written(result, logarithm, *read, signed=not terms.positive)
 
     def _total(self, x: object, y: object, *args: object, **kwargs: object) -> torch.Tensor:
         """A sum of two, or of one and a number."""
@@ -153,12 +208,14 @@ class WeightedSums(Divergences):
             return result
         first, second = self._origin(x), self._origin(y)
         if first is not None and second is not None:
-            if first.written and second.written and _shape(x) == _shape(y):
+            if all(o.written and not o.signed for o in (first, second)) and _shape(x) == _shape(y):
                 tensors = (*first.tensors(), *second.tensors())
                 self._remember_written(result, lambda: _added(first.log(), second.log()), *tensors)
             return result
         origin, other = (second, x) if first is None else (first, y)
-        if origin is not None and origin.written and isinstance(other, (int, float)) and other > 0:
+        if origin is None or not origin.written or not isinstance(other, (int, float)):
+            return result
+        if 0 < other <= (LARGEST_EPSILON if origin.signed else math.inf):
             number = math.log(other)
             self._remember_written(
                 result, lambda: number + F.softplus(origin.log() - number), *origin.tensors()
@@ -167,7 +224,14 @@ class WeightedSums(Divergences):
 
     def _log1p(self, x: torch.Tensor, *args: object, **kwargs: object) -> object:
         origin = self._origin(x)
-        if origin is None or not origin.written or self._of(x, "exp") is not None or args or kwargs:
+        if (
+            origin is None
+            or not origin.written
+            or origin.signed
+            or self._of(x, "exp") is not None
+            or args
+            or kwargs
+        ):
             return super()._log1p(x, *args, **kwargs)
         return F.softplus(origin.log())
 
@@ -175,7 +239,11 @@ class WeightedSums(Divergences):
         """The logarithm of a quotient is a difference of logarithms."""
         result = super()._quotient(x, y, *args, **kwargs)
         first, second = self._origin(x), self._origin(y)
+        if not args and not kwargs and self._of(y, "sum", "one") is None:
+            self._note_weighted(x, y, result, below=True)
         if first is None or second is None or not isinstance(result, torch.Tensor) or args or kwargs:
+            return result
+        if first.signed or second.signed:
             return result
         if self._origin(result) is None and first.ends is None and second.ends is None:
             tensors = (*first.tensors(), *second.tensors())
@@ -184,14 +252,28 @@ class WeightedSums(Divergences):
 
 
 def _logarithm_of_sum(
-    terms: _Masked, shape: tuple[int, ...], axes: tuple[int, ...], result: tuple[int, ...]
+    terms: _Terms, shape: tuple[int, ...], axes: tuple[int, ...], result: tuple[int, ...]
 ) -> torch.Tensor:
-    """log of the sum of exp(scores) where the mask is true."""
-    scores, mask = terms.scores.expand(shape), terms.mask.expand(shape)
-    chosen = torch.where(mask, scores, _MASKED)
+    """log of the sum of exp(scores) times the factors, where the mask is true."""
+    chosen = functools.reduce(torch.add, terms.scores)
+    plain = []
+    for factor, below, log in terms.factors:
+        if log is not None:
+            chosen = chosen - log() if below else chosen + log()
+        else:
+            plain.append((factor, below))
+    chosen = chosen.expand(shape)
+    if terms.mask is not None:
+        chosen = torch.where(terms.mask.expand(shape), chosen, _MASKED)
     largest = chosen.amax(axes, keepdim=True).detach()
-    total = torch.where(mask, torch.exp(chosen - largest), 0.0).sum(axes, keepdim=True)
-    return (largest + torch.log(total.clamp(min=_LEAST))).reshape(result)
+    each = torch.exp(chosen - largest)
+    for factor, below in plain:
+        each = each / factor if below else each * factor  # type: ignore[operator]
+    if terms.mask is not None:
+        each = torch.where(terms.mask.expand(shape), each, 0.0)
+    total = each.sum(axes, keepdim=True)
+    total = total.clamp(min=_LEAST) if terms.mask is not None and terms.positive else total
+    return (largest + torch.log(total)).reshape(result)
 
 
 def _added(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -199,8 +281,12 @@ def _added(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a + F.softplus(b - a)
 
 
-def _versions(*tensors: object) -> tuple[int, ...]:
-    return tuple(version(cast("torch.Tensor", t)) for t in tensors)
+def _is_number(x: object) -> bool:
+    return type(x) in (int, float)
+
+
+def _is_float(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def _shape(x: object) -> tuple[int, ...]:

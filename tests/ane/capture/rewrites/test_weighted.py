@@ -48,7 +48,25 @@ def divergence(x: torch.Tensor) -> torch.Tensor:
     return (p * torch.log((p + 1e-8) / (q + 1e-8))).sum(1)
 
 
+def mixture(x: torch.Tensor) -> torch.Tensor:
+    """The likelihood of a mixture of normal distributions."""
+    share, mean, spread = torch.softmax(x / 9, 1), torch.linspace(-2, 2, 5), torch.linspace(0.3, 2, 5)
+    density = 0.4 * torch.exp(-0.5 * ((x - mean) / spread) ** 2) / spread
+    return -torch.log(torch.sum(share * density, dim=1)) - (density * share).mean(1).add(1e-6).log()
+
+
+def information(x: torch.Tensor) -> torch.Tensor:
+    """The bound of Donsker and Varadhan."""
+    return torch.log(torch.mean(torch.exp(x))) - x.exp().mean(1).log()
+
+
+def importance(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x) * torch.exp(-x / 3)
+    return torch.log(weights.mean(1)) + torch.log1p((x.exp() / torch.exp(x / 2)).sum(1))
+
+
 WRITTEN: dict[str, Op] = {
+    "mixture": mixture, "information": information, "importance": importance,
     "multi-similarity": multi_similarity, "proxy anchor": proxy_anchor, "pairs": pairs, "neighbours": neighbours,
     "divergence": divergence,
 }  # fmt: skip
@@ -70,7 +88,11 @@ def scores_written_to(x: torch.Tensor) -> torch.Tensor:
 
 OTHERS: dict[str, Op] = {
     "weights": lambda x: torch.log(60 + (x.exp() * torch.linspace(-1, 1, 5)).sum(1)), "written to": written_to,
-    "scores written to": scores_written_to, "other": lambda x: torch.log(torch.where(MASK, x.exp(), 0.5).sum(1)),
+    "scores written to": scores_written_to,
+    "weights less than 0": lambda x: ((x.exp() * torch.linspace(-0.1, 1, 5)).sum(1) + 1e-8).log(),
+    "sum of two": lambda x: (30 + (x.exp() * x).mean(1) + (x.exp() / (x - 9)).sum(1)).log(),
+    "share of": lambda x: ((x.exp() * 3).sum(1) / (x.exp() * MASK + 1).sum(1)).log(),
+    "other": lambda x: torch.log(torch.where(MASK, x.exp(), 0.5).sum(1)),
     "two axes": lambda x: torch.log(1 + (x.exp() * MASK).sum()) * x, "number": lambda x: (2 * x.exp()).sum(1).log(),
     "numbers of masks": lambda x: x * (1 - MASK.float()) * FEW.float(), "truths": lambda x: (MASK * 2.0).log1p() + x,
 }  # fmt: skip
