@@ -23,7 +23,8 @@ from ane_trainer.ane.errors import Finding, UnsupportedModel
 ROW_BY_ROW = frozenset(
     (
         "linear dropout relu leaky_relu gelu tanh sigmoid silu elu add sub mul div __mul__ __rmul__ __add__ __radd__ "
-        "__sub__ __truediv__ __rtruediv__ __rsub__ __neg__ to float type layer_norm embedding contiguous clone"
+        "__sub__ __truediv__ __rtruediv__ __rsub__ __neg__ to float type layer_norm embedding contiguous clone "
+        "exp log log1p clamp neg reciprocal"
     ).split()
 )
 

@@ -24,7 +24,14 @@ from ane_trainer.ane.capture.rewrites.criteria import (
     multi_margin,
     one_hot,
 )
-from ane_trainer.ane.capture.rewrites.packed import PackedSequences, as_rows, check_use, lengths_of
+from ane_trainer.ane.capture.rewrites.exponentials import axes_of_sum
+from ane_trainer.ane.capture.rewrites.packed import (
+    ROW_BY_ROW,
+    PackedSequences,
+    as_rows,
+    check_use,
+    lengths_of,
+)
 from ane_trainer.ane.capture.rewrites.ragged import embedding_bag, histc
 from ane_trainer.ane.capture.rewrites.selections import Masks, Selected
 from ane_trainer.ane.capture.rewrites.weighted import WeightedSums
@@ -66,9 +73,12 @@ class RewriteMode(TorchFunctionMode):
         result = (replacement or func)(*args, **(kwargs or {}))
         if self._masks is not None:
             self._masks.note(func, args, kwargs, result)
-        if replacement is None and args and self._packed.is_rows(args[0]):
-            check_use(name)
-            self._packed.mark_rows(result)
+        if args and self._packed.is_rows(args[0]) and name not in self._by_name and func not in _OF_ROWS:
+            kept = name in _REDUCING and _keeps_rows(name, args[0], args[1:], kwargs or {})
+            if replacement is None or (name in _REDUCING and not kept):
+                check_use(name)
+            if replacement is None or kept or name in ROW_BY_ROW:
+                self._packed.mark_rows(result)
         return result
 
     def _selection(
@@ -107,6 +117,18 @@ def rewriting(values_known: bool = False, knows: Knows | None = None) -> Iterato
             yield
     finally:
         Distribution.set_default_validate_args(checks)
+
+
+#: Functions that are made for rows of packed sequences, and replaced ones that reduce them.
+_OF_ROWS: tuple[Function, ...] = (lengths_of, as_rows)
+_REDUCING = ("sum", "mean", "binary_cross_entropy", "kl_div", "gaussian_nll_loss", "multi_margin_loss",
+             "multilabel_margin_loss", "ctc_loss", "histc", "logcumsumexp")  # fmt: skip
+
+
+def _keeps_rows(name: str, rows: torch.Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether a sum or mean is over other axes than that of the rows."""
+    axes = axes_of_sum(rows.dim(), args, kwargs) if name in ("sum", "mean") else None
+    return axes is not None and 0 not in axes
 
 
 def _all_true(tensor: torch.Tensor) -> torch.Tensor:

@@ -101,3 +101,11 @@ def test_rows_may_be_changed_one_by_one_only() -> None:
         torch.testing.assert_close(scaled(packed()), expected)
         with pytest.raises(UnsupportedModel, match="mean: uses the rows of a packed sequence"):
             packed().data.mean()
+        for reduced in (
+            lambda rows: (rows * 2.0).sum(),
+            lambda rows: rows.exp().mean(0),
+            lambda rows: rows.sum(1).mean(),
+        ):
+            with pytest.raises(UnsupportedModel, match="uses the rows of a packed sequence"):
+                reduced(packed().data)
+        assert (packed().data * 2.0).mean(1).dim() == 1
