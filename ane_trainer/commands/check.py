@@ -13,23 +13,9 @@ import typer
 
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 from ane_trainer.commands.check_runs import CheckRuns
-from ane_trainer.commands.options import Classes, Dataset, FittingBatch, Optimizer, Output
-from ane_trainer.commands.subjects import (
-    USUAL_OR_FEWER,
-    Blocks,
-    Dtype,
-    LossName,
-    ModelSubject,
-    ProgramSubject,
-    Request,
-    Route,
-    Shapes,
-    Subject,
-    classes_of,
-    resolve,
-    route_of,
-    shapes_of,
-)
+from ane_trainer.commands.model_options import Asked, Blocks, Chips, names_of, takes_subject
+from ane_trainer.commands.options import Output
+from ane_trainer.commands.subjects import ModelSubject, ProgramSubject
 from ane_trainer.commands.verdicts import ChipVerdict, OpCheck, Problem, Rewrite, Verdict
 from ane_trainer.utils import format_bytes
 
@@ -44,21 +30,14 @@ _COUNT, _MIB = re.compile(r"(\d+) ops? ha(?:ve|s)"), re.compile(r"has ([\d.]+) M
 #: Where a bound is known from, as legalization tells it.
 _SOURCE = re.compile(r" on [^()]+ \((.+)\); got ")
 #: A bound that a size breaks: the bound, and the size.
-_LIMIT = re.compile(r"of at (?:most|least) ([\d.e+]+).*; got (\d+)")
+_LIMIT = re.compile(r"at (?:most|least) ([\d.e+]+).*; got (?:rank )?(\d+)")
 
 
+@takes_subject
 def check(
-    subject: Subject,
-    dataset: Dataset = "mnist",
-    input_shape: Shapes = None,
-    classes: Classes = None,
-    batch: FittingBatch = None,
-    loss: LossName = "auto",
-    dtype: Dtype = "auto",
-    optimizer: Optimizer = "adam",
+    asked: Asked,
     blocks: Blocks = "auto",
-    chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
-    path: Route = None,
+    chip: Chips = "m4",
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="Run a step on the simulator against fp32.")
     ] = True,
@@ -72,21 +51,9 @@ def check(
     source covers what is listed. `departs`: its numbers are not fp32's. `does not train`: it is refused. The last two
     end with exit code 3.
     """
-    count = classes_of(classes, dataset)
-    request = Request(
-        "check",
-        shapes_of(input_shape, dataset),
-        count,
-        batch or USUAL_OR_FEWER,
-        loss,
-        dtype,
-        optimizer,
-        blocks,
-    )
-    chips = [name.strip() for name in chip.split(",")]
-    found = verdict_of(resolve(subject, request), chips, route_of(path, subject), run=run)
+    found = verdict_of(asked.resolved("check", blocks), names_of(chip), asked.route, run=run)
     if sarif is not None:
-        file = Path(subject.rpartition(":")[0])
+        file = Path(asked.subject.rpartition(":")[0])
         document = found.to_sarif([file] if file.suffix == ".py" else [])
         Path(sarif).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return Output(found.to_json(), found.as_text(), 0 if found.fits else 3)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ane_trainer.ane.capture.range.switch import Made
     from ane_trainer.ane.chips.lookup import Chip
     from ane_trainer.ane.dispatch import TrainingStep
+    from ane_trainer.ane.dispatch.agreement import Agreement
     from ane_trainer.ane.mil.program import Program
 
 #: Examples that are run, at most; legality is checked for the whole batch.
@@ -26,6 +27,16 @@ _RUN_BATCH = 8
 _UNDEFINED = "Look for logarithms and roots of negative numbers, and for 0 / 0."
 #: Steps on the batch until one changes the weights: a loss scale that starts too high falls meanwhile.
 _TRIES = 8
+#: Steps after it: an update may carry a value out of the range that the example set.
+_FURTHER = 2
+#: What makes gradients smaller that fit into no unit; and for SGD, whose units follow the learning rate.
+_SMALLER = (
+    "Divide the loss by a power of two, or normalise outputs and targets.",
+    "Lower the learning rate, or normalise outputs and targets.",
+)
+#: What keeps a value in the range that the example set.
+_NEARER = "Lower the learning rate, or start the weights there nearer to the size that an update gives them."
+_SIMULATED = "simulated, exact arithmetic"
 
 
 @dataclass(frozen=True)
@@ -130,31 +141,38 @@ def _agreement(subject: ModelSubject, step: TrainingStep, told: bool) -> tuple[s
             step(*subject.example)
             if step.applied_steps:
                 break
-    found = step.agreement
-    if not step.applied_steps and (found is None or not math.isnan(found.loss)):
-        return _skipped([str(item.message) for item in warned if item.category is NumericsWarning])
+        applied, found = step.applied_steps, step.agreement
+        for _ in range(_FURTHER if applied and (found is None or found.agrees) else 0):
+            step(*subject.example)
+    skipped = next((str(w.message) for w in warned if "skipped" in str(w.message)), "gradients overflow")
+    if not applied and (found is None or found.agrees):
+        reason = f"{_TRIES} steps on this batch changed no weight: {_cause(skipped)}"
+        return "every update is skipped", [_stuck(reason, _SMALLER[subject.request.optimizer == "sgd"])]
+    if applied and step.applied_steps == applied and (found is None or found.agrees):
+        reason = f"after the first update, which {found}, every one is skipped: {_cause(skipped)}"
+        return "later updates are skipped", [_stuck(reason.replace("which None, ", ""), _NEARER)]
     if found is None:
         return "fp32 itself cannot run it", []
-    if found.agrees:
-        return str(found), []
+    return str(found), [] if found.agrees else [_departs(found, told)]
+
+
+def _departs(found: Agreement, told: bool) -> Problem:
+    """A first step that is not fp32's; `told`: there are notes of numbers that leave the range."""
     if math.isnan(found.loss):
-        return "nan in fp32", [
-            Problem("agreement", "warning", "loss", "numbers", f"{found}: the engine has no nan.", _UNDEFINED)
-        ]
+        return Problem(
+            "agreement", "warning", "loss", "numbers", f"{found}: the engine has no nan.", _UNDEFINED
+        )
     where = "step" if found.first is None else str(found.first)
-    reason = f"{found}."
     fix = "`ane-trainer debug` finds the op and tries remedies."
     if told:
         fix = f"See the notes below; keep the values there in range, or normalise before. {fix}"
-    return str(found), [
-        Problem("agreement", "warning", where, "numbers", reason, fix, "simulated, exact arithmetic")
-    ]
+    return Problem("agreement", "warning", where, "numbers", f"{found}.", fix, _SIMULATED)
 
 
-def _skipped(told: list[str]) -> tuple[str, list[Problem]]:
-    """Every update on the batch was skipped; `told`: what the step warned of."""
-    first = next((text for text in told if "skipped" in text), "gradients overflow")
-    reason = f"{_TRIES} steps on this batch changed no weight: {first}"
-    fix = "Divide the loss by a power of two (plain SGD: multiply its rate by as much), or normalise the targets."
-    problem = Problem("agreement", "warning", "step", "gradients", reason, fix, "simulated, exact arithmetic")
-    return "every update is skipped", [problem]
+def _stuck(reason: str, fix: str) -> Problem:
+    return Problem("agreement", "warning", "step", "gradients", reason, fix, _SIMULATED)
+
+
+def _cause(text: str) -> str:
+    """What a step says of an update that it skipped, without its advice."""
+    return f"{text.partition(' The update')[0].rstrip('.')}."

@@ -9,22 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ane_trainer.ane.errors import UsageError
-from ane_trainer.commands.options import Chip, Classes, Dataset, Optimizer, Output
-from ane_trainer.commands.subjects import (
-    Dtype,
-    LossName,
-    ModelSubject,
-    ProgramSubject,
-    Request,
-    Route,
-    Shapes,
-    Subject,
-    classes_of,
-    resolve,
-    route_of,
-    shapes_of,
-    warn_if_refused,
-)
+from ane_trainer.commands.model_options import Asked, takes_subject
+from ane_trainer.commands.options import Chip, Output
+from ane_trainer.commands.subjects import ModelSubject, ProgramSubject, warn_if_refused
 from ane_trainer.utils import atomic_write
 
 if TYPE_CHECKING:
@@ -33,16 +20,13 @@ if TYPE_CHECKING:
     from ane_trainer.training.debugging import Report
     from ane_trainer.training.debugging.trials import Way
 
+#: Examples of a step, where no number is given.
+_BATCH = 8
 
+
+@takes_subject
 def debug(
-    subject: Subject,
-    dataset: Dataset = "mnist",
-    input_shape: Shapes = None,
-    classes: Classes = None,
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples a step.")] = 8,
-    loss: LossName = "auto",
-    dtype: Dtype = "auto",
-    optimizer: Optimizer = "adam",
+    asked: Asked,
     data: Annotated[
         str | None,
         typer.Option(help="Take a batch of this dataset instead of random numbers.", metavar="NAME"),
@@ -54,7 +38,6 @@ def debug(
         ),
     ] = None,
     chip: Chip = "m4",
-    path: Route = None,
     rewrites: Annotated[
         bool,
         typer.Option("--rewrites/--no-rewrites", help="The range pass; without it, what it heals shows."),
@@ -81,13 +64,15 @@ def debug(
 
     ane-trainer debug model.mil --feed x=image.npy --html report.html
     """
-    example = None if data is None else _batch_of(data, batch)
-    count = classes_of(classes, dataset)
-    shapes = shapes_of(input_shape, dataset, None if example is None else example[0])
-    request = Request("debug", shapes, count, batch, loss, dtype, optimizer)
+    example = None if data is None else _batch_of(data, asked.batch or _BATCH)
     way = _way(rewrites, loss_scale, optimizer_on, clip_grad_norm)
-    resolved = resolve(subject, request)
-    found = report_of(resolved, chip, route_of(path, subject), way, example, feed or ())
+    resolved = asked.resolved("debug", usual=_BATCH, x=None if example is None else example[0])
+    if feed and isinstance(resolved, ModelSubject):
+        text = "--feed: needs a program; got a model, whose batch is drawn. Take --data NAME for a batch of data."
+        raise UsageError(text, code="ANE104")
+    if data is not None and isinstance(resolved, ProgramSubject):
+        raise UsageError("--data: needs a model; got a program. Take --feed NAME=FILE.npy.", code="ANE104")
+    found = report_of(resolved, chip, asked.route, way, example, feed or ())
     if html is not None:
         atomic_write(html, found.as_html())
     hint = "" if feed else _of_a_run(resolved)
@@ -126,7 +111,7 @@ def report_of(
     from ane_trainer.commands.run import feeds_of, parse_inputs
 
     warn_if_refused(subject.program.main, get_chip(chip), path)
-    feeds, _ = feeds_of(subject.program.main, parse_inputs(feed), 1, 0)
+    feeds, _ = feeds_of(subject.program.main, parse_inputs(feed, "--feed"), 1, 0)
     return debug_function(subject.name, subject.program, feeds[0], chip, path)
 
 

@@ -9,24 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ane_trainer.ane.errors import UnsupportedModel, UsageError
-from ane_trainer.commands.options import Classes, Dataset, FittingBatch, Optimizer, Output, show, table
-from ane_trainer.commands.subjects import (
-    USUAL,
-    USUAL_OR_FEWER,
-    Blocks,
-    Dtype,
-    LossName,
-    ModelSubject,
-    ProgramSubject,
-    Request,
-    Route,
-    Shapes,
-    Subject,
-    classes_of,
-    resolve,
-    route_of,
-    shapes_of,
-)
+from ane_trainer.commands.model_options import Asked, Blocks, Chips, names_of, takes_subject
+from ane_trainer.commands.options import Output, show, table
+from ane_trainer.commands.subjects import USUAL, ModelSubject, ProgramSubject
 from ane_trainer.utils import format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -35,20 +20,15 @@ if TYPE_CHECKING:
     from ane_trainer.ane.mil.program import Program
 
 _OPS = 8
+#: Published programs of a kind below which its interval is widened (`docs/_generate/cost/evaluate.py`).
+_FEW = 20
 
 
+@takes_subject
 def estimate(
-    subject: Subject,
-    dataset: Dataset = "mnist",
-    input_shape: Shapes = None,
-    classes: Classes = None,
-    batch: FittingBatch = None,
-    loss: LossName = "auto",
-    dtype: Dtype = "auto",
-    optimizer: Optimizer = "adam",
+    asked: Asked,
     blocks: Blocks = "auto",
-    chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
-    path: Route = None,
+    chip: Chips = "m4",
     epochs: Annotated[int | None, typer.Option(help="Of a whole training, besides a step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Likewise, in steps.")] = None,
     examples: Annotated[int | None, typer.Option(help="In an epoch (default: the dataset's).")] = None,
@@ -61,21 +41,10 @@ def estimate(
     Each figure has the interval that holds nine of ten published values of that kind of program which the fit had
     not seen (docs/cost-model.md). Energy is that of the engine's own rail.
     """
-    count = classes_of(classes, dataset)
-    request = Request(
-        "estimate",
-        shapes_of(input_shape, dataset),
-        count,
-        batch or USUAL_OR_FEWER,
-        loss,
-        dtype,
-        optimizer,
-        blocks,
-    )
-    found, path = resolve(subject, request), route_of(path, subject)
-    chips = estimates_of(found, [name.strip() for name in chip.split(",")], path)
+    found, path = asked.resolved("estimate", blocks), asked.route
+    chips = estimates_of(found, names_of(chip), path)
     size = found.request.batch if isinstance(found, ModelSubject) else None
-    total = _total_steps(found, dataset, size or USUAL, epochs, steps, examples)
+    total = _total_steps(found, asked.dataset, size or USUAL, epochs, steps, examples)
     code = 3 if all(item.cost is None for item in chips) else 0
     return show(Estimates(found.name, size, path, tuple(chips), total, constants), code)
 
@@ -225,9 +194,16 @@ def _ends(interval: Interval) -> list[float]:
 
 def _interval_note(item: ChipEstimate) -> str:
     assert item.cost is not None
+    kind, programs = item.cost.kind, item.cost.latency_interval.rows
+    if programs < _FEW:
+        few = f"of {programs} programs" if programs != 1 else "of one program"
+        return (
+            f"interval: by cross-validation (docs/cost-model.md); of this kind ({kind}) values {few} are published, "
+            "so that it is as wide as that of all kinds on this path, and wider"
+        )
     return (
-        f"interval: nine of ten published values of this kind ({item.cost.kind}) lie in it, by cross-validation on "
-        f"{item.cost.latency_interval.rows} programs (docs/cost-model.md)"
+        f"interval: nine of ten published values of this kind ({kind}) lie in it, by cross-validation on "
+        f"{programs} programs (docs/cost-model.md)"
     )
 
 
@@ -302,8 +278,13 @@ def _total_steps(
         return steps
     if epochs is None:
         return subject.steps if isinstance(subject, ProgramSubject) else None
-    if isinstance(subject, ProgramSubject) and subject.steps and subject.epochs and examples is None:
-        return subject.steps * epochs // subject.epochs
+    if isinstance(subject, ProgramSubject):
+        if subject.steps and subject.epochs and examples is None:
+            return subject.steps * epochs // subject.epochs
+        raise UsageError(
+            f"estimate: needs the steps of an epoch, which {subject.name} does not say. Give --steps N.",
+            code="ANE104",
+        )
     count = examples if examples is not None else _examples(dataset)
     if count is None:
         raise UsageError(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 #: What the accumulator holds, and the share of it and of fp16 from which a value counts as near.
 _MAC_LIMIT, _NEAR = 32768.0, 0.5
-#: The place of the step's own loss scale, which doubles until it no longer fits: the step watches that itself.
-_OWN_SCALE = "loss scaling"
+#: Places of the step's own: the loss scale, which doubles until it no longer fits, and what watches gradients.
+_OWN = ("loss scaling", "gradient clipping", None)
 #: Share of a product's results that vanish from which it is told.
 _DEAD = 0.05
 
@@ -30,7 +30,7 @@ def hazards(subject: ModelSubject, step: TrainingStep, chip: str) -> Iterator[Pr
     told: set[tuple[str, str]] = set()
     operands = {op.name: [v.name for v in op.operands()] for op in step.program.main.ops}
     for op in found:
-        if op.source == _OWN_SCALE:
+        if op.source in _OWN:
             continue
         inputs = [by_name[name] for name in operands.get(op.name, []) if name in by_name]
         for problem in (_overflow(op), _near(op), _dead(op), _table_end(op, inputs)):

@@ -40,7 +40,7 @@ FittingBatch = Annotated[
     int | None,
     typer.Option(
         "--batch", "--batch-size", min=1,
-        help="Examples a step (default: 128, fewer of a large model).",
+        help="Examples a step (default: 128, fewer of a large model; debug: 8).",
     ),
 ]  # fmt: skip
 Dataset = Annotated[

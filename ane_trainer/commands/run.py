@@ -145,7 +145,7 @@ def _path(path: str | None, program: str | Path, function: Function) -> str | No
     return None if path == "none" else path
 
 
-def parse_inputs(texts: Iterable[str]) -> dict[str, Path]:
+def parse_inputs(texts: Iterable[str], option: str = "--input") -> dict[str, Path]:
     """`name=file.npy` options as files by name; `UsageError` for another form or a name given twice."""
     files: dict[str, Path] = {}
     for text in texts:
@@ -153,7 +153,7 @@ def parse_inputs(texts: Iterable[str]) -> dict[str, Path]:
         if not equals or not name or not file or name in files:
             got = f"{name} twice" if name in files else repr(text)
             raise UsageError(
-                f"--input: needs name=file.npy, each name once; got {got}. E.g. --input x=image.npy",
+                f"{option}: needs name=file.npy, each name once; got {got}. E.g. {option} x=image.npy",
                 code="ANE104",
             )
         files[name] = Path(file)

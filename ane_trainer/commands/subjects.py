@@ -1,4 +1,4 @@
-"""Resolve what `check` and `estimate` are asked about: a model with an example batch and a loss, or a program.
+"""Resolve what `check` and its kin are asked about: a model with an example batch and a loss, or a program.
 
 A model comes by name, as `file.py:Class` or `package.module:Class`; a program from a `.mil`, an `.mlpackage`, a
 folder that holds one, or a run. Where no example is given, one is made: shapes from `--input`, numbers or tokens by
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.commands.batches import FEWEST, fitting
@@ -34,43 +33,6 @@ if TYPE_CHECKING:
     from ane_trainer.ane.dispatch.loading import Subject as Trained
     from ane_trainer.ane.mil.program import Function, Program
 
-Subject = Annotated[
-    str,
-    typer.Argument(
-        help="mlp, cnn, transformer, gpt, path/to/file.py:Class, package.module:Class, a run, a .mil or .mlpackage.",
-        metavar="SUBJECT",
-    ),
-]
-Shapes = Annotated[
-    str | None,
-    typer.Option(
-        "--input", help="Shape of one example, e.g. 1x28x28; of several inputs 3x32x32,10.", metavar="SHAPE"
-    ),
-]
-LossName = Annotated[
-    str,
-    typer.Option(
-        "--loss", help="cross_entropy, mse, ..., file.py:function; auto goes by the output.", metavar="NAME"
-    ),
-]
-Blocks = Annotated[
-    str,
-    typer.Option("--blocks", help="Layers in one program: a number, off, or auto.", metavar="N|off|auto"),
-]
-Dtype = Annotated[
-    str,
-    typer.Option("--dtype", help="Of the inputs; auto tries numbers, then tokens.", metavar="float|int|auto"),
-]
-
-Route = Annotated[
-    str | None,
-    typer.Option(
-        "--path",
-        help="How programs reach the engine (default: e5rt, of an .mlpackage coreml).",
-        metavar="e5rt|direct|coreml",
-    ),
-]
-
 #: A batch for which nobody gave a number: USUAL examples, fewer of a large model.
 USUAL, USUAL_OR_FEWER = 128, 0
 
@@ -80,7 +42,8 @@ _FILES = (".mil", ".txt", ".mlpackage", ".mlmodelc")
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says of a model: shapes of one example, classes, batch, loss, dtype, optimizer, blocks.
+    """What the command line says of a model: shapes of one example, classes, batch, loss, dtype, optimizer, blocks, and
+    arguments of its constructor.
 
     A `batch` of USUAL_OR_FEWER: as many as this machine runs quickly (`batches.fitting`); `chosen` then says that it is
     less than usual.
@@ -95,6 +58,7 @@ class Request:
     optimizer: str = "adam"
     blocks: str = "auto"
     chosen: str = ""
+    arguments: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,12 +72,34 @@ class ModelSubject:
     request: Request
 
     def with_batch(self, size: int) -> ModelSubject:
-        """The same with the first `size` examples of its batch, or itself where it has no more."""
+        """The same with the first `size` examples of its batch; itself where it has no more or takes no fewer."""
         if self.request.batch <= size:
             return self
         x, y = self.example
         parts = tuple(part[:size] for part in x) if isinstance(x, tuple) else x[:size]  # type: ignore[index]
-        return replace(self, example=(parts, y[:size]), request=replace(self.request, batch=size))  # type: ignore[index]
+        few = replace(self, example=(parts, y[:size]), request=replace(self.request, batch=size))  # type: ignore[index]
+        return few if few._runs() else self
+
+    def _runs(self) -> bool:
+        """Whether the model takes the batch; it may be written for one size of it."""
+        import torch
+
+        from ane_trainer.ane.capture.calibrate import module_mode
+
+        x = self.example[0]
+        inputs = x if isinstance(x, tuple) else (x,)
+        if not all(isinstance(part, torch.Tensor) for part in inputs):
+            return True
+        try:
+            with (
+                torch.random.fork_rng(devices=[]),
+                module_mode(self.model, training=False),
+                torch.enable_grad(),
+            ):
+                self.model(*(part.clone() for part in inputs))
+        except (AssertionError, RuntimeError, TypeError, IndexError, ValueError):
+            return False
+        return True
 
     def trained(self, chip: str) -> Trained:
         """What is trained, with the optimizer that was asked for."""
@@ -250,7 +236,8 @@ def _model_subject(text: str, request: Request) -> ModelSubject:
             code="ANE104",
         )
     with seeded(0):
-        model = build_model(text, request.shapes[0] or (1,), request.classes, seed=0)
+        shape = request.shapes[0] or (1,)
+        model = build_model(text, shape, request.classes, seed=0, **request.arguments)  # type: ignore[arg-type]
         _check_count(text, model, request)
         if request.batch == USUAL_OR_FEWER:
             with torch.random.fork_rng(devices=[]), module_mode(model, training=False):
@@ -273,6 +260,13 @@ def _check_count(name: str, model: nn.Module, request: Request) -> None:
     most = len(positional)
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         most = max(most, len(request.shapes))
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if named:
+        raise UsageError(
+            f"{request.where}: {name} needs {' and '.join(named)} by keyword, which a batch does not bring. "
+            "Give it a default, or wrap the model in one whose forward passes it.",
+            code="ANE104",
+        )
     if not least <= len(request.shapes) <= most:
         names = ", ".join(p.name for p in positional[: max(least, 1)])
         raise UsageError(
@@ -288,17 +282,19 @@ def _example_inputs(
     """Random inputs that the model takes, and its output for them."""
     import torch
 
+    from ane_trainer.ane.dispatch.parameters import check_placed
+
     kinds = _dtypes(request)
     faults: list[str] = []
     line = ""
     for kind in kinds:
-        x = tuple(_random(shape, dtype, request.batch, _vocabulary(model)) for shape, dtype in kind)
+        x = tuple(_random(shape, dtype, request.batch, model) for shape, dtype in kind)
         try:
             with torch.enable_grad(), warnings.catch_warnings():  # a forward may ask for derivatives
                 warnings.simplefilter("ignore")  # of attempts; the step's own are told when it is captured
                 output = _detached(model(*(part.clone() for part in x)))
         except (RuntimeError, TypeError, IndexError, ValueError) as fault:
-            faults.append(f"{', '.join(dtype for _, dtype in kind)}: {str(fault).splitlines()[0]}")
+            faults.append(f"{', '.join(dtype for _, dtype in kind)}: {_said(fault)}")
             line = line or users_line(fault)
             continue
         if not torch.is_tensor(output) and ":" not in request.loss:
@@ -307,12 +303,28 @@ def _example_inputs(
                 "the loss takes, or name a function (output, target) -> loss: --loss file.py:function.",
                 code="ANE104",
             )
+        if isinstance(output, torch.Tensor) and not output.ndim:
+            raise UsageError(
+                f"{request.where}: {name} needs to return an output for each example; got one number for the batch. "
+                "Leave the loss out of forward, and name it: --loss mse, --loss file.py:function.",
+                code="ANE104",
+            )
         return (x if len(x) > 1 else x[0]), output
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        check_placed(model, f"{request.where}: {name}")
     raise DataError(
         f"{request.where}: {name} does not run on examples of shape {' and '.join(map(str, request.shapes))} "
-        f"({'; '.join([*faults, *filter(None, [line])])}). Give --input, and --dtype int for tokens.",
+        f"({'; '.join([*faults, *filter(None, [line])])}). Give --input, --dtype int for tokens, "
+        "and --batch if the model takes one size alone.",
         code="DATA105",
     )
+
+
+def _said(fault: Exception) -> str:
+    """The line of an exception that says what is wrong; of Keras' the one behind the line that names the call."""
+    lines = [line for line in re.sub("\x1b[^m]*m", "", str(fault)).splitlines() if line.strip()]
+    named = len(lines) > 1 and lines[0].startswith("Exception encountered when calling")
+    return lines[named] if lines else type(fault).__name__
 
 
 def _detached(output: object) -> object:
@@ -362,9 +374,12 @@ def _vocabulary(model: nn.Module) -> int:
     return min(sizes, default=2)
 
 
-def _random(shape: Sequence[int], dtype: str, batch: int, vocabulary: int) -> torch.Tensor:
+def _random(shape: Sequence[int], dtype: str, batch: int, model: nn.Module) -> torch.Tensor:
+    """Tokens, or numbers; of the model's type where all its parameters have sixteen bits."""
     import torch
 
     if dtype == _INT:
-        return torch.randint(vocabulary, (batch, *shape))
-    return torch.randn(batch, *shape)
+        return torch.randint(_vocabulary(model), (batch, *shape))
+    types = {parameter.dtype for parameter in model.parameters()}
+    half = types.pop() if len(types) == 1 else torch.float32
+    return torch.randn(batch, *shape).to(half if half in (torch.float16, torch.bfloat16) else torch.float32)

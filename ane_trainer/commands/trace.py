@@ -14,23 +14,9 @@ import typer
 from ane_trainer.__version__ import __version__
 from ane_trainer.ane.errors import AneTrainerError, UnsupportedModel
 from ane_trainer.commands.estimate import refusal_of
-from ane_trainer.commands.options import Classes, Dataset, FittingBatch, Optimizer, Output, show, table
-from ane_trainer.commands.subjects import (
-    USUAL_OR_FEWER,
-    Dtype,
-    LossName,
-    ModelSubject,
-    ProgramSubject,
-    Request,
-    Route,
-    Shapes,
-    Subject,
-    classes_of,
-    resolve,
-    route_of,
-    shapes_of,
-    warn_if_refused,
-)
+from ane_trainer.commands.model_options import Asked, Chips, names_of, takes_subject
+from ane_trainer.commands.options import Output, show, table
+from ane_trainer.commands.subjects import ModelSubject, ProgramSubject, warn_if_refused
 from ane_trainer.training.folder.records import unwritable
 from ane_trainer.utils import atomic_write, format_bytes
 
@@ -50,17 +36,10 @@ _EVENTS = "https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0n
 Event = dict[str, object]
 
 
+@takes_subject
 def trace(
-    subject: Subject,
-    dataset: Dataset = "mnist",
-    input_shape: Shapes = None,
-    classes: Classes = None,
-    batch: FittingBatch = None,
-    loss: LossName = "auto",
-    dtype: Dtype = "auto",
-    optimizer: Optimizer = "adam",
-    chip: Annotated[str, typer.Option(help="One or more, e.g. m1,m4.", metavar="NAMES")] = "m4",
-    path: Route = None,
+    asked: Asked,
+    chip: Chips = "m4",
     out: Annotated[
         Path | None,
         typer.Option(help="The file (default: trace.json, of a run in its folder).", metavar="FILE"),
@@ -79,17 +58,10 @@ def trace(
     the rounding error of each op, from a run of the simulator. Roofline and memory over time are drawn beside it as
     PNG and SVG.
     """
-    count = classes_of(classes, dataset)
-    found = resolve(
-        subject,
-        Request(
-            "trace", shapes_of(input_shape, dataset), count, batch or USUAL_OR_FEWER, loss, dtype, optimizer
-        ),
-    )
-    route = route_of(path, subject)
+    found, route = asked.resolved("trace"), asked.route
     run = Path(found.name) if isinstance(found, ProgramSubject) and found.epochs is not None else None
     file = out if out is not None else (run or Path()) / "trace.json"
-    steps = [_step(found, name.strip(), route, errors) for name in chip.split(",")]
+    steps = [_step(found, name, route, errors) for name in names_of(chip)]
     traced = Trace(
         found.name,
         found.request.batch if isinstance(found, ModelSubject) else None,

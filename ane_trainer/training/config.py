@@ -35,6 +35,8 @@ RESUMABLE = frozenset(
     "blocks compare_fp32 device epochs keep_every log patience recompute save_every shards threads time_limit".split()
 )
 
+#: What `build_model` says of every model itself.
+_OF_MODELS = ("name", "in_shape", "num_classes", "framework", "seed")
 #: Groups of options in the help of `train`; an option that names none is under "Training".
 _MODEL: dict[str, Any] = {"panel": "Data and model"}
 _WHERE: dict[str, Any] = {"panel": "Where it runs"}
@@ -270,6 +272,10 @@ class TrainConfig(BaseModel):
             raise ValueError("needs NAME=VALUE, e.g. width=16")
         if len({name for name, _, _ in pairs}) < len(pairs):
             raise ValueError("needs each name once")
+        if taken := [name for name, _, _ in pairs if name in _OF_MODELS]:
+            raise ValueError(
+                f"cannot pass {taken[0]}, which every model has: wrap it in a function that passes it"
+            )
         return {name: _literal(text) for name, _, text in pairs}
 
     @field_validator("hidden")

@@ -483,3 +483,68 @@ def test_a_step_whose_updates_are_all_skipped_departs_and_its_fix_heals(
     loss = "skips.py:smaller"
     code, found = checked(capsys, "skips.py:Squares", "--input", "16", "--batch", "8", "--loss", loss)
     assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+
+
+LATER = """
+import torch
+from torch import nn
+
+class Dead(nn.Module):
+    def __init__(self, scale=1e-8):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.full((8,), float(scale)))
+    def forward(self, x):
+        return self.head(self.body(x) * self.scale * 1e4)
+
+class Offset(nn.Module):
+    def __init__(self, offset=300):
+        super().__init__()
+        self.offset, self.body, self.head = offset, nn.Linear(8, 8), nn.Linear(8, 3)
+    def forward(self, x):
+        h = self.body(x) + self.offset
+        mean = h.mean(-1, keepdim=True)
+        variance = (h * h).mean(-1, keepdim=True) - mean**2
+        return self.head((h - mean) / torch.sqrt(variance + 1e-5))
+"""
+
+
+def test_a_step_that_stands_still_after_its_first_update_departs_and_its_fix_heals(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scale of 1e-8 gets a power of two that its first update, 1e-3, leaves: it was said to train."""
+    (nets / "later.py").write_text(LATER)
+    words = ("later.py:Dead", "--input", "8", "--batch", "8")
+    code, found = checked(capsys, *words)
+    (problem,) = [p for p in found["chips"][0]["problems"] if p["rule"] == "agreement"]
+    assert (code, found["chips"][0]["verdict"]) == (3, "departs")
+    assert "after the first update" in problem["reason"]
+    assert "Dead (later.py:" in problem["reason"]
+    assert "start the weights there nearer" in problem["fix"]
+    code, found = checked(capsys, *words, "--model-arg", "scale=1e-3")
+    assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+
+
+def test_numbers_that_depart_are_told_and_not_what_follows_from_them(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its updates are skipped because its forward is wrong: a smaller loss, as it was told to take, heals nothing."""
+    (nets / "later.py").write_text(LATER)
+    words = ("later.py:Offset", "--input", "8", "--batch", "8")
+    code, found = checked(capsys, *words)
+    (problem,) = [p for p in found["chips"][0]["problems"] if p["rule"] == "agreement"]
+    assert code == 3
+    assert "departs from fp32" in problem["reason"]
+    assert "Divide the loss" not in problem["fix"]
+    assert "ane-trainer debug" in problem["fix"]  # which names the offset: tests/training/debugging
+    code, found = checked(capsys, *words, "--model-arg", "offset=0")
+    assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+
+
+def test_a_size_is_refused_once_with_the_way_out(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("nets.py:Wide", "--input", "4", "--batch", "2", "--no-run", "--chip", "m1,m4")
+    code, found = checked(capsys, *words)
+    (problem,) = found["chips"][0]["refused"]
+    assert (code, found["chips"][1]["verdict"]) == (3, "trains")
+    assert problem["fix"].count("16384 or less") == 1
+    assert "M4 takes it" in problem["fix"]

@@ -30,6 +30,11 @@ from ane_trainer.ane.mil.program import Function, Literal, Op, Value
 _MIB = 2**20
 #: Bytes of weights that one core holds; a wider fan-in starves the array (M6 notes: output channel groups).
 _CORE_WEIGHT_BYTES = 64 * 2**10
+#: Output channels that a core computes at once, and the longest fan-in of which it holds as many.
+_GROUP = 16
+_FULL_FAN_IN = _CORE_WEIGHT_BYTES // (2 * _GROUP)
+#: Nothing published lies between it and this much more: what a wide operand costs grows evenly from none to all.
+_RAMP = 1024
 #: Bytes of activations that stay on the chip (ANE guide app. A, M6 notes).
 _ON_CHIP_BYTES = 2 * _MIB
 #: All small constants together beyond which they no longer stay near the engine (ANE-Training, M3 Pro).
@@ -125,14 +130,14 @@ class _Walk:
             size = "weight"
         fan_in, taps, winograd = _geometry(op)
         fits = max(_CORE_WEIGHT_BYTES // (2 * fan_in), 1)
-        channels = min(16, 2 ** int(math.log2(fits)))
+        channels = min(_GROUP, 2 ** int(math.log2(fits)))
         out = op.result.type
         positions = out.size // max(out.shape[1] if op.kind == "conv" else out.shape[-1], 1)
         off_chip = positions * (fan_in // taps) * 2 >= _ON_CHIP_BYTES
-        rate = min(channels * taps / 16, 1.0) if off_chip else 1.0
+        rate = min(channels * taps / _GROUP, 1.0) if off_chip else 1.0
         made = [self.makers[name] for name in operands if name in self.makers]
         quantized = encoded > 0 and any(maker.kind == "dequantize" for maker in made)
-        wide = self._wide(operands.values()) if channels < 16 and op.kind != "conv" else ()
+        wide = self._wide(operands.values(), fan_in) if channels < _GROUP and op.kind != "conv" else ()
         streams = _streams((size, plain), ("compressed", encoded))
         return OpWork(op, "mac", macs(op), rate, winograd, quantized, self._rectified(op), streams, _streams(*wide),
                       transfers)  # fmt: skip
@@ -149,17 +154,18 @@ class _Walk:
                 return False
         return False
 
-    def _wide(self, operands: Iterable[Value]) -> Iterator[tuple[str, int]]:
-        """Streams of intermediates that a starved contraction takes in."""
+    def _wide(self, operands: Iterable[Value], fan_in: int) -> Iterator[tuple[str, int]]:
+        """Streams of intermediates that a starved contraction takes in; less of them just beyond a full group."""
         for value in operands:
             maker, size = self.makers.get(value.name), value.type.nbytes
             if maker is None or family(maker.kind) == "constexpr":
                 continue
+            beyond = size * min(fan_in - _FULL_FAN_IN, _RAMP) // _RAMP
             if value.type.rank <= 2:
                 near = size <= _ON_CHIP_BYTES // 2
-                yield ("wide_near" if near else "wide" if size <= 8 * _MIB else "wide_spill"), size
+                yield ("wide_near" if near else "wide" if size <= 8 * _MIB else "wide_spill"), beyond
             elif size > 64 * _MIB:
-                yield "deep_spill", size
+                yield "deep_spill", beyond
 
     def _fused(self, op: Op, work: str) -> bool:
         """Bias, scale and activation in a row ride on the MAC output stage; so do quantize and dequantize around it.

@@ -34,9 +34,7 @@ class Target:
         return limit(self.chip, name, self.path)
 
     def exceeds(self, name: str, value: float) -> str | None:
-        """`at most 16384 elements (source)` when `value` breaks the limit; None when it holds or is
-        unknown.
-        """
+        """`at most 16384 elements (source)` when `value` breaks the limit; None when it holds or is unknown."""
         row = self.limit(name)
         if row is None or (value <= row.value if row.bound == "max" else value >= row.value):
             return None
@@ -101,11 +99,24 @@ def _inputs(function: Function, target: Target) -> Iterator[Finding]:
 
 def _instead(kind: str, target: Target) -> str:
     """The way out of an op that a chip refuses: the first later chip that is known to run it, or other ops."""
-    later = (c for c in map(get_chip, known_chips()) if c.generation_number > target.chip.generation_number)
-    first = next((c for c in later if op_status(kind, c, target.path).status in _RUNS), None)
+    first = _first_later(target.chip, lambda chip: op_status(kind, chip, target.path).status in _RUNS)
     if first is None:
         return "Replace the layer that needs it."
     return f"{first.title} runs it; for {target.chip.title} replace the layer that needs it."
+
+
+def _less(name: str, extent: int, target: Target) -> str:
+    """The way out of an axis that is too long: the size that the chip takes, and the first later chip that takes it."""
+    row = target.limit(name)
+    most = "" if row is None else f" of {row.value:g} or less"
+    fix = f"Make it an axis{most}: a narrower layer, or a smaller batch where it is the batch."
+    first = _first_later(target.chip, lambda chip: not replace(target, chip=chip).exceeds(name, extent))
+    return fix if first is None else f"{fix} {first.title} takes it."
+
+
+def _first_later(chip: Chip, takes: Callable[[Chip], bool]) -> Chip | None:
+    later = (c for c in map(get_chip, known_chips()) if c.generation_number > chip.generation_number)
+    return next(filter(takes, later), None)
 
 
 #: What the tables say of an op that a chip runs.
@@ -144,10 +155,7 @@ def _shape(type_: TensorType, target: Target) -> Iterator[tuple[str, str]]:
         name = _AXES[i] if i < len(_AXES) else "depth" if type_.rank == 5 and i == 3 else "batch"
         bound = target.exceeds(name, extent)
         if bound:
-            yield (
-                f"needs a {name} of {bound}; got {extent} in {type_}.",
-                "Use a smaller batch or layer, or split the axis.",
-            )
+            yield f"needs a {name} of {bound}; got {extent} in {type_}.", _less(name, extent, target)
 
 
 def _shapes(op: Op, target: Target) -> Iterator[tuple[str, str]]:
@@ -178,10 +186,8 @@ def _matmul(op: Op, target: Target) -> Iterator[tuple[str, str]]:
     outer = max(op.result.type.shape[-2:])
     bound = target.exceeds("matmul_outputs", outer)
     if bound:
-        yield (
-            f"needs rows and columns of {bound}; got {outer} in {op.result.type}.",
-            "Use a smaller batch or layer.",
-        )
+        fix = _less("matmul_outputs", outer, target)
+        yield f"needs rows and columns of {bound}; got {outer} in {op.result.type}.", fix
 
 
 def _conv(op: Op, target: Target) -> Iterator[tuple[str, str]]:
@@ -229,7 +235,8 @@ def _transpose(op: Op, target: Target) -> Iterator[tuple[str, str]]:
     largest = max(op.result.type.shape)
     bound = target.exceeds("transpose_extent", largest)
     if bound:
-        yield f"needs axes of {bound}; got {op.result.type}.", "Use a smaller batch or layer."
+        fix = _less("transpose_extent", largest, target)
+        yield f"needs axes of {bound}; got {largest} in {op.result.type}.", fix
 
 
 def _arg_reduce(op: Op, target: Target) -> Iterator[tuple[str, str]]:
@@ -251,13 +258,8 @@ _CHECKS: dict[str, tuple[Check, ...]] = {
 }
 
 
-# -- notes and the chip's rewrite ---------------------------------------------------------------------
-
-
 def notes(function: Function, target: Target) -> Iterator[Finding]:
-    """What the chip accepts but a user may want to know: unknown ops, remaining clamped slices, memory,
-    depth.
-    """
+    """What the chip accepts but a user may want to know: unknown ops, remaining clamped slices, memory, depth."""
     unknown: dict[str, Op] = {}
     for op in function.ops:
         if op_status(op.kind, target.chip, target.path).status == "unknown":

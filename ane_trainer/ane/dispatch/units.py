@@ -18,7 +18,7 @@ import torch
 
 from ane_trainer.ane.capture import StepCapture
 from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK, LARGEST_UNIT_PEAK
-from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, GradientOptions, gradient_scalars
+from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, SMALLEST_UNIT, GradientOptions, gradient_scalars
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, scalar_values
 from ane_trainer.ane.capture.ports import Parameter, units_by_group
@@ -272,8 +272,12 @@ class GradientUnits:
     def _overflow(self, index: int, peak: float, limit: float) -> str:
         """A gradient beyond its unit, in words."""
         parameter, unit = self.parameters[index], self.values[index]
-        stuck = unit <= unit_bounds(self.rule, self._group(parameter))[0]
-        fix = "Lower the learning rate." if stuck else "Its power of two moves; training goes on."
+        least = unit_bounds(self.rule, self._group(parameter))[0]
+        fix = "Its power of two moves; training goes on."
+        if unit <= least:  # of SGD the rate decides how small
+            fix = (
+                "Divide the loss by a power of two." if least <= SMALLEST_UNIT else "Lower the learning rate."
+            )
         return (
             f"{parameter.name}: needs a gradient below {limit / unit:.3g} for this update; got {peak / unit:.3g}. "
             f"The update was skipped. {fix} Later ones are counted in `step.health`."

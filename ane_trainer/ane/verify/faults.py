@@ -55,7 +55,7 @@ HELP = {
     "a branch that vanishes counts once its scale has grown.",
     "integers": "Keep whole numbers below 2,048: take the remainder or the difference earlier.",
     "cancellation": "Subtract before the squares: ((x - mean) ** 2).mean() for (x * x).mean() - mean ** 2, "
-    "((a - b) ** 2).sum() for a distance; or take the common offset off first.",
+    "((a - b) ** 2).sum() for a distance; or leave out an offset that all have in common.",
     "sensitive": "Keep its operands small: before a sine take the remainder in the data or on the host, before "
     "an exponential or a steep slope a smaller factor.",
     "rounding": "Keep its operands nearer to 1, or normalise before it.",

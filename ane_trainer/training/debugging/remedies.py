@@ -74,7 +74,7 @@ def of_options(bench: Bench, trial: Trial, phases: frozenset[str], rules: frozen
         for power in (6, 12):
             after = bench.with_loss(2.0**-power).attempt(way).score
             how = (
-                f"divide the loss by {2**power:,} (plain SGD: multiply its rate by as much), or take its mean"
+                f"divide the loss by {2**power:,} (plain SGD: its steps shrink by as much), or take its mean"
             )
             yield Remedy("smaller loss", how, before, after)
             if after.agrees:

@@ -4,6 +4,7 @@ carry       the value times 2^-k from the op on, until what is computed of it is
 norm        rows divided by their largest entry before they are squared: x / m * rsqrt(mean((x / m)^2) + eps / m^2)
 maximum     the largest entry is subtracted before exp
 variance    the mean is subtracted before the square: mean((x - mean(x))^2) for mean(x^2) - mean(x)^2
+offset      a number that is added to much smaller ones is left out: x for x + 300, where nothing depends on it
 logsigmoid  min(x, 0) - log(1 + exp(-|x|)) for log(sigmoid(x))
 epsilon     a larger one
 """
@@ -24,7 +25,7 @@ from ane_trainer.training.debugging.normalising import norm
 def rewrites_at(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
     """The rewrites that fit an op with a fault of this rule, the likeliest first."""
     found = []
-    for make in (norm, _maximum, _logsigmoid, _variance, _reassociate, _carry, _epsilon):
+    for make in (norm, _maximum, _logsigmoid, _variance, _offset, _reassociate, _carry, _epsilon):
         try:
             rewritten = make(graph, op, rule)
         except ProgramError:  # a type rule refuses the form here
@@ -165,6 +166,43 @@ def _variance(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
     replay.at(sub, centred)
     how = "subtract the mean before the square: ((x - x.mean(dim, keepdim=True)) ** 2).mean(dim)"
     return [Rewritten("variance", how, replay.result())]
+
+
+#: How many ops above one an offset is looked for, and how many times what it is added to it is at least.
+_ABOVE, _LARGER = 8, 8.0
+
+
+def _offset(graph: Graph, op: Op, rule: str) -> list[Rewritten]:
+    """x + c, c much larger than x, without c: right where what follows depends on differences alone, as a norm does."""
+    if rule not in ("overflow", "accumulator", "cancellation", "rounding"):
+        return []
+    makers, level = graph.makers, [op]
+    for _ in range(_ABOVE):
+        for each in level:
+            x, c = each.arg("x"), number_of(each.arg("y"))
+            if (
+                each.kind not in ("add", "sub")
+                or c is None
+                or not isinstance(x, Value)
+                or x.name not in makers
+            ):
+                continue
+            profile = graph.measured[makers[x.name].name].profile
+            if abs(c) >= _LARGER * max(abs(profile.low or 0.0), abs(profile.high or 0.0)):
+                return [_without(graph, each, x)]
+        level = [makers[v.name] for each in level for v in each.operands() if v.name in makers]
+    return []
+
+
+def _without(graph: Graph, op: Op, x: Value) -> Rewritten:
+    replay = Replay(graph.function)
+    replay.at(op, lambda m: {op.name: x})
+    place = (op.source or op.name).partition(" (")[2].rstrip(")") or op.name
+    how = (
+        f"leave out the number that is added at {place}: nothing behind it depends on it, and beside it fp16 has no "
+        "digits left for what it is added to"
+    )
+    return Rewritten("offset", how, replay.result())
 
 
 def _reassociate(graph: Graph, op: Op, rule: str) -> list[Rewritten]:

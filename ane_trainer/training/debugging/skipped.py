@@ -18,11 +18,11 @@ def skipped(bench: Bench, trial: Trial, best: Score) -> tuple[Fault, ...]:
     remedies = []
     for power in _POWERS:
         after = bench.with_loss(2.0**-power).attempt(trial.way).score
-        how = f"divide the loss by {2**power:,} (plain SGD: multiply its rate by as much), or normalise the targets"
+        how = f"divide the loss by {2**power:,} (plain SGD: its steps shrink by as much), or normalise the targets"
         remedies.append(Remedy("smaller loss", how, trial.score, after))
         if after.agrees:
             break
     facts = "its gradients are beyond the smallest unit that the optimizer takes, in double precision as well"
     fault = Fault("loss", "loss", Place("loss"), "loss", "overflow", facts, trial.score, remedies=tuple(remedies),
-                  advice=HELP["overflow"])  # fmt: skip
+                  advice="" if remedies[-1].heals else HELP["overflow"])  # fmt: skip
     return (fault,)

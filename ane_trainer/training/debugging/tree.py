@@ -112,7 +112,8 @@ def _fault(fault: Fault, start: str) -> list[str]:
         for remedy in fault.remedies[:2]:
             lines += _wrapped(f"{remedy.how}: {remedy.before} -> {remedy.after}", f"{pad}tried    ")
     if fault.advice:
-        lines += _wrapped(fault.advice, f"{pad}advice   ")
+        label = "advice  " if fault.rule == "refused" or not fault.remedies else "untried "
+        lines += _wrapped(fault.advice, f"{pad}{label} ")
     return lines
 
 

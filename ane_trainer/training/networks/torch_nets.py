@@ -137,10 +137,16 @@ class CharacterTransformer(nn.Module):
         heads: int = 4, activation: str = "gelu",
     ) -> None:  # fmt: skip
         super().__init__()
-        if len(in_shape) != 1 or width % heads:
+        if len(in_shape) != 1:
             raise UsageError(
-                "build_model('gpt'): needs in_shape=(tokens,), and width divisible by heads; "
-                f"got {tuple(in_shape)}, width={width}, heads={heads}. Pass width=... or heads=...",
+                f"build_model('gpt'): needs in_shape=(tokens,); got {tuple(in_shape)}. Give the number of tokens: "
+                "in_shape=(64,), on the command line --input 64 --classes 256.",
+                code="ANE103",
+            )
+        if width % heads:
+            raise UsageError(
+                f"build_model('gpt'): needs a width divisible by heads; got width={width}, heads={heads}. "
+                "Pass width=... or heads=...",
                 code="ANE103",
             )
         self.tokens = nn.Embedding(num_classes, width)

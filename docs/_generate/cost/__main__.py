@@ -2,7 +2,7 @@
 
 fit    fit and cross-validate: `cost_rates.csv`, `cost_intervals.csv`, `left_out.csv`, `retold.csv` (minutes)
 page   docs/cost-model.md and the intervals from the tables
-table  print the cross-validation
+table  print the aims, whether each is met, and the cross-validation
 """
 
 from __future__ import annotations

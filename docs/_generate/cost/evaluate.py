@@ -126,13 +126,12 @@ def interval_of(
         return low, high, programs
     group = next((group for group in GROUPS if kind in group), ())
     kin = [item for item in everything if item.kind in group]
-    all_programs = programs
     for wider in (kin, everything):
         if wider:
-            wide_low, wide_high, all_programs = bounds(wider)
+            wide_low, wide_high, _ = bounds(wider)
             low, high = min(low, wide_low), max(high, wide_high)
     stretch = 1 + 1 / (1 + len({item.row.workload for item in left}))
-    return min(low, low**stretch), max(high, high**stretch), all_programs
+    return min(low, low**stretch), max(high, high**stretch), programs
 
 
 def intervals(

@@ -49,6 +49,16 @@ class Variance(Base):
         return self.b((h - mean) / torch.sqrt(variance + 1e-5))
 
 
+class Offset(Base):
+    """A norm of numbers that fp16 does not tell apart beside 300, and whose squares leave it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x) + 300
+        mean = h.mean(-1, keepdim=True)
+        variance = (h * h).mean(-1, keepdim=True) - mean**2
+        return self.b((h - mean) / torch.sqrt(variance + 1e-5))
+
+
 class Heavy(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -102,4 +112,5 @@ CASES = {
     "exponentials": Case(Exponentials, False, "table-end", "exp", "maximum"),
     "loss": Case(Fine, False, "overflow", "mul", "rewrite powers", "loss", squares),
     "variance": Case(Variance, True, "cancellation", "sub", "variance"),
+    "offset": Case(Offset, True, "overflow", "mul", "offset"),
 }
