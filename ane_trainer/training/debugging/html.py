@@ -27,6 +27,10 @@ details { margin: .15rem 0 .15rem 1rem; } summary { cursor: pointer; } summary b
 .fault.healed { border-color: var(--good); } .fault h3 { margin: .1rem 0 .4rem; font-size: 1rem; }
 .fault p { margin: .25rem 0; } .op { margin: .3rem 0 .6rem 1rem; } .op svg { display: block; margin: .2rem 0; }
 table.ops { margin: .2rem 0 .4rem 1rem; } code { font-size: .88em; }
+@media (max-width: 1100px) {
+  details { margin-left: .4rem; } table.ops { margin-left: .2rem; font-size: .72rem; }
+  table.ops td, table.ops th { padding: .15rem .25rem; } table.ops svg { width: 7rem; height: auto; }
+}
 """
 
 
@@ -82,7 +86,7 @@ def _fault(fault: Fault, kind: str, shown: dict[str, OpLine]) -> str:
         mark, word = ("ok", "heals") if remedy.heals else ("dim", "tried")
         rows.append(f"<p><span class='{mark}'>{word}</span> {escape(str(remedy))}</p>")
     if fault.advice:
-        rows.append(f"<p>{escape(fault.advice)}</p>")
+        rows.append(f"<p><span class='dim'>{fault.advice_is}</span> {escape(fault.advice)}</p>")
     if fault.name in shown:
         rows.append(_histogram(shown[fault.name]))
     phase = f", {fault.phase}" if fault.phase else ""
@@ -118,7 +122,8 @@ def _module(node: Node, shown: dict[str, OpLine]) -> str:
         max(getattr(op.accuracy.profile, which).relative for op in ops) for which in ("own", "total")
     )
     infinite = sum(op.accuracy.profile.overflows for op in ops)
-    told = f"own {share(own)}, total {share(total)}" + (f", {infinite:,} infinite" if infinite else "")
+    told = f"own {share(own)}" + ("" if ops[0].phase == "optimizer" else f", total {share(total)}")
+    told += f", {infinite:,} infinite" if infinite else ""
     mark = "bad" if bad else "dim"
     summary = f"<summary><b>{escape(node.name)}</b> <span class='{mark}'>{told}</span></summary>"
     return f"<details{' open' if bad else ''}>{summary}{_node(node, shown)}</details>\n"
@@ -153,7 +158,8 @@ def _histogram(op: OpLine) -> str:
     most = max((*engine, *double, 1))
     width = len(double) * _STEP
     parts = [
-        f'<svg width="{width}" height="{_HEIGHT + 12}" role="img" aria-label="{escape(op.accuracy.name)}">'
+        f'<svg width="{width}" height="{_HEIGHT + 12}" viewBox="0 0 {width} {_HEIGHT + 12}" role="img" '
+        f'aria-label="{escape(op.accuracy.name)}">'
         f'<path d="{_outline(double, most)}" fill="#8886"/>',
         f'<path d="{_outline(engine, most)}" fill="#0072b255" stroke="#0072b2"/>',
     ]

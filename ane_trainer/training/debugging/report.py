@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from ane_trainer.ane.errors import Finding
 from ane_trainer.ane.verify.accuracy import OpAccuracy
+from ane_trainer.ane.verify.faults import HELP
 from ane_trainer.training.debugging.scores import Score
 
 #: Directions of a step, in order; a program that is no step has none.
@@ -90,6 +91,11 @@ class Fault:
     more: tuple[str, ...] = ()
     remedies: tuple[Remedy, ...] = ()
     advice: str = ""
+
+    @property
+    def advice_is(self) -> str:
+        """What the advice is: what usually helps, which was not tried here, or what is known of this one."""
+        return "untried" if self.advice == HELP.get(self.rule) else "advice"
 
     @property
     def remedy(self) -> Remedy | None:

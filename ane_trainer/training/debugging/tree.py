@@ -112,8 +112,7 @@ def _fault(fault: Fault, start: str) -> list[str]:
         for remedy in fault.remedies[:2]:
             lines += _wrapped(f"{remedy.how}: {remedy.before} -> {remedy.after}", f"{pad}tried    ")
     if fault.advice:
-        label = "advice  " if fault.rule == "refused" or not fault.remedies else "untried "
-        lines += _wrapped(fault.advice, f"{pad}{label} ")
+        lines += _wrapped(fault.advice, f"{pad}{fault.advice_is:<9}")
     return lines
 
 
