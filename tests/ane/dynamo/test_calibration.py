@@ -192,3 +192,32 @@ def test_masked_scores_of_a_log_softmax_are_not_told() -> None:
     found, layer.weight.grad = layer.weight.grad.clone(), None
     contrast(x).backward()
     assert (found - layer.weight.grad).norm() < 0.02 * layer.weight.grad.norm()
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+@pytest.mark.parametrize("layer", [nn.LayerNorm(16), nn.InstanceNorm1d(4), nn.BatchNorm1d(4)])
+def test_rows_that_are_nearly_constant_are_told(layer: nn.Module) -> None:
+    """What fp16's rounding of the input leaves of their differences; the forward alone agreed within its own cost."""
+    x = 1 + 1e-3 * torch.randn(8, 4, 16, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    with pytest.warns(at.NumericsWarning, match="near it from an input.* % of what is left"):
+        torch.compile(layer, backend="ane")(x)
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+def test_so_is_a_bias_in_front_of_a_norm_that_hides_the_rest() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    with torch.no_grad():
+        model[0].bias.fill_(300.0)  # type: ignore[union-attr, operator]
+    torch._dynamo.reset()
+    with pytest.warns(at.NumericsWarning, match="subtracts a mean .* % of what is left"):
+        torch.compile(model, backend="ane")(torch.randn(16, 8))
+
+
+def test_ordinary_differences_are_not() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.LayerNorm(8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", at.NumericsWarning)
+        (torch.compile(model, backend="ane")(5 + torch.randn(16, 8)) * torch.randn(16, 8)).sum().backward()

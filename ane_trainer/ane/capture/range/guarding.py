@@ -12,6 +12,7 @@ where no value of the example is above 256. Test: `test_guarding.py`.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterator, Sequence
 from typing import cast
@@ -23,6 +24,7 @@ from ane_trainer.ane.capture.range.bands import ALIGNED, CONTRACTIONS, LINEAR, P
 from ane_trainer.ane.capture.range.calibration import INTEGERS
 from ane_trainer.ane.capture.range.editing import aten, in_update, is_float, number, shape_of
 from ane_trainer.ane.capture.range.exponents import Exponents
+from ane_trainer.ane.capture.range.norms import REDUCTIONS, is_square
 from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.stages import Captured
@@ -30,7 +32,8 @@ from ane_trainer.ane.stages import Captured
 #: From this magnitude on, as stored in the example, a value is watched (of the backward pass of a step: from the second
 #: on); one of the backward pass if no gradient that is made of it is as large as the third share of it.
 WATCHED, WATCHED_IN_STEPS, SHOWN = 2.0**8, 2.0**9, 0.5
-#: What goes into a buffer is watched from this magnitude on, through operations that begin with these.
+#: What goes into a buffer is watched from this magnitude on, through operations that begin with these; a mean of
+#: squares always: data a few hundred times larger than the example leave fp16 in a variance, and nowhere else.
 WATCHED_IN_BUFFERS = 2.0**4
 _JOINS = tuple(f"aten.{name}." for name in ("where", "add", "sub", "mul", "div", "maximum", "minimum"))
 #: The most values of the backward pass that are watched, the largest of each place.
@@ -194,23 +197,48 @@ def _into_buffers(
 ) -> Iterator[tuple[str, Node]]:
     """By place, of what each new buffer is made of, the value nearest to its limit: a variance is a square."""
     results = cast("Sequence[Node]", captured.graph.graph.output_node().args[0])
+    held = {p.target: p.name for p in captured.inputs if p.role == "state"}
     for port, new in zip(captured.outputs, results, strict=True):
         if port.role != "state" or port.target not in buffers or not isinstance(new, Node):
             continue
-        best, found, pending = WATCHED_IN_BUFFERS, None, [new]
-        seen = {new}
-        while pending:
-            node = pending.pop(0)  # what is nearest to the buffer first: the last of several factors
+        best, found = WATCHED_IN_BUFFERS, _statistic(exponents, new, held.get(port.target, ""))
+        for node in [] if found is not None else _joined(new):
             size = exponents.found.get(node.name)
             stored = 0.0 if size is None else size.peak * 2.0 ** -exponents.of.get(node, 0)
             if stored > best and _makes(node) and size is not None and size.finite and not size.part:
                 best, found = stored, node
-            if str(node.target).startswith(_JOINS):
-                others = [n for n in node.all_input_nodes if n not in seen and shape_of(n) == port.shape]
-                seen.update(others)
-                pending += others
         if found is not None:
             yield str(found.meta.get(META_KEY, found.name)), found
+
+
+def _joined(new: Node) -> list[Node]:
+    """What a buffer's new value is made of by element: what is nearest to it first, so the last of several factors."""
+    found, count = [new], math.prod(shape_of(new))
+    for node in found:
+        if str(node.target).startswith(_JOINS) or node.target is aten.view.default:
+            found += [n for n in node.all_input_nodes if n not in found and math.prod(shape_of(n)) == count]
+    return found
+
+
+def _statistic(exponents: Exponents, new: Node, held: str) -> Node | None:
+    """The mean of squares of a batch that goes into a buffer (held: its placeholder), before its share is taken."""
+    parts = _joined(new)
+    squares: set[Node] = set()
+    old: set[Node] = set()
+    for node in exponents.graph.nodes:
+        if node in parts:
+            operand = node.args[0] if node.target in REDUCTIONS else None
+            if (isinstance(operand, Node) and is_square(operand)) or not squares.isdisjoint(
+                node.all_input_nodes
+            ):
+                squares.add(node)
+            if node.name == held or not old.isdisjoint(node.all_input_nodes):
+                old.add(node)
+    for node in parts:
+        size, shares = exponents.found.get(node.name), [number(a) for a in node.args]
+        if node in squares - old and _makes(node) and not any(s is not None and abs(s) < 1.0 for s in shares):
+            return node if size is not None and size.finite else None
+    return None
 
 
 def _makes(node: Node) -> bool:

@@ -43,7 +43,7 @@ def gaussian_nll(
         variance = variance.unsqueeze(-1)
     clamped = variance + (variance.clamp(min=eps) - variance).detach()
     loss = 0.5 * (torch.log(clamped) + (input - target) ** 2 / clamped)
-    return _reduced(loss + 0.5 * math.log(2 * math.pi) if full else loss, reduction)
+    return reduced(loss + 0.5 * math.log(2 * math.pi) if full else loss, reduction)
 
 
 def logcumsumexp(input: torch.Tensor, dim: int) -> torch.Tensor:
@@ -74,7 +74,18 @@ def multi_margin(
     if weight is not None:
         excess = excess * (picks * weight).sum(1, keepdim=True)
     loss = excess.mean(1)
-    return _reduced(loss if input.dim() == 2 else loss.reshape(()), reduction)
+    return reduced(loss if input.dim() == 2 else loss.reshape(()), reduction)
+
+
+def soft_margin(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """`F.soft_margin_loss`, log(1 + exp(-y x)), as a softplus: the exponential leaves fp16 from 11 on."""
+    return reduced(F.softplus(-target * input), reduction)
 
 
 def multi_label_margin(
@@ -93,10 +104,11 @@ def multi_label_margin(
     own = (scores.unsqueeze(1) * picks).sum(-1, keepdim=True)
     excess = F.relu(1.0 - own + scores.unsqueeze(1)) * others.unsqueeze(1) * valid.unsqueeze(-1)
     loss = excess.sum((1, 2)) / classes
-    return _reduced(loss if input.dim() == 2 else loss.reshape(()), reduction)
+    return reduced(loss if input.dim() == 2 else loss.reshape(()), reduction)
 
 
-def _reduced(loss: torch.Tensor, reduction: str) -> torch.Tensor:
+def reduced(loss: torch.Tensor, reduction: str) -> torch.Tensor:
+    """A loss of elements as `reduction` has it."""
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()

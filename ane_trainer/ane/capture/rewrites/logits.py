@@ -1,6 +1,6 @@
 """Losses of probabilities as losses of the scores they came from.
 
-    log(softmax(x)) -> log_softmax(x)                binary_cross_entropy(sigmoid(x), y) -> ..._with_logits(x, y)
+    log(softmax(x)) -> log_softmax(x)                binary_cross_entropy(sigmoid(x), y) -> `_of_sigmoid(x, y)`
     1 - sigmoid(x) -> sigmoid(-x)                     log(sigmoid(x) + e) -> logaddexp(logsigmoid(x), log e)
     log(clamp(sigmoid(x), low, high)) -> clamp(logsigmoid(x), log low, log high)
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ane_trainer.ane.capture.rewrites.criteria import reduced
 from ane_trainer.ane.capture.trace.torch_private import SideTable, version
 
 Function = Callable[..., Any]
@@ -34,6 +35,11 @@ _LOG1P: Function = torch.log1p
 
 #: An epsilon is added to probabilities up to here; more is arithmetic of its own.
 LARGEST_EPSILON = 1e-3
+
+
+#: PyTorch's `binary_cross_entropy` of a sigmoid in fp32: its largest logarithm, the score from which on the sigmoid is
+#: 1 (exp(-x) is half a step of 1), the one where p (1 - p) is 1e-12, the one below which p is 0 (exp(-x) is infinite).
+_MOST, _ONE, _FAINT, _NONE = 100.0, 24 * math.log(2.0), -12 * math.log(10.0), -88.72
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,10 @@ class Origins:
             return self._of_clamped(input, target, weight, reduction)
         if origin is None or origin.logarithm is not F.logsigmoid:
             return F.binary_cross_entropy(input, target, *options)
-        return F.binary_cross_entropy_with_logits(origin.scores, target, *options)
+        if size_average is not None or reduce is not None:
+            return F.binary_cross_entropy_with_logits(origin.scores, target, *options)
+        each = _of_sigmoid(origin.scores, target)
+        return reduced(each if weight is None else each * weight, reduction)
 
     def _of_clamped(
         self, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: str
@@ -124,8 +133,7 @@ class Origins:
         """The binary cross entropy of clamped probabilities, from the logarithms of both sides."""
         no, yes = self._logarithm(self._difference(1, input)), self._logarithm(input)
         each = -(target * yes + (1 - target) * no)
-        each = each if weight is None else each * weight
-        return each.mean() if reduction == "mean" else each.sum() if reduction == "sum" else each
+        return reduced(each if weight is None else each * weight, reduction)
 
     def _taken_from(self, x: object, other: object, *args: object, **kwargs: object) -> object:
         """`1 - x`, as Python calls it for a number: of a sigmoid the sigmoid of -scores."""
@@ -246,6 +254,19 @@ class Origins:
         if origin is None or origin.version != version(x):
             return None
         return origin if all(version(tensor) == number for tensor, number in origin.read) else None
+
+
+def _of_sigmoid(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The binary cross entropy of `sigmoid(scores)` as PyTorch has it in fp32, by element.
+
+    From _ONE on the sigmoid is 1: a target of 0 costs 100 (PyTorch's bound of logarithms), and there is no gradient.
+    Below _FAINT the gradient is divided by 1e-12 in the place of the smaller p (1 - p).
+    """
+    each = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
+    fading = -torch.exp((scores - _FAINT).clamp(max=0.0))
+    lost = _WHERE(scores < _NONE, _MOST, -scores).detach()
+    faint = target * (lost + (fading - fading.detach()))
+    return _WHERE(scores > _ONE, (1 - target) * _MOST, _WHERE(scores < _FAINT, faint, each))  # type: ignore[no-any-return]
 
 
 def _is_share(end: object) -> bool:

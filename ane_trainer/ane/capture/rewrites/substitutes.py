@@ -23,6 +23,7 @@ from ane_trainer.ane.capture.rewrites.criteria import (
     multi_label_margin,
     multi_margin,
     one_hot,
+    soft_margin,
 )
 from ane_trainer.ane.capture.rewrites.exponentials import axes_of_sum
 from ane_trainer.ane.capture.rewrites.packed import (
@@ -203,4 +204,5 @@ REWRITES: dict[Function, Function] = {
     torch.Tensor.__getitem__: _getitem, torch.Tensor.__setitem__: _setitem, F.gaussian_nll_loss: gaussian_nll,
     torch.logcumsumexp: logcumsumexp, torch.Tensor.logcumsumexp: logcumsumexp, F.multi_margin_loss: multi_margin,
     F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, torch.histc: histc,
+    F.soft_margin_loss: soft_margin,
 }  # fmt: skip

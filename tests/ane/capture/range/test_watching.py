@@ -132,12 +132,14 @@ def test_a_gradient_that_saturates_in_front_of_a_norm(door: str) -> None:
     assert float((got - want).norm()) < 0.02 * float(want.norm())
 
 
-def test_a_variance_beyond_fp16_does_not_get_into_the_running_one() -> None:
-    """The norm itself carries it; the buffer took 65,504 for 300,000 without a word."""
+@pytest.mark.parametrize("scale", [30.0, 1.0, 0.1])
+def test_a_variance_beyond_fp16_does_not_get_into_the_running_one(scale: float) -> None:
+    """The norm itself carries it; the buffer took 65,504 for 300,000 without a word, whatever the example's size."""
+    torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    step = at.compile_step(model, F.cross_entropy, optimizer, (30 * X, Y), device="sim", fidelity="fast")
-    step(30 * X, Y)
+    step = at.compile_step(model, F.cross_entropy, optimizer, (scale * X, Y), device="sim", fidelity="fast")
+    step(scale * X, Y)
     step.sync()
     variance = model[1].running_var.clone()  # type: ignore[union-attr, operator]
     with pytest.warns(at.NumericsWarning, match="^1.*left fp16"):

@@ -33,6 +33,7 @@ LOSSES: dict[str, Loss] = {
     "log1p": lambda o, y: -(y * torch.log(o.sigmoid()) + (1 - y) * torch.log1p(-o.sigmoid())).mean(),
     "where": lambda o, y: -(torch.where(y > 0.5, o.sigmoid(), 1 - o.sigmoid()) + 1e-8).log().mean(),
     "focal": lambda o, y: -((1 - o.sigmoid()) ** 2 * y * (o.sigmoid() + E).log()).mean() + o.square().mean(),
+    "soft margin": lambda o, y: F.soft_margin_loss(o, 2 * y - 1),
     "softmax": lambda o, y: -(torch.cat([y, 1 - y], 1) * both(o).clamp_min(1e-7).log()).sum(1).mean(),
     "gather": lambda o, y: -(both(o).gather(1, y.long()) + 1e-8).log().mean(),
     "index": lambda o, y: -both(o)[torch.arange(len(y)), y[:, 0].long()].log().mean(),
@@ -81,6 +82,38 @@ def test_so_is_one_through_torch_compile(name: str) -> None:
     assert model.weight.grad is not None
     assert value.item() == pytest.approx(expected, rel=2e-3)
     assert (model.weight.grad - gradient).norm() < 0.01 * gradient.norm()
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("whole", [True, False], ids=["compile_step", "torch.compile"])
+def test_saturated_probabilities_cost_what_they_cost_in_fp32(target: float, whole: bool) -> None:
+    """PyTorch bounds the logarithm of 0 by -100, and a sigmoid that is 1 has no gradient."""
+    scores = torch.tensor([[-120.0, -95, -60, -35, -29, -20, -5, 1, 8, 15, 16.4, 17, 18, 25, 110]])
+    y = torch.full_like(scores, target)
+
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy(o.sigmoid(), y, weight=y + 1, reduction="sum")
+
+    start = scores.clone().requires_grad_()
+    expected = loss(start, y)
+    (gradient,) = torch.autograd.grad(expected, start)
+    model = nn.Linear(1, scores.shape[1])
+    with torch.no_grad():
+        model.weight.zero_(), model.bias.copy_(scores[0])
+    x, optimizer = torch.zeros(1, 1), torch.optim.SGD(model.parameters(), lr=1.0)
+    if whole:
+        step = at.compile_step(model, loss, optimizer, example=(x, y), device="sim")
+        value = float(step(x, y))
+        step.sync()
+        assert step.agreement is not None
+        assert step.agreement.agrees
+    else:
+        compiled = torch.compile(lambda x, y: loss(model(x), y), backend="ane")(x, y)
+        compiled.backward()
+        optimizer.step()
+        value = compiled.item()
+    assert value == pytest.approx(expected.item(), rel=2e-3)
+    assert torch.allclose(scores[0] - model.bias.detach(), gradient[0], atol=5e-3)
 
 
 def test_what_was_written_to_is_taken_as_it_is() -> None:

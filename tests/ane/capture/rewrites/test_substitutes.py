@@ -62,6 +62,7 @@ CASES: dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]] = {
         [SCORES, INT, normal(5).abs()],
     ),
     "multi margin one": (lambda x, i: F.multi_margin_loss(x[0], i[0], reduction="sum"), [SCORES, INT]),
+    "soft margin": (lambda x: F.soft_margin_loss(x, x.detach().sign(), reduction="sum"), [SCORES]),
     "multi label": (lambda x, i: F.multilabel_margin_loss(x, i), [SCORES, LABELS]),
     "multi label one": (lambda x, i: F.multilabel_margin_loss(x[0], i[0], reduction="none"), [SCORES, LABELS]),
     "normal": (lambda x: distributions.Normal(x, x.exp()).log_prob(x.detach() + 1), [SCORES]),
