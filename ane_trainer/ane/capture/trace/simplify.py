@@ -5,6 +5,7 @@ before: `t = permute(x, [1, 0]); u = permute(t, [1, 0]); v = view(u, same shape)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -235,4 +236,5 @@ def _frozen(argument: object) -> Any:
         return tuple(map(_frozen, argument))
     if isinstance(argument, dict):
         return tuple((key, _frozen(value)) for key, value in sorted(argument.items()))
-    return (type(argument).__name__, argument)
+    sign = math.copysign(1.0, argument) if isinstance(argument, float) else 1.0  # 0 and -0 are equal
+    return (type(argument).__name__, argument, sign)

@@ -173,3 +173,11 @@ def test_numbers_of_an_update_share_their_memory_while_it_is_recorded() -> None:
     assert len(set(places)) == 1
     for own, expected in zip(graph(w, g), update(w, g), strict=True):
         assert torch.equal(own, expected)
+
+
+def test_operations_on_0_and_minus_0_are_not_shared() -> None:
+    x = torch.tensor([1.0, -2.0])
+    traced = trace(lambda x: [x * 0.0, x * -0.0, x * 0.0], {"x": x}, decomposition_table())
+    signs = [torch.signbit(value).tolist() for value in traced(x)]
+    assert signs == [[False, True], [True, False], [False, True]]
+    assert sum(node.op == "call_function" for node in traced.graph.nodes) == 2
