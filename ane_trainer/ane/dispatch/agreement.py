@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,9 @@ _OWN_ERRORS, _LARGEST_OWN = 3.0, 0.1
 #: Share of a gradient's mean size by which its entries may be off, at first and where a step seems to depart (the
 #: engine's tables), and how much an update may change by that.
 _NOISE, _LARGEST_NOISE, _ALIKE = 2.0**-9, 0.01, 0.1
-#: Below this share of the largest gradient's size one counts as what cancellation left.
-_LEAST_GRADIENT = 1e-4
-#: And below this one of which rounding leaves nothing.
-_CANCELLED = 1e-3
+#: Below this share of the largest gradient's size one counts as what cancellation left; and one of which rounding
+#: leaves nothing below the second.
+_LEAST_GRADIENT, _CANCELLED = 1e-4, 1e-3
 #: What an entry with next to no gradient counts, against one of at least the mean size.
 _LEAST_WEIGHT = 0.05
 _HALVES = (torch.bfloat16, torch.float16)
@@ -141,10 +140,8 @@ def reference(
             optimizer.zero_grad()
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
             copies = dict(model.named_parameters()) | dict(model.named_buffers())
-            with (
-                drawn_by(draws),
-                StandIns(subject.model, copies),
-            ):  # for hooks and losses that hold the originals
+            # the stand-ins are for hooks and losses that hold the originals
+            with drawn_by(draws), StandIns(subject.model, copies):
                 values = [
                     call_loss(get_loss(loss), call_aside(model, {}, x), y, model, {}) / len(parts)
                     for x, y in parts
@@ -357,16 +354,19 @@ def explained(
     changes: Mapping[str, torch.Tensor],
     expected: Reference,
     loss: float,
-    run: Rounded,
-    at_random: Callable[[], float],
+    rounded: Callable[[], Rounded],
+    at_random: Iterable[float],
 ) -> Agreement:
     """The agreement with fp16's own error and the first operation that departs; warns if it is beyond that.
 
-    Where no operation departs, the error is `at_random`'s too: of runs that are rounded up or down.
+    Where no operation departs, the error is `at_random`'s too: of runs rounded up or down, until they explain it.
     """
+    if (result := compare(agreement.step, loss, changes, expected, _LARGEST_NOISE)).agrees:
+        return result  # the tables explain it, and no run in rounded arithmetic is needed
+    run, more = rounded(), iter(at_random)
     result = _explained(agreement, changes, expected, loss, run)
-    if not result.agrees and run.first is None:
-        run = Rounded(max(run.gradient_error, at_random()), None, run.lost)
+    while not result.agrees and run.first is None and (error := next(more, None)) is not None:
+        run = Rounded(max(run.gradient_error, error), None, run.lost)
         result = _explained(agreement, changes, expected, loss, run)
     if not result.agrees:
         worst = max(result.updates, key=lambda n: result.updates[n], default="none")
@@ -396,5 +396,4 @@ def judged(
     found = compare(step, loss, changes, expected)
     if found.agrees or fp16 is None:
         return found
-    again = compare(step, loss, changes, expected, max(_LARGEST_NOISE, 2.0 * fp16))
-    return dataclasses.replace(again, fp16=fp16)
+    return _explained(found, changes, expected, loss, Rounded(fp16, None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -23,11 +23,11 @@ def rounded_run(
 
 def error_at_random(
     loaded: LoadedStep, batch: tuple[object, object], before: Mapping[str, torch.Tensor]
-) -> float:
-    """The error of the same step's gradients where numbers are rounded up or down at random."""
+) -> Iterator[float]:
+    """The errors of the same step's gradients where numbers are rounded up or down at random, of a few runs each."""
     captured, values = _step_and_values(loaded, batch, before)
-    few = range(0, _ROUNDINGS, _AT_ONCE)  # each holds the step's values
-    return max(rounding_error(captured, values, range(i, i + _AT_ONCE)) for i in few)
+    for i in range(0, _ROUNDINGS, _AT_ONCE):  # each holds the step's values
+        yield rounding_error(captured, values, range(i, i + _AT_ONCE))
 
 
 def _step_and_values(

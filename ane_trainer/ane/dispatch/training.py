@@ -199,9 +199,9 @@ class TrainingStep(StepFacts):
         self.agreement = compare(self.steps, loss, changes, found)
         if not self.agreement.agrees and not math.isnan(found.loss):
             part = self.options.parts(x, y)[0]
-            more = lambda: error_at_random(self._loaded, part, before)  # noqa: E731
-            self.agreement = explained(
-                self.agreement, changes, found, loss, rounded_run(self._loaded, part, before), more)  # fmt: skip
+            run = lambda: rounded_run(self._loaded, part, before)  # noqa: E731
+            more = error_at_random(self._loaded, part, before)
+            self.agreement = explained(self.agreement, changes, found, loss, run, more)
 
     def _follow(self) -> bool:
         """What was changed from outside since the last step: weights (True), optimizer state, Python values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from torch import nn
 
 import ane_trainer as at
 from ane_trainer.ane.capture import parts
+from ane_trainer.ane.capture.range.departure import Rounded
 from ane_trainer.ane.dispatch import training
-from ane_trainer.ane.dispatch.agreement import Agreement, compare
+from ane_trainer.ane.dispatch.agreement import Agreement, Reference, compare, explained
 from tests.ane.dispatch.test_host_optimizer import Drawing
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -284,3 +285,36 @@ def test_what_is_infinite_in_pytorch_is_told(loss: Loss, told: str) -> None:
     with pytest.warns(at.NumericsWarning, match=told):
         step(x, y)
     assert step.agreement is None
+
+
+@pytest.mark.parametrize(("error", "made"), [(0.001, 4), (0.008, 2), (0.02, 1)])
+def test_as_many_runs_are_rounded_at_random_as_explain_a_difference(error: float, made: int) -> None:
+    """An update 5 % off that rounding explains at 1.7 %, in runs whose errors grow by `error`."""
+    changes, wanted = {"w": torch.tensor([1.05])}, {"w": torch.tensor([1.0])}
+    expected = Reference(1.0, wanted, lambda noise, lost: {"w": torch.ones(1)})
+    found = compare(1, 1.0, changes, expected)
+    taken: list[float] = []
+
+    def at_random() -> Iterator[float]:
+        for number in range(1, 5):
+            taken.append(error * number)
+            yield error * number + 0.001
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = explained(found, changes, expected, 1.0, lambda: Rounded(0.0, None), at_random())
+    assert (len(taken), result.agrees) == (made, error > 0.001)
+    assert result.fp16 == pytest.approx(error * made + 0.001)
+
+
+def test_what_tables_cost_is_tried_before_the_step_runs_again() -> None:
+    changes, wanted = {"w": torch.tensor([1.03])}, {"w": torch.tensor([1.0])}
+    weights = {0.01: torch.zeros(1)}  # the entry is undetermined where gradients may be 1 % off
+    expected = Reference(1.0, wanted, lambda noise, lost: {"w": weights.get(noise, torch.ones(1))})
+    found = compare(1, 1.0, changes, expected)
+    assert not found.agrees
+
+    def again() -> Rounded:
+        pytest.fail("the step ran again")
+
+    assert explained(found, changes, expected, 1.0, again, ()).agrees
