@@ -30,6 +30,7 @@ from ane_trainer.ane.dynamo.proof import MeasuredGraph, departures, in_words
 from ane_trainer.ane.dynamo.report import ProgramRecord, report
 from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func, one_at_a_time
 from ane_trainer.ane.errors import DataError, NumericsWarning, UnsupportedModel
+from ane_trainer.ane.mil.program import MAX_FP16
 
 #: How often a graph's powers of two are chosen again, since a call's values left the range.
 MOST_CALIBRATIONS = 16
@@ -92,6 +93,7 @@ class GraphFunction:
         self._added = {nodes[s.change].name for s in self._prepared.results if s.kind == "sum"}
         self._shares = {n.name for n in nodes if n.target is torch.ops.aten._log_softmax.default}
         self._expected: Values = []  # the engine's results in full precision, after a calibration
+        self._fills: set[int] = set()  # those of them that only stand for infinity where the engine has one
 
     def __call__(self, inputs: Sequence[Any], users: int) -> list[Any]:
         """The results; those from number `users` on stay in the engine's precision, for the backward graph."""
@@ -157,6 +159,10 @@ class GraphFunction:
                 found.append((sources["input"][source.value].detach() + change.float()).to(dtype))
                 continue
             value = source.value if source.kind == "value" else sources[source.kind][source.value]
+            if source.kind == "engine" and number >= users and source.value in self._fills:
+                value = value.nan_to_num(
+                    math.nan, MAX_FP16, -MAX_FP16
+                )  # 1e10: infinity times a gradient of 0
             cast = isinstance(value, torch.Tensor) and source.kind == "engine" and number < users
             value = value.clone() if source.kind == "copy" else value
             found.append(value.to(dtype) if cast else value)
@@ -177,6 +183,9 @@ class GraphFunction:
                 )
             except FAULTS as error:
                 raise graph_fault(error) from error
+        sizes = [run.found.get(node.name) for node in self.engine_results()]
+        self._fills = {i for i, size in enumerate(sizes) if size is not None and size.masked}
+        self._fills = {i for i in self._fills if bool(self._expected[i].isfinite().all())}
         return run.found
 
     def calibrate(self, found: Mapping[str, Magnitude]) -> bool:

@@ -93,12 +93,15 @@ _MASK, _GAP = -1e4, 16.0
 #: From here down they do whatever else there is (torch.finfo(...).min, -1e9); from here up where it is one number, and
 #: no other is beyond the second.
 _INFINITE, _ORDINARY = -1e8, 1e4
-#: Sums of a fill and ordinary numbers are this close to each other.
-_ALIKE = 1.0 - 1e-4
+#: Sums of a fill and ordinary numbers are this close to each other, and its products with such.
+_ALIKE, _PRODUCTS_ALIKE = 1.0 - 1e-4, 2.0**-6
 
 
-def measure(tensor: torch.Tensor) -> Magnitude:
-    """The magnitude of a tensor; entries that stand for infinity (masks) do not count."""
+def measure(tensor: torch.Tensor, alike: float = _ALIKE, fewest: int = 2) -> Magnitude:
+    """The magnitude of a tensor; entries that stand for infinity (masks) do not count.
+
+    Those from above do where there are fewer than `fewest`, or one is less than `alike` of the largest.
+    """
     if not tensor.numel():
         return Magnitude(0.0, 0.0, 0.0)
     values = tensor.detach()
@@ -120,7 +123,7 @@ def measure(tensor: torch.Tensor) -> Magnitude:
     peak = max(-low, high) if finite else float(values.abs().amax())
     if peak >= -_INFINITE:  # a mask from above, as for a minimum: one number in several places
         ordinary, filled = values[values.abs() < -_INFINITE], values[values.abs() >= -_INFINITE]
-        one = filled.numel() > 1 and float(filled.amin()) >= _ALIKE * peak
+        one = filled.numel() >= fewest and float(filled.abs().amin()) >= alike * peak
         if one and ordinary.numel() and float(ordinary.abs().amax()) <= _ORDINARY:
             return dataclasses.replace(measure(ordinary), masked=True)
     flat = values.reshape(-1).contiguous()
@@ -160,6 +163,15 @@ def _fed(node: Node) -> bool:
     return node.op == "placeholder"
 
 
+#: Operations that put numbers side by side.
+_JOINS = (aten.cat.default, aten.where.self, aten.masked_fill.Scalar, aten.index_put.default)
+
+
+def _is_fill(size: Magnitude) -> bool:
+    """Whether a value is one large number throughout."""
+    return size.peak >= -_INFINITE and size.rms >= _ALIKE * size.peak and size.density == 1.0
+
+
 class Measured(InOrder):
     """Runs a graph and notes the magnitude of each float value in front of the update, and of large integers."""
 
@@ -181,10 +193,31 @@ class Measured(InOrder):
         ):
             source = n.args[0] if n.target in _MOVES else None
             known = self.found.get(source.name) if isinstance(source, Node) else None
-            self.found[n.name] = known or measure(result)
+            self.found[n.name] = known or measure(result, *self._infinite(n))
+            self._fills(n)
         elif isinstance(result, torch.Tensor) and not result.is_complex() and result.numel() and not _fed(n):
             largest = 0 if result.dtype in _SMALL else float(result.double().abs().amax())
             if largest >= LEAST_INTEGER:
                 self.found[INTEGERS + n.name] = Magnitude(largest, largest, 1.0)
         self.choices.see(n, self.env, result)
         return result
+
+    def _infinite(self, node: Node) -> tuple[float, int]:
+        """How near each other, and how many, the largest numbers of a result have to be to stand for infinity."""
+        known = [m for a in node.all_input_nodes if (m := self.found.get(a.name)) is not None]
+        if node.target is aten.mul.Tensor and any(m.masked for m in known):
+            return _PRODUCTS_ALIKE, 1
+        return _ALIKE, 1 if node.target in _JOINS and any(map(_is_fill, known)) else 2
+
+    def _fills(self, node: Node) -> None:
+        """What stands for infinity in a result does so in the operand that is nothing else."""
+        if node.target not in _JOINS or not self.found[node.name].masked:
+            return
+        for operand in node.all_input_nodes:
+            size = self.found.get(operand.name)
+            while size is not None and _is_fill(size):
+                self.found[operand.name] = Magnitude(0.0, 0.0, 0.0, masked=True)
+                if operand.op != "call_function" or operand.target not in _PARTS or len(operand.users) > 1:
+                    break
+                operand = operand.all_input_nodes[0]
+                size = self.found.get(operand.name)

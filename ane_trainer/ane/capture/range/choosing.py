@@ -1,6 +1,7 @@
-"""Values selected by a `where`: only the selected part counts in their magnitudes.
+"""Values selected by a `where` or behind a ReLU: only the selected part counts in their magnitudes.
 
     where(x > 0, x, exp(x) - 1): exp(100) stands in the graph, and nothing reads it; its gradient is multiplied by 0
+    exp(-relu(x) * 1e10): its gradient is 1e10 only where the ReLU is closed
 
 Test: `test_choosing.py`.
 """
@@ -17,6 +18,7 @@ from ane_trainer.ane.capture.range.editing import aten, is_float, shape_of
 #: Only values beyond this, which the engine does not hold, are looked at.
 _LIMIT = 2.0**15
 _PRODUCTS = ("aten.mul.Tensor",)
+_GATES = (aten.where.self, aten.threshold_backward.default)
 
 
 class Choices:
@@ -70,7 +72,7 @@ def parts_of(graph: Graph) -> frozenset[Node]:
 
 def _is_elementwise(node: Node) -> bool:
     """Whether each entry depends on the same entry of an operand, by an operation that takes all of them."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and node.target is not aten.where.self
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and node.target not in _GATES
 
 
 def _end(node: Node, user: Node, found: Mapping[Node, bool]) -> bool | None:
@@ -79,14 +81,20 @@ def _end(node: Node, user: Node, found: Mapping[Node, bool]) -> bool | None:
         return None
     if user.target is aten.where.self:
         return None if user.args[0] is node else True
+    if user.target is aten.threshold_backward.default:
+        return None if user.args[1] is node else True
     if found.get(user):
         return True
     return False if str(user.target) in _PRODUCTS else None
 
 
 def _taken(user: Node, operand: Node, values: Mapping[Node, object]) -> torch.Tensor:
-    """The entries of an operand that a `where`, or a product with zeros, takes."""
+    """The entries of an operand that a `where`, an open ReLU, or a product with zeros, takes."""
     shape = shape_of(operand)
+    if user.target is aten.threshold_backward.default:
+        gate = values[user.args[1]]  # type: ignore[index]
+        assert isinstance(gate, torch.Tensor)
+        return gate > user.args[2]  # type: ignore[operator]
     if user.target is aten.where.self:
         condition = values[user.args[0]]  # type: ignore[index]
         assert isinstance(condition, torch.Tensor)
