@@ -60,7 +60,7 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
             for _ in in_step([run], example):
                 pass
         for node, taken in run.choices.found():
-            run.found[node.name] = dataclasses.replace(measure(taken), part=True)
+            run.found[node.name] = dataclasses.replace(measure(taken, *run.infinite(node)), part=True)
         found = {name: m.joined(found[name]) if name in found else m for name, m in run.found.items()}
     return found
 
@@ -193,7 +193,7 @@ class Measured(InOrder):
         ):
             source = n.args[0] if n.target in _MOVES else None
             known = self.found.get(source.name) if isinstance(source, Node) else None
-            self.found[n.name] = known or measure(result, *self._infinite(n))
+            self.found[n.name] = known or measure(result, *self.infinite(n))
             self._fills(n)
         elif isinstance(result, torch.Tensor) and not result.is_complex() and result.numel() and not _fed(n):
             largest = 0 if result.dtype in _SMALL else float(result.double().abs().amax())
@@ -202,7 +202,7 @@ class Measured(InOrder):
         self.choices.see(n, self.env, result)
         return result
 
-    def _infinite(self, node: Node) -> tuple[float, int]:
+    def infinite(self, node: Node) -> tuple[float, int]:
         """How near each other, and how many, the largest numbers of a result have to be to stand for infinity."""
         known = [m for a in node.all_input_nodes if (m := self.found.get(a.name)) is not None]
         if node.target is aten.mul.Tensor and any(m.masked for m in known):

@@ -2,6 +2,7 @@
 
     log(1 + (exp(z) * mask).sum(1)) -> softplus(c + log((exp(z - c) * mask).sum(1))), c the largest z that is not masked
     log((exp(z) * p / s).sum(1)) -> c + log((exp(z + log p - c) / s).sum(1)), p a softmax: a mixture of densities
+    log(cosh(x)) -> |x| + softplus(-2 |x|) - log(2), a series below 0.5
     log(exp(a) / (exp(a) + exp(b).sum(1))) -> a - logaddexp(a, logsumexp(b, 1))
     log(p / q) -> log(p) - log(q), p and q a softmax each, an epsilon added
 
@@ -27,8 +28,11 @@ from ane_trainer.ane.capture.rewrites.logits import LARGEST_EPSILON
 from ane_trainer.ane.capture.trace.torch_private import SideTable, version
 
 _MEAN: Function = torch.mean
+_COSH: Function = torch.cosh
 #: What stands for the score of a masked entry, and the least sum whose logarithm is taken: where all are masked.
 _MASKED, _LEAST = -1e4, 2.0**-20
+#: Below this a logarithm of a hyperbolic cosine is a series in the square.
+_NEAR = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class WeightedSums(Divergences):
         self.rewrites |= {function: functools.partial(self._numbered, function) for function in numbered}
         self.rewrites |= {torch.zeros_like: self._zeros_like}
         self.rewrites |= dict.fromkeys((torch.mean, torch.Tensor.mean), self._mean)
+        self.rewrites |= dict.fromkeys((torch.cosh, torch.Tensor.cosh), self._cosh)
 
     def _numbered(self, function: Function, x: object, *args: object, **kwargs: object) -> object:
         """`mask.float()`; of probabilities a copy."""
@@ -185,6 +190,12 @@ class WeightedSums(Divergences):
         result_shape = tuple(result.shape)
         return result
 
+    def _cosh(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        result: torch.Tensor = _COSH(x, *args, **kwargs)
+        if x.is_floating_point():
+            self._remember_written(result, lambda: _log_cosh(x), x)
+        return result
+
     def _mean(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """A mean of exponentials, whose logarithm is the sum's less that of their number."""
         result: torch.Tensor = _MEAN(x, *args, **kwargs)
@@ -274,6 +285,16 @@ def _logarithm_of_sum(
     total = each.sum(axes, keepdim=True)
     total = total.clamp(min=_LEAST) if terms.mask is not None and terms.positive else total
     return (largest + torch.log(total)).reshape(result)
+
+
+def _log_cosh(x: torch.Tensor) -> torch.Tensor:
+    size = x.abs()
+    small = size < _NEAR
+    square = torch.where(small, x, 0.0).square()
+    series = torch.full_like(square, 31 / 14175)
+    for coefficient in (-17 / 2520, 1 / 45, -1 / 12, 1 / 2):
+        series = series * square + coefficient
+    return torch.where(small, series * square, size + F.softplus(-2.0 * size) - math.log(2.0))
 
 
 def _added(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,7 @@ def importance(x: torch.Tensor) -> torch.Tensor:
 
 
 WRITTEN: dict[str, Op] = {
+    "log-cosh": lambda x: torch.log(torch.cosh(x + 1e-12)) + (x / 9).cosh().log(),
     "mixture": mixture, "information": information, "importance": importance,
     "multi-similarity": multi_similarity, "proxy anchor": proxy_anchor, "pairs": pairs, "neighbours": neighbours,
     "divergence": divergence,
