@@ -92,9 +92,10 @@ def _taken(user: Node, operand: Node, values: Mapping[Node, object]) -> torch.Te
     """The entries of an operand that a `where`, an open ReLU, or a product with zeros, takes."""
     shape = shape_of(operand)
     if user.target is aten.threshold_backward.default:
-        gate = values[user.args[1]]  # type: ignore[index]
+        gate, least = values[user.args[1]], user.args[2]  # type: ignore[index]
         assert isinstance(gate, torch.Tensor)
-        return gate > user.args[2]  # type: ignore[operator]
+        assert isinstance(least, (int, float))
+        return gate > least
     if user.target is aten.where.self:
         condition = values[user.args[0]]  # type: ignore[index]
         assert isinstance(condition, torch.Tensor)
