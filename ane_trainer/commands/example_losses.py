@@ -31,6 +31,8 @@ def loss_and_target(
     if loss == "auto":
         tokens = isinstance(x, torch.Tensor) and not x.is_floating_point()
         if isinstance(x, torch.Tensor) and output.ndim == 3 and tokens and output.shape[1] == x.shape[1]:
+            from ane_trainer.ane.capture.losses import next_token_loss
+
             return next_token_loss, torch.randint(output.shape[2], tuple(x.shape))
         number = output.ndim < 2 or output.shape[1] == 1
         loss = "mse" if number or not output.ndim >= 2 else "cross_entropy"
@@ -44,13 +46,6 @@ def loss_and_target(
         return loss, torch.randint(output.shape[1], (output.shape[0], *output.shape[2:]))
     y = torch.rand_like(output.float()) if str(loss).startswith("bce") else torch.randn_like(output.float())
     return loss, y
-
-
-def next_token_loss(output_BTV: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the scores of each place."""
-    from torch.nn import functional as F
-
-    return F.cross_entropy(output_BTV.flatten(0, 1), target_BT.flatten())
 
 
 def _own_loss(spec: str, output: object, request: Request) -> tuple[Loss, torch.Tensor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -317,17 +320,44 @@ def test_assert_trains() -> None:
         assert_trains(Inverts(8, 8), (torch.randn(8, 8), torch.randn(8, 8)), loss="mse", run=False)
 
 
-def test_the_action_and_the_hook_call_check_as_it_is() -> None:
+def test_the_steps_of_the_action_and_the_hook_run(nets: Path) -> None:
     yaml = pytest.importorskip("yaml")
     root = Path(__file__).resolve().parents[2]
     steps = yaml.safe_load((root / "action.yml").read_text())["runs"]["steps"]
     (hook,) = yaml.safe_load((root / ".pre-commit-hooks.yaml").read_text())
     assert hook["entry"] == "ane-trainer check"
-    command = next(step["run"] for step in steps if "ane-trainer" in step["run"])
-    words = (
-        command.replace('"$SUBJECT"', "net.py:Net").replace('"$CHIPS"', "m1").replace('"$SARIF"', "o").split()
-    )
-    assert run_command([*words[1:-1], "--help"]) == 0  # every option is known
+    assert [step["shell"] for step in steps] == ["bash"] * 2
+    environment = {**os.environ, "PATH": f"{nets}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    (nets / "ane-trainer").write_text(f'#!/bin/sh\nexec {sys.executable} -m ane_trainer "$@"\n')
+    (nets / "ane-trainer").chmod(0o755)
+    given = {"CHIPS": "m1,m4", "ARGUMENTS": "--input 16 --batch 2 --no-run", "SARIF": "out.sarif"}
+    for model, code in (("Frozen", 0), ("Inverse", 3)):
+        inputs = {**given, "SUBJECT": f"nets.py:{model}"}
+        assert set(inputs) == set(steps[1]["env"])
+        words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", steps[1]["run"]]
+        done = subprocess.run(words, env={**environment, **inputs}, cwd=nets, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        (run,) = json.loads((nets / "out.sarif").read_text())["runs"]
+        assert len(run["results"]) == (0 if code == 0 else 2)  # one a chip
+    done = subprocess.run(  # as pre-commit calls a hook
+        [*hook["entry"].split(), "nets.py:Inverse", "--input", "16", "--batch", "2", "--no-run"],
+        env=environment, cwd=nets, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert "linalg_inv" in done.stdout
+
+
+def test_the_documented_workflow_has_what_the_action_and_the_hook_take() -> None:
+    yaml = pytest.importorskip("yaml")
+    root = Path(__file__).resolve().parents[2]
+    blocks = re.findall(r"```yaml\n(.*?)```", (root / "docs/integrations.md").read_text(), re.S)
+    job, config = map(yaml.safe_load, blocks)
+    (ours,) = [s for s in job["jobs"]["trains"]["steps"] if "ane_trainer@" in s["uses"]]
+    known = yaml.safe_load((root / "action.yml").read_text())["inputs"]
+    assert set(ours["with"]) <= set(known)
+    assert {name for name, about in known.items() if about.get("required")} <= set(ours["with"])
+    (hook,) = yaml.safe_load((root / ".pre-commit-hooks.yaml").read_text())
+    assert [each["id"] for each in config["repos"][0]["hooks"]] == [hook["id"]]
 
 
 def test_rewrites_are_told_op_by_op(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:

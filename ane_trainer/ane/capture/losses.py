@@ -29,6 +29,11 @@ def model_loss(output: object, target: object = None) -> torch.Tensor:
     return found
 
 
+def next_token_loss(output_BTV: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the scores of each place."""
+    return F.cross_entropy(output_BTV.flatten(0, 1), target_BT.flatten())
+
+
 LOSSES: Mapping[str, Loss] = {
     "cross_entropy": F.cross_entropy,
     "nll": F.nll_loss,
