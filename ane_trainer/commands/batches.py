@@ -14,14 +14,16 @@ FEWEST = 2
 _MACS, _NUMBERS = 4e9, 3e7
 
 
-def fitting(model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], most: int) -> int:
+def fitting(
+    model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], most: int, work: float = 1.0
+) -> int:
     """The largest power of two of examples, up to `most`, that is quickly run; FEWEST at least (`most` if less).
 
-    By the multiply-accumulates and the numbers of a forward pass over `x`.
+    By the multiply-accumulates and the numbers of a forward pass over `x`; `work`: the share of them that is quick.
     """
     inputs = x if isinstance(x, tuple) else (x,)
     macs, numbers = _forward_work(model, inputs)
-    share = max(macs / _MACS, numbers / _NUMBERS) / max(len(inputs[0]), 1)
+    share = max(macs / _MACS, numbers / _NUMBERS) / work / max(len(inputs[0]), 1)
     size = most
     while size > FEWEST and size * share > 1:
         size = max(size // 2, FEWEST)

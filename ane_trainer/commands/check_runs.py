@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from ane_trainer.ane.dispatch.agreement import Agreement
     from ane_trainer.ane.mil.program import Program
 
-#: Examples that are run, at most; legality is checked for the whole batch.
-_RUN_BATCH = 8
+#: Examples that are run, at most, where the whole batch is more than LIGHT of what is quickly run. Legality is checked
+#: for the whole batch; gradients of a sum over it grow with it.
+_RUN_BATCH, _LIGHT = 8, 0.1
 #: What to do about a loss that is nan.
 _UNDEFINED = "Look for logarithms and roots of negative numbers, and for 0 / 0."
 #: Steps on the batch until one changes the weights: a loss scale that starts too high falls meanwhile.
@@ -73,9 +74,11 @@ class CheckRuns:
     def few(self) -> ModelSubject:
         """The subject with the examples that are run."""
         if self._few is None:
-            subject = self.subject
-            most = min(subject.request.batch, _RUN_BATCH)
-            if subject.request.batch > most or most > 2:
+            subject, whole = self.subject, self.subject.request.batch
+            most = min(whole, _RUN_BATCH)
+            if whole > most and _quick(subject, whole, _LIGHT) == whole:
+                most = whole
+            elif most > 2:
                 most = _quick(subject, most)
             self._few = subject.with_batch(most)
         return self._few
@@ -120,7 +123,7 @@ class CheckRuns:
         return f"{legal}, run once on {examples}{random}."
 
 
-def _quick(subject: ModelSubject, most: int) -> int:
+def _quick(subject: ModelSubject, most: int, work: float = 1.0) -> int:
     """Examples that are quickly run, of those that there are."""
     import torch
 
@@ -131,7 +134,7 @@ def _quick(subject: ModelSubject, most: int) -> int:
     if not all(isinstance(part, torch.Tensor) for part in inputs):
         return most
     with torch.random.fork_rng(devices=[]), module_mode(subject.model, training=False):
-        return fitting(subject.model, inputs, most)
+        return fitting(subject.model, inputs, most, work)
 
 
 def _agreement(subject: ModelSubject, step: TrainingStep, told: bool) -> tuple[str, list[Problem]]:

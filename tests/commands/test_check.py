@@ -393,6 +393,7 @@ def test_chips_of_the_same_arithmetic_share_a_run(nets: Path, monkeypatch: pytes
     monkeypatch.setattr(
         check_runs, "hazards", lambda few, step, chip: ran.append(chip) or plain(few, step, chip)
     )
+    monkeypatch.setattr(check_runs, "_LIGHT", 1e-9)
     subject = resolve("nets.py:Cnn", Request("check", ((1, 8, 8),), 10, 16))
     assert isinstance(subject, ModelSubject)
     before = [p.clone() for p in subject.model.parameters()]
@@ -527,6 +528,16 @@ class Dead(nn.Module):
     def forward(self, x):
         return self.head(self.body(x) * self.scale * 1e4)
 
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+    def forward(self, x):
+        return 40 * self.head(torch.relu(self.body(x * 4)))
+
+def summed(output, target):
+    return ((output - 300 * target) ** 2).sum()
+
 class Offset(nn.Module):
     def __init__(self, offset=300):
         super().__init__()
@@ -552,6 +563,18 @@ def test_a_step_that_stands_still_after_its_first_update_departs_and_its_fix_hea
     assert "Dead (later.py:" in problem["reason"]
     assert "start the weights there nearer" in problem["fix"]
     code, found = checked(capsys, *words, "--model-arg", "scale=1e-3")
+    assert (code, found["chips"][0]["verdict"]) == (0, "trains")
+
+
+def test_a_small_model_runs_its_whole_batch(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gradients of a sum over 128 examples are beyond the smallest unit, those of 8 are not: it was said to train."""
+    (nets / "later.py").write_text(LATER)
+    words = ("later.py:Sum", "--input", "8", "--loss", "later.py:summed")
+    code, found = checked(capsys, *words, "--batch", "128")
+    (problem,) = [p for p in found["chips"][0]["problems"] if p["rule"] == "agreement"]
+    assert (code, "run once on all of them" in found["sampled"]) == (3, True)
+    assert "changed no weight" in problem["reason"]
+    code, found = checked(capsys, *words, "--batch", "8")
     assert (code, found["chips"][0]["verdict"]) == (0, "trains")
 
 
