@@ -75,13 +75,16 @@ class Calibration:
         bound, largest = INTERMEDIATE_GRADIENT_BOUND, self.max_intermediate_gradient
         return _power_of_two(bound, largest, SMALLEST_SCALE, LARGEST_SCALE, LARGEST_SCALE)
 
-    def unit(self, name: str, bounds: tuple[float, float], least: float = 0.0) -> float:
+    def unit(
+        self, name: str, bounds: tuple[float, float], least: float = 0.0, most: float = math.inf
+    ) -> float:
         """A power of two that brings the parameter's largest gradient near CALIBRATED_UNIT_PEAK.
 
-        The gradient counts as `least` at least; one that is 0 in the example gets the unit of the largest.
+        The gradient counts as `least` at least, and as `most` at most, to which it is clipped; one that is 0 in the
+        example gets the unit of the largest.
         """
         largest = max(self.peaks.values())
-        peak = max(self.peaks.get(name, 0.0) or largest, least, LEAST_SHARE * largest)
+        peak = max(min(max(self.peaks.get(name, 0.0) or largest, LEAST_SHARE * largest), most), least)
         return _power_of_two(CALIBRATED_UNIT_PEAK, peak, *bounds)
 
 

@@ -48,6 +48,16 @@ class GradientOptions:
     accumulate: int = 1
     on_host: bool = False
 
+    @property
+    def clips_each(self) -> bool:
+        """Whether entries of a batch's own gradient are clipped."""
+        return self.clip_value is not None and self.accumulate == 1
+
+    @property
+    def most(self) -> float:
+        """What counts of an entry of a batch's gradient at most: clipping takes the rest, before anything reads it."""
+        return self.clip_value if self.clip_value is not None and self.accumulate == 1 else math.inf
+
     def __post_init__(self) -> None:
         for name, value in (("clip_grad_norm", self.clip_norm), ("clip_grad_value", self.clip_value)):
             if value is not None and not 0.0 < value <= MAX_FP16:
@@ -127,6 +137,19 @@ def clip_norm(
     root = torch.sqrt(total) * 2.0 ** (power // 2)
     factor = torch.minimum((limit / peak) / root, shift)
     return {name: g * factor for name, g in gradients.items()}, factor
+
+
+def of_size(
+    peaks: torch.Tensor, factor: torch.Tensor, named: Mapping[str, torch.Tensor], options: GradientOptions
+) -> torch.Tensor:
+    """[1], 1.0 or 0.0: whether clipping by this factor leaves gradients of these peaks of a size that the update takes.
+
+    The norm may have fallen: then less is clipped than the unit after it expects; or grown, and small entries are lost
+    (FLOORS is below 0 where the unit can follow). Nothing is asked before the last batch of an update.
+    """
+    fits = ((peaks * factor < named[LIMITS]) & (factor + entry(named[FLOORS], 0) >= 0)).to(torch.float32)
+    near = fits.amin().reshape(1)
+    return near if options.accumulate == 1 else torch.maximum(near, 1.0 - named["last"])
 
 
 def entry(values: torch.Tensor, index: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 
 #: Targets of the step's own state begin with this, which no module path can.
 SCALING = "step/"
-#: Target of the result with the largest magnitude of each gradient in its unit, whether the scaled ones fit (1 or
-#: 0), the factor of clipping their norm, times the shift, and the largest magnitudes of guarded values.
+#: Target of the result with the largest magnitude of each gradient in its unit, whether the scaled ones fit (1 or 0),
+#: of clipping to a norm the factor, times the shift, and whether it fits, and the largest magnitudes of guarded values.
 HEALTH = "health"
 #: 1 while all batches that are being accumulated had gradients that fit.
 FITS = "accumulated_fits"

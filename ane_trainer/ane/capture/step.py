@@ -31,6 +31,7 @@ from ane_trainer.ane.capture.gradients import (
     clip_values,
     entry,
     gradient_scalars,
+    of_size,
 )
 from ane_trainer.ane.capture.hidden import calibrate_hidden
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
@@ -184,8 +185,8 @@ def capture_training(
     ):
         calibration, moved = calibrate_hidden(model, get_loss(loss), found, example, optimizer)
     changes = find_changes(model, final)
-    clipped = clipping_shift(options.gradients, calibration, LARGEST_SHIFT)
-    parameters = tuple(_with_unit(p, rule, optimizer, calibration, units, clipped) for p in found)
+    clip = options.gradients
+    parameters = tuple(_with_unit(p, rule, optimizer, calibration, units, clip) for p in found)
     plan = _plan(model, loss, optimizer, example, parameters, calibration, changes, options)
     scale = calibration.loss_scale() if options.loss_scale == "auto" else float(options.loss_scale)
     plan = dataclasses.replace(plan, ceiling=units.get(CEILING, max(scale, calibration.ceiling())))
@@ -271,17 +272,17 @@ def _with_unit(
     optimizer: torch.optim.Optimizer,
     calibration: Calibration,
     units: Mapping[str, float],
-    shift: float,
+    clip: GradientOptions,
 ) -> Parameter:
     """The parameter with its gradient's unit; one that the loss does not reach counts as frozen.
 
-    Coupled weight decay is added behind the clipping, to a gradient times `shift`: the unit leaves room for it there.
+    Coupled weight decay is added behind the clipping, to a gradient times a shift: the unit leaves room for it there.
     """
     if parameter.group is None or parameter.name not in calibration.peaks:
         return dataclasses.replace(parameter, group=None)
     group = plain(optimizer.param_groups[parameter.group])
-    least = least_gradient(parameter, rule, group) * shift
-    unit = calibration.unit(parameter.name, unit_bounds(rule, group), least)
+    least = least_gradient(parameter, rule, group) * clipping_shift(clip, calibration, LARGEST_SHIFT)
+    unit = calibration.unit(parameter.name, unit_bounds(rule, group), least, clip.most)
     return dataclasses.replace(parameter, unit=units.get(parameter.name, unit))
 
 
@@ -436,6 +437,7 @@ def process_gradients(
     ok = all_below(torch.cat(peaks), OVERFLOW)
     factors = named[UNITS] * (state[f"{SCALING}loss_scale_inverse"] * UNIT_SCALE)
     own = torch.cat([peak * entry(factors, i) for i, peak in enumerate(peaks)])
+    own = torch.minimum(own, named["clip_value"]) if options.clips_each else own
     within = (own < named[LIMITS]) & (own >= named[FLOORS])
     batch = fits = ok * within.to(torch.float32).amin().reshape(1)
     gradients = {n: g.reshape(state[n].shape) * entry(factors, i) for i, (n, g) in enumerate(scaled.items())}
@@ -449,13 +451,12 @@ def process_gradients(
         gradients = clip_values(gradients, named["clip_value"])
     if options.clip_norm is not None:
         ports = (named[name] for name in ("clip_common", "clip_norm", "clip_shift"))
+        sums = own if options.accumulate == 1 else torch.cat(gradient_peaks(list(gradients.values())))
         gradients, factor = clip_norm(gradients, *ports)
-        health.append(factor.reshape(1))
-        if (
-            options.accumulate == 1
-        ):  # the norm may have fallen: then less is clipped than the unit after it expects
-            grown = own * factor.reshape(1) < named[LIMITS]
-            batch = fits = fits * grown.to(torch.float32).amin().reshape(1)
+        near = of_size(sums, factor.reshape(1), named, options)
+        health += [factor.reshape(1), near]
+        changes = {n: torch.where(near > 0, new, state[n]) for n, new in changes.items()}
+        batch, fits = batch * near, fits * near
     return gradients, changes, _Checks(ok, batch, fits, torch.cat(health), of_batch, own)
 
 

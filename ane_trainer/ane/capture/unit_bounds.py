@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from ane_trainer.ane.capture.calibrate import LARGEST_UNIT_PEAK, Calibration
+from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK, LARGEST_UNIT_PEAK, Calibration
 from ane_trainer.ane.capture.gradients import LARGEST_UNIT, SMALLEST_UNIT, GradientOptions
 from ane_trainer.ane.capture.optimizers.rule import Rule
 from ane_trainer.ane.capture.optimizers.table import plain
@@ -15,6 +15,8 @@ from ane_trainer.ane.capture.ports import Parameter
 
 #: The power of two after clipping is this at most.
 LARGEST_SHIFT = 2.0**15
+#: How far a unit goes down for it.
+_GIVEN = 2.0**-6
 
 
 def unit_bounds(rule: Rule, group: Mapping[str, object]) -> tuple[float, float]:
@@ -58,3 +60,29 @@ def largest_shift(
             room = 2.0 ** math.floor(math.log2(LARGEST_UNIT_PEAK / decay)) if decay else math.inf
             found = min(found, max(high, 1.0) / unit, room)
     return max(found, 1.0)
+
+
+def kept_shift(values: Sequence[float], wanted: Sequence[float], shift: float, norm: float | None) -> float:
+    """The factor of the power after clipping that keeps moments where they are while units move down by `wanted`.
+
+    What is clipped to `norm` has no entry above it: moments need no unit below the one that this has.
+    """
+    if norm is None:
+        return 1.0
+    least = 2.0 ** math.floor(math.log2(CALIBRATED_UNIT_PEAK / norm))
+    moved = [(v * w * shift, min(v * shift, least)) for v, w in zip(values, wanted, strict=True) if w < 1.0]
+    return min(max((before / after for after, before in moved), default=1.0), LARGEST_SHIFT / shift)
+
+
+def within_rooms(wanted: Sequence[float], rooms: Sequence[float], shift: float) -> tuple[list[float], float]:
+    """The factors of units and of the power after clipping that leave state in its range.
+
+    Where that has no room, the unit in front of clipping gives way, by _GIVEN at most.
+    """
+    units = [min(w, max(r / shift, _GIVEN)) for w, r in zip(wanted, rooms, strict=True)]
+    return units, min(shift, *(r / min(u, 1.0) for u, r in zip(units, rooms, strict=True)))
+
+
+def raised(peak: float, most: float) -> float:
+    """The factor, from 1 to `most`, by which a unit grows that has gradients of this magnitude, small ones."""
+    return max(1.0, min(2.0 ** math.floor(math.log2(CALIBRATED_UNIT_PEAK / peak)), most))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ane_trainer.ane.capture import StepCapture
+from ane_trainer.ane.capture import unit_bounds as bounds_of
 from ane_trainer.ane.capture.calibrate import CALIBRATED_UNIT_PEAK, LARGEST_UNIT_PEAK
 from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, SMALLEST_UNIT, GradientOptions, gradient_scalars
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
@@ -34,8 +35,9 @@ from ane_trainer.ane.mil.weights import Array
 HIGH, LOW = LARGEST_UNIT_PEAK, CALIBRATED_UNIT_PEAK / 8.0
 #: What is left of the level after a step with smaller gradients: from 8 to 1 in 20 steps.
 FADE = 0.9
-#: Gradients below this in their unit wait for it to move up, in the first step and after changes from outside.
-_FLOOR = CALIBRATED_UNIT_PEAK / 32.0
+#: Gradients below the first in their unit wait for it to move up, in the first step and after changes from outside;
+#: clipping to less than the second waits for the power of two behind it.
+_FLOOR, _LEAST_FACTOR = CALIBRATED_UNIT_PEAK / 32.0, 2.0**-3
 #: Units move up after these steps and then every UP_EVERY: it takes reading the state.
 UP_FIRST, UP_EVERY = (1, 2, 4, 8), 16
 
@@ -79,7 +81,8 @@ class GradientUnits:
     first step, and after changes from outside. `read_in`: the units after clipping of the results of the last run.
     `lags`: how many updates parameters are behind, as the mirror counts them. `guarded`: places of the forward pass
     that are watched; `saturations` counts the batches by place. `of_one_batch`: an update is of one batch's gradients,
-    and the program looks at what clipping leaves of them.
+    and the program looks at what clipping leaves of them. `last`: the batch completes an update. `norm`: what is
+    clipped to; `follows`: the power after it can still move.
     """
 
     parameters: tuple[Parameter, ...]
@@ -95,6 +98,9 @@ class GradientUnits:
     lags: dict[str, int] = field(default_factory=dict)
     guarded: tuple[str, ...] = ()
     of_one_batch: bool = True
+    last: bool = True
+    norm: float | None = None
+    follows: bool = True
     saturations: dict[str, int] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
     _warned: bool = False
@@ -144,7 +150,7 @@ class GradientUnits:
             [self.lags.get(p.name, 0) for p in self.parameters if p.group == i] for i in range(len(groups))
         ]
         found = scalar_values(self.optimizer, self.rule, step, units, lags)
-        self.of_one_batch = options.accumulate == 1
+        self.of_one_batch, self.last, self.norm = options.accumulate == 1, last, options.clip_norm
         if self.values:
             found |= gradient_scalars(options, self.values, self.shift, last=last)
             found[LIMITS] = self._limits(step, own)
@@ -168,7 +174,9 @@ class GradientUnits:
     def floors(self) -> list[float]:
         """For each parameter the gradient in its unit below which a step is to wait for the unit to move."""
         if not self.fresh:
-            return [0.0] * len(self.values)
+            waits = self.norm is not None and self.last and self.follows
+            waits = waits and self.shift < self._most_shift(self.values)
+            return [-_LEAST_FACTOR if waits else 0.0, *[0.0] * (len(self.values) - 1)]
         largest = [unit_bounds(self.rule, plain(group))[1] for group in self.optimizer.param_groups]
         ends = (largest[p.group or 0] for p in self.parameters)
         return [
@@ -218,6 +226,7 @@ class GradientUnits:
         overflow, below = "", []
         clipped = len(health) > count + 1
         factor = max(health[count + 1], 1.0) if clipped and self.of_one_batch else 1.0
+        near = not clipped or health[count + 2] > 0.0
         for i, (peak, floor, limit) in enumerate(zip(health[:count], *bounds, strict=True)):
             if not peak * factor < limit:
                 overflow = overflow or self._overflow(i, peak * factor, limit)
@@ -226,13 +235,20 @@ class GradientUnits:
                 below.append(i)
                 self.levels[i] = peak
             wanted[i] = self._wanted(i, peak, limit, up or peak < floor)
-        shift = self._wanted_shift(health[count + 1], up) if clipped else 1.0
+        shift = self._wanted_shift(health[count + 1], up, near) if clipped and self.last else 1.0
+        if clipped and min(wanted) < 1.0:
+            most = self._most_shift([v * w for v, w in zip(self.values, wanted, strict=True)]) / self.shift
+            shift = max(shift, min(bounds_of.kept_shift(self.values, wanted, self.shift, self.norm), most))
         if shift > 1.0:
-            shift = min(shift, *(room(p.name) for p in self.parameters))
+            wanted, shift = bounds_of.within_rooms(wanted, [room(p.name) for p in self.parameters], shift)
+        self.follows = near or shift > 1.0  # else what can be had was
         for i, p in enumerate(self.parameters):
+            if shift < 1.0 and wanted[i] == 1.0 and 0.0 < health[i] < LOW:  # moments stay where they are
+                high = unit_bounds(self.rule, self._group(p))[1] / (self.values[i] * self.shift * shift)
+                wanted[i], self.levels[i] = bounds_of.raised(health[i], min(1.0 / shift, high)), health[i]
             if wanted[i] > 1.0:
-                wanted[i] = min(wanted[i], max(1.0, room(p.name) / max(shift, 1.0)))
-        return Watched(self._moved(wanted, shift), not overflow and not below, overflow)
+                wanted[i] = min(wanted[i], max(1.0, room(p.name) / shift))
+        return Watched(self._moved(wanted, shift), near and not overflow and not below, overflow)
 
     def _wanted(self, index: int, peak: float, limit: float, up: bool) -> float:
         """The factor that a unit is to change by."""
@@ -308,14 +324,18 @@ class GradientUnits:
             self._warned = True
             warnings.warn(text, NumericsWarning, stacklevel=5)
 
-    def _wanted_shift(self, factor: float, up: bool) -> float:
-        self.shift_level = max(factor, FADE * self.shift_level)
-        if self.shift_level <= 2.0 and (self.shift_level >= 0.125 or not up):
+    def _wanted_shift(self, factor: float, up: bool, near: bool) -> float:
+        """The factor that the power after clipping is to change by; at once where the gradients are not `near`."""
+        self.shift_level = max(factor, FADE * self.shift_level) if near else max(factor, 2.0**-30)
+        if near and self.shift_level <= 2.0 and (self.shift_level >= 0.125 or not up):
             return 1.0
-        target = self.shift * 2.0 ** -math.floor(math.log2(self.shift_level))
-        own = dict(zip((p.name for p in self.parameters), self.values, strict=True))
-        largest = largest_shift(self.rule, self.optimizer, self.parameters, own)
-        return max(1.0, min(target, largest)) / self.shift
+        power = math.log2(self.shift_level)
+        target = self.shift * 2.0 ** -(math.floor(power) if near or power < 0.0 else math.ceil(power))
+        return max(1.0, min(target, self._most_shift(self.values))) / self.shift
+
+    def _most_shift(self, values: Sequence[float]) -> float:
+        own = dict(zip((p.name for p in self.parameters), values, strict=True))
+        return largest_shift(self.rule, self.optimizer, self.parameters, own)
 
     def _moved(self, wanted: Sequence[float], shift: float) -> list[Move]:
         self.shift *= shift

@@ -299,3 +299,37 @@ def test_a_norm_that_falls_a_thousandfold_clips_less(name: str) -> None:
     assert step.skipped_steps == 0
     for got, want in zip(model.parameters(), plain.parameters(), strict=True):
         assert float((got - want).detach().norm()) < 0.02 * float(want.detach().norm())
+
+
+@pytest.mark.parametrize("clip", [{"clip_grad_norm": 0.1}, {"clip_grad_value": 1e-3}], ids=["norm", "value"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.Adagrad])
+def test_clipping_keeps_gradients_and_moments_of_batches_of_other_sizes(
+    make: Make, accumulate: int, clip: dict[str, float]
+) -> None:
+    """Inputs of 1, of 300 and of 1 again: what clipping leaves was squared in a unit a thousand times too small."""
+    if accumulate > 1 and "clip_grad_value" in clip:
+        pytest.skip("sums of gradients are clipped in the unit that batches need")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    twin = copy.deepcopy(model)
+    own, reference = make(model.parameters(), lr=1e-3), make(twin.parameters(), lr=1e-3)
+    data = [(torch.randn(16, 8) * s, torch.randn(16, 3)) for s in (1, 300, 1, 300) for _ in range(accumulate)]
+    step = compile_step(model, F.mse_loss, own, data[0], accumulate=accumulate, device="sim", **clip)
+    for number, (x, y) in enumerate(data, 1):
+        start, wanted = copy.deepcopy(model), copy.deepcopy(twin)
+        step(x, y)
+        step.sync()
+        (F.mse_loss(twin(x), y) / accumulate).backward()
+        if number % accumulate == 0:
+            if "clip_grad_value" in clip:
+                nn.utils.clip_grad_value_(twin.parameters(), clip["clip_grad_value"])
+            else:
+                nn.utils.clip_grad_norm_(twin.parameters(), clip["clip_grad_norm"])
+            reference.step()
+            reference.zero_grad()
+            moved = [p - q for p, q in zip(model.parameters(), start.parameters(), strict=True)]
+            right = [p - q for p, q in zip(twin.parameters(), wanted.parameters(), strict=True)]
+            apart = torch.cat([(a - b).flatten() for a, b in zip(moved, right, strict=True)])
+            assert apart.norm() < 0.1 * torch.cat([b.flatten() for b in right]).norm()
+    assert step.skipped_steps == 0

@@ -47,7 +47,8 @@ public struct GradientUnits: Codable, Equatable, Sendable {
         for i in 0..<count where wanted[i] > 1 {
             wanted[i] = min(wanted[i], max(1, room(i) / max(shiftFactor, 1)))
         }
-        let fits = zip(health, limits).allSatisfy { $0 < $1 }
+        let near = !policy.clipped || health[count + 2] > 0  // of a size that the update takes after clipping
+        let fits = near && zip(health, limits).allSatisfy { $0 < $1 }
         return (moved(by: wanted, shiftFactor: shiftFactor), fits)
     }
 
