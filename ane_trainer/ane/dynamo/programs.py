@@ -99,7 +99,15 @@ class GraphFunction:
         """The results; those from number `users` on stay in the engine's precision, for the backward graph."""
         with self.lock:
             values, known = self.values(inputs)
-            engine = self.run_in_range(values)
+            try:
+                engine = self.run_in_range(values)
+            except DataError as error:
+                lost = next(
+                    (v for v in inputs if isinstance(v, torch.nn.Parameter) and not v.isfinite().all()), None
+                )
+                if error.code != "DATA106" or lost is None:
+                    raise
+                raise _lost_parameter(lost) from error
             self.prove(values, engine, users)
             return self.results(known | {"engine": engine}, users)
 
@@ -366,6 +374,16 @@ def _made(
     prepared = prepare_graph(module, changed, integers)
     segments = split(prepared.graph, options)
     return prepared, segments, [None if s.on_cpu else EnginePart(s.graph, options) for s in segments]
+
+
+def _lost_parameter(parameter: torch.nn.Parameter) -> DataError:
+    """What is wrong with a parameter that an update made nan."""
+    wrong = parameter.numel() - int(parameter.isfinite().sum())
+    return DataError(
+        f"a parameter of shape {tuple(parameter.shape)}: needs finite numbers; got {wrong} that are nan or inf, which "
+        "an update before wrote. Look in the loss for logarithms and roots of 0, or lower the learning rate.",
+        code="DATA106",
+    )
 
 
 def _dtype(node: object) -> torch.dtype | None:

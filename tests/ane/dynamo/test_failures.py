@@ -118,3 +118,19 @@ def test_memory_that_nothing_wrote_to_is_no_value() -> None:
     assert torch.equal(traced(), torch.zeros(2, 3))
     got = torch.compile(layer, backend="ane", options=SIM)(x)
     torch.testing.assert_close(got, layer(x), rtol=0.01, atol=0.01)
+
+
+def test_a_parameter_that_an_update_made_nan_is_said_to_be_one() -> None:
+    """The data are clean: the loss outside has no gradient below 0."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 3), torch.randn(8, 4)
+    compiled = torch.compile(layer, backend="ane", options=SIM)
+    out = compiled(x)
+    torch.where(out > 0, out.sqrt(), 0.0).sum().backward()
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert bool(layer.weight.isnan().any())
+    with pytest.raises(
+        at.AneTrainerError, match=r"a parameter of shape \(3, 4\).* which an update before wrote"
+    ) as caught:
+        compiled(x)
+    assert caught.value.code == "DATA106"

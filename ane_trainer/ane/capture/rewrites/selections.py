@@ -56,6 +56,9 @@ _LOSSES = frozenset(
     "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
 )
 _CLASSES = ("cross_entropy", "nll_loss")
+#: Largest and smallest of all elements, and the arguments by name of reductions of all.
+_ENDS = ("max", "min", "amax", "amin")
+_TAKEN = {"sum": ("dtype",), "mean": ("dtype",), **dict.fromkeys(("std", "var"), ("unbiased", "correction"))}
 #: Known masks up to this many elements are taken by index.
 _SMALL = 512
 _FIX = "Keep the shape: torch.where, masked_fill, or a product with the mask."
@@ -225,8 +228,13 @@ def _apply(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
             rows, func(*_full(rows, args, inner), **_named(rows, kwargs, inner), reduction="none")
         )
         return each if reduction == "none" else _reduced(each, reduction)
-    if name in ("sum", "mean", "all", "any") and not _dims(args, kwargs):
-        return _reduced(rows, name, **{k: v for k, v in kwargs.items() if k == "dtype"})
+    if name in _ENDS and len(args) == 2 and not isinstance(args[1], int):
+        larger: Function = torch.maximum if name == "max" else torch.minimum
+        return _wrapped(rows, larger(*_full(rows, args, inner)))
+    if name in ("sum", "mean", "all", "any", "std", "var", *_ENDS) and not _dims(args, kwargs):
+        return _reduced(rows, name, **{k: v for k, v in kwargs.items() if k in _TAKEN.get(name, ())})
+    if name == "numel" or (name == "size" and tuple(args[1:]) == (0,)):
+        return _count(rows) * (math.prod(rows.values.shape[rows.mask.dim() :]) if name == "numel" else 1)
     if name in _ALONG:
         return _along(func, rows, args, kwargs)
     if name in _ELEMENTWISE:
@@ -275,14 +283,33 @@ def _along(func: Function, rows: Selected, args: Any, kwargs: dict[str, object])
     return _wrapped(rows, func(rows.values, moved[0] if isinstance(dims, int) else moved, *args[2:], **rest))
 
 
-def _reduced(rows: Selected, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The sum or mean of all elements of the selected rows, or whether all or any hold."""
+def _reduced(
+    rows: Selected, name: str, dtype: torch.dtype | None = None, unbiased: bool = True, correction: float = 1
+) -> torch.Tensor:
+    """The sum, mean, spread or an end of all elements of the selected rows, or whether all or any hold."""
     spread = _spread(rows)
     if name in ("all", "any"):
         return (rows.values.bool() | ~spread).all() if name == "all" else (rows.values.bool() & spread).any()
     values = rows.values if dtype is None else rows.values.to(dtype)
+    if name in _ENDS:
+        limits = torch.finfo(values.dtype) if values.is_floating_point() else torch.iinfo(values.dtype)
+        largest = name in ("max", "amax")
+        kept = torch.where(
+            spread, values, torch.full((), limits.min if largest else limits.max, dtype=values.dtype)
+        )
+        return kept.amax() if largest else kept.amin()
+    if name in ("std", "var"):
+        apart = _wrapped(rows, (values - _reduced(rows, "mean")).square())
+        count = _count(rows) * math.prod(values.shape[rows.mask.dim() :])
+        found = _reduced(apart, "mean") * (count / (count - (correction if unbiased else 0)))
+        return found.sqrt() if name == "std" else found
     kept = torch.where(spread, values, torch.zeros((), dtype=values.dtype))
     return kept.sum() if name == "sum" else kept.mean() / rows.mask.to(values.dtype).mean()
+
+
+def _count(rows: Selected) -> torch.Tensor:
+    """How many rows are selected, as a number of floats."""
+    return rows.mask.to(torch.get_default_dtype()).sum()
 
 
 def _columns(rows: Selected, index: Any) -> Selected:

@@ -51,6 +51,19 @@ def roots(h: Tensor) -> Tensor:
     return out
 
 
+def reversed_huber(o: Tensor, y: Tensor) -> Tensor:
+    d = (o[y > 0] - y[y > 0]).abs()
+    end = 0.2 * torch.max(d).detach()
+    return torch.where(d > end, (d**2 + end**2) / (2 * end), d).sum() / d.numel()
+
+
+def spread(o: Tensor, y: Tensor) -> Tensor:
+    chosen, row = o[y > 0], o[y[:, 0] > -1]
+    return (
+        ((chosen - chosen.mean()) / (chosen.std() + 1e-5)).abs().mean() + row.var(unbiased=False) - row.amin()
+    )
+
+
 LAYERS: dict[str, Layer] = {"both sides": both_sides, "in place": in_place, "rows": rows, "roots": roots}
 LOSSES: dict[str, Loss] = {
     "mean": lambda o, y: ((o - y) ** 2)[y > 0].mean(),
@@ -60,6 +73,10 @@ LOSSES: dict[str, Loss] = {
     "row sums": lambda o, y: (o[y[:, 1] > 0].sum(-1) ** 2).mean(),
     "column": lambda o, y: F.smooth_l1_loss(o[y[:, 1] > 0][:, 1], y[y[:, 1] > 0][:, 1], reduction="sum"),
     "count": lambda o, y: o[y > 0].sum() / (y > 0).sum(),
+    "reversed huber": reversed_huber,
+    "spread": spread,
+    "number": lambda o, y: (o[y[:, 0] > 0] ** 2).sum() / o[y[:, 0] > 0].size(0) + o[y > 0].min(),
+    "larger": lambda o, y: torch.max(o[y > 0], y[y > 0]).mean() + o[y < 0].max() * 2,
     "product": lambda o, y: (o[y[:, 0] > 0] @ torch.ones(3, 2)).pow(2).mean(),
 }
 
