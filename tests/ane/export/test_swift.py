@@ -86,7 +86,7 @@ def app(trained: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-RESOURCES = Path("Sources/TrainingStep/Resources")
+RESOURCES = Path("Sources/EngineTraining/Resources")
 
 
 def test_every_source_parses_and_uses_apples_frameworks_only(app: Path) -> None:
@@ -106,7 +106,7 @@ def test_every_source_parses_and_uses_apples_frameworks_only(app: Path) -> None:
         "Observation",
         "XCTest",
         "PackageDescription",
-        "TrainingStep",
+        "EngineTraining",
     }
     for path in sources:
         text = path.read_text()
@@ -114,6 +114,15 @@ def test_every_source_parses_and_uses_apples_frameworks_only(app: Path) -> None:
         assert {
             line.split()[-1] for line in text.splitlines() if line.startswith(("import", "@testable"))
         } <= known
+
+
+def test_no_module_has_a_type_of_its_own_name(app: Path) -> None:
+    """`Name.Type` then means a member of the type, and nothing outside can name what else the module holds."""
+    for folder in (app / "Sources").iterdir():
+        text = "".join(path.read_text() for path in folder.glob("*.swift"))
+        kinds = re.findall(r"\b(?:class|struct|enum|actor|protocol|typealias) (\w+)", text)
+        assert len(kinds) > 2
+        assert folder.name not in kinds
 
 
 def test_the_resources_are_those_that_the_sources_name(app: Path) -> None:
@@ -247,7 +256,7 @@ def bodies(source: str) -> dict[str, str]:
 
 
 def test_the_scalars_in_swift_are_those_of_the_trainer(app: Path, trained: Trainer) -> None:
-    source = (app / "Sources/TrainingStep/Scalars.swift").read_text()
+    source = (app / "Sources/EngineTraining/Scalars.swift").read_text()
     assert re.search(r"\bSelf\.units\(", source), (
         "a bare name is the argument `units`, which cannot be called"
     )
@@ -303,7 +312,7 @@ def numbers(node: Any) -> Any:
 
 def test_vectors_of_folding_and_averaging_hold_against_python(app: Path) -> None:
     """The literals in the Swift tests, given to the reference that they came from and to PyTorch."""
-    root = parse((app / "Tests/TrainingStepTests/Vectors.swift").read_text())
+    root = parse((app / "Tests/EngineTrainingTests/Vectors.swift").read_text())
     tables = {}
     for node in nodes(root, "property_declaration"):
         name = next(nodes(node, "pattern")).text.decode()
@@ -322,13 +331,13 @@ def test_vectors_of_folding_and_averaging_hold_against_python(app: Path) -> None
 
 def test_generated_sources_are_the_same_each_time(app: Path) -> None:
     manifest = read_manifest(app / RESOURCES / "step.mlpackage")
-    assert scalars_source(manifest, "m4") == (app / "Sources/TrainingStep/Scalars.swift").read_text()
-    assert vectors_source(manifest) == (app / "Tests/TrainingStepTests/Vectors.swift").read_text()
+    assert scalars_source(manifest, "m4") == (app / "Sources/EngineTraining/Scalars.swift").read_text()
+    assert vectors_source(manifest) == (app / "Tests/EngineTrainingTests/Vectors.swift").read_text()
 
 
 def test_the_apps_report_is_one_that_conformance_read_takes() -> None:
     """The keys of the report in `Conformance.swift`, filled in, are evidence."""
-    source = (files("ane_trainer.ane.export") / "app/Sources/TrainingStep/Conformance.swift").read_text()
+    source = (files("ane_trainer.ane.export") / "app/Sources/EngineTraining/Conformance.swift").read_text()
     literal = source[source.index("let report: [String: Any] = [") :]
     keys = set(re.findall(r'"(\w+)":', literal[: literal.index("        ]\n")]))
     assert f'"suite": {VERSION}' in literal

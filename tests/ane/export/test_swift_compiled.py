@@ -33,18 +33,18 @@ PACKAGE = """// swift-tools-version: 5.9
 import PackageDescription
 
 let package = Package(
-    name: "TrainingStep",
+    name: "EngineTraining",
     targets: [
         .target(name: "CoreML"),
-        .target(name: "TrainingStep", dependencies: ["CoreML"], resources: [.copy("Resources")]),
-        .target(name: "Sample", dependencies: ["TrainingStep", "CoreML"]),
-        .executableTarget(name: "Runner", dependencies: ["TrainingStep"]),
-        .testTarget(name: "TrainingStepTests", dependencies: ["TrainingStep"]),
+        .target(name: "EngineTraining", dependencies: ["CoreML"], resources: [.copy("Resources")]),
+        .target(name: "Sample", dependencies: ["EngineTraining", "CoreML"]),
+        .executableTarget(name: "Runner", dependencies: ["EngineTraining"]),
+        .testTarget(name: "EngineTrainingTests", dependencies: ["EngineTraining"]),
     ]
 )
 """
 RUNNER = """import Foundation
-import TrainingStep
+import EngineTraining
 
 @main
 enum Runner {

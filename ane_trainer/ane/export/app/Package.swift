@@ -2,15 +2,15 @@
 import PackageDescription
 
 let package = Package(
-    name: "TrainingStep",
+    name: "EngineTraining",
     platforms: [.iOS(.v17), .macOS(.v14)],
     products: [
-        .library(name: "TrainingStep", targets: ["TrainingStep"]),
+        .library(name: "EngineTraining", targets: ["EngineTraining"]),
         .executable(name: "DigitTrainer", targets: ["DigitTrainer"]),
     ],
     targets: [
-        .target(name: "TrainingStep", resources: [.copy("Resources")]),
-        .executableTarget(name: "DigitTrainer", dependencies: ["TrainingStep"]),
-        .testTarget(name: "TrainingStepTests", dependencies: ["TrainingStep"]),
+        .target(name: "EngineTraining", resources: [.copy("Resources")]),
+        .executableTarget(name: "DigitTrainer", dependencies: ["EngineTraining"]),
+        .testTarget(name: "EngineTrainingTests", dependencies: ["EngineTraining"]),
     ]
 )

@@ -1,5 +1,5 @@
+import EngineTraining
 import SwiftUI
-import TrainingStep
 
 /// Runs the comparison with the simulator on this device and shares the report.
 struct ConformanceView: View {

@@ -6,7 +6,7 @@ import AppKit
 
 @main
 struct DigitTrainerApp: App {
-    @State private var trainer = DigitTrainer()
+    @State private var trainer = TrainingModel()
 
     #if os(macOS)
     /// `swift run` starts the app without a bundle: it asks for its place in the Dock itself.

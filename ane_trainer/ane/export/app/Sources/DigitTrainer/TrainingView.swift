@@ -2,7 +2,7 @@ import Charts
 import SwiftUI
 
 struct TrainingView: View {
-    let trainer: DigitTrainer
+    let trainer: TrainingModel
     @State private var drawing = Drawing()
     @State private var label = 0
 

@@ -1,5 +1,5 @@
 import XCTest
-@testable import TrainingStep
+@testable import EngineTraining
 
 /// The arithmetic that needs no model, against numbers that the exporter's own Python computed (`Vectors`).
 final class ArithmeticTests: XCTestCase {

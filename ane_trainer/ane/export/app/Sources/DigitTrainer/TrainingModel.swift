@@ -1,12 +1,12 @@
 import CoreML
+import EngineTraining
 import Foundation
 import Observation
-import TrainingStep
 
 /// Collects drawn digits, trains the step on them, and says what it takes a drawing for.
 @MainActor
 @Observable
-final class DigitTrainer {
+final class TrainingModel {
     private(set) var examples = 0
     private(set) var losses: [Double] = []
     private(set) var answer: Int?
