@@ -18,6 +18,11 @@ def lines(name: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
+def test_the_command_has_the_name_of_the_package_as_well() -> None:
+    """`uvx NAME` and `pipx run NAME` look for a command of the package's name."""
+    assert PROJECT["scripts"][PROJECT["name"]] == PROJECT["scripts"]["ane-trainer"]
+
+
 def test_the_lowest_versions_are_those_that_the_package_admits() -> None:
     admitted = {}
     for text in PROJECT["dependencies"]:

@@ -1,4 +1,4 @@
-"""Frameworks: `interop.aneforge` on the simulator; `interop.accelerate`, `interop.transformers` by torch.compile."""
+"""Frameworks: `interop.aneforge` on the simulator; `.accelerate`, `.lightning`, `.transformers` by torch.compile."""
 
 from ane_trainer.interop import accelerate, aneforge
 

@@ -2,12 +2,15 @@
 
     from ane_trainer.interop.accelerate import Accelerator
 
-is all that changes in a script: accelerate's own, with that backend and tensors on the host.
+is all that changes in a script: accelerate's own, with that backend and tensors on the host. Every other name of
+accelerate (`DistributedType`, `utils`, ...) is found here as well, so that the line may import several.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ane_trainer.ane.errors import EnvironmentFault, MissingDependency
@@ -21,23 +24,47 @@ _NAME = "ANE"
 
 
 def __getattr__(name: str) -> object:
-    if name != "Accelerator":
+    if name == "Accelerator":
+        return _accelerator()
+    if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _accelerator()
+    install()
+    return getattr(importlib.import_module("accelerate"), name)
 
 
 @functools.cache
 def _accelerator() -> type:
     install()
     import accelerate
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from ane_trainer.interop.lengths import PROGRAMS, pad_loaders
 
     class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
-        """accelerate's `Accelerator`, whose prepared models are compiled by the backend "ane"."""
+        """accelerate's `Accelerator`, whose prepared models are compiled by the backend "ane".
 
-        def __init__(self, *args: object, **named: object) -> None:
-            if named.get("dynamo_plugin") is None:
-                named.setdefault("dynamo_backend", _NAME)
+        ane_options  of the backend: chip, device, fidelity, ... (docs/pytorch.md).
+        """
+
+        def __init__(
+            self, *args: object, ane_options: Mapping[str, object] | None = None, **named: object
+        ) -> None:
+            if named.get("dynamo_plugin") is None and "dynamo_backend" not in named:
+                options = {"recompile_limit": PROGRAMS, **(ane_options or {})}
+                named["dynamo_plugin"] = accelerate.utils.TorchDynamoPlugin(backend=_NAME, options=options)
             super().__init__(*args, **{**named, "cpu": True, "mixed_precision": "no"})
+
+        def prepare(self, *args: object, **named: object) -> object:
+            """accelerate's, with batches of texts that come in few lengths: each is a program of its own."""
+            configs = [getattr(given, "config", None) for given in args if isinstance(given, nn.Module)]
+            tokens = [
+                token for config in configs if (token := getattr(config, "pad_token_id", None)) is not None
+            ]
+            loaders = [given for given in args if isinstance(given, DataLoader)]
+            if tokens and loaders:
+                pad_loaders(loaders, tokens[0])
+            return super().prepare(*args, **named)
 
     return Accelerator
 

@@ -9,13 +9,13 @@ backend "ane": forward and backward in programs, the optimizer on the host, chec
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ane_trainer.ane.errors import MissingDependency
+from ane_trainer.interop.lengths import PROGRAMS, common_multiple
 
 try:
     transformers = importlib.import_module("transformers")
@@ -27,11 +27,6 @@ except ImportError:
 __all__ = ["Trainer", "TrainingArguments"]
 
 _log = transformers.logging.get_logger(__name__)
-
-#: Lengths that batches are padded to at most: with a smaller last batch, and evaluation's, sixteen programs.
-LENGTHS, PROGRAMS = 4, 16
-#: What lengths are a multiple of; the longest example of data that does not say before it is used.
-ROW, LONG = 16, 1024
 
 
 def __getattr__(name: str) -> object:
@@ -90,8 +85,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc, name-defined]
         held_out = self.eval_dataset
         parts = held_out.values() if isinstance(held_out, Mapping) else [held_out]
         given = [part for part in (self.train_dataset, *parts) if part is not None]
-        longest = max(map(longest_of, given), default=LONG)
-        multiple = max(ROW, math.ceil(longest / LENGTHS / ROW) * ROW)
+        multiple = common_multiple(given)
         self.data_collator.pad_to_multiple_of = multiple
         _log.warning(f"ane_trainer: batches are padded to multiples of {multiple}: each length is a program")
 
@@ -104,13 +98,3 @@ def settle(args: object) -> None:
         if options.get(name):
             options[name] = False
             _log.warning(f"ane_trainer: {name} is left out: programs compute with the engine's numbers")
-
-
-def longest_of(dataset: object) -> int:
-    """The most tokens in an example, LONG where only reading a stream would tell."""
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-        return LONG
-    if "input_ids" in (getattr(dataset, "column_names", None) or ()):  # of Hugging Face's, read at once
-        return max(map(len, dataset["input_ids"]), default=0)
-    examples = (dataset[k] for k in range(len(dataset)))
-    return max((len(e.get("input_ids", ())) for e in examples if isinstance(e, Mapping)), default=0)

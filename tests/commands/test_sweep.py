@@ -104,7 +104,7 @@ def test_on_a_local_ray(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     file, out = written(tmp_path, SWEEP.format(trials=2)), tmp_path / "out"
     command = [sys.executable, "-m", "ane_trainer", "sweep", str(file), "--out", str(out), "--engine", "ray"]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=500)
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=1500)
     check_whole(out, 2)
 
 

@@ -150,13 +150,43 @@ def test_transformers_trainer_settles_what_the_engine_needs(tmp_path: Path) -> N
     assert ours.longest_of(iter(rows)) == ours.LONG
 
 
+NETWORKS = """
+import torch
+from torch import nn
+from ane_trainer.ane.dynamo import report
+from ane_trainer.interop import lightning as L
+from ane_trainer.interop.lightning import networks
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.list = nn.ModuleList([nn.Linear(8, 2)])
+        self.unused = nn.Linear(2, 2)
+        self.criterion = nn.MSELoss()
+
+    def training_step(self, batch, index):
+        return self.criterion(self.list[0](self.first(batch)), batch[:, :2])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+net = Net()
+print("found", [name for name, _ in networks(net)])
+quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+trainer = L.Trainer(accelerator="gpu", max_epochs=1, **quiet)
+trainer.fit(net, torch.utils.data.DataLoader(torch.ones(8, 8), batch_size=4))
+saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
+print("names", list(saved))
+print(report())
+"""
 #: An autoencoder in the form of Lightning's introduction ("Lightning in 15 minutes"): networks made outside of the
 #: module, losses logged, a hundred batches. {line} is where our page puts its one line.
 INTRODUCTION = """
 import sys, warnings
 import torch
 from torch import nn, optim, utils
-import lightning as L
+{imported}
 import ane_trainer as at
 
 L.seed_everything(0)
@@ -193,6 +223,7 @@ from ane_trainer.ane.dynamo import report
 print(report())
 """
 LINE = 'encoder, decoder = (torch.compile(network, backend="ane") for network in (encoder, decoder))'
+IMPORT = "from ane_trainer.interop import lightning as L"
 
 
 @pytest.mark.slow
@@ -200,13 +231,30 @@ def test_lightning_s_introduction_with_one_line_changed() -> None:
     if importlib.util.find_spec("lightning") is None:
         pytest.skip("lightning is not installed")
     losses = []
-    for line in ("", LINE):
-        words, environment = (
-            [sys.executable, "-c", INTRODUCTION.format(line=line)],
-            {**os.environ, "PYTHONPATH": _PATH},
-        )
+    for imported, line in (("import lightning as L", ""), (IMPORT, ""), ("import lightning as L", LINE)):
+        words = [sys.executable, "-c", INTRODUCTION.format(imported=imported, line=line)]
+        environment = {**os.environ, "PYTHONPATH": _PATH}
         done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         losses.append(float(re.search(r"loss ([\d.]+)", done.stdout)[1]))  # type: ignore[index]
-        assert ("backward [" in done.stdout) == bool(line)
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+        assert ("backward [" in done.stdout) == bool(line or imported == IMPORT)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.01)
+
+
+def test_lightning_s_trainer_compiles_what_a_module_calls(tmp_path: Path) -> None:
+    """Its own forward, parts with parameters and members of lists; state has the same names, unused parts are told."""
+    if importlib.util.find_spec("lightning") is None:
+        pytest.skip("lightning is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", NETWORKS], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": _PATH}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        "names ['first.0.weight', 'first.0.bias', 'list.0.weight', 'list.0.bias', 'unused.weight'"
+        in done.stdout
+    )
+    assert "found ['first', 'list.0', 'unused']" in done.stdout
+    assert "backward [" in done.stdout
+    assert "never called as a whole, so on the CPU if at all: 'unused'" in done.stderr
+    assert "accelerator='gpu' is left out for 'cpu'" in done.stderr
