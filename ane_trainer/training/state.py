@@ -25,7 +25,7 @@ from ane_trainer.training.folder.results import Epoch, Metrics, Result
 from ane_trainer.training.language.lora import LoraOptions, digest, frozen_of, is_adapted
 from ane_trainer.training.language.own_loss import make_intake
 from ane_trainer.training.loop import Batch, Progress
-from ane_trainer.training.steps import Step
+from ane_trainer.training.steps import Step, put_into_training
 
 Loss = str | Callable[[Any, Any], torch.Tensor]
 
@@ -280,6 +280,8 @@ class Training:
     def release_step(self) -> None:
         """Let go of the compiled step, whose state goes on in the next one, of batches of another form."""
         if self.step is not None:
+            put_into_training(self.model)
+            self.step.follow()  # a layer that was frozen since then has no state in the next one
             saved = self.checkpoint()
             self._restored = Checkpoint(saved.tensors, saved.scalars | {"program": None})
             self.progress.skipped_steps, self.step = self._skipped(), None

@@ -1,5 +1,6 @@
 """`Trainer`'s gradient options, host optimizers and the CPU fallback."""
 
+import copy
 import dataclasses
 import io
 from pathlib import Path
@@ -234,3 +235,38 @@ def test_an_optimizer_of_a_replaced_layer_is_not_saved(tmp_path: Path) -> None:
     net[-1] = nn.Linear(net[-1].in_features, net[-1].out_features)
     with pytest.raises(UsageError, match="2 tensors that are not among them"):
         trainer.save(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["sync", "save", "smaller"])
+def test_optimizer_state_that_was_loaded_is_not_overwritten(way: str, tmp_path: Path) -> None:
+    trained = []
+    for device in ("cpu", "sim"):
+        net = mlp()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        trainer = Trainer(net, optimizer=optimizer, device=device, report=Reporter())
+        fresh = copy.deepcopy(optimizer.state_dict())
+        trainer.fit(data(), 2)
+        optimizer.load_state_dict(fresh)
+        if way == "sync":
+            trainer.sync()
+        elif way == "save":
+            net = mlp()
+            optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+            kept = trainer.save(tmp_path / device)
+            trainer = Trainer.resume(kept, model=net, optimizer=optimizer, report=Reporter())
+        small = [(x[:16], y[:16]) for x, y in data()]
+        trainer.fit(small if way == "smaller" else data())
+        trained.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert (trained[1] - trained[0]).norm() < 0.002 * trained[0].norm()
+
+
+def test_a_frozen_layer_stays_so_when_batches_change_their_size() -> None:
+    net = mlp()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    trainer = Trainer(net, optimizer=optimizer, device="sim", report=Reporter())
+    trainer.fit(data())
+    before = net[0].weight.detach().clone()
+    net[0].requires_grad_(False)
+    trainer.fit([(x[:16], y[:16]) for x, y in data()])
+    assert torch.equal(net[0].weight, before)
+    assert len(trainer.history) == 2

@@ -14,7 +14,9 @@ from ane_trainer.ane.capture.optimizers.table import rule_for, structure, uneven
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.dispatch.guards import Guards
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, compile_step_of, load_compiled
+from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
+from ane_trainer.ane.dispatch.units import GradientUnits
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.stages import Compiled
 
@@ -127,6 +129,18 @@ def _runs(capture: StepCapture, compiled: Compiled) -> tuple[object, ...]:
     changes = capture.changes
     fed = tuple((port.name, port.target, port.scale) for port in compiled.inputs)
     return compiled.fingerprint, fed, tuple(sorted(changes.counters.items())), changes.averaged
+
+
+def write_moments(mirror: Mirror, units: GradientUnits, *, changed_only: bool) -> int | None:
+    """The optimizer's state goes to the engine, in smaller units where it would leave fp16; the updates behind it.
+
+    `changed_only`: what nobody wrote to is newer on the engine. None: the number of updates is as it was.
+    """
+    units.fresh = True
+    for name, factor in mirror.crowded().items():
+        factor = units.lower(name, factor)
+        mirror.move(name, factor, factor)
+    return mirror.push_moments(changed_only=changed_only)
 
 
 def move_state(old: LoadedStep, new: LoadedStep, applied: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from ane_trainer.ane.chips.cost import Cost
 from ane_trainer.ane.compiler.blocks import Division, check_blocks
 from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, tell_of_rounded_integers
+from ane_trainer.ane.dispatch.guards import Guards
 from ane_trainer.ane.dispatch.loading import cost_of
 from ane_trainer.ane.dispatch.options import Target, resolve_target
 from ane_trainer.ane.dispatch.parameters import check_parameters
@@ -55,23 +56,32 @@ def compile_forward(
 _SMALLER, _LARGER = 2.0**-8, 8.0
 #: Batches up to here may have a program of their own.
 _LARGEST = 2.0**100
-#: Programs for batches of other sizes.
-_MOST_SIZES = 8
+#: Programs for batches of other sizes and other states of the model.
+_MOST_OTHERS = 8
+#: After so many changes without an effect on the program a name is not compared any more.
+_HARMLESS = 3
 
 
 class InferenceProgram:
     """A compiled forward pass. `program(x)` returns what `model.eval()(x)` would, in fp32 tensors.
 
     The module's present parameters are used: ones that changed since the last call are sent again. Its powers of two
-    are chosen for the example; a batch of numbers of another size has a program of its own, 8 at most.
+    are chosen for the example; a batch of numbers of another size has a program of its own, and so has a model whose
+    layers, attributes or constant buffers are others now: 8 at most.
     """
 
     def __init__(
-        self, model: torch.nn.Module, example: object, target: Target, blocks: str | int = "auto"
+        self,
+        model: torch.nn.Module,
+        example: object,
+        target: Target,
+        blocks: str | int = "auto",
+        harmless: dict[str, int] | None = None,
     ) -> None:
         self.target, self._range = target, RANGES[target.precision]
         self._model, self._blocks, self._peaks = model, blocks, _peaks(example)
         self._others: list[InferenceProgram] = []
+        self._harmless: dict[str, int] = {} if harmless is None else harmless
         check_parameters(model, self._range)
         with faults_in_words(model, functools.partial(_run_plainly, model, example)):
             self._structure, self._shapes, integral = _output_of(model, example)
@@ -87,13 +97,19 @@ class InferenceProgram:
         #: Places of results of integers, until one was told to be rounded.
         self._integers = integral if target.precision == "fp16" else []
         self._sent: dict[str, int] = {}
+        self._guards = _guards_of(model, self._harmless)
 
     def __call__(self, x: object) -> Any:
         """The model's output for a batch of the compiled shape; DataError for another shape or bad values."""
-        if self._range.dtype == torch.float16:
-            peaks = _peaks(x)
-            if not self._fits(peaks) and max(peaks) < _LARGEST:
-                return self._of_its_size(x, peaks)(x)
+        peaks = _peaks(x) if self._range.dtype == torch.float16 else []
+        if max(peaks, default=0.0) >= _LARGEST:
+            peaks = []
+        for program in (self, *self._others):
+            if program._fits(peaks) and not program._guards.changed():
+                return program._run(x)
+        return self._another(x, peaks)._run(x)
+
+    def _run(self, x: object) -> object:
         feeds = self._feeds(x)
         self._send_weights()
         results = self._session.run(feeds)
@@ -145,22 +161,32 @@ class InferenceProgram:
         pairs = zip(self._peaks, peaks, strict=True)
         return all(not new or _SMALLER * old <= new <= _LARGER * old for old, new in pairs)
 
-    def _of_its_size(self, x: object, peaks: Sequence[float]) -> InferenceProgram:
-        """A program that is made for batches of this size."""
-        for other in self._others:
-            if other._fits(peaks):
-                return other
-        if len(self._others) == _MOST_SIZES:
+    def _another(self, x: object, peaks: Sequence[float]) -> InferenceProgram:
+        """A program for batches of this size and the model as it is now; one that is the same, with new guards."""
+        self._feeds(_ones(x))  # shapes are refused first
+        new = InferenceProgram(self._model, x, self.target, self._blocks, self._harmless)
+        for known in (self, *self._others):
+            if known._fits(peaks) and known._computes_as(new):
+                for name in (text.partition(": ")[0] for text in known._guards.differences()):
+                    self._harmless[name] = self._harmless.get(name, 0) + 1
+                known._guards = _guards_of(self._model, self._harmless)
+                new.close()
+                return known
+        if len(self._others) == _MOST_OTHERS:
             self._others.pop(0).close()
             warnings.warn(
-                f"predict: needs inputs of about one size; got {_MOST_SIZES + 2} different ones, each with a program "
-                "of its own. Normalise the inputs.",
+                f"predict: needs inputs of about one size and a model that stays as it is; got {_MOST_OTHERS + 2} "
+                "different ones, each with a program of its own. Normalise the inputs; keep as a buffer what changes.",
                 NumericsWarning,
                 stacklevel=3,
             )
-        self._feeds(_ones(x))  # shapes are refused first
-        self._others.append(InferenceProgram(self._model, x, self.target, self._blocks))
-        return self._others[-1]
+        self._others.append(new)
+        return new
+
+    def _computes_as(self, other: InferenceProgram) -> bool:
+        """Whether both are the same program on the same tensors."""
+        mine, its = ([(port, id(tensor)) for port, tensor in each._state] for each in (self, other))
+        return self.compiled.fingerprint == other.compiled.fingerprint and mine == its
 
     def _send_weights(self) -> None:
         dtype = self._range.dtype
@@ -168,6 +194,16 @@ class InferenceProgram:
             if self._sent.get(port.name) != version(tensor):
                 self._session.write(port.name, tensor.detach().to(dtype).numpy().reshape(port.shape))
                 self._sent[port.name] = version(tensor)
+
+
+def _guards_of(model: torch.nn.Module, harmless: Mapping[str, int]) -> Guards:
+    """What a forward pass in evaluation mode may read of Python; the mode and the counts of batch norms it does not."""
+    label = type(model).__name__
+    modes = {f"{label}.{path}.training" if path else f"{label}.training" for path, _ in model.named_modules()}
+    without_effect = {name for name, count in harmless.items() if count >= _HARMLESS}
+    counts = [name for name, _ in model.named_buffers() if name.endswith("num_batches_tracked")]
+    counts += [name.removeprefix(f"{label}.") for name in without_effect]
+    return Guards(model, None, frozenset(modes | without_effect), counts)
 
 
 def _peaks(x: object) -> list[float]:

@@ -17,7 +17,7 @@ from ane_trainer.ane.capture.randomness import draw
 from ane_trainer.ane.capture.range.calibration import calibration_of, calibration_tensors
 from ane_trainer.ane.capture.step import CEILING, GRADIENT
 from ane_trainer.ane.capture.trace.torch_private import mark_stepped
-from ane_trainer.ane.dispatch.adapting import Variants
+from ane_trainer.ane.dispatch.adapting import Variants, write_moments
 from ane_trainer.ane.dispatch.agreement import (
     NAN_LOSS,
     Agreement,
@@ -112,7 +112,7 @@ class TrainingStep(StepFacts):
         Raises: DataError for a batch that does not fit; UsageError if what is compiled in changed too often.
         """
         check_hooks(self._subject.optimizer, self._loaded.capture.rule)
-        changed = self._follow() or not self.steps
+        changed = self.follow() or not self.steps
         before = self._draws.get_state()
         draws = torch.Generator().set_state(before)
         feeds = self.feeds(x, y)
@@ -166,15 +166,12 @@ class TrainingStep(StepFacts):
         self, x: object, y: object, draws: torch.Generator
     ) -> tuple[Reference, dict[str, torch.Tensor]] | None:
         """PyTorch's step on this batch, and the parameters as the engine holds them before its own."""
-        if self._unsynced or self._stale_moments:
-            self.sync()
+        self.sync()
         found = reference(self._variants.subject, self.gradient_options, draws, self.options.parts(x, y))
         if found is None:
             return None
-        known = {name for name, _ in self._subject.model.named_parameters()}
-        if not known.issuperset(
-            found.changes or {}
-        ):  # a copy may call them otherwise, as of a compiled Keras model
+        # a copy may call them otherwise, as of a compiled Keras model
+        if not {name for name, _ in self._subject.model.named_parameters()}.issuperset(found.changes or {}):
             found = found.without_update()
         self._skipped_before = self.skipped_steps
         return found, self._parameters(found.changes or {})
@@ -203,8 +200,8 @@ class TrainingStep(StepFacts):
             more = error_at_random(self._loaded, part, before)
             self.agreement = explained(self.agreement, changes, found, loss, run, more)
 
-    def _follow(self) -> bool:
-        """What was changed from outside since the last step: weights (True), optimizer state, Python values."""
+    def follow(self) -> bool:
+        """Take over what was changed since the last step: weights (True), optimizer state, Python values."""
         if self._variants.settings_changed(self._loaded):
             self._adapt()
         mirror = self._loaded.mirror
@@ -212,17 +209,18 @@ class TrainingStep(StepFacts):
         if changed := mirror.changed():
             mirror.push_weights(changed_only=True)
             self._units.fresh = True
-        if mirror.moments_changed():
-            self._units.fresh = True
-            for name, factor in mirror.crowded().items():
-                factor = self._units.lower(name, factor)
-                mirror.move(name, factor, factor)
-            count = mirror.push_moments(changed_only=self._stale_moments)
-            self.applied_steps = self.applied_steps if count is None else count
-            mirror.show_moments(self._pull_moments)
+        self._take_moments()
         if self._variants.changed() or self._uneven():
             self._adapt()
         return changed
+
+    def _take_moments(self) -> None:
+        """What was written into the optimizer's state since the last step goes to the engine."""
+        mirror = self._loaded.mirror
+        if mirror.moments_changed():
+            count = write_moments(mirror, self._units, changed_only=self._stale_moments)
+            self.applied_steps = self.applied_steps if count is None else count
+            mirror.show_moments(self._pull_moments)
 
     def _adapt(self) -> None:
         """Go on with the program for the present Python state and settings of the optimizer."""
@@ -298,6 +296,7 @@ class TrainingStep(StepFacts):
 
     def sync(self) -> None:
         """Engine -> module and optimizer: parameters, buffers, moments in torch's own layout and units."""
+        self._take_moments()
         self._pull_weights()
         self._pull_moments()
 
@@ -319,6 +318,7 @@ class TrainingStep(StepFacts):
         mirror = self._loaded.mirror
         if mirror.changed():  # by the host's optimizer, say
             mirror.push_weights(changed_only=True)
+        self._take_moments()
         return StepState(
             engine=mirror.state(),
             units={**self._loaded.capture.units, **self._units.named()},

@@ -49,6 +49,9 @@ class Step(Protocol):
     def __call__(self, x: object, y: object) -> torch.Tensor:
         """Train on a batch; the loss, a float32 tensor of rank 0. DataError for values that cannot be used."""
 
+    def follow(self) -> bool:
+        """Take over what was changed from outside since the last step; whether that were weights."""
+
     def sync(self) -> None:
         """Bring the module's parameters and the optimizer's state up to date."""
 

@@ -85,6 +85,10 @@ class CpuStep:
             nn.utils.clip_grad_norm_(parameters, self._gradients.clip_norm)
         step_without_dynamo(self._optimizer)
 
+    def follow(self) -> bool:
+        """Nothing is held elsewhere."""
+        return False
+
     @property
     def compiled(self) -> None:
         """There is no program."""

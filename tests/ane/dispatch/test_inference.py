@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from ane_trainer.ane.dispatch import compile_forward
+from ane_trainer.ane.dispatch.options import Target
 from ane_trainer.ane.errors import DataError
 
 
@@ -65,3 +68,65 @@ def test_batches_of_other_sizes_are_right() -> None:
         assert float((program(x) - want).norm()) < 0.01 * float(want.norm())
     with pytest.raises(DataError, match="65504"):
         program(torch.full((2, 8), 1e38))
+
+
+class Scaled(nn.Module):
+    """Reads a number, a list, a buffer of booleans; counts its calls, which nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(8, 16), nn.Linear(16, 3), nn.BatchNorm1d(16)
+        self.factor, self.shifts, self.calls = 1.0, [0.0, 1.0], 0
+        self.register_buffer("kept", torch.ones(16, dtype=torch.bool))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        hidden = torch.tanh(self.norm(self.first(x))) * self.factor + self.shifts[0]
+        return self.last(torch.where(self.kept, hidden, 0.0))  # type: ignore[no-any-return]
+
+
+def _another_layer(net: Scaled) -> None:
+    net.last = nn.Linear(16, 3)
+
+
+def _another_list(net: Scaled) -> None:
+    net.shifts[0] = 2.0
+
+
+def _another_mask(net: Scaled) -> None:
+    net.kept[::2] = False
+
+
+def _another_number(net: Scaled) -> None:
+    net.factor = 3.0
+
+
+@pytest.mark.parametrize("change", [_another_layer, _another_list, _another_mask, _another_number])
+def test_what_the_model_became_is_what_is_computed(change: Callable[[Scaled], None]) -> None:
+    torch.manual_seed(0)
+    net, x = Scaled(), torch.randn(32, 8)
+    program = compile_forward(net, x, threads=1)
+    before = program(x)
+    change(net)
+    wanted = net.eval()(x).detach()
+    assert (wanted - before).abs().max() > 0.1
+    torch.testing.assert_close(program(x), wanted, rtol=1e-2, atol=4e-3)
+
+
+def test_what_has_no_effect_compiles_nothing_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Scaled(), torch.randn(32, 8)
+    program = compile_forward(net, x, threads=1)
+    made: list[str] = []
+    load = Target.load
+    monkeypatch.setattr(Target, "load", lambda self, compiled: (made.append("one"), load(self, compiled))[1])
+    for _ in range(6):
+        net.train()(x)  # counts, in `calls` and in the batch norm
+        program(x)
+    assert len(made) == 3
+    net.factor = 2.0
+    program(x)
+    net.factor = 1.0
+    program(x)
+    net.factor = 2.0
+    program(x)
+    assert len(made) == 4  # both are known
