@@ -177,8 +177,7 @@ class Mirror:
             for name, number in self._rule.counters(group, own).items():
                 state[name] = torch.tensor(number)
             for slot in slots:
-                value = state.get(slot.name)
-                if value is None:
+                if (value := state.get(slot.name)) is None:
                     value = state[slot.name] = torch.zeros(slot.shape or parameter.tensor.shape)
                 self._combine(f"{parameter.name}/{slot.name}", value, slot.bias(group, own))
         self._moments = self._moments_now()
@@ -249,10 +248,8 @@ class Mirror:
         old = set(before[1]) if changed_only and before and before[0] == self._moments[0] else set()
         count, kept = 0, False
         for parameter, group, _ in self._slots():
-            state = dict.get(self._optimizer.state, parameter.tensor, {})
-            if state:
-                steps = group if self._rule.group_counters(1) else state
-                count = max(count, int(steps.get("step", 1)))
+            if state := dict.get(self._optimizer.state, parameter.tensor, {}):
+                count = max(count, int((group if self._rule.group_counters(1) else state).get("step", 1)))
         self._settings = self._settings_now()
         if uneven_groups(self._optimizer, self._rule) or any(self.lags.values()) or applied is not None:
             counted = "step" in self._rule.counters(plain(self._optimizer.param_groups[0]), 1)
@@ -365,8 +362,10 @@ class Mirror:
                 self._write(port, tensors[target].float().numpy() * np.float32(port.scale))
 
     def _slots(self) -> list[tuple[Parameter, Mapping[str, Any], tuple[Slot, ...]]]:
+        """By parameter, its settings and what the program keeps of it: not what settings of just now would add."""
         found = [(p, self._optimizer.param_groups[p.group or 0]) for p in self._trained]
-        return [(p, group, self._rule.slots(group, tuple(p.tensor.shape) or (1,))) for p, group in found]
+        every = [(p, g, self._rule.slots(g, tuple(p.tensor.shape) or (1,))) for p, g in found]
+        return [(p, g, tuple(s for s in of if f"{p.name}/{s.name}" in self._ports)) for p, g, of in every]
 
     def _combine(self, target: str, out: torch.Tensor, factor: float = 1.0) -> None:
         """out = (hi + lo) in torch's units."""

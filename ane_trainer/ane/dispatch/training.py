@@ -202,21 +202,19 @@ class TrainingStep(StepFacts):
 
     def follow(self) -> bool:
         """Take over what was changed since the last step: weights (True), optimizer state, Python values."""
-        if self._variants.settings_changed(self._loaded):
-            self._adapt()
         mirror = self._loaded.mirror
-        mirror.follow_settings(self.applied_steps)
         if changed := mirror.changed():
             mirror.push_weights(changed_only=True)
             self._units.fresh = True
         self._take_moments()
-        if self._variants.changed() or self._uneven():
+        if self._variants.settings_changed(self._loaded) or self._variants.changed() or self._uneven():
             self._adapt()
         return changed
 
     def _take_moments(self) -> None:
         """What was written into the optimizer's state since the last step goes to the engine."""
         mirror = self._loaded.mirror
+        mirror.follow_settings(self.applied_steps)
         if mirror.moments_changed():
             count = write_moments(mirror, self._units, changed_only=self._stale_moments)
             self.applied_steps = self.applied_steps if count is None else count

@@ -60,3 +60,42 @@ def test_the_next_steps_are_pytorchs(name: str) -> None:
     assert step.compiles == 2
     for got, want, start in zip(model.parameters(), twin.parameters(), before, strict=True):
         assert float((got - want).detach().norm()) < 0.02 * float((want - start).detach().norm())
+
+
+def _momentum(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        state["momentum_buffer"].mul_(4.0)
+
+
+def _weights(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("setting", [{"weight_decay": 0.05}, {"nesterov": True}, {"maximize": True}])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_changes_together_with_a_setting_counts(setting: dict[str, object], steps: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)),
+        torch.randn(24, 8),
+        torch.arange(24) % 3,
+    )
+    plain = copy.deepcopy(model)
+    mine, its = (torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (model, plain))
+    step = at.compile_step(model, "cross_entropy", mine, (x, y), device="sim", threads=1, verify="off")
+    for number in range(steps + 3):
+        if number == steps:
+            for held, optimizer in ((model, mine), (plain, its)):
+                _weights(held)
+                _momentum(optimizer)
+                for group in optimizer.param_groups:
+                    group.update(setting)
+        its.zero_grad()
+        wanted = nn.functional.cross_entropy(plain(x), y)
+        assert float(step(x, y)) == pytest.approx(float(wanted.detach()), rel=2e-3)
+        wanted.backward()
+        its.step()
+    step.sync()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (a - b).norm() < 2e-3 * b.norm()
