@@ -11,6 +11,8 @@ SCALING = "step/"
 #: Target of the result with the largest magnitude of each gradient in its unit, whether the scaled ones fit (1 or 0),
 #: of clipping to a norm the factor, times the shift, and whether it fits, and the largest magnitudes of guarded values.
 HEALTH = "health"
+#: How the names of guarded values end that the update does not read, so that it is kept.
+STATISTICS = " (running statistics)"
 #: 1 while all batches that are being accumulated had gradients that fit.
 FITS = "accumulated_fits"
 #: A scaled gradient of this magnitude or more counts as an overflow (the accumulator's range ends here).

@@ -23,11 +23,12 @@ from ane_trainer.ane.capture.gradients import FLOORS, LIMITS, SMALLEST_UNIT, Gra
 from ane_trainer.ane.capture.optimizers.rule import Group, Rule, largest_gradient
 from ane_trainer.ane.capture.optimizers.table import plain, scalar_values
 from ane_trainer.ane.capture.ports import Parameter, units_by_group
-from ane_trainer.ane.capture.scaling import HEALTH, LARGEST_SCALE, OVERFLOW
+from ane_trainer.ane.capture.scaling import HEALTH, LARGEST_SCALE, OVERFLOW, STATISTICS
 from ane_trainer.ane.capture.step import SHIFT
 from ane_trainer.ane.capture.unit_bounds import largest_shift, least_gradient, unit_bounds
 from ane_trainer.ane.dispatch.devices.protocol import Floats
 from ane_trainer.ane.dispatch.loading import LoadedStep
+from ane_trainer.ane.dispatch.saturation import left_fp16
 from ane_trainer.ane.errors import NumericsWarning
 from ane_trainer.ane.mil.weights import Array
 
@@ -214,8 +215,8 @@ class GradientUnits:
         end = len(health) - len(self.guarded)
         peaks = zip(self.guarded, health[end:], strict=True)
         beyond = dict.fromkeys(place for place, peak in peaks if not peak < OVERFLOW)
-        if beyond:
-            return self._saturated(list(beyond))
+        if beyond and (found := self._saturated(list(beyond), number)) is not None:
+            return found
         health = health[:end]
         if not health[count] > 0.0:  # the scaled gradients did not fit: the loss scale moves instead
             ratios = [peak / value for peak, value in zip(health[:count], self.values, strict=True)]
@@ -307,22 +308,21 @@ class GradientUnits:
             "(clip_grad_norm=). Later ones are counted in `step.health`."
         )
 
-    def _saturated(self, places: Sequence[str]) -> Watched:
-        """Values of the forward pass that left fp16, in words; counted by place."""
-        for place in places:
+    def _saturated(self, places: Sequence[str], number: int) -> Watched | None:
+        """Values of the forward pass that left fp16, counted by place; None if those are running statistics alone."""
+        for place in (p for p in places if self._counted.get(p) != number):
+            self._counted[place] = number
             self.saturations[place] = self.saturations.get(place, 0) + 1
-        text = (
-            f"{places[0]}: a value of the forward pass left fp16, which the example did not come near. The update "
-            "was skipped. Lower the learning rate, clip the gradients, or compile with such a batch as the example "
-            "(or in `calibrate_on`). Later ones are counted in `step.health`."
-        )
-        return Watched([], False, text, saturated=True)
+        if (lost := next((p for p in places if not p.endswith(STATISTICS)), None)) is None:
+            self.warn(left_fp16(places[0]), stacklevel=7)
+            return None
+        return Watched([], False, left_fp16(lost), saturated=True)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, stacklevel: int = 5) -> None:
         """Say it, once: the first gradient beyond its unit that cost an update."""
         if text and not self._warned:
             self._warned = True
-            warnings.warn(text, NumericsWarning, stacklevel=5)
+            warnings.warn(text, NumericsWarning, stacklevel=stacklevel)
 
     def _wanted_shift(self, factor: float, up: bool, near: bool) -> float:
         """The factor that the power after clipping is to change by; at once where the gradients are not `near`."""

@@ -25,7 +25,7 @@ from ane_trainer.ane.capture.range.calibration import INTEGERS
 from ane_trainer.ane.capture.range.editing import aten, in_update, is_float, number, shape_of
 from ane_trainer.ane.capture.range.exponents import Exponents
 from ane_trainer.ane.capture.range.norms import REDUCTIONS, is_square
-from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW
+from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW, STATISTICS
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.stages import Captured
 
@@ -33,7 +33,8 @@ from ane_trainer.ane.stages import Captured
 #: on); one of the backward pass if no gradient that is made of it is as large as the third share of it.
 WATCHED, WATCHED_IN_STEPS, SHOWN = 2.0**8, 2.0**9, 0.5
 #: What goes into a buffer is watched from this magnitude on, through operations that begin with these; a mean of
-#: squares always: data a few hundred times larger than the example leave fp16 in a variance, and nowhere else.
+#: squares always, as data a few hundred times larger than the example leave fp16 in a variance and nowhere else: of one
+#: that is smaller in the example it is told, and the update, which does not read it, is kept.
 WATCHED_IN_BUFFERS = 2.0**4
 _JOINS = tuple(f"aten.{name}." for name in ("where", "add", "sub", "mul", "div", "maximum", "minimum"))
 #: The most values of the backward pass that are watched, the largest of each place.
@@ -68,8 +69,9 @@ def guard(
     exponents.here = checks[0]
     peaks = [_peak(exponents, node) for node in stored]
     seen = [_peak(exponents, node) for _, node in forward]
+    peaks += [peak for (place, _), peak in zip(forward, seen, strict=True) if not place.endswith(STATISTICS)]
     together = exponents.emit(
-        aten.amax.default, exponents.emit(aten.cat.default, [checks[0].args[0], *peaks, *seen])
+        aten.amax.default, exponents.emit(aten.cat.default, [checks[0].args[0], *peaks])
     )
     checks[0].update_arg(0, exponents.emit(aten.view.default, together, [1]))
     health = _health(captured)
@@ -201,14 +203,20 @@ def _into_buffers(
     for port, new in zip(captured.outputs, results, strict=True):
         if port.role != "state" or port.target not in buffers or not isinstance(new, Node):
             continue
-        best, found = WATCHED_IN_BUFFERS, _statistic(exponents, new, held.get(port.target, ""))
-        for node in [] if found is not None else _joined(new):
+        best, found, statistic = (
+            WATCHED_IN_BUFFERS,
+            None,
+            _statistic(exponents, new, held.get(port.target, "")),
+        )
+        for node in _joined(new) if statistic is None else [statistic]:
             size = exponents.found.get(node.name)
             stored = 0.0 if size is None else size.peak * 2.0 ** -exponents.of.get(node, 0)
             if stored > best and _makes(node) and size is not None and size.finite and not size.part:
                 best, found = stored, node
-        if found is not None:
-            yield str(found.meta.get(META_KEY, found.name)), found
+        if found is not None or statistic is not None:
+            watched = cast(Node, statistic or found)
+            place = str(watched.meta.get(META_KEY, watched.name))
+            yield place if found is not None else place + STATISTICS, watched
 
 
 def _joined(new: Node) -> list[Node]:
