@@ -38,7 +38,7 @@ FILES = {
     "shape": (NET + FORWARD + "layer(x)\n", "mat1 and mat2 shapes cannot be multiplied"),
 }
 #: What `check` feeds is the user's to say: it names the line, and the option.
-FED = "; net.py, line 9, in forward). Give --input, and --dtype int for tokens."
+FED = "; net.py, line 9, in forward). Give --input, --dtype int for tokens, and --batch"
 CHECK = ("check", "--input", "1x8x8")
 TRAIN = ("train", "digits", "--limit", "256", "--out", "r")
 

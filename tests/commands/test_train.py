@@ -13,9 +13,9 @@ from ane_trainer.training.config import TrainConfig, make_config
 
 
 def test_arguments_of_a_model_are_read_as_written_and_kept_in_the_file() -> None:
-    typed = ["width=16", "rate=0.5", "deep=true", "name=wide", "sizes=[1, 2]"]
+    typed = ["width=16", "rate=0.5", "deep=true", "title=wide", "sizes=[1, 2]"]
     config = make_config({"dataset": "digits", "model_arg": typed})
-    wanted = {"width": 16, "rate": 0.5, "deep": True, "name": "wide", "sizes": [1, 2]}
+    wanted = {"width": 16, "rate": 0.5, "deep": True, "title": "wide", "sizes": [1, 2]}
     assert config.model_options() == wanted
     assert TrainConfig(**tomllib.loads(config.to_toml())) == config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ane_trainer.interop.lengths import Padding, common_multiple, longest_of, pad_loaders
+from ane_trainer.interop.lengths import LONG, Padding, common_multiple, longest_of, pad_loaders
 
 
 def collate(examples: list[dict[str, object]]) -> dict[str, torch.Tensor]:
@@ -55,6 +55,7 @@ def test_what_padding_could_change_is_left_alone(change: dict[str, torch.Tensor 
 def test_four_lengths_at_most() -> None:
     data = [example(length) for length in (7, 100, 33)]
     assert longest_of(data) == 100
+    assert longest_of(iter(data)) == LONG
     assert common_multiple([data, data[:1]]) == 32
     assert common_multiple([data[:1]]) == 16
 

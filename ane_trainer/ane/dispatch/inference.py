@@ -71,17 +71,12 @@ class InferenceProgram:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        example: object,
-        target: Target,
-        blocks: str | int = "auto",
-        harmless: dict[str, int] | None = None,
+        self, model: torch.nn.Module, example: object, target: Target, blocks: str | int = "auto"
     ) -> None:
         self.target, self._range = target, RANGES[target.precision]
         self._model, self._blocks, self._peaks = model, blocks, _peaks(example)
         self._others: list[InferenceProgram] = []
-        self._harmless: dict[str, int] = {} if harmless is None else harmless
+        self._harmless: dict[str, int] = {}  # names whose change had no effect, and how often
         check_parameters(model, self._range)
         with faults_in_words(model, functools.partial(_run_plainly, model, example)):
             self._structure, self._shapes, integral = _output_of(model, example)
@@ -164,7 +159,8 @@ class InferenceProgram:
     def _another(self, x: object, peaks: Sequence[float]) -> InferenceProgram:
         """A program for batches of this size and the model as it is now; one that is the same, with new guards."""
         self._feeds(_ones(x))  # shapes are refused first
-        new = InferenceProgram(self._model, x, self.target, self._blocks, self._harmless)
+        new = InferenceProgram(self._model, x, self.target, self._blocks)
+        new._guards = _guards_of(self._model, self._harmless)
         for known in (self, *self._others):
             if known._fits(peaks) and known._computes_as(new):
                 for name in (text.partition(": ")[0] for text in known._guards.differences()):

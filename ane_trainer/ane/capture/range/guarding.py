@@ -78,6 +78,7 @@ def guard(
     if seen and health is not None:
         exponents.here = output = exponents.graph.output_node()
         longer = exponents.emit(aten.cat.default, [health, *seen])
+        longer.meta[META_KEY] = health.meta.get(META_KEY, HEALTH)
         results = list(cast("Sequence[Node]", output.args[0]))
         output.args = ([longer if node is health else node for node in results],)
         exponents.changed = True

@@ -18,15 +18,15 @@ from torch.overrides import wrap_torch_function
 
 from ane_trainer.ane.capture.trace.torch_private import SideTable
 from ane_trainer.ane.errors import Finding, UnsupportedModel
+from ane_trainer.ane.mil.opset import family, known_ops
 
 #: Functions of rows that may be applied to a packed sequence's data, by name; their results are rows again.
 ROW_BY_ROW = frozenset(
     (
-        "linear dropout relu leaky_relu gelu tanh sigmoid silu elu add sub mul div __mul__ __rmul__ __add__ __radd__ "
-        "__sub__ __truediv__ __rtruediv__ __rsub__ __neg__ to float type layer_norm embedding contiguous clone "
-        "exp log log1p clamp neg reciprocal"
+        "linear dropout add sub mul div __mul__ __rmul__ __add__ __radd__ __sub__ __truediv__ __rtruediv__ __rsub__ "
+        "__neg__ neg log1p clamp reciprocal to float type layer_norm embedding contiguous clone"
     ).split()
-)
+) | {kind for kind in known_ops() if family(kind) == "unary"}
 
 
 @dataclass(frozen=True)
