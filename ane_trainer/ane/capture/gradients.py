@@ -56,7 +56,7 @@ class GradientOptions:
     @property
     def most(self) -> float:
         """What counts of an entry of a batch's gradient at most: clipping takes the rest, before anything reads it."""
-        return self.clip_value if self.clip_value is not None and self.accumulate == 1 else math.inf
+        return math.inf if self.clip_value is None or not self.clips_each else self.clip_value
 
     def __post_init__(self) -> None:
         for name, value in (("clip_grad_norm", self.clip_norm), ("clip_grad_value", self.clip_value)):

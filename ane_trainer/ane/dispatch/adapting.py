@@ -13,6 +13,7 @@ from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
 from ane_trainer.ane.capture.optimizers.table import rule_for, structure, uneven_groups
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.dispatch.guards import Guards
+from ane_trainer.ane.dispatch.harmless import Harmless
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, compile_step_of, load_compiled
 from ane_trainer.ane.dispatch.mirror import Mirror
 from ane_trainer.ane.dispatch.options import StepOptions, Target
@@ -22,8 +23,6 @@ from ane_trainer.ane.stages import Compiled
 
 #: Different programs that one step may be compiled to.
 MOST_PROGRAMS = 8
-#: After so many changes without an effect on the program a name is not compared any more.
-_HARMLESS = 3
 
 
 class Variants:
@@ -32,7 +31,7 @@ class Variants:
     def __init__(self, subject: Subject, target: Target, options: StepOptions, loaded: LoadedStep) -> None:
         self._subject, self._target, self._options = subject, target, options
         self._as_it_is = subject.model.training
-        self._harmless: dict[str, int] = {}
+        self._harmless = Harmless()
         #: By parameter, the factor by which the last change of programs took its unit down.
         self.lowered: dict[str, float] = {}
         self._counted = frozenset(loaded.capture.changes.counters)
@@ -92,10 +91,8 @@ class Variants:
         _, capture, compiled = known
         same = _runs(capture, compiled) == _runs(loaded.capture, loaded.compiled)
         if same and loaded.mirror.current():
-            for name in (text.partition(": ")[0] for text in differences):
-                self._harmless[name] = self._harmless.get(name, 0) + 1
-                if self._harmless[name] == _HARMLESS:
-                    self._guards = self._fresh()
+            if self._harmless.note(differences):
+                self._guards = self._fresh()
             return loaded
         new = load_compiled(self._subject, self._target, self._options, capture, compiled)
         self.lowered = move_state(loaded, new, applied)
@@ -103,8 +100,7 @@ class Variants:
         return new
 
     def _fresh(self) -> Guards:
-        ignored = frozenset(name for name, count in self._harmless.items() if count >= _HARMLESS)
-        return Guards(self._subject.model, self._subject.loss, ignored, self._counted)
+        return Guards(self._subject.model, self._subject.loss, self._harmless.names, self._counted)
 
     def _same_program(self, capture: StepCapture, compiled: Compiled) -> tuple[StepCapture, Compiled]:
         """An equal program that is known already, with its units."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ane_trainer.ane.compiler.blocks import Division, check_blocks
 from ane_trainer.ane.compiler.build import prepare, whole
 from ane_trainer.ane.dispatch.feeds import RANGES, Feeds, tell_of_rounded_integers
 from ane_trainer.ane.dispatch.guards import Guards
+from ane_trainer.ane.dispatch.harmless import Harmless
 from ane_trainer.ane.dispatch.loading import cost_of
 from ane_trainer.ane.dispatch.options import Target, resolve_target
 from ane_trainer.ane.dispatch.parameters import check_parameters
@@ -58,8 +59,6 @@ _SMALLER, _LARGER = 2.0**-8, 8.0
 _LARGEST = 2.0**100
 #: Programs for batches of other sizes and other states of the model.
 _MOST_OTHERS = 8
-#: After so many changes without an effect on the program a name is not compared any more.
-_HARMLESS = 3
 
 
 class InferenceProgram:
@@ -76,7 +75,7 @@ class InferenceProgram:
         self.target, self._range = target, RANGES[target.precision]
         self._model, self._blocks, self._peaks = model, blocks, _peaks(example)
         self._others: list[InferenceProgram] = []
-        self._harmless: dict[str, int] = {}  # names whose change had no effect, and how often
+        self._harmless = Harmless()
         check_parameters(model, self._range)
         with faults_in_words(model, functools.partial(_run_plainly, model, example)):
             self._structure, self._shapes, integral = _output_of(model, example)
@@ -92,7 +91,7 @@ class InferenceProgram:
         #: Places of results of integers, until one was told to be rounded.
         self._integers = integral if target.precision == "fp16" else []
         self._sent: dict[str, int] = {}
-        self._guards = _guards_of(model, self._harmless)
+        self._guards = _guards_of(model, self._harmless.names)
 
     def __call__(self, x: object) -> Any:
         """The model's output for a batch of the compiled shape; DataError for another shape or bad values."""
@@ -160,12 +159,11 @@ class InferenceProgram:
         """A program for batches of this size and the model as it is now; one that is the same, with new guards."""
         self._feeds(_ones(x))  # shapes are refused first
         new = InferenceProgram(self._model, x, self.target, self._blocks)
-        new._guards = _guards_of(self._model, self._harmless)
+        new._guards = _guards_of(self._model, self._harmless.names)
         for known in (self, *self._others):
             if known._fits(peaks) and known._computes_as(new):
-                for name in (text.partition(": ")[0] for text in known._guards.differences()):
-                    self._harmless[name] = self._harmless.get(name, 0) + 1
-                known._guards = _guards_of(self._model, self._harmless)
+                self._harmless.note(known._guards.differences())
+                known._guards = _guards_of(self._model, self._harmless.names)
                 new.close()
                 return known
         if len(self._others) == _MOST_OTHERS:
@@ -192,14 +190,13 @@ class InferenceProgram:
                 self._sent[port.name] = version(tensor)
 
 
-def _guards_of(model: torch.nn.Module, harmless: Mapping[str, int]) -> Guards:
+def _guards_of(model: torch.nn.Module, harmless: frozenset[str]) -> Guards:
     """What a forward pass in evaluation mode may read of Python; the mode and the counts of batch norms it does not."""
     label = type(model).__name__
     modes = {f"{label}.{path}.training" if path else f"{label}.training" for path, _ in model.named_modules()}
-    without_effect = {name for name, count in harmless.items() if count >= _HARMLESS}
     counts = [name for name, _ in model.named_buffers() if name.endswith("num_batches_tracked")]
-    counts += [name.removeprefix(f"{label}.") for name in without_effect]
-    return Guards(model, None, frozenset(modes | without_effect), counts)
+    counts += [name.removeprefix(f"{label}.") for name in harmless]
+    return Guards(model, None, frozenset(modes | harmless), counts)
 
 
 def _peaks(x: object) -> list[float]:
