@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,10 @@ class Glue(evaluate.Metric):
 """
 
 
-def write_standins(script: str, folder: Path) -> dict[str, str]:
+def write_standins(script: str, folder: Path, mnist: int = 0) -> dict[str, str]:
     """Write what the script names into the folder; environment variables that it is to be started with."""
     environment: dict[str, str] = {}
-    for name, write in STANDINS.items():
+    for name, write in {**STANDINS, **({"mnist": partial(_mnist, count=mnist)} if mnist else {})}.items():
         if name in script.lower() or name in script:
             environment |= write(folder) or {}
     return environment
@@ -138,25 +139,42 @@ def _horoscope(folder: Path) -> None:
 
 
 def _digits(folder: Path) -> dict[str, str]:
-    """MNIST, as torchvision and Keras keep it: scikit-learn's digits, three pixels for one."""
+    """MNIST: scikit-learn's digits, three pixels for one."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.zeros((len(digits.target), 28, 28), np.uint8)
     images[:, 2:26, 2:26] = np.kron(digits.images * 15.9, np.ones((3, 3)))
     labels = digits.target.astype(np.uint8)
+    return _images(folder, (images[:1500], labels[:1500], images[1500:], labels[1500:]))
+
+
+def _mnist(folder: Path, count: int) -> dict[str, str]:
+    """The first of MNIST's own images, and a sixth as many of its test images."""
+    from ane_trainer.training.datasets.fetch import fetch_files
+    from ane_trainer.training.datasets.local import parse_idx
+    from ane_trainer.training.datasets.table import MNIST
+
+    raw = fetch_files(MNIST).raw
+    counts = (count, count, count // 6, count // 6)
+    images, labels, held_out, truth = (
+        parse_idx(raw[file.name])[:n] for file, n in zip(MNIST.files, counts, strict=True)
+    )
+    return _images(folder, (images, labels, held_out, truth))
+
+
+def _images(folder: Path, parts: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]) -> dict[str, str]:
+    """Images and labels to train on and to test with, as torchvision and Keras keep MNIST."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, part in (("train", slice(0, 1500)), ("t10k", slice(1500, None))):
-        count = len(labels[part]).to_bytes(4, "big")
+    for name, images, labels in (("train", *parts[:2]), ("t10k", *parts[2:])):
+        count = len(labels).to_bytes(4, "big")
         sizes = (28).to_bytes(4, "big") * 2
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\10\3" + count + sizes + images[part].tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\10\1" + count + labels[part].tobytes())
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\10\3" + count + sizes + images.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\10\1" + count + labels.tobytes())
     (folder / "keras" / "datasets").mkdir(parents=True)
-    np.savez(
-        folder / "keras" / "datasets" / "mnist.npz",
-        x_train=images[:1500], y_train=labels[:1500], x_test=images[1500:], y_test=labels[1500:],
-    )  # fmt: skip
+    names = ("x_train", "y_train", "x_test", "y_test")
+    np.savez(folder / "keras" / "datasets" / "mnist.npz", **dict(zip(names, parts, strict=True)))
     return {"KERAS_HOME": str(folder / "keras"), "KERAS_BACKEND": "torch"}
 
 

@@ -4,8 +4,9 @@
     python -m bench.scripts accelerate/examples/nlp_example.py
 
 A `.py` file, or a page whose blocks of Python make one script (`.md`, `.rst`). What scripts take from a hub is stood in
-for by folders of the hub's names where they run (bench/hub.py): small models, texts and digits of the same form. Both
-ends are printed one under the other; `--show` prints the changed line and ends.
+for by folders of the hub's names where they run (bench/hub.py): small models, texts and digits of the same form;
+`--mnist 6000` gives so many images of MNIST itself. Both begin from one seed, so that a script that sets none draws the
+same numbers twice. Both ends are printed one under the other; `--show` prints the changed line and ends.
 """
 
 from __future__ import annotations
@@ -26,15 +27,34 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = (
     (r"from accelerate import (.*)", r"from ane_trainer.interop.accelerate import \1"),
     (r"from transformers import (.*\bTrainer\b.*)", r"from ane_trainer.interop.transformers import \1"),
+    (r"from transformers import (\((?=[^)]*\bTrainer\b))", r"from ane_trainer.interop.transformers import \1"),
     (r"import (?:pytorch_)?lightning(?:\.pytorch)? as (\w+)", r"from ane_trainer.interop import lightning as \1"),
+    (
+        r"from (?:pytorch_lightning|lightning\.pytorch) import (.*\bTrainer\b.*)",
+        r"from ane_trainer.interop.lightning import \1",
+    ),
     (r"(history = )?model\.fit\((.*)", r"import ane_trainer as at; \1at.fit_keras(model, \2"),
 )  # fmt: skip
 #: What of a page needs an account of a hub.
 ACCOUNT = re.compile(
     r"^\s*(?:from huggingface_hub import login|login\(\)|trainer\.push_to_hub\(\))\n", re.MULTILINE
 )
-#: Printed by the changed script as it ends: the programs that ran.
+#: Printed by a script that changed an import, as it ends: the programs that ran. (`fit_keras` prints its own lines.)
 REPORT = "\nfrom ane_trainer.ane.dynamo import report as _report\nprint(_report())\n"
+#: Printed by both where the result is logged and not printed: Lightning's last values.
+LOGGED = "\nprint({name: round(float(value), 6) for name, value in trainer.callback_metrics.items()})\n"
+#: Starts a script from a seed (Keras draws those of its layers from `random`), with the stand-in of Keras' MNIST, which
+#: Keras would compare with the hash of its own file.
+START = """import importlib.util, os, random, runpy, sys
+import numpy, torch
+if "KERAS_HOME" in os.environ and importlib.util.find_spec("keras"):
+    from keras.src.utils import file_utils
+    file_utils.validate_file = lambda *_, **__: True
+seed = int(sys.argv.pop(1))
+random.seed(seed), numpy.random.seed(seed), torch.manual_seed(seed)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def script_of(path: Path) -> str:
@@ -65,7 +85,7 @@ def changed(script: str) -> tuple[str, str, str]:
     )
 
 
-def run(script: str, folder: Path, arguments: list[str], environment: dict[str, str]) -> str:
+def run(script: str, folder: Path, arguments: list[str], environment: dict[str, str], seed: int = 0) -> str:
     """What the script prints, started in the folder."""
     (folder / "script.py").write_text(script, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
@@ -79,7 +99,7 @@ def run(script: str, folder: Path, arguments: list[str], environment: dict[str, 
         **environment,
     }
     done = subprocess.run(
-        [sys.executable, "script.py", *arguments],
+        [sys.executable, "-c", START, str(seed), "script.py", *arguments],
         cwd=folder,
         env=settings,
         capture_output=True,
@@ -96,15 +116,23 @@ def run(script: str, folder: Path, arguments: list[str], environment: dict[str, 
 
 
 def both_ends(
-    script: str, folder: Path, arguments: list[str] | None = None, environment: dict[str, str] | None = None
+    script: str,
+    folder: Path,
+    arguments: list[str] | None = None,
+    environment: dict[str, str] | None = None,
+    seed: int = 0,
+    mnist: int = 0,
 ) -> tuple[str, str]:
     """What the script prints as it is, on the CPU, and with its line changed."""
     ends = []
-    for name, text in (("as it is", script), ("changed", changed(script)[0] + REPORT)):
+    if "lightning" in changed(script)[1] and re.search(r"^trainer\.fit\(", script, re.MULTILINE):
+        script += LOGGED
+    after, line, _ = changed(script)
+    for name, text in (("as it is", script), ("changed", after + REPORT * ("fit_keras" not in line))):
         place = folder / name.replace(" ", "-")
         place.mkdir(parents=True)
-        given = write_standins(text, place)
-        ends.append(run(text, place, arguments or [], {**given, **(environment or {})}))
+        given = write_standins(text, place, mnist)
+        ends.append(run(text, place, arguments or [], {**given, **(environment or {})}, seed))
     return ends[0], ends[1]
 
 
@@ -115,6 +143,8 @@ def main() -> None:
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs="*", help="of the script, after --")
     parser.add_argument("--show", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mnist", type=int, default=0, metavar="N", help="N images of MNIST to train on")
     options = parser.parse_args()
     script = script_of(options.script)
     _, new, old = changed(script)
@@ -122,9 +152,8 @@ def main() -> None:
     if options.show:
         return
     with tempfile.TemporaryDirectory() as folder:
-        for name, end in zip(
-            ("as it is", "changed"), both_ends(script, Path(folder), options.arguments), strict=True
-        ):
+        ends = both_ends(script, Path(folder), options.arguments, seed=options.seed, mnist=options.mnist)
+        for name, end in zip(("as it is", "changed"), ends, strict=True):
             print(f"\n{name}\n{textwrap.indent(end.strip(), '  ')}")
 
 

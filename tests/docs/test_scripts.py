@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.hub import STANDINS, write_standins
-from bench.scripts import ROOT, both_ends, changed, script_of
+from bench.scripts import ROOT, both_ends, changed, run, script_of
 
 MARKDOWN = """# Page
 ```py
@@ -58,6 +58,10 @@ After.
         ("from accelerate import Accelerator, X", "from ane_trainer.interop.accelerate import Accelerator, X"),
         ("import lightning as L", "from ane_trainer.interop import lightning as L"),
         ("import pytorch_lightning as pl", "from ane_trainer.interop import lightning as pl"),
+        (
+            "from lightning.pytorch import Callback, Trainer",
+            "from ane_trainer.interop.lightning import Callback, Trainer",
+        ),
         ("model.fit(x, y, epochs=2)", "import ane_trainer as at; at.fit_keras(model, x, y, epochs=2)"),
     ],
 )  # fmt: skip
@@ -78,6 +82,28 @@ def test_a_page_is_one_script_without_what_needs_an_account(tmp_path: Path) -> N
     assert not any(word in markdown for word in ("login", "push_to_hub", "pip"))
     assert changed(markdown)[1].startswith("from ane_trainer.interop.transformers import Auto")
     assert rst.split() == "import pytorch_lightning as pl x = 1 trainer.fit(model=x)".split()
+
+
+def test_an_import_over_several_lines_changes_where_it_has_the_trainer() -> None:
+    other = "from transformers import (\n    AutoConfig,\n)\n"
+    before = other + "from transformers import (\n    AutoConfig,\n    Trainer,\n)\n"
+    after, line, was = changed(before)
+    assert (line, was) == ("from ane_trainer.interop.transformers import (", "from transformers import (")
+    assert after == other + line + before.removeprefix(other).removeprefix(was)
+
+
+def test_both_begin_from_one_seed_and_keras_takes_what_stands_for_its_data(tmp_path: Path) -> None:
+    if importlib.util.find_spec("keras") is None:
+        pytest.skip("keras is not installed")
+    given = write_standins("mnist", tmp_path)
+    script = (
+        "import random, torch, keras\n(x, y), _ = keras.datasets.mnist.load_data()\n"
+        "print(len(x), random.random(), torch.rand(1).item(), keras.random.uniform(()).item())\n"
+    )
+    first, again, other = (run(script, tmp_path, [], given, seed) for seed in (0, 0, 1))
+    assert first.split()[0] == "1500"
+    assert first == again
+    assert not set(first.split()[1:]) & set(other.split())
 
 
 def test_nothing_to_change_is_told() -> None:
