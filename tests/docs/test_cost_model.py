@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from ane_trainer.ane.chips.cost import estimate, rates
 from ane_trainer.ane.mil.opset import family
 from docs._generate.cost import page
 from docs._generate.cost.__main__ import main as command
-from docs._generate.cost.aims import aims, held_by_family
+from docs._generate.cost.aims import Held, aims, held_by_family
+from docs._generate.cost.conformal import interval_of
 from docs._generate.cost.distil import load
-from docs._generate.cost.evaluate import Left, coverage, groups, scored
+from docs._generate.cost.evaluate import UNITS, Left, groups, held, scored
 from docs._generate.cost.fit import DERIVED, ENERGY, NAMES, Fit, fit
 from docs._generate.cost.solve import TRENDS, Solution
 from docs._generate.cost.tables import read_left_out
@@ -65,25 +67,69 @@ def test_the_package_prices_programs_as_the_fit_does() -> None:
 def test_every_aim_is_met() -> None:
     """Medians of programs, chips and families left out, of each sort of program, and how often intervals hold."""
     found = aims(read_left_out())
-    assert len(found) == 14
+    assert len(found) == 18
     assert [aim for aim in found if not aim.met] == []
 
 
 def test_intervals_hold_in_every_family() -> None:
-    held = held_by_family(read_left_out())
-    assert len(held) >= 14
-    assert all(share >= 0.85 for share in held.values()), held
+    """85 to 95 %, as near as whole numbers of values come to it; of chips left out, no family less."""
+    families = held_by_family(read_left_out())
+    assert len(families) == 2 * (17 + 12)
+    assert [item for item in families if item.verdict == "no"] == []
+    known = [item for item in families if item.chips == "known chips"]
+    assert all(item.inside / item.values <= 0.95 for item in known if item.values > 28)
+    assert all(item.inside / item.values >= 0.85 for item in known if item.values >= 7)
+
+
+def _held(quantity: str, inside: int, values: int) -> str:
+    return Held(quantity, "known chips", "e5rt conv", values, 4, inside).verdict
+
+
+def test_a_family_is_held_to_what_whole_numbers_allow() -> None:
+    assert _held("latency", 58, 58) == _held("latency", 48, 58) == "no"
+    assert _held("latency", 55, 58) == _held("latency", 50, 58) == "yes"
+    assert _held("latency", 27, 28) == "to one value"
+    assert _held("energy", 5, 5) == "no count of 5 is"
+    chips_out = Held("latency", "chips left out", "e5rt softmax", 33, 4, 33)
+    assert chips_out.verdict == "wide (4 chips)"
+
+
+def test_an_interval_is_as_wide_as_its_kind_is_off() -> None:
+    """Of one kind far, of another near values: neither takes the other's width; few programs take their group's."""
+    left = [item for item in read_left_out()["program"] if item.row.quantity == "latency"]
+    width = {
+        kind: high / low
+        for kind in ("norm", "elementwise", "convolution", "training step")
+        for low, high, _ in [interval_of(left, "e5rt", kind, "measured")]
+    }
+    assert width["elementwise"] < width["convolution"] < width["norm"]
+    assert interval_of(left, "e5rt", "training step", "measured")[2] == 1
+    assert width["elementwise"] < width["training step"] < width["norm"]
+
+
+def test_an_interval_is_not_made_of_the_values_it_is_tried_on() -> None:
+    """A value far out is outside although an interval made with it would hold it."""
+    left = [item for item in read_left_out()["program"] if item.row.quantity == "latency"]
+    left = [item for item in left if item.kind == "softmax"]
+    odd = dataclasses.replace(left[0], estimate=left[0].estimate / 50)
+    others = [item for item in left if item.row.workload != odd.row.workload]
+    inside = held([odd, *others], "measured")
+    low, high, _ = interval_of([odd, *others], "e5rt", "softmax", "measured")
+    assert UNITS["measured"](odd) not in {item.row.workload for item in others}
+    assert not inside[0]
+    assert sum(inside) >= 0.85 * len(inside)
+    assert low < 1 < high
 
 
 def test_the_aims_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     command("table")
-    aims_text = capsys.readouterr().out.partition("### Latency")[0]
+    aims_text = capsys.readouterr().out.partition("### Held, by family")[0]
     rows = [
         line.split("|")[-2].strip()
         for line in aims_text.splitlines()
         if line.startswith("| ") and "%" in line
     ]
-    assert rows.count("yes") == 14
+    assert rows.count("yes") == 18
 
 
 def test_weights_follow_the_published_stream_of_a_chip_left_out() -> None:
@@ -97,13 +143,8 @@ def test_weights_follow_the_published_stream_of_a_chip_left_out() -> None:
 @pytest.mark.parametrize("scheme", ["program", "chip"])
 def test_nine_of_ten_values_lie_in_intervals_made_without_them(scheme: str, quantity: str) -> None:
     left = [item for item in read_left_out()[scheme] if item.row.quantity == quantity]
-    paths = groups(left, lambda item: item.row.path)
-    kinds = groups(left, lambda item: f"{item.row.path} {item.kind}").values()
-    basis = {"program": "measured", "chip": "carried"}[scheme]
-    held = [coverage(items, paths[items[0].row.path], basis) * len(items) for items in kinds]
-    assert 0.85 <= sum(held) / len(left) <= 0.98  # few chips: their intervals are made symmetric
-    if scheme == "program":
-        assert all(inside / len(items) >= 0.85 for inside, items in zip(held, kinds, strict=True))
+    inside = held(left, {"program": "measured", "chip": "carried"}[scheme])
+    assert 0.85 <= sum(inside) / len(left) <= 0.95
 
 
 def test_energy_of_chips_left_out_is_estimated() -> None:
