@@ -49,6 +49,7 @@ def test_numbers_of_another_size_are_compared(what: str) -> None:
 def test_sizes_that_were_seen_are_not_new() -> None:
     sizes, x = Sizes(), torch.ones(3)
     found = [
-        sizes.unlike(None, (factor * x, {"y": torch.arange(3)})) for factor in (1, 7, 9, 60, 0.2, 0.01, 0)
+        sizes.unlike(None, (factor * x, {"y": torch.arange(3)}))
+        for factor in (1, 7, 9, 9.5, 60, 60, 0.2, 0.01, 0)
     ]
-    assert found == [False, False, True, False, False, True, False]
+    assert found == [False, False, True, False, True, False, False, True, False]

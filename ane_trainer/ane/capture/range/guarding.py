@@ -12,19 +12,21 @@ where no value of the example is above 256. Test: `test_guarding.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from ane_trainer.ane.capture.range.bands import ALIGNED, CONTRACTIONS, LINEAR, PRODUCTS, reads_number
+from ane_trainer.ane.capture.range.bands import ALIGNED, BOUNDED, CONTRACTIONS, LINEAR, PRODUCTS, reads_number
 from ane_trainer.ane.capture.range.calibration import INTEGERS
 from ane_trainer.ane.capture.range.editing import aten, in_update, is_float, number, shape_of
 from ane_trainer.ane.capture.range.exponents import Exponents
 from ane_trainer.ane.capture.range.norms import REDUCTIONS, is_square
+from ane_trainer.ane.capture.range.rows import DONE
 from ane_trainer.ane.capture.scaling import HEALTH, OVERFLOW, STATISTICS
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.stages import Captured
@@ -32,11 +34,16 @@ from ane_trainer.ane.stages import Captured
 #: From this magnitude on, as stored in the example, a value is watched (of the backward pass of a step: from the second
 #: on); one of the backward pass if no gradient that is made of it is as large as the third share of it.
 WATCHED, WATCHED_IN_STEPS, SHOWN = 2.0**8, 2.0**9, 0.5
+#: A product of the forward pass whose factors are made of the same values (`x @ x.T`, scores of attention, a square)
+#: grows twice as fast; one that is stored larger than it is, is watched: weights near 0 do not stay so.
+WATCHED_TWICE = 2.0**5
 #: What goes into a buffer is watched from this magnitude on, through operations that begin with these; a mean of
 #: squares always, as data a few hundred times larger than the example leave fp16 in a variance and nowhere else: of one
 #: that is smaller in the example it is told, and the update, which does not read it, is kept.
 WATCHED_IN_BUFFERS = 2.0**4
 _JOINS = tuple(f"aten.{name}." for name in ("where", "add", "sub", "mul", "div", "maximum", "minimum"))
+#: Functions that do not grow with their argument.
+_SHRINK = BOUNDED | {"aten.rsqrt.default", "aten.reciprocal.default"}
 #: The most values of the backward pass that are watched, the largest of each place.
 MOST_WATCHED = 8
 #: Numbers from here down stand for minus infinity.
@@ -149,7 +156,7 @@ def _forward(
     exponents: Exponents, captured: Captured, backward: Collection[Node]
 ) -> Iterator[tuple[str, Node]]:
     """By place, the value of the forward pass that is nearest to its limit, and copies that are stored larger."""
-    masked = _masked(captured)
+    masked, twice = _masked(captured), _made_twice(captured.graph.graph, backward)
 
     def counts(node: Node) -> bool:
         size = exponents.found.get(node.name)
@@ -177,9 +184,37 @@ def _forward(
             size.peak * 2.0 ** -exponents.of.get(node, 0) * (2.0 if str(node.target) in CONTRACTIONS else 1.0)
         )
         place = str(node.meta.get(META_KEY, node.name))
-        if stored >= WATCHED and stored > best.get(place, (0.0, node))[0]:
+        least = WATCHED if node not in twice else WATCHED_TWICE if exponents.of.get(node, 0) >= 0 else 0.0
+        if stored >= least and stored > best.get(place, (0.0, node))[0]:
             best[place] = stored, node
     yield from ((place, node) for place, (_, node) in best.items())
+
+
+def _made_twice(graph: Graph, backward: Collection[Node]) -> set[Node]:
+    """Products both of whose factors grow with the same inputs or weights, and powers; none of a norm's own."""
+    found: set[Node] = set()
+    inputs: dict[Node, int] = {}  # a bit for each input that a value grows with
+    for place, node in enumerate(graph.nodes):
+        name = str(node.target)
+        if node.op == "placeholder" and is_float(node):
+            inputs[node] = 1 << place
+        elif node.op == "call_function" and node not in backward and is_float(node) and name not in _SHRINK:
+            of = [inputs.get(a, 0) for a in node.all_input_nodes]
+            of = of[:1] if name == "aten.div.Tensor" else of
+            inputs[node] = functools.reduce(operator.or_, of, 0)
+            power = number(node.args[1]) if name == "aten.pow.Tensor_Scalar" else None
+            if DONE not in node.meta and (_share(node, inputs) or is_square(node) or (power or 0.0) > 1.0):
+                found.add(node)
+    return found
+
+
+def _share(node: Node, inputs: Mapping[Node, int]) -> bool:
+    """Whether the two factors of a product grow with a common input."""
+    name = str(node.target)
+    places = CONTRACTIONS[name][1:] if name in CONTRACTIONS else (0, 1) if name == "aten.mul.Tensor" else ()
+    factors = [node.args[place] for place in places]
+    a, b = (inputs.get(f, 0) if isinstance(f, Node) else 0 for f in factors) if factors else (0, 0)
+    return bool(a & b)
 
 
 def _integers(exponents: Exponents) -> Iterator[tuple[str, Node]]:
