@@ -21,6 +21,7 @@ from ane_trainer.ane.capture.ports import identifier
 from ane_trainer.ane.capture.range import (
     calibrated,
     count_in_floats,
+    cut_far_codes,
     drop_cancelled,
     keep_in_range,
     read_as_floats,
@@ -55,6 +56,7 @@ def finish(graph: GraphModule, inputs: Sequence[Port], outputs: Sequence[Port]) 
     drop_cancelled(graph.graph)
     count_in_floats(graph.graph)
     read_as_floats(graph.graph, {p.name: p.bounds for p in inputs if p.role == "batch"})
+    cut_far_codes(graph.graph)
     scale_rows(graph.graph)
     nodes = {n.name: n for n in graph.graph.nodes if n.op == "placeholder"}
     state = {p.target: p.name for p in inputs if p.role == "state"}

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ane_trainer.ane.capture.range import count_in_floats, drop_cancelled, scale_rows
+from ane_trainer.ane.capture.range import count_in_floats, cut_far_codes, drop_cancelled, scale_rows
 from ane_trainer.ane.capture.range.changes import changes_of
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.simplify import simplify
@@ -87,14 +87,20 @@ def partition(
         if str(node.target) in ACCEPTS["absent"] and "backward" in str(node.target):
             node.args = (*node.args[:-1], node.args[1])
     drop_cancelled(joint.graph)
-    count_in_floats(joint.graph)
-    scale_rows(joint.graph)
+    _rewrite(joint.graph)
     results = cast("Sequence[object]", joint.graph.output_node().args[0])
     changed = changed_inputs()
     mark_ends(joint.graph, results[changed:num_fwd_outputs], kept=results[:changed])
     forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
     forward.meta[USER_RESULTS] = num_fwd_outputs
     return forward, backward
+
+
+def _rewrite(graph: Graph) -> None:
+    """The forms of the range pass that need no magnitudes."""
+    count_in_floats(graph)
+    cut_far_codes(graph)
+    scale_rows(graph)
 
 
 class _Placing(torch.fx.Interpreter):
@@ -172,8 +178,7 @@ def prepare_graph(module: GraphModule, changed: int = 0, integers: bool = False)
     draws = _take_out_draws(module, inputs)
     given = list(graph.output_node().args[0])  # type: ignore[arg-type]
     simplify(graph)
-    count_in_floats(graph)
-    scale_rows(graph)
+    _rewrite(graph)
     places = {node: Source("input", number) for number, node in enumerate(inputs)}
     places |= {node: Source("draw", number) for number, (node, _) in enumerate(draws)}
     codes, code_module = take_out_codes(module, list(places)) if integers else ([], None)

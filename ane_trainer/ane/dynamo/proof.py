@@ -100,8 +100,8 @@ class ExactGraph(Exactly, WholeGraph):
 
     def changed(self, n: Node, result: object) -> object:
         """The result as it is."""
-        if n.target in _SUMS and n.op == "call_function":
-            source = self.env[n.all_input_nodes[0]]
+        source = self.env[n.all_input_nodes[0]] if n.target in _SUMS and n.op == "call_function" else None
+        if isinstance(source, torch.Tensor) and source.is_floating_point():
             self._terms[n] = float(source.abs().sum(*n.args[1:]).double().norm())
         return result
 

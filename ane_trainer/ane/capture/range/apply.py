@@ -12,6 +12,7 @@ from torch.fx.node import Argument
 
 from ane_trainer.ane.capture.ports import identifier
 from ane_trainer.ane.capture.range.calibration import Magnitude, magnitudes
+from ane_trainer.ane.capture.range.divisors import with_small_divisors
 from ane_trainer.ane.capture.range.editing import aten, is_float
 from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
 from ane_trainer.ane.capture.range.guarding import guard, watch
@@ -61,7 +62,8 @@ def scale_found(
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     held = _buffer_exponents(captured, found, buffers)
     kinds = {n.name: str(n.target).removeprefix("aten.").partition(".")[0] for n in graph.nodes}
-    exponents = scale_values(graph, found, fixed, held)
+    exponents = scale_values(graph, with_small_divisors(graph, found), fixed, held)
+    exponents.found |= found
     for shift in exponents.shifts:
         change = f"carried times 2^{-shift.exponent}"
         note(POWERS, shift.source, kinds.get(shift.node, shift.node), change, shift.reason)

@@ -170,7 +170,7 @@ class Bands(Editor):
         if size is None or size.peak == 0.0:
             return None
         least = 4.0 * self.noise.get(node, 0.0)
-        if least <= size.rms:
+        if least <= size.rms or size.spread:
             return size
         return Magnitude(max(size.peak, least), least, size.density)
 

@@ -20,7 +20,8 @@ class Magnitude:
     """Of one value: its largest entry, the root mean square of those that are not 0, and their share.
 
     `finite` is False where full precision itself gives infinities or nan. `part`: only of the entries that a `where`
-    takes; others are beyond the range. `masked`: beside entries that stand for infinity.
+    takes; others are beyond the range. `masked`: beside entries that stand for infinity. `spread`: `rms` is that of
+    small entries which count (`divisors.py`), whatever the rounding of the large ones.
     """
 
     peak: float
@@ -29,6 +30,7 @@ class Magnitude:
     finite: bool = True
     part: bool = False
     masked: bool = False
+    spread: bool = False
 
     def joined(self, other: Magnitude) -> Magnitude:
         """Of both examples: the largest peak, the smallest size."""

@@ -36,6 +36,7 @@ from ane_trainer.ane.capture.range.bands import (
     reads_number,
 )
 from ane_trainer.ane.capture.range.calibration import INTEGERS, Magnitude
+from ane_trainer.ane.capture.range.divisors import raised_divisor
 from ane_trainer.ane.capture.range.editing import (
     aten,
     dims_of,
@@ -205,6 +206,7 @@ class Exponents(Shifting):
             return self._by_number(node, sign)
         if a is b and sign == 1:
             return self._power(node, a, 2)
+        b = raised_divisor(self, node, a, b) if sign < 0 else b
         natural = self.of.get(a, 0) + sign * self.of.get(b, 0)
         if a in self.squares or (sign == 1 and b in self.squares):
             self.squares.add(node)
@@ -272,6 +274,7 @@ class Exponents(Shifting):
 
     def _inverse(self, node: Node, source: Node, constant: float) -> None:
         """constant / x"""
+        source = raised_divisor(self, node, constant, source)
         natural = -self.of.get(source, 0)
         exponent = 0 if in_update(node) else self.wanted(node, natural)
         if exponent != natural:
