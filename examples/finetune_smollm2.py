@@ -36,7 +36,7 @@ def main():
     data = Path("city-codes.jsonl")
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs(200)))
     command = [sys.executable, "-m", "ane_trainer", "finetune", model, "--data", str(data), "--lora", "8"]
-    sys.exit(subprocess.call([*command, "--lr", "1e-3", "--epochs", "3", "--answers", "16", *options]))
+    sys.exit(subprocess.call([*command, *options]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import typer
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.commands.options import Output, takes_train_options
 from ane_trainer.training.config import RESUMABLE, TrainConfig, make_config
+from ane_trainer.training.language.defaults import DEFAULTS, HELP, check_found
 from ane_trainer.training.reporting.report import ConsoleReporter, summary
 
 #: Options of `train` that say nothing about a language model.
@@ -67,7 +68,7 @@ _Resume = Annotated[str | None, typer.Option(help="Go on with an interrupted run
 _Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more of the training.")]
 
 
-@functools.partial(takes_train_options, without=_OTHER)
+@functools.partial(takes_train_options, without=_OTHER, told=HELP)
 def finetune(
     model: _Model = None, data: _Data = None, lora: _Lora = 8, lora_targets: _Targets = "attention",
     lora_alpha: _Alpha = None, lora_dropout: _Dropout = 0.0, dora: _Dora = False, frozen: _Frozen = "fp16",
@@ -113,9 +114,8 @@ def finetune(
             answers,
             frozen=frozen,
         )
-        settings = make_config(
-            {**tuning.DEFAULTS, **options, "dataset": data, "model": model}, where="finetune"
-        )
+        settings = make_config({**DEFAULTS, **options, "dataset": data, "model": model}, where="finetune")
+        check_found(settings)
         result = tuning.run_finetuning(settings, chosen, out=out, report=report)
     text = "\n".join([summary(result, report=report), *tuning.outcome_lines(result)])
     return Output(result.to_json(), text)

@@ -117,12 +117,13 @@ def weights_note(found: Mapping[str, object]) -> list[str]:
 
 
 def takes_train_options(
-    function: Callable[..., Output], without: Collection[str] = ()
+    function: Callable[..., Output], without: Collection[str] = (), told: Mapping[str, str] = {}
 ) -> Callable[..., Output]:
     """`function` with an option for each field of TrainConfig; those given arrive as the mapping `options`.
 
     Name, type, default, help (the field's description) and help panel (`json_schema_extra={"panel": ...}`) come
-    from the field, so that a new field is a new option. Values are checked by TrainConfig alone.
+    from the field, so that a new field is a new option. Values are checked by TrainConfig alone. `told`: the help
+    of options whose defaults are the command's own.
     """
     own = inspect.signature(function, eval_str=True)
     fields = {name: field for name, field in TrainConfig.model_fields.items() if name not in own.parameters}
@@ -131,13 +132,15 @@ def takes_train_options(
         options = {name: arguments.pop(name) for name in fields if name not in without}
         return function(**arguments, options={n: v for n, v in options.items() if v is not None and v != []})
 
-    derived = [_parameter(name, field) for name, field in fields.items() if name not in without]
+    derived = [
+        _parameter(name, field, told.get(name)) for name, field in fields.items() if name not in without
+    ]
     rest = [value for name, value in own.parameters.items() if name != "options"]
     keywords = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in rest]
     return with_parameters(command, [*keywords[:1], *derived, *keywords[1:]], like=function)
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, told: str | None) -> inspect.Parameter:
     """The command's keyword for a field; None: not given. Numbers stay text, as typed, until TrainConfig reads them."""
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     kind, metavar = _kind(field.annotation)
@@ -147,7 +150,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     unsaid = field.default is None or field.default is False or field.default in ((), {})
     default = "" if unsaid else f" (default: {_plain(field.default)})"
     option = typer.Option(
-        *flags, help=f"{field.description or ''}{default}", metavar=metavar,
+        *flags, help=told or f"{field.description or ''}{default}", metavar=metavar,
         rich_help_panel=str(extra.get("panel", "Training")),
     )  # fmt: skip
     annotation: object = Annotated[cast(object, kind | None), option]

@@ -13,6 +13,8 @@ import torch
 from ane_trainer.ane.dispatch.frozen import quantize_frozen
 from ane_trainer.ane.errors import DataError
 from ane_trainer.cli import run_command
+from ane_trainer.training.config import load_config, make_config
+from ane_trainer.training.language.defaults import DEFAULTS, complete
 from ane_trainer.training.language.models import (
     Record,
     RowOptions,
@@ -197,3 +199,45 @@ def test_data_and_files_that_are_not_there_are_told_before_the_model_is_looked_f
         words = ["finetune", place, "--data", str(tmp_path / data), "--out", str(tmp_path / "run")]
         assert run_command(words) == 1
         assert capsys.readouterr().err.startswith(said)
+
+
+def test_few_pairs_get_the_updates_that_teach_a_form(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One epoch at 2e-4 taught 60 pairs nothing; what is chosen instead is said, and stays when the run goes on."""
+    monkeypatch.chdir(folder)
+    words = ["finetune", "model", "--data", "pairs.jsonl", "--answers", "0", "--batch-size", "2"]
+    assert run_command([*words, "--out", "run", "--fidelity", "fast"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "6 epochs of 18 updates: at least 100 are wanted (--epochs)" in told
+    assert "lr 0.001, usual for an adapter of" in told
+    config = load_config("run/config.toml")
+    assert (config.epochs, config.lr) == (6, 1e-3)
+    assert run_command(["finetune", "--resume", "run", "--epochs", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["epochs"] == 7
+
+
+def test_options_that_were_not_given_are_chosen_by_rows_and_parameters() -> None:
+    def chosen(batches: int, parameters: int = 10**8, adapter: bool = True, **given: Any) -> Any:
+        config = make_config({**DEFAULTS, "dataset": "pairs.jsonl", "model": "m", **given})
+        completed, lines = complete(config, batches, parameters, adapter)
+        return completed.epochs, completed.lr, len(lines)
+
+    assert chosen(45) == (3, 1e-3, 2)
+    assert chosen(100) == (1, 1e-3, 2)
+    assert chosen(99) == (2, 1e-3, 2)
+    assert chosen(1) == (10, 1e-3, 2)
+    assert chosen(45, accumulate=4) == (10, 1e-3, 2)
+    assert chosen(45, adapter=False) == (3, pytest.approx(1e-4), 2)
+    assert chosen(45, parameters=8 * 10**9) == (3, 3e-4, 2)
+    assert chosen(45, epochs=1, lr=2e-4) == (1, 2e-4, 0)
+    assert chosen(45, optimizer="sgd") == (3, None, 1)
+
+
+@pytest.mark.parametrize("option", ["--lr", "--batch-size"])
+def test_what_finetune_does_not_find_by_trying_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were taken without a word: a rate of 0.001, batches of 128."""
+    assert run_command(["finetune", "m", "--data", "pairs.jsonl", option, "auto"]) == 1
+    assert f"finetune: {option[2:]} needs a number; got 'auto'" in " ".join(capsys.readouterr().err.split())

@@ -28,6 +28,7 @@ from ane_trainer.training.folder.recording import (
 )
 from ane_trainer.training.folder.results import Result
 from ane_trainer.training.folder.runs import RunFolder, claim_run, open_run, origin_of
+from ane_trainer.training.language.defaults import complete
 from ane_trainer.training.language.lora import LoraOptions, adapted
 from ane_trainer.training.language.models import (
     Record,
@@ -44,10 +45,6 @@ from ane_trainer.training.reporting.report import Reporter
 from ane_trainer.training.trainer import Trainer
 from ane_trainer.utils import atomic_write_json, format_count
 
-#: What differs from `train` where it is not given.
-DEFAULTS: Mapping[str, object] = {
-    "optimizer": "adamw", "lr": 2e-4, "batch_size": 4, "epochs": 1, "loss": "model", "clip_grad_norm": 1.0,
-}  # fmt: skip
 _OPTIONS, ADAPTER, MODEL = "finetune.json", "adapter", "model"
 #: Held-out answers that are shown, and most that are compared with what was expected.
 _SHOWN = 3
@@ -80,9 +77,14 @@ class TuningOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """What is tuned, with its tokenizer, on which rows, and the records that are answered."""
+    """What is tuned, by which options, with its tokenizer, on which rows, and the records that are answered.
+
+    `chosen` has a line on each option that was not given.
+    """
 
     trainer: Trainer
+    config: TrainConfig
+    chosen: Sequence[str]
     tokenizer: Tokenizer
     splits: Splits
     held_out: Sequence[Record]
@@ -98,7 +100,7 @@ def run_finetuning(
         name = f"{Path(config.dataset).stem}-{Path(config.model).stem}"
         with claim_run(out, name) as run:
             atomic_write_json(run.path / _OPTIONS, asdict(tuning))
-            return _tune(job, run, config, tuning, started)
+            return _tune(job, run, tuning, started)
 
 
 def resume_finetuning(path: str | Path, *, report: Reporter, **changes: object) -> Result:
@@ -115,7 +117,7 @@ def resume_finetuning(path: str | Path, *, report: Reporter, **changes: object) 
             check_origin(run, config, run.read_description(), origin_of(held[0]))
             check_same_data(run, job.splits.description)
             restore_run(job.trainer, run, config, *held)
-            return _tune(job, run, config, tuning, started)
+            return _tune(job, run, tuning, started)
 
 
 def read_tuning(run: RunFolder) -> TuningOptions:
@@ -143,6 +145,8 @@ def prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> Job
         config.limit, config.examples_a_step, config.seed,
     )  # fmt: skip
     splits, held_out = open_rows(config.dataset, tokenizer, rows)
+    parameters = sum(p.numel() for p in model.parameters())
+    config, chosen = complete(config, len(splits.train), parameters, adapter=tuning.lora > 0)
     if tuning.lora:
         options = LoraOptions(
             tuning.lora, tuning.targets, tuning.alpha, tuning.dropout, tuning.dora, tuning.frozen
@@ -156,14 +160,14 @@ def prepare(config: TrainConfig, tuning: TuningOptions, report: Reporter) -> Job
         optimizer_on=config.optimizer_on, fallback=config.fallback, blocks=config.blocks,
         checkpoint=config.recompute,
     )  # fmt: skip
-    return Job(trainer, tokenizer, splits, held_out)
+    return Job(trainer, config, chosen, tokenizer, splits, held_out)
 
 
-def _tune(job: Job, run: RunFolder, config: TrainConfig, tuning: TuningOptions, started: float) -> Result:
+def _tune(job: Job, run: RunFolder, tuning: TuningOptions, started: float) -> Result:
     """Answers, training, answers; everything into the run's folder."""
-    trainer, splits = job.trainer, job.splits
+    trainer, config, splits = job.trainer, job.config, job.splits
     trainer.announce()
-    _introduce(trainer, config, splits)
+    _introduce(job)
     recorder, answers = Recorder(run, config, splits.description), _Answers(job, tuning)
     resumed = trainer.progress.steps > 0
     first = _read_first(run) if resumed else None
@@ -281,8 +285,9 @@ class _Answers:
         ]
 
 
-def _introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
-    note, described = trainer.report.note, splits.description
+def _introduce(job: Job) -> None:
+    trainer, config = job.trainer, job.config
+    note, described = trainer.report.note, job.splits.description
     counts = " / ".join(f"{count:,} {split}" for split, count in described.examples.items())
     note("data", f"{described.name}  {counts} rows of {described.in_shape[0]} tokens")
     for text in described.notes:
@@ -294,6 +299,8 @@ def _introduce(trainer: Trainer, config: TrainConfig, splits: Splits) -> None:
         f"{config.model}  {format_count(whole)} parameters, {format_count(trained)} trained   {config.optimizer} lr "
         f"{config.learning_rate:g}   batch {config.batch_size}   seed {config.seed}",
     )
+    for text in job.chosen:
+        note("chosen", text)
 
 
 def outcome_lines(result: Result) -> list[str]:
