@@ -138,7 +138,7 @@ def reference(
             optimizers_without_dynamo(),
         ):
             optimizer.zero_grad()
-            start = {n: p.detach().clone() for n, p in model.named_parameters()}
+            start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             copies = dict(model.named_parameters()) | dict(model.named_buffers())
             # the stand-ins are for hooks and losses that hold the originals
             with drawn_by(draws), StandIns(subject.model, copies):
@@ -222,10 +222,11 @@ def _stepped(
         if p.requires_grad
     }
     drawn = torch.get_rng_state()
-    changes = _changes(model, optimizer, before)
+    trained = {n: p for n, p in model.named_parameters() if n in gradients}  # the rest of the copy may go
+    changes = _changes(trained, optimizer, before)
     if not torch.equal(drawn, torch.get_rng_state()):
         return Reference(loss, None)
-    weights = functools.partial(_weights, model, optimizer, before, gradients, changes)
+    weights = functools.partial(_weights, trained, optimizer, before, gradients, changes)
     whole = {n: c if before[n] is start[n] else c + (before[n] - start[n]) for n, c in changes.items()}
     return Reference(loss, whole, weights, before)
 
@@ -274,14 +275,16 @@ def copied(subject: Subject, *, of_model: bool = True) -> tuple[Any, Any, torch.
 
 
 def _changes(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, before: Mapping[str, torch.Tensor]
+    trained: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    before: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """What `optimizer.step()` does to each parameter with a gradient; parameters and state are put back."""
     with optimizers_without_dynamo():
         kept = copy.deepcopy(optimizer.state_dict())
         step_without_dynamo(optimizer)
     changes = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.items():
         if parameter.grad is not None and name in before:
             changes[name] = parameter.detach() - before[name]
             parameter.data.copy_(before[name])
@@ -291,7 +294,7 @@ def _changes(
 
 
 def _weights(
-    model: torch.nn.Module,
+    trained: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     before: Mapping[str, torch.Tensor],
     gradients: Mapping[str, torch.Tensor],
@@ -309,11 +312,9 @@ def _weights(
     sizes = {name: float(g.square().mean().sqrt()) for name, g in gradients.items()}
     least = _LEAST_GRADIENT * max(sizes.values(), default=0.0)  # a bias before a batch norm has 1e-9
     for sign in (noise, -noise):
-        for name, parameter in model.named_parameters():
-            if name in gradients:
-                g = gradients[name]
-                parameter.grad = g + sign * max(sizes[name], least)
-        for name, moved in _changes(model, optimizer, before).items():
+        for name, parameter in trained.items():
+            parameter.grad = gradients[name] + sign * max(sizes[name], least)
+        for name, moved in _changes(trained, optimizer, before).items():
             sure[name] &= (moved - changes[name]).abs() <= max(_ALIKE, 2 * noise) * changes[name].abs()
     return {
         name: torch.zeros_like(changes[name])

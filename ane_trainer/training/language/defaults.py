@@ -1,10 +1,9 @@
 """What `finetune` takes for options that were not given: by the number of rows, and the size of the model.
 
-Where the numbers are from: learning rates are the best of sweeps over LoRA adapters in tinker-cookbook
-(`hyperparam_utils.get_lr`: 1e-3 for models of 1 to 4 thousand million parameters, 3e-4 for most larger ones), and a tenth
-of these for all weights ("LoRA Without Regret", Thinking Machines). SmolLM2-135M itself was tuned with 1e-3
-(alignment-handbook, `recipes/smollm2`). Updates: an adapter's second factor begins at 0, and the first tens of updates only
-open it.
+Learning rates are the best of sweeps over LoRA adapters in tinker-cookbook (`hyperparam_utils.get_lr`: 1e-3 for models
+of 1 to 4 thousand million parameters, 3e-4 for most larger ones), and a tenth of these for all weights ("LoRA Without
+Regret", Thinking Machines). SmolLM2-135M itself was tuned with 1e-3 (alignment-handbook, `recipes/smollm2`). Updates:
+an adapter's second factor begins at 0, and the first tens of updates only open it.
 """
 
 from __future__ import annotations

@@ -6,11 +6,14 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument, map_arg
 
 from ane_trainer.ane.capture.range.editing import in_update
+from ane_trainer.ane.capture.range.eleven import to_eleven_bits
 from ane_trainer.ane.capture.range.running import InOrder, in_step
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.mil.program import MAX_FP16
@@ -142,7 +145,9 @@ class _Error:
 
 @dataclass(frozen=True)
 class _Compared:
-    """A value of the exact run beside the others: its norm, errors, and the largest magnitudes, exact and in fp16."""
+    """A value of the exact run beside the others: errors, and the largest magnitudes, exact and in fp16; `size` is its
+    norm, where eleven bits are compared.
+    """
 
     size: float
     half: _Error
@@ -154,7 +159,8 @@ class _Compared:
 def _compared(exact: torch.Tensor, half: torch.Tensor, eleven: torch.Tensor | None) -> _Compared:
     peaks = (float(exact.abs().amax()), float(half.abs().amax()))
     other = _Error(0.0, 0.0) if eleven is None else _error(eleven, exact)
-    return _Compared(_finite_norm(exact), _error(half, exact), other, *peaks)
+    size = 0.0 if eleven is None else _finite_norm(exact)
+    return _Compared(size, _error(half, exact), other, *peaks)
 
 
 def _finite_norm(value: torch.Tensor) -> float:
@@ -164,15 +170,23 @@ def _finite_norm(value: torch.Tensor) -> float:
 
 def without_masks(got: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both with 0 where they stand for infinity."""
+    if not want.numel() or not largest(want) >= _MASK:
+        return got, want
     masks = (want.abs() >= _MASK) & (got.abs() >= MAX_FP16)
     return (got.masked_fill(masks, 0.0), want.masked_fill(masks, 0.0)) if bool(masks.any()) else (got, want)
+
+
+def largest(value: torch.Tensor) -> float:
+    """The largest magnitude; infinite for nan."""
+    least, most = (float(end) for end in value.aminmax())
+    return math.inf if math.isnan(most) else max(-least, most)
 
 
 def _error(got: torch.Tensor, want: torch.Tensor) -> _Error:
     """The error of a value; numbers that stand for minus infinity are as they should be if they are beyond fp16."""
     got, want = without_masks(got, want)
     size = _finite_norm(want)
-    return _Error(float((got.double() - want.double()).norm()) if size else 0.0, size)
+    return _Error(float((got - want).double().norm()) if size else 0.0, size)
 
 
 def _departs(node: Node, errors: Mapping[Node, float]) -> bool:
@@ -218,31 +232,69 @@ class Exactly(InOrder):
         return result
 
 
-class Eleven(Exactly):
+class Rounding(Exactly):
+    """Rounds each result in front of the update.
+
+    Where that gives the same number each time, what comes in, a model's weights above all, is rounded where it is read
+    and not held twice, and a view of a rounded result is left as it is.
+    """
+
+    again = True
+
+    def run_node(self, n: Node) -> object:
+        """Run one node; the result that the next nodes see, of an input as it is."""
+        if self.again and n.op == "placeholder":
+            return InOrder.run_node(self, n)
+        return super().run_node(n)
+
+    def value(self, node: Node) -> object:
+        """What the next nodes see of one."""
+        held = super().value(node)
+        return self.changed(node, held) if self.again and node.op == "placeholder" else held
+
+    def map_nodes_to_values(self, args: Argument, n: Node) -> Argument:
+        """Operands as they are read."""
+        return map_arg(args, lambda node: cast(Argument, self.value(node)))
+
+    def changed(self, n: Node, result: object) -> object:
+        """The rounded result."""
+        if in_update(n) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+            return result
+        return result if self.again and self._is_view(n, result) else self.rounded(n, result)
+
+    def _is_view(self, n: Node, result: torch.Tensor) -> bool:
+        place = result.untyped_storage().data_ptr()
+        sources = [self.env.get(source) for source in n.all_input_nodes if source.op != "placeholder"]
+        return any(
+            isinstance(s, torch.Tensor)
+            and s.dtype == result.dtype
+            and s.untyped_storage().data_ptr() == place
+            for s in sources
+        )
+
+    def rounded(self, n: Node, result: torch.Tensor) -> torch.Tensor:
+        """A result of this node rounded."""
+        raise NotImplementedError
+
+
+class Eleven(Rounding):
     """Rounds each result to eleven significant bits, of any exponent; with a seed up or down at random."""
 
     def __init__(self, module: torch.fx.GraphModule, seed: int | None = None) -> None:
         super().__init__(module)
         self._draws = None if seed is None else torch.Generator().manual_seed(seed)
+        self.again = seed is None
 
-    def changed(self, n: Node, result: object) -> object:
+    def rounded(self, n: Node, result: torch.Tensor) -> torch.Tensor:
         """The rounded result."""
-        if in_update(n) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
-            return result
-        significand, exponent = torch.frexp(result)
-        if self._draws is None:
-            return torch.ldexp(torch.round(significand * 2048.0) / 2048.0, exponent)
-        up = torch.rand(result.shape, generator=self._draws, dtype=result.dtype)
-        return torch.ldexp(torch.floor(significand * 2048.0 + up) / 2048.0, exponent)
+        return to_eleven_bits(result, self._draws)
 
 
-class Half(Exactly):
+class Half(Rounding):
     """Rounds each result to fp16; products below the accumulator's step vanish, sums beyond its range overflow."""
 
-    def changed(self, n: Node, result: object) -> object:
+    def rounded(self, n: Node, result: torch.Tensor) -> torch.Tensor:
         """The rounded result."""
-        if in_update(n) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
-            return result
         name = str(n.target)
         if n.op == "call_function" and ("mm" in name or "convolution" in name):
             result = torch.where(result.abs() < _PRODUCT, 0.0, result)

@@ -26,6 +26,11 @@ class InOrder(Interpreter):
             args = (args[0].contiguous(), *args[1:])
         return super().call_function(target, args, kwargs)
 
+    def value(self, node: Node) -> object:
+        """What the next nodes see of one."""
+        held: object = self.env[node]
+        return held
+
 
 def in_step(
     runs: Sequence[InOrder], inputs: Sequence[torch.Tensor]
@@ -48,7 +53,7 @@ def in_step(
         for run in runs:
             run.env[node] = run.run_node(node)
         if not in_update(node):
-            yield node, tuple(run.env[node] for run in runs)
+            yield node, tuple(run.value(node) for run in runs)
         for gone in last.get(node, ()):
             for run in runs:
                 run.env.pop(gone, None)
