@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
+import torch
 
 from ane_trainer.ane.capture import StepCapture
 from ane_trainer.ane.capture.gradients import GradientOptions
@@ -136,3 +138,12 @@ class StepFacts:
             "optimizer_on": self.optimizer_on, "optimizer_reason": self._host_reason,
             "programs": len(self.programs), "dispatches": self.dispatches_per_step, "blocks": self._loaded.chosen,
         }  # fmt: skip
+
+    def _parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Parameters as whoever updates them holds them."""
+        known = dict(self._subject.model.named_parameters())
+        values = {name: known[name].detach().float().clone() for name in names}
+        if self._host is None:
+            for name, value in values.items():
+                self._loaded.mirror.pull(name, value)
+        return values

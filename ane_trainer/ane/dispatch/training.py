@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import NoReturn
 
@@ -37,6 +37,7 @@ from ane_trainer.ane.dispatch.sizes import Sizes
 from ane_trainer.ane.dispatch.state import StepState
 from ane_trainer.ane.dispatch.step_facts import StepFacts
 from ane_trainer.ane.dispatch.units import GradientUnits, run_fitting
+from ane_trainer.ane.dispatch.windows import Window
 from ane_trainer.ane.errors import NumericsWarning, PeerLost, UsageError
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.utils import return_memory
@@ -97,6 +98,7 @@ class TrainingStep(StepFacts):
         self._skipped_before = 0
         self._zeros = 0  # losses of 0 that were looked at
         self._pending = 0  # batches since the last update
+        self._window = Window(options.gradients.accumulate if options.exchange is None else 1)
         self._unsynced = 0  # steps whose weights the module has not seen
         self._stale_moments = False
         self._units = self._fresh_units()
@@ -117,7 +119,9 @@ class TrainingStep(StepFacts):
         draws = torch.Generator().set_state(before)
         feeds = self.feeds(x, y)
         unlike = self._sizes.unlike(self._subject.model if changed else None, (x, y))
-        expected = self._expected(x, y, draws) if self.options.verifies(self.steps, unlike) else None
+        compared = self.options.verifies(self.steps, unlike)
+        whole = self._window.take((x, y), before, compared, self._pending)
+        expected = self._expected(x, y, draws, whole) if compared or whole else None
         results = self._run(feeds, before)
         self.steps += 1
         self._unsynced += 1
@@ -128,9 +132,10 @@ class TrainingStep(StepFacts):
         if self.options.sync == "always":
             self._pull_weights()
         loss = float(results["loss"][0]) / self._loaded.loss_unit
+        mean = self._window.mean_loss(loss)
         told = unlike and self.skipped_steps > self._skipped_before  # that the batch does not fit
         if expected is not None and not told:
-            self._compare(expected, loss, x, y)
+            self._compare(expected, mean if whole else loss, x, y)
             del expected
             return_memory()
         if loss == 0.0 and self._zeros < _ZEROS:
@@ -163,11 +168,14 @@ class TrainingStep(StepFacts):
             raise
 
     def _expected(
-        self, x: object, y: object, draws: torch.Generator
+        self, x: object, y: object, draws: torch.Generator, whole: bool
     ) -> tuple[Reference, dict[str, torch.Tensor]] | None:
-        """PyTorch's step on this batch, and the parameters as the engine holds them before its own."""
+        """PyTorch's step on this batch, or on all of an update, and the engine's parameters before its own."""
         self.sync()
-        found = reference(self._variants.subject, self.gradient_options, draws, self.options.parts(x, y))
+        options, parts = self.gradient_options, self.options.parts(x, y)
+        if whole:
+            options, parts, draws = self._window.as_one(options)
+        found = reference(self._variants.subject, options, draws, parts)
         if found is None:
             return None
         # a copy may call them otherwise, as of a compiled Keras model
@@ -175,15 +183,6 @@ class TrainingStep(StepFacts):
             found = found.without_update()
         self._skipped_before = self.skipped_steps
         return found, self._parameters(found.changes or {})
-
-    def _parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Parameters as whoever updates them holds them."""
-        known = dict(self._subject.model.named_parameters())
-        values = {name: known[name].detach().float().clone() for name in names}
-        if self._host is None:
-            for name, value in values.items():
-                self._loaded.mirror.pull(name, value)
-        return values
 
     def _compare(
         self, expected: tuple[Reference, dict[str, torch.Tensor]], loss: float, x: object, y: object

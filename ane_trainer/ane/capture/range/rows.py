@@ -119,9 +119,13 @@ class Rows(Carried):
         self.here = node
         for argument in node.all_input_nodes:
             if argument in self.values:
-                if argument not in self._settled:
-                    self._settled[argument] = self.true(self.values[argument])
-                node.replace_input_with(argument, self._settled[argument])
+                node.replace_input_with(argument, self._true_of(argument))
+
+    def _true_of(self, node: Node) -> Node:
+        """The value itself of a node; what made it may have left fp16 where only its scaled form is read."""
+        if node in self.values and node not in self._settled:
+            self._settled[node] = self.true(self.values[node])
+        return self._settled.get(node, node)
 
     def _replace(self, node: Node, value: Scaled) -> None:
         if value.plain:
@@ -133,6 +137,7 @@ class Rows(Carried):
 
     def _twin(self, c: Node, axes: list[int], epsilon: float) -> Scaled:
         """`c` times its row scales; the rows run over `axes`."""
+        c = self._true_of(c)
         family = self._by_row.get((c, tuple(axes)))
         if family is None:
             family = self._family(c, axes, epsilon)
