@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ane_trainer.ane.errors import DataError, UsageError
-from ane_trainer.commands.batches import FEWEST, fitting
+from ane_trainer.commands.batches import FEWEST, check_memory, fitting
 from ane_trainer.commands.blame import users_line
 from ane_trainer.commands.example_losses import loss_and_target
 from ane_trainer.commands.options import sizes_of
@@ -245,6 +245,9 @@ def _model_subject(text: str, request: Request) -> ModelSubject:
                 size = fitting(model, x, USUAL)
             words = "" if size == USUAL else f"more take long on this machine; --batch {USUAL} asks for more"
             request = replace(request, batch=size, chosen=words)
+        check_memory(
+            request, text, model, USUAL, lambda n: _example_inputs(text, model, replace(request, batch=n))[0]
+        )
         x, output = _example_inputs(text, model, request)
         loss, y = loss_and_target(text, output, x, request)
     if torch.is_tensor(y) and y.numel() == 0:

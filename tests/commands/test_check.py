@@ -18,6 +18,7 @@ from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import Literal, Program, TensorType, literal
 from ane_trainer.ane.mil.text.printer import print_program
 from ane_trainer.cli import run_command
+from ane_trainer.commands import batches
 from ane_trainer.commands.verdicts import ChipVerdict, Problem, Verdict
 from ane_trainer.testing import assert_trains
 
@@ -412,8 +413,6 @@ def test_chips_of_the_same_arithmetic_share_a_run(nets: Path, monkeypatch: pytes
 def test_a_large_model_gets_a_smaller_batch_and_it_is_said(
     nets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ane_trainer.commands import batches
-
     monkeypatch.setattr(batches, "_MACS", 2e4)  # of a forward pass; Cnn's has 2,344 an example
     run_command(["check", "nets.py:Cnn", "--input", "1x8x8", "--no-run", "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -424,6 +423,31 @@ def test_a_large_model_gets_a_smaller_batch_and_it_is_said(
     assert (
         "batches of 128; nothing was run" in json.loads(capsys.readouterr().out.splitlines()[-1])["sampled"]
     )
+
+
+def test_a_batch_beyond_the_memory_is_refused_before_it_is_made(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It filled the machine's memory first."""
+    for words in (["nets.py:Cnn", "--input", "1x8x8"], ["nets.py:Regressor", "--input", "13"]):
+        assert run_command(["check", *words, "--batch", "9999999999999"]) == 1
+        error = capsys.readouterr().err
+        assert "--batch needs at most" in error
+        assert "got 9,999,999,999,999. Take fewer" in error
+
+
+def test_the_memory_of_an_example_goes_by_its_numbers() -> None:
+    """Not by those of the weights, of which one example takes no more than many."""
+    sizes = [
+        batches.each_bytes(
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+            torch.zeros(n, 4),
+            torch.zeros(2 * n, 4),
+        )
+        for n in (2, 50)
+    ]
+    assert sizes[0] == sizes[1]
+    assert 12 * (4 + 8 + 8 + 2) <= sizes[0] <= 12 * 2 * (4 + 8 + 8 + 2)
 
 
 def test_a_loss_of_the_users_own_takes_a_dict(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
