@@ -249,9 +249,13 @@ def _model_subject(text: str, request: Request) -> ModelSubject:
             request, text, model, USUAL, lambda n: _example_inputs(text, model, replace(request, batch=n))[0]
         )
         x, output = _example_inputs(text, model, request)
+        if torch.is_tensor(output) and output.numel() == 0:
+            raise DataError(
+                f"{request.where}: {text} needs outputs; got an empty tensor, {list(output.shape)}. "
+                "Correct its forward.",
+                code="DATA105",
+            )
         loss, y = loss_and_target(text, output, x, request)
-    if torch.is_tensor(y) and y.numel() == 0:
-        raise DataError(f"{text}: needs outputs; got an empty tensor.", code="DATA105")
     return ModelSubject(text, model, loss, (x, y), request)
 
 

@@ -436,6 +436,17 @@ def test_a_batch_beyond_the_memory_is_refused_before_it_is_made(
         assert "got 9,999,999,999,999. Take fewer" in error
 
 
+def test_a_model_without_outputs_is_told_so(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ended in PyTorch's traceback: targets for no classes cannot be drawn."""
+    (nets / "none.py").write_text(
+        "from torch import nn\n\nclass None_(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 2)\n"
+        "    def forward(self, x):\n        return super().forward(x)[:, :0]\n"
+    )
+    for command in ("check", "estimate", "debug", "trace"):
+        assert run_command([command, "none.py:None_", "--input", "4", "--batch", "2"]) == 1
+        assert "needs outputs; got an empty tensor, [2, 0]" in capsys.readouterr().err
+
+
 def test_the_memory_of_an_example_goes_by_its_numbers() -> None:
     """Not by those of the weights, of which one example takes no more than many."""
     sizes = [

@@ -19,6 +19,7 @@ from ane_trainer.training.debugging.report import Fault, OpLine, Place, Remedy
 from ane_trainer.training.debugging.scores import OutputCriterion
 from ane_trainer.training.debugging.search import Criterion, Culprit, Search
 from ane_trainer.training.debugging.trials import Trial
+from ane_trainer.utils import return_memory
 
 #: Forms of one op that are tried.
 _MOST_FORMS = 5
@@ -54,7 +55,9 @@ class Seen:
         keep = trial.criterion.needs if trial.criterion is not None else None
         run = Lockstep(compiled.program.main, trial.feeds, context, trial.exact, keep)
         criterion: Criterion = trial.criterion or OutputCriterion(compiled.program.main)
-        return cls(run, criterion, step_phases(compiled))
+        found = cls(run, criterion, step_phases(compiled))
+        return_memory()  # of every op's numbers in double precision
+        return found
 
     def lines(self) -> tuple[OpLine, ...]:
         """Every op's numbers with place and direction."""
