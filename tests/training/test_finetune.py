@@ -18,6 +18,7 @@ from ane_trainer.training.language.defaults import DEFAULTS, complete
 from ane_trainer.training.language.models import (
     Record,
     RowOptions,
+    answers_of,
     load_language_model,
     open_rows,
     read_records,
@@ -215,6 +216,25 @@ def test_few_pairs_get_the_updates_that_teach_a_form(
     assert (config.epochs, config.lr) == (6, 1e-3)
     assert run_command(["finetune", "--resume", "run", "--epochs", "7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["epochs"] == 7
+
+
+def test_questions_of_one_length_are_answered_together_as_each_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, coder = load_language_model(str(folder / "model"))
+    torch.manual_seed(1)
+    for parameter in model.parameters():  # so that answers differ, and end after some tokens
+        parameter.data = torch.randn_like(parameter) * 0.5
+    asked: list[Any] = ["abc?", "bca?", "ab?", "cab?", "cc?", "b c?"]
+    alone = [answers_of(model, coder, [each], tokens=40)[0] for each in asked]
+    made: list[int] = []
+    whole = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **given: (made.append(len(given["input_ids"])), whole(**given))[1]
+    )
+    assert answers_of(model, coder, asked, tokens=40) == alone
+    assert len({*map(len, alone)}) > 1
+    assert made == [2, 4]
 
 
 def test_options_that_were_not_given_are_chosen_by_rows_and_parameters() -> None:

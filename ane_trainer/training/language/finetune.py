@@ -34,7 +34,7 @@ from ane_trainer.training.language.models import (
     Record,
     RowOptions,
     Tokenizer,
-    answer,
+    answers_of,
     asked_and_expected,
     find_records,
     load_language_model,
@@ -269,19 +269,13 @@ class _Answers:
             ([{"role": "user", "content": prompt}], "") for prompt in tuning.prompts
         ]
         asked += [asked_and_expected(record) for record in self._held_out]
+        questions = [messages for messages, _ in asked]
+        texts = answers_of(
+            trainer.model, self._job.tokenizer, questions, tokens=tuning.tokens, chat=tuning.chat
+        )
         return [
-            {
-                "prompt": messages[-1]["content"],
-                "expected": expected.strip(),
-                "answer": answer(
-                    trainer.model,
-                    self._job.tokenizer,
-                    messages,
-                    tokens=tuning.tokens,
-                    chat=tuning.chat,
-                ),
-            }
-            for messages, expected in asked
+            {"prompt": messages[-1]["content"], "expected": expected.strip(), "answer": text}
+            for (messages, expected), text in zip(asked, texts, strict=True)
         ]
 
 

@@ -15,7 +15,7 @@ from ane_trainer.training.folder.recording import check_same_data
 from ane_trainer.training.folder.records import find_run
 from ane_trainer.training.folder.runs import open_run
 from ane_trainer.training.language.finetune import Job, TuningOptions, prepare, read_tuning
-from ane_trainer.training.language.models import answer, asked_and_expected
+from ane_trainer.training.language.models import answers_of, asked_and_expected
 from ane_trainer.training.reporting.report import Reporter
 
 _OPTIONS, _RESULT = "finetune.json", "result.json"
@@ -65,8 +65,9 @@ def answer_finetuned(
     if index is not None:
         asked = [asked_and_expected(record) for record in _chosen(job.held_out, str(index))]
     records: list[dict[str, object]] = []
-    for messages, expected in asked:
-        text = answer(job.trainer.model, job.tokenizer, messages, tokens=tokens, chat=tuning.chat)
+    questions = [messages for messages, _ in asked]
+    texts = answers_of(job.trainer.model, job.tokenizer, questions, tokens=tokens, chat=tuning.chat)
+    for (messages, expected), text in zip(asked, texts, strict=True):
         record: dict[str, object] = {"input": messages[-1]["content"], "text": text}
         records.append(record | ({"truth": expected.strip()} if expected else {}))
     return {**facts, "classes": [], "predictions": records}

@@ -35,6 +35,8 @@ _ASKED = ("prompt", "instruction", "question", "input")
 _ANSWERED = ("completion", "response", "answer", "output")
 #: Tokens of a row where none are asked for: of running text, and at most of records.
 _TEXT_ROW, _LONGEST_ROW = 128, 512
+#: Questions that are answered together at most.
+_ROWS = 16
 
 Messages = list[dict[str, str]]
 
@@ -52,7 +54,7 @@ class Tokenizer(Protocol):
         self, conversation: list[Mapping[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> str: ...
 
-    def decode(self, token_ids: torch.Tensor, *, skip_special_tokens: bool = False) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
     def save_pretrained(self, save_directory: str) -> object: ...
 
@@ -329,18 +331,41 @@ def asked_and_expected(record: Record) -> tuple[Messages, str]:
     return messages[:last], messages[last]["content"]
 
 
-@torch.no_grad()
-def answer(
-    model: nn.Module, tokenizer: Tokenizer, asked: Messages | str, *, tokens: int = 48, chat: bool = True
-) -> str:
-    """What the model answers, the likeliest token at a time, by plain PyTorch on the host."""
+def answers_of(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    asked: Sequence[Messages | str],
+    *,
+    tokens: int = 48,
+    chat: bool = True,
+) -> list[str]:
+    """What the model answers to each, the likeliest token at a time, by plain PyTorch on the host.
+
+    Questions of one length are answered together: a token of one reads all weights, and one of many no more.
+    """
+    given = [_question(tokenizer, each, chat) for each in asked]
+    found = [""] * len(given)
+    for length in sorted(set(map(len, given))):
+        alike = [n for n, ids in enumerate(given) if len(ids) == length]
+        for part in (alike[n : n + _ROWS] for n in range(0, len(alike), _ROWS)):
+            texts = _generated(model, tokenizer, [given[n] for n in part], tokens)
+            for n, text in zip(part, texts, strict=True):
+                found[n] = text
+    return found
+
+
+def _question(tokenizer: Tokenizer, asked: Messages | str, chat: bool) -> list[int]:
     if isinstance(asked, str):
         asked = [{"role": "user", "content": asked}]
     if chat and tokenizer.chat_template:
-        ids = _templated(tokenizer, asked, asked=True)
-    else:
-        ids = tokenizer("".join(message["content"] + "\n" for message in asked))["input_ids"]
-    given = torch.tensor([ids])
+        return _templated(tokenizer, asked, asked=True)
+    return tokenizer("".join(message["content"] + "\n" for message in asked))["input_ids"]
+
+
+@torch.no_grad()
+def _generated(model: nn.Module, tokenizer: Tokenizer, rows: Sequence[list[int]], tokens: int) -> list[str]:
+    given = torch.tensor(rows)
+    filler = tokenizer.pad_token_id or tokenizer.eos_token_id  # behind an answer that ends before others
     was_training = model.training
     model.eval()
     try:
@@ -348,8 +373,13 @@ def answer(
             generate = cast(Callable[..., torch.Tensor], model.generate)
             out = generate(
                 input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                pad_token_id=filler,
             )  # fmt: skip
     finally:
         model.train(was_training)
-    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    texts = []
+    for row in out[:, given.shape[1] :].tolist():
+        while row and row[-1] == filler:
+            row.pop()
+        texts.append(tokenizer.decode(row, skip_special_tokens=True).strip())
+    return texts
