@@ -35,6 +35,8 @@ LINES = (
     ),
     (r"(history = )?model\.fit\((.*)", r"import ane_trainer as at; \1at.fit_keras(model, \2"),
 )  # fmt: skip
+#: What a script for GPUs needs, as it is, to train on a CPU in single precision.
+ON_CPU = ((r"\bbf16=True", "use_cpu=True"), (r'\bdtype="auto"', 'dtype="float32"'))
 #: What of a page needs an account of a hub.
 ACCOUNT = re.compile(
     r"^\s*(?:from huggingface_hub import login|login\(\)|trainer\.push_to_hub\(\))\n", re.MULTILINE
@@ -85,6 +87,15 @@ def changed(script: str) -> tuple[str, str, str]:
     )
 
 
+def for_cpu(script: str) -> tuple[str, list[str]]:
+    """The script as it is on a CPU, and what that changed."""
+    notes = []
+    for pattern, new in ON_CPU:
+        notes += [f"{found} -> {new}" for found in dict.fromkeys(re.findall(pattern, script))]
+        script = re.sub(pattern, new, script)
+    return script, notes
+
+
 def run(script: str, folder: Path, arguments: list[str], environment: dict[str, str], seed: int = 0) -> str:
     """What the script prints, started in the folder."""
     (folder / "script.py").write_text(script, encoding="utf-8")
@@ -128,7 +139,10 @@ def both_ends(
     if "lightning" in changed(script)[1] and re.search(r"^trainer\.fit\(", script, re.MULTILINE):
         script += LOGGED
     after, line, _ = changed(script)
-    for name, text in (("as it is", script), ("changed", after + REPORT * ("fit_keras" not in line))):
+    for name, text in (
+        ("as it is", for_cpu(script)[0]),
+        ("changed", after + REPORT * ("fit_keras" not in line)),
+    ):
         place = folder / name.replace(" ", "-")
         place.mkdir(parents=True)
         given = write_standins(text, place, mnist)
@@ -149,6 +163,8 @@ def main() -> None:
     script = script_of(options.script)
     _, new, old = changed(script)
     print(f"- {old}\n+ {new}")
+    for note in for_cpu(script)[1]:
+        print(f"as it is, on a CPU in single precision: {note}")
     if options.show:
         return
     with tempfile.TemporaryDirectory() as folder:

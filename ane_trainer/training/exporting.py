@@ -28,8 +28,10 @@ from ane_trainer.ane.export import (
 from ane_trainer.ane.export.driving import driving
 from ane_trainer.ane.export.freeze import Deployed
 from ane_trainer.ane.export.report import size_bytes
-from ane_trainer.ane.export.step import changing
+from ane_trainer.ane.export.step import changing, fixed_as_constants
 from ane_trainer.ane.export.swift import recorded_run, write_app, write_predictor
+from ane_trainer.ane.mil.weights import Array
+from ane_trainer.ane.stages import Lowered
 
 INPUTS = ("auto", "image", "tensor")
 #: Steps that an exported training step is run for.
@@ -81,7 +83,21 @@ def export_training(
         _, loaded = step.host_side
         single = lower(loaded.capture.captured, dtype="fp32")
         single = replace(single, inputs=loaded.mirror.scaled(single.inputs))
+        single = fixed_as_constants(
+            single, {**step.port_state(), **_unrounded(single, loaded.mirror.tensors)}
+        )
     return export_step(step.compiled, step.port_state(), feeds, path, format, options, about, single)
+
+
+def _unrounded(single: Lowered, tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    """What no step changes, by port in its scale, as the model has it: the engine holds it rounded."""
+    kept = {p.name: p for p in single.inputs if p.role == "state" and p.target in tensors}
+    for name in changing(single):
+        kept.pop(name, None)
+    return {
+        name: (tensors[p.target].detach().float() * p.scale).reshape(p.shape).numpy()
+        for name, p in kept.items()
+    }
 
 
 def export_app(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.hub import STANDINS, write_standins
-from bench.scripts import ROOT, both_ends, changed, run, script_of
+from bench.scripts import ROOT, both_ends, changed, for_cpu, run, script_of
 
 MARKDOWN = """# Page
 ```py
@@ -90,6 +90,14 @@ def test_an_import_over_several_lines_changes_where_it_has_the_trainer() -> None
     after, line, was = changed(before)
     assert (line, was) == ("from ane_trainer.interop.transformers import (", "from transformers import (")
     assert after == other + line + before.removeprefix(other).removeprefix(was)
+
+
+def test_a_script_for_gpus_is_told_how_it_ran_on_the_cpu() -> None:
+    script = 'model = load(dtype="auto")\nArguments(bf16=True, learning_rate=2e-5)\n'
+    after, notes = for_cpu(script)
+    assert after == 'model = load(dtype="float32")\nArguments(use_cpu=True, learning_rate=2e-5)\n'
+    assert notes == ["bf16=True -> use_cpu=True", 'dtype="auto" -> dtype="float32"']
+    assert for_cpu("x = 1\n") == ("x = 1\n", [])
 
 
 def test_both_begin_from_one_seed_and_keras_takes_what_stands_for_its_data(tmp_path: Path) -> None:

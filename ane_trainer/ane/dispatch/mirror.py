@@ -90,13 +90,13 @@ class Mirror:
         self._rule = rule
         found = find_parameters(model, optimizer)
         self._trained = [p for p in found if f"{p.name}/{RESIDUAL}" in self._ports]
-        self._tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
+        self.tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
         self._sources = _sources(model, optimizer)
         # parameters that a step does not change keep their bits: frozen ones, and all if the host updates them
         self._changing = {p.name for p in self._trained} | set(float_buffers(model))
         self._unwritten: set[str] = set()
         self._model, self._changes = model, changes
-        self._fingerprints = Fingerprints(self._tensors)
+        self._fingerprints = Fingerprints(self.tensors)
         self._moments: tuple[Any, ...] = ()
         #: How many updates each trained parameter is behind the step's count: it was frozen, or joined later.
         self.lags: dict[str, int] = {}
@@ -113,7 +113,7 @@ class Mirror:
     def pull_weights(self, steps: int) -> None:
         """Engine -> module, for everything that a step changes; `steps` ran since the last time."""
         for name in self._changing:
-            self._combine(name, self._tensors[name])
+            self._combine(name, self.tensors[name])
         self._changes.count(self._model, steps)
         self._fingerprints.note(self._changing)
 
@@ -121,7 +121,7 @@ class Mirror:
     def pull_unwritten(self) -> None:
         """Engine -> module, for buffers that no step changes and that a checkpoint brought: others keep their bits."""
         for name in self._unwritten:
-            value, held = self._tensors[name], torch.zeros(self._tensors[name].shape)
+            value, held = self.tensors[name], torch.zeros(self.tensors[name].shape)
             self._combine(name, held)
             if not torch.equal(held, value.float().to(self._range.dtype).float()):
                 value.copy_(held)
@@ -130,9 +130,9 @@ class Mirror:
     @torch.no_grad()
     def push_weights(self, changed_only: bool = False) -> None:
         """Module -> engine; with `changed_only`, only tensors that were changed since the last copy."""
-        for name in self._fingerprints.changed() if changed_only else self._tensors:
+        for name in self._fingerprints.changed() if changed_only else self.tensors:
             if name in self._ports:
-                self._split(name, self._tensors[name].detach().float())
+                self._split(name, self.tensors[name].detach().float())
             elif changed_only:
                 raise UsageError(
                     f"{name}: needs to stay as it was compiled, a quantized constant of the program; got other values. "
@@ -143,7 +143,7 @@ class Mirror:
 
     def shares(self, other: Mirror, name: str) -> bool:
         """Whether a parameter or buffer is the same tensor in both."""
-        return self._tensors.get(name) is other._tensors.get(name)
+        return self.tensors.get(name) is other.tensors.get(name)
 
     def current(self) -> bool:
         """Whether the model's parameters and buffers still are the tensors that this copies to and from."""

@@ -75,10 +75,24 @@ def text(i: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 11, (8, 6), generator=draw), torch.randint(0, 4, (8,), generator=draw)
 
 
+class Frozen(nn.Module):
+    """A layer that stays as it is, in front of one that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(64, 24), nn.LayerNorm(24), nn.Linear(24, 4)
+        self.first.requires_grad_(False)
+        self.register_buffer("mean", torch.randn(64) / 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(torch.relu(self.first(x.flatten(1) - self.mean))))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Any], torch.optim.Optimizer]]] = {
     "mlp": (mlp, image, lambda p: torch.optim.Adam(p, lr=3e-3)),
     "cnn": (cnn, image, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3)),
     "transformer": (Block, text, lambda p: torch.optim.AdamW(p, lr=3e-3)),
+    "frozen": (Frozen, image, lambda p: torch.optim.SGD(list(p)[2:], lr=0.05, momentum=0.9, nesterov=True)),
 }
 
 
@@ -114,6 +128,32 @@ def test_the_driver_gives_the_trainers_bits(name: str, tmp_path: Path) -> None:
     for parameter, value in driven.weights().items():
         own = dict(model.named_parameters())[parameter].detach().numpy()
         np.testing.assert_allclose(value.reshape(own.shape), own, rtol=1e-6, atol=1e-8)
+    step.close()
+
+
+@pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
+def test_the_driver_accumulates_as_the_trainer_does(tmp_path: Path) -> None:
+    """An update each third batch; one batch of the second is too large for any unit, so that its update is lost."""
+    pytest.importorskip("coremltools")
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, amsgrad=True)
+    step = compile_step(model, "cross_entropy", optimizer, image(0), sync="lazy", accumulate=3)
+    path = tmp_path / "step.mlpackage"
+    before = step.state_dict()
+    export_training(step, optimizer, path, "step-mlpackage", [image(0)], ExportOptions())
+    step.load_state_dict(before)
+    driven = driver().open_package(path)
+    for i in range(12):
+        x, y = image(i % 4)
+        x = x.clone() if i != 4 else x * 3000
+        expected = float(step(x, y))
+        assert (
+            driven.step({"x": x.numpy().astype(np.float16), "y": y.numpy().astype(np.float16)}) == expected
+        ), i
+    after = step.port_state()
+    assert [p for p, value in driven.state.items() if value.tobytes() != after[p].tobytes()] == []
+    assert (driven.updates, driven.steps) == (step.applied_steps, 12)
     step.close()
 
 

@@ -71,7 +71,11 @@ public actor TrainingStep {
             )
             move(watched.moves)
             if watched.fits {
-                if completes { updates += 1 }
+                if completes, try array("applied", of: results).scalars[0] > 0 {
+                    updates += 1
+                } else if completes {
+                    skipped += 1  // a batch before this one did not fit
+                }
                 return loss
             }
             if attempt == 0 { scaling = state.filter { scalingPorts.contains($0.key) } }
