@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.calibrate import call_aside, module_mode
+from ane_trainer.ane.capture.calibrate import call_on_copies, module_mode
 from ane_trainer.ane.capture.losses import model_loss
 from ane_trainer.ane.dispatch import Target
 from ane_trainer.ane.errors import DataError
@@ -146,7 +146,7 @@ class Inference:
         """DataError for examples unlike those of training that do not go through the model."""
         try:
             with torch.no_grad(), module_mode(self.model, training=False):
-                call_aside(self.model, {}, x)
+                call_on_copies(self.model, x)
         except RuntimeError as error:
             got, wanted = (
                 ", ".join(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.utils import _pytree as pytree
 
-from ane_trainer.ane.capture.calibrate import call_aside, module_mode
+from ane_trainer.ane.capture.calibrate import call_on_copies, module_mode
 from ane_trainer.ane.capture.losses import (
     CLASS_LOSSES,
     LOSSES,
@@ -371,7 +371,7 @@ class Intake:
         """
         try:
             with torch.no_grad(), module_mode(self._model, training=False):
-                output = call_aside(self._model, {}, x)
+                output = call_on_copies(self._model, x)
         except (RuntimeError, TypeError) as error:
             types = {
                 str(leaf.dtype).removeprefix("torch.")
@@ -394,6 +394,6 @@ class Intake:
             return "the loss is not known to be a mean over examples"
         if self._tail is None or not isinstance(self.example and self.example[1], torch.Tensor):
             return "output and target are not one tensor each"
-        if mixes_examples(self._model, lambda given: call_aside(self._model, {}, given), x):
+        if mixes_examples(self._model, lambda given: call_on_copies(self._model, given), x):
             return "examples of a batch influence each other in the model, as in batch norm"
         return None

@@ -89,6 +89,14 @@ class BufferChanges:
                 buffers[name] += each * steps
 
 
+def kept(state: Tensors, buffers: Tensors, ok: torch.Tensor) -> Tensors:
+    """The new buffers, or the old ones where the batch did not fit."""
+    return {
+        name: torch.where(ok.reshape([1] * new.ndim) > 0, new, state[name].reshape(new.shape))
+        for name, new in buffers.items()
+    }
+
+
 @contextlib.contextmanager
 def forwarded(model: torch.nn.Module) -> Iterator[Tensors]:
     """A dictionary that holds the model's buffers as they are after a forward."""

@@ -32,6 +32,7 @@ from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from ane_trainer.ane.capture.stand_ins import StandIns
 from ane_trainer.ane.capture.trace.torch_private import pytree
+from ane_trainer.ane.capture.written import Writes
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 Tensors = dict[str, torch.Tensor]
@@ -55,7 +56,7 @@ class Calibration:
     """What one plain PyTorch step on the example shows: its random draws, the largest entry of each gradient.
 
     `norm` is that of all gradients together. `witness`: what the function of that name gives, within rounding; empty
-    where random draws count.
+    where random draws count. `written`: parameters that the forward or the loss itself changes.
     """
 
     draws: tuple[RandomDraw, ...]
@@ -63,6 +64,7 @@ class Calibration:
     max_intermediate_gradient: float = 0.0
     norm: float = 0.0
     witness: tuple[float, ...] = ()
+    written: tuple[str, ...] = ()
 
     def loss_scale(self) -> float:
         """A power of two that brings the largest gradient near CALIBRATED_GRADIENT, and none out of fp16."""
@@ -97,8 +99,8 @@ def calibrate(
     """
     values = _copied(parameters)
     trained = [values[p.name] for p in parameters if p.trained]
-    mode = HostRandomMode()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode:
+    mode, writes = HostRandomMode(), Writes(values)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), rewriting(values_known=True), mode, writes:
         before = torch.get_rng_state()
         tensors = {**values, **copies(model, with_sparse=True)}
         output = call_aside(model, tensors, example[0])
@@ -110,7 +112,7 @@ def calibrate(
     peaks = _peaks(parameters, gradients)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
     known = () if drawn else _witness(value, gradients)
-    return Calibration(tuple(mode.noted), peaks, largest, norm, known)
+    return Calibration(tuple(mode.noted), peaks, largest, norm, known, tuple(sorted(writes.found)))
 
 
 def gradient_peaks(
@@ -207,6 +209,12 @@ def call_model(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) ->
 def call_aside(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) -> Any:
     """`call_model` on copies of the batch, so that a forward that writes into its input (`x -= mean`) leaves it."""
     return call_model(model, tensors, pytree.tree_map_only(torch.Tensor, torch.clone, x))
+
+
+def call_on_copies(model: torch.nn.Module, x: object) -> object:
+    """`model(x)` on copies of its parameters and buffers, which a forward may write to."""
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return call_aside(model, values | copies(model, with_sparse=True), x)
 
 
 def _arguments(model: torch.nn.Module, x: object) -> tuple[tuple[object, ...], dict[str, Any]]:

@@ -16,6 +16,7 @@ from ane_trainer.ane.capture.buffers import (
     check_counters,
     find_changes,
     forwarded,
+    kept,
     newest_statistics,
     tell_of_stalls,
 )
@@ -80,6 +81,7 @@ from ane_trainer.ane.capture.unit_bounds import (
     least_gradient,
     unit_bounds,
 )
+from ane_trainer.ane.capture.written import as_written, refuse_trained
 from ane_trainer.ane.stages import Captured, Port
 
 Tensors = dict[str, torch.Tensor]
@@ -157,6 +159,7 @@ class _Plan:
     changes: BufferChanges
     divided: bool = False
     ceiling: float = LARGEST_SCALE
+    written: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -185,6 +188,8 @@ def capture_training(
     ):
         calibration, moved = calibrate_hidden(model, get_loss(loss), found, example, optimizer)
     changes = find_changes(model, final)
+    if options.gradients.on_host:
+        refuse_trained(p.name for p in found if p.trained and p.name in calibration.written)
     clip = options.gradients
     parameters = tuple(_with_unit(p, rule, optimizer, calibration, units, clip) for p in found)
     plan = _plan(model, loss, optimizer, example, parameters, calibration, changes, options)
@@ -262,7 +267,7 @@ def _plan(
         model, get_loss(loss), loss_name(loss), optimizer, rule, parameters, tuple(buffers),
         Structure.of(example), tuple(ports[count[2] :]), tuple(ports[count[0] : count[1]]),
         tuple(ports[count[1] : count[2]]), tuple(ports[: count[0]]), gradients, LEAST_ROOTS[options.precision],
-        changes, options.divided,
+        changes, options.divided, written=calibration.written,
     )  # fmt: skip
 
 
@@ -332,13 +337,13 @@ def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
         place.text = "loss scaling"
         inverse = state[f"{SCALING}loss_scale_inverse"]
         gradients, changes, checks = process_gradients(plan, place, named, state, scaled)
-        new_state: Tensors = {**_kept(plan, state, buffers, checks.batch), **changes}
+        new_state: Tensors = {**kept(state, buffers, checks.batch), **changes}
         gate = checks.fits * named["last"] if plan.gradients.accumulate > 1 else checks.fits
         gated, slots = _gated_scalars(plan, named, gate), _slots(plan, state)
         for p in plan.parameters:
             if p.name in scaled and not plan.gradients.on_host:
                 place.text = f"optimizer {type(plan.optimizer).__name__} ({p.name})"
-                own = state[p.name], slots[p.name]
+                own = as_written(state[p.name], new_state.get(p.name), slots[p.name])
                 new_state |= _update(plan, p, gradients[p.name], *own, gated[p.name])
         place.text = "loss scaling"
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
@@ -369,6 +374,7 @@ def _differentiate(
 ) -> tuple[torch.Tensor, Tensors, Tensors]:
     """(loss, scaled gradients by parameter, new buffers)."""
     values = {p.name: state[p.name].reshape(p.tensor.shape) for p in plan.parameters}
+    values |= {name: values[name].clone() for name in plan.written}
     trained = {p.name: values[p.name].detach().requires_grad_() for p in plan.parameters if p.trained}
     shapes = {name: b.shape for name, b in float_buffers(plan.model, dense=False).items()}
     buffers = {name: state[name].reshape(shapes[name]).clone() for name in plan.buffers}
@@ -386,6 +392,7 @@ def _differentiate(
             buffers |= plan.changes.averages(state, buffers, sent)
             describe = lambda: loss_place(plan.loss_text)  # noqa: E731
             value = call_loss(plan.loss, output, y, plan.model, held)
+        buffers |= {name: held[name].detach().clone() for name in plan.written}
         follow_backward(value, place)
         seed = state[f"{SCALING}loss_scale"].reshape(value.shape)
         gradients = torch.autograd.grad(value, list(trained.values()), seed)
@@ -458,14 +465,6 @@ def process_gradients(
         changes = {n: torch.where(near > 0, new, state[n]) for n, new in changes.items()}
         batch, fits = batch * near, fits * near
     return gradients, changes, _Checks(ok, batch, fits, torch.cat(health), of_batch, own)
-
-
-def _kept(plan: _Plan, state: Tensors, buffers: Tensors, ok: torch.Tensor) -> Tensors:
-    """The new buffers, or the old ones where the batch did not fit."""
-    return {
-        name: torch.where(ok.reshape([1] * new.ndim) > 0, new, state[name].reshape(new.shape))
-        for name, new in buffers.items()
-    }
 
 
 def _gradient_port(p: Parameter, gradient: torch.Tensor) -> Port:

@@ -16,11 +16,11 @@ import torch
 
 from ane_trainer.ane.capture import get_loss
 from ane_trainer.ane.capture.batches import program_form
-from ane_trainer.ane.capture.calibrate import call_aside, call_loss, module_mode
+from ane_trainer.ane.capture.calibrate import call_aside, call_loss, copies, module_mode
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.capture.range.departure import Departure, Rounded
-from ane_trainer.ane.capture.rewrites.keras_variables import copy_of, has_layers, keras_state
+from ane_trainer.ane.capture.rewrites.keras_variables import copy_of, has_layers
 from ane_trainer.ane.capture.stand_ins import StandIns
 from ane_trainer.ane.capture.trace.torch_private import optimizers_without_dynamo, step_without_dynamo
 from ane_trainer.ane.dispatch.loading import Subject
@@ -180,22 +180,17 @@ NAN_LOSS = (
 def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
     """Whether the model's weights, as they are now, have a loss on this batch that is nan in plain PyTorch.
 
-    The model's buffers, mode and PyTorch's generator are left as they were.
+    The model and PyTorch's generator are left as they were.
     """
     model = subject.model
-    state = dict(model.named_buffers()) | keras_state(model)
-    buffers = {name: value.detach().clone() for name, value in state.items()}
+    own = {name: p.detach().clone() for name, p in model.named_parameters()} | copies(model, with_sparse=True)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), module_mode(model, training=True):
             with drawn_by(torch.Generator()):
-                value = call_loss(get_loss(subject.loss), call_aside(model, {}, x), y, model, {})
+                value = call_loss(get_loss(subject.loss), call_aside(model, own, x), y, model, own)
             return bool(value.isnan().any())
     except _CANNOT:
         return False
-    finally:
-        with torch.no_grad():
-            for name, value in state.items():
-                value.copy_(buffers[name])
 
 
 def _stepped(

@@ -26,6 +26,7 @@ from torch import nn
 from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.fingerprint import Fingerprints
+from ane_trainer.ane.dispatch.globals_read import global_names
 
 #: Values that are compared as such; of others it counts which object they are.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -314,7 +315,7 @@ class _Walk:
             for code in _codes(function.__code__):
                 if {"environ", "getenv"} & set(code.co_names):
                     self._names(os.environ, list(os.environ), "os.environ", depth)
-                named = [n for n in code.co_names if n in space]
+                named = [n for n in global_names(code) if n in space]
                 self._names(
                     space,
                     [n for n in named if isinstance(space[n], (*_PLAIN, *_CONTAINERS))],

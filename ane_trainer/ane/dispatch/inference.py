@@ -12,7 +12,7 @@ import torch
 
 from ane_trainer.ane.capture import capture_forward
 from ane_trainer.ane.capture.batches import Structure, program_form, tensors_of
-from ane_trainer.ane.capture.calibrate import call_aside, copies, module_mode
+from ane_trainer.ane.capture.calibrate import call_aside, call_on_copies, copies, module_mode
 from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.capture.repeats import repeating
 from ane_trainer.ane.capture.trace.sources import faults_in_words
@@ -214,12 +214,12 @@ def _ones(x: object) -> object:
 
 def _run_plainly(model: torch.nn.Module, example: object) -> None:
     with module_mode(model, training=False), torch.no_grad():
-        call_aside(model, {}, program_form(example))
+        call_on_copies(model, program_form(example))
 
 
 def _single(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters in single precision."""
-    return {name: p.detach().float() for name, p in model.named_parameters()}
+    return {name: p.detach().clone().float() for name, p in model.named_parameters()}
 
 
 def _output_of(model: torch.nn.Module, example: object) -> tuple[Structure, list[tuple[int, ...]], list[int]]:

@@ -89,7 +89,7 @@ class Mirror:
         self._ports = {port.target: port for port in ports if port.role == "state"}
         self._rule = rule
         found = find_parameters(model, optimizer)
-        self._trained = [p for p in found if f"{p.name}/{RESIDUAL}" in self._ports]
+        self._trained = [p for p in found if p.trained and f"{p.name}/{RESIDUAL}" in self._ports]
         self.tensors: dict[str, torch.Tensor] = {p.name: p.tensor for p in found} | float_buffers(model)
         self._sources = _sources(model, optimizer)
         # parameters that a step does not change keep their bits: frozen ones, and all if the host updates them
@@ -105,9 +105,10 @@ class Mirror:
     # Weights and buffers
 
     def keep_unwritten(self, outputs: Iterable[Port]) -> None:
-        """Buffers that are no output of the step keep their bits: the engine has them rounded."""
-        self._unwritten = set(float_buffers(self._model)) - {p.target for p in outputs if p.role == "state"}
-        self._changing -= self._unwritten
+        """Buffers that are no output of the step keep their bits; frozen parameters that are one change."""
+        written = {p.target for p in outputs if p.role == "state"}
+        self._unwritten = set(float_buffers(self._model)) - written
+        self._changing = (self._changing | (written & self.tensors.keys())) - self._unwritten
 
     @torch.no_grad()
     def pull_weights(self, steps: int) -> None:

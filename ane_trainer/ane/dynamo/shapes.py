@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
 from ane_trainer.ane.capture.trace.sources import FAULTS
 from ane_trainer.ane.capture.trace.tracer import tracing
+from ane_trainer.ane.dynamo.assigned import as_writes
 from ane_trainer.ane.dynamo.gradient import backward_function
 from ane_trainer.ane.dynamo.graph_match import same_but_for_sizes, sizes_only
 from ane_trainer.ane.dynamo.graphs import graph_fault, last_line, partition
@@ -56,7 +57,7 @@ class Specializer:
     """Callable in the graph's place; `function` identifies the user's function that the graph is of."""
 
     def __init__(self, graph: torch.fx.GraphModule, options: Options, function: str) -> None:
-        self._graph, self._options, self._function = _without_counts(_without_reads(graph)), options, function
+        self._graph, self._options, self._function = _prepared(graph), options, function
         self._reads = [
             i for i, n in enumerate(_placeholders(self._graph)) if any(_READ in u.meta for u in n.users)
         ]
@@ -213,6 +214,11 @@ def _without_reads(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
                 part.graph.erase_node(node)
         part.recompile()
     return module
+
+
+def _prepared(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """What Dynamo hands over in forms that AOTAutograd takes, changed in place."""
+    return _without_counts(_without_reads(as_writes(graph)))
 
 
 def _placeholders(module: torch.fx.GraphModule) -> list[Node]:

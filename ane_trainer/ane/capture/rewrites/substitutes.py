@@ -199,10 +199,19 @@ def _axes(part: object) -> int:
     return part.dim() if isinstance(part, torch.Tensor) and part.dtype == torch.bool else 1
 
 
+def _set_data(x: torch.Tensor, value: torch.Tensor) -> None:
+    """`x.data = value` as a write into x, which stays the step's own; another shape or type is for PyTorch to take."""
+    if x.shape != value.shape or x.dtype != value.dtype:
+        x.data = value
+        return
+    with torch.no_grad():
+        x.detach().copy_(value)
+
+
 REWRITES: dict[Function, Function] = {
     F.one_hot: one_hot, is_all_true: _all_true, F.embedding: _embedding, F.embedding_bag: embedding_bag,
     torch.Tensor.__getitem__: _getitem, torch.Tensor.__setitem__: _setitem, F.gaussian_nll_loss: gaussian_nll,
     torch.logcumsumexp: logcumsumexp, torch.Tensor.logcumsumexp: logcumsumexp, F.multi_margin_loss: multi_margin,
     F.multilabel_margin_loss: multi_label_margin, F.ctc_loss: ctc_loss, torch.histc: histc,
-    F.soft_margin_loss: soft_margin,
+    F.soft_margin_loss: soft_margin, torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }  # fmt: skip
