@@ -199,7 +199,7 @@ def _interval_note(item: ChipEstimate) -> str:
         few = f"of {programs} programs" if programs != 1 else "of one program"
         return (
             f"interval: by cross-validation (docs/cost-model.md); of this kind ({kind}) values {few} are published, "
-            "so that it is as wide as that of all kinds on this path, and wider"
+            "so that those of kinds like it on this path count as well"
         )
     return (
         f"interval: nine of ten published values of this kind ({kind}) lie in it, by cross-validation on "

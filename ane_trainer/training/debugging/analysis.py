@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,7 +25,7 @@ from ane_trainer.training.debugging.scores import OutputCriterion, Score
 from ane_trainer.training.debugging.search import Culprit
 from ane_trainer.training.debugging.seen import Seen, no_options, program_phases
 from ane_trainer.training.debugging.skipped import skipped
-from ane_trainer.training.debugging.trials import NOT_FINITE, Constant, Trial, Way
+from ane_trainer.training.debugging.trials import ADDED, NOT_FINITE, Constant, Trial, Way
 from ane_trainer.training.debugging.undefined import undefined
 
 _TOGETHER = "no single op is to blame: what the ops below lose adds up"
@@ -112,6 +113,8 @@ def _constant(constant: Constant, score: Score) -> Fault:
     advice = HELP["constant"]
     if constant.half == 0.0:
         advice = "Take a larger one (an epsilon from 1e-5 on), or scale what it meets."
+    elif constant.op in ADDED and math.isfinite(constant.half):
+        advice = "Take from it what does not count (whole periods of a sine, a common offset), or add it in two parts."
     facts = f"fp16 has {constant.half:.6g} for the number {constant.number:.6g}"
     place = Place.of(constant.where, constant.op)
     return Fault(constant.op, constant.op, place, "forward", "constant", facts, score, advice=advice)

@@ -112,7 +112,8 @@ class Search:
                 self.runs += 1
                 outputs, _ = self.run.hybrid(everything, wide=False, rounded={value.name})
                 score = self.criterion(outputs, self.accuracy.outcome.exact)
-                if not self.heals(score):
+                departs = score.worst > 1.0 or score.note != self.best.note
+                if departs and not self.heals(score):
                     found.append((value.name, score))
         return tuple(sorted(found, key=lambda pair: -pair[1].worst))
 

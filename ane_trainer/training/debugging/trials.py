@@ -40,6 +40,10 @@ class Way:
     rewrites: frozenset[str] = frozenset(REWRITES)
 
 
+#: Operations that add a constant.
+ADDED = ("add", "sub", "rsub")
+
+
 @dataclass(frozen=True)
 class Constant:
     """A number in the graph that fp16 does not hold: its place, the operation, and what fp16 has for it."""
@@ -157,7 +161,7 @@ def _trial(
     )
 
 
-#: Relative error of a constant in fp16 from which it is told.
+#: Relative error of a constant in fp16 from which it is told; of one that is added, the error itself.
 _ROUGH = 2.0**-9
 
 
@@ -167,8 +171,9 @@ def _constants(graph: Graph) -> Iterator[Constant]:
         numbers = [a for a in node.args if isinstance(a, float)] if node.op == "call_function" else []
         for number in numbers if not in_update(node) else []:
             half = float(torch.tensor(number).half())
-            if math.isfinite(number) and abs(half - number) > _ROUGH * abs(number):
-                op = str(node.target).removeprefix("aten.").partition(".")[0]
+            op = str(node.target).removeprefix("aten.").partition(".")[0]
+            least = min(abs(number), 1.0) if op in ADDED else abs(number)
+            if math.isfinite(number) and abs(half - number) > _ROUGH * least:
                 yield Constant(str(node.meta.get(META_KEY, node.name)), op, number, half)
 
 

@@ -81,6 +81,39 @@ def test_where_no_op_loses_much_the_line_at_which_errors_grow_is_named() -> None
     assert "remainder" in fault.advice
 
 
+class Phase(Fine):
+    """Adds a number of which fp16 has the next multiple of four: 3e-4 of it, and half a period of a sine."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.sin(self.a(x) + 5001.25))
+
+
+def test_a_constant_that_is_added_is_named_by_what_it_loses() -> None:
+    """Every op is right, and the result 100 % off: it was said that no single op is to blame, and no more."""
+    report = report_of(Phase)
+    assert report.verdict == "departs"
+    (fault,) = report.faults
+    assert (fault.rule, fault.op) == ("constant", "add")
+    assert fault.facts.startswith("fp16 has 500")
+    assert fault.facts.endswith("for the number 5001.25")
+    assert "whole periods" in fault.advice
+    assert "test_debugging.py:" in fault.place.line
+
+
+class Large(Fine):
+    """A norm whose squares are beyond fp16; the update is skipped in double precision as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x) * 2000
+        return self.b(h / torch.sqrt((h * h).mean(-1, keepdim=True) + 1e-5))
+
+
+def test_inputs_are_not_blamed_for_what_double_precision_does_too() -> None:
+    report = report_of(Large, rewrites=False)
+    assert report.verdict == "departs"
+    assert [fault.rule for fault in report.faults] == ["overflow"]
+
+
 def test_there_is_help_for_every_kind_of_fault() -> None:
     assert set(HELP) == set(RULES)
 
