@@ -101,6 +101,10 @@ def _unary(kind: str) -> Callable[[_Call], str]:
     return lambda c: c.make(kind, c.of("x"))
 
 
+def _sloped(kind: str) -> Callable[[_Call], str]:
+    return lambda c: c.make(kind, c.of("x"), alpha=float(c.value("alpha")))
+
+
 def _reduction(kind: str) -> Callable[[_Call], str]:
     return lambda c: c.make(kind, c.of("x"), c.integers(c.value("axes")), keepdims=int(c.value("keep_dims")))
 
@@ -171,6 +175,9 @@ _OPS: dict[str, Callable[[_Call], str]] = {
     "logical_or": _binary("Or"), "logical_not": _unary("Not"), "abs": _unary("Abs"), "erf": _unary("Erf"),
     "exp": _unary("Exp"), "relu": _unary("Relu"), "sigmoid": _unary("Sigmoid"), "sign": _unary("Sign"),
     "sqrt": _unary("Sqrt"), "tanh": _unary("Tanh"), "identity": _unary("Identity"), "floor": _unary("Floor"),
+    **{kind.lower(): _unary(kind) for kind in "Ceil Cos Sin Tan Atan Softplus Softsign Round".split()},
+    "elu": _sloped("Elu"), "leaky_relu": _sloped("LeakyRelu"),
+    "clip": lambda c: c.make("Clip", c.of("x"), c.of("alpha"), c.of("beta")),
     "square": lambda c: c.make("Mul", c.of("x"), c.of("x")), "rsqrt": _root, "cast": _cast,
     "log": lambda c: c.make("Log", _shifted(c)), "inverse": lambda c: c.make("Reciprocal", _shifted(c)),
     "reduce_max": _reduction("ReduceMax"), "reduce_min": _reduction("ReduceMin"), "matmul": _matmul,

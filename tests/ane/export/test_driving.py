@@ -223,6 +223,30 @@ def test_the_step_in_fp32_trains_as_pytorch_does(format: str, name: str, tmp_pat
     step.close()
 
 
+@pytest.mark.parametrize(
+    ("kind", "parameters", "wanted"),
+    [
+        *((kind, {}, getattr(torch, kind)) for kind in ("ceil", "cos", "sin", "tan", "atan", "round")),
+        ("softplus", {}, nn.functional.softplus), ("softsign", {}, nn.functional.softsign),
+        ("elu", {"alpha": 0.5}, lambda x: nn.functional.elu(x, 0.5)),
+        ("leaky_relu", {"alpha": 0.25}, lambda x: nn.functional.leaky_relu(x, 0.25)),
+        ("clip", {"alpha": -0.5, "beta": 1.5}, lambda x: x.clamp(-0.5, 1.5)),
+    ],
+)  # fmt: skip
+def test_functions_in_onnx_are_pytorchs(
+    kind: str, parameters: dict[str, float], wanted: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    b = Builder()
+    x = b.input("x", TensorType("fp32", (1, 41)))
+    program = b.finish((b.op(kind, x=x, **parameters),))
+    onnx.save(step_model(program, {}), tmp_path / "one.onnx")
+    values = torch.linspace(-4, 4, 41)[None]
+    (got,) = onnx_step.runner(tmp_path / "one.onnx")({"x": values.numpy()}).values()
+    np.testing.assert_allclose(got, wanted(values).numpy(), rtol=1e-6, atol=1e-6)
+
+
 def test_ops_without_a_form_in_onnx_are_named() -> None:
     def one(kind: str, **parameters: int) -> Any:
         b = Builder()
