@@ -195,6 +195,11 @@ def _ends(interval: Interval) -> list[float]:
 def _interval_note(item: ChipEstimate) -> str:
     assert item.cost is not None
     kind, programs = item.cost.kind, item.cost.latency_interval.rows
+    if not programs:
+        return (
+            f"interval: by cross-validation (docs/cost-model.md); of this kind ({kind}) no values are published on "
+            "this path, so that it is that of all programs there"
+        )
     if programs < _FEW:
         few = f"of {programs} programs" if programs != 1 else "of one program"
         return (

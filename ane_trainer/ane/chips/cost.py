@@ -57,7 +57,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Interval:
-    """Where nine of ten published values lie that the fit had not seen, of `rows` of this kind of program."""
+    """Where nine of ten published values lie that the fit had not seen, of `rows` programs of this kind on this path;
+    of none the values of all kinds there count.
+    """
 
     low: float
     high: float
@@ -260,7 +262,8 @@ def _interval(path: str, kind: str, basis: str, quantity: str, value: float) -> 
     table, path = _intervals(), _RATES_OF[path]
     for key in ((path, kind), (path, "any"), ("any", kind), ("any", "any")):
         if (factor := table.get((*key, basis, quantity))) is not None:
-            return Interval(factor.low * value, factor.high * value, factor.rows)
+            rows = factor.rows if key == (path, kind) else 0
+            return Interval(factor.low * value, factor.high * value, rows)
     raise KeyError(quantity)  # the table has a row for any kind of program
 
 

@@ -339,3 +339,18 @@ def test_products_behind_a_relu_take_less_energy_and_no_less_time() -> None:
     assert plain.energy_uj - behind.energy_uj == pytest.approx(saved)
     assert found["relu", "reshape"].energy_uj == behind.energy_uj
     assert behind.latency_us == plain.latency_us
+
+
+def test_an_interval_counts_programs_of_its_own_kind_alone() -> None:
+    """A softmax by the direct path, of which nothing is published, was said to rest on its 74 convolutions."""
+    b = Builder()
+    program = Program((b.finish((b.op("softmax", x=b.input("x", TensorType("fp16", (64, 64))), axis=-1),)),))
+    found = {path: estimate(program, "m4", path) for path in ("e5rt", "direct")}
+    assert found["direct"].kind == found["e5rt"].kind == "softmax"
+    assert found["direct"].latency_interval.rows == 0
+    assert found["e5rt"].latency_interval.rows >= 16
+    assert (
+        found["direct"].latency_interval.low
+        < found["direct"].latency_us
+        < found["direct"].latency_interval.high
+    )
