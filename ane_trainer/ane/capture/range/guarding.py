@@ -35,8 +35,9 @@ from ane_trainer.ane.stages import Captured
 #: on); one of the backward pass if no gradient that is made of it is as large as the third share of it.
 WATCHED, WATCHED_IN_STEPS, SHOWN = 2.0**8, 2.0**9, 0.5
 #: A product of the forward pass whose factors are made of the same values (`x @ x.T`, scores of attention, a square)
-#: grows twice as fast; one that is stored larger than it is, is watched: weights near 0 do not stay so.
-WATCHED_TWICE = 2.0**5
+#: grows twice as fast; one that is stored larger than it is, is watched: weights near 0 do not stay so. Squares of
+#: what the model computes from the second on, of which no loss tells; each place has its value nearest to its limit.
+WATCHED_TWICE, WATCHED_SQUARES, _ALWAYS = 2.0**5, 1.0, 2.0**-30
 #: What goes into a buffer is watched from this magnitude on, through operations that begin with these; a mean of
 #: squares always, as data a few hundred times larger than the example leave fp16 in a variance and nowhere else: of one
 #: that is smaller in the example it is told, and the update, which does not read it, is kept.
@@ -184,15 +185,18 @@ def _forward(
             size.peak * 2.0 ** -exponents.of.get(node, 0) * (2.0 if str(node.target) in CONTRACTIONS else 1.0)
         )
         place = str(node.meta.get(META_KEY, node.name))
-        least = WATCHED if node not in twice else WATCHED_TWICE if exponents.of.get(node, 0) >= 0 else 0.0
-        if stored >= least and stored > best.get(place, (0.0, node))[0]:
-            best[place] = stored, node
+        share = stored / (
+            _ALWAYS if node in twice and exponents.of.get(node, 0) < 0 else twice.get(node, WATCHED)
+        )
+        if share >= 1.0 and share > best.get(place, (0.0, node))[0]:
+            best[place] = share, node
     yield from ((place, node) for place, (_, node) in best.items())
 
 
-def _made_twice(graph: Graph, backward: Collection[Node]) -> set[Node]:
-    """Products both of whose factors grow with the same inputs or weights, and powers; none of a norm's own."""
-    found: set[Node] = set()
+def _made_twice(graph: Graph, backward: Collection[Node]) -> dict[Node, float]:
+    """Products both of whose factors grow with the same inputs or weights, and powers, none of a norm's own; each with
+    the magnitude from which on it is watched."""
+    found: dict[Node, float] = {}
     inputs: dict[Node, int] = {}  # a bit for each input that a value grows with
     for place, node in enumerate(graph.nodes):
         name = str(node.target)
@@ -203,9 +207,12 @@ def _made_twice(graph: Graph, backward: Collection[Node]) -> set[Node]:
             of = of[:1] if name == "aten.div.Tensor" else of
             inputs[node] = functools.reduce(operator.or_, of, 0)
             power = number(node.args[1]) if name == "aten.pow.Tensor_Scalar" else None
-            if DONE not in node.meta and (_share(node, inputs) or is_square(node) or (power or 0.0) > 1.0):
-                found.add(node)
-    return found
+            if is_square(node) or (power or 0.0) > 1.0:
+                in_loss = str(node.meta.get(META_KEY, "")).startswith("loss")
+                found[node] = WATCHED_TWICE if in_loss else WATCHED_SQUARES
+            elif _share(node, inputs):
+                found[node] = WATCHED_TWICE
+    return {node: least for node, least in found.items() if DONE not in node.meta}
 
 
 def _share(node: Node, inputs: Mapping[Node, int]) -> bool:
