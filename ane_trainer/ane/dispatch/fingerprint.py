@@ -1,7 +1,8 @@
 """Detect writes to tensors, also through `.data`, which leaves their version counters as they are.
 
 A fingerprint is read from memory by one compiled loop over all tensors: 32 running products a tensor, each of every
-32nd number, so that any single change shows. Memory is read once, at the speed of memory.
+32nd number, so that any single change shows. Memory is read once, at the speed of memory. The upper half of a product
+goes to its lower half: a product alone carries nothing down, and an even number of changed signs left it as it was.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ane_trainer.ane.simulator.loops.ir import I32, I64, PTR, Function, module
 
 _LANES = 32
 _START, _PRIME = -2128831035, 16777619  # FNV-1a
+_HALF = 16
 
 
 class Fingerprints:
@@ -94,7 +96,8 @@ def _kernel() -> Callable[..., None]:
         whole, place = words & -_LANES, out.at(i * _LANES, I32)
         mixed.set(f.constant(lanes, _START))
         with f.loop(0, whole, _LANES) as j:
-            mixed.set((mixed.value ^ data.at(j, I32).load(lanes)) * _PRIME)
+            product = (mixed.value ^ data.at(j, I32).load(lanes)) * _PRIME
+            mixed.set(product ^ (product >> _HALF))
         place.store(mixed.value)
         with f.loop(whole, words) as j:
             one = place.at(j - whole, I32)

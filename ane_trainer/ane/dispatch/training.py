@@ -114,12 +114,14 @@ class TrainingStep(StepFacts):
         Raises: DataError for a batch that does not fit; UsageError if what is compiled in changed too often.
         """
         check_hooks(self._subject.optimizer, self._loaded.capture.rule)
-        changed = self.follow() or not self.steps
+        loaded, changed = self._loaded, self.follow() or not self.steps
         before = self._draws.get_state()
         draws = torch.Generator().set_state(before)
         feeds = self.feeds(x, y)
         unlike = self._sizes.unlike(self._subject.model if changed else None, (x, y))
         compared = self.options.verifies(self.steps, unlike)
+        if changed or loaded is not self._loaded:
+            self._window.drop()
         whole = self._window.take((x, y), before, compared, self._pending)
         expected = self._expected(x, y, draws, whole) if compared or whole else None
         results = self._run(feeds, before)

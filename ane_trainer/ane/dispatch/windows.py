@@ -40,6 +40,11 @@ class Window:
             self._parts.append(pytree.tree_map_only(torch.Tensor, torch.clone, batch))
         return self._open and len(self._parts) == self.count
 
+    def drop(self) -> None:
+        """Compare the next update instead of this one: the model is no longer that of the batches so far."""
+        self._next |= self._open
+        self._open = False
+
     def mean_loss(self, loss: float) -> float:
         """The mean of the losses so far, of which this is the next."""
         self._losses.append(loss)

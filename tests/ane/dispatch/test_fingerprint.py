@@ -14,12 +14,14 @@ WRITES: dict[str, Callable[[torch.Tensor], object]] = {
     "through .data": lambda t: t.data.clamp_(max=0.5),
     "another memory": lambda t: setattr(t, "data", torch.zeros_like(t)),
     "the smallest step": lambda t: t.data.view(-1)[0:1].copy_(torch.nextafter(t.view(-1)[0:1], torch.tensor(9.0))),
+    "other signs": lambda t: t.neg_(),
+    "twice as large": lambda t: t.data.mul_(2.0),
     "numbers change places": lambda t: t.data.copy_(t.data.flip(0)),
     "NumPy": lambda t: t.numpy().__setitem__(..., 7.0),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(2,), (5, 7), (64, 33), (4, 6, 8)])
+@pytest.mark.parametrize("shape", [(2,), (5, 7), (64, 33), (4, 6, 8), (16, 8)])
 @pytest.mark.parametrize("way", WRITES)
 def test_a_write_is_noticed(way: str, shape: tuple[int, ...]) -> None:
     tensors = {

@@ -74,3 +74,28 @@ def test_an_update_with_a_later_batch_of_another_size_has_the_next_compared() ->
         steps.append(step.agreement.step if step.agreement is not None and step.agreement.updates else 0)
     assert steps[1] == COUNT
     assert steps[-1] == 3 * COUNT
+
+
+def test_a_model_that_changed_between_the_batches_has_the_next_update_compared() -> None:
+    """The gradients of the first batch are those of other weights."""
+    model, found = net(), batches()
+    step = at.compile_step(
+        model,
+        "cross_entropy",
+        torch.optim.SGD(model.parameters(), 0.1),
+        found[0],
+        device="sim",
+        accumulate=COUNT,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(*found[0])
+        with torch.no_grad():
+            model[0].weight.neg_()
+        step(*found[1])
+        assert step.agreement is not None
+        assert step.agreement.updates == {}
+        step(*found[2])
+        step(*found[3])
+    assert step.agreement.step == 2 * COUNT
+    assert step.agreement.updates
