@@ -225,7 +225,7 @@ def test_keras_own_convnet_with_one_line_changed() -> None:
 
 #: `fit` and `fit_keras` from the same start, in the same order: losses of validation and weights, side by side.
 FITTED = """
-import contextlib, io
+import contextlib, io, warnings
 import numpy as np, torch, keras
 from keras import layers
 from sklearn.datasets import load_digits
@@ -266,6 +266,7 @@ logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 falling = keras.optimizers.schedules.CosineDecay(0.2, 12)
 halves = {"a": x[:, :32], "b": x[:, 32:]}
 kept = {"validation_data": (x[:64], labels[:64])}
+kept_rows = {"validation_data": (x[:64], np.eye(10)[labels[:64]])}
 both = {"digit": labels, "number": labels[:, None] / 10}
 cases = {
     "weights of classes": (plain, {"loss": CE, "optimizer": "sgd"}, (x, labels), {"class_weight": {3: 4.0}, **kept}),
@@ -277,6 +278,9 @@ cases = {
                           "optimizer": "nadam", "metrics": {"number": ["mae"]}}, (halves, both),
                 {"validation_split": 0.2}),
     "its own class": (Own, {"loss": logits, "optimizer": keras.optimizers.RMSprop(1e-2)}, (x, labels), kept),
+    "hinge": (lambda: plain("tanh"), {"loss": "hinge", "optimizer": "sgd"}, (x, np.eye(10)[labels]), kept_rows),
+    "cosine": (lambda: plain(None), {"loss": "cosine_similarity", "optimizer": "sgd"}, (x, np.eye(10)[labels]),
+               kept_rows),
     "batches": (lambda: plain(None), {"loss": logits, "optimizer": "adamax"}, (Batches(),), kept),
 }
 for name, (make, given, data, more) in cases.items():
@@ -308,6 +312,10 @@ with contextlib.redirect_stdout(told):
     model.compile("sgd", logits)
     at.fit_keras(model, x, labels, 64, device="sim")  # copies would count in its statistics
 assert "fewer than 64 examples is left out" in told.getvalue(), told.getvalue()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    at.fit_keras(model, x, labels, 64, device="sim", verbose=0)
+assert any("is left out" in str(one.message) for one in caught), caught
 
 refused = (({"optimizer": "lion"}, "Lion"), ({"optimizer": keras.optimizers.SGD(0.1, clipnorm=1.0)}, "clipnorm"))
 for broken, word in refused:

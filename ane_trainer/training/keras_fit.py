@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -52,8 +53,8 @@ def fit_keras(
 
     Arguments are those of Keras: arrays, or structures of them, or batches (x, y) that can be run through again;
     `batch_size` (32), `epochs`, `validation_split` and `validation_data`, `shuffle`, `class_weight`, `sample_weight`,
-    `callbacks`, `verbose` (0: silent). What is left goes to `Trainer`: device, chip, fidelity, seed, ... Loss, metrics
-    and optimizer are those of `compile`; the state of the optimizer goes on in the next `fit_keras` of the same one.
+    `callbacks`, `verbose` (0: warnings alone). What is left goes to `Trainer`: device, chip, fidelity, seed, ... Loss,
+    metrics and optimizer are those of `compile`; the optimizer's state goes on in the next `fit_keras` of the same one.
 
     Returns Keras' `History`: loss, val_loss, and the metrics as val_NAME. On the training data metrics are not
     computed: the program has the loss alone.
@@ -72,7 +73,7 @@ def fit_keras(
         model,
         CompiledLoss(model, weighted),
         own.optimizer,
-        report=Reporter() if verbose == 0 else ConsoleReporter(),
+        report=_Quiet() if verbose == 0 else ConsoleReporter(),
         metrics=CompiledMetrics(model, weighted),
         **{**own.options, **options},
     )
@@ -83,6 +84,14 @@ def fit_keras(
     trainer.fit(train, epochs, val, callbacks=watching)
     trainer.sync()
     return history
+
+
+class _Quiet(Reporter):
+    """Nothing on the terminal; what changes the result, such as a batch that is left out, as a warning of Python."""
+
+    def note(self, topic: str, text: str) -> None:
+        if topic in ("data", "warning"):
+            warnings.warn(f"fit_keras: {text}", stacklevel=3)
 
 
 def _stands_copies(model: KerasModel) -> bool:

@@ -18,6 +18,8 @@ from ane_trainer.ane.capture.ports import Parameter
 
 #: Updates after which the parameters of 0 are looked at.
 _UPDATES = 8.0
+#: The least rate that they are taken to have: one that warms up says nothing of the parameters' later size.
+_LEAST_RATE = 1e-4
 
 
 def calibrate_hidden(
@@ -42,7 +44,8 @@ def after_first_updates(
 ) -> dict[str, torch.Tensor]:
     """Parameters that are 0 as they are after some updates, by name; none where every gradient of the example shows.
 
-    SGD moves by the rate times the gradient, others by about the rate; signs are drawn, by a seed of their own.
+    SGD moves by the rate times the gradient, others by about the rate, which counts as 1e-4 at least; signs are drawn,
+    by a seed of their own.
     """
     trained = [p for p in parameters if p.trained and p.name in calibration.peaks]
     if all(calibration.peaks[p.name] > 0.0 for p in trained):
@@ -52,7 +55,7 @@ def after_first_updates(
     for p in trained:
         peak = calibration.peaks[p.name]
         if peak > 0.0 and p.group is not None and not bool(p.tensor.detach().any()):
-            rate = float(plain(optimizer.param_groups[p.group]).get("lr", 0.0))
+            rate = max(float(plain(optimizer.param_groups[p.group]).get("lr", 0.0)), _LEAST_RATE)
             size = rate * (peak if isinstance(optimizer, torch.optim.SGD) else 1.0)
             moved[p.name] = _UPDATES * size * torch.randn(p.tensor.shape, generator=generator)
     return moved

@@ -49,6 +49,29 @@ def test_the_first_factor_of_an_adapter_trains_as_in_fp32(scale: float) -> None:
     assert (moved - wanted).norm() < 0.05 * wanted.norm()
 
 
+def test_an_adapter_trains_from_a_rate_that_warms_up() -> None:
+    """The parameters of 0 then become much larger than the first rate says."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 32), torch.randint(0, 4, (64,))
+    model = Adapted(1.0)
+    plain, start = copy.deepcopy(model), model.second.weight.detach().clone()
+    ours, theirs = (
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-8) for m in (model, plain)
+    )
+    step = at.compile_step(model, "cross_entropy", ours, (x, y), verify="off")
+    for number in range(40):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, number / 10)
+        step(x, y)
+        theirs.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        theirs.step()
+    step.sync()
+    moved, wanted = model.second.weight - start, plain.second.weight - start
+    assert (moved - wanted).norm() < 0.02 * wanted.norm()
+    assert step.skipped_steps == 0
+
+
 def test_nothing_is_moved_where_every_gradient_shows() -> None:
     model = Adapted(1.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

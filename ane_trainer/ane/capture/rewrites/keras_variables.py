@@ -12,10 +12,12 @@ import copy
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+
+from ane_trainer.ane.capture.trace.torch_private import pytree
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -44,6 +46,30 @@ def own_signature(model: torch.nn.Module) -> inspect.Signature | None:
     signature = inspect.signature(model.call)  # type: ignore[arg-type]
     inputs = [p for name, p in signature.parameters.items() if name not in ("training", "mask")]
     return signature.replace(parameters=inputs)
+
+
+@contextlib.contextmanager
+def both_branches(knows: Callable[[torch.Tensor], bool] | None) -> Iterator[None]:
+    """`keras.ops.cond` on a tensor that `knows` denies takes both branches, and `where` chooses between them.
+
+    So Keras' hinge losses ask of their labels whether they are 0 and 1.
+    """
+    core = sys.modules.get("keras.src.backend.torch.core")
+    if core is None or knows is None:
+        yield
+        return
+    plain = core.cond
+
+    def cond(test: object, yes: Callable[[], object], no: Callable[[], object]) -> object:
+        if not isinstance(test, torch.Tensor) or knows(test):
+            return plain(test, yes, no)
+        return pytree.tree_map(lambda a, b: torch.where(test, a, b), yes(), no())
+
+    core.cond = cond
+    try:
+        yield
+    finally:
+        core.cond = plain
 
 
 @contextlib.contextmanager

@@ -30,6 +30,16 @@ _MOVES = {
     aten.permute.default, aten.expand.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
 }  # fmt: skip
 
+#: Operations of two tensors, and how they are spelled where the second is one number.
+_WITH_NUMBER: dict[object, Callable[..., object]] = {
+    **{op.Tensor: op.Tensor for op in (aten.mul, aten.div, aten.add, aten.sub)},
+    **{op.Tensor: op.Scalar for op in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)},
+    aten.pow.Tensor_Tensor: aten.pow.Tensor_Scalar,
+    aten.maximum.default: aten.clamp.default,
+    aten.minimum.default: aten.clamp.default,
+}
+_COMMUTE = {aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default}
+
 #: Tensors whose content nobody may read: with zeros, a calibration does not take old memory for values.
 _UNWRITTEN = {
     aten.empty.memory_format, aten.empty_permuted.default, aten.empty_strided.default, aten.empty_like.default,
@@ -42,6 +52,7 @@ def simplify(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             _rewrite(node)
+            _spell_number(node)
             _read_whole(node)
             _multiply_one_by_one(node)
             _divide_first(node)
@@ -87,6 +98,36 @@ def _rewrite(node: Node) -> None:
     elif source is not None and node.target is inner_target is aten.permute.default:
         inner, outer = _permutation(source), _permutation(node)
         node.args = (source.args[0], [inner[i] for i in outer])
+
+
+def _spell_number(node: Node) -> None:
+    """`minimum(x, torch.tensor(1e12))` -> `clamp(x, max=1e12)`, and so on: a number fp16 need not hold.
+
+    Autograd's own operations are in the graph already, so what it does where both are equal stays.
+    """
+    spelled = _WITH_NUMBER.get(node.target)
+    if spelled is None:
+        return
+    for place in (1, 0) if node.target in _COMMUTE and not node.kwargs else (1,):
+        other, value = _as_node(node.args[1 - place]), _number_of(node.args[place])
+        if other is None or value is None or shape_of(other) != shape_of(node):
+            continue
+        if dtype_of(other) != dtype_of(node) and dtype_of(node) is not torch.bool:
+            continue
+        least = (None,) if node.target is aten.minimum.default else ()
+        node.target, node.args = spelled, (other, *least, value)
+        return
+
+
+def _number_of(argument: object) -> float | None:
+    """The finite number that a constant of one float is; None for anything else."""
+    node = _as_node(argument)
+    if node is None or node.op != "get_attr":
+        return None
+    held = getattr(node.graph.owning_module, str(node.target), None)
+    if not isinstance(held, torch.Tensor) or held.numel() != 1 or not held.is_floating_point():
+        return None
+    return float(held) if math.isfinite(float(held)) else None
 
 
 def _read_whole(node: Node) -> None:

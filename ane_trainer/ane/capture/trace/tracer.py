@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch.fx import traceback as fx_traceback
 
+from ane_trainer.ane.capture.rewrites.keras_variables import both_branches
 from ane_trainer.ane.capture.rewrites.substitutes import rewriting
 from ane_trainer.ane.capture.trace.memory_reads import MemoryReads
 from ane_trainer.ane.capture.trace.operations import refusal
@@ -83,6 +84,7 @@ def tracing(knows: Callable[[torch.Tensor], bool] | None = None) -> Iterator[Non
             torch.autograd.set_multithreading_enabled(False),
             sdpa_kernel(SDPBackend.MATH),
             rewriting(knows=knows),
+            both_branches(knows),
         ):
             yield
     finally:

@@ -35,6 +35,11 @@ def by_variance(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, unbiased=False, keepdim=True) + 1e-5)
 
 
+def bounded_inverse(x: torch.Tensor) -> torch.Tensor:
+    """As Keras normalizes: a bound that fp16 does not hold, as a tensor."""
+    return x * torch.minimum(torch.rsqrt(x.square().sum(1, keepdim=True)), torch.tensor(1e12))
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm([16, 4, 4]),
     "RMSNorm": lambda: nn.RMSNorm([16, 4, 4], eps=1e-6),
@@ -46,6 +51,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "rms by hand": lambda: Written(rms),
     "std by hand": lambda: Written(standardized),
     "var by hand": lambda: Written(by_variance),
+    "bounded inverse": lambda: Written(bounded_inverse),
 }
 SCALES = (1e-5, 1e-3, 1.0, 256.0, 6e4)
 #: The ends of the range run always.
