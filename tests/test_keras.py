@@ -242,6 +242,9 @@ def plain(head="softmax"):
         layers.Dense(10, activation=head),
     ])
 
+def small():  # gradients of 1e-6 and less, beside which Adam's epsilon counts
+    return keras.Sequential([keras.Input((64,)), layers.Dense(24), layers.Rescaling(1e-4), layers.Dense(10)])
+
 def several():
     first, second = keras.Input((32,), name="a"), keras.Input((32,), name="b")
     hidden = layers.Dense(24, activation="gelu")(layers.Concatenate()([first, second]))
@@ -281,6 +284,8 @@ cases = {
     "hinge": (lambda: plain("tanh"), {"loss": "hinge", "optimizer": "sgd"}, (x, np.eye(10)[labels]), kept_rows),
     "cosine": (lambda: plain(None), {"loss": "cosine_similarity", "optimizer": "sgd"}, (x, np.eye(10)[labels]),
                kept_rows),
+    "small gradients": (small, {"loss": "mse", "optimizer": keras.optimizers.Adam(1e-3, amsgrad=True)},
+                        (x, np.eye(10)[labels]), kept_rows),
     "batches": (lambda: plain(None), {"loss": logits, "optimizer": "adamax"}, (Batches(),), kept),
 }
 for name, (make, given, data, more) in cases.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -130,8 +131,9 @@ class KerasSGD(_OnHost):
 class KerasRate(Callback):
     """Hands on the learning rate of a Keras optimizer, as a schedule or a callback sets it, and counts its steps.
 
-    Keras keeps m = momentum m + lr g, PyTorch's SGD b = momentum b + g and takes lr b: where the rate changes, b is
-    scaled so that lr b stays m.
+    Keras' epsilon of Adam stands beside the root of the second moment before its bias is taken out, PyTorch's behind:
+    1e-7 is 3e-6 there in the first step. Keras keeps m = momentum m + lr g, PyTorch's SGD b = momentum b + g and takes
+    lr b: where the rate changes, b is scaled so that lr b stays m.
     """
 
     def __init__(self, own: KerasModel, optimizer: torch.optim.Optimizer) -> None:
@@ -139,6 +141,10 @@ class KerasRate(Callback):
 
     def on_train_batch_start(self, trainer: Trainer) -> None:
         rate, groups = float(self._own.learning_rate), self._optimizer.param_groups
+        if isinstance(self._optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            for group in groups:
+                bias = 1.0 - group["betas"][1] ** (int(self._own.iterations) + 1)
+                group["eps"] = self._own.epsilon / math.sqrt(bias)
         before = groups[0]["lr"]
         if rate == before:
             return
@@ -151,7 +157,7 @@ class KerasRate(Callback):
             group["lr"] = rate
 
     def on_train_batch_end(self, trainer: Trainer, loss: float) -> None:
-        self._own.iterations.assign_add(1)
+        self._own._iterations.assign_add(1)  # `iterations` is a quotient where gradients accumulate
 
 
 @dataclass(frozen=True)
