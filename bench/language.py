@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--validate", type=int, default=32, help="rows held out that are used")
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of all gradients; 0: none")
     parser.add_argument("--bound", type=float, default=0.01)
     parser.add_argument("--frozen", default="fp16", choices=["fp16", "int8", "int4"])
     parser.add_argument("--fidelity", default="exact", choices=["exact", "fast"])
@@ -95,7 +96,7 @@ def compare(options: argparse.Namespace) -> int:
     start = time.process_time()
     step: Any = at.compile_step(
         own, lambda output, _: model_loss(output), optimizers[0], example=(batch_of(train[: options.rows]), ()),
-        device="sim", fidelity=options.fidelity, threads=1, chip="m4",
+        device="sim", fidelity=options.fidelity, threads=1, chip="m4", clip_grad_norm=options.clip or None,
     )  # fmt: skip
     print(f"compiled in {time.process_time() - start:.1f} s, {len(step.program.main.ops)} ops", flush=True)
     print(f"{'steps':>6}{'fp32':>10}{'engine':>10}{'difference':>12}{'s fp32':>9}{'s engine':>9}", flush=True)
@@ -116,6 +117,8 @@ def compare(options: argparse.Namespace) -> int:
         begun = time.process_time()
         optimizers[1].zero_grad()
         plain(**batch).loss.backward()
+        if options.clip:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), options.clip)
         optimizers[1].step()
         between = time.process_time()
         step(batch, ())

@@ -58,18 +58,19 @@ def both_branches(knows: Callable[[torch.Tensor], bool] | None) -> Iterator[None
     if core is None or knows is None:
         yield
         return
-    plain = core.cond
+    names = vars(core)
+    plain = names["cond"]
 
     def cond(test: object, yes: Callable[[], object], no: Callable[[], object]) -> object:
         if not isinstance(test, torch.Tensor) or knows(test):
             return plain(test, yes, no)
         return pytree.tree_map(lambda a, b: torch.where(test, a, b), yes(), no())
 
-    core.cond = cond
+    names["cond"] = cond
     try:
         yield
     finally:
-        core.cond = plain
+        names["cond"] = plain
 
 
 @contextlib.contextmanager
