@@ -56,6 +56,21 @@ def test_a_loss_inside_has_its_gradients_from_the_first_call_on(factor: float) -
         assert gradients_off(model, reference) < WITHIN
 
 
+@pytest.mark.parametrize(
+    "mean", [lambda d: (d**2).sum() / d.numel(), lambda d: d.abs().mean((1, 2, 3)).mean()]
+)
+def test_a_mean_inside_over_more_numbers_than_fp16_counts(mean: Callable[[Tensor], Tensor]) -> None:
+    """The number of values was cut to 65,504 where nothing else asked for a power of two."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 3, 3, padding=1)
+    reference, x = copy.deepcopy(model), torch.randn(1, 3, 160, 160)
+    assert x.numel() > 65504
+    fast = torch.compile(lambda x: mean(model(x) - x), backend="ane")
+    fast(x).backward()
+    mean(reference(x) - x).backward()
+    assert gradients_off(model, reference) < WITHIN
+
+
 class Norm(nn.Module):
     """Lengths: squares of large numbers leave fp16."""
 

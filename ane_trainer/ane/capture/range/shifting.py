@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -47,6 +47,11 @@ class Shifting(Bands):
         self.changed = False  # whether a node has another form than it had
         self._peaks: set[Node] = set()
         self._shifted: dict[tuple[Node, int], Node] = {}
+
+    def emit(self, target: Callable[..., object], *args: Argument) -> Node:
+        """`target(*args)` as a node; the graph then is another one, also where no value carries an exponent."""
+        self.changed = True
+        return super().emit(target, *args)
 
     def at(self, argument: Argument, exponent: int) -> Argument:
         """A node argument stored with this exponent; a number divided by its power of two."""
