@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from ane_trainer.ane.capture.trace.torch_private import TorchDispatchMode
+from ane_trainer.ane.capture.trace.torch_private import OpOverload, TorchDispatchMode, schema
 from ane_trainer.ane.errors import Finding, UnsupportedModel
 
 #: What `nn.Embedding(max_norm=...)` writes it writes again before each look-up: nothing of it need be kept.
@@ -27,14 +27,14 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
-        func: torch._ops.OpOverload,
+        func: OpOverload,
         types: object,
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        if func._schema.is_mutable and func is not _AGAIN:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
-            for argument in func._schema.arguments:
+        if func is not _AGAIN and (called := schema(func)).is_mutable:
+            given = dict(zip((a.name for a in called.arguments), args, strict=False)) | (kwargs or {})
+            for argument in called.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self.found.update(self._named(given.get(argument.name)))
         return func(*args, **(kwargs or {}))

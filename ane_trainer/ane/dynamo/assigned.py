@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from ane_trainer.ane.dynamo.torch_private import data_of
+
 _OWN = ("_get_data_attr", "detach", "view", "t", "transpose", "permute", "__getitem__", "getitem", "reshape")
 
 
@@ -25,7 +27,7 @@ def as_writes(module: GraphModule) -> GraphModule:
         if not isinstance(x, Node) or not isinstance(value, Node) or not _alike(x, value) or _is_own(value):
             continue
         with graph.inserting_before(node):
-            held = graph.call_function(torch._C._autograd._get_data_attr, (x,))  # type: ignore[attr-defined]
+            held = graph.call_function(data_of, (x,))
             written = graph.call_method("copy_", (held, value))
         held.meta = written.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
         for user in list(node.users):  # Dynamo hides the write from the version count

@@ -32,6 +32,7 @@ __all__ = [
     "changed_inputs",
     "compile_id",
     "compiles_for",
+    "data_of",
     "default_partition",
     "expression",
     "failure",
@@ -56,6 +57,8 @@ make_boxed_func: Callable[[Callable[..., list[object]]], Callable[..., object]] 
     functorch.compile.make_boxed_func
 )
 aot_module_simplified: Callable[..., Callable[..., object]] = functorch.compile.aot_module_simplified
+#: `x.data`, as Dynamo's graphs spell it.
+data_of: Callable[[torch.Tensor], torch.Tensor] = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 default_partition: Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModule]] = (
     functorch.compile.default_partition
 )
