@@ -213,8 +213,13 @@ def call_aside(model: torch.nn.Module, tensors: Mapping[str, Any], x: object) ->
 
 def call_on_copies(model: torch.nn.Module, x: object) -> object:
     """`model(x)` on copies of its parameters and buffers, which a forward may write to."""
+    return call_aside(model, state_copies(model), x)
+
+
+def state_copies(model: torch.nn.Module) -> Tensors:
+    """Copies of all parameters and buffers, for a call that may write to them."""
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return call_aside(model, values | copies(model, with_sparse=True), x)
+    return values | copies(model, with_sparse=True)
 
 
 def _arguments(model: torch.nn.Module, x: object) -> tuple[tuple[object, ...], dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 
 from ane_trainer.ane.capture import get_loss
 from ane_trainer.ane.capture.batches import program_form
-from ane_trainer.ane.capture.calibrate import call_aside, call_loss, copies, module_mode
+from ane_trainer.ane.capture.calibrate import call_aside, call_loss, module_mode, state_copies
 from ane_trainer.ane.capture.gradients import GradientOptions
 from ane_trainer.ane.capture.randomness import drawn_by
 from ane_trainer.ane.capture.range.departure import Departure, Rounded
@@ -183,7 +183,7 @@ def nan_in_pytorch(subject: Subject, x: object, y: object) -> bool:
     The model and PyTorch's generator are left as they were.
     """
     model = subject.model
-    own = {name: p.detach().clone() for name, p in model.named_parameters()} | copies(model, with_sparse=True)
+    own = state_copies(model)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), module_mode(model, training=True):
             with drawn_by(torch.Generator()):

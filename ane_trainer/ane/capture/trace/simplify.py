@@ -127,7 +127,8 @@ def _number_of(argument: object) -> float | None:
     held = getattr(node.graph.owning_module, str(node.target), None)
     if not isinstance(held, torch.Tensor) or held.numel() != 1 or not held.is_floating_point():
         return None
-    return float(held) if math.isfinite(float(held)) else None
+    value = float(held)
+    return value if math.isfinite(value) else None
 
 
 def _read_whole(node: Node) -> None:
