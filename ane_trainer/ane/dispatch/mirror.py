@@ -84,8 +84,7 @@ class Mirror:
         precision: str = "fp16",
         changes: BufferChanges = BufferChanges(),  # noqa: B008  (immutable)
     ) -> None:
-        self._range = RANGES[precision]
-        self._session, self._optimizer = session, optimizer
+        self._range, self._session, self._optimizer = RANGES[precision], session, optimizer
         self._ports = {port.target: port for port in ports if port.role == "state"}
         self._rule = rule
         found = find_parameters(model, optimizer)
@@ -364,7 +363,8 @@ class Mirror:
 
     def _slots(self) -> list[tuple[Parameter, Mapping[str, Any], tuple[Slot, ...]]]:
         """By parameter, its settings and what the program keeps of it: not what settings of just now would add."""
-        found = [(p, self._optimizer.param_groups[p.group or 0]) for p in self._trained]
+        groups = {id(t): group for group in self._optimizer.param_groups for t in group["params"]}
+        found = [(p, groups[id(p.tensor)]) for p in self._trained if id(p.tensor) in groups]
         every = [(p, g, self._rule.slots(g, tuple(p.tensor.shape) or (1,))) for p, g in found]
         return [(p, g, tuple(s for s in of if f"{p.name}/{s.name}" in self._ports)) for p, g, of in every]
 

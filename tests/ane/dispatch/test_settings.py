@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
+from ane_trainer.ane.errors import UsageError
 
 Optimizer = torch.optim.Optimizer
 
@@ -28,11 +29,20 @@ def _all_trained(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.add_param_group({"params": [p for p in model.parameters() if id(p) not in known], "lr": 1e-2})
 
 
+def _one_group_less(model: nn.Module, optimizer: Optimizer) -> None:
+    optimizer.param_groups.pop(0)
+
+
+def _groups(m: nn.Module) -> list[dict[str, object]]:
+    return [{"params": list(layer.parameters())} for layer in m.children() if list(layer.parameters())]
+
+
 CASES: dict[str, tuple[Callable[[nn.Module], Optimizer], Callable[[nn.Module, Optimizer], None]]] = {
     "weight decay": (lambda m: torch.optim.Adam(m.parameters(), 1e-2), _set(weight_decay=0.1)),
     "momentum": (lambda m: torch.optim.SGD(m.parameters(), 0.1), _set(momentum=0.9)),
     "no momentum": (lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9), _set(momentum=0.0)),
     "maximize": (lambda m: torch.optim.Adam(m.parameters(), 1e-2), _set(maximize=True)),
+    "one group less": (lambda m: torch.optim.SGD(_groups(m), 0.1, momentum=0.5), _one_group_less),
     "a group": (lambda m: torch.optim.Adam(list(m.parameters())[2:], 1e-2), _all_trained),
 }
 
@@ -59,7 +69,7 @@ def test_the_next_steps_are_pytorchs(name: str) -> None:
     step.sync()
     assert step.compiles == 2
     for got, want, start in zip(model.parameters(), twin.parameters(), before, strict=True):
-        assert float((got - want).detach().norm()) < 0.02 * float((want - start).detach().norm())
+        assert float((got - want).detach().norm()) < 0.02 * float((want - start).detach().norm()) + 1e-4
 
 
 def _momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -99,3 +109,46 @@ def test_what_changes_together_with_a_setting_counts(setting: dict[str, object],
     step.sync()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert (a - b).norm() < 2e-3 * b.norm()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: torch.optim.Adam(m.parameters(), 1e-3, betas=(0.0, 0.0)),
+        lambda m: torch.optim.RMSprop(m.parameters(), 1e-3, alpha=0.0),
+    ],
+)
+def test_squares_that_nothing_is_kept_of_are_those_of_the_last_gradient(
+    make: Callable[[nn.Module], Optimizer],
+) -> None:
+    """A gradient a hundred times smaller than the one before was divided by what rounding left of that one."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(16, 6), torch.randn(16, 3)
+    optimizer, other = make(model), make(twin)
+    step = at.compile_step(model, lambda o, t: ((o - t[0]) * t[1]).square().sum(), optimizer, (x, (y, torch.ones(1))),
+                           device="sim", verify="off")  # fmt: skip
+    for factor in (1.0, 0.1, 0.1):
+        size = torch.full((1,), factor)
+        step(x, (y, size))
+        before = [p.detach().clone() for p in twin.parameters()]
+        other.zero_grad()
+        ((twin(x) - y) * size).square().sum().backward()
+        other.step()
+    step.sync()
+    for got, want, start in zip(model.parameters(), twin.parameters(), before, strict=True):
+        assert float((got - want).detach().norm()) < 0.05 * float((want - start).detach().norm())
+
+
+def test_a_step_of_0_beside_moments_is_refused() -> None:
+    model, x, y = nn.Linear(4, 2), torch.randn(8, 4), torch.randn(8, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    step = at.compile_step(model, "mse", optimizer, (x, y), device="sim", verify="off")
+    step(x, y)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    with pytest.raises(UsageError, match="Clear the whole state"):
+        step(x, y)
+    optimizer.state.clear()
+    assert float(step(x, y)) > 0.0

@@ -26,6 +26,7 @@ from ane_trainer.ane.capture.optimizers.rule import (
     coupled_decay,
     decay_scalars,
     denominator,
+    forgets_at_once,
     root_epsilon,
     root_mean_square,
     split,
@@ -92,7 +93,7 @@ def _unit_range(group: Group) -> tuple[float, float]:
 
 
 def _compiled(group: Group) -> tuple[object, ...]:
-    return bool(group["weight_decay"]), _decoupled(group), group.get("maximize")
+    return bool(group["weight_decay"]), _decoupled(group), group.get("maximize"), forgets_at_once(group)
 
 
 _GATED = frozenset({"rate", "forget", "forget_sq", "admit_sq", "decay"})

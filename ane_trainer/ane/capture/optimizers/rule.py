@@ -43,6 +43,8 @@ LEAST_ROOTS = {"fp16": 2.0**-12, "fp32": 0.0}
 #: Least denominator where the largest entry or the norm of a tensor is one: fp16's smallest number.
 LEAST = 2.0**-24
 _LARGEST_SUM = 2.0**15
+#: Squares of which no more than this is kept are forgotten at once.
+_SHORT = 2.0**-5
 #: Momentum sums gradients, so they end well below fp16's range.
 _LARGEST_GRADIENT = 2.0**11
 
@@ -156,12 +158,21 @@ def average_square(u: Update, name: str, root: torch.Tensor, new: Slots, ports: 
     """v += forget_sq * (root^2 - v) in two terms, into `new`; returns v. The ports: see `square_scalars`."""
     v = u.slots[name]
     scaled = root * u.scalars[f"{ports}admit_sq"]
-    change = scaled * scaled - v * u.scalars[f"{ports}forget_sq"]
-    v, new[f"{name}/{RESIDUAL}"] = two_term_add(
-        v, u.slots[f"{name}/{RESIDUAL}"], change, SQUARE_RESIDUAL_SCALE
-    )
+    rest, forgotten = u.slots[f"{name}/{RESIDUAL}"], v * u.scalars[f"{ports}forget_sq"]
+    if forgets_at_once(u.group):  # a new square far below the old one would be lost in their difference
+        v, rest = two_term_add(v, rest, -forgotten, SQUARE_RESIDUAL_SCALE)
+        change = scaled * scaled
+    else:
+        change = scaled * scaled - forgotten
+    v, new[f"{name}/{RESIDUAL}"] = two_term_add(v, rest, change, SQUARE_RESIDUAL_SCALE)
     new[name] = v
     return v
+
+
+def forgets_at_once(group: Group) -> bool:
+    """Whether next to nothing is kept of earlier squares: betas of (0.9, 0), an alpha of 0."""
+    last = group.get("alpha", group.get("rho", group.get("betas", (1.0, 1.0))[1]))
+    return float(last) < _SHORT
 
 
 def coupled_decay(u: Update) -> torch.Tensor:

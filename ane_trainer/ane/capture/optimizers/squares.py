@@ -23,6 +23,7 @@ from ane_trainer.ane.capture.optimizers.rule import (
     coupled_decay,
     decay_scalars,
     denominator,
+    forgets_at_once,
     root_epsilon,
     root_mean_square,
     square_scalars,
@@ -40,7 +41,7 @@ _GATED = frozenset({"rate", "forget_sq", "admit_sq"})
 
 
 def _compiled(group: Group) -> tuple[object, ...]:
-    return bool(group["weight_decay"]), group["maximize"]
+    return bool(group["weight_decay"]), group["maximize"], forgets_at_once(group)
 
 
 # -- RMSprop: means are kept corrected for their bias, which the scalars put back
@@ -101,10 +102,8 @@ RMSPROP = Rule(
         **decay_scalars(group, unit),
     },
     gated=_GATED | {"forget", "admit", "forget_buffer"},
-    compiled=lambda group: (
-        bool(group["momentum"]), group["centered"], bool(group["weight_decay"]), group["maximize"],
-    ),
-)  # fmt: skip
+    compiled=lambda group: (bool(group["momentum"]), group["centered"], *_compiled(group)),
+)
 
 # -- Adagrad: the mean of the squares is kept instead of their sum, which leaves fp16
 

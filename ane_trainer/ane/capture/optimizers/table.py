@@ -256,7 +256,16 @@ def plain(group: Mapping[str, object]) -> Group:
 
 
 def check_counters(name: str, state: Mapping[str, object], wanted: Mapping[str, float]) -> None:
-    """UsageError for a number of the state that does not follow from its step: NAdam's product, set by hand."""
+    """UsageError for a number of the state that does not follow from its step: NAdam's product, set by hand.
+
+    So for a step of 0 beside moments, which nothing corrects for their bias.
+    """
+    moments = [v for v in state.values() if isinstance(v, torch.Tensor) and v.dim()]
+    if wanted.get("step") and not state.get("step", 1) and any(bool(v.any()) for v in moments):
+        raise UsageError(
+            f"optimizer.state: needs a step of {name} that its moments follow from; got 0 beside other numbers. Clear "
+            'the whole state, or compile with optimizer_on="host".'
+        )
     for key, number in wanted.items():
         given = state.get(key)
         if key == "step" or not isinstance(given, (int, float, torch.Tensor)):
