@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ane_trainer.ane.capture.trace.moves import CAST, TAKEN
 from ane_trainer.ane.capture.trace.torch_private import (
     Decompositions,
     OpOverload,
@@ -24,11 +25,8 @@ from ane_trainer.ane.capture.trace.torch_private import (
 aten = torch.ops.aten
 
 #: Linear in the first argument.
-_IN_FIRST = frozenset((
-    aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.expand.default, aten.clone.default,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
-    aten.select.int, aten.detach.default, aten.alias.default, aten.neg.default, aten.sum.default,
-    aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.to.dtype, aten._to_copy.default,
+_IN_FIRST = CAST | TAKEN | frozenset((
+    aten.neg.default, aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.to.dtype,
     aten.div.Tensor, aten.div.Scalar, aten.convolution_backward.default, aten.threshold_backward.default,
     aten.gelu_backward.default, aten._log_softmax_backward_data.default, aten.nll_loss_backward.default,
     aten.nll_loss2d_backward.default, aten.max_pool2d_with_indices_backward.default,

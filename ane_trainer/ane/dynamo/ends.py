@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ane_trainer.ane.capture.trace.moves import TAKEN
 from ane_trainer.ane.dynamo.parts import ancestors, part_of
 
 aten = torch.ops.aten
@@ -26,15 +27,9 @@ aten = torch.ops.aten
 HOST = "ane_host_end"
 
 _LAST = (aten.sigmoid.default, aten._softmax.default, aten.tanh.default)
-_VIEWS = (
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.unsqueeze.default, aten.permute.default, aten.t.default, aten.transpose.int,
-    aten.expand.default, aten.alias.default, aten.detach.default, aten.clone.default, aten.select.int,
-    aten.slice.Tensor,
-)  # fmt: skip
 #: What may follow the last activation; each operand that is a tensor follows from one, too.
 _FOLLOWING = (
-    *_VIEWS, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.add.Tensor, aten.sub.Tensor,
+    *TAKEN, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.add.Tensor, aten.sub.Tensor,
     aten.rsub.Scalar, aten.neg.default, aten.cat.default, aten._to_copy.default, aten.log.default,
 )  # fmt: skip
 _TIMES = (aten.mul.Tensor, aten.div.Tensor)
@@ -164,7 +159,7 @@ def _is_last(node: Node) -> bool:
     if node.target not in _LAST:
         return False
     source = node.all_input_nodes[0]
-    while source.op == "call_function" and source.target in _VIEWS:
+    while source.op == "call_function" and source.target in TAKEN:
         source = source.all_input_nodes[0]
     return source.op == "call_function"
 

@@ -7,13 +7,12 @@ from collections.abc import Container, Iterable, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-#: Views of tensors in order, which the programs have and PyTorch may not.
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+from ane_trainer.ane.capture.trace.moves import VIEWS
 
 
 def reshape_views(node: Node) -> None:
     """Let a view that PyTorch is to run take a tensor in any order: what made its own contiguous may be gone."""
-    if node.target in _VIEWS:
+    if node.target in VIEWS:
         node.target = torch.ops.aten.reshape.default
 
 

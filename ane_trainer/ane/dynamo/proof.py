@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.range.calibration import Measured
 from ane_trainer.ane.capture.range.departure import Eleven, Exactly, Half, run_all, without_masks
-from ane_trainer.ane.capture.range.running import VIEWS, InOrder
+from ane_trainer.ane.capture.range.running import InOrder
+from ane_trainer.ane.capture.trace.moves import RESHAPED
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.mil.program import MAX_FP16
@@ -107,7 +108,7 @@ class ExactGraph(Exactly, WholeGraph):
 
     def terms_of(self, node: Node) -> float:
         """The norm of the sums of magnitudes, for a sum in any shape; 0 for other nodes."""
-        while node.op == "call_function" and node.target in VIEWS:
+        while node.op == "call_function" and node.target in RESHAPED:
             node = node.all_input_nodes[0]
         return self._terms.get(node, 0.0)
 

@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from ane_trainer.ane.capture.range.choosing import Choices, parts_of
 from ane_trainer.ane.capture.range.editing import TINY, aten, in_update
-from ane_trainer.ane.capture.range.running import VIEWS, InOrder, in_step
+from ane_trainer.ane.capture.range.running import InOrder, in_step
+from ane_trainer.ane.capture.trace.moves import MOVED, TAKEN
 
 
 @dataclass(frozen=True)
@@ -140,18 +141,6 @@ def measure(tensor: torch.Tensor, alike: float = _ALIKE, fewest: int = 2) -> Mag
 #: The mean square of numbers up to here and down to its inverse needs no other unit in float32.
 _SQUARABLE = 1e-12
 
-#: Operations whose result has the entries of the first operand, in another order or place.
-_MOVES = frozenset((*VIEWS[:2], aten.t.default, aten.transpose.int, aten.permute.default, aten.clone.default,
-                    aten.unsqueeze.default, aten.detach.default, aten.alias.default))  # fmt: skip
-
-
-_PARTS = _MOVES | {
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.expand.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-}
 #: Types of which nothing is large.
 _SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)
 #: Prefix of the names of computed integers that are noted: those from the second on.
@@ -160,7 +149,7 @@ INTEGERS, LEAST_INTEGER = "integers/", 2.0**8
 
 def _fed(node: Node) -> bool:
     """Whether a node is an input, or a part of one in another shape: those are held to the range of their port."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1 and node.target in _PARTS:
+    while node.op == "call_function" and len(node.all_input_nodes) == 1 and node.target in TAKEN:
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 
@@ -193,7 +182,7 @@ class Measured(InOrder):
             and isinstance(result, torch.Tensor)
             and result.is_floating_point()
         ):
-            source = n.args[0] if n.target in _MOVES else None
+            source = n.args[0] if n.target in MOVED else None
             known = self.found.get(source.name) if isinstance(source, Node) else None
             self.found[n.name] = known or measure(result, *self.infinite(n))
             self._fills(n)
@@ -219,7 +208,7 @@ class Measured(InOrder):
             size = self.found.get(operand.name)
             while size is not None and _is_fill(size):
                 self.found[operand.name] = Magnitude(0.0, 0.0, 0.0, masked=True)
-                if operand.op != "call_function" or operand.target not in _PARTS or len(operand.users) > 1:
+                if operand.op != "call_function" or operand.target not in TAKEN or len(operand.users) > 1:
                     break
                 operand = operand.all_input_nodes[0]
                 size = self.found.get(operand.name)

@@ -27,7 +27,8 @@ from ane_trainer.ane.capture.range.editing import (
     number,
     shape_of,
 )
-from ane_trainer.ane.capture.range.softmaxes import COPIES, SUMS, masked_gradient, softmax_gradient
+from ane_trainer.ane.capture.range.softmaxes import SUMS, masked_gradient, softmax_gradient
+from ane_trainer.ane.capture.trace.moves import CAST, PERMUTED, RESHAPED
 
 #: Names of an axis beside others: equal ones run together and have one extent. None: an extent of 1.
 Label = Hashable
@@ -41,18 +42,13 @@ _MOST_TERMS, _DEEPEST = 48, 300
 _EQUAL = 1e-9
 _SUMMED = "summed"
 
-_SHAPED = (
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.squeeze.default,
-)  # fmt: skip
-_PERMUTED = (aten.permute.default, aten.t.default, aten.transpose.int)
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 _ADDED = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 _SOFTMAX = (
     aten._softmax.default, aten._softmax_backward_data.default, aten._log_softmax_backward_data.default,
 )  # fmt: skip
 #: Operations through which a gradient reaches the update.
-_ONWARD = (*COPIES, *_SHAPED, *_PERMUTED, *_ADDED, *_PRODUCTS, aten.neg.default, aten.expand.default)
+_ONWARD = (*CAST, *RESHAPED, *PERMUTED, *_ADDED, *_PRODUCTS, aten.neg.default, aten.expand.default)
 
 
 def drop_cancelled(graph: Graph) -> int:
@@ -310,14 +306,14 @@ class Sums:
 
 
 _RULES: dict[Callable[..., object], Callable[[Sums, Node, Labels, frozenset[Label]], Terms | None]] = {
-    **dict.fromkeys(COPIES, Sums._same),
+    **dict.fromkeys(CAST, Sums._same),
     aten.neg.default: Sums._negative,
     **dict.fromkeys(_ADDED, Sums._added),
     **dict.fromkeys(_PRODUCTS, Sums._product),
     **dict.fromkeys((*SUMS, aten.mean.default, aten.mean.dim), Sums._total),
     aten.expand.default: Sums._expanded,
-    **dict.fromkeys(_PERMUTED, Sums._permuted),
-    **dict.fromkeys(_SHAPED, Sums._reshaped),
+    **dict.fromkeys(PERMUTED, Sums._permuted),
+    **dict.fromkeys(RESHAPED, Sums._reshaped),
     **dict.fromkeys(_SOFTMAX, Sums._softmax),
     **dict.fromkeys((aten.mm.default, aten.bmm.default), Sums._matrix_product),
     aten.full.default: Sums._constant,

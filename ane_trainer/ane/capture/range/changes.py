@@ -15,13 +15,11 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from ane_trainer.ane.capture.range.editing import Editor, aten, is_float, number, shape_of
+from ane_trainer.ane.capture.trace.moves import CAST, RESHAPED
 from ane_trainer.ane.capture.trace.sources import META_KEY
 
 #: Operations that give their operand's numbers, in this or another shape.
-_SAME = (
-    aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default, aten.view.default,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-)  # fmt: skip
+_SAME = CAST | RESHAPED
 #: A factor this far from 1 makes a new value of the old one, not a change of it.
 _LARGEST_DECAY = 0.5
 

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument, map_arg
 
 from ane_trainer.ane.capture.range.editing import Editor, aten, in_update, is_float, shape_of
+from ane_trainer.ane.capture.trace.moves import SPREAD
 
 #: Sums of fewer numbers stay as they are.
 _FEW = 2048
@@ -28,9 +29,7 @@ _COMPARISONS = tuple(getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "
 _ALIKE = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar,
     aten.neg.default, aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
-    aten.maximum.default, aten.minimum.default, aten.view.default, aten._unsafe_view.default, aten.expand.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.clone.default,
-    aten.alias.default, aten.detach.default, aten.where.self,
+    aten.maximum.default, aten.minimum.default, aten.where.self, *SPREAD,
 )  # fmt: skip
 
 

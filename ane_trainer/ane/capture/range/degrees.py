@@ -21,6 +21,7 @@ from torch.fx.node import Argument
 
 from ane_trainer.ane.capture.range.editing import Editor, aten, in_update, is_float, number, shape_of
 from ane_trainer.ane.capture.scaling import SCALING
+from ane_trainer.ane.capture.trace.moves import CAST, TAKEN
 from ane_trainer.ane.stages import Port
 
 #: Functions of one tensor whose gradient has to be in its own unit.
@@ -57,8 +58,9 @@ _SHAPED_ALIKE = (
     aten.new_zeros.default, aten.new_full.default, aten.new_ones.default, aten.new_empty.default,
 )  # fmt: skip
 #: Operations whose result is 0 where the first operand is.
-_MOVES = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten._to_copy.default, aten.clone.default,
-          aten.convolution_backward.default, operator.getitem, aten.mul.Tensor, aten.mm.default)  # fmt: skip
+_ZERO_OF_ZERO = CAST | TAKEN | {
+    aten.convolution_backward.default, operator.getitem, aten.mul.Tensor, aten.mm.default,
+}  # fmt: skip
 _FILLS = (aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.zeros.default,
           aten.zeros_like.default, aten.new_zeros.default)  # fmt: skip
 
@@ -213,7 +215,9 @@ class _Degrees:
 def _is_zero(node: Node) -> bool:
     """Whether a value is 0, in any unit."""
     if node.op != "call_function" or node.target not in _FILLS:
-        return node.op == "call_function" and node.target in _MOVES and _is_zero(node.all_input_nodes[0])
+        return (
+            node.op == "call_function" and node.target in _ZERO_OF_ZERO and _is_zero(node.all_input_nodes[0])
+        )
     if "zeros" in str(node.target):
         return True
     value = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]

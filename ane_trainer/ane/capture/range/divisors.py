@@ -20,6 +20,7 @@ from ane_trainer.ane.capture.range.bands import LARGEST
 from ane_trainer.ane.capture.range.calibration import Magnitude
 from ane_trainer.ane.capture.range.editing import aten, in_update, shape_of
 from ane_trainer.ane.capture.range.shifting import Shifting
+from ane_trainer.ane.capture.trace.moves import SPREAD
 
 #: The least divisor whose reciprocal fp16 holds, and the one to which lesser ones are brought: no further, since the
 #: reciprocals of the large ones become small.
@@ -28,13 +29,6 @@ _LEAST, _WANTED = 2.0**-15, 2.0**-14
 _BESIDE = 2.0**7
 
 
-_MOVES = (
-    aten.view.default,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.squeeze.dims,
-)
 _PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -73,7 +67,7 @@ def _lower(sizes: dict[str, Magnitude], node: Node, least: float) -> None:
         if isinstance(factor, Node) and math.prod(shape_of(factor)) == 1 and _peak(sizes, factor):
             by = _peak(sizes, factor)
             least = least * by if node.target is aten.div.Tensor else least / by
-        elif node.target not in _MOVES:
+        elif node.target not in SPREAD:
             return
         node = node.all_input_nodes[0]
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 from ane_trainer.ane.capture.range.editing import aten, in_update, is_float, number
 from ane_trainer.ane.capture.range.exponents import Exponents
 from ane_trainer.ane.capture.range.norms import centred
+from ane_trainer.ane.capture.trace.moves import CAST, TAKEN
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.errors import NumericsWarning
 from ane_trainer.ane.stages import Captured, Port
@@ -22,8 +23,7 @@ _BORNE, _BORNE_WITHIN = 0.1, 0.2
 _LARGE = 2048.0
 #: A step of fp16, relative.
 _STEP = 2.0**-11
-_SAME = (aten._to_copy.default, aten.view.default, aten.unsqueeze.default, aten.expand.default,
-         aten.permute.default, aten.slice.Tensor, aten.select.int, aten.clone.default)  # fmt: skip
+_SAME = CAST | TAKEN
 _DIFFERENCES = ("aten.sub.", "aten.add.", "aten.rsub.")
 
 

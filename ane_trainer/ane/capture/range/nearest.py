@@ -21,17 +21,13 @@ from torch.fx import Graph, Node
 
 from ane_trainer.ane.capture.range.editing import Editor, aten, dims_of, number, shape_of
 from ane_trainer.ane.capture.range.norms import squared
+from ane_trainer.ane.capture.trace.moves import SPREAD
 
 #: Meta key of distances that were looked at: a graph may come twice (before and after it is partitioned).
 DONE = "ane_nearest"
 
 _LEAST = (aten.argmin.default, aten.min.dim)
 _MOST = (aten.argmax.default, aten.max.dim)
-_MOVES = (
-    aten.view.default, aten.unsqueeze.default, aten.expand.default, aten.permute.default, aten.t.default,
-    aten.transpose.int, aten.squeeze.dim, aten.squeeze.dims, aten.clone.default, aten.detach.default,
-    aten.alias.default,
-)  # fmt: skip
 #: Functions that keep the order of distances.
 _RISING = (aten.sqrt.default, aten.clamp_min.default, aten.clamp.default, aten.relu.default)
 _SUMS, _TIMES = (aten.add.Tensor, aten.sub.Tensor), (aten.mul.Tensor, aten.div.Tensor)
@@ -103,7 +99,7 @@ def _terms(node: Node, factor: float) -> Iterator[tuple[Node | None, float]]:
                 yield from _terms(term, -factor if place and node.target is aten.sub.Tensor else factor)
     elif _factor(node) is not None:
         yield from _terms(node.all_input_nodes[0], factor * (_factor(node) or 1.0))
-    elif node.target in _MOVES and not _is_row(node):
+    elif node.target in SPREAD and not _is_row(node):
         yield from _terms(node.all_input_nodes[0], factor)
     elif not _is_row(node):
         yield node, factor
@@ -130,7 +126,7 @@ def _row(product: Node) -> tuple[Node, float]:
     """The rows that codes are compared with, and what they are multiplied by."""
     row, factor = product.args[0], 1.0
     assert isinstance(row, Node)
-    while row.target in _MOVES or _factor(row) is not None:
+    while row.target in SPREAD or _factor(row) is not None:
         factor *= _factor(row) or 1.0
         row = row.all_input_nodes[0]
     return row, factor
@@ -140,7 +136,7 @@ def _chain(node: object) -> list[Node]:
     """What a node is a view of, then the views up to it."""
     assert isinstance(node, Node)
     found = [node]
-    while found[0].op == "call_function" and found[0].target in _MOVES:
+    while found[0].op == "call_function" and found[0].target in SPREAD:
         found.insert(0, found[0].all_input_nodes[0])
     return found
 

@@ -15,14 +15,14 @@ from ane_trainer.ane.capture.range.editing import (
     number,
     shape_of,
 )
+from ane_trainer.ane.capture.trace.moves import SPREAD, TAKEN
 
 _ROOTS = (aten.sqrt.default, aten.rsqrt.default)
 REDUCTIONS = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
 _SHARED = (*REDUCTIONS, aten.sub.Tensor, aten.mul.Tensor, aten.view.default, aten.expand.default)
 _PASSED = (
-    *REDUCTIONS, aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.clamp.default, aten.clamp_min.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar,
-    aten.add.Tensor, aten.add.Scalar, aten.alias.default, aten.maximum.default,
+    *REDUCTIONS, *TAKEN, aten.clamp.default, aten.clamp_min.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
+    aten.div.Scalar, aten.add.Tensor, aten.add.Scalar, aten.maximum.default,
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def centred(c: Node) -> Node | None:
     if c.target is not aten.sub.Tensor or not isinstance(c.args[1], Node):
         return None
     mean, source = c.args[1], c.args[0]
-    while mean.target in (aten.view.default, aten.expand.default) and isinstance(mean.args[0], Node):
+    while mean.target in SPREAD and isinstance(mean.args[0], Node):
         mean = mean.args[0]
     return source if isinstance(source, Node) and dims_of(mean) and mean.args[0] is source else None
 

@@ -14,7 +14,7 @@ from ane_trainer.ane.capture.range.editing import in_update
 aten = torch.ops.aten
 
 #: Views that need their operand in the order of its axes.
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
+_IN_ORDER = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
 
 
 class InOrder(Interpreter):
@@ -22,7 +22,7 @@ class InOrder(Interpreter):
 
     def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
         """One operation."""
-        if target in VIEWS:
+        if target in _IN_ORDER:
             args = (args[0].contiguous(), *args[1:])
         return super().call_function(target, args, kwargs)
 

@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from ane_trainer.ane.capture.range.editing import aten, dims_of, number, shape_of
 from ane_trainer.ane.capture.range.norms import is_zero
+from ane_trainer.ane.capture.trace.moves import CAST
 
-COPIES = (aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default)
 SUMS = (aten.sum.default, aten.sum.dim_IntList)
 
 
@@ -86,6 +86,6 @@ def _softmax_in_rows(node: Node, axis: int) -> Node | None:
 
 def _unwrapped(argument: object) -> Node | None:
     """A node without the copies and detached forms around it."""
-    while isinstance(argument, Node) and argument.target in COPIES:
+    while isinstance(argument, Node) and argument.target in CAST:
         argument = argument.args[0]
     return argument if isinstance(argument, Node) and argument.op == "call_function" else None

@@ -14,12 +14,9 @@ import torch
 from torch.fx import Graph, Node
 
 from ane_trainer.ane.capture.range.editing import aten, is_float
+from ane_trainer.ane.capture.trace.moves import TAKEN
 from ane_trainer.ane.mil.program import MAX_FP16
 
-#: Operations that give their first operand's numbers on.
-_MOVES = frozenset((aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
-                    aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.expand.default, aten.clone.default,
-                    aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.select.int))  # fmt: skip
 #: Operations with floats whose results are off by as much as their operands.
 _LINEAR = (
     "aten.add.",
@@ -70,7 +67,7 @@ def _readers(node: Node) -> tuple[list[Node] | None, list[Node]]:
         for user in source.users:
             if user.target is aten._to_copy.default and is_float(user):
                 turned.append(user)
-            elif user.target in _MOVES:
+            elif user.target in TAKEN:
                 waiting.append(user)
             else:
                 return None, []
@@ -89,6 +86,6 @@ def _exact(node: Node) -> bool:
             name = str(user.target)
             if name.startswith(_PERIODIC) or (user.op == "call_function" and not is_float(user)):
                 return True
-            if name.startswith(_LINEAR) or user.target in _MOVES:
+            if name.startswith(_LINEAR) or user.target in TAKEN:
                 waiting.append(user)
     return False

@@ -12,23 +12,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ane_trainer.ane.capture.trace.moves import COPIES, TAKEN, VIEWS
 from ane_trainer.ane.capture.trace.unrolled import multiply_together, read_through
 
 aten = torch.ops.aten
 
 #: Values are immutable in a functional graph, so copies are identities.
-_COPIES = {
-    aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh.default,
-    aten.lift_fresh_copy.default, aten.contiguous.default,
-}  # fmt: skip
 #: Meta key of the products that `_multiply_one_by_one` makes, innermost 0.
 _CHAIN = "ane_chain"
-_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-#: What gives the numbers of its first operand on, in another shape.
-_MOVES = {
-    aten.view.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.permute.default, aten.expand.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
-}  # fmt: skip
 
 #: Operations of two tensors, and how they are spelled where the second is one number.
 _WITH_NUMBER: dict[object, Callable[..., object]] = {
@@ -90,7 +81,7 @@ def _rewrite(node: Node) -> None:
     if node.target in _UNWRITTEN and (shape := shape_of(node)) is not None:
         node.target = aten.full.default
         node.args, node.kwargs = (list(shape), 0), {"dtype": dtype_of(node)}
-    elif node.target in _VIEWS:
+    elif node.target in VIEWS:
         node.target = aten.view.default
         node.args = (source, list(shape_of(node) or ()))
         if source is not None and inner_target is aten.view.default:
@@ -139,7 +130,7 @@ def _read_whole(node: Node) -> None:
     if node.target is not aten._to_copy.default or not _whole(node):
         return
     moves, source = list[Node](), _as_node(node.args[0])
-    while source is not None and source.target in _MOVES:
+    while source is not None and source.target in TAKEN:
         moves.append(source)
         source = _as_node(source.args[0])
     if source is None or source.target is not aten._to_copy.default:
@@ -225,7 +216,7 @@ def _same_as(node: Node) -> Node | None:
     source = _as_node(node.args[0]) if node.args else None
     if source is None:
         return None
-    if node.target in _COPIES:
+    if node.target in COPIES:
         return source
     test = _IDENTITY_TESTS.get(node.target)
     alike = shape_of(node) == shape_of(source) and dtype_of(node) == dtype_of(source)
