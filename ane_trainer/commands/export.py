@@ -26,7 +26,9 @@ def export(
     input: Annotated[
         str, typer.Option("--input", help="image (pixels), tensor, auto.", metavar="KIND")
     ] = "auto",
-    weights: Annotated[str, typer.Option(help="Of an mlpackage: fp16, int8, int4.", metavar="KIND")] = "fp16",
+    weights: Annotated[
+        str, typer.Option(help="fp16; int8, int4 (mlpackage), fp32 (step-aimodel).", metavar="KIND")
+    ] = "fp16",
     batch: Annotated[int, typer.Option(help="Examples that go in at once.")] = 1,
     examples: Annotated[int, typer.Option(help="Test examples that the file is checked on; 0: all.")] = 1000,
     state: Annotated[

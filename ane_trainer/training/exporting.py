@@ -9,29 +9,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ane_trainer.__version__ import __version__
+from ane_trainer.ane.capture.optimizers.rule import RESIDUAL
 from ane_trainer.ane.compiler.lower import lower
 from ane_trainer.ane.dispatch import TrainingStep
+from ane_trainer.ane.dispatch.loading import captured_in_fp32
 from ane_trainer.ane.errors import DataError, UsageError
 from ane_trainer.ane.export import (
-    SINGLE_FORMATS,
     UNVERIFIED,
     ExportOptions,
     ExportReport,
     Signature,
+    SingleStep,
     export_inference,
     export_step,
+    in_fp32,
 )
 from ane_trainer.ane.export.driving import driving
 from ane_trainer.ane.export.freeze import Deployed
 from ane_trainer.ane.export.report import size_bytes
-from ane_trainer.ane.export.step import changing, fixed_as_constants
+from ane_trainer.ane.export.step import changing, with_constants
 from ane_trainer.ane.export.swift import recorded_run, write_app, write_predictor
-from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Lowered
 
 INPUTS = ("auto", "image", "tensor")
 #: Steps that an exported training step is run for.
@@ -72,32 +74,33 @@ def export_training(
     data: Iterable[Any], options: ExportOptions,
 ) -> ExportReport:  # fmt: skip
     """Write a compiled step with its present state and run the file for 20 steps on batches of `data`."""
+    single = in_fp32(format, options.weights)
     batches = list(itertools.islice(iter(data), CHECKED_STEPS))
     if not batches:
         raise DataError("export: needs at least one batch; got none. Pass data.", code="DATA104")
     chosen = [batches[i % len(batches)] for i in range(CHECKED_STEPS)]
     feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
     about = about_step(step, optimizer)
-    single = None
-    if format in SINGLE_FORMATS:
-        _, loaded = step.host_side
-        single = lower(loaded.capture.captured, dtype="fp32")
-        single = replace(single, inputs=loaded.mirror.scaled(single.inputs))
-        single = fixed_as_constants(
-            single, {**step.port_state(), **_unrounded(single, loaded.mirror.tensors)}
-        )
-    return export_step(step.compiled, step.port_state(), feeds, path, format, options, about, single)
+    found = _in_fp32(step) if single else None
+    return export_step(step.compiled, step.port_state(), feeds, path, format, options, about, found)
 
 
-def _unrounded(single: Lowered, tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-    """What no step changes, by port in its scale, as the model has it: the engine holds it rounded."""
-    kept = {p.name: p for p in single.inputs if p.role == "state" and p.target in tensors}
-    for name in changing(single):
-        kept.pop(name, None)
-    return {
-        name: (tensors[p.target].detach().float() * p.scale).reshape(p.shape).numpy()
-        for name, p in kept.items()
-    }
+def _in_fp32(step: TrainingStep) -> SingleStep:
+    """The step as fp32 computes it, and its present state, whole in the first terms: fp32 needs no second ones."""
+    step.sync()
+    units, loaded = step.host_side
+    units_now = {**loaded.capture.units, **units.named()}
+    captured = captured_in_fp32(step.subject, step.options, loaded.capture, units_now)
+    lowered = lower(captured, dtype="fp32")
+    lowered = replace(lowered, inputs=loaded.mirror.scaled(lowered.inputs))
+    state = {name: np.asarray(array, np.float32) for name, array in step.port_state().items()}
+    ports, tensors = {p.target: p for p in lowered.inputs if p.role == "state"}, loaded.mirror.tensors
+    for target in ports.keys() & tensors.keys():
+        port, second = ports[target], ports.get(f"{target}/{RESIDUAL}")
+        state[port.name] = (tensors[target].detach().float() * port.scale).reshape(port.shape).numpy()
+        if second is not None:
+            state[second.name] = np.zeros(second.shape, np.float32)
+    return with_constants(lowered, state)
 
 
 def export_app(

@@ -286,7 +286,7 @@ class Trainer(Training):
                   its state; app: a Swift package around it. By default what the path ends in says.
         data      batches to check it on; by default the first batch of training.
         input     "image": pixels, normalised inside (data with mean and std); "tensor"; "auto".
-        weights   fp16, int8 or int4 (mlpackage).
+        weights   fp16, int8 or int4 (mlpackage), fp32 (step-aimodel).
         batch     examples that go in at once.
         state     of a training step: "io" (inputs and outputs), "state" (updated in place) or "both".
 

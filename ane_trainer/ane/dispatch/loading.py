@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,6 +213,14 @@ def _prepared(
     held = frozen_constants(parameters) if target.precision == "fp16" else {}
     division = Division(options.blocks, repeating(subject.model), options.checkpoint)
     return prepare(captured, target.chip, target.path, target.precision, division, held)
+
+
+def captured_in_fp32(
+    subject: Subject, options: StepOptions, capture: StepCapture, units: Mapping[str, float]
+) -> Captured:
+    """The step as fp32 computes it, with state in these units: without what fp16 asks for, as least denominators."""
+    settings = CaptureOptions(options.gradients, capture.loss_scale, "fp32", units)
+    return _capture(subject, settings).captured
 
 
 def load_compiled(

@@ -27,8 +27,9 @@ from ane_trainer.ane.export.report import (
     largest_difference,
     size_bytes,
 )
+from ane_trainer.ane.export.step import SingleStep
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Compiled, Lowered
+from ane_trainer.ane.stages import Compiled
 
 __all__ = [
     "DEFAULT_NAMES",
@@ -39,9 +40,11 @@ __all__ = [
     "ExportOptions",
     "ExportReport",
     "Signature",
+    "SingleStep",
     "export_inference",
     "export_step",
     "format_of",
+    "in_fp32",
 ]
 
 _INFERENCE = {
@@ -106,6 +109,20 @@ def format_of(path: str | Path, format: str | None = None) -> str:
     return found
 
 
+def in_fp32(format: str, weights: str) -> bool:
+    """Whether a step in this format, asked for with these weights, is one in fp32.
+
+    Raises: UsageError (ANE118) for weights that it does not come with.
+    """
+    if weights != "fp16" and (weights != "fp32" or format not in ("step-aimodel", *SINGLE_FORMATS)):
+        raise UsageError(
+            f"weights: needs fp16, or fp32 in a step-aimodel; got {weights} and the format {format}. "
+            "Leave --weights out.",
+            code="ANE118",
+        )
+    return format in SINGLE_FORMATS or weights == "fp32"
+
+
 def export_inference(
     model: nn.Module,
     path: str | Path,
@@ -160,13 +177,13 @@ def export_step(
     format: str,
     options: ExportOptions | None = None,
     about: Mapping[str, object] | None = None,
-    single: Lowered | None = None,
+    single: SingleStep | None = None,
 ) -> ExportReport:
     """Write a compiled fp16 training step with its state, and run the file for `feeds`, one feed a step.
 
     The reference is the same program from the same state on the simulator: a package must agree in every bit
-    of the state; an asset, and ONNX or StableHLO (of `single`, the step lowered for fp32), are compared in losses and
-    parameters, where IEEE numbers stay near the engine's.
+    of the state; an asset, ONNX and StableHLO are compared in losses and parameters, where IEEE numbers stay near the
+    engine's. `single`: the step in fp32, for ONNX and StableHLO, and for an asset with weights in fp32.
     """
     lowered, options = compiled.legalized.lowered, options or ExportOptions()
     if lowered.program.main.inputs[0].type.dtype != "fp16":
@@ -184,11 +201,15 @@ def export_step(
     elif format in _SINGLE:
         assert single is not None
         write, replay, checked_by = _SINGLE[format]
-        written = write(Path(path), single, state, about or {})
+        written = write(Path(path), single, about or {})
         got, losses = replay(written, feeds)
     else:
-        written = step.write_step_aimodel(Path(path), lowered, state, about or {}, options.state)
-        got, losses = step.replay_aimodel(written, feeds)
+        own = single or step.with_constants(lowered, state)
+        written = step.write_step_aimodel(Path(path), own, about or {}, options.state)
+        dtype = np.float16 if single is None else np.float32
+        got, losses = step.replay_aimodel(
+            written, [{k: v.astype(dtype) for k, v in f.items()} for f in feeds]
+        )
         checked_by = "Apple's Core AI runtime on this machine"
     wanted, reference = _simulate(compiled, state, feeds, fidelity)
     wanted = {name: wanted[name] for name in step.changing(lowered)}
@@ -198,7 +219,7 @@ def export_step(
     difference = step.state_difference(got, wanted)
     difference = max(difference, largest_difference(np.asarray(losses), np.asarray(reference)))
     return ExportReport(
-        written, format, size_bytes(written), "fp32" if format in _SINGLE else "fp16", checked_by,
+        written, format, size_bytes(written), "fp16" if single is None else "fp32", checked_by,
         "the same steps on the simulator",
         len(feeds), difference, unverified=UNVERIFIED[format],
     )  # fmt: skip

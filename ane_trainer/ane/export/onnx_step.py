@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ane_trainer.ane.errors import Finding, MissingDependency, UnsupportedModel
-from ane_trainer.ane.export.manifest import Manifest, manifest, write_manifest
-from ane_trainer.ane.export.step import changing, fixed_as_constants, replay_beside
+from ane_trainer.ane.export.manifest import manifest, write_manifest
+from ane_trainer.ane.export.step import SingleStep, replay_beside
 from ane_trainer.ane.mil.program import Function, Literal, Op, Value
 from ane_trainer.ane.mil.weights import Array
 from ane_trainer.ane.simulator.arrays import literal_array
-from ane_trainer.ane.stages import Lowered
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -231,37 +230,23 @@ def _assembled(function: Function, graph: _Graph) -> GraphProto:
     )
 
 
-def write_step_onnx(
-    path: Path, lowered: Lowered, state: Mapping[str, Array], about: Mapping[str, object]
-) -> Path:
-    """A step that was lowered for fp32, its manifest, and the state it starts from (`.safetensors`) beside it."""
+def write_step_onnx(path: Path, step: SingleStep, about: Mapping[str, object]) -> Path:
+    """A step in fp32, its manifest, and the state it starts from (`.safetensors`) beside it."""
     from onnx import save
 
-    model = model_beside_state(path, lowered, state, about)
+    model = model_beside_state(path, step, about)
     save(model, str(path))
     return path
 
 
-def model_beside_state(
-    path: Path, lowered: Lowered, state: Mapping[str, Array], about: Mapping[str, object]
-) -> ModelProto:
-    """The model of a step in fp32, whose manifest and starting state are written beside `path`.
-
-    A weight starts whole in its first term: fp32 holds it.
-    """
+def model_beside_state(path: Path, step: SingleStep, about: Mapping[str, object]) -> ModelProto:
+    """The model of a step in fp32, whose manifest and starting state are written beside `path`."""
     from safetensors.numpy import save_file
 
-    start = {name: np.asarray(array, np.float32) for name, array in state.items()}
-    ready = fixed_as_constants(lowered, start)
-    content: Manifest = manifest(ready, "io", about)
-    for terms in content["weights"].values():
-        whole = sum(start[term["port"]].astype(np.float64) * term["factor"] for term in terms)
-        start[terms[0]["port"]] = np.asarray(whole, np.float32)
-        start[terms[1]["port"]] = np.zeros_like(start[terms[1]["port"]])
-    model = step_model(ready.program.main, {"description": str(about.get("description", ""))})
+    model = step_model(step.lowered.program.main, {"description": str(about.get("description", ""))})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_manifest(path, content)
-    save_file({name: start[name] for name in changing(ready)}, path.with_suffix(".safetensors"))
+    write_manifest(path, manifest(step.lowered, "io", about))
+    save_file(dict(step.start), path.with_suffix(".safetensors"))
     return model
 
 

@@ -16,7 +16,7 @@ class ExportOptions:
     """How a file is written, and on what it is checked.
 
     input     "tensor": what training fed; "image": pixels, normalised inside; "auto": images where it can.
-    weights   fp16, int8 or int4 (mlpackage).
+    weights   fp16, int8 or int4 (mlpackage), fp32 (step-aimodel).
     batch     examples that go in at once.
     examples  how many the file is checked on.
     chip, fidelity

@@ -15,9 +15,8 @@ import numpy as np
 from ane_trainer.ane.export.inference import need
 from ane_trainer.ane.export.manifest import read_manifest
 from ane_trainer.ane.export.onnx_step import model_beside_state
-from ane_trainer.ane.export.step import replay_beside
+from ane_trainer.ane.export.step import SingleStep, replay_beside
 from ane_trainer.ane.mil.weights import Array
-from ane_trainer.ane.stages import Lowered
 
 EXTRA = "stablehlo"
 _FUNCTION = "training_step"
@@ -28,10 +27,8 @@ _PIPELINE = (
 )
 
 
-def write_step_stablehlo(
-    path: Path, lowered: Lowered, state: Mapping[str, Array], about: Mapping[str, object]
-) -> Path:
-    """A step that was lowered for fp32 as text, its manifest, and the state it starts from (`.safetensors`) beside it.
+def write_step_stablehlo(path: Path, step: SingleStep, about: Mapping[str, object]) -> Path:
+    """A step in fp32 as text, its manifest, and the state it starts from (`.safetensors`) beside it.
 
     Raises: UnsupportedModel with every op that has no form in ONNX here; MissingDependency without the extra.
     """
@@ -43,7 +40,7 @@ def write_step_stablehlo(
     from torch_mlir.extras import onnx_importer
     from torch_mlir.passmanager import PassManager
 
-    model = shape_inference.infer_shapes(model_beside_state(path, lowered, state, about))
+    model = shape_inference.infer_shapes(model_beside_state(path, step, about))
     with ir.Context() as context:
         dialect.register_dialect(context)
         info = onnx_importer.ModelInfo(model)

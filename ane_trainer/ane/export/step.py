@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +54,21 @@ def fixed_as_constants(lowered: Lowered, state: Arrays) -> Lowered:
     return replace(lowered, program=Program((function,)), inputs=inputs)
 
 
-def write_step_aimodel(
-    path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, object], form: str
-) -> Path:
+@dataclass(frozen=True)
+class SingleStep:
+    """A step as one program, what never changes in it as constants, and the state that it starts from, by port."""
+
+    lowered: Lowered
+    start: Arrays
+
+
+def with_constants(lowered: Lowered, state: Arrays) -> SingleStep:
+    """The step with the state that it changes, of `state`; what stays is in the program."""
+    ready = fixed_as_constants(lowered, state)
+    return SingleStep(ready, {name: state[name] for name in changing(ready)})
+
+
+def write_step_aimodel(path: Path, step: SingleStep, about: Mapping[str, object], form: str) -> Path:
     """The step as a Core AI asset, its state mutable (`state`) or passed (`io`).
 
     Raises: UsageError for the form `both`: an asset has one function `main`.
@@ -65,24 +77,23 @@ def write_step_aimodel(
         raise UsageError(
             "state: needs io or state for an .aimodel; got both. Choose one of them.", code="ANE116"
         )
-    ready = fixed_as_constants(lowered, state)
-    kept = {name: state[name] for name in changing(ready)}
-    write_manifest(path, manifest(ready, form, about))
-    return save_asset(path, ready, kept, about, mutable=form == "state")
+    write_manifest(path, manifest(step.lowered, form, about))
+    return save_asset(path, step.lowered, step.start, about, mutable=form == "state")
 
 
 def write_step_mlpackage(
     path: Path, lowered: Lowered, state: Arrays, about: Mapping[str, object], form: str
 ) -> Path:
     """The step as a Core ML package in fp16: io runs from iOS 16 on, states need iOS 18, macOS 15."""
-    ready = fixed_as_constants(lowered, state)
+    step = with_constants(lowered, state)
+    ready = step.lowered
     plain = replace(ready.program.main, name=MAIN)
     functions = {
         "io": (plain,),
         "state": (stateful(ready, MAIN),),
         "both": (plain, stateful(ready, STATEFUL)),
     }[form]
-    first = _initial(plain.opset, {name: state[name] for name in changing(ready)})
+    first = _initial(plain.opset, step.start)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     description = Description(summary=texts.pop("description", ""), metadata=texts)
     write_manifest(path, manifest(ready, form, about))

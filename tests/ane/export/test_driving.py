@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from ane_trainer import compile_step
+from ane_trainer.ane.compiler.coreai import open_asset
 from ane_trainer.ane.errors import UnsupportedModel
 from ane_trainer.ane.export import DEFAULT_NAMES, ExportOptions, onnx_step, stablehlo_step
 from ane_trainer.ane.export.manifest import read_manifest
 from ane_trainer.ane.export.onnx_step import step_model
 from ane_trainer.ane.mil.opset import Builder
 from ane_trainer.ane.mil.program import TensorType
+from ane_trainer.ane.mil.weights import Array
 from ane_trainer.training.exporting import export_training
 
-RUNTIMES = {"step-onnx": ("onnxruntime", onnx_step.runner), "step-stablehlo": ("IREE", stablehlo_step.runner)}
+Runtime = tuple[dict[str, Array], Callable[[Mapping[str, Array]], Mapping[str, Array]]]
 DRIVER = Path(__file__).parents[3] / "examples" / "drive_step.py"
 
 
@@ -88,11 +90,25 @@ class Frozen(nn.Module):
         return self.head(self.norm(torch.relu(self.first(x.flatten(1) - self.mean))))
 
 
+class Recurrent(nn.Module):
+    """Characters through a GRU: some gradients of the first step are 1e-5 of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 16)
+        self.cell = nn.GRU(16, 24, batch_first=True)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(self.embedding(x))[0][:, -1])
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Any], torch.optim.Optimizer]]] = {
     "mlp": (mlp, image, lambda p: torch.optim.Adam(p, lr=3e-3)),
     "cnn": (cnn, image, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3)),
     "transformer": (Block, text, lambda p: torch.optim.AdamW(p, lr=3e-3)),
     "frozen": (Frozen, image, lambda p: torch.optim.SGD(list(p)[2:], lr=0.05, momentum=0.9, nesterov=True)),
+    "recurrent": (Recurrent, text, lambda p: torch.optim.Adam(p, lr=3e-3)),
 }
 
 
@@ -181,8 +197,25 @@ def assert_pure(path: Path) -> None:
         assert shapes == [row["shape"] for row in content[side]]
 
 
+def opened(format: str, path: Path) -> Runtime:
+    """The state that a step in fp32 starts from, and what runs it."""
+    if format == "step-aimodel":
+        asset = open_asset(path)
+        return {name: np.array(value) for name, value in asset.state().items()}, asset.run
+    runner = onnx_step.runner if format == "step-onnx" else stablehlo_step.runner
+    return load_file(path.with_suffix(".safetensors")), runner(path)
+
+
+NEEDS = {
+    "step-onnx": ("onnxruntime",), "step-stablehlo": ("torch_mlir", "iree.compiler"), "step-aimodel": ("coreai",),
+}  # fmt: skip
+CHECKED_BY = {
+    "step-onnx": "onnxruntime, in fp32", "step-stablehlo": "IREE, in fp32",
+    "step-aimodel": "Apple's Core AI runtime on this machine",
+}  # fmt: skip
 FP32 = [
-    *(("step-onnx", name) for name in CASES), ("step-stablehlo", "mlp"), ("step-stablehlo", "cnn"),
+    *((format, name) for format in ("step-onnx", "step-aimodel") for name in CASES),
+    ("step-stablehlo", "mlp"), ("step-stablehlo", "cnn"),
     pytest.param("step-stablehlo", "transformer", marks=pytest.mark.slow),  # 25 s of IREE's compiler
 ]  # fmt: skip
 
@@ -190,8 +223,8 @@ FP32 = [
 @pytest.mark.filterwarnings("ignore::ane_trainer.NumericsWarning")
 @pytest.mark.parametrize(("format", "name"), FP32)
 def test_the_step_in_fp32_trains_as_pytorch_does(format: str, name: str, tmp_path: Path) -> None:
-    """20 steps on onnxruntime, and on IREE, from the files alone, against PyTorch in fp32."""
-    for package in {"step-onnx": ["onnxruntime"], "step-stablehlo": ["torch_mlir", "iree.compiler"]}[format]:
+    """20 steps on onnxruntime, Apple's runtime and IREE, from the files alone, against PyTorch in fp32."""
+    for package in NEEDS[format]:
         pytest.importorskip(package)
     make, batch, optimizer_of = CASES[name]
     torch.manual_seed(0)
@@ -200,13 +233,13 @@ def test_the_step_in_fp32_trains_as_pytorch_does(format: str, name: str, tmp_pat
     optimizer, plain = optimizer_of(model.parameters()), optimizer_of(own.parameters())
     step = compile_step(model, "cross_entropy", optimizer, batch(0), sync="lazy")
     path = tmp_path / DEFAULT_NAMES[format]
-    report = export_training(step, optimizer, path, format, [batch(0), batch(1)], ExportOptions())
+    options = ExportOptions(weights="fp32" if format == "step-aimodel" else "fp16")
+    report = export_training(step, optimizer, path, format, [batch(0), batch(1)], options)
     assert report.largest_difference < 0.1
-    assert (report.weights, report.checked_by) == ("fp32", f"{RUNTIMES[format][0]}, in fp32")
+    assert (report.weights, report.checked_by) == ("fp32", CHECKED_BY[format])
     if format == "step-stablehlo":
         assert_pure(path)
-    run = RUNTIMES[format][1](path)
-    driven = driver().Driver(read_manifest(path), load_file(path.with_suffix(".safetensors")), run)
+    driven = driver().Driver(read_manifest(path), *opened(format, path))
     for i in range(20):
         x, y = batch(i % 3)
         loss = nn.functional.cross_entropy(own(x), y)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ane_trainer import TrainingStep, compile_step
 from ane_trainer.ane.errors import MissingDependency, UsageError
-from ane_trainer.ane.export import ExportOptions, Signature, export_inference, export_step, format_of
+from ane_trainer.ane.export import ExportOptions, Signature, export_inference, export_step, format_of, in_fp32
 from ane_trainer.ane.export.compress import LEVELS, compress, quantize
 from ane_trainer.ane.export.freeze import freeze, to_input
 from ane_trainer.ane.export.inference import need
@@ -228,6 +228,16 @@ def test_forms_that_a_file_cannot_have_are_refused(
             step.compiled, step.port_state(), [], tmp_path / f"s.{format}", f"step-{format}",
             ExportOptions(state=form),
         )  # fmt: skip
+
+
+def test_weights_that_a_step_cannot_have_are_refused() -> None:
+    for format, weights in (("step-mlpackage", "int8"), ("step-mlpackage", "fp32"), ("step-onnx", "int8")):
+        with pytest.raises(UsageError, match=f"got {weights} and the format {format}") as caught:
+            in_fp32(format, weights)
+        assert caught.value.code == "ANE118"
+    assert in_fp32("step-aimodel", "fp32")
+    assert not in_fp32("step-aimodel", "fp16")
+    assert in_fp32("step-onnx", "fp16")
 
 
 @pytest.mark.parametrize("kind", LEVELS)

@@ -21,6 +21,7 @@ import numpy as np
 
 from ane_trainer.ane.compiler.coreai import tensors
 from ane_trainer.ane.compiler.coreai.ops import NUMPY, constant, constant_of, refuse_unknown, translate
+from ane_trainer.ane.compiler.coreai.products import keep_products_apart
 from ane_trainer.ane.compiler.coreai.runtime import LoadedAsset, make_state, read_state, require
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.ane.mil.program import Function, Literal, Value
@@ -46,7 +47,7 @@ def build_program(lowered: Lowered, initial: Mapping[str, Array] | None = None, 
     """
     from coreai import authoring as api
 
-    function = lowered.program.main
+    function = keep_products_apart(lowered.program.main)
     refuse_unknown(function)
     module = api.Module.create()
     with module:

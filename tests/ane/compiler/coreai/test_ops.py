@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,32 @@ def test_translation(name: str, tmp_path: Path) -> None:
     for key, value in wanted.items():
         assert got[key].shape == value.shape
         np.testing.assert_allclose(got[key], value, rtol=2e-5, atol=2e-6)
+
+
+def folded(shape: tuple[int, ...], transposed: bool) -> Lowered:
+    """`a @ reshape(b)`, b of `shape` with its first axis summed."""
+    builder, rows = Builder(), shape[0]
+    a = builder.input("a", TensorType("fp32", (3, rows)))
+    b = builder.input("b", TensorType("fp32", shape))
+    flat = builder.op("reshape", x=builder.op("mul", x=b, y=b), shape=(rows, math.prod(shape[1:])))
+    if transposed:
+        flat = builder.op("transpose", x=flat, perm=[1, 0])
+    result = builder.op("matmul", x=a, y=flat, transpose_y=transposed)
+    function = builder.finish((result,))
+    ports = tuple(Port(v.name, v.type.shape, "batch") for v in function.inputs)
+    return Lowered(Program((function,)), ports, (Port(result.name, result.type.shape, "result"),), ())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(8, 8, 4), (8, 1, 8, 8), (8, 4, 8, 4), (5, 5, 7), (8, 4, 4), (8, 8, 4, 4)])
+def test_products_of_reshaped_operands(shape: tuple[int, ...], transposed: bool, tmp_path: Path) -> None:
+    """A product of what was reshaped from axes as long as its sum, which Core AI's compiler folds wrongly."""
+    lowered, draw = folded(shape, transposed), np.random.default_rng(0)
+    a, b = (draw.standard_normal(each).astype(np.float32) for each in ((3, shape[0]), shape))
+    asset = open_asset(save_asset(tmp_path / "case.aimodel", lowered))
+    (got,) = asset.run({"a": a, "b": b}).values()
+    asset.close()
+    np.testing.assert_allclose(got, a @ (b * b).reshape(shape[0], -1), rtol=2e-5, atol=2e-6)
 
 
 def test_an_op_without_translation_is_refused_by_name(tmp_path: Path) -> None:
