@@ -23,6 +23,7 @@ from ane_trainer.ane.mil.opset import family
 from ane_trainer.ane.mil.program import Program
 
 __all__ = [
+    "FEW_ROWS",
     "PARTS",
     "Cost",
     "Interval",
@@ -41,7 +42,9 @@ PARTS = ("dispatch", "mac", "elementwise", "weights", "activations")
 #: Paths with measurements -> those that take their rates.
 _RATES_OF = {"e5rt": "e5rt", "compiler": "e5rt", "direct": "direct", "netplist": "direct", "coreml": "coreml"}
 #: Rows up to which a product waits for its weights.
-_FEW = 64
+FEW_ROWS = 64
+#: Products with weights of an attention (query, key, value, output); a block has those of its feed-forward network too.
+_PROJECTIONS = 4
 #: Chips on which a program of nothing but relu runs on the host (published streams below 1 GB/s, gelu is faster).
 _RELU_ON_HOST = ("m1", "m2-pro")
 
@@ -187,26 +190,29 @@ def program_kind(work: Sequence[OpWork]) -> str:
     passes = [item for item in work if item.unit == "elementwise"]
     if not products:
         return _pass_kind(passes)
-    softmax = any(family(item.op.kind) == "softmax" for item in passes)
+    softmax = sum(family(item.op.kind) == "softmax" for item in passes)
     if len(products) > 1 and len(passes) > 5 * len(products):
         return "training step"
     if len(products) > 8 and softmax and _one_query(products):
         return "decode"
     if len(products) > 16 and any(family(i.op.kind) in ("softmax", "pooling", "reduction") for i in passes):
         return "model"
-    if len(products) > 1:
-        return "block" if softmax else "chain"
+    if len(products) > 1 and softmax:
+        weighted = sum(item.weight_bytes > 0 for item in products)
+        return "attention" if weighted <= _PROJECTIONS * softmax else "block"
+    if len(products) > 1 or passes:
+        return "chain"
     product = products[0]
     if any(name == "compressed" for name, _ in product.weights):
         return "compressed"
     if product.op.kind == "conv":
         return "convolution"
-    return "matrix-vector" if product.weight_bytes and _positions(product) <= _FEW else "product"
+    return "matrix-vector" if product.weight_bytes and _positions(product) <= FEW_ROWS else "product"
 
 
 def _one_query(products: Sequence[OpWork]) -> bool:
     """Whether few rows meet the weights and one row a head the cache, as a token at a time does."""
-    few = all(_positions(item) <= _FEW for item in products if item.weight_bytes)
+    few = all(_positions(item) <= FEW_ROWS for item in products if item.weight_bytes)
     between = [item.op.result.type.shape for item in products if not item.weight_bytes]
     return few and bool(between) and all(shape[-2:-1] == (1,) for shape in between)
 

@@ -1,7 +1,7 @@
 """Generate the cost model: `python -m docs._generate.cost [fit | page | table]`, all of it without a word.
 
-fit    fit and cross-validate: `cost_rates.csv`, `cost_intervals.csv`, `left_out.csv`, `retold.csv` (minutes)
-page   docs/cost-model.md and the intervals from the tables
+fit    fit and cross-validate: `cost_rates.csv`, `left_out.csv` (minutes)
+page   from these `cost_intervals.csv`, `retold.csv` and docs/cost-model.md
 table  print the aims, whether each is met, and the cross-validation
 """
 
@@ -21,11 +21,11 @@ def main(command: str = "") -> None:
     """Run one part, or all."""
     if command in ("", "fit"):
         refit()
+    if command in ("", "page"):
+        write_intervals(read_left_out())
         for cached in (cost._rates_table, cost._intervals):
             cached.cache_clear()
         retold.write()
-    if command in ("", "page"):
-        write_intervals(read_left_out())
         PAGE.write_text(page.document(), encoding="utf-8")
     if command == "table":
         print(page.cross_validation(read_left_out()))

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from ane_trainer.ane.chips.cost import FEW_ROWS
+
 TABLE = Path(__file__).with_name("measurements.csv")
 
 
@@ -213,8 +215,17 @@ def _describe(record: dict[str, str], path: str) -> tuple[str, str] | None:
         for pattern, family, form in {"e5rt": E5RT, "direct": DIRECT, "coreml": COREML}[path]:
             match = re.search(pattern, text)
             if match is not None:
-                return family, form.format(*match.groups())
+                workload = form.format(*match.groups())
+                return _product_family(family, workload), workload
     return None
+
+
+def _product_family(family: str, workload: str) -> str:
+    """What one benchmark calls gemm and another gemv are programs of one family where their rows are few."""
+    word, rows, *_ = workload.split()
+    if word != "gemm" or family == "compressed":
+        return family
+    return "gemv" if int(rows) <= FEW_ROWS else "gemm"
 
 
 def _decode(record: dict[str, str]) -> tuple[str, str] | None:

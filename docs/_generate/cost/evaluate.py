@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ane_trainer.ane.chips.cost import leaves_engine, program_kind
@@ -77,34 +77,55 @@ def groups(left: Sequence[Left], key: Callable[[Left], str]) -> dict[str, list[L
     return dict(sorted(found.items()))
 
 
-def intervals(
-    known: Sequence[Left], carried: Sequence[Left]
-) -> list[tuple[str, str, str, str, float, float, int]]:
-    """Rows of the table of intervals: path, kind, basis, quantity, low, high, programs."""
-    found = []
-    for basis, left in (("measured", known), ("carried", carried)):
-        for quantity in ("latency", "energy"):
-            mine = [item for item in left if item.row.quantity == quantity]
-            keys = {(item.row.path, item.kind) for item in mine} | {(item.row.path, "any") for item in mine}
-            for path, kind in sorted({*keys, ("any", "any")}):
-                found.append((path, kind, basis, quantity, *interval_of(mine, path, kind, basis)))
-    return found
-
-
-#: Basis of intervals -> what is left out together when they are tried.
-UNITS: dict[str, Callable[[Left], str]] = {
-    "measured": lambda item: item.row.workload,
-    "carried": lambda item: item.row.chip,
+#: Basis of intervals -> what is left out of the fit for its values, and together when the intervals are tried.
+BASES: dict[str, tuple[str, Callable[[Left], str]]] = {
+    "measured": ("program", lambda item: item.row.workload),
+    "carried": ("chip", lambda item: item.row.chip),
+    "unseen": ("family", lambda item: item.row.family),
 }
 
 
+def intervals(left: Mapping[str, Sequence[Left]]) -> list[tuple[str, str, str, str, float, float, int]]:
+    """Rows of the table of intervals: path, kind, basis, quantity, low, high, programs.
+
+    Of a kind that no chip has rows of, `any`, a known chip's interval is made of families left out.
+    """
+    found = []
+    for basis in ("measured", "carried"):
+        for quantity in ("latency", "energy"):
+            mine, unseen = (
+                [item for item in left[BASES[name][0]] if item.row.quantity == quantity]
+                for name in (basis, "unseen" if basis == "measured" else basis)
+            )
+            keys = {(item.row.path, item.kind) for item in mine} | {(item.row.path, "any") for item in mine}
+            for path, kind in sorted({*keys, ("any", "any")}):
+                seen = unseen if kind == "any" else mine
+                found.append((path, kind, basis, quantity, *interval_of(seen, path, kind, basis)))
+    return found
+
+
 def held(left: Sequence[Left], basis: str) -> list[bool]:
-    """Whether each value of one quantity lies in an interval made without its program, or without its chip."""
-    unit, known = UNITS[basis], dict[tuple[str, str, str], tuple[float, float, int]]()
+    """Whether each value of one quantity lies in an interval made without its program, or chip, or family."""
+    unit, known = BASES[basis][1], dict[tuple[str, str, str], tuple[float, float, int]]()
     for item in left:
         key = unit(item), item.row.path, item.kind
         if key not in known:
             rest = [other for other in left if unit(other) != key[0]]
-            known[key] = interval_of(rest, *key[1:], basis)
+            known[key] = interval_of(rest, *_printed_for(rest, item, basis))
     limits = [known[unit(item), item.row.path, item.kind] for item in left]
     return [low <= item.factor <= high for item, (low, high, _) in zip(left, limits, strict=True)]
+
+
+def _printed_for(seen: Sequence[Left], item: Left, basis: str) -> tuple[str, str, str]:
+    """Path, kind and basis of the interval that is printed for a program when `seen` is all that is known."""
+    if basis != "unseen":
+        return item.row.path, item.kind, basis
+    return item.row.path if any(i.row.path == item.row.path for i in seen) else "any", "any", "measured"
+
+
+def printed(left: Sequence[Left], basis: str) -> list[bool]:
+    """Whether each value of one quantity lies in the interval that is printed for its path and kind."""
+    keys = {(item.row.path, item.kind) for item in left}
+    limits = {key: interval_of(left, *key, basis) for key in keys}
+    pairs = [(item.factor, limits[item.row.path, item.kind]) for item in left]
+    return [low <= factor <= high for factor, (low, high, _) in pairs]

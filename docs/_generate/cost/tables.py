@@ -65,10 +65,7 @@ def write_constants(known: Fit, rows: Sequence[Row]) -> None:
 
 def write_intervals(left: dict[str, list[Left]]) -> None:
     """The package's table of intervals, as factors on an estimate."""
-    rows = [
-        (*row[:4], f"{row[4]:.3g}", f"{row[5]:.3g}", row[6])
-        for row in intervals(left["program"], left["chip"])
-    ]
+    rows = [(*row[:4], f"{row[4]:.4g}", f"{row[5]:.4g}", row[6]) for row in intervals(left)]
     _write(
         _PACKAGE / "cost_intervals.csv", ("path", "kind", "basis", "quantity", "low", "high", "rows"), rows
     )
@@ -107,9 +104,8 @@ def _column(scheme: str) -> str:
 
 
 def refit() -> None:
-    """Fit, cross-validate, and write all tables. Takes minutes."""
+    """Fit, cross-validate, and write both tables. Takes minutes."""
     rows = load()
     write_constants(fit(rows), rows)
     left = {scheme: leave_out(rows, scheme) for scheme in SCHEMES}
     write_left_out(left)
-    write_intervals(read_left_out())
