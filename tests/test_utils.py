@@ -179,6 +179,15 @@ def test_collection_waits_and_goes_on():
         gc.enable()
 
 
+def test_what_was_made_without_collection_is_looked_through_once():
+    with utils.without_collection():
+        kept = [[number] for number in range(10)]
+        young = {id(each) for each in gc.get_objects(generation=0)}
+        assert all(id(each) in young for each in kept)
+    old = {id(each) for each in gc.get_objects(generation=2)}
+    assert all(id(each) in old for each in kept)
+
+
 FREED = """
 import os
 from ane_trainer import utils

@@ -36,7 +36,7 @@ from ane_trainer.ane.capture.gradients import (
 )
 from ane_trainer.ane.capture.hidden import calibrate_hidden
 from ane_trainer.ane.capture.losses import Loss, get_loss, loss_name
-from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update, two_term_add
+from ane_trainer.ane.capture.optimizers.rule import LEAST_ROOTS, Rule, Update
 from ane_trainer.ane.capture.optimizers.table import plain, port_name, rule_for, scalar_values, uneven_groups
 from ane_trainer.ane.capture.outside import nothing_outside, refuse_gradient_hooks
 from ane_trainer.ane.capture.parts import ALL_FIT, PARTIAL, PEAKS, finish_divided, finish_whole, partial_ports
@@ -81,6 +81,7 @@ from ane_trainer.ane.capture.unit_bounds import (
     least_gradient,
     unit_bounds,
 )
+from ane_trainer.ane.capture.update import next_state, slots_of
 from ane_trainer.ane.capture.written import as_written, refuse_trained
 from ane_trainer.ane.stages import Captured, Port
 
@@ -330,6 +331,8 @@ def _moved(plan: _Plan, inputs: Tensors, moved: Mapping[str, torch.Tensor]) -> l
 def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
     """The step over the values of `plan.inputs`; fills `outputs` with the ports of its results."""
 
+    groups = plan.optimizer.param_groups
+
     def run_step(*values: torch.Tensor) -> list[torch.Tensor]:
         named = dict(zip((p.name for p in plan.inputs), values, strict=True))
         state = {p.target: named[p.name] for p in plan.state}
@@ -339,12 +342,17 @@ def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
         gradients, changes, checks = process_gradients(plan, place, named, state, scaled)
         new_state: Tensors = {**kept(state, buffers, checks.batch), **changes}
         gate = checks.fits * named["last"] if plan.gradients.accumulate > 1 else checks.fits
-        gated, slots = _gated_scalars(plan, named, gate), _slots(plan, state)
+        gated = _gated_scalars(plan, named, gate)
+        slots = slots_of((p.name for p in plan.parameters), state)
         for p in plan.parameters:
             if p.name in scaled and not plan.gradients.on_host:
                 place.text = f"optimizer {type(plan.optimizer).__name__} ({p.name})"
                 own = as_written(state[p.name], new_state.get(p.name), slots[p.name])
-                new_state |= _update(plan, p, gradients[p.name], *own, gated[p.name])
+                u = Update(
+                    own[0], gradients[p.name], own[1], gated[p.name], groups[p.group or 0], plan.least_root
+                )
+                new = next_state(plan.rule, u, p.group, place)
+                new_state |= {p.name + slot: value for slot, value in new.items()}
         place.text = "loss scaling"
         scale, _, good = (state[SCALING + name] for name in SCALING_STATE)
         following = next_scale(scale, inverse, good, checks.scaled, plan.ceiling)
@@ -470,28 +478,3 @@ def process_gradients(
 def _gradient_port(p: Parameter, gradient: torch.Tensor) -> Port:
     target = f"{p.name}/{GRADIENT}"
     return Port(identifier(target), tuple(gradient.shape), "result", target, p.unit)
-
-
-def _slots(plan: _Plan, state: Tensors) -> dict[str, Tensors]:
-    """What the state holds besides each parameter, by its name and the slot's."""
-    found: dict[str, Tensors] = {p.name: {} for p in plan.parameters}
-    for target, value in state.items():
-        for place in (i for i, sign in enumerate(target) if sign == "/"):
-            if target[:place] in found:
-                found[target[:place]][target[place + 1 :]] = value
-    return found
-
-
-def _update(
-    plan: _Plan, p: Parameter, g: torch.Tensor, hi: torch.Tensor, slots: Tensors, scalars: Tensors
-) -> Tensors:
-    """The parameter's next state by target."""
-    group = plan.optimizer.param_groups[p.group or 0]
-    if group.get("maximize"):
-        g = -g
-    lo = slots["residual"]
-    rest = {name: value for name, value in slots.items() if name != "residual"}
-    new, delta = plan.rule.update(Update(hi, g, rest, scalars, group, plan.least_root))
-    new_hi, new_lo = two_term_add(hi, lo, delta)
-    slot = f"{p.name}/"
-    return {p.name: new_hi, f"{slot}residual": new_lo, **{slot + k: v for k, v in new.items()}}

@@ -92,7 +92,8 @@ class Update:
 class Rule:
     """How one optimizer class updates a parameter.
 
-    update        Update -> (new slots, step of the weight times RESIDUAL_SCALE)
+    update        Update -> (new slots, step of the weight times RESIDUAL_SCALE), a function of nothing else, which
+                  runs once for parameters of equal shape in a group
     slots         (group, shape of the parameter) -> its state tensors
     scalars       (group, step) -> the host's values for update number `step` (1 for the first)
     unit_scalars  (group, step, unit) -> values that depend on the parameter's unit

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Target
 
 from ane_trainer.ane.capture.rewrites.complexes import Pairs, takes
 from ane_trainer.ane.capture.trace.operations import (
@@ -113,12 +114,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """`tensor` is an input from here on; to be called before the run, in order."""
         node = self.graph.placeholder(name)
         node.meta["val"] = _meta(tensor)
-        self._attach(tensor, node, known=False)
+        self.attach(tensor, node, known=False)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's value is known when compiling."""
         slot = self._slots.get(tensor)
         return slot is None or slot.known
+
+    def current(self, tensor: torch.Tensor) -> Slot | None:
+        """What is noted of a tensor whose value is computed and up to date; None for others."""
+        slot = self._slots.get(tensor)
+        return None if slot is None or slot.known or slot.writes != slot.root.writes else slot
 
     def note_read(self, name: str) -> None:
         """Refuse a tensor whose numbers `name` gives to Python or NumPy."""
@@ -222,12 +228,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if result.is_complex() and not known:  # else it would be taken for a constant
                 raise self._pairs.refusal(func)
             node.meta["val"] = _meta(result)
-            self._attach(result, node, known, _view(base, func, args, kwargs, node))
+            self.attach(result, node, known, _view(base, func, args, kwargs, node))
             return result
         node.meta["val"] = [_meta(r) if isinstance(r, torch.Tensor) else r for r in result]
         for i, part in enumerate(result):
             if isinstance(part, torch.Tensor):
-                self._attach(part, self._item(node, i, part), known, _view(base, func, args, kwargs, node, i))
+                self.attach(part, self._item(node, i, part), known, _view(base, func, args, kwargs, node, i))
         return result
 
     def _value(
@@ -262,7 +268,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = pure_form(func, self._place.text)(*args, **{k: v for k, v in kwargs.items() if k != out})
         if target.shape != value.shape:
             target.resize_(value.shape)
-            self._attach(target, self._read(self._slot(torch.empty_like(value))), known=True)
+            self.attach(target, self._read(self._slot(torch.empty_like(value))), known=True)
         with self:
             return target.copy_(value)
 
@@ -294,14 +300,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         while slot.view is not None:  # every tensor from the view up to its root
             base, inner = slot.view.base, slot.node
             old = self._read_stale(base, slot.root.writes)
-            with_new = undo(self._emit, slot.view.func, slot.view.args, slot.view.index, old, inner)
+            with_new = undo(self.emit, slot.view.func, slot.view.args, slot.view.index, old, inner)
             base.node, base.writes, base.known = with_new, slot.root.writes, base.known and new.known
             slot = base
         return target
 
     # -- tensors and nodes
 
-    def _attach(self, tensor: torch.Tensor, node: Node, known: bool, view: View | None = None) -> Slot:
+    def attach(self, tensor: torch.Tensor, node: Node, known: bool, view: View | None = None) -> Slot:
+        """Note that `tensor` is the result of `node`."""
         root = Root() if view is None else view.base.root
         slot = Slot(node, root, root.writes, known, view)
         self._slots[tensor] = slot
@@ -343,13 +350,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta["val"] = view.meta
         return node if view.index is None else self._item(node, view.index, view.meta[view.index])
 
-    def _emit(self, func: OpOverload, args: tuple[object, ...], like: Node) -> Node:
-        """A node whose value has the shape of `like`."""
-        node = self._call(func, args, {})
+    def emit(self, func: Target, args: object, like: Node, kwargs: object = None) -> Node:
+        """A node whose value has the shape of `like`, at the present place."""
+        node = self._call(func, args, kwargs or {})
         node.meta["val"] = like.meta["val"]
         return node
 
-    def _call(self, func: Callable[..., object], args: Any, kwargs: Any) -> Node:
+    def _call(self, func: Target, args: Any, kwargs: Any) -> Node:
         node = self.graph.create_node("call_function", func, args, kwargs)
         if self._place.text is not None:
             node.meta[META_KEY] = self._place.text

@@ -22,17 +22,27 @@ from torch.overrides import TorchFunctionMode
 from ane_trainer.ane.capture.trace.torch_private import pytree
 from ane_trainer.ane.errors import BrokenModel, Finding, UnsupportedModel
 
+Tensors = dict[str, torch.Tensor]
+
 META_KEY = "ane_source"
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(__file__)))) + os.sep
 _OWN_FOLDER = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
+def _run(name: object, function: Callable[..., Tensors], *groups: Tensors) -> Tensors:
+    return function(*groups)
+
+
 @dataclass
 class Place:
-    """Where the operations that run now come from, for one capture: `module.path (file.py:line)`, or None."""
+    """Where the operations that run now come from, for one capture: `module.path (file.py:line)`, or None.
+
+    `stamp(name, function, *groups)` is `function(*groups)`, recorded once for equal structures (`stamps`).
+    """
 
     text: str | None = None
+    stamp: Callable[..., Tensors] = _run
 
 
 class ModuleStack:

@@ -15,6 +15,7 @@ from ane_trainer.ane.capture.trace.operations import refusal
 from ane_trainer.ane.capture.trace.recorder import Recorder
 from ane_trainer.ane.capture.trace.simplify import simplify
 from ane_trainer.ane.capture.trace.sources import FAULTS, Place, spread_sources
+from ane_trainer.ane.capture.trace.stamps import Stamps
 from ane_trainer.ane.capture.trace.torch_private import Decompositions, plain_kernels
 from ane_trainer.ane.errors import UnsupportedModel
 
@@ -37,9 +38,9 @@ def trace(
     place = place or Place()
     taken = {name: value.detach() if own else value.detach().clone() for name, value in inputs.items()}
     try:
-        graph_module = _recorded(Recorder(decompositions, place, products=False), function, taken)
+        graph_module = _recorded(Recorder(decompositions, place, products=False), place, function, taken)
     except (*FAULTS, UnsupportedModel):  # it may be for the zeros that stand for products
-        graph_module = _recorded(Recorder(decompositions, place), function, taken)
+        graph_module = _recorded(Recorder(decompositions, place), place, function, taken)
     simplify(graph_module.graph)
     _name_placeholders(graph_module.graph, list(inputs))
     spread_sources(graph_module.graph)
@@ -49,12 +50,16 @@ def trace(
 
 
 def _recorded(
-    recorder: Recorder, function: Callable[..., Sequence[torch.Tensor]], inputs: Mapping[str, torch.Tensor]
+    recorder: Recorder,
+    place: Place,
+    function: Callable[..., Sequence[torch.Tensor]],
+    inputs: Mapping[str, torch.Tensor],
 ) -> torch.fx.GraphModule:
     """The graph of one run.
 
     Raises: UnsupportedModel for what the recorder found, also where the run failed since it went on with that.
     """
+    place.stamp = Stamps(recorder).call
     for name, value in inputs.items():
         recorder.placeholder(name, value)
     with tracing(recorder.knows):
