@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ane_trainer.ane.capture.rewrites.decompositions import decomposition_table
+from ane_trainer.ane.capture.rewrites.selections import Selected
 from ane_trainer.ane.capture.trace.sources import FAULTS
 from ane_trainer.ane.capture.trace.tracer import tracing
 from ane_trainer.ane.dynamo.assigned import as_writes
@@ -108,6 +109,8 @@ class Specializer:
                 raise
             return self._without_engine(error.findings[0].op, inputs)
         except FAULTS as error:
+            if Selected.__name__ in str(error):  # what a mask selects is a result of the graph
+                return self._without_engine("x[mask]", inputs)
             if not self._reads:
                 raise graph_fault(error) from error
             self._by_value = True

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ane_trainer.ane.capture.rewrites import selections
+from ane_trainer.ane.capture.rewrites import places, selections
 from ane_trainer.ane.capture.rewrites.criteria import (
     ctc_loss,
     gaussian_nll,
@@ -86,6 +86,9 @@ class RewriteMode(TorchFunctionMode):
         self, masks: Masks, func: Function, args: Any, kwargs: dict[str, Any]
     ) -> tuple[object] | None:
         """The result of a call that selects by a computed mask, or that takes what was selected; None for others."""
+        if places.concerns(func, args):
+            with self:
+                return places.apply(masks, func, args, kwargs)
         if (
             any(isinstance(a, Selected) for a in (*args, *kwargs.values()))
             and func is not torch.Tensor.__setitem__

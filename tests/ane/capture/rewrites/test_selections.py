@@ -64,7 +64,44 @@ def spread(o: Tensor, y: Tensor) -> Tensor:
     )
 
 
-LAYERS: dict[str, Layer] = {"both sides": both_sides, "in place": in_place, "rows": rows, "roots": roots}
+def experts(h: Tensor) -> Tensor:
+    """As in `transformers`: each expert's rows are picked, and added back."""
+    weights, chosen = torch.topk(F.softmax(h, 1), 2, -1)
+    out, held = torch.zeros_like(h), F.one_hot(chosen, 3).permute(2, 1, 0)
+    for number in range(3):
+        column, row = torch.where(held[number])
+        mine = torch.tanh(h[None, row].reshape(-1, 3) * (number + 1)) * weights[row, column, None]
+        out.index_add_(0, row, mine.to(h.dtype))
+    return out
+
+
+def added_to(h: Tensor) -> Tensor:
+    """As in Mistral's reference: `+=` at places that no expert has twice."""
+    weights, chosen = torch.topk(F.softmax(h, 1), 2, -1)
+    out = torch.zeros_like(h)
+    for number in range(3):
+        row, column = torch.where(chosen == number)
+        out[row] += weights[row, column, None] * torch.sin(h[row] + number)
+    return out
+
+
+def written_twice(h: Tensor) -> Tensor:
+    """The last of a row counts, and all have its gradient."""
+    row, column = torch.where(h > 0.1)
+    out = h.clone()
+    out[row] = h[row] * (column[:, None].float() + 1)
+    return out
+
+
+def few_numbers(h: Tensor) -> Tensor:
+    table = torch.arange(4.0)
+    return h * table[(h[:, 0].sigmoid() * 3).long().clamp(0, 3)].unsqueeze(1)
+
+
+LAYERS: dict[str, Layer] = {
+    "both sides": both_sides, "in place": in_place, "rows": rows, "roots": roots, "experts": experts,
+    "added to": added_to, "written twice": written_twice, "few numbers": few_numbers,
+}  # fmt: skip
 LOSSES: dict[str, Loss] = {
     "mean": lambda o, y: ((o - y) ** 2)[y > 0].mean(),
     "masked_select": lambda o, y: torch.masked_select((o - y) ** 2, y > 0).sum(),
@@ -77,6 +114,16 @@ LOSSES: dict[str, Loss] = {
     "spread": spread,
     "number": lambda o, y: (o[y[:, 0] > 0] ** 2).sum() / o[y[:, 0] > 0].size(0) + o[y > 0].min(),
     "larger": lambda o, y: torch.max(o[y > 0], y[y > 0]).mean() + o[y < 0].max() * 2,
+    "flat": lambda o, y: F.mse_loss(o[y[:, 0] > 0].view(-1), y[y[:, 0] > 0].flatten()),
+    "pairs": lambda o, y: o[y > 0].view(-1, 1).unsqueeze(2).squeeze(1).abs().mean(),
+    "joined": lambda o, y: torch.cat([o[y[:, 0] > 0][:, :1].exp(), y[y[:, 0] > 0][:, 1:]], 1).square().mean(),
+    "classes as floats": lambda o, y: F.cross_entropy(
+        o[y[:, 0] > 0], y.abs()[:, 1][y[:, 0] > 0].clamp(0, 2).long()
+    ),
+    "nonzero": lambda o, y: F.l1_loss(
+        o[(y[:, 0] > 0).nonzero().squeeze(1)], y[(y[:, 0] > 0).nonzero()[:, 0]]
+    ),
+    "coordinates": lambda o, y: (o[torch.where(y > 0)] - y[torch.where(y > 0)]).square().sum(),
     "product": lambda o, y: (o[y[:, 0] > 0] @ torch.ones(3, 2)).pow(2).mean(),
 }
 
@@ -112,7 +159,8 @@ def test_what_is_reduced(name: str) -> None:
     [
         lambda o, y: o[y > 0].sum() / len(o[y > 0]),
         lambda o, y: (o[y > 0] - y[(y > 0).roll(1, 0)]).sum(),
-        lambda o, y: o[y > 0].reshape(-1, 1).sum(),
+        lambda o, y: o[y > 0].reshape(1, -1).sum(),
+        lambda o, y: o[:, torch.where(y[0] > 0)[0]].sum(),
         lambda o, y: o[y[:, 0] > 0][0].sum(),
     ],
 )

@@ -32,6 +32,8 @@ from ane_trainer.ane.stages import PAIR, Captured, Chosen, Port
 MOST_ROWS = PAIR * EXACT_INTEGERS
 #: Integers of a batch of which no example is known and that nothing looks up.
 UNKNOWN = 2.0**17
+#: Rows that computed floats, rounded to fp16, may look up.
+_FEW = 128
 #: Bits by which batches may pass the example; fewer where the integers that follow leave two numbers.
 _SLACKS = (2, 0, -1)
 _SUMS = ("add", "sub")
@@ -84,6 +86,7 @@ def choose(captured: Captured, dtype: str) -> Integers:
     inputs = {node: _encoding(node, port, node in exact) for node, port in batch.items()}
     turned = dict(_turned(exact, ports))
     found = {n: _turned_bounds(n) for n in turned}
+    found |= {n: b for n in exact - turned.keys() if (b := _cut_bounds(n)) is not None}
     sent = {n: p for n, p in ports.items() if p.target.startswith("random/") or p.role == "scalar"}
     drawn = {n: p.bounds for n, p in sent.items() if p.bounds is not None}
     for slack in _SLACKS:
@@ -145,6 +148,31 @@ def _turned_bounds(node: Node) -> Bounds:
         return (-MAX_FP16, MAX_FP16)
     rows = max(2 * rows if summed else rows for rows, summed in found)
     return (-float(EXACT_INTEGERS), float(min(rows, MOST_ROWS) - 1))
+
+
+def _cut_bounds(node: Node) -> Bounds | None:
+    """Computed floats as integers, where all that reads them are look-ups in few rows, or bounds on both sides.
+
+    fp16 cuts one in a hundred of computed floats to another integer near 100; a batch's own floats it does not.
+    """
+    source = node.args[0] if packet_name(node) == "_to_copy" and node.args else None
+    value = source.meta.get("val") if isinstance(source, Node) else None
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return None
+    most = EXACT_INTEGERS if _given(cast("Node", source)) else _FEW
+    rows = [2 * rows if summed else rows for rows, summed in _looked_up(node)]
+    if max(rows, default=0) > most or _computed_with(node, bounded=most):
+        return None
+    return (-float(EXACT_INTEGERS), float(EXACT_INTEGERS))
+
+
+def _given(node: Node) -> bool:
+    """Whether floats are a batch's, or constants, moved and chosen at most."""
+    if node.op == "placeholder" or packet_name(node) in ("full", "scalar_tensor"):
+        return True
+    moved = packet_name(node) == "where" or packet_name(node) in MOVES
+    sources = node.all_input_nodes[packet_name(node) == "where" :]
+    return moved and all(map(_given, sources))
 
 
 def _encoding(node: Node, port: Port, exact: bool) -> str:
@@ -219,8 +247,11 @@ def wrapping(captured: Captured, integers: Integers) -> Iterator[tuple[Node, Bou
             yield node, ends
 
 
-def _computed_with(node: Node) -> bool:
-    """Whether anything but movement, look-ups, equality with small numbers and shapes reads the integers."""
+def _computed_with(node: Node, bounded: int = 0) -> bool:
+    """Whether anything but movement, look-ups, equality with small numbers and shapes reads the integers.
+
+    With `bounded`, a clamp within it does no harm either, nor do results.
+    """
     pending, seen = [node], set()
     while pending:
         source = pending.pop()
@@ -232,11 +263,18 @@ def _computed_with(node: Node) -> bool:
             whole = integral(user.meta.get("val"))
             if name in MOVES or (name in _CHOICES and whole):
                 pending.append(user)
+            elif bounded and (user.op == "output" or _clamped(user, name, bounded)):
+                continue
             elif (
                 rows_of(user, source, name) is None and name not in _SHAPES and not _equals_small(user, name)
             ):
                 return True
     return False
+
+
+def _clamped(user: Node, name: str, most: int) -> bool:
+    numbers = [a for a in user.args[1:] if isinstance(a, (int, float)) and abs(a) <= most]
+    return name == "clamp" and len(numbers) == 2
 
 
 def _equals_small(user: Node, name: str) -> bool:
