@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from ane_trainer.ane.capture.range.degrees import is_linear
 from ane_trainer.ane.dynamo.ends import split_backward
+from ane_trainer.ane.dynamo.joint import KEPT, Kept
 from ane_trainer.ane.dynamo.options import Options
 from ane_trainer.ane.dynamo.programs import GraphFunction
 from ane_trainer.ane.dynamo.torch_private import (
@@ -60,7 +61,11 @@ class Backward:
     """A backward graph as a function; `power` is that of two to which the largest incoming one is brought."""
 
     def __init__(self, module: GraphModule, options: Options) -> None:
-        self._start = split_backward(module)
+        self._start, self._kept = split_backward(module), module.meta.get(KEPT) or Kept({})
+        if self._start is not None:
+            numbers = {n: i for i, n in enumerate(self._start.taken)}
+            places = self._kept.places.items()
+            self._kept.places = {numbers[n]: i for n, i in places if n in numbers}
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._tangents = [i for i, node in enumerate(placeholders) if node.name.startswith("tangents")]
         self._linear = is_linear(module)  # if not, gradients stay in their own unit
@@ -114,8 +119,9 @@ class Backward:
                 self.power += math.floor(math.log2(self._wanted / largest))
             if largest == 0.0 or largest > EMPTY * self._wanted or not self._linear:
                 break
-        if self._function.expects and engine is not None:
-            self._function.prove(self._function.values(given)[0], engine, scale=scale)
+        kept = self._kept if self._kept.are(given) else None
+        if engine is not None and (self._function.expects or kept is not None):
+            self._function.prove(self._function.values(given)[0], engine, scale=scale, kept=kept)
         return [r / scale if _gradient(r) else r for r in results]
 
     def _without_numbers(self, given: Sequence[object]) -> list[object]:

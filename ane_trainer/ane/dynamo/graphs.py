@@ -25,6 +25,7 @@ from ane_trainer.ane.compiler.lower.indices.ranges import packet_name
 from ane_trainer.ane.compiler.lower.registry import ACCEPTS
 from ane_trainer.ane.dynamo.codes import take_out_codes
 from ane_trainer.ane.dynamo.ends import mark_ends
+from ane_trainer.ane.dynamo.joint import KEPT, Kept
 from ane_trainer.ane.dynamo.parts import ancestors, part_of
 from ane_trainer.ane.dynamo.torch_private import changed_inputs, default_partition, with_effects
 from ane_trainer.ane.errors import Finding, UnsupportedModel
@@ -93,6 +94,10 @@ def partition(
     mark_ends(joint.graph, results[changed:num_fwd_outputs], kept=results[:changed])
     forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
     forward.meta[USER_RESULTS] = num_fwd_outputs
+    given = cast("Sequence[object]", forward.graph.output_node().args[0])[num_fwd_outputs:]
+    kept = {n.name: number for number, n in enumerate(given, num_fwd_outputs) if isinstance(n, Node)}
+    places = (n.name for n in backward.graph.nodes if n.op == "placeholder")
+    forward.meta[KEPT] = backward.meta[KEPT] = Kept({i: kept[n] for i, n in enumerate(places) if n in kept})
     return forward, backward
 
 

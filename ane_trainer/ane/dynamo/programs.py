@@ -19,15 +19,15 @@ from ane_trainer.ane.capture.range.calibration import Magnitude
 from ane_trainer.ane.capture.scaling import OVERFLOW
 from ane_trainer.ane.capture.trace.sources import FAULTS, META_KEY
 from ane_trainer.ane.capture.trace.torch_private import without_modes
-from ane_trainer.ane.chips.counting import flops
 from ane_trainer.ane.dynamo.codes import copy_of
 from ane_trainer.ane.dynamo.ends import mark_ends, split_forward
 from ane_trainer.ane.dynamo.engine_part import EnginePart
-from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops, split
+from ane_trainer.ane.dynamo.fallback import Segment, split
 from ane_trainer.ane.dynamo.graphs import USER_RESULTS, Prepared, graph_fault, prepare_graph
+from ane_trainer.ane.dynamo.joint import KEPT, Kept
 from ane_trainer.ane.dynamo.options import Options
-from ane_trainer.ane.dynamo.proof import MeasuredGraph, departures, in_words
-from ane_trainer.ane.dynamo.report import ProgramRecord, report
+from ane_trainer.ane.dynamo.proof import Call, MeasuredGraph
+from ane_trainer.ane.dynamo.report import record_of, report
 from ane_trainer.ane.dynamo.torch_private import changed_inputs, make_boxed_func, one_at_a_time
 from ane_trainer.ane.errors import DataError, NumericsWarning, UnsupportedModel
 from ane_trainer.ane.mil.program import MAX_FP16
@@ -53,8 +53,12 @@ def forward_function(
         results = cast("Sequence[object]", module.graph.output_node().args[0])
         changed = changed_inputs()
         mark_ends(module.graph, results[changed:], kept=results[:changed])
-    end = split_forward(module, users)
+    end, kept = split_forward(module, users), module.meta.get(KEPT)
     function = GraphFunction(module, options, role)
+    function.kept = kept
+    if end is not None and kept is not None:
+        ends = {i: number for i, (part, number) in enumerate(end.results) if part == "module"}
+        kept.places = {n: ends[i] for n, i in kept.places.items() if i in ends}
     if end is not None:
         function.record.host += ("last activation computed",)
 
@@ -80,7 +84,8 @@ class GraphFunction:
                 if spare is None:
                     raise
                 self._prepared, self._segments, self._parts = _made(spare, options, changed, integers=True)
-        self.record = _record(role, shapes, options, self._segments, self._parts, self._prepared.notes)
+        programs = [part.program for part in self._parts if part is not None]
+        self.record = record_of(role, shapes, options, self._segments, programs, self._prepared.notes)
         report().programs.append(self.record)
         #: Models of one class share a function, in several threads, too.
         self.lock = threading.RLock()
@@ -88,6 +93,7 @@ class GraphFunction:
         self.found: dict[str, Magnitude] = {}
         self.calibrations = 0
         self.follows_gradients = False  # whether the sizes of incoming gradients count: they have no power
+        self.kept: Kept | None = None  # of a forward graph: what its backward graph is to be compared with
         self._options, self._told = options, False
         nodes = self.engine_results()
         self._added = {nodes[s.change].name for s in self._prepared.results if s.kind == "sum"}
@@ -108,8 +114,13 @@ class GraphFunction:
                 if error.code != "DATA106" or lost is None:
                     raise
                 raise _lost_parameter(lost) from error
+            results, compared = self.results(known | {"engine": engine}, users), self.expects
             self.prove(values, engine, users)
-            return self.results(known | {"engine": engine}, users)
+            if compared and self.kept is not None:
+                nodes, sources = self.engine_results(), enumerate(self._prepared.results)
+                engine_made = {i: (nodes[s.value], results[i]) for i, s in sources if s.kind == "engine"}
+                self.kept.hold(self._prepared.graph, values, engine_made)
+            return results
 
     def run_in_range(self, values: Values) -> Values:
         """The results of the engine's part, calibrated at the first call, and again where a call's leave the range."""
@@ -307,24 +318,31 @@ class GraphFunction:
         """Whether the results in full precision are there to be compared with."""
         return bool(self._expected)
 
-    def prove(self, values: Values, engine: Values, users: int = 1 << 30, scale: float = 1.0) -> None:
+    def prove(
+        self,
+        values: Values,
+        engine: Values,
+        users: int = 1 << 30,
+        scale: float = 1.0,
+        kept: Kept | None = None,
+    ) -> None:
         """Compare a call's results with those in full precision, if they are there; warn of more than fp16 costs.
 
-        `engine` are the results for `values`, the incoming gradients among them times `scale`.
+        `engine` are the results for `values`, the incoming gradients among them times `scale`. With `kept` those of
+        the forward graph and this one together are compared, too.
         """
         expected, self._expected = self._expected, []
-        nodes, sources = self.engine_results(), enumerate(self._prepared.results)
-        places = [p.value for n, p in sources if p.kind == "engine" and n < users] if expected else []
-        pairs = {nodes[i]: (engine[i].double() / scale, expected[i].double()) for i in places
+        numbers = [s.value for n, s in enumerate(self._prepared.results) if s.kind == "engine" and n < users]
+        found = {i: engine[i].double() / scale for i in numbers
                  if engine[i].is_floating_point() and engine[i].numel()}  # fmt: skip
-        if not self._told and (far := departures(pairs)):
-            given = [
-                v.detach().to(n.meta["val"].dtype) for n, v in zip(self._placeholders(), values, strict=True)
-            ]
-            with one_at_a_time(), without_modes():
-                text = in_words(self._prepared.graph, given, far, self.record.role)
-            if text:
-                self._tell(text)
+        graph = self._prepared.graph
+        calls = [Call(graph, values, found, expected)] if expected else []
+        with one_at_a_time(), without_modes():
+            if kept is not None:
+                calls.append(Call(*kept.joined(graph, self._prepared.inputs, values), found))
+            text = "" if self._told else next(filter(None, (c.in_words(self.record.role) for c in calls)), "")
+        if text:
+            self._tell(text)
 
     def _tell(self, text: str) -> None:
         self._told = True
@@ -332,30 +350,6 @@ class GraphFunction:
 
     def _placeholders(self) -> list[Node]:
         return [node for node in self._prepared.graph.graph.nodes if node.op == "placeholder"]
-
-
-def _record(
-    role: str,
-    shapes: tuple[tuple[int, ...], ...],
-    options: Options,
-    segments: Sequence[Segment],
-    parts: Sequence[EnginePart | None],
-    notes: tuple[str, ...],
-) -> ProgramRecord:
-    programs = [part.program for part in parts if part is not None]
-    engine = sum(flops(op) for program in programs for op in program.main.ops)
-    host = sum(cpu_flops(segment.graph) for segment in segments if segment.on_cpu)
-    return ProgramRecord(
-        role=role,
-        shapes=shapes,
-        chip=options.target.chip or "",
-        device=options.target.device,
-        programs=len(programs),
-        ops=sum(len(program.main.ops) for program in programs),
-        engine_flop_fraction=engine / (engine + host) if engine + host else 0.0,
-        host=notes,
-        cpu=tuple(text for segment in segments for text in segment.reasons),
-    )
 
 
 def _is_ordinary(size: Magnitude) -> bool:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ane_trainer.ane.chips.counting import flops
+from ane_trainer.ane.dynamo.fallback import Segment, cpu_flops
+from ane_trainer.ane.dynamo.options import Options
+from ane_trainer.ane.mil.program import Program
 
 
 class GraphBreakWarning(UserWarning):
@@ -110,3 +116,27 @@ def _in_words(reason: Any) -> str:
         text = f"{text} ({explanation.removeprefix('Explanation:').strip().rstrip('.')})"
     frames = list(reason.user_stack)
     return f"{text}, at {frames[-1].filename}:{frames[-1].lineno}" if frames else text
+
+
+def record_of(
+    role: str,
+    shapes: tuple[tuple[int, ...], ...],
+    options: Options,
+    segments: Sequence[Segment],
+    programs: Sequence[Program],
+    notes: tuple[str, ...],
+) -> ProgramRecord:
+    """The record of a graph's programs and of its segments on the CPU; `notes`: what the host does."""
+    engine = sum(flops(op) for program in programs for op in program.main.ops)
+    host = sum(cpu_flops(segment.graph) for segment in segments if segment.on_cpu)
+    return ProgramRecord(
+        role=role,
+        shapes=shapes,
+        chip=options.target.chip or "",
+        device=options.target.device,
+        programs=len(programs),
+        ops=sum(len(program.main.ops) for program in programs),
+        engine_flop_fraction=engine / (engine + host) if engine + host else 0.0,
+        host=notes,
+        cpu=tuple(text for segment in segments for text in segment.reasons),
+    )

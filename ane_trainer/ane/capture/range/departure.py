@@ -115,11 +115,17 @@ def rounding_error(captured: Captured, values: Mapping[str, torch.Tensor], seeds
     Which of two near entries a max pool takes, or whether a ReLU is open, is decided by the rounding.
     """
     inputs = [values[p.name] for p in captured.inputs]
-    runs = (Exactly(captured.graph), *(Eleven(captured.graph, seed) for seed in seeds))
-    ends = set(_gradients(captured))
-    found: dict[Node, list[_Error]] = {}
+    roundings = [Eleven(captured.graph, seed) for seed in seeds]
+    return error_of(Exactly(captured.graph), roundings, _gradients(captured), inputs)
+
+
+def error_of(
+    exactly: Exactly, roundings: Sequence[Eleven], chosen: Sequence[Node], inputs: Sequence[torch.Tensor]
+) -> float:
+    """The largest error of the chosen nodes in any of the roundings of a graph."""
+    ends, found = set(chosen), dict[Node, list[_Error]]()
     with torch.no_grad():
-        for node, (exact, *rounded) in in_step(runs, inputs):
+        for node, (exact, *rounded) in in_step((exactly, *roundings), inputs):
             if (
                 node in ends
                 and isinstance(exact, torch.Tensor)
