@@ -268,6 +268,8 @@ def _check_count(name: str, model: nn.Module, request: Request) -> None:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         most = max(most, len(request.shapes))
     named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if not most:  # it may take them as `**features`
+        named += [f"**{p.name}" for p in parameters if p.kind is p.VAR_KEYWORD]
     if named:
         raise UsageError(
             f"{request.where}: {name} needs {' and '.join(named)} by keyword, which a batch does not bring. "
@@ -321,10 +323,16 @@ def _example_inputs(
         check_placed(model, f"{request.where}: {name}")
     raise DataError(
         f"{request.where}: {name} does not run on examples of shape {' and '.join(map(str, request.shapes))} "
-        f"({'; '.join([*faults, *filter(None, [line])])}). Give --input, --dtype int for tokens, "
-        "and --batch if the model takes one size alone.",
+        f"({'; '.join([*faults, *filter(None, [line])])}). {_remedy(faults)}",
         code="DATA105",
     )
+
+
+def _remedy(faults: Sequence[str]) -> str:
+    """What to give or change where no example runs."""
+    if all("data type 'str'" in fault for fault in faults):  # what a tensor says to `batch["x"]`
+        return "An input is indexed by a name: wrap the model in one whose forward takes tensors and makes the dict."
+    return "Give --input, --dtype int for tokens, and --batch if the model takes one size alone."
 
 
 def _said(fault: Exception) -> str:

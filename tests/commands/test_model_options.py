@@ -32,6 +32,14 @@ class Keyword(Flat):
     def forward(self, x, *, scale):
         return super().forward(x) * scale
 
+class Features(Flat):
+    def forward(self, **features):
+        return super().forward(features["x"])
+
+class Batch(Flat):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
 class Number(Flat):
     def forward(self, x):
         return super().forward(x).sum()
@@ -75,6 +83,8 @@ def test_the_options_are_the_same() -> None:
     ("words", "code", "said"),
     [
         (["odd.py:Keyword"], "ANE104", "needs scale by keyword"),
+        (["odd.py:Features"], "ANE104", "needs **features by keyword"),
+        (["odd.py:Batch"], "DATA105", "indexed by a name: wrap the model in one whose forward takes tensors"),
         (["odd.py:Number"], "ANE104", "one number for the batch"),
         (["odd.py:Nowhere"], "ANE103", "weight, bias without"),
         (["odd.py:Fixed"], "DATA105", "--batch if the model takes one size alone"),
