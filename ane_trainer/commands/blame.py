@@ -15,6 +15,8 @@ SHOW_ALL = "ANE_TRAINER_TRACEBACK"
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+#: Folders of packages wherever they are: of a user (pip --user), of Debian, of another environment.
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
 _MOST_FRAMES = 6
 
 
@@ -62,7 +64,7 @@ def users_line(error: BaseException) -> str:
 
 
 def _is_users(file: str) -> bool:
-    if file.startswith("<") or file.startswith(_OURS + os.sep):
+    if file.startswith("<") or file.startswith(_OURS + os.sep) or not _PACKAGES.isdisjoint(Path(file).parts):
         return False
     return not any(file.startswith(place + os.sep) for place in _INSTALLED if place)
 

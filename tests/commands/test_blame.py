@@ -8,7 +8,7 @@ import pytest
 
 from ane_trainer.ane.errors import UsageError
 from ane_trainer.cli import run_command
-from ane_trainer.commands.blame import SHOW_ALL, UserFaults
+from ane_trainer.commands.blame import SHOW_ALL, UserFaults, users_line
 from ane_trainer.utils import did_you_mean
 
 HEAD = "import sys\nimport torch\nfrom torch import nn\n"
@@ -82,3 +82,14 @@ def test_the_whole_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SHOW_ALL, "1")
     with pytest.raises(ValueError, match="wrong"), UserFaults():
         of_a_user()
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_packages_are_not_the_users_wherever_they_are(folder: str) -> None:
+    code = compile("raise LookupError", f"/home/someone/.local/lib/python3/{folder}/rich.py", "exec")
+    with pytest.raises(LookupError) as caught:
+        exec(code)
+    assert "rich.py" not in users_line(caught.value)
+    with pytest.raises(LookupError) as caught:
+        exec(compile("raise LookupError", "/home/someone/net.py", "exec"))
+    assert users_line(caught.value) == "/home/someone/net.py, line 1, in <module>"

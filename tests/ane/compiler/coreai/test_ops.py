@@ -126,30 +126,37 @@ def test_translation(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(got[key], value, rtol=2e-5, atol=2e-6)
 
 
-def folded(shape: tuple[int, ...], transposed: bool) -> Lowered:
-    """`a @ reshape(b)`, b of `shape` with its first axis summed."""
+BETWEEN: dict[str, Callable[[Builder, Value], Any]] = {
+    "nothing": lambda b, flat: flat,
+    "transposed twice": lambda b, flat: b.op("transpose", x=b.op("transpose", x=flat, perm=[1, 0]), perm=[1, 0]),
+    "a sum": lambda b, flat: b.op("add", x=flat, y=lit(0.0)),
+    "a difference": lambda b, flat: b.op("sub", x=flat, y=lit(0.0)),
+    "a slice": lambda b, flat: b.op("slice_by_size", x=flat, begin=(0, 0), size=flat.type.shape),
+    "a tile": lambda b, flat: b.op("tile", x=flat, reps=(1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "between"),
+    [((8, 8, 4), each) for each in BETWEEN]
+    + [(each, "nothing") for each in ((8, 1, 8, 8), (8, 4, 8, 4), (5, 5, 7), (8, 4, 4), (8, 8, 4, 4))],
+)
+def test_products_of_reshaped_operands(shape: tuple[int, ...], between: str, tmp_path: Path) -> None:
+    """A product of what was reshaped from axes as long as its sum, which Core AI's compiler folds wrongly."""
     builder, rows = Builder(), shape[0]
-    a = builder.input("a", TensorType("fp32", (3, rows)))
-    b = builder.input("b", TensorType("fp32", shape))
+    a, b = (builder.input(n, TensorType("fp32", s)) for n, s in (("a", (3, rows)), ("b", shape)))
     flat = builder.op("reshape", x=builder.op("mul", x=b, y=b), shape=(rows, math.prod(shape[1:])))
-    if transposed:
-        flat = builder.op("transpose", x=flat, perm=[1, 0])
-    result = builder.op("matmul", x=a, y=flat, transpose_y=transposed)
+    result = builder.op("matmul", x=a, y=BETWEEN[between](builder, flat))
     function = builder.finish((result,))
     ports = tuple(Port(v.name, v.type.shape, "batch") for v in function.inputs)
-    return Lowered(Program((function,)), ports, (Port(result.name, result.type.shape, "result"),), ())
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(8, 8, 4), (8, 1, 8, 8), (8, 4, 8, 4), (5, 5, 7), (8, 4, 4), (8, 8, 4, 4)])
-def test_products_of_reshaped_operands(shape: tuple[int, ...], transposed: bool, tmp_path: Path) -> None:
-    """A product of what was reshaped from axes as long as its sum, which Core AI's compiler folds wrongly."""
-    lowered, draw = folded(shape, transposed), np.random.default_rng(0)
-    a, b = (draw.standard_normal(each).astype(np.float32) for each in ((3, shape[0]), shape))
-    asset = open_asset(save_asset(tmp_path / "case.aimodel", lowered))
-    (got,) = asset.run({"a": a, "b": b}).values()
+    made = Lowered(Program((function,)), ports, (Port(result.name, result.type.shape, "result"),), ())
+    draw = np.random.default_rng(0)
+    feeds = {p.name: draw.standard_normal(p.shape).astype(np.float32) for p in ports}
+    asset = open_asset(save_asset(tmp_path / "case.aimodel", made))
+    (got,) = asset.run(feeds).values()
     asset.close()
-    np.testing.assert_allclose(got, a @ (b * b).reshape(shape[0], -1), rtol=2e-5, atol=2e-6)
+    wanted = feeds["a"] @ (feeds["b"] ** 2).reshape(rows, -1)
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-6)
 
 
 def test_an_op_without_translation_is_refused_by_name(tmp_path: Path) -> None:

@@ -104,6 +104,34 @@ def test_fp32_follows_pytorch(name: str, optimizer: Callable[[nn.Module], torch.
         torch.testing.assert_close(value, other, rtol=1e-3, atol=2e-5)
 
 
+class Square(nn.Module):
+    """Attention of one head whose batch, length and width are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unsqueeze(1) for f in (self.query, self.key, self.value))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(self.output(mixed.transpose(1, 2).reshape(x.shape)).flatten(1))
+
+
+def test_axes_of_one_length_are_kept_apart() -> None:
+    """Core AI's compiler moves the reshapes of such a step into the wrong product (`compiler.coreai.products`)."""
+    torch.manual_seed(0)
+    model = Square()
+    wanted = copy.deepcopy(model)
+    data = [(torch.randn(8, 8, 8), torch.randint(0, 8, (8,))) for _ in range(2)]
+    step = compile_step(model, "cross_entropy", adam(model), data[0], device="coreai", precision="fp32")
+    losses = [float(step(*data[i % 2])) for i in range(6)]
+    step.close()
+    np.testing.assert_allclose(losses, torch_losses(wanted, adam(wanted), data, 6), rtol=1e-5)
+    for value, other in zip(model.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_fp16_stays_within_a_band_of_the_simulator(name: str) -> None:
     """Both compute in fp16, one with IEEE rounding, one with the engine's: 1 % in the loss over 20 steps."""

@@ -52,8 +52,8 @@ public actor TrainingStep {
     /// A batch whose gradients do not fit changes nothing but the loss scale. It runs again with units that moved,
     /// so that no update is lost.
     public func train(_ batch: [String: MLShapedArray<Float16>]) throws -> Double {
-        batches += 1
-        let completes = batches % manifest.policy.accumulate == 0
+        let number = batches + 1
+        let completes = number % manifest.policy.accumulate == 0
         let accumulated = manifest.port(of: "step/accumulated_fits").map { ($0, state[$0]) }
         var loss = 0.0
         var scaling: [String: MLShapedArray<Float16>] = [:]
@@ -63,11 +63,12 @@ public actor TrainingStep {
                 update: updates + 1, settings: settings, units: units.values, shift: units.shift, last: completes
             )
             let results = try run(batch, scalars: scalars)
+            batches = number  // one that does not fit the ports is not counted
             loss = try Double(array("loss", of: results).scalars[0]) / manifest.lossUnit
             let health = try array("health", of: results).scalars.map(Double.init)
             let limits = (scalars["gradient_limits"] ?? []).map { Double(Float16($0)) }
             let watched = units.observe(
-                health: health, limits: limits, step: batches, manifest: manifest, room: room
+                health: health, limits: limits, step: number, manifest: manifest, room: room
             )
             move(watched.moves)
             if watched.fits {
