@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+from ane_trainer.ane.capture.gradients import FLOORS
 from ane_trainer.ane.capture.range.editing import UPDATE
 from ane_trainer.ane.capture.scaling import SCALING
 from ane_trainer.ane.mil.program import Function, Op
@@ -53,7 +54,9 @@ class Seen:
         assert compiled is not None
         context = make_context(compiled.chip, "exact", bench.target.threads, bench.target.path)
         keep = trial.criterion.needs if trial.criterion is not None else None
-        run = Lockstep(compiled.program.main, trial.feeds, context, trial.exact, keep)
+        # A floor tells the host to choose other units: what is healed may have far smaller gradients than what ran.
+        feeds = {**trial.feeds, **{name: 0 * array for name, array in trial.feeds.items() if name == FLOORS}}
+        run = Lockstep(compiled.program.main, feeds, context, trial.exact, keep)
         criterion: Criterion = trial.criterion or OutputCriterion(compiled.program.main)
         found = cls(run, criterion, step_phases(compiled))
         return_memory()  # of every op's numbers in double precision
