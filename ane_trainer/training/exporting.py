@@ -81,8 +81,22 @@ def export_training(
     chosen = [batches[i % len(batches)] for i in range(CHECKED_STEPS)]
     feeds = [step.feeds(x, y, ahead=i) for i, (x, y) in enumerate(chosen)]
     about = about_step(step, optimizer)
+    _check_scalars(step, about)
     found = _in_fp32(step) if single else None
     return export_step(step.compiled, step.port_state(), feeds, path, format, options, about, found)
+
+
+def _check_scalars(step: TrainingStep, about: Mapping[str, Any]) -> None:
+    """Raises: UsageError ANE116 for numbers that follow from what the model counted, which no formula tells."""
+    counted = [
+        p.target for p in step.compiled.inputs if p.role == "scalar" and p.target not in about["scalars"]
+    ]
+    if counted:
+        raise UsageError(
+            f"export: needs a step whose numbers follow from the optimizer; got {', '.join(counted)}, which the model "
+            "counts. Give batch norms a momentum, and the model no counters that its forward reads.",
+            code="ANE116",
+        )
 
 
 def _in_fp32(step: TrainingStep) -> SingleStep:

@@ -262,17 +262,17 @@ class TrainingStep(StepFacts):
                 }
             )
 
-    def feeds(self, x: object, y: object, ahead: int = 0) -> dict[str, Array]:
+    def feeds(self, x: object, y: object, ahead: int | None = None) -> dict[str, Array]:
         """What a step on this batch is fed, by port: batch, new random draws, the optimizer's scalars.
 
-        The scalars are those of the next update, or of one that comes `ahead` steps after it.
+        They are those of the next update, or of a trial `ahead` steps after it, whose draws training does not miss.
         """
-        loaded = self._loaded
+        loaded, draws = self._loaded, self._draws if ahead is None else torch.Generator().manual_seed(ahead)
         feeds = loaded.feeds(x, y)
-        make = lambda p: draw(p.target, p.shape, self._draws).numpy()  # noqa: E731
+        make = lambda p: draw(p.target, p.shape, draws).numpy()  # noqa: E731
         feeds |= repeated_draws(loaded.draws, self.options.shards, make)
         counts = loaded.capture.changes.host_values(self._subject.model, self._unsynced)
-        sent: dict[str, list[float]] = {**self.scalars(ahead), **counts}
+        sent: dict[str, list[float]] = {**self.scalars(ahead or 0), **counts}
         return {n: a.astype(loaded.dtype, copy=False) for n, a in feeds.items()} | self._fed(sent)
 
     def _fed(self, sent: Mapping[str, list[float]]) -> dict[str, Array]:

@@ -22,7 +22,7 @@ Scalar = dict[str, object]
 
 
 def driving(units: GradientUnits, options: GradientOptions, mirror: Mirror) -> dict[str, object]:
-    """`settings`, `parameters`, `scalars` and `policy` of a manifest; a scalar without a formula says so."""
+    """`settings`, `parameters`, `scalars` and `policy` of a manifest."""
     groups = [plain(group) for group in units.optimizer.param_groups]
     return {
         "settings": [settings(group) for group in groups],

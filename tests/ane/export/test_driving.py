@@ -17,7 +17,7 @@ from torch import nn
 
 from ane_trainer import compile_step
 from ane_trainer.ane.compiler.coreai import open_asset
-from ane_trainer.ane.errors import UnsupportedModel
+from ane_trainer.ane.errors import UnsupportedModel, UsageError
 from ane_trainer.ane.export import DEFAULT_NAMES, ExportOptions, onnx_step, stablehlo_step
 from ane_trainer.ane.export.manifest import read_manifest
 from ane_trainer.ane.export.onnx_step import step_model
@@ -171,6 +171,38 @@ def test_the_driver_accumulates_as_the_trainer_does(tmp_path: Path) -> None:
     assert [p for p, value in driven.state.items() if value.tobytes() != after[p].tobytes()] == []
     assert (driven.updates, driven.steps) == (step.applied_steps, 12)
     step.close()
+
+
+def test_numbers_that_no_formula_gives_are_refused(tmp_path: Path) -> None:
+    """A batch norm without momentum averages by the number of batches, which a driver would not know."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4, momentum=None))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = compile_step(model, "cross_entropy", optimizer, image(0))
+    path = tmp_path / "step.mlpackage"
+    with pytest.raises(UsageError, match=r"got average/2, which the model counts") as caught:
+        export_training(step, optimizer, path, "step-mlpackage", [image(0)], ExportOptions())
+    assert caught.value.code == "ANE116"
+    assert not path.exists()
+    step.close()
+
+
+@pytest.mark.parametrize("format", ["step-mlpackage", "step-onnx"])
+def test_an_export_leaves_training_as_it_was(format: str, tmp_path: Path) -> None:
+    """State, draws of dropout and the generator of the process: a step after an export is the one without it."""
+    pytest.importorskip({"step-mlpackage": "coremltools", "step-onnx": "onnxruntime"}[format])
+    losses = []
+    for exports in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Dropout(0.5), nn.Linear(24, 4))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        step = compile_step(model, "cross_entropy", optimizer, image(0), sync="lazy")
+        step(*image(0))
+        if exports:
+            path = tmp_path / DEFAULT_NAMES[format]
+            export_training(step, optimizer, path, format, [image(0)], ExportOptions())
+        losses.append([float(step(*image(i))) for i in range(3)])
+        step.close()
+    assert losses[0] == losses[1]
 
 
 def test_the_driver_is_short_and_knows_the_simulator_only() -> None:
