@@ -219,7 +219,7 @@ class Exponents(Shifting):
     def _place(self, node: Node, a: Node, b: Node, sign: int, shift: int) -> None:
         """Multiply the product by 2^shift at one of its operands, the smaller one where it stays in range."""
         choices = [(math.prod(shape_of(x)), s, place, x) for place, (x, s) in enumerate(((a, 1), (b, sign)))]
-        choices.sort(key=lambda c: c[0])
+        choices = sorted([c for c in choices if is_float(c[3])] or choices, key=lambda c: c[0])
         for _, s, place, x in choices:
             moved = self.of.get(x, 0) - s * shift
             size = self.found.get(x.name)
@@ -228,7 +228,7 @@ class Exponents(Shifting):
                 or size.peak == 0.0
                 or (size.peak * 2.0**-moved <= LARGEST * 2 and size.rms * 2.0**-moved >= SMALLEST / 2)
             ) and not LARGEST * 2 < self.bound(x) * 2.0**-moved < math.inf
-            if fits:
+            if fits or len(choices) == 1:
                 new = list(node.args)
                 new[place] = cast("Node", self.at(x, moved))
                 node.args = tuple(new)

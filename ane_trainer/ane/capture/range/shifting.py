@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from ane_trainer.ane.capture.range.bands import LARGEST, Bands
 from ane_trainer.ane.capture.range.calibration import Magnitude
-from ane_trainer.ane.capture.range.editing import aten, is_float, number, shape_of
+from ane_trainer.ane.capture.range.editing import aten, number, shape_of
 from ane_trainer.ane.capture.scaling import OVERFLOW
 
 #: Root mean square error of one product in the accumulator: it is rounded to 2^-16.
@@ -54,14 +55,14 @@ class Shifting(Bands):
         return super().emit(target, *args)
 
     def at(self, argument: Argument, exponent: int) -> Argument:
-        """A node argument stored with this exponent; a number divided by its power of two."""
+        """A node argument stored with this exponent, whole numbers then as floats; a number divided by 2^exponent."""
         value = number(argument)
         if value is not None and exponent:
             return math.ldexp(value, -exponent) if math.isfinite(value) else value
         if not isinstance(argument, Node):
             return argument
         shift = self.of.get(argument, 0) - exponent
-        if shift == 0 or not is_float(argument):
+        if shift == 0 or not isinstance(argument.meta.get("val"), torch.Tensor):
             return argument
         if (argument, exponent) not in self._shifted:
             self._shifted[argument, exponent] = self._with_overflow(

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.fx import Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import ane_trainer as at
 from ane_trainer.ane.capture.range import apply
-from ane_trainer.ane.capture.range.calibration import Magnitude, measure
-from ane_trainer.ane.capture.range.exponents import Exponents
+from ane_trainer.ane.capture.range.calibration import Magnitude, magnitudes, measure
+from ane_trainer.ane.capture.range.exponents import Exponents, scale_values
 from ane_trainer.ane.capture.step import HEALTH, capture_training
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -260,6 +261,65 @@ def test_large_integers_become_floats_in_both_front_doors(name: str) -> None:
             model, lambda o, _: o.mean(), torch.optim.SGD(model.parameters(), 0.1), (i, target), device="sim"
         )
         assert float(step(i, target)) == pytest.approx(float(want.mean()), rel=2e-3)
+
+
+def _joined(x: torch.Tensor, i: torch.Tensor, name: str) -> torch.Tensor:
+    """Of small numbers, and of whole ones or a mask."""
+    joined = {
+        "add": lambda: x + i, "times": lambda: x * i * 1e-4, "over": lambda: x / i, "mask": lambda: x + (i > 300),
+        "where": lambda: torch.where(i > 300, x, i),
+    }  # fmt: skip
+    return joined[name]()
+
+
+@pytest.mark.parametrize("name", ["add", "times", "over", "mask", "where"])
+def test_whole_numbers_beside_small_ones_have_their_power_of_two(name: str) -> None:
+    """Operands of integers did not take the power of two that was given to them: the result was off by it."""
+    torch.manual_seed(0)
+    x, i = 1e-5 * torch.randn(64, 32), torch.randint(1, 600, (32,))
+    graph = make_fx(lambda x, i: _joined(x, i, name))(x, i)
+    (result,) = graph.graph.output_node().all_input_nodes
+    first = next(iter(graph.graph.nodes))
+    exponents = scale_values(graph.graph, magnitudes(graph, [[x, i]]))
+    graph.recompile()
+    assert exponents.of[first] < 0
+    found = graph(x * 2.0 ** -exponents.of[first], i) * 2.0 ** exponents.of.get(result, 0)
+    torch.testing.assert_close(found, _joined(x, i, name), rtol=1e-5, atol=0.0)
+
+
+class Counted(nn.Module):
+    """Small numbers by counts, and beside a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.randint(1, 600, (16,)))
+        self.a, self.o = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share = self.a(x) * 1e-5 / self.counts
+        return self.o(share * 1e6 + (share * 1e-3 + (self.counts > 300)))
+
+
+def test_small_numbers_by_counts_and_beside_masks_train_in_both_front_doors() -> None:
+    torch.manual_seed(0)
+    x, y, model = torch.randn(32, 16), torch.randint(0, 3, (32,)), Counted()
+    plain, stepped = copy.deepcopy(model), copy.deepcopy(model)
+    F.cross_entropy(plain(x), y).backward()
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", at.NumericsWarning)
+        F.cross_entropy(torch.compile(model, backend="ane")(x), y).backward()
+        step = at.compile_step(
+            stepped, nn.CrossEntropyLoss(), torch.optim.SGD(stepped.parameters(), 1.0), (x, y), device="sim"
+        )
+        step(x, y)
+        step.sync()
+    for name, p in plain.named_parameters():
+        got, change = model.get_parameter(name), stepped.get_parameter(name).detach() - p.detach()
+        assert p.grad is not None
+        assert got.grad is not None
+        assert float((got.grad - p.grad).norm() / p.grad.norm()) < 0.02, name
+        assert float((change + p.grad).norm() / p.grad.norm()) < 0.02, name
 
 
 def test_later_integers_that_leave_fp16_are_told() -> None:
