@@ -11,6 +11,11 @@ public struct Tensor: Equatable, Sendable {
         self.values = values
     }
 
+    /// Whether half precision holds every value: what comes from other devices may be infinite, or no number.
+    public var fitsHalfPrecision: Bool {
+        values.allSatisfy { Float16($0).isFinite }
+    }
+
     /// The sum of `factor * term`, in double precision: a tensor that is kept in two half-precision terms.
     public static func folded(_ terms: [(values: [Float], factor: Double)], shape: [Int]) -> Tensor {
         let count = shape.reduce(1, *)

@@ -117,6 +117,7 @@ public actor TrainingStep {
             guard tensor.values.count == old.scalarCount else {
                 throw TrainingError.wrongShape(name, expected: old.shape, got: tensor.shape)
             }
+            guard tensor.fitsHalfPrecision else { throw TrainingError.beyondHalfPrecision(name) }
             let residual = terms.count > 1 ? terms[1] : nil
             let pairs = tensor.values.map { Tensor.split($0, residualFactor: residual?.factor ?? 1) }
             next[high.port] = MLShapedArray(scalars: pairs.map(\.high), shape: old.shape)

@@ -30,6 +30,13 @@ final class ArithmeticTests: XCTestCase {
         }
     }
 
+    func testHalfPrecision() {
+        XCTAssertTrue(Tensor(shape: [3], values: [1, -65504, 1e-30]).fitsHalfPrecision)
+        for value in [Float.nan, .infinity, -70000] {
+            XCTAssertFalse(Tensor(shape: [2], values: [1, value]).fitsHalfPrecision)
+        }
+    }
+
     func testAveraging() throws {
         for vector in Vectors.averaging {
             let models = zip(vector.models, vector.examples).map { values, count in
