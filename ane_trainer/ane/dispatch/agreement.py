@@ -106,6 +106,7 @@ class Reference:
         default=lambda noise, lost: {}, repr=False
     )
     before: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def without_update(self) -> Reference:
         """The loss alone, of a step that was skipped."""
@@ -223,7 +224,7 @@ def _stepped(
         return Reference(loss, None)
     weights = functools.partial(_weights, trained, optimizer, before, gradients, changes)
     whole = {n: c if before[n] is start[n] else c + (before[n] - start[n]) for n, c in changes.items()}
-    return Reference(loss, whole, weights, before)
+    return Reference(loss, whole, weights, before, gradients)
 
 
 def _weights_in_place(

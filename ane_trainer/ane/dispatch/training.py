@@ -22,12 +22,12 @@ from ane_trainer.ane.dispatch.agreement import (
     NAN_LOSS,
     Agreement,
     Reference,
-    compare,
     explained,
     nan_in_pytorch,
     reference,
 )
 from ane_trainer.ane.dispatch.devices.protocol import Floats
+from ane_trainer.ane.dispatch.faint import compare_and_tell
 from ane_trainer.ane.dispatch.host_optimizer import HostOptimizer, reason_for_host
 from ane_trainer.ane.dispatch.loading import LoadedStep, Subject, load_step
 from ane_trainer.ane.dispatch.options import StepOptions, Target
@@ -194,7 +194,7 @@ class TrainingStep(StepFacts):
         if self.skipped_steps > self._skipped_before:
             found, before = found.without_update(), {}
         changes = {name: value - before[name] for name, value in self._parameters(before).items()}
-        self.agreement = compare(self.steps, loss, changes, found)
+        self.agreement = compare_and_tell(self.steps, loss, changes, found)
         if not self.agreement.agrees and not math.isnan(found.loss):
             part = self.options.parts(x, y)[0]
             run = lambda: rounded_run(self._loaded, part, before)  # noqa: E731

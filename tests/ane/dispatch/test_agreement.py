@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -318,3 +320,25 @@ def test_what_tables_cost_is_tried_before_the_step_runs_again() -> None:
         pytest.fail("the step ran again")
 
     assert explained(found, changes, expected, 1.0, again, ()).agrees
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 1.0, 1.0, 30.0, 300.0, 3000.0), (1.0,) * 6])
+def test_gradients_too_far_apart_for_fp16_are_told(sizes: tuple[float, ...]) -> None:
+    """The columns of a table as they are: of the small ones Adam's squares leave fp16, and the weights stay behind."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(64, 6) * torch.tensor(sizes), torch.randn(64, 1)
+    step = at.compile_step(model, "mse", torch.optim.Adam(model.parameters()), (x, y), fidelity="fast")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        step(x, y)
+    step.sync()
+    start = twin[0].weight.detach().clone()
+    nn.functional.mse_loss(twin(x), y).backward()
+    torch.optim.Adam(twin.parameters()).step()
+    off = (model[0].weight - twin[0].weight).norm() / (twin[0].weight - start).norm()
+    assert (off > 0.2) == (max(sizes) > 1.0)
+    assert [bool(re.search(r"update is missing, most in 0\.weight", str(w.message))) for w in told] == [
+        True
+    ] * (max(sizes) > 1.0)

@@ -91,6 +91,20 @@ def test_gradients_of_any_size_survive(size: float) -> None:
         assert float((gradient - parameter.grad).abs().max() / parameter.grad.abs().max()) < 4e-3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_compiled_loss_takes_scores_whose_classes_were_moved(reduction: str) -> None:
+    """`cross_entropy(o.transpose(1, 2), y)`, as language models and taggers write it."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(8, 4), torch.randn(3, 6, 8), torch.randint(0, 4, (3, 6))
+    loss = lambda: F.cross_entropy(model(x).transpose(1, 2), y, reduction=reduction).mean()  # noqa: E731
+    torch.compile(loss, backend="ane")().backward()
+    assert isinstance(model.weight.grad, torch.Tensor)
+    got = model.weight.grad.clone()
+    model.zero_grad()
+    loss().backward()
+    torch.testing.assert_close(got, model.weight.grad, rtol=5e-3, atol=1e-4)
+
+
 def test_gradients_that_overflow_are_computed_again_at_a_smaller_scale() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 2, bias=False))

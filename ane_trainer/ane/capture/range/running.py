@@ -13,17 +13,20 @@ from ane_trainer.ane.capture.range.editing import in_update
 
 aten = torch.ops.aten
 
-#: Views that need their operand in the order of its axes.
-_IN_ORDER = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
+#: What needs an operand in the order of its axes, and which one: views, and a kernel whose operand PyTorch has so.
+_IN_ORDER: dict[object, int] = {
+    aten.view.default: 0, aten._unsafe_view.default: 0, aten.as_strided.default: 0, aten.nll_loss2d_backward.default: 1,
+}  # fmt: skip
 
 
 class InOrder(Interpreter):
-    """Runs nodes of a graph; a view of a value that simplification left in another layout sees it in order."""
+    """Runs nodes of a graph; what needs order sees values that simplification left in another layout in order."""
 
     def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
         """One operation."""
-        if target in _IN_ORDER:
-            args = (args[0].contiguous(), *args[1:])
+        place = _IN_ORDER.get(target)
+        if place is not None:
+            args = (*args[:place], args[place].contiguous(), *args[place + 1 :])
         return super().call_function(target, args, kwargs)
 
     def value(self, node: Node) -> object:
