@@ -24,6 +24,7 @@ from ane_trainer.ane.capture.ports import identifier, unique
 from ane_trainer.ane.capture.range.changes import change_of
 from ane_trainer.ane.capture.range.editing import Editor, aten, shape_of
 from ane_trainer.ane.capture.range.running import InOrder
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 from ane_trainer.ane.capture.trace.sources import META_KEY
 from ane_trainer.ane.stages import Port
 
@@ -197,7 +198,7 @@ def _in_two_terms(
         new_inputs.append(port)
         new_outputs.append(dataclasses.replace(port, name=f"{port.name}_next"))
     output.args = (results,)
-    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(graph.graph)
     graph.recompile()
     targets = frozenset(p.target.removesuffix(f"/{RESIDUAL}") for p in new_inputs[len(inputs) :])
     return tuple(new_inputs), new_outputs, targets

@@ -207,19 +207,19 @@ def capture_training(
     )
     chosen = {p.name: p.unit for p in parameters if p.trained} | {CEILING: plan.ceiling, SHIFT: shift}
     values = functools.partial(_calibration_inputs, plan, scale)
-    carried, examples = Carried(plan.inputs, outputs), list[Tensors]()
+    carried, fed, examples = Carried(plan.inputs, outputs), Tensors(), list[Tensors]()
     if options.precision == "fp16":
+        fed = values(example)
         if not options.divided:
-            carried = carry_slow_buffers(graph, plan.inputs, outputs, values(example), model)
-        again = functools.partial(loss_of, model, get_loss(loss), example)
-        tell_of_stalls(model, final, carried.targets, again)
-        seen = [values(batch) for batch in (example, *options.calibrate_on)]
-        examples = [carried.values(inputs) for inputs in (*seen, *_moved(plan, seen[0], moved))]
+            carried = carry_slow_buffers(graph, plan.inputs, outputs, fed, model)
+        tell_of_stalls(model, final, carried.targets, lambda: loss_of(model, get_loss(loss), example))
+        seen = fed, *map(values, options.calibrate_on), *_moved(plan, fed, moved)
+        examples = [carried.values(inputs) for inputs in seen]
     update, sizes = None, options.calibration
     if options.divided:
         captured, update = finish_divided(graph, plan.inputs, outputs, examples)
     else:
-        later = carried.later(values(example)) if carried.states else []
+        later = carried.later(fed) if carried.states else []
         inputs, outputs = carried.inputs, carried.outputs
         captured, sizes = finish_whole(graph, inputs, outputs, examples, sizes, plan.buffers, later)
     first = lambda batch: carried.values(values(batch))  # noqa: E731
@@ -366,7 +366,7 @@ def _function(plan: _Plan, place: Place, outputs: list[Port]) -> Any:
         outputs.extend(_gradient_port(p, gradients[p.name]) for p in read)
         outputs.extend(Port(f"{p.name}_next", p.shape, "state", p.target, p.scale) for p in changed)
         found = [*results.values(), *(gradients[p.name] for p in read)]
-        found += [new_state[p.target].reshape(p.shape) for p in changed]
+        found += [_in_shape(new_state[p.target], p.shape) for p in changed]
         if plan.divided and checks.peaks is not None:
             partial = {f"{n}/{PARTIAL}": v for n, v in (*checks.gradients.items(), *buffers.items())}
             partial |= {PEAKS: checks.peaks, ALL_FIT: checks.scaled}
@@ -473,6 +473,11 @@ def process_gradients(
         changes = {n: torch.where(near > 0, new, state[n]) for n, new in changes.items()}
         batch, fits = batch * near, fits * near
     return gradients, changes, _Checks(ok, batch, fits, torch.cat(health), of_batch, own)
+
+
+def _in_shape(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The value in a shape; no view of it where it has that, since each would be replaced in a list of all results."""
+    return value if tuple(value.shape) == shape else value.reshape(shape)
 
 
 def _gradient_port(p: Parameter, gradient: torch.Tensor) -> Port:

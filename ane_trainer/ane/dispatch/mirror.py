@@ -307,12 +307,11 @@ class Mirror:
     def in_units(self, name: str) -> list[tuple[str, int, float]]:
         """(target, power of the unit in it, factor besides) of a parameter's state that is kept in its unit."""
         found = [(f"{name}/{ACCUMULATED}", 1, 1.0)]
-        for parameter, _, slots in self._slots():
-            if parameter.name == name:
-                for slot in slots:
-                    target = f"{name}/{slot.name}"
-                    found.append((target, slot.power, slot.factor))
-                    found.append((f"{target}/{RESIDUAL}", slot.power, slot.factor * slot.residual_scale))
+        for _, _, slots in self._slots(name):
+            for slot in slots:
+                target = f"{name}/{slot.name}"
+                found.append((target, slot.power, slot.factor))
+                found.append((f"{target}/{RESIDUAL}", slot.power, slot.factor * slot.residual_scale))
         return [(t, power, factor) for t, power, factor in found if t in self._ports and power]
 
     # Loss scaling
@@ -361,10 +360,11 @@ class Mirror:
             if target in tensors:
                 self._write(port, tensors[target].float().numpy() * np.float32(port.scale))
 
-    def _slots(self) -> list[tuple[Parameter, Mapping[str, Any], tuple[Slot, ...]]]:
+    def _slots(self, only: str = "") -> list[tuple[Parameter, Mapping[str, Any], tuple[Slot, ...]]]:
         """By parameter, its settings and what the program keeps of it: not what settings of just now would add."""
         groups = {id(t): group for group in self._optimizer.param_groups for t in group["params"]}
-        found = [(p, groups[id(p.tensor)]) for p in self._trained if id(p.tensor) in groups]
+        trained = [p for p in self._trained if only in ("", p.name)]
+        found = [(p, groups[id(p.tensor)]) for p in trained if id(p.tensor) in groups]
         every = [(p, g, self._rule.slots(g, tuple(p.tensor.shape) or (1,))) for p, g in found]
         return [(p, g, tuple(s for s in of if f"{p.name}/{s.name}" in self._ports)) for p, g, of in every]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 from ane_trainer.ane.dynamo.parts import ancestors, part_of
 
 
@@ -69,7 +70,7 @@ def take_out_codes(module: GraphModule, inputs: list[Node]) -> tuple[list[Node],
         code.meta = dict(node.meta)
         node.replace_all_uses_with(code)
         codes.append(code)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(graph)
     return codes, computed
 
 

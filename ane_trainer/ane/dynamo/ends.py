@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ane_trainer.ane.capture.trace.moves import TAKEN
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 from ane_trainer.ane.dynamo.parts import ancestors, part_of
 
 aten = torch.ops.aten
@@ -115,7 +116,7 @@ def split_forward(module: GraphModule, users: int) -> ForwardEnd | None:
     tail = part_of(module, sources, marked, made)
     taken = tuple(rest.index(n) for n in sources)
     module.graph.output_node().args = (cast("tuple[Node, ...]", tuple(rest)),)
-    module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(module.graph)
     module.recompile()
     return ForwardEnd(module, len(own), tail, taken, tuple(places))
 
@@ -145,7 +146,7 @@ def split_backward(module: GraphModule) -> BackwardStart | None:
             new = graph.placeholder(f"tangents_host_{number}")
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(graph)
     for node in inputs:
         if not node.users:
             graph.erase_node(node)

@@ -19,6 +19,7 @@ from ane_trainer.ane.capture.range.guarding import guard, watch
 from ane_trainer.ane.capture.range.near import tell_of_near_numbers
 from ane_trainer.ane.capture.range.switch import POWERS, is_allowed, note
 from ane_trainer.ane.capture.scaling import HEALTH, SCALING
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 from ane_trainer.ane.stages import Captured, Port
 
 #: Buffers above the first get an exponent that brings them to the second.
@@ -87,7 +88,7 @@ def scale_found(
         nodes.append(peak)
         outputs.append(Port(identifier(f"{GUARD}{node.name}"), (1,), "result", GUARD + node.name))
     output.args = (nodes,)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(graph)
     graph.lint()
     captured.graph.recompile()
     outputs = [

@@ -29,6 +29,7 @@ from ane_trainer.ane.capture.range.editing import (
 )
 from ane_trainer.ane.capture.range.softmaxes import SUMS, masked_gradient, softmax_gradient
 from ane_trainer.ane.capture.trace.moves import CAST, PERMUTED, RESHAPED
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 
 #: Names of an axis beside others: equal ones run together and have one extent. None: an extent of 1.
 Label = Hashable
@@ -64,7 +65,7 @@ def drop_cancelled(graph: Graph) -> int:
             node.replace_all_uses_with(editor.emit(aten.full.default, list(shape_of(node)), 0.0))
             found += 1
     if found:
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        drop_dead(graph)
     return found
 
 

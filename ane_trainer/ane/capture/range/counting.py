@@ -19,6 +19,7 @@ from torch.fx.node import Argument, map_arg
 
 from ane_trainer.ane.capture.range.editing import Editor, aten, in_update, is_float, shape_of
 from ane_trainer.ane.capture.trace.moves import SPREAD
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 
 #: Sums of fewer numbers stay as they are.
 _FEW = 2048
@@ -49,7 +50,7 @@ def count_in_floats(graph: Graph) -> int:
             elif any(source in twins for source in node.all_input_nodes) and _is_alike(node):
                 twins[node] = _alike(editor, node, twins)
     if found:
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        drop_dead(graph)
     return found
 
 

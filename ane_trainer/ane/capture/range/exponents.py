@@ -48,6 +48,7 @@ from ane_trainer.ane.capture.range.editing import (
 )
 from ane_trainer.ane.capture.range.rows import DONE
 from ane_trainer.ane.capture.range.shifting import LARGEST_SUM, Shifting
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 from ane_trainer.ane.stages import PAIR
 
 #: Factors that are left as they are.
@@ -64,14 +65,13 @@ def scale_values(
 ) -> Exponents:
     """Rewrite a graph in place; the result says which values carry which exponent.
 
-    `fixed` names the placeholders that must stay in their own units, `held` those with a given exponent; others may
-    get one.
+    `fixed`: placeholders that must stay in their own units; `held`: those with a given exponent. Others may get one.
     """
     exponents = Exponents(graph, found, frozenset(fixed), held)
     for node in list(graph.nodes):
         exponents.visit(node)
     if exponents.changed:
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        drop_dead(graph)
     return exponents
 
 

@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 from ane_trainer.ane.capture.range.editing import Editor, aten, dims_of, number, shape_of
 from ane_trainer.ane.capture.range.norms import squared
 from ane_trainer.ane.capture.trace.moves import SPREAD
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 
 #: Meta key of distances that were looked at: a graph may come twice (before and after it is partitioned).
 DONE = "ane_nearest"
@@ -54,7 +55,7 @@ def cut_far_codes(graph: Graph) -> int:
                 node.meta[DONE] = True
                 count += 1
     if count:
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        drop_dead(graph)
     return count
 
 

@@ -43,6 +43,7 @@ from ane_trainer.ane.capture.range.norms import (
 )
 from ane_trainer.ane.capture.range.scaled import Scaled, joined, times
 from ane_trainer.ane.capture.range.switch import NORMS, is_allowed, note
+from ane_trainer.ane.capture.trace.simplify import drop_dead
 from ane_trainer.ane.capture.trace.sources import META_KEY
 
 #: A row whose largest entry is above the first is scaled by the second; the squares then stay below 2^12. Two steps,
@@ -78,7 +79,7 @@ def scale_rows(graph: Graph) -> int:
             "a square leaves fp16 from 256 on and vanishes below 2^-12",
         )  # fmt: skip
     if rows.families:
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        drop_dead(graph)
     return len(rows.families)
 
 

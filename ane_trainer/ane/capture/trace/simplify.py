@@ -53,14 +53,17 @@ def simplify(graph: Graph) -> None:
                 graph.erase_node(node)
     _share_repeated(graph)
     _drop_needless_choices(graph)
-    _drop_dead(graph)
+    drop_dead(graph)
     if read_through(graph) + multiply_together(graph):
         _share_repeated(graph)
-        _drop_dead(graph)
+        drop_dead(graph)
 
 
-def _drop_dead(graph: Graph) -> None:
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+def drop_dead(graph: Graph) -> None:
+    """Take out operations and constants that nothing reads; inputs stay."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
 
 
 def shape_of(node: Node) -> tuple[int, ...] | None:

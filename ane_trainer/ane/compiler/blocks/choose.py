@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ane_trainer.ane.chips.lookup import get_chip, known_layers, limit
 from ane_trainer.ane.compiler.blocks.alike import programs_of
-from ane_trainer.ane.compiler.blocks.cut import cut
+from ane_trainer.ane.compiler.blocks.cut import Cutter
 from ane_trainer.ane.compiler.blocks.places import Placement, placement_of
 from ane_trainer.ane.compiler.blocks.recompute import recomputed
 from ane_trainer.ane.compiler.blocks.shorten import shortened
@@ -60,26 +60,29 @@ class Division:
         if self.wish == "off":
             return None
         if isinstance(self.wish, int):
-            return _divided(lowered, self._placed(lowered, self.wish), f"blocks={self.wish}")
+            return _divided(
+                lowered, Cutter(lowered.program.main), self._placed(lowered, self.wish), f"blocks={self.wish}"
+            )
         most, _ = known_layers(get_chip(chip), path)
         reason = _too_large(lowered, chip, path, most)
         if not reason:
             return None
-        found = self._in_blocks(lowered, most, reason)
+        cutter = Cutter(lowered.program.main)
+        found = self._in_blocks(lowered, cutter, most, reason)
         if len(lowered.program.main.ops) > most * len(found.programs):
             return found  # fewer programs serve all blocks than pieces would hold the step
-        pieces = _divided(lowered, shortened(lowered.program.main, placement_of(lowered, {}), most), reason)
+        pieces = _divided(lowered, cutter, shortened(cutter, placement_of(lowered, {}), most), reason)
         return pieces if len(pieces.programs) <= len(found.programs) and pieces.longest <= most else found
 
-    def _in_blocks(self, lowered: Lowered, most: float, reason: str) -> Divided:
+    def _in_blocks(self, lowered: Lowered, cutter: Cutter, most: float, reason: str) -> Divided:
         """As many blocks in one program as fit, or one in several."""
         places = self._placed(lowered, 1)
-        single = _divided(lowered, places, reason)
+        single = _divided(lowered, cutter, places, reason)
         if single.longest > most:
-            return _divided(lowered, shortened(lowered.program.main, places, most), reason)
+            return _divided(lowered, cutter, shortened(cutter, places, most), reason)
         count, room = max(map(len, self.repeating), default=1), most / single.longest_block
         for each in (n for n in range(count, 1, -1) if count % n == 0 and n <= _SAVED * room):
-            found = _divided(lowered, self._placed(lowered, each), reason)
+            found = _divided(lowered, cutter, self._placed(lowered, each), reason)
             if found.longest <= most:
                 return found
         return single
@@ -98,8 +101,8 @@ class Division:
         return names
 
 
-def _divided(lowered: Lowered, placement: Placement, reason: str) -> Divided:
-    programs, dispatches = programs_of(cut(lowered.program.main, placement.places), lowered)
+def _divided(lowered: Lowered, cutter: Cutter, placement: Placement, reason: str) -> Divided:
+    programs, dispatches = programs_of(cutter.parts(placement.places), lowered)
     return Divided(programs, dispatches, reason)
 
 

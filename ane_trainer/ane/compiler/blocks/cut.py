@@ -27,11 +27,6 @@ class Part:
     outputs: dict[str, Value] = field(default_factory=dict)
 
 
-def cut(function: Function, places: Sequence[Place]) -> list[Part]:
-    """The parts in the order in which they are to run."""
-    return Cutter(function).parts(places)
-
-
 class Cutter:
     """Cuts one function at places; what it knows of the function serves each time."""
 

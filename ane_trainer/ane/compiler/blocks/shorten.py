@@ -15,10 +15,10 @@ _SLACK = 0.15
 _ROUNDS = 4
 
 
-def shortened(function: Function, placement: Placement, most: float) -> Placement:
+def shortened(cutter: Cutter, placement: Placement, most: float) -> Placement:
     """The same with parts of at most `most` operations, as far as pieces bring them down to it."""
     pieces: dict[Key, int] = {}
-    found, cutter = placement, Cutter(function)
+    found = placement
     whole = cutter.parts(placement.places)
     for _ in range(_ROUNDS):
         longest: dict[Key, int] = {}
@@ -31,7 +31,7 @@ def shortened(function: Function, placement: Placement, most: float) -> Placemen
         for key, n in long.items():
             now = pieces.get(key, 1)
             pieces[key] = max(now + 1, int(-(-now * n // most)))
-        found = _in_pieces(function, placement, whole, pieces)
+        found = _in_pieces(cutter.function, placement, whole, pieces)
     return found
 
 

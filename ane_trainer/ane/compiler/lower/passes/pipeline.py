@@ -206,7 +206,8 @@ def _visit_transpose(rewriter: Rewriter, op: Op) -> None:
             rewriter, replace(op, kind="reshape", args=(("x", x), ("shape", int_list(op.result.type.shape))))
         )
         return
-    rewriter.append(replace(op, args=(("x", x), ("perm", int_list(perm)))))
+    same = inner is None or inner.kind != "transpose"
+    rewriter.append(op if same else replace(op, args=(("x", x), ("perm", int_list(perm)))))
 
 
 def _visit_reshape(rewriter: Rewriter, op: Op) -> None:
@@ -218,7 +219,8 @@ def _visit_reshape(rewriter: Rewriter, op: Op) -> None:
     if x.type == op.result.type:
         rewriter.replace_uses(op.result, x)
         return
-    rewriter.append(replace(op, args=(("x", x), ("shape", int_list(op.result.type.shape)))))
+    same = inner is None or inner.kind != "reshape"
+    rewriter.append(op if same else replace(op, args=(("x", x), ("shape", int_list(op.result.type.shape)))))
 
 
 def matmul_flags(function: Function) -> Function:
@@ -238,7 +240,8 @@ def matmul_flags(function: Function) -> Function:
                 flag = arguments[f"transpose_{name}"]
                 assert isinstance(flag, Literal)
                 arguments[f"transpose_{name}"] = literal(not flag.to_python(), "bool")
-        rewriter.append(replace(op, args=tuple(arguments.items())))
+        args = tuple(arguments.items())
+        rewriter.append(op if args == op.args else replace(op, args=args))
 
     return Rewriter(function).run(visit)
 
