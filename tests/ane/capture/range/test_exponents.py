@@ -267,12 +267,12 @@ def _joined(x: torch.Tensor, i: torch.Tensor, name: str) -> torch.Tensor:
     """Of small numbers, and of whole ones or a mask."""
     joined = {
         "add": lambda: x + i, "times": lambda: x * i * 1e-4, "over": lambda: x / i, "mask": lambda: x + (i > 300),
-        "where": lambda: torch.where(i > 300, x, i),
+        "where": lambda: torch.where(i > 300, x, i), "compared": lambda: torch.where(x > i - 300, x, 2.0 * x),
     }  # fmt: skip
     return joined[name]()
 
 
-@pytest.mark.parametrize("name", ["add", "times", "over", "mask", "where"])
+@pytest.mark.parametrize("name", ["add", "times", "over", "mask", "where", "compared"])
 def test_whole_numbers_beside_small_ones_have_their_power_of_two(name: str) -> None:
     """Operands of integers did not take the power of two that was given to them: the result was off by it."""
     torch.manual_seed(0)
