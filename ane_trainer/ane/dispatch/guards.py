@@ -27,6 +27,7 @@ from ane_trainer.ane.capture.ports import float_buffers
 from ane_trainer.ane.capture.trace.torch_private import version
 from ane_trainer.ane.dispatch.fingerprint import Fingerprints
 from ane_trainer.ane.dispatch.globals_read import global_names
+from ane_trainer.ane.dispatch.harmless import trains
 
 #: Values that are compared as such; of others it counts which object they are.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -210,6 +211,7 @@ class _Walk:
             or depth > _DEEPEST
             or id(value) in self._seen
             or id(value) in self._state
+            or trains(value)
         ):
             return
         if isinstance(value, nn.Module):
@@ -268,9 +270,8 @@ class _Walk:
         """Some entries of a namespace or dict."""
         names = [name for name in names if f"{label}.{name}" not in self._ignored]
         if names:
-            twice = [*names, *names][
-                : max(len(names), 2)
-            ]  # one name alone would be read as a value, no tuple
+            # one name alone would be read as a value, no tuple
+            twice = [*names, *names][: max(len(names), 2)]
             labels = tuple(f"{label}.{name}" for name in twice)
             read = functools.partial(itemgetter(*twice), space)
             self.sources.append(_Source(labels, read, read()))
@@ -283,11 +284,8 @@ class _Walk:
             if _own(base.__module__) and id(base) not in self._seen:
                 self._seen.add(id(base))
                 space = vars(base)
-                plain = [
-                    n
-                    for n, v in space.items()
-                    if isinstance(v, (*_PLAIN, *_CONTAINERS)) and not n.startswith("__")
-                ]
+                kinds = (*_PLAIN, *_CONTAINERS)
+                plain = [n for n, v in space.items() if isinstance(v, kinds) and not n.startswith("__")]
                 self._names(space, plain, label, 1)
                 for function in space.values():
                     if isinstance(function, types.FunctionType):

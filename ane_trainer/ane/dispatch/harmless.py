@@ -1,11 +1,21 @@
-"""Names of Python state whose changes had no effect on a program: after a few they are not compared any more."""
+"""Python state whose changes have no effect on a program: optimizers, and names that had none a few times."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
+#: Optimizers and schedules, and where Keras has its own.
+_TRAINING = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_KERAS = "keras.src.optimizers"
 #: So many changes without an effect make a name harmless.
 _ENOUGH = 3
+
+
+def trains(value: object) -> bool:
+    """Whether it is an optimizer, which a model may hold, or its schedule: both change at each step by themselves."""
+    return isinstance(value, _TRAINING) or any(b.__module__.startswith(_KERAS) for b in type(value).__mro__)
 
 
 class Harmless:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ane_trainer as at
+from ane_trainer.ane.dispatch.guards import Guards
 from ane_trainer.ane.errors import UsageError
 
 Optimizer = torch.optim.Optimizer
@@ -152,3 +153,29 @@ def test_a_step_of_0_beside_moments_is_refused() -> None:
         step(x, y)
     optimizer.state.clear()
     assert float(step(x, y)) > 0.0
+
+
+class Agent(nn.Sequential):
+    """A network that holds what trains it, as those of many a repository do."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.optimizer = torch.optim.Adam(self.parameters(), 1e-2)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.1)
+
+
+def test_a_model_that_holds_its_optimizer_does_not_change_by_its_steps() -> None:
+    """Each step was taken for a change of the model, which was captured anew for it."""
+    torch.manual_seed(0)
+    model = Agent()
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    step = at.compile_step(model, "cross_entropy", model.optimizer, (x, y), device="sim", verify="off")
+    guards = Guards(model, "cross_entropy")
+    for _ in range(3):
+        step(x, y)
+        step.sync()
+        model.schedule.step()
+        assert not guards.changed()
+        assert not guards.differences()
+    model.optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    assert guards.differences() == ["Agent.optimizer: another Adam"]
