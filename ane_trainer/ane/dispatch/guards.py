@@ -211,7 +211,6 @@ class _Walk:
             or depth > _DEEPEST
             or id(value) in self._seen
             or id(value) in self._state
-            or trains(value)
         ):
             return
         if isinstance(value, nn.Module):
@@ -219,7 +218,11 @@ class _Walk:
             self._modules(value, label)
             return
         self._seen.add(id(value))
-        if isinstance(value, torch.Tensor):
+        if trains(value):
+            for number, group in enumerate(getattr(value, "param_groups", ())):
+                names = [name for name in group if name != "params"]
+                self._names(group, names, f"{label}.param_groups[{number}]", depth)
+        elif isinstance(value, torch.Tensor):
             if value.device.type == "cpu" and value.layout == torch.strided:
                 self.constants[label] = value
         elif isinstance(value, np.ndarray):

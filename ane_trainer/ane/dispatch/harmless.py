@@ -14,7 +14,10 @@ _ENOUGH = 3
 
 
 def trains(value: object) -> bool:
-    """Whether it is an optimizer, which a model may hold, or its schedule: both change at each step by themselves."""
+    """Whether it is an optimizer, which a model may hold, or its schedule: each step changes them.
+
+    Of what they hold a forward may read the settings alone (a rate).
+    """
     return isinstance(value, _TRAINING) or any(b.__module__.startswith(_KERAS) for b in type(value).__mro__)
 
 

@@ -174,8 +174,31 @@ def test_a_model_that_holds_its_optimizer_does_not_change_by_its_steps() -> None
     for _ in range(3):
         step(x, y)
         step.sync()
-        model.schedule.step()
         assert not guards.changed()
         assert not guards.differences()
+    model.schedule.step()
+    assert not guards.differences()
+    model.schedule.step()  # a rate that the forward may read
+    assert guards.differences() == ["Agent.optimizer.param_groups[0].lr: 0.01 -> 0.001"]
     model.optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    assert guards.differences() == ["Agent.optimizer: another Adam"]
+    assert "Agent.optimizer: another Adam" in guards.differences()
+
+
+class Rated(Agent):
+    """A network whose forward reads the rate that it is trained at."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = super().forward(x)
+        return scores * (100.0 * self.optimizer.param_groups[0]["lr"])
+
+
+def test_a_rate_that_the_forward_reads_is_followed() -> None:
+    torch.manual_seed(0)
+    model = Rated()
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    step = at.compile_step(model, "cross_entropy", model.optimizer, (x, y), device="sim", verify="off")
+    for _ in range(4):
+        step.sync()
+        wanted = float(torch.nn.functional.cross_entropy(model(x), y).detach())
+        assert float(step(x, y)) == pytest.approx(wanted, rel=5e-3)
+        model.schedule.step()
