@@ -9,8 +9,7 @@ from unittest import mock
 
 import torch
 
-from ane_trainer.ane.capture import parts
-from ane_trainer.ane.capture import step as capture
+from ane_trainer.ane.capture import parts, update
 from ane_trainer.ane.capture.optimizers.rule import two_term_add
 from ane_trainer.ane.dispatch import loading
 from ane_trainer.ane.stages import Captured
@@ -40,7 +39,7 @@ def _one_term() -> Iterator[None]:
         high, low = two_term_add(hi, lo, delta)
         return high, low * 0.0
 
-    with _captured_anew(), mock.patch.object(capture, "two_term_add", add):
+    with _captured_anew(), mock.patch.object(update, "two_term_add", add):
         yield
 
 

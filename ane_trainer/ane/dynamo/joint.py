@@ -16,6 +16,8 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ane_trainer.ane.capture.trace.torch_private import version
+
 #: Key of a forward and its backward module's meta: what the one keeps for the other, `Kept`.
 KEPT = "ane_kept"
 #: Backward calls of which one may be that of the forward call that is held.
@@ -32,6 +34,7 @@ class Kept:
         self.places = dict(places)
         self._graph: GraphModule | None = None
         self._values: list[torch.Tensor] = []
+        self._versions: list[int] = []
         self._results: dict[int, tuple[Node, torch.Tensor]] = {}
         self._tries = 0
 
@@ -44,10 +47,12 @@ class Kept:
     ) -> None:
         """Hold a call: what the graph took, and by number the nodes of the results with the tensors that they gave.
 
-        Copied is what may change before the backward pass: buffers, and batches whose memory is used again.
+        Copied is what may change before the backward pass: buffers, parameters without gradients that the forward
+        writes to (power iterations), and batches whose memory is used again.
         """
         self._graph, self._tries = graph, _TRIES
-        self._values = [v if isinstance(v, torch.nn.Parameter) else v.detach().clone() for v in values]
+        self._values = [v if _is_trained(v) else v.detach().clone() for v in values]
+        self._versions = [version(v) for v in self._values]
         found = {i: results[i] for i in self.places.values() if i in results}
         self._results = {
             i: (n, t) for i, (n, t) in found.items() if isinstance(t, torch.Tensor) and t.numel()
@@ -56,6 +61,9 @@ class Kept:
     def are(self, given: Sequence[object]) -> bool:
         """Whether a backward pass got what the call that is held kept."""
         if self._graph is None or not self._results:
+            return False
+        if self._versions != [version(v) for v in self._values]:  # the forward writes to weights, or the loop did
+            self._release()
             return False
         pairs = [(self._results[i][1], given[n]) for n, i in self.places.items() if i in self._results]
         if all(isinstance(g, torch.Tensor) and k.data_ptr() == g.data_ptr() for k, g in pairs):
@@ -82,7 +90,11 @@ class Kept:
         return graph, given
 
     def _release(self) -> None:
-        self._graph, self._values, self._results = None, [], {}
+        self._graph, self._values, self._versions, self._results = None, [], [], {}
+
+
+def _is_trained(value: torch.Tensor) -> bool:
+    return isinstance(value, torch.nn.Parameter) and value.requires_grad
 
 
 def _joined(forward: GraphModule, backward: GraphModule, sources: Mapping[Node, Node]) -> GraphModule:
