@@ -62,8 +62,8 @@ class Kept:
         """Whether a backward pass got what the call that is held kept."""
         if self._graph is None or not self._results:
             return False
-        if self._versions != [version(v) for v in self._values]:  # the forward writes to weights, or the loop did
-            self._release()
+        if self._versions != [version(v) for v in self._values]:
+            self._release()  # the forward writes to weights, or the loop did
             return False
         pairs = [(self._results[i][1], given[n]) for n, i in self.places.items() if i in self._results]
         if all(isinstance(g, torch.Tensor) and k.data_ptr() == g.data_ptr() for k, g in pairs):
