@@ -206,12 +206,8 @@ class _Walk:
 
     def value(self, value: object, label: str, depth: int = 0) -> None:
         """Whatever a user's code may hold on to."""
-        if (
-            isinstance(value, _PLAIN)
-            or depth > _DEEPEST
-            or id(value) in self._seen
-            or id(value) in self._state
-        ):
+        known = id(value) in self._seen or id(value) in self._state
+        if known or isinstance(value, _PLAIN) or depth > _DEEPEST:
             return
         if isinstance(value, nn.Module):
             self._tensors(value, label, ())
