@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-import torch
-
 from ane_trainer.ane.capture.optimizers.rule import RESIDUAL, Rule, Update, two_term_add
-from ane_trainer.ane.capture.trace.sources import Place
-
-Tensors = dict[str, torch.Tensor]
+from ane_trainer.ane.capture.trace.sources import Place, Tensors
 
 
 def slots_of(names: Iterable[str], state: Tensors) -> dict[str, Tensors]:

@@ -26,14 +26,16 @@ def compare_and_tell(
     step: int, loss: float, changes: Mapping[str, torch.Tensor], expected: Reference
 ) -> Agreement:
     """How the step agrees with fp32; warns of parameters whose small gradients moved them too little."""
-    lacks = {
-        n: _lack(changes[n], want, expected.gradients[n]) for n, want in (expected.changes or {}).items()
-    }
-    whole = math.sqrt(sum(float(want.norm()) ** 2 for want in (expected.changes or {}).values()))
-    if whole and math.hypot(*lacks.values()) > _TOLD * whole:
+    wanted = expected.changes or {}
+    lacks = {name: _lack(changes[name], want, expected.gradients[name]) for name, want in wanted.items()}
+    missing, whole = (
+        math.hypot(*lacks.values()),
+        math.hypot(*(float(want.norm()) for want in wanted.values())),
+    )
+    if missing > _TOLD * whole:
         name = max(lacks, key=lacks.__getitem__)
         warnings.warn(
-            f"step {step}: {100 * math.hypot(*lacks.values()) / whole:.0f} % of the update is missing, most in {name}: "
+            f"step {step}: {100 * missing / whole:.0f} % of the update is missing, most in {name}: "
             "its gradients lie so far apart that fp16 loses the smallest, below 1e-5 of its largest, or their squares. "
             'Bring what goes in to like sizes (each column of the inputs, say), or compile with optimizer_on="host".',
             NumericsWarning,

@@ -26,6 +26,8 @@ _TOLERATED, _OWN_ERRORS, _LARGEST_OWN, _LEAST_RESULT = 0.03, 3.0, 0.1, 1e-3
 _CANCELLED = 2.0**-8
 #: Runs rounded up or down at random, where no operation departs: of ReLUs and max pools that rounding decides.
 _ROUNDINGS = 4
+#: Its third result is a bias's gradient.
+_WITH_BIAS = torch.ops.aten.convolution_backward.default
 _SUMS = (torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList)
 
 
@@ -131,9 +133,7 @@ class ExactGraph(Exactly, WholeGraph):
 
     def changed(self, n: Node, result: object) -> object:
         """The result as it is."""
-        biased = (
-            n.target is torch.ops.aten.convolution_backward.default
-        )  # its third result is a bias's gradient
+        biased = n.target is _WITH_BIAS
         source = self.env[n.all_input_nodes[0]] if biased or n.target in _SUMS else None
         if isinstance(source, torch.Tensor) and source.is_floating_point():
             dims = ([d for d in range(source.dim()) if d != 1],) if biased else n.args[1:]

@@ -48,8 +48,6 @@ class Magnitude:
 
 #: Node name -> magnitude, or those of its results.
 Magnitudes = Mapping[str, Magnitude]
-#: Inputs by identity, each kept with its magnitude.
-Inputs = dict[int, tuple[torch.Tensor, Magnitude]]
 
 
 def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) -> dict[str, Magnitude]:
@@ -58,9 +56,9 @@ def magnitudes(module: GraphModule, examples: Sequence[Sequence[torch.Tensor]]) 
     The update of the weights is left out: its numbers are in units of their own (`optimizers/rules.py`).
     """
     found: dict[str, Magnitude] = {}
-    parts, inputs = parts_of(module.graph), Inputs()
+    parts = parts_of(module.graph)
     for example in examples:
-        run = Measured(module, parts, inputs)
+        run = Measured(module, parts)
         with torch.no_grad():
             for _ in in_step([run], example):
                 pass
@@ -166,19 +164,10 @@ def _is_fill(size: Magnitude) -> bool:
 
 
 class Measured(InOrder):
-    """Runs a graph and notes the magnitude of each float value in front of the update, and of large integers.
+    """Runs a graph and notes the magnitude of each float value in front of the update, and of large integers."""
 
-    `inputs` is shared by runs on the same weights, of which each is measured once.
-    """
-
-    def __init__(
-        self,
-        module: GraphModule,
-        parts: frozenset[Node] | None = None,
-        inputs: Inputs | None = None,
-    ) -> None:
+    def __init__(self, module: GraphModule, parts: frozenset[Node] | None = None) -> None:
         super().__init__(module)
-        self.inputs: Inputs = {} if inputs is None else inputs
         self.found: dict[str, Magnitude] = {}
         self.choices = Choices(parts_of(module.graph) if parts is None else parts)
 

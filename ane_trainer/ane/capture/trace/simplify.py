@@ -17,7 +17,6 @@ from ane_trainer.ane.capture.trace.unrolled import multiply_together, read_throu
 
 aten = torch.ops.aten
 
-#: Values are immutable in a functional graph, so copies are identities.
 #: Meta key of the products that `_multiply_one_by_one` makes, innermost 0.
 _CHAIN = "ane_chain"
 
@@ -219,7 +218,7 @@ def _same_as(node: Node) -> Node | None:
     source = _as_node(node.args[0]) if node.args else None
     if source is None:
         return None
-    if node.target in COPIES:
+    if node.target in COPIES:  # values are immutable in a functional graph
         return source
     test = _IDENTITY_TESTS.get(node.target)
     alike = shape_of(node) == shape_of(source) and dtype_of(node) == dtype_of(source)

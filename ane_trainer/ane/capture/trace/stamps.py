@@ -16,9 +16,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ane_trainer.ane.capture.trace.recorder import Recorder, Slot
+from ane_trainer.ane.capture.trace.sources import Tensors
 from ane_trainer.ane.capture.trace.torch_private import without_modes
 
-Tensors = dict[str, torch.Tensor]
 Function = Callable[..., Tensors]
 
 

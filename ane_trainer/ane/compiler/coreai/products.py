@@ -21,19 +21,14 @@ _SEEN_THROUGH = frozenset({"identity", "transpose", "add", "sub", "slice_by_size
 
 def keep_products_apart(function: Function) -> Function:
     """The function with a factor of 1 in front of each second operand that was reshaped."""
-    made, ops = {op.result: op for op in function.ops if len(op.results) == 1}, list[Op]()
+    reshaped, ops = set[Value](), list[Op]()
     for op in function.ops:
+        if op.kind in _RESHAPES or (op.kind in _SEEN_THROUGH and not reshaped.isdisjoint(op.operands())):
+            reshaped.add(op.result)
         y = op.arg("y")
-        if op.kind == "matmul" and isinstance(y, Value) and _reshaped(made, y):
+        if op.kind == "matmul" and isinstance(y, Value) and y in reshaped:
             apart = Value(f"{op.name}_apart", y.type)
             ops.append(Op("mul", (("x", y), ("y", literal(1.0, y.type.dtype))), (apart,), op.source))
             op = replace(op, args=tuple((k, apart if k == "y" else a) for k, a in op.args))
         ops.append(op)
     return replace(function, ops=tuple(ops))
-
-
-def _reshaped(made: dict[Value, Op], value: Value) -> bool:
-    op = made.get(value)
-    if op is None or op.kind not in _RESHAPES | _SEEN_THROUGH:
-        return False
-    return op.kind in _RESHAPES or any(_reshaped(made, operand) for operand in op.operands())
